@@ -1,0 +1,3780 @@
+#!/usr/bin/env python3
+"""localtunnel: puts a local program on the internet under a friendly URL.
+
+    python3 localtunnel.py client 8000                      http://localhost:8000 gets a URL
+    python3 localtunnel.py server --domain t.example.com    the relay, for anyone to run
+
+One file, the standard library only, CPython 3.8 and later.  Read it from top to bottom, once, and
+you know how tunnelling works: each room uses only the rooms above it.
+
+A visitor's request goes out through a session that the client opened from inside:
+
+    visitor --> server ===== session =====> client --> app         the request
+    visitor <-- server <==== session ====== client <-- app         the response
+
+    request    visitor -> read_head -> look up the name -> open a stream -> copy the body => session
+               session => read_head -> upstream connection -> copy the body -> app
+    response   app -> read_head -> copy the body => session
+               session => read_head -> copy the body -> visitor
+    upgrade    after the heads, and raw TCP from the start: join(left, right)
+
+Words
+    server    the relay.  client: the program beside the local app.  upstream: the local app.
+    visitor   whoever opens the public URL.
+    tunnel    one name (or port) on a server, served by one client.
+    session   the conversation of client and server that carries a tunnel.  Its connection may break
+              and be replaced; the session goes on.
+    stream    one conversation inside a session.  exchange: one request and its response.
+    lease     the right of one owner to one name.
+    credit    how many bytes one side may still send on a stream.
+
+Rooms
+    1 Constants and errors    5 Session               9 Server
+    2 Wire                    6 HTTP/1.1             10 Client
+    3 Credit                  7 Names and tokens     11 Terminal
+    4 Byte streams            8 Certificates         12 Command line
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import base64
+import collections
+import errno
+import hashlib
+import hmac
+import html
+import http
+import ipaddress
+import json
+import os
+import random
+import re
+import secrets
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
+                    Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO, Tuple,
+                    Type, TypeVar, Union)
+
+if TYPE_CHECKING:
+    import ssl      # imported where TLS is used: it costs a tenth of the time to start
+
+__version__ = '1.0'
+
+# The address that a server writes here when it hands this file out; empty in the original.
+STAMPED_SERVER = ''
+
+
+# ------------------------------------------------------------------------------------------------
+# 1. Constants and errors
+#
+# Every wait has a deadline and every buffer a bound: here they are, each with its unit and reason.
+# An error carries what the other side is told; lower errors are put into words for people once.
+# ------------------------------------------------------------------------------------------------
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+NEVER = float('inf')
+
+# Bytes.
+READ_SIZE = 256 * KIB           # one read of a socket: from here on larger reads bring nothing
+MAX_PAYLOAD = 64 * KIB          # of a frame: a stream's turn; at 10 Mbit/s it takes 50 ms
+INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most answers need no CREDIT at all
+SMALL_CREDIT = 16 * KIB         # the same once half of the session's budget is promised
+MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
+SESSION_BUDGET = 64 * MIB       # what all receive windows of one session may add up to
+LEAST_BUDGET = 64 * MIB         # what a process has for them at least, and at the most
+MOST_BUDGET = 1 * GIB
+BATCH = 256 * KIB               # frames that leave in one write; more would only sit in the kernel
+KEPT_FOR_RESUME = 8 * MIB       # sent and not acknowledged: 640 Mbit/s over a path of 100 ms
+ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
+MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
+UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
+UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
+MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16, Apache 100 fields of 8
+MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
+MAX_FIELDS = 200                # header fields: Apache takes 100
+MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
+KEPT_FOR_RETRY = 64 * KIB       # of a request: what can be kept can be sent again
+SMALL_BODY = 16 * KIB           # leaves with its head in one frame, without a task of its own
+DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
+
+# Seconds.
+HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
+KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
+BODY_IDLE = 3600.0              # without a byte in either direction of a body
+RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
+CONNECT_TIMEOUT = 10.0          # to reach the app, or the server
+HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
+LINGER = 2.0                    # for an answer to arrive before its connection is closed
+HALF_CLOSED = 2.0               # for an answer to begin after the visitor's FIN
+CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
+POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
+UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
+PING_AFTER = 8.0                # of silence, by the client: NAT tables forget after 30
+PONG_WITHIN = 6.0               # or the connection is given up
+SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
+STALLED_SESSION = 20.0          # without progress of a write
+RESUME_WITHIN = 60.0            # a session without connection is kept so long
+HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
+HELD_AFTER_BREAK = 30.0         # and only when the client went without goodbye so long ago
+KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
+DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
+BACKOFF_FIRST, BACKOFF_MOST = 0.5, 15.0     # between attempts; each is shortened by chance
+SETTLED = 10.0                  # a session that lasted so long resets the backoff
+RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
+DRAIN_LOOK = 0.05               # between looks whether all has finished
+SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
+WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
+
+# Counts.
+MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
+MAX_HELD = 100                  # requests that wait for one tunnel's client
+MAX_HELD_IN_ALL = 1000
+MAX_LEASES = 20                 # chosen names of one owner
+MAX_INTERIM = 20                # 1xx answers before the final one
+LEASE_SECONDS = 365 * 86400     # a chosen name on an open server, after its last use
+FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
+BACKLOG = 1024                  # connections that wait to be accepted
+
+
+class LocaltunnelError(Exception):
+    """Anything that goes wrong here and is told to somebody."""
+
+
+class UsageError(LocaltunnelError):
+    """What the user typed can't be done; exit code 2."""
+
+
+class ProtocolError(LocaltunnelError):
+    """The other end of a session broke the protocol: it is told GOAWAY(protocol)."""
+
+
+class Disconnected(LocaltunnelError):
+    """The connection ended before what was begun on it did."""
+
+
+class Overdue(Disconnected):
+    """A deadline passed."""
+
+
+class Incomplete(Disconnected):
+    """The stream ended inside a message."""
+
+
+class StreamReset(LocaltunnelError):
+    """A stream is over; `code` is one of the RESET codes, the text says why."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class BadHttp(LocaltunnelError):
+    """A message that can't be understood in one way only; `status` is what its sender is told."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class HopFailed(LocaltunnelError):
+    """A request can't be answered because one hop fails; `status` is what the visitor is told."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+
+
+class Refused(LocaltunnelError):
+    """The server will not open this tunnel: an HTTP status, a word for programs, a sentence.
+
+    `final` refusals end a client that had been welcome before, too.
+    """
+
+    def __init__(self, status: int, code: str, text: str, final: bool = False) -> None:
+        super().__init__(text)
+        self.status, self.code, self.final = status, code, final
+
+
+# ------------------------------------------------------------------------------------------------
+# 2. Wire
+#
+# Frame codec: bytes in, frames out.  Knows no sockets, no clocks, no asyncio.
+#
+#   0        1                    4                        8
+#   +--------+--------------------+------------------------+---------------------
+#   | E kind | length of payload  | stream                 | payload
+#   +--------+--------------------+------------------------+---------------------
+#
+# E (0x80) says END: no more from this side on this stream (half close).
+# ------------------------------------------------------------------------------------------------
+
+PROTOCOL = 'localtunnel/1'
+WELL_KNOWN = '/.well-known/localtunnel'      # where a session is asked for
+
+# kind            payload                             who sends it, and when
+OPEN = 1        # opening bytes: an HTTP head,        the server, for a new stream: ids 1, 2, 3, ...
+#                 or a TCP visitor's address
+DATA = 2        # bytes                               both; takes credit
+RESET = 3       # u16 code, text                      both: the stream is over both ways
+CREDIT = 4      # u32                                 both: so many bytes more may be sent; on stream
+#                                                     0: what a later stream begins with
+PING = 5        # u64: frame bytes received so far    both: are you there?
+PONG = 6        # the same                            both, at once, for a PING
+GOAWAY = 7      # u16 code, text                      both: make a new session, this one ends
+END = 0x80
+
+KIND_NAMES = {OPEN: 'OPEN', DATA: 'DATA', RESET: 'RESET', CREDIT: 'CREDIT',
+              PING: 'PING', PONG: 'PONG', GOAWAY: 'GOAWAY'}
+
+# Codes of RESET.
+DONE, CANCELLED, INCOMPLETE, SESSION_LOST, OVERLOADED, OVERDUE, FAILED = range(7)
+# Codes of GOAWAY.
+DRAINING, SUPERSEDED, REVOKED, PROTOCOL_BROKEN, SILENT = range(5)
+
+FRAME_HEADER = struct.Struct('>II')
+U32, U64, REASON_CODE = struct.Struct('>I'), struct.Struct('>Q'), struct.Struct('>H')
+FIXED_LENGTHS = {CREDIT: 4, PING: 8, PONG: 8}
+Frame = Tuple[int, int, bytes]      # kind with END, stream, payload
+Buffer = Union[bytes, memoryview]
+
+
+def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
+    """One frame; KIND may carry END, PAYLOAD has at most MAX_PAYLOAD bytes."""
+    return FRAME_HEADER.pack(kind << 24 | len(payload), stream) + payload
+
+
+def encode_reason(code: int, text: str) -> bytes:
+    """The payload of RESET and GOAWAY."""
+    return REASON_CODE.pack(code) + text.encode()[:500]
+
+
+def decode_reason(payload: bytes) -> Tuple[int, str]:
+    """(code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
+    text = payload[2:].decode(errors='replace')
+    return REASON_CODE.unpack_from(payload)[0], printable(text)
+
+
+def printable(text: str) -> str:
+    """TEXT from the network, safe for a terminal and a log: one line, no control characters."""
+    return ''.join(c if c.isprintable() else '?' for c in text)
+
+
+class Decoder:
+    """Turns the bytes of a session into frames.
+
+    Checks all that can be known of a frame alone; what it means on its stream is the session's.
+    """
+    __slots__ = ('_rest',)
+
+    def __init__(self) -> None:
+        self._rest = b''
+
+    def feed(self, data: Buffer) -> List[Frame]:
+        """The frames that DATA completes.  Raises ProtocolError, after which it must not be fed."""
+        if self._rest:
+            data = self._rest + bytes(data)
+        frames: List[Frame] = []
+        at, end = 0, len(data)
+        while end - at >= 8:
+            word, stream = FRAME_HEADER.unpack_from(data, at)
+            length = word & 0xffffff
+            if length > MAX_PAYLOAD:
+                raise ProtocolError(f'a frame of {length} bytes')
+            if end - at - 8 < length:
+                break
+            kind = word >> 24
+            payload = bytes(data[at + 8:at + 8 + length])
+            if kind != DATA or not payload:
+                self._check(kind, stream, payload)
+            frames.append((kind, stream, payload))
+            at += 8 + length
+        self._rest = bytes(data[at:])
+        return frames
+
+    @staticmethod
+    def _check(flagged: int, stream: int, payload: bytes) -> None:
+        kind = flagged & ~END
+        if kind not in KIND_NAMES:
+            raise ProtocolError(f'a frame of unknown kind {kind}')
+        if flagged & END and kind not in (OPEN, DATA):
+            raise ProtocolError(f'END on {KIND_NAMES[kind]}')
+        if flagged == DATA and not payload:
+            raise ProtocolError('DATA without bytes and without END')
+        if len(payload) != FIXED_LENGTHS.get(kind, len(payload)):
+            raise ProtocolError(f'{KIND_NAMES[kind]} of {len(payload)} bytes')
+        if kind in (RESET, GOAWAY) and len(payload) < 2:
+            raise ProtocolError(f'{KIND_NAMES[kind]} without a code')
+        if (stream == 0) != (kind in (PING, PONG, GOAWAY)) and (kind, stream) != (CREDIT, 0):
+            raise ProtocolError(f'{KIND_NAMES[kind]} on stream {stream}')
+
+
+# ------------------------------------------------------------------------------------------------
+# 3. Credit
+#
+# How much may be under way on a stream.  Knows no sockets, no clocks; callers bring the time.
+#
+# The receiver promises a window.  The sender never has more under way than was promised.  What has
+# been read is promised again (CREDIT), half a window at a time.  The window doubles when a full one
+# was drained within two round trips, since then the window itself is what limits the speed; it
+# halves when a full one took longer than sixteen, by promising less than was read.  So a path that
+# is long and fast gets large windows, and a reader who stalls keeps a small one.  All growth comes
+# from a budget of the session and one of the process; with those used up, windows stay as they are.
+# ------------------------------------------------------------------------------------------------
+
+MAX_CREDIT = 1 << 31
+
+
+class Budget:
+    """Bytes that may be promised; what is taken here is taken from the parent too."""
+    __slots__ = ('limit', 'used', '_parent')
+
+    def __init__(self, limit: int, parent: Optional[Budget] = None) -> None:
+        self.limit, self.used, self._parent = limit, 0, parent
+
+    def take(self, n: int) -> bool:
+        """Take N bytes, or nothing and say False."""
+        if self.used + n > self.limit or (self._parent and not self._parent.take(n)):
+            return False
+        self.used += n
+        return True
+
+    def give(self, n: int) -> None:
+        """Bring back N bytes that were taken."""
+        self.used -= n
+        if self._parent:
+            self._parent.give(n)
+
+    @property
+    def scarce(self) -> bool:
+        """Is half of it, or of the parent's, promised?"""
+        return self.used * 2 >= self.limit or bool(self._parent and self._parent.scarce)
+
+
+class ReceiveWindow:
+    """What this side lets the other send on one stream.
+
+    Invariant: `_promised` (may still arrive) + unread + `_read` (not yet promised again) = `size`.
+    """
+    __slots__ = ('size', '_floor', '_budget', '_promised', '_read', '_drained', '_since')
+
+    def __init__(self, size: int, budget: Budget) -> None:
+        self.size = self._floor = self._promised = size
+        self._budget = budget
+        self._read = self._drained = 0
+        self._since = 0.0
+
+    def arrived(self, n: int) -> None:
+        """N bytes came.  Raises ProtocolError where they were not promised."""
+        self._promised -= n
+        if self._promised < 0:
+            raise ProtocolError('more bytes than the credit')
+
+    def consumed(self, n: int, now: float, round_trip: float) -> int:
+        """N bytes were read: how many to promise anew, 0 for not yet."""
+        self._read += n
+        self._drained += n
+        if self._read * 2 < self.size:
+            return 0
+        if self._drained >= self.size:
+            self._adapt(now - self._since, round_trip)
+            self._drained, self._since = 0, now
+        credit = max(0, self._read)
+        self._read -= credit
+        self._promised += credit
+        return credit
+
+    def _adapt(self, took: float, round_trip: float) -> None:
+        if took <= 2 * round_trip:
+            if self.size * 2 <= MAX_WINDOW and self._budget.take(self.size):
+                self._read += self.size
+                self.size *= 2
+        elif took > 16 * round_trip and self.size >= 2 * self._floor:
+            self.size //= 2
+            self._read -= self.size
+            self._budget.give(self.size)
+
+    def close(self) -> None:
+        """Bring the window back to the budget; once."""
+        self._budget.give(self.size)
+        self.size = 0
+
+
+# ------------------------------------------------------------------------------------------------
+# 4. Byte streams
+#
+# One shape of stream, `read, write, write_eof, reset`, which sockets and tunnel streams share, so
+# that everything above copies from any to any.  Knows no frames and no HTTP.
+#
+# Backpressure is in `await write()` alone: it returns when there is room for more.
+# What arrives runs the task that waits for it at once (Signal), not in the next turn of the loop.
+# ------------------------------------------------------------------------------------------------
+
+class Signal:
+    """Where one task waits until something happens; used again and again.
+
+    A Future-like object (asyncio.isfuture), made for two reasons: `set` runs the waiting task
+    inside the callback that brings the news, where a Future takes one more turn of the loop with
+    its system call; and a wait needs no new object.  A wait may end early: waiters loop.
+    """
+    __slots__ = ('_asyncio_future_blocking', '_loop', '_resume', '_error', 'deadline')
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._asyncio_future_blocking = False
+        self._loop = loop
+        self._resume: Optional[Callable[[Signal], object]] = None
+        self._error: Optional[BaseException] = None
+        self.deadline = NEVER       # when the sweep ends the wait with Overdue
+
+    def __await__(self) -> Generator[Signal, None, None]:
+        self._asyncio_future_blocking = True
+        yield self
+
+    def set(self) -> None:
+        """Wake the task that waits here, if one does."""
+        resume = self._resume
+        if resume is None:
+            return
+        if asyncio.current_task(self._loop) is not None:
+            self._loop.call_soon(self.set)      # one task can't run inside another
+            return
+        self._resume, self.deadline = None, NEVER
+        resume(self)
+
+    def sweep(self, now: float) -> None:
+        """End the wait when its deadline has passed."""
+        if now >= self.deadline and self._resume is not None:
+            self._error = Overdue('nothing happened in time')
+            self.set()
+
+    # What follows is asyncio's: Task calls it.
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        return self._loop
+
+    def add_done_callback(self, callback: Callable[[Signal], object], *,
+                          context: Any = None) -> None:
+        self._resume = callback
+
+    def result(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def cancel(self, msg: Any = None) -> bool:
+        self._error = asyncio.CancelledError()
+        self._loop.call_soon(self.set)
+        return True
+
+
+class Reactor:
+    """What the byte streams of one event loop share: a read buffer, the deadlines, the tasks."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.now = loop.time
+        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
+        self._tasks: Set[asyncio.Task[Any]] = set()
+        self._mark = (loop.time(), time.time())
+        self._timer = loop.call_later(SWEEP, self._sweep)
+
+    def _sweep(self) -> None:
+        now, wall = self.now(), time.time()
+        woke_up = wall - self._mark[1] - (now - self._mark[0]) > WOKE_UP
+        self._mark = now, wall
+        for member in tuple(self.swept):
+            member.sweep(now, woke_up)
+        self._timer = self.loop.call_later(SWEEP, self._sweep)
+
+    def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
+        """Start a task and hold it until it ends."""
+        task = self.loop.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+        return task
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            self.loop.call_exception_handler(
+                {'message': 'a task failed', 'exception': task.exception(), 'task': task})
+
+    async def close(self) -> None:
+        """End all tasks, and the sweep."""
+        self._timer.cancel()
+        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._timer.cancel()
+
+
+class ByteStream:
+    """The reading half that all streams share, and the shape of the writing half.
+
+    Only one task reads and only one writes.  Attributes: `size` (bytes unread), `ended` (nothing
+    more arrives), `error` (why the stream is broken), `idle` (seconds that a wait may last).
+    """
+    __slots__ = ('reactor', 'size', 'ended', 'error', 'idle', '_chunks', '_readable', '_writable')
+
+    def __init__(self, reactor: Reactor) -> None:
+        self.reactor = reactor
+        self.size = 0
+        self.ended = False
+        self.error: Optional[LocaltunnelError] = None
+        self.idle = BODY_IDLE
+        self._chunks: Deque[bytes] = collections.deque()
+        self._readable = Signal(reactor.loop)
+        self._writable = Signal(reactor.loop)
+
+    # The side that brings the bytes.
+
+    def feed(self, data: bytes) -> None:
+        """DATA arrived."""
+        self._chunks.append(data)
+        self.size += len(data)
+        self._readable.set()
+
+    def feed_eof(self) -> None:
+        """Nothing more will arrive."""
+        self.ended = True
+        self._readable.set()
+
+    def fail(self, error: LocaltunnelError) -> None:
+        """The stream broke; what had arrived can still be read."""
+        if self.error is None:
+            self.error = error
+        self._readable.set()
+        self._writable.set()
+
+    # The side that reads.
+
+    async def more(self, timeout: Optional[float] = None) -> bool:
+        """Wait until more is unread than now; False when nothing more will come.
+
+        Raises what broke the stream, or Overdue.
+        """
+        size = self.size
+        deadline = self.reactor.now() + (self.idle if timeout is None else timeout)
+        while self.size == size:
+            if self.ended:
+                return False
+            if self.error is not None:
+                raise self.error
+            self._readable.deadline = deadline
+            await self._readable
+        return True
+
+    def take(self, limit: int) -> bytes:
+        """Bytes that are here, at most LIMIT; b'' where there are none."""
+        if not self.size:
+            return b''
+        chunk = self._chunks.popleft()
+        if len(chunk) > limit:
+            self._chunks.appendleft(chunk[limit:])
+            chunk = chunk[:limit]
+        self.size -= len(chunk)
+        self.consumed(len(chunk))
+        return chunk
+
+    async def read(self, limit: int = READ_SIZE) -> bytes:
+        """The next bytes, at most LIMIT; b'' at the end."""
+        if not self.size and not await self.more():
+            return b''
+        return self.take(limit)
+
+    def peek(self) -> bytes:
+        """All that is unread, still unread."""
+        if len(self._chunks) > 1:
+            whole = b''.join(self._chunks)
+            self._chunks.clear()
+            self._chunks.append(whole)
+        return self._chunks[0] if self._chunks else b''
+
+    def take_line(self, limit: int) -> Optional[bytes]:
+        """The next line with its LF, or None where it is not here.  BadHttp over LIMIT bytes."""
+        if not self.size:
+            return None
+        at = self._chunks[0].find(b'\n', 0, limit)
+        if at < 0:
+            at = self.peek().find(b'\n', 0, limit)
+        if at >= 0:
+            return self.take(at + 1)
+        if self.size >= limit:
+            raise BadHttp(400, f'a line of more than {limit} bytes')
+        return None
+
+    def consumed(self, n: int) -> None:
+        """N bytes were read: room for others."""
+
+    # The side that writes.
+
+    async def write(self, data: Buffer, end: bool = False) -> None:
+        """Send DATA, and with END nothing after it; returns when there is room for more."""
+        raise NotImplementedError
+
+    async def write_eof(self) -> None:
+        """Half close: nothing more is sent, reading goes on."""
+        raise NotImplementedError
+
+    def reset(self, code: int, text: str) -> None:
+        """End both directions at once, so that the other side sees that it was no clean end."""
+        raise NotImplementedError
+
+
+class Connection(ByteStream, asyncio.BufferedProtocol):
+    """One socket, with or without TLS."""
+    __slots__ = ('transport', 'arrived', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
+                 'secure', 'silent', '_paused', '_close_by', '__weakref__')
+
+    def __init__(self, reactor: Reactor,
+                 arrived: Optional[Callable[[Connection], None]] = None) -> None:
+        super().__init__(reactor)
+        self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
+        self.arrived = arrived
+        self.receiver: Optional[Callable[[memoryview], None]] = None    # takes all bytes instead
+        self.on_gone: Optional[Callable[[], None]] = None
+        self.on_eof: Optional[Callable[[], None]] = None
+        self.on_room: Optional[Callable[[], None]] = None
+        self.choked = False         # is more written than the kernel takes?
+        self.secure = False
+        self.silent = True          # has no byte arrived yet?
+        self._paused = False
+        self._close_by = NEVER
+
+    def __repr__(self) -> str:
+        return f'<Connection {self.peer}>'
+
+    @property
+    def peer(self) -> str:
+        """The other side's address; '' for a Unix socket."""
+        name = self.transport.get_extra_info('peername') if self.transport else None
+        return str(name[0]) if isinstance(name, tuple) and name else ''
+
+    # asyncio's transport calls these.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport      # type: ignore[assignment]
+        self.secure = transport.get_extra_info('ssl_object') is not None
+        sock = transport.get_extra_info('socket')
+        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
+        self.reactor.swept.add(self)
+        if self.arrived:
+            self.arrived(self)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self.reactor.buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.silent = False
+        if self.receiver is not None:
+            self.receiver(self.reactor.buffer[:nbytes])
+            return
+        self.feed(bytes(self.reactor.buffer[:nbytes]))
+        if self.size > UNREAD_HIGH and not self._paused and not self.transport.is_closing():
+            self._paused = True
+            self.transport.pause_reading()
+
+    def eof_received(self) -> bool:
+        self.feed_eof()
+        if self.on_eof:
+            self.on_eof()
+        return not self.secure      # TLS has no half close in asyncio: there it is the end
+
+    def connection_lost(self, exc: Optional[BaseException]) -> None:
+        self.reactor.swept.discard(self)
+        self.choked = False
+        self.fail(Disconnected(f'the connection broke: {exc}' if exc else 'the connection ended'))
+        if self.on_gone:
+            self.on_gone()
+
+    def pause_writing(self) -> None:
+        self.choked = True
+
+    def resume_writing(self) -> None:
+        self.choked = False
+        self._writable.set()
+        if self.on_room:
+            self.on_room()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Look at the deadlines; the reactor calls this now and then."""
+        self._readable.sweep(now)
+        self._writable.sweep(now)
+        if now >= self._close_by:
+            self.transport.abort()
+        elif self._paused:      # a transport that does not read sees no reset
+            sock = self.transport.get_extra_info('socket')
+            if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                self.transport.abort()
+
+    # ByteStream's side.
+
+    def consumed(self, n: int) -> None:
+        if self._paused and self.size <= UNREAD_HIGH // 2:
+            self._paused = False
+            if not self.transport.is_closing():
+                self.transport.resume_reading()
+
+    async def write(self, data: Buffer, end: bool = False) -> None:
+        if self.error is not None:
+            raise self.error
+        self.transport.write(data)
+        while self.choked:
+            self._writable.deadline = self.reactor.now() + self.idle
+            await self._writable
+            if self.error is not None:
+                raise self.error
+        if end:
+            await self.write_eof()
+
+    async def write_eof(self) -> None:
+        """Half close; on TLS, which can't, the connection is closed."""
+        if self.error is not None:
+            raise self.error
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        else:
+            self.close()
+
+    def reset(self, code: int, text: str) -> None:
+        sock = self.transport.get_extra_info('socket')
+        if sock is not None and sock.family != getattr(socket, 'AF_UNIX', None):
+            try:        # zero seconds of linger: what goes out is RST, not FIN
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            except OSError:
+                pass        # it is closed already
+        self.transport.abort()
+
+    def close(self) -> None:
+        """Close once all that was written has left, and by force after CLOSE_TIMEOUT."""
+        if not self.transport.is_closing():
+            self._close_by = self.reactor.now() + CLOSE_TIMEOUT
+            self.transport.close()
+
+    async def linger(self) -> None:
+        """Close so that an answer to a peer that still sends arrives.
+
+        Closing at once would answer what it sends with RST, which destroys what is in flight.
+        """
+        try:
+            if self.transport.can_write_eof():
+                self.transport.write_eof()
+            deadline, discarded = self.reactor.now() + LINGER, 0
+            while discarded < DISCARDED and self.reactor.now() < deadline:
+                if not self.size and not await self.more(deadline - self.reactor.now()):
+                    break
+                discarded += len(self.take(READ_SIZE))
+        except (LocaltunnelError, OSError):
+            pass        # it is gone, or was not in time
+        self.close()
+
+
+async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:
+    """Run two coroutines at the same time; when one fails, end the other and raise."""
+    tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def end_task(task: asyncio.Task[Any]) -> None:
+    """Cancel TASK and wait until it has ended."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def pipe(source: ByteStream, sink: ByteStream) -> None:
+    """Copy bytes from SOURCE to SINK until they end, and hand on the end."""
+    while True:
+        data = await source.read()
+        if not data:
+            return await sink.write_eof()
+        await sink.write(data)
+
+
+async def join(left: ByteStream, right: ByteStream) -> None:
+    """Make two streams one conversation: bytes, half closes and resets pass both ways."""
+    left.idle = right.idle = NEVER      # a WebSocket may be silent for days
+    try:
+        await both(pipe(left, right), pipe(right, left))
+    except (LocaltunnelError, OSError) as e:
+        left.reset(CANCELLED, str(e))
+        right.reset(CANCELLED, str(e))
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Session
+#
+# Streams over one connection at a time.  Knows no HTTP, no names, no TLS.
+#
+# The reader never waits: frames go from the socket straight into their streams, and what they cause
+# (PONG, CREDIT, RESET) is merged and bounded.  All of a loop turn leaves in one write, control
+# frames first.  Streams write in turn, 64 KiB each; who finds no room stands in line.
+#
+# A session survives its connection: each side keeps what the other has not acknowledged (the counts
+# in PING and PONG), and a new connection goes on at the byte where the other side stopped counting.
+# ------------------------------------------------------------------------------------------------
+
+class Stream(ByteStream):
+    """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
+    __slots__ = ('session', 'id', 'credit', 'window', 'granted', 'on_gone', '_end_sent', '_closed')
+
+    def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
+        super().__init__(session.reactor)
+        self.session, self.window, self.credit, self.id = session, window, credit, id
+        self.granted = False        # is it this stream's turn to write?
+        self.on_gone: Optional[Callable[[], None]] = None
+        self._end_sent = self._closed = False
+
+    def __repr__(self) -> str:
+        return f'<Stream {self.id}>'
+
+    async def write(self, data: Buffer, end: bool = False) -> None:
+        rest = data
+        while True:
+            if self.error is not None:
+                raise self.error
+            n = min(len(rest), MAX_PAYLOAD, self.credit)
+            if not n and rest:
+                pass                                    # CREDIT will wake us
+            elif self.session.has_room(self):
+                if n == len(rest):
+                    return self._send(rest, end)
+                self._send(rest[:n], False)
+                rest = memoryview(rest)[n:]
+                continue
+            else:
+                self.session.stand_in_line(self)
+            self._writable.deadline = self.reactor.now() + self.idle
+            await self._writable
+
+    async def write_eof(self) -> None:
+        if not self._end_sent:
+            await self.write(b'', end=True)
+
+    def _send(self, data: Buffer, end: bool) -> None:
+        if self.id:
+            kind = DATA
+        else:
+            kind, self.id = OPEN, self.session.number(self)
+        if not end and kind == DATA and not data:
+            return
+        self.credit -= len(data)
+        self.session.send(kind | END if end else kind, self.id, data)
+        if end:
+            self._end_sent = True
+            if self.ended:
+                self.session.forget(self)
+
+    def reset(self, code: int, text: str) -> None:
+        if self.error is None and not (self._end_sent and self.ended):
+            self.session.send_reset(self, code, text)
+            self.fail(StreamReset(code, text))
+
+    def close(self) -> None:
+        """Give everything back; a stream that is not over is reset."""
+        if not self._closed:
+            self._closed = True
+            self.reset(DONE, 'done')
+            self.on_gone = None
+            self.window.close()
+
+    def consumed(self, n: int) -> None:
+        if not self.ended and not self._closed:
+            credit = self.window.consumed(n, self.reactor.now(), self.session.round_trip)
+            if credit:
+                self.session.send_credit(self, credit)
+
+    # What the session brings.
+
+    def data_arrived(self, data: bytes, end: bool) -> None:
+        """DATA or OPEN.  Raises ProtocolError."""
+        if self.ended:
+            raise ProtocolError('bytes after END')
+        if end:
+            self.ended = True
+            if self._end_sent:
+                self.session.forget(self)
+        if data:
+            self.window.arrived(len(data))
+            self.feed(data)
+        elif end:
+            self._readable.set()
+
+    def credit_arrived(self, n: int) -> None:
+        """CREDIT.  Raises ProtocolError."""
+        self.credit += n
+        if self.credit > MAX_CREDIT:
+            raise ProtocolError('credit without bound')
+        self._writable.set()
+
+    def over(self, error: LocaltunnelError) -> None:
+        """RESET, or the session ended.  An answer that has come whole stays readable."""
+        self.session.forget(self)
+        self.fail(error)
+        if self.on_gone:
+            self.on_gone()
+
+
+class Session:
+    """Streams over a connection that may be replaced.
+
+    The owner passes in what is to happen: `on_open(stream)` for a stream of the other side,
+    `on_detached()` when the connection ended, `on_goaway()`, and `on_closed()` at the end of all.
+    """
+
+    def __init__(self, reactor: Reactor, budget: Optional[Budget] = None,
+                 on_open: Optional[Callable[[Stream], None]] = None) -> None:
+        self.reactor = reactor
+        self.connection: Optional[Connection] = None
+        self.streams: Dict[int, Stream] = {}
+        self.round_trip = 0.1       # seconds, until measured
+        self.received = 0           # bytes of frames
+        self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
+        self.leaving = False        # have we said it?
+        self.error: Optional[LocaltunnelError] = None       # why it is over
+        self.detached_at = NEVER
+        self.on_open = on_open
+        self.on_detached: Callable[[], None] = self._nothing
+        self.on_goaway: Callable[[], None] = self._nothing
+        self.on_closed: Callable[[], None] = self._nothing
+        self.trace: Optional[Callable[[str, int, int, int], None]] = None
+        self.pings = on_open is not None        # the client's side keeps the session alive
+        self._budget = Budget(SESSION_BUDGET, budget)
+        self._their_window = self._our_window = INITIAL_CREDIT
+        self._last_id = 0
+        self._decoder = Decoder()
+        self._out: List[Buffer] = []            # this turn's frames
+        self._out_size = 0
+        self._flushing = False
+        self._credits: Dict[int, int] = {}      # merged, to be sent first
+        self._resets: Dict[int, bytes] = {}
+        self._control_size = 0
+        self._pong_due = False
+        self._line: Deque[Stream] = collections.deque()     # streams that wait for their turn
+        self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
+        self._sent = self._acknowledged = self._asked_at = 0
+        self._heard = self._moved = reactor.now()
+        self._pending = 0           # bytes written that the kernel had not taken at the last sweep
+        self._pinged = NEVER
+        reactor.swept.add(self)
+
+    def _nothing(self) -> None:
+        pass
+
+    # Streams.
+
+    def open(self) -> Optional[Stream]:
+        """A new stream to the other side, or None when there are too many."""
+        if len(self.streams) >= MAX_STREAMS:
+            return None
+        size = SMALL_CREDIT if self._budget.scarce else INITIAL_CREDIT
+        if not self._budget.take(size):
+            return None
+        if size != self._our_window:
+            self._our_window = size
+            self.send(CREDIT, 0, U32.pack(size))
+        return Stream(self, ReceiveWindow(size, self._budget), INITIAL_CREDIT)
+
+    @property
+    def usable(self) -> bool:
+        """Can a new stream be opened here?"""
+        return self.error is None and self.goaway is None and not self.leaving
+
+    def number(self, stream: Stream) -> int:
+        """The id of a stream that is about to be opened."""
+        self._last_id += 1
+        self.streams[self._last_id] = stream
+        return self._last_id
+
+    def forget(self, stream: Stream) -> None:
+        """STREAM is over both ways."""
+        self.streams.pop(stream.id, None)
+        self._credits.pop(stream.id, None)
+        if not self.streams and not self.usable:
+            self._schedule()        # it closes when all has left
+
+    # Frames out.
+
+    def has_room(self, stream: Stream) -> bool:
+        """May STREAM send a frame now?"""
+        if not self._room() or (self._line and not stream.granted):
+            return False
+        stream.granted = False
+        return True
+
+    def _room(self) -> bool:
+        return (self._out_size < BATCH and self.connection is not None
+                and not self.connection.choked and self._sent - self._acknowledged < KEPT_FOR_RESUME)
+
+    def stand_in_line(self, stream: Stream) -> None:
+        """STREAM will be woken when it is its turn."""
+        if stream not in self._line:
+            self._line.append(stream)
+
+    def send(self, kind: int, stream: int, payload: Buffer = b'') -> None:
+        """Queue one frame; it leaves at the end of this turn of the loop."""
+        self._out.append(FRAME_HEADER.pack(kind << 24 | len(payload), stream))
+        if payload:
+            self._out.append(payload)
+        self._out_size += 8 + len(payload)
+        if self.trace:
+            self.trace('->', kind, stream, len(payload))
+        self._schedule()
+
+    def send_credit(self, stream: Stream, n: int) -> None:
+        """Promise N bytes more."""
+        self._credits[stream.id] = self._credits.get(stream.id, 0) + n
+        self._schedule()
+
+    def send_reset(self, stream: Stream, code: int, text: str) -> None:
+        """End STREAM both ways."""
+        if stream.id:
+            payload = encode_reason(code, text)
+            self._resets[stream.id] = payload
+            self._control_size += len(payload) + 8
+            self._schedule()
+        self.forget(stream)
+
+    def _schedule(self) -> None:
+        if not self._flushing:
+            self._flushing = True
+            self.reactor.loop.call_soon(self._flush)
+
+    def _flush(self) -> None:
+        """Write all that is queued, then let those in line write more."""
+        self._flushing = False
+        while self.connection is not None and not self.connection.choked:
+            self._take_control()
+            if not self._out:
+                break
+            data = b''.join(self._out)
+            self._out.clear()
+            self._out_size = 0
+            self._kept.append(data)
+            self._sent += len(data)
+            self.connection.transport.write(data)
+            if self._sent - self._asked_at >= ACKNOWLEDGE_EVERY and self._pinged == NEVER:
+                self._ping()
+            self._next_in_line()
+        if not (self.streams or self._out or self.usable):
+            self.close()
+
+    def _take_control(self) -> None:
+        """Put what was merged in front of this turn's frames, but RESET behind them."""
+        control: List[Buffer] = []
+        if self._pong_due:
+            self._pong_due = False
+            control.append(encode_frame(PONG, 0, U64.pack(self.received)))
+        for id, n in self._credits.items():
+            control.append(encode_frame(CREDIT, id, U32.pack(n)))
+        self._credits.clear()
+        if control:
+            self._out[:0] = control
+        for id, payload in self._resets.items():
+            self._out.append(encode_frame(RESET, id, payload))
+        self._resets.clear()
+        self._control_size = 0
+
+    def _next_in_line(self) -> None:
+        for _ in range(len(self._line)):
+            if not self._room() or not self._line:
+                break
+            stream = self._line.popleft()
+            stream.granted = True
+            stream._writable.set()
+
+    # Frames in.
+
+    def _receive(self, data: memoryview) -> None:
+        self._heard = self.reactor.now()
+        self.received += len(data)
+        self._flushing = True       # what this read causes leaves at its end
+        try:
+            for kind, id, payload in self._decoder.feed(data):
+                if self.error is not None:
+                    return
+                if self.trace:
+                    self.trace('<-', kind, id, len(payload))
+                self._dispatch(kind, id, payload)
+            self._flush()
+            if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
+                raise ProtocolError('answers pile up and are not read')
+        except ProtocolError as e:
+            self._break(e)
+
+    def _dispatch(self, kind: int, id: int, payload: bytes) -> None:
+        if kind & ~END == DATA:
+            stream = self._find(id)
+            if stream:
+                stream.data_arrived(payload, kind & END != 0)
+        elif kind & ~END == OPEN:
+            self._opened(id, payload, kind & END != 0)
+        elif kind == CREDIT:
+            n = U32.unpack(payload)[0]
+            if id == 0:
+                self._their_window = min(n, INITIAL_CREDIT)
+                return
+            stream = self._find(id)
+            if stream:
+                stream.credit_arrived(n)
+        elif kind == RESET:
+            stream = self._find(id)
+            if stream:
+                stream.over(StreamReset(*decode_reason(payload)))
+        elif kind == GOAWAY:
+            self._goaway_arrived(*decode_reason(payload))
+        else:
+            self._acknowledge(U64.unpack(payload)[0])
+            if kind == PING:
+                self._pong_due = True
+                self._schedule()
+            elif self._pinged != NEVER:
+                self.round_trip, self._pinged = self._heard - self._pinged, NEVER
+
+    def _find(self, id: int) -> Optional[Stream]:
+        if id > self._last_id:
+            raise ProtocolError(f'a frame for stream {id}, which was never opened')
+        return self.streams.get(id)
+
+    def _opened(self, id: int, payload: bytes, end: bool) -> None:
+        if self.on_open is None or id != self._last_id + 1:
+            raise ProtocolError(f'OPEN of stream {id}')
+        self._last_id = id
+        window = ReceiveWindow(INITIAL_CREDIT, self._budget)
+        stream = Stream(self, window, self._their_window, id)
+        self.streams[id] = stream
+        if len(self.streams) > MAX_STREAMS or not self._budget.take(INITIAL_CREDIT):
+            window.size = 0
+            return stream.reset(OVERLOADED, 'too many streams')
+        stream.data_arrived(payload, end)
+        self.on_open(stream)
+
+    def _acknowledge(self, n: int) -> None:
+        if n > self._sent:
+            raise ProtocolError('more acknowledged than was sent')
+        had_room = self._room()
+        while self._kept and self._acknowledged + len(self._kept[0]) <= n:
+            self._acknowledged += len(self._kept.popleft())
+        if not had_room:
+            self._schedule()
+
+    def _goaway_arrived(self, code: int, text: str) -> None:
+        if self.goaway is None:
+            self.goaway = code, text
+            self._schedule()
+            self.on_goaway()
+
+    # The connection: attached, lost, replaced.
+
+    def attach(self, connection: Connection, theirs: int = 0) -> None:
+        """Go on over CONNECTION; the other side has received THEIRS bytes of frames."""
+        self._acknowledge(theirs)
+        self.connection = connection
+        connection.receiver, connection.on_gone = self._receive, self._lost
+        connection.on_eof, connection.on_room = self._lost, self._flush
+        self._heard = self._moved = self.reactor.now()
+        self._pinged = self.detached_at = NEVER
+        skip = theirs - self._acknowledged
+        for data in self._kept:
+            connection.transport.write(data[skip:])
+            skip = 0
+        rest = connection.take(sys.maxsize)
+        while rest:
+            self._receive(memoryview(rest))
+            rest = connection.take(sys.maxsize)
+        self._ping()
+        self._next_in_line()
+
+    def can_resume(self, theirs: int) -> bool:
+        """Is what follows byte THEIRS still here?"""
+        return self.error is None and self._acknowledged <= theirs <= self._sent
+
+    def detach(self) -> None:
+        """Give the connection up, as one that broke."""
+        if self.connection is not None:
+            connection, self.connection = self.connection, None
+            connection.receiver = connection.on_gone = None
+            connection.on_eof = connection.on_room = None
+            connection.reset(CANCELLED, 'given up')
+            self.detached_at = self.reactor.now()
+
+    def _lost(self) -> None:
+        if self.connection is not None:
+            self.detach()
+            if self.goaway is not None or self.leaving:
+                self.end(Disconnected('the session ended'))
+            else:
+                self.on_detached()
+
+    def _ping(self) -> None:
+        self._pinged = self.reactor.now()
+        self._asked_at = self._sent
+        self.send(PING, 0, U64.pack(self.received))
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Liveness: ping when nothing was heard, give the connection up when nothing answers."""
+        if self.connection is None:
+            return
+        for stream in [*self.streams.values(), *self._line]:
+            stream._readable.sweep(now)
+            stream._writable.sweep(now)
+        pending = self.connection.transport.get_write_buffer_size()
+        if pending != self._pending:
+            self._pending, self._moved = pending, now
+        if pending and now - self._moved > STALLED_SESSION:
+            self._give_up(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
+        elif self.pings and self._pinged != NEVER and now - max(self._pinged, self._heard) > PONG_WITHIN:
+            self._give_up(f'no answer to a ping in {PONG_WITHIN:.0f} s')
+        elif self.pings and self._pinged == NEVER and (woke_up or now - self._heard > PING_AFTER):
+            self._ping()
+        elif now - self._heard > SILENT_SESSION:
+            self._give_up(f'nothing was heard in {SILENT_SESSION:.0f} s')
+
+    def _give_up(self, why: str) -> None:
+        self.detach()
+        if self.leaving:
+            self.end(Disconnected(why))
+        else:
+            self.on_detached()
+
+    # The end.
+
+    def leave(self, code: int, text: str) -> None:
+        """Say GOAWAY; the session closes when its streams are over."""
+        if self.error is None and not self.leaving:
+            self.leaving = True
+            self.send(GOAWAY, 0, encode_reason(code, text))
+
+    def _break(self, error: ProtocolError) -> None:
+        self.leave(PROTOCOL_BROKEN, str(error))
+        self._flush()
+        self.end(error)
+
+    def close(self) -> None:
+        """Close the connection so that all that was written arrives."""
+        if self.connection is not None and self.connection.receiver is not None:
+            self.connection.receiver = self.connection.on_eof = None
+            self.reactor.spawn(self.connection.linger())
+
+    def end(self, error: LocaltunnelError) -> None:
+        """It is over: what still runs is told so.  Happens once."""
+        if self.error is not None:
+            return
+        self.error = error
+        self.reactor.swept.discard(self)
+        self.close()
+        lost = StreamReset(SESSION_LOST, str(error))
+        for stream in tuple(self.streams.values()):
+            stream.over(lost)
+        self._kept.clear()
+        self.on_closed()
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. HTTP/1.1
+#
+# RFC 9110 and 9112, strictly: what could be read in two ways is refused, never repaired.  First the
+# pure part: heads, body framing, forwarding, pages; then a thin shell that reads and copies.
+#
+# A head keeps its lines as they came, in order, case and bytes.  Of their meaning only what decides
+# something here is looked at (KNOWN).  The length of a body is a number, or one of two words:
+# ------------------------------------------------------------------------------------------------
+
+CHUNKED, UNTIL_CLOSE = -1, -2
+
+_TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_FIELDS = rb'((?:' + _TOKEN + rb':[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n'
+_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n' + _FIELDS)
+_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: [^\x00-\x08\x0a-\x1f\x7f]*)?)\r\n'
+                       + _FIELDS)
+_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9])\.([0-9])\r\n')
+_TRAILERS = re.compile(_FIELDS)
+_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n')
+_BARE_LF = re.compile(rb'(?:^|[^\r])\n')
+_LENGTH = re.compile(rb'[0-9]{1,18}')
+_HOST = re.compile(rb'(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?')
+_ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
+_X_FORWARDED = re.compile(rb'x[-_]forwarded[-_]|forwarded$')
+
+KNOWN = frozenset((
+    b'host', b'content-length', b'transfer-encoding', b'connection', b'upgrade', b'expect', b'te',
+    b'keep-alive', b'proxy-connection', b'via', b'accept', b'authorization', b'origin', b'referer',
+    b'forwarded', b'localtunnel-hello', b'localtunnel-welcome', b'location', b'set-cookie',
+    b'access-control-allow-origin', b'content-type'))
+
+# These belong to one hop (RFC 9110 7.6.1).
+HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
+                        b'transfer-encoding'))
+# A Connection that names one of these would take away what routing and framing rest on.
+NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
+IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
+
+
+class Head:
+    """What requests and responses share: `lines` of header fields and the known `fields`.
+
+    `fields` has names in lower case; a field that came twice is joined with a comma (RFC 9110 5.3),
+    `minor` is the 1 or 0 of the version.
+    """
+    __slots__ = ('minor', 'lines', 'fields')
+
+    def __init__(self, minor: bytes, block: bytes) -> None:
+        self.minor = minor
+        self.lines = block.split(b'\r\n')
+        self.lines.pop()
+        fields: Dict[bytes, bytes] = {}
+        for line in self.lines:
+            name = line[:line.index(b':')].lower()
+            if name in KNOWN or (name[:1] == b'x' and _X_FORWARDED.match(name)):
+                value = line[len(name) + 1:].strip(b' \t')
+                fields[name] = fields[name] + b', ' + value if name in fields else value
+        self.fields = fields
+        if len(self.lines) > MAX_FIELDS:
+            raise BadHttp(431, f'more than {MAX_FIELDS} header fields')
+
+    def get(self, name: bytes) -> bytes:
+        """The value of a known field; b'' where there is none."""
+        return self.fields.get(name, b'')
+
+    def has_token(self, name: bytes, token: bytes) -> bool:
+        """Does the list in field NAME hold TOKEN, in lower case?"""
+        value = self.fields.get(name)
+        return value is not None and token in [t.strip() for t in value.lower().split(b',')]
+
+    @property
+    def keep_alive(self) -> bool:
+        """Does the sender want to use the connection again?"""
+        if self.minor == b'1':
+            return b'connection' not in self.fields or not self.has_token(b'connection', b'close')
+        return self.has_token(b'connection', b'keep-alive')
+
+    def hop_by_hop(self) -> Set[bytes]:
+        """Names of the fields here that must not go on.  Raises BadHttp."""
+        names = HOP_BY_HOP.intersection(self.fields)
+        found = set(names)
+        if b'connection' in names:
+            for token in self.fields[b'connection'].lower().split(b','):
+                token = token.strip()
+                if NOT_NOMINATED.match(token):
+                    raise BadHttp(400, f'Connection names {token.decode()}')
+                found.add(token)
+        return found
+
+    def lines_without(self, names: Iterable[bytes]) -> List[bytes]:
+        """The lines but those of NAMES."""
+        drop = frozenset(names)
+        if not drop:
+            return self.lines
+        return [line for line in self.lines if line[:line.index(b':')].lower() not in drop]
+
+
+class Request(Head):
+    """A request head.  `target` is in origin form or '*', `host` is its Host in lower case."""
+    __slots__ = ('method', 'target', 'host')
+
+    def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
+        super().__init__(minor, block)
+        self.method, self.target = method, target
+        self.host = self.get(b'host').lower()
+        if not _HOST.fullmatch(self.host):
+            if minor == b'1' or b'host' in self.fields:
+                raise BadHttp(400, 'Host is missing, malformed or there twice')
+        if target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
+            self._from_absolute_form()
+
+    def _from_absolute_form(self) -> None:
+        if self.method == b'CONNECT':
+            raise BadHttp(501, 'CONNECT is for proxies; this is a server')
+        match = _ABSOLUTE.fullmatch(self.target)
+        if not match or match.group(1).lower() not in (b'http', b'https'):
+            raise BadHttp(400, 'the request target is no path and no http URL')
+        if match.group(2).lower() != self.host:
+            raise BadHttp(400, 'the request target and Host name different hosts')
+        self.target = match.group(3)
+        if self.target[:1] != b'/':
+            self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
+
+    @property
+    def upgrade(self) -> bytes:
+        """The protocol that the sender would like to change to; b'' for none (RFC 9110 7.8)."""
+        if self.minor == b'1' and self.has_token(b'connection', b'upgrade'):
+            return self.get(b'upgrade')
+        return b''
+
+    def body_length(self) -> int:
+        """Bytes, or CHUNKED.  Raises BadHttp (RFC 9112 6.3)."""
+        if b'transfer-encoding' in self.fields:
+            return chunked_only(self)
+        return content_length(self) if b'content-length' in self.fields else 0
+
+
+class Response(Head):
+    """A response head; `reason` has its leading space, or is empty."""
+    __slots__ = ('status', 'reason')
+
+    def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
+        super().__init__(minor, block)
+        self.status, self.reason = int(status), reason
+
+    @property
+    def interim(self) -> bool:
+        """Does another head follow?"""
+        return self.status < 200 and self.status != 101
+
+    def body_length(self, method: bytes) -> int:
+        """Bytes, CHUNKED or UNTIL_CLOSE, for an answer to METHOD.  Raises BadHttp (RFC 9112 6.3)."""
+        if self.status < 200 or self.status == 204:
+            return 0
+        length = UNTIL_CLOSE
+        if b'transfer-encoding' in self.fields:
+            length = chunked_only(self)
+        elif b'content-length' in self.fields:
+            length = content_length(self)
+        return 0 if method == b'HEAD' or self.status == 304 else length
+
+
+def chunked_only(head: Head) -> int:
+    """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
+    if head.get(b'transfer-encoding').lower() != b'chunked':
+        raise BadHttp(400, 'a Transfer-Encoding other than one chunked')
+    if b'content-length' in head.fields:
+        raise BadHttp(400, 'Transfer-Encoding beside Content-Length')
+    if head.minor == b'0':
+        raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
+    return CHUNKED
+
+
+def content_length(head: Head) -> int:
+    """The one Content-Length of HEAD."""
+    value = head.get(b'content-length')
+    if not _LENGTH.fullmatch(value):
+        raise BadHttp(400, 'Content-Length is not one number')
+    return int(value)
+
+
+def parse_request(head: bytes) -> Request:
+    """HEAD up to and including its empty line.  Raises BadHttp."""
+    match = _REQUEST.fullmatch(head)
+    if match:
+        if match.end(2) > MAX_LINE:
+            raise BadHttp(414, f'a request line of more than {MAX_LINE} bytes')
+        return Request(*match.groups())
+    line = _REQUEST_LINE.match(head)
+    if line and line.group(3) != b'1':
+        raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
+    if head.startswith(b'PRI * HTTP/2.0\r\n'):
+        raise BadHttp(505, 'HTTP/2 is not spoken here')
+    raise BadHttp(400, 'a malformed header field' if line else 'a malformed request line')
+
+
+def parse_response(head: bytes) -> Response:
+    """HEAD up to and including its empty line.  Raises BadHttp."""
+    match = _RESPONSE.fullmatch(head)
+    if not match:
+        raise BadHttp(502, 'a malformed response head')
+    return Response(*match.groups())
+
+
+def encode_request(request: Request, lines: Sequence[bytes], length: int) -> bytes:
+    """The head that goes on: LINES, and what belongs to this hop."""
+    head = [b'%b %b HTTP/1.1' % (request.method, request.target), *lines]
+    if request.upgrade:
+        head += [b'Connection: Upgrade', b'Upgrade: ' + request.upgrade]
+    if length == CHUNKED:
+        head.append(b'Transfer-Encoding: chunked')
+    return b'\r\n'.join(head) + b'\r\n\r\n'
+
+
+def encode_response(response: Response, lines: Sequence[bytes], chunked: bool = False) -> bytes:
+    """The head that goes on: LINES, and what belongs to this hop."""
+    head = [b'HTTP/1.1 %d%b' % (response.status, response.reason), *lines]
+    if response.status == 101:
+        head += [b'Connection: Upgrade', b'Upgrade: ' + response.get(b'upgrade')]
+    if chunked:
+        head.append(b'Transfer-Encoding: chunked')
+    return b'\r\n'.join(head) + b'\r\n\r\n'
+
+
+# Bodies.  `take` gives bytes that are here, b'' at the end, and None where more is needed.
+
+class LengthBody:
+    """So many bytes."""
+    __slots__ = ('stream', 'left')
+    trailers = b''
+
+    def __init__(self, stream: ByteStream, left: int) -> None:
+        self.stream, self.left = stream, left
+
+    def take(self) -> Optional[bytes]:
+        if not self.left:
+            return b''
+        piece = self.stream.take(self.left)
+        self.left -= len(piece)
+        return piece or None
+
+    def cut(self) -> bytes:
+        """The stream ended here: b'' where that is the body's end.  Else raises Incomplete."""
+        raise Incomplete(f'{self.left} bytes are missing')
+
+
+class CloseBody:
+    """Everything until the stream ends."""
+    __slots__ = ('stream',)
+    trailers = b''
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+
+    def take(self) -> Optional[bytes]:
+        return self.stream.take(READ_SIZE) or None
+
+    def cut(self) -> bytes:
+        return b''
+
+
+class ChunkedBody:
+    """Chunks; their extensions are dropped, the trailers kept."""
+    __slots__ = ('stream', 'trailers', '_left', '_state')
+
+    def __init__(self, stream: ByteStream) -> None:
+        self.stream = stream
+        self.trailers = b''
+        self._left = 0
+        self._state = self._size_line
+
+    def take(self) -> Optional[bytes]:
+        """Raises BadHttp."""
+        return self._state()
+
+    def _size_line(self) -> Optional[bytes]:
+        line = self.stream.take_line(MAX_CHUNK_LINE)
+        if line is None:
+            return None
+        match = _CHUNK_LINE.fullmatch(line)
+        if not match:
+            raise BadHttp(400, 'a malformed chunk size')
+        self._left = int(match.group(1), 16)
+        self._state = self._data if self._left else self._trailer
+        return self._state()
+
+    def _data(self) -> Optional[bytes]:
+        piece = self.stream.take(self._left)
+        self._left -= len(piece)
+        if not self._left:
+            self._state = self._data_end
+        return piece or None
+
+    def _data_end(self) -> Optional[bytes]:
+        if self.stream.size < 2:
+            if self.stream.size and self.stream.peek() != b'\r':
+                raise BadHttp(400, 'a chunk longer than its size')
+            return None
+        if self.stream.take_line(2) != b'\r\n':
+            raise BadHttp(400, 'a chunk longer than its size')
+        self._state = self._size_line
+        return self._state()
+
+    def _trailer(self) -> Optional[bytes]:
+        line = self.stream.take_line(MAX_HEAD)
+        if line is None:
+            return None
+        if line == b'\r\n':
+            self._state = self._end
+            return b''
+        if not _TRAILERS.fullmatch(line + b'\r\n'):
+            raise BadHttp(400, 'a malformed trailer')
+        self.trailers += line
+        if len(self.trailers) > MAX_HEAD:
+            raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes')
+        return self._trailer()
+
+    def _end(self) -> bytes:
+        return b''
+
+    def cut(self) -> bytes:
+        raise Incomplete('the last chunk is missing')
+
+
+Body = Union[LengthBody, ChunkedBody, CloseBody]
+
+
+def body_reader(stream: ByteStream, length: int) -> Body:
+    """What reads a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
+    if length >= 0:
+        return LengthBody(stream, length)
+    return ChunkedBody(stream) if length == CHUNKED else CloseBody(stream)
+
+
+def whole_message(head: bytes, body: Body) -> Optional[bytes]:
+    """HEAD with the whole body, where it is small and all here; else None, and nothing is taken."""
+    if not isinstance(body, LengthBody) or body.left > min(body.stream.size, SMALL_BODY):
+        return None
+    while body.left:
+        head += body.take() or b''
+    return head
+
+
+# The thin shell.
+
+async def read_head(stream: ByteStream, timeout: float, idle: float) -> Optional[bytes]:
+    """The next head of STREAM with its empty line, or None where the stream ends before it.
+
+    It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  Raises BadHttp,
+    Overdue, Incomplete, or what broke the stream.
+    """
+    now = stream.reactor.now
+    deadline, seen = now() + idle, 0
+    while True:
+        data = stream.peek()
+        if data[:2] == b'\r\n':         # an empty line before a message is to be ignored
+            stream.take(2)
+            continue
+        if data:
+            at = data.find(b'\r\n\r\n', max(0, seen - 3), MAX_HEAD)
+            if at >= 0:
+                return stream.take(at + 4)
+            check_partial_head(data, seen)
+            if not seen:
+                deadline = now() + timeout
+            seen = len(data)
+        if not await stream.more(max(0.0, deadline - now())):
+            if seen:
+                raise Incomplete('the connection ended inside a message head')
+            return None
+
+
+def check_partial_head(data: bytes, seen: int) -> None:
+    """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
+    if len(data) >= MAX_HEAD:
+        too_long = data.find(b'\n', 0, MAX_LINE) < 0
+        raise BadHttp(414 if too_long else 431, f'a message head of more than {MAX_HEAD} bytes')
+    if data[0] in b'\x16\x80':
+        raise BadHttp(400, 'TLS is not spoken on this port: use http')
+    if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
+        raise BadHttp(400, 'a line that begins with white space, or does not end with CR LF')
+    if data.startswith(b'PRI * HTTP/2'):
+        raise BadHttp(505, 'HTTP/2 is not spoken here')
+
+
+async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float) -> Response:
+    """The final response head of SOURCE, which may begin within TIMEOUT; 1xx heads go to SINK.
+
+    Raises what read_head raises, and Incomplete where SOURCE ends without an answer.
+    """
+    for _ in range(MAX_INTERIM):
+        head = await read_head(source, HEAD_TIMEOUT, timeout)
+        if head is None:
+            raise Incomplete('the connection ended without an answer')
+        response = parse_response(head)
+        if not response.interim:
+            return response
+        if sink is not None:
+            lines = response.lines_without(response.hop_by_hop())
+            await sink.write(encode_response(response, lines))
+    raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
+
+
+async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool, end: bool,
+                       count: Optional[Callable[[int], None]] = None) -> None:
+    """Write HEAD and then BODY to SINK, as it arrives; what is here already leaves in one write.
+
+    CHUNKED: so it is framed there.  END: nothing follows it there.  COUNT gets bytes of the body.
+    Raises Incomplete, BadHttp, and what breaks either stream.
+    """
+    out = head
+    while True:
+        piece = body.take()
+        if piece is None:
+            if out:
+                await sink.write(out)
+                out = b''
+                continue        # more may have come meanwhile
+            if await body.stream.more():
+                continue
+            piece = body.cut()
+        if not piece:
+            break
+        if count:
+            count(len(piece))
+        if chunked:
+            piece = b'%x\r\n%b\r\n' % (len(piece), piece)
+        out = out + piece if out else piece
+        if len(out) >= MAX_PAYLOAD:
+            await sink.write(out)
+            out = b''
+    if chunked:
+        out += b'0\r\n%b\r\n' % body.trailers
+    if out or end:
+        await sink.write(out, end)
+
+
+# Pages.
+
+ERROR_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>{status} {phrase}</title>
+<style>body {{ font: 16px/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 36em;
+padding: 0 1em; color: #333 }} h1 {{ font-size: 1.4em }} p {{ overflow-wrap: anywhere }}
+small {{ color: #777 }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }} }}</style>
+<h1>{status} {phrase}</h1><p>{text}</p><small>localtunnel</small></html>
+"""
+PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"     # no script, no other host
+
+
+def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[str] = (),
+                  method: bytes = b'GET') -> bytes:
+    """A whole response of our own, as the answer to METHOD; EXTRA are header lines."""
+    head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
+            f'Content-Length: {len(body)}', 'Cache-Control: no-store', *extra]
+    return '\r\n'.join(head).encode() + b'\r\n\r\n' + (b'' if method == b'HEAD' else body)
+
+
+def error_message(status: int, text: str, request: Optional[Request] = None,
+                  extra: Sequence[str] = ()) -> bytes:
+    """A whole response that says what went wrong, in the form that the visitor likes (Accept)."""
+    accept = request.get(b'accept') if request else b''
+    phrase = http.HTTPStatus(status).phrase
+    if b'text/html' in accept:
+        form = 'text/html; charset=utf-8'
+        page = ERROR_PAGE.format(status=status, phrase=phrase, text=html.escape(text))
+        extra = [f'Content-Security-Policy: {PAGE_POLICY}', *extra]
+    elif b'json' in accept:
+        form = 'application/json'
+        page = json.dumps({'error': phrase, 'status': status, 'message': text}) + '\n'
+    else:
+        form, page = 'text/plain; charset=utf-8', f'{status} {phrase}: {text}\n'
+    return plain_message(status, form, page.encode(), extra, request.method if request else b'GET')
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Names and tokens
+#
+# Who may have which name.  Knows no sockets and no clocks: callers bring `now`, in Unix seconds.
+#
+# A derived name comes from a proof, which only the user's key can make and any server can check
+# without a record: nobody else can ever get it.  A chosen name is first come, first served, then
+# leased to its owner.  Secrets are compared in constant time and kept as hashes.
+# ------------------------------------------------------------------------------------------------
+
+ADJECTIVES = tuple("""able amber apt azure bold brave breezy bright brisk calm clear clever cool
+coral cosy crisp dapper deft eager early easy fair fancy fond fresh gentle glad golden grand green
+happy hardy honest jolly keen kind light lively lucky mellow merry mild neat nimble noble open plain
+polite proud quick quiet rapid ready royal sage silver smart snug solid sunny swift tidy warm
+wise""".split())
+ANIMALS = tuple("""badger bat bear beaver bee bison boar camel cat cod crab crane crow deer dove duck
+eagle eel elk falcon ferret finch fox frog goat goose hare hawk heron horse ibis jay koala lark
+lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony puma quail rabbit
+raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
+
+NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
+DERIVED = re.compile(r'([a-z]+)-([a-z]+)-[a-z2-7]{12}')
+RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
+
+
+def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
+    """What shows SITE that the owner of KEY asks, 32 bytes; of no use at another site."""
+    message = '\0'.join(('localtunnel/1', site, kind, label)).encode()
+    return hmac.new(key, message, hashlib.sha256).digest()
+
+
+def derive_name(site: str, proof: bytes) -> str:
+    """The name that belongs to PROOF at SITE: two words of 6 bits and 12 digits of 5."""
+    digest = hashlib.sha256(b'localtunnel/1 name\0' + site.encode() + b'\0' + proof).digest()
+    digits = base64.b32encode(digest[2:12])[:12].decode().lower()
+    return f'{ADJECTIVES[digest[0] % 64]}-{ANIMALS[digest[1] % 64]}-{digits}'
+
+
+def is_derived(name: str) -> bool:
+    """Has NAME the shape that only derive_name gives?"""
+    match = DERIVED.fullmatch(name)
+    return match is not None and match.group(1) in ADJECTIVES and match.group(2) in ANIMALS
+
+
+def check_name(name: str) -> None:
+    """Raises Refused unless somebody may ask for NAME."""
+    if not NAME.fullmatch(name) or name.startswith('xn--'):
+        raise Refused(403, 'bad_name', f'{name!r} can not be a name: use a to z, 0 to 9 and hyphens, '
+                      'at most 63 of them, no hyphen at either end')
+    if name in RESERVED:
+        raise Refused(403, 'reserved', f'the name {name} is reserved; choose another one')
+    if is_derived(name):
+        raise Refused(403, 'bad_name', f'the name {name} has the shape of names that are not chosen; '
+                      'choose another one')
+
+
+def digest_of(secret: Union[str, bytes]) -> str:
+    """How a secret is kept: the SHA256 in hexadecimal."""
+    return hashlib.sha256(secret.encode() if isinstance(secret, str) else secret).hexdigest()
+
+
+class Grant:
+    """What one token allows; `user` is '' where the token was given without a user's name."""
+    __slots__ = ('user', 'digest')
+
+    def __init__(self, user: str, digest: str) -> None:
+        self.user, self.digest = user, digest
+
+
+class Tokens:
+    """The tokens of a server; `open` lets everybody in."""
+
+    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
+        self.open = open
+        self._grants = [Grant('', digest_of(token)) for token in tokens]
+
+    def find(self, token: str) -> Optional[Grant]:
+        """What TOKEN allows; None for a wrong one.  Takes the same time for all of them."""
+        digest, found = digest_of(token), None
+        for grant in self._grants:
+            if hmac.compare_digest(grant.digest, digest):
+                found = grant
+        return found or (Grant('', '') if self.open else None)
+
+    def holds(self, digest: str) -> bool:
+        """Is the token with DIGEST still valid?"""
+        return self.open or any(grant.digest == digest for grant in self._grants)
+
+
+class Leases:
+    """Which chosen name (or TCP port) belongs to whom, in a file that survives the server.
+
+    `claim` and `release` write the file before they return: first beside it, then over it.
+    """
+
+    def __init__(self, path: Optional[str] = None) -> None:
+        self._path = path
+        self._leases: Dict[str, Dict[str, Any]] = {}
+        if path and os.path.exists(path):
+            try:
+                with open(path, encoding='ascii') as f:
+                    self._leases = json.load(f)['leases']
+            except (ValueError, KeyError, TypeError) as e:
+                raise UsageError(f'{path} is damaged ({e}); repair it, or move it away to begin '
+                                 'without leases') from e
+
+    def owner(self, name: str, now: float, holds: Callable[[str], bool]) -> Optional[str]:
+        """Whose NAME is, or None.  HOLDS says whether a token's digest is still valid."""
+        lease = self._leases.get(name)
+        if lease and holds(lease['token']) and now - lease['used'] < LEASE_SECONDS:
+            return str(lease['owner'])
+        return None
+
+    def claim(self, name: str, owner: str, token: str, now: float,
+              holds: Callable[[str], bool]) -> None:
+        """Give NAME to OWNER, who came with the token of digest TOKEN, or raise Refused."""
+        current = self.owner(name, now, holds)
+        if current is not None and not hmac.compare_digest(current, owner):
+            raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
+                          'choose another one')
+        known = self._leases.get(name)
+        if current and known and known['token'] == token and now - known['used'] < 86400:
+            return      # the date need not be newer than a day
+        if current is None and sum(lease['owner'] == owner for lease in self._leases.values()
+                                   ) >= MAX_LEASES:
+            raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
+                          'back with: client TARGET --name NAME --release')
+        self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
+        self._save()
+
+    def release(self, name: str, owner: str, now: float, holds: Callable[[str], bool]) -> None:
+        """Take NAME back from OWNER, or raise Refused."""
+        if self.owner(name, now, holds) != owner:
+            raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
+        del self._leases[name]
+        self._save()
+
+    def _save(self) -> None:
+        if self._path:
+            write_secret(self._path, json.dumps({'leases': self._leases}, indent=1).encode())
+
+
+def write_secret(path: str, data: bytes) -> None:
+    """Write DATA to PATH, readable by this user alone; the old file stays until the new is whole."""
+    beside = f'{path}.{os.getpid()}.new'
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(handle, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
+
+
+def config_folder() -> str:
+    """Where the client keeps its key."""
+    return os.path.join(_base_folder('XDG_CONFIG_HOME', '.config'), 'localtunnel')
+
+
+def state_folder() -> str:
+    """Where the server keeps leases: systemd's folder, or the user's."""
+    given = os.environ.get('STATE_DIRECTORY')
+    return given or os.path.join(_base_folder('XDG_STATE_HOME', '.local/state'), 'localtunnel')
+
+
+def process_budget() -> int:
+    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
+    try:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError):
+        return LEAST_BUDGET         # Windows does not tell
+    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
+
+
+def is_address(host: str) -> bool:
+    """Is HOST, as it stands in a URL, an IP address?"""
+    try:
+        ipaddress.ip_address(host.strip('[]'))
+    except ValueError:
+        return False
+    return True
+
+
+def _base_folder(variable: str, default: str) -> str:
+    if os.environ.get(variable):
+        return os.environ[variable]
+    home = os.path.expanduser('~')
+    if sys.platform == 'darwin':
+        return os.path.join(home, 'Library', 'Application Support')
+    if sys.platform == 'win32':
+        return os.environ.get('LocalAppData', home)
+    return os.path.join(home, default)
+
+
+def load_key(warn: Callable[[str], None]) -> bytes:
+    """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
+    given = os.environ.get('LOCALTUNNEL_KEY')
+    if given:
+        if not re.fullmatch('[0-9a-fA-F]{64}', given):
+            raise UsageError('LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: '
+                             'python3 -c "import secrets; print(secrets.token_hex(32))"')
+        return bytes.fromhex(given)
+    path = os.path.join(config_folder(), 'key')
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        if not os.path.exists(path):
+            made = f'{path}.{os.getpid()}'
+            write_secret(made, secrets.token_bytes(32))
+            _publish(made, path)
+        with open(path, 'rb') as f:
+            key = f.read()
+    except OSError as e:
+        warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
+             'LOCALTUNNEL_KEY gives a key where there is no disk')
+        return secrets.token_bytes(32)
+    if len(key) != 32:
+        raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
+    return key
+
+
+def _publish(made: str, path: str) -> None:
+    """Move MADE to PATH unless another process was first."""
+    try:
+        os.link(made, path)
+        os.unlink(made)
+    except FileExistsError:
+        os.unlink(made)
+    except OSError:         # a file system without hard links
+        os.replace(made, path)
+
+
+class Access:
+    """Who may visit a tunnel: the addresses, and the users with their passwords.
+
+    It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
+    """
+    __slots__ = ('_networks', '_users')
+
+    def __init__(self, rules: Dict[str, Any]) -> None:
+        """Raises ValueError, TypeError and KeyError for malformed RULES."""
+        self._networks = [ipaddress.ip_network(cidr, strict=False) for cidr in rules.get('allow', [])]
+        self._users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
+
+    @staticmethod
+    def encode(allow: Sequence[str], auth: Sequence[str]) -> Dict[str, Any]:
+        """The rules as they travel; AUTH are USER:PASSWORD."""
+        salted = [(secrets.token_hex(16), user) for user in auth]
+        return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
+
+    @property
+    def wants_password(self) -> bool:
+        return bool(self._users)
+
+    def admits_address(self, address: str) -> bool:
+        """May a visitor from ADDRESS come in?"""
+        if not self._networks:
+            return True
+        try:
+            ip = ipaddress.ip_address(address.partition('%')[0])
+        except ValueError:
+            return False
+        mapped = getattr(ip, 'ipv4_mapped', None)
+        return any((mapped or ip) in network for network in self._networks)
+
+    def admits_password(self, authorization: bytes) -> bool:
+        """Is this the value of an Authorization field with a right user and password?"""
+        scheme, _, encoded = authorization.partition(b' ')
+        try:
+            given = base64.b64decode(encoded.strip(), validate=True).decode()
+        except ValueError:
+            return False
+        right = False
+        for salt, digest in self._users:
+            right |= hmac.compare_digest(digest_of(salt + given), digest)
+        return right and scheme.lower() == b'basic'
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Certificates
+#
+# TLS contexts.  Knows no sessions and no routes.
+# ------------------------------------------------------------------------------------------------
+
+MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
+
+
+def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
+    """How a server is checked: by the system's authorities and those in the file CA."""
+    import ssl
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
+        context.load_verify_locations(MACOS_AUTHORITIES)
+    if ca:
+        try:
+            context.load_verify_locations(ca)
+        except (OSError, ssl.SSLError) as e:
+            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
+    if not check:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def server_tls(cert: str, key: str) -> ssl.SSLContext:
+    """What a server shows its visitors and clients."""
+    import ssl
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(['http/1.1'])
+    try:
+        context.load_cert_chain(cert, key)
+    except (OSError, ssl.SSLError) as e:
+        raise UsageError(f'the certificate {cert} with the key {key} can not be used: {e}') from e
+    return context
+
+
+def explain_tls(error: BaseException, host: str) -> str:
+    """One sentence for what TLS complains of."""
+    reason = str(getattr(error, 'verify_message', '') or error)
+    if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
+        return (f'the certificate of {host} is not signed by an authority that this machine knows; '
+                'name the authority with --ca FILE')
+    if 'expired' in reason:
+        return f'the certificate of {host} has expired, or the clock of this machine is wrong'
+    if 'not yet valid' in reason:
+        return f'the certificate of {host} is not valid yet: is the clock of this machine right?'
+    if 'mismatch' in reason or "doesn't match" in reason or 'not valid for' in reason:
+        return f'the certificate that answers for {host} is for another name'
+    if 'WRONG_VERSION_NUMBER' in reason or 'record layer' in reason:
+        return f'{host} does not speak TLS on this port; if that is intended, say http:// '
+    return f'TLS with {host} fails: {printable(reason)}'
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Server
+#
+# Sessions in, visitors in.  Knows no frames and nothing of the client.
+#
+# All arrive on the same port.  The first request of a connection tells which it is: an Upgrade to
+# our protocol becomes a session; everything else belongs to a visitor, and every single request is
+# routed by its own Host.
+# ------------------------------------------------------------------------------------------------
+
+class Hello:
+    """What a client says of itself, checked."""
+    __slots__ = ('kind', 'name', 'proof', 'instance', 'started', 'share', 'port', 'release', 'rules',
+                 'access', 'resume')
+
+    def __init__(self, text: bytes) -> None:
+        """Raises Refused."""
+        try:
+            hello = json.loads(text)
+            self.kind, self.name = str(hello['kind']), hello.get('name')
+            self.proof = bytes.fromhex(hello['proof'])
+            self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
+            self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
+            self.port = int(hello.get('port') or 0)
+            self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
+            self.access = Access(self.rules)
+            self.resume = hello.get('resume') and (
+                str(hello['resume']['session']), int(hello['resume']['received']))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+            raise Refused(400, 'bad_hello', f'Localtunnel-Hello is malformed: {e!r}'[:200]) from e
+        if self.name is not None:
+            self.name = str(self.name).lower()
+        if self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16:
+            raise Refused(400, 'bad_hello', 'Localtunnel-Hello is malformed: kind, proof or instance')
+
+
+class Member:
+    """One session of a tunnel, and whose it is."""
+    __slots__ = ('session', 'id', 'hello', 'token')
+
+    def __init__(self, session: Session, hello: Hello, token: str) -> None:
+        self.session, self.hello, self.token = session, hello, token
+        self.id = secrets.token_hex(16)
+
+
+class Tunnel:
+    """One name (or port) and who serves it."""
+
+    def __init__(self, name: str, kind: str, via: bytes = b'') -> None:
+        self.name, self.kind, self.via = name, kind, via
+        self.url = ''
+        self.port = 0
+        self.listener: Optional[asyncio.AbstractServer] = None      # of a TCP tunnel
+        self.members: List[Member] = []
+        self.left_at = -NEVER       # when the last member went, on the reactor's clock
+        self.said_goodbye = False   # did it go on purpose?
+        self.held: Set[asyncio.Future[None]] = set()    # requests that wait for a member
+
+    def pick(self) -> Optional[Member]:
+        """The member to send the next request to: the least busy one that is there."""
+        best = None
+        for member in self.members:
+            session = member.session
+            if session.connection is not None and session.usable:
+                if best is None or len(session.streams) < len(best.session.streams):
+                    best = member
+        return best
+
+    def wake(self) -> None:
+        """A member is there: those who wait go on."""
+        for future in self.held:
+            if not future.done():
+                future.set_result(None)
+
+    def make_way(self, new: Hello) -> None:
+        """End the members that NEW replaces; those that it may not replace raise Refused."""
+        for old in tuple(self.members):
+            if old.hello.instance == new.instance:
+                self.members.remove(old)
+                old.session.end(Disconnected('the client came back without this session'))
+            elif old.hello.share and new.share and old.hello.rules == new.rules:
+                continue
+            elif old.hello.started > new.started:
+                raise Refused(409, 'superseded', 'a client of yours that was started later serves '
+                              f'{self.name}', final=True)
+            else:
+                self.members.remove(old)
+                old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
+                                  f'{self.name} over')
+
+
+class Visit:
+    """One visitor's connection, and the exchange that runs on it."""
+    __slots__ = ('connection', 'address', 'scheme', 'forwarded', 'stream', 'begun', 'unread',
+                 'waiting')
+
+    def __init__(self, connection: Connection) -> None:
+        self.connection = connection
+        self.address = connection.peer
+        self.scheme = 'https' if connection.secure else 'http'
+        self.forwarded = [b'X-Forwarded-For: ' + self.address.encode(),
+                          b'X-Forwarded-Proto: ' + self.scheme.encode()]
+        self.stream: Optional[Stream] = None
+        self.begun = False          # has the answer begun?
+        self.unread = False         # was the answer there before the request had been read?
+        self.waiting: Optional[asyncio.Future[None]] = None
+        connection.on_gone, connection.on_eof = self._gone, self._half_closed
+
+    def begin(self, stream: Stream) -> None:
+        """An exchange begins on STREAM."""
+        self.stream, self.begun = stream, False
+        if self.connection.ended:
+            self._half_closed()
+
+    def _gone(self) -> None:
+        if self.waiting and not self.waiting.done():
+            self.waiting.set_result(None)
+        if self.stream:
+            self.stream.reset(CANCELLED, 'the visitor went away')
+
+    def _half_closed(self) -> None:
+        if self.stream or self.waiting:
+            loop = self.connection.reactor.loop
+            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream)
+
+    def _waited_enough(self, stream: Optional[Stream]) -> None:
+        if stream is self.stream and not self.begun:
+            self._gone()
+
+
+KEEP, CLOSE, TAKEN = range(3)       # what becomes of a visitor's connection after a request
+
+
+class Server:
+    """The relay."""
+
+    def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
+                 log: Callable[[str], None], *, hold: float = HELD, drain: float = DRAIN,
+                 script: Optional[Callable[[str], Optional[bytes]]] = None,
+                 tcp_ports: Sequence[int] = (), only: bool = False) -> None:
+        """SCRIPT gives this file with an address stamped in.  ONLY: any Host reaches the tunnel."""
+        self.reactor, self.domain = reactor, domain.lower()
+        self.trace: Optional[Callable[[str, int, int, int], None]] = None
+        self._tokens, self._leases, self._log = tokens, leases, log
+        self._hold, self._drain, self._script, self._only = hold, drain, script, only
+        self._tcp_ports = tcp_ports
+        self._budget = Budget(process_budget())
+        self._tunnels: Dict[str, Tunnel] = {}
+        self._visits: Set[Visit] = set()
+        self._held = 0
+        self._draining = False
+        self._started = reactor.now()
+        self._listeners: List[asyncio.AbstractServer] = []
+
+    async def listen(self, sock: socket.socket, tls: Optional[ssl.SSLContext] = None) -> None:
+        """Accept visitors and sessions on SOCK, which is bound."""
+        self._listeners.append(await self.reactor.loop.create_server(
+            self._connection, sock=sock, backlog=BACKLOG, ssl=tls))
+
+    def _connection(self) -> Connection:
+        return Connection(self.reactor, self._arrived)
+
+    def _arrived(self, connection: Connection) -> None:
+        self.reactor.spawn(self._serve(connection))
+
+    async def stop(self) -> None:
+        """Drain: accept no more, send the clients elsewhere, let what runs come to its end."""
+        self._draining = True
+        for listener in self._listeners:
+            listener.close()
+        for member in self._members():
+            member.session.leave(DRAINING, 'the server ends')
+        deadline = self.reactor.now() + self._drain
+        while self._busy() and self.reactor.now() < deadline:
+            await asyncio.sleep(DRAIN_LOOK)
+        for member in self._members():
+            member.session.end(Disconnected('the server ended'))
+        for visit in tuple(self._visits):
+            visit.connection.close()
+
+    def _busy(self) -> bool:
+        return (any(visit.stream for visit in self._visits)
+                or any(member.session.connection for member in self._members()))
+
+    def _members(self) -> List[Member]:
+        return [member for tunnel in self._tunnels.values() for member in tunnel.members]
+
+    # One connection.
+
+    async def _serve(self, connection: Connection) -> None:
+        """Answer the requests of one connection, one after the other."""
+        visit = Visit(connection)
+        self._visits.add(visit)
+        after, idle = CLOSE, HEAD_TIMEOUT
+        try:
+            while True:
+                head = await read_head(connection, HEAD_TIMEOUT, idle)
+                if head is None:
+                    break
+                after = await self._answer(visit, parse_request(head))
+                if after != KEEP:
+                    break
+                idle = KEEP_ALIVE
+            if after == CLOSE and (visit.unread or connection.size):
+                await connection.linger()
+        except BadHttp as e:
+            await self._last_words(connection, e.status, str(e))
+        except Overdue:
+            if connection.size:
+                await self._last_words(connection, 408, 'the request did not arrive in time')
+        except (LocaltunnelError, OSError):
+            connection.reset(CANCELLED, '')
+        finally:
+            self._visits.discard(visit)
+            if after != TAKEN:
+                connection.close()
+
+    async def _last_words(self, connection: Connection, status: int, text: str) -> None:
+        """Tell a visitor whose request is no good, so that it arrives."""
+        try:
+            await connection.write(error_message(status, text, None, ['Connection: close']))
+            await connection.linger()
+        except (LocaltunnelError, OSError):
+            pass        # it did not wait for it
+
+    async def _answer(self, visit: Visit, request: Request) -> int:
+        """Answer one request; KEEP, CLOSE or TAKEN says what becomes of the connection."""
+        if request.target == WELL_KNOWN.encode() and request.upgrade.startswith(b'localtunnel/'):
+            return await self._begin_session(visit, request)
+        try:
+            tunnel = self._route(request)
+            if tunnel is None:
+                return await self._own_page(visit, request)
+            if tunnel.via in request.get(b'via'):
+                raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
+                                'before: the tunnel leads to itself')
+            return await self._exchange(visit, request, tunnel)
+        except HopFailed as e:
+            extra = [f'Retry-After: {RETRY_AFTER}'] if e.status == 503 else []
+            return await self._fail(visit, request, e.status, str(e), extra)
+
+    async def _fail(self, visit: Visit, request: Request, status: int, text: str,
+                    extra: Sequence[str] = ()) -> int:
+        """Answer with an error; the connection is kept where the request had no body."""
+        return await self._give_own(visit, request, lambda more: error_message(
+            status, text, request, [*extra, *more]))
+
+    async def _give_own(self, visit: Visit, request: Request,
+                        message: Callable[[Sequence[str]], bytes]) -> int:
+        """Write what MESSAGE makes with the header lines that belong to this hop."""
+        keep = request.keep_alive and not self._draining and request.body_length() == 0
+        more = [] if keep and request.minor == b'1' else [
+            'Connection: keep-alive' if keep else 'Connection: close']
+        await visit.connection.write(message(more))
+        visit.unread = not keep
+        return KEEP if keep else CLOSE
+
+    # Routes.
+
+    def _route(self, request: Request) -> Optional[Tunnel]:
+        """The tunnel that REQUEST is for; None for the server itself.  Raises HopFailed."""
+        if self._only:
+            return next(iter(self._tunnels.values()), None)
+        host = request.host.decode()
+        host = host if host.endswith(']') else host.partition(':')[0] or host
+        name, _, parent = host.partition('.')
+        tunnel = self._tunnels.get(name) if parent == self.domain else None
+        if tunnel is not None and tunnel.kind == 'http':
+            return tunnel
+        if host == self.domain or (self.domain == 'localhost' and is_address(host)):
+            return None
+        if parent == self.domain and self._held < MAX_HELD_IN_ALL and (
+                self._leased(name) or (is_derived(name) and self._starting)):
+            return self._tunnel(name, 'http')
+        raise HopFailed(404, f'there is no tunnel at {host}')
+
+    def _leased(self, name: str) -> bool:
+        return self._leases.owner(name, time.time(), self._tokens.holds) is not None
+
+    def _tunnel(self, name: str, kind: str) -> Tunnel:
+        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
+        return self._tunnels.setdefault(name, Tunnel(name, kind, via))
+
+    @property
+    def _starting(self) -> bool:
+        """May clients be on their way back to a server that was restarted?"""
+        return self.reactor.now() - self._started < self._hold
+
+    async def _own_page(self, visit: Visit, request: Request) -> int:
+        """What the server shows under its own name: the landing page and the script."""
+        path = request.target.partition(b'?')[0]
+        address = f'{visit.scheme}://{request.host.decode()}'
+        if path not in (b'/', b'/localtunnel.py'):
+            raise HopFailed(404, 'there is no such page here')
+        if request.method not in (b'GET', b'HEAD'):
+            return await self._fail(visit, request, 405, 'this page can only be read',
+                                    ['Allow: GET, HEAD'])
+        if path == b'/':
+            form, page = 'text/html; charset=utf-8', landing_page(address)
+        else:
+            script = self._script(address) if self._script else None
+            if script is None:
+                raise HopFailed(404, 'this server was started from a pipe, so it has no copy of '
+                                'itself to hand out')
+            form, page = 'text/x-python; charset=utf-8', script
+        return await self._give_own(visit, request, lambda more: plain_message(
+            200, form, page, [*PAGE_HEADERS, *more], request.method))
+
+    # One exchange.
+
+    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel) -> int:
+        """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
+        length = request.body_length()
+        head = encode_request(request, self._forwarded_lines(visit, request, tunnel), length)
+        body = body_reader(visit.connection, length)
+        whole = whole_message(head, body)
+        while True:
+            stream = await self._open_stream(visit, tunnel)
+            visit.begin(stream)
+            sending = None
+            try:
+                if whole is not None:
+                    await stream.write(whole, end=not request.upgrade)
+                else:
+                    sending = self.reactor.spawn(self._send_body(stream, head, body, request))
+                return await self._give_answer(visit, request, stream, sending)
+            except StreamReset as e:
+                self._explain_reset(e, visit, sending)
+                if whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST:
+                    raise HopFailed(502, f'the tunnel failed: {e}') from e
+            except (BadHttp, Incomplete) as e:
+                if visit.begun:
+                    raise Disconnected(str(e)) from e
+                raise HopFailed(502, f'the client of {tunnel.name} gave no proper answer: {e}') from e
+            finally:
+                visit.stream = None
+                if sending:
+                    visit.unread |= not sending.done()
+                    await end_task(sending)
+                stream.close()
+
+    @staticmethod
+    def _explain_reset(e: StreamReset, visit: Visit,
+                       sending: Optional[asyncio.Task[Optional[BadHttp]]]) -> None:
+        """Raise what lies behind the reset of a stream, unless it may just go again."""
+        fault = sending.result() if sending and sending.done() else None
+        if visit.begun or e.code == CANCELLED:
+            raise Disconnected(str(fault or e)) from e
+        if fault:
+            raise fault
+
+    def _forwarded_lines(self, visit: Visit, request: Request, tunnel: Tunnel) -> List[bytes]:
+        """The header lines of REQUEST as they go on."""
+        drop, via = request.hop_by_hop(), tunnel.via
+        for name in request.fields:
+            if _X_FORWARDED.match(name):
+                drop.add(name)
+        if b'via' in request.fields:
+            drop.add(b'via')
+            via = request.get(b'via') + b', ' + via
+        return [*request.lines_without(drop), *visit.forwarded,
+                b'X-Forwarded-Host: ' + request.host, b'Via: ' + via]
+
+    async def _open_stream(self, visit: Visit, tunnel: Tunnel) -> Stream:
+        """A stream to a client of TUNNEL, waiting for one that is on its way.  Raises HopFailed."""
+        member = tunnel.pick()
+        if member is None:
+            await self._hold_request(visit, tunnel)
+            member = tunnel.pick()
+        if member is None:
+            raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon')
+        stream = member.session.open()
+        if stream is None:
+            raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon')
+        return stream
+
+    async def _hold_request(self, visit: Visit, tunnel: Tunnel) -> None:
+        """Wait for a client that is expected back."""
+        broke = not tunnel.said_goodbye and self.reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
+        if not (broke or self._starting) or len(tunnel.held) >= MAX_HELD or (
+                self._held >= MAX_HELD_IN_ALL):
+            return
+        visit.waiting = future = self.reactor.loop.create_future()
+        tunnel.held.add(future)
+        self._held += 1
+        try:
+            await asyncio.wait({future}, timeout=self._hold)
+        finally:
+            self._held -= 1
+            tunnel.held.discard(future)
+            visit.waiting = None
+        if visit.connection.error:
+            raise visit.connection.error
+
+    async def _send_body(self, stream: Stream, head: bytes, body: Body,
+                         request: Request) -> Optional[BadHttp]:
+        """Copy a request that is still under way; a malformed body is returned as its fault."""
+        try:
+            await copy_message(head, body, stream, isinstance(body, ChunkedBody), not request.upgrade)
+        except BadHttp as e:
+            stream.reset(INCOMPLETE, f'the request is malformed: {e}')
+            return e
+        except StreamReset:
+            pass        # whoever reads the answer learns it too
+        except (LocaltunnelError, OSError) as e:
+            stream.reset(CANCELLED, f'the visitor went away: {e}')
+        return None
+
+    async def _give_answer(self, visit: Visit, request: Request, stream: Stream,
+                           sending: Optional[asyncio.Task[Any]]) -> int:
+        """The answer from STREAM to the visitor."""
+        visitor = visit.connection
+        response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER)
+        visit.begun = True
+        if response.status == 101:
+            return await self._upgrade(visitor, request, response, stream)
+        length = response.body_length(request.method)
+        chunked = length < 0 and request.minor == b'1'
+        keep = (request.keep_alive and (length >= 0 or chunked) and not self._draining
+                and (sending is None or sending.done()))
+        lines = response.lines_without(response.hop_by_hop())
+        if b'set-cookie' in response.fields:
+            lines = self._own_cookies(lines)
+        if not keep or request.minor == b'0':
+            lines = [*lines, b'Connection: ' + (b'keep-alive' if keep else b'close')]
+        await copy_message(encode_response(response, lines, chunked), body_reader(stream, length),
+                           visitor, chunked, False)
+        return KEEP if keep else CLOSE
+
+    async def _upgrade(self, visitor: Connection, request: Request, response: Response,
+                       stream: Stream) -> int:
+        if not request.upgrade:
+            raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+        lines = response.lines_without(response.hop_by_hop())
+        await visitor.write(encode_response(response, lines))
+        await join(visitor, stream)
+        return CLOSE
+
+    def _own_cookies(self, lines: Sequence[bytes]) -> List[bytes]:
+        """LINES without the cookies for this server's domain or above: tenants share that site."""
+        own = []
+        for line in lines:
+            name, _, value = line.partition(b':')
+            if name.lower() == b'set-cookie':
+                domain = re.search(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t]*)', value.lower())
+                if domain and domain.group(1) and ('.' + self.domain).endswith(
+                        '.' + domain.group(1).decode('latin-1')):
+                    self._log('a cookie for the whole domain was dropped: tenants share that site')
+                    continue
+            own.append(line)
+        return own
+
+    # One session.
+
+    async def _begin_session(self, visit: Visit, request: Request) -> int:
+        """Admit a client, or answer with the reason why not."""
+        try:
+            member, tunnel, theirs = await self._admit(visit, request)
+        except Refused as e:
+            reason = {'error': e.code, 'message': str(e), 'final': e.final}
+            body = json.dumps(reason).encode() + b'\n'
+            extra = ['Connection: close']
+            if e.status == 426:
+                extra.append(f'Upgrade: {PROTOCOL}')
+            await visit.connection.write(plain_message(e.status, 'application/json', body, extra))
+            return CLOSE
+        session, connection = member.session, visit.connection
+        welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
+                              'received': session.received})
+        connection.transport.write(
+            f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
+            f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
+        session.attach(connection, theirs or 0)
+        tunnel.said_goodbye = False
+        tunnel.wake()
+        self._log(f'{tunnel.url} is served by a client at {visit.address}')
+        return TAKEN
+
+    async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
+        """The member that a session request becomes, and where it resumes.  Raises Refused."""
+        if request.upgrade != PROTOCOL.encode():
+            raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from it: '
+                          f'{visit.scheme}://{self.domain}/localtunnel.py')
+        if self._draining:
+            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
+        hello = Hello(request.get(b'localtunnel-hello'))
+        grant = self._grant(request)
+        host = request.host.decode()
+        token, owner = grant.digest, f'proof:{digest_of(hello.proof)}'
+        if grant.user:
+            owner = f'user:{grant.user}'
+        if hello.name is None:
+            site = host.rpartition(':')[0] if not host.endswith(']') and ':' in host else host
+            first, _, parent = site.partition('.')
+            name = derive_name(parent if is_derived(first) else site, hello.proof)
+        else:
+            name = hello.name
+            check_name(name)
+            if hello.release:
+                self._release(name, owner)
+            self._leases.claim(name, owner, token, time.time(), self._tokens.holds)
+        tunnel = self._tunnel(name, hello.kind)
+        resumed = self._resumed(tunnel, hello)
+        if resumed:
+            return resumed, tunnel, (hello.resume or ('', 0))[1]
+        tunnel.make_way(hello)
+        tunnel.url = self._url(visit, name, host)
+        return self._new_member(tunnel, hello, token), tunnel, None
+
+    def _grant(self, request: Request) -> Grant:
+        scheme, _, token = request.get(b'authorization').partition(b' ')
+        token = token.strip() if scheme.lower() == b'bearer' else b''
+        grant = self._tokens.find(token.decode('latin-1'))
+        if grant is None:
+            raise Refused(401, 'token', 'the server does not know this token' if token else
+                          'the server wants a token: give it with --token or LOCALTUNNEL_TOKEN')
+        return grant
+
+    def _release(self, name: str, owner: str) -> NoReturn:
+        self._leases.release(name, owner, time.time(), self._tokens.holds)
+        tunnel = self._tunnels.pop(name, None)
+        for member in tunnel.members if tunnel else ():
+            member.session.leave(REVOKED, f'the name {name} was given back')
+        raise Refused(200, 'released', f'the name {name} was given back')
+
+    def _url(self, visit: Visit, name: str, host: str) -> str:
+        """The public URL, with the scheme and port by which the client reached this server."""
+        port = host[host.rindex(':'):] if re.search(r':[0-9]+$', host) else ''
+        if port == {'http': ':80', 'https': ':443'}[visit.scheme]:
+            port = ''
+        return f'{visit.scheme}://{"localhost" if self._only else name + "." + self.domain}{port}'
+
+    def _resumed(self, tunnel: Tunnel, hello: Hello) -> Optional[Member]:
+        """The member whose session goes on, where the client asks for it and nothing is missing."""
+        for member in tunnel.members:
+            if (hello.resume and hmac.compare_digest(member.id, hello.resume[0])
+                    and member.hello.instance == hello.instance
+                    and member.session.can_resume(hello.resume[1])):
+                member.session.detach()
+                return member
+        return None
+
+    def _new_member(self, tunnel: Tunnel, hello: Hello, token: str) -> Member:
+        session = Session(self.reactor, self._budget)
+        session.trace = self.trace
+        member = Member(session, hello, token)
+        tunnel.members.append(member)
+
+        def left() -> None:
+            tunnel.said_goodbye = session.goaway is not None
+            tunnel.left_at = self.reactor.now()
+
+        def closed() -> None:
+            if member in tunnel.members:
+                tunnel.members.remove(member)
+                left()
+                self._log(f'the client of {tunnel.url} is gone: {session.error}')
+        session.on_detached = session.on_goaway = left
+        session.on_closed = closed
+        return member
+
+
+PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
+
+LANDING_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>localtunnel</title>
+<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
+padding: 0 1em; color: #333 }} pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
+pre {{ background: #2a2a2a }} }}</style>
+<h1>localtunnel</h1>
+<p>This server gives the program on your machine's port 8000 a public URL:</p>
+<pre>curl -fsSLO {address}/localtunnel.py
+python3 localtunnel.py client 8000</pre>
+<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
+<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
+</html>
+"""
+
+
+def landing_page(address: str) -> bytes:
+    """The page on the bare domain of a server that is reached at ADDRESS."""
+    return LANDING_PAGE.format(address=html.escape(address)).encode()
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Client
+#
+# Dials the server, and again; serves what comes out of the session from the app.  Knows no frames,
+# nothing of the server's inside, and not who watches: what happens is told to an observer.
+#
+# The two functions for one exchange are siblings of the server's: the same verbs, the same order.
+# ------------------------------------------------------------------------------------------------
+
+TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST:PORT/PATH,
+https://HOST:PORT, unix:PATH, ./FOLDER, HOST:PORT"""
+
+
+class Target:
+    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
+    __slots__ = ('scheme', 'host', 'port', 'path', 'label', 'text')
+
+    def __init__(self, scheme: str, host: str, port: int, path: str = '') -> None:
+        self.scheme, self.host, self.port, self.path = scheme, host, port, path
+        if scheme == 'unix':
+            self.text, self.label = f'unix:{path}', f'unix:{os.path.abspath(path)}'
+            return
+        shown = f'[{host}]' if ':' in host else host
+        default = {'http': 80, 'https': 443}.get(scheme)
+        self.text = shown if port == default else f'{shown}:{port}'
+        self.label = f'{scheme}://{shown}:{port}{path}'
+
+    @property
+    def tls(self) -> bool:
+        return self.scheme == 'https'
+
+    @property
+    def local(self) -> bool:
+        """Is the app on this machine?"""
+        return self.host in ('localhost', '::1') or self.host.startswith('127.')
+
+
+def parse_target(text: str) -> Target:
+    """What the user typed as TARGET.  Raises UsageError."""
+    if re.fullmatch('[0-9]+', text):
+        return Target('http', 'localhost', _port(text))
+    if '://' in text:
+        parts = split_url(text, ('http', 'https'))
+        return Target(parts[0], parts[1], parts[2], parts[3].rstrip('/'))
+    if text.startswith('unix:'):
+        if not hasattr(socket, 'AF_UNIX'):
+            raise UsageError('this system has no Unix sockets; use a port')
+        return Target('unix', 'localhost', 0, text[5:])
+    host, colon, port = text.rpartition(':')
+    if colon and host and re.fullmatch('[0-9]+', port):
+        return Target('http', host.strip('[]').lower(), _port(port))
+    raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+
+
+def _port(text: str) -> int:
+    if not 0 < int(text[:6]) < 65536:
+        raise UsageError(f'{text} is no port: ports go from 1 to 65535')
+    return int(text)
+
+
+def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
+    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise UsageError(f'{text} is no URL: {e}') from e
+    if parts.scheme not in schemes or not host or parts.username or parts.fragment:
+        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
+    path = parts.path + ('?' + parts.query if parts.query else '')
+    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
+
+
+class ServerAddress:
+    """Where the relay is: `site` is the host that the user named, which proofs are made for."""
+    __slots__ = ('scheme', 'site', 'port')
+
+    def __init__(self, text: str) -> None:
+        """Raises UsageError.  A bare host means https, and http for this machine."""
+        if '://' not in text:
+            host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
+            text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
+        self.scheme, site, self.port, path = split_url(text, ('https', 'http'))
+        if path not in ('', '/'):
+            raise UsageError(f'--server: {text} has a path; a server is only a scheme, host and port')
+        self.site = site.lower().rstrip('.')
+
+    @property
+    def authority(self) -> str:
+        """HOST or HOST:PORT, as in a URL."""
+        host = f'[{self.site}]' if ':' in self.site else self.site
+        default = {'http': 80, 'https': 443}[self.scheme]
+        return host if self.port == default else f'{host}:{self.port}'
+
+    def __str__(self) -> str:
+        return f'{self.scheme}://{self.authority}'
+
+
+def is_loopback(host: str) -> bool:
+    """Does HOST name this machine and no other?"""
+    if is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == 'localhost' or host.endswith('.localhost')
+
+
+def addresses(host: str) -> List[str]:
+    """What to dial for HOST: both addresses of this machine for its names, else the name."""
+    return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
+
+
+def explain(error: BaseException, where: str) -> str:
+    """One sentence for why WHERE can't be reached."""
+    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+        return f'{where} does not answer'
+    if isinstance(error, ConnectionRefusedError):
+        return f'nothing listens on {where}'
+    if isinstance(error, socket.gaierror):
+        return f'the host of {where} can not be found: {error.strerror}'
+    if isinstance(error, FileNotFoundError):
+        return f'{where} does not exist'
+    if 'ssl' in sys.modules and isinstance(error, sys.modules['ssl'].SSLError):
+        return explain_tls(error, where)
+    return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
+
+
+class Upstream:
+    """Connections to the app, and which of them may be used again.
+
+    An app that serves one connection at a time must never be stalled by an idle one: while a fresh
+    connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
+    """
+
+    def __init__(self, reactor: Reactor, target: Target) -> None:
+        self.target = target
+        self._reactor = reactor
+        self._hosts = addresses(target.host)
+        self._idle: List[Tuple[Connection, float]] = []
+        self._silent: Set[Connection] = set()
+        self._tls = client_tls(check=not target.local) if target.tls else None
+
+    async def connect(self) -> Connection:
+        """A fresh connection.  Raises HopFailed."""
+        error: Exception = OSError('no address')
+        for host in tuple(self._hosts):
+            try:
+                connection = await asyncio.wait_for(self._dial(host), CONNECT_TIMEOUT)
+            except (OSError, asyncio.TimeoutError) as e:
+                error = e
+                continue
+            if self._hosts[0] != host:
+                self._hosts.reverse()       # the one that answers comes first
+            self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+            return connection
+        status = 504 if isinstance(error, asyncio.TimeoutError) else 502
+        raise HopFailed(status, explain(error, self.target.text)) from error
+
+    async def _dial(self, host: str) -> Connection:
+        loop, target = self._reactor.loop, self.target
+        if target.scheme == 'unix':
+            _, connection = await loop.create_unix_connection(self._connection, target.path)
+        else:
+            _, connection = await loop.create_connection(
+                self._connection, host, target.port, ssl=self._tls,
+                server_hostname=target.host if self._tls else None)
+        return connection
+
+    def _connection(self) -> Connection:
+        return Connection(self._reactor)
+
+    def _still_silent(self, connection: Connection) -> None:
+        if connection.silent and connection.error is None:
+            self._silent.add(connection)
+            self.close()
+
+    def take(self) -> Optional[Connection]:
+        """An idle connection that can be trusted, if there is one."""
+        while self._idle:
+            connection, since = self._idle.pop()
+            if (self._reactor.now() - since < POOL_IDLE and not connection.size
+                    and not connection.ended and connection.error is None):
+                connection.silent = True
+                return connection
+            connection.close()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        """CONNECTION has nothing under way: keep it for another request."""
+        connection.on_gone = None
+        if self._silent:
+            self._silent = {c for c in self._silent if c.silent and c.error is None}
+        if self._silent or connection.size or connection.ended or connection.error:
+            return connection.close()
+        self._idle.append((connection, self._reactor.now()))
+
+    def close(self) -> None:
+        """Close what is idle."""
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Close what has been idle for too long."""
+        while self._idle and now - self._idle[0][1] >= POOL_IDLE:
+            self._idle.pop(0)[0].close()
+
+
+class Observer(Protocol):
+    """Who is told what a client does."""
+
+    def ready(self, url: str) -> None:
+        """Visitors can come, the first time."""
+
+    def back(self) -> None:
+        """Visitors can come again."""
+
+    def lost(self, why: str, seconds: float) -> None:
+        """The server can't be reached; the next attempt is in SECONDS."""
+
+    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
+                 size: int) -> None:
+        """One exchange has ended; STATUS 0: nobody waited for its answer."""
+
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
+        """A frame passed."""
+
+
+class Outcome:
+    """What became of one exchange."""
+    __slots__ = ('status', 'size', 'whole')
+
+    def __init__(self) -> None:
+        self.status = self.size = 0
+        self.whole = False          # did the answer come to its end?
+
+    def count(self, n: int) -> None:
+        """N bytes of the body passed."""
+        self.size += n
+
+
+def backoff(attempt: int) -> float:
+    """Seconds before ATTEMPT, shortened by chance so that many clients do not come at once."""
+    most = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(attempt, 10))
+    return random.uniform(most / 2, most)
+
+
+class Client:
+    """One tunnel, kept up for as long as `run` runs."""
+
+    def __init__(self, reactor: Reactor, address: ServerAddress, target: Target, key: bytes,
+                 observer: Observer, *, name: Optional[str] = None, token: str = '',
+                 rules: Optional[Dict[str, Any]] = None, timeout: float = RESPONSE_TIMEOUT,
+                 once: bool = False, ca: Optional[str] = None, trace: bool = False,
+                 release: bool = False) -> None:
+        """`rules` as Access.encode gives them; `timeout` in seconds."""
+        self.reactor, self.address, self.target = reactor, address, target
+        self.url = ''
+        self.welcomed = asyncio.Event()
+        self._observer, self._token, self._timeout, self._once = observer, token, timeout, once
+        self._trace = trace
+        self._tls = client_tls(ca) if address.scheme == 'https' else None
+        self._upstream = Upstream(reactor, target)
+        reactor.swept.add(self._upstream)
+        self._sessions: Set[Session] = set()        # the current one, and those that drain
+        self._session: Optional[Session] = None
+        self._session_id = ''
+        self._changed = asyncio.Event()
+        self._exchanges = 0
+        label = f'={name}' if name else target.label
+        proof = make_proof(key, address.site, 'http', label)
+        self.name = name or derive_name(address.site, proof)
+        self._hello = {'kind': 'http', 'name': name, 'proof': proof.hex(), **(rules or {}),
+                       'instance': secrets.token_hex(16), 'started': time.time(), 'release': release}
+
+    # Sessions: the loop, and the single attempt.
+
+    async def run(self) -> NoReturn:
+        """Keep the tunnel up.  Raises Refused, and with `once` whatever broke it."""
+        attempt = 0
+        while True:
+            began = self.reactor.now()
+            try:
+                await self._connect()
+                began = self.reactor.now()
+                why = await self._until_lost()
+            except Refused as e:
+                if e.final or not self.url or self._once:
+                    raise
+                why = str(e)
+            except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
+                why = str(e) if isinstance(e, LocaltunnelError) else explain(e, str(self.address))
+            if self._once:
+                raise LocaltunnelError(why)
+            attempt = 0 if self.reactor.now() - began > SETTLED else attempt + 1
+            delay = backoff(attempt) if attempt > 1 or not self.url else 0.0
+            self._observer.lost(why, delay)
+            await asyncio.sleep(delay)
+
+    async def find_app(self) -> None:
+        """Raises HopFailed where the app can't be reached."""
+        (await self._upstream.connect()).close()
+
+    async def _until_lost(self) -> str:
+        """Wait until a new connection is needed, and say why.  Raises Refused at a final goodbye."""
+        session = self._session
+        while session is not None:
+            self._changed.clear()
+            if session.goaway is not None:
+                code, text = session.goaway
+                self._session = None
+                if code in (SUPERSEDED, REVOKED):
+                    await self._finish({session})
+                    raise Refused(409 if code == SUPERSEDED else 401,
+                                  'superseded' if code == SUPERSEDED else 'token', text, final=True)
+                return text
+            if session.error is not None:
+                self._session = None
+                return str(session.error)
+            if session.connection is None:
+                return 'the connection to the server broke'
+            await self._changed.wait()
+        return 'the session ended'
+
+    async def _connect(self) -> None:
+        """One attempt: dial, ask, and go on with the old session or begin a new one."""
+        connection = await self._dial()
+        try:
+            welcome = await self._ask(connection)
+        except BaseException:
+            connection.reset(CANCELLED, '')
+            raise
+        resumed, session = welcome.get('resume'), self._session
+        if resumed is None or session is None:
+            if session is not None:
+                session.end(Disconnected('the server does not know this session any more'))
+            session = self._new_session()
+            session.attach(connection)
+        else:
+            session.attach(connection, int(welcome['received']))
+        self._session_id = str(welcome.get('session', ''))
+        if self.url:
+            self._observer.back()
+        else:
+            self.url = printable(str(welcome.get('url')))
+            self.welcomed.set()
+            self._observer.ready(self.url)
+
+    async def _dial(self) -> Connection:
+        address, error = self.address, OSError('no address')
+        for host in addresses(address.site):
+            try:
+                _, connection = await asyncio.wait_for(self.reactor.loop.create_connection(
+                    lambda: Connection(self.reactor), host, address.port, ssl=self._tls,
+                    server_hostname=address.site if self._tls else None), CONNECT_TIMEOUT)
+                return connection
+            except OSError as e:
+                error = e
+        raise error
+
+    async def _ask(self, connection: Connection) -> Dict[str, Any]:
+        """Ask for the tunnel; the server's welcome.  Raises Refused."""
+        hello, host = dict(self._hello), self.address.authority
+        if self._session is not None:
+            self._session.detach()
+            hello['resume'] = {'session': self._session_id, 'received': self._session.received}
+        if not is_address(self.address.site):
+            host = f'{self.name}.{host}'
+        lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
+                 f'Upgrade: {PROTOCOL}', f'Localtunnel-Hello: {json.dumps(hello)}']
+        if self._token:
+            lines.append(f'Authorization: Bearer {self._token}')
+        await connection.write('\r\n'.join(lines).encode() + b'\r\n\r\n')
+        response = await read_final(connection, None, HANDSHAKE_TIMEOUT)
+        if response.status != 101:
+            await self._refused(connection, response)
+        welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
+        if not isinstance(welcome, dict) or not welcome.get('url'):
+            raise Disconnected(f'{self.address} is no localtunnel server: it sent no welcome')
+        return welcome
+
+    async def _refused(self, connection: Connection, response: Response) -> NoReturn:
+        try:
+            body = body_reader(connection, response.body_length(b'GET'))
+            reason, piece = b'', body.take()
+            while piece != b'' and len(reason) < MAX_HEAD:
+                reason += piece or b''
+                if piece is None and not await connection.more(HANDSHAKE_TIMEOUT):
+                    break
+                piece = body.take()
+            said = json.loads(reason)
+            refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
+                              bool(said.get('final')))
+        except (ValueError, KeyError, TypeError, LocaltunnelError):
+            raise Refused(response.status, 'no_upgrade', f'{self.address} answered {response.status} '
+                          'instead of opening a session: is it a localtunnel server? A proxy in front '
+                          'of it must pass Upgrade on (Cloudflare and Envoy do not by default; set '
+                          'the name to DNS only there, or allow the upgrade "localtunnel/1")') from None
+        raise refused
+
+    def _new_session(self) -> Session:
+        session = Session(self.reactor, on_open=self._opened)
+        if self._trace:
+            session.trace = self._observer.frame
+        session.on_detached = session.on_goaway = self._changed.set
+
+        def closed() -> None:
+            self._sessions.discard(session)
+            self._changed.set()
+        session.on_closed = closed
+        self._sessions.add(session)
+        self._session = session
+        return session
+
+    async def stop(self) -> None:
+        """Say goodbye, and let what runs come to its end."""
+        for session in self._sessions:
+            session.leave(DRAINING, 'the client ends')
+        await self._finish(set(self._sessions))
+
+    async def _finish(self, sessions: Set[Session]) -> None:
+        deadline = self.reactor.now() + DRAIN
+        while self.reactor.now() < deadline and any(
+                s.connection is not None and s.error is None for s in sessions):
+            await asyncio.sleep(DRAIN_LOOK)
+        for session in sessions:
+            session.end(Disconnected('the client ended'))
+
+    # One exchange.
+
+    def _opened(self, stream: Stream) -> None:
+        self.reactor.spawn(self._serve(stream))
+
+    async def _serve(self, stream: Stream) -> None:
+        """One stream from its head to its end."""
+        number, began = self._exchanges, self.reactor.now()
+        self._exchanges += 1
+        method, target, outcome = '?', '?', Outcome()
+        try:
+            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            if head is None:
+                raise Incomplete('a stream without a request')
+            request = parse_request(head)
+            method, target = request.method.decode(), request.target.decode('latin-1')
+            try:
+                await self._exchange(stream, request, outcome)
+            except HopFailed as e:
+                outcome.status = e.status
+                await stream.write(error_message(e.status, str(e), request), end=True)
+        except (LocaltunnelError, OSError) as e:
+            stream.reset(FAILED, str(e))
+        finally:
+            stream.close()
+            self._observer.exchange(number, method, target, outcome.status,
+                                    self.reactor.now() - began, outcome.size)
+
+    async def _exchange(self, stream: Stream, request: Request, outcome: Outcome) -> None:
+        """REQUEST goes to the app; it goes again where a connection had been closed meanwhile."""
+        length = request.body_length()
+        head = encode_request(request, self._forwarded_lines(request), length)
+        body = body_reader(stream, length)
+        whole = whole_message(head, body)
+        again = whole is not None and request.method in IDEMPOTENT and not request.upgrade
+        while True:
+            reused = self._upstream.take() if again else None
+            upstream = reused or await self._upstream.connect()
+            stream.on_gone = lambda: upstream.reset(CANCELLED, '')
+            sending = None
+            try:
+                if stream.error is not None:
+                    raise stream.error
+                if whole is not None:
+                    await upstream.write(whole)
+                else:
+                    sending = self.reactor.spawn(self._send_body(upstream, head, body))
+                response = await read_final(upstream, stream, self._timeout)
+                return await self._give_answer(stream, request, upstream, response, sending, outcome)
+            except Overdue as e:
+                raise HopFailed(504, f'{self.target.text} took too long') from e
+            except Disconnected as e:
+                if stream.error is not None or outcome.status:
+                    raise
+                if reused is None or not upstream.silent:
+                    raise HopFailed(502, f'{self.target.text} closed the connection without an '
+                                    'answer') from e
+            except BadHttp as e:
+                if outcome.status:
+                    raise
+                raise HopFailed(502, f'the answer of {self.target.text} is malformed: {e}') from e
+            finally:
+                stream.on_gone = None
+                if sending:
+                    await end_task(sending)
+                if not outcome.whole:
+                    upstream.reset(CANCELLED, '')
+
+    def _forwarded_lines(self, request: Request) -> List[bytes]:
+        """The header lines of REQUEST as they go on."""
+        return request.lines_without(request.hop_by_hop())
+
+    async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
+        """Copy a request that is still under way."""
+        try:
+            await copy_message(head, body, upstream, isinstance(body, ChunkedBody), False)
+        except Incomplete:
+            upstream.reset(CANCELLED, '')       # cut short here, cut short there
+        except (LocaltunnelError, OSError):
+            pass        # whoever reads the answer learns it too
+
+    async def _give_answer(self, stream: Stream, request: Request, upstream: Connection,
+                           response: Response, sending: Optional[asyncio.Task[Any]],
+                           outcome: Outcome) -> None:
+        """The answer from the app to STREAM."""
+        lines = response.lines_without(response.hop_by_hop())
+        if response.status == 101:
+            if not request.upgrade:
+                raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+            outcome.status = 101
+            await stream.write(encode_response(response, lines))
+            await join(upstream, stream)
+            outcome.whole = True
+            return upstream.close()
+        length = response.body_length(request.method)
+        outcome.status = response.status
+        await copy_message(encode_response(response, lines, length < 0),
+                           body_reader(upstream, length), stream, length < 0, True, outcome.count)
+        outcome.whole = True
+        if response.keep_alive and length != UNTIL_CLOSE and (sending is None or sending.done()):
+            self._upstream.give(upstream)
+        else:
+            upstream.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Terminal
+#
+# What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
+#
+# A terminal gets colour and a line for each exchange.  Where stdout is no terminal its first line
+# is the URL alone, and everything else goes to stderr; with --json it has one object a line.
+# ------------------------------------------------------------------------------------------------
+
+LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one write
+
+USE_SERVER = """\
+  with a server:     python3 localtunnel.py client {target} --server https://HOST
+  your own server:   python3 localtunnel.py server --domain DOMAIN   (on a machine with a public address)"""
+
+
+class Terminal:
+    """Tells a user what a client does."""
+
+    def __init__(self, target: str, server: str, public: bool, *, as_json: bool = False,
+                 quiet: bool = False, later: Optional[Callable[..., Any]] = None) -> None:
+        """LATER is called as later(seconds, function); without it each line leaves at once."""
+        self._target, self._server, self._public = target, server, public
+        self._json, self._quiet, self._later = as_json, quiet, later
+        self._tty = sys.stdout.isatty()
+        self._colour = self._tty and 'NO_COLOR' not in os.environ and os.environ.get('TERM') != 'dumb'
+        self._lines: List[str] = []
+        self._waiting = False
+
+    def note(self, text: str) -> None:
+        """A line for people."""
+        if not self._quiet:
+            say(text)
+
+    def warn(self, text: str) -> None:
+        """A line that matters even to those who want quiet."""
+        say(self._paint('33', 'warning: ') + text)
+
+    def hint(self, text: str) -> None:
+        """Advice, where somebody may read it."""
+        self.note(self._paint('36', 'hint: ') + text)
+
+    def ready(self, url: str) -> None:
+        """Visitors can come."""
+        if self._json:
+            self._event('open', url=url, target=self._target, server=self._server,
+                        public=self._public)
+        elif not self._tty:
+            put(sys.stdout, url + '\n')
+            self.note(f'{url} -> {self._target} (server {self._server})')
+        else:
+            put(sys.stdout, f'\n  {self._paint("1;32", url)} -> {self._target}\n'
+                f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
+
+    def back(self) -> None:
+        """Visitors can come again."""
+        if self._json:
+            self._event('back')
+        self.note('connected again')
+
+    def lost(self, why: str, seconds: float) -> None:
+        """The server can't be reached."""
+        if self._json:
+            self._event('lost', reason=why, retry=round(seconds, 1))
+        self.note(f'{why}; trying again ' + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
+
+    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
+                 size: int) -> None:
+        """One exchange has ended."""
+        if self._json:
+            self._event('exchange', id=number, method=method, target=target, status=status,
+                        ms=round(seconds * 1000, 1), bytes=size)
+        elif not self._quiet:
+            shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
+            self._line(f'{time.strftime("%H:%M:%S")} #{number} {method} {printable(target)} {shown} '
+                       f'{milliseconds(seconds)} {in_bytes(size)}')
+
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
+        """A frame passed (--verbose)."""
+        self._line(f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} '
+                   f'stream {stream}, {size} bytes')
+
+    def _paint(self, code: str, text: str) -> str:
+        return f'\x1b[{code}m{text}\x1b[0m' if self._colour else text
+
+    def _event(self, event: str, **values: Any) -> None:
+        self._line(json.dumps({'event': event, **values}))
+
+    def _line(self, text: str) -> None:
+        """Queue a line; those of the same moment leave together."""
+        self._lines.append(text)
+        if not self._later or not self._waiting and len(self._lines) == 1:
+            self.flush()
+            if self._later:
+                self._waiting = True
+                self._later(LINES_TOGETHER, self._moment_over)
+
+    def _moment_over(self) -> None:
+        self._waiting = False
+        if self._lines:
+            self.flush()
+            self._waiting = True
+            assert self._later
+            self._later(LINES_TOGETHER, self._moment_over)
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        if not self._lines:
+            return
+        text, self._lines = '\n'.join(self._lines) + '\n', []
+        put(sys.stdout if self._json or self._tty else sys.stderr, text)
+
+
+STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
+
+
+def put(stream: TextIO, text: str) -> None:
+    """Write TEXT at once; a reader who went away is no error."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except (OSError, ValueError):
+        pass
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    put(sys.stderr, text + '\n')
+
+
+def milliseconds(seconds: float) -> str:
+    """SECONDS for people."""
+    return f'{seconds * 1000:.0f}ms' if seconds < 10 else f'{seconds:.1f}s'
+
+
+def in_bytes(size: float) -> str:
+    """SIZE in bytes, for people."""
+    for unit in ('B', 'kB', 'MB'):
+        if size < 1000:
+            return f'{size:.0f}{unit}' if unit == 'B' else f'{size:.1f}{unit}'
+        size /= 1000
+    return f'{size:.1f}GB'
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Command line
+#
+# The parser, and the only place where rooms are wired together.
+# ------------------------------------------------------------------------------------------------
+
+EXIT_FAILURE, EXIT_USAGE, EXIT_NAME, EXIT_TOKEN, EXIT_SUPERSEDED = 1, 2, 3, 4, 5
+EXIT_CODES = {'token': EXIT_TOKEN, 'superseded': EXIT_SUPERSEDED, 'name_taken': EXIT_NAME,
+              'bad_name': EXIT_NAME, 'reserved': EXIT_NAME, 'too_many_names': EXIT_NAME,
+              'not_yours': EXIT_NAME}
+
+
+def bind(host: str, port: int) -> List[socket.socket]:
+    """Sockets bound to PORT of HOST, which may have several addresses.  Raises OSError."""
+    bound: List[socket.socket] = []
+    try:
+        for address in ['127.0.0.1', '::1'] if host == 'localhost' else [host] if host else ['0.0.0.0', '::']:
+            family = socket.AF_INET6 if ':' in address else socket.AF_INET
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                continue        # this machine has no IPv6
+            bound.append(sock)
+            if os.name == 'posix':
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                sock.bind((address, bound[0].getsockname()[1] if port == 0 and len(bound) > 1 else port))
+                sock.listen(BACKLOG)
+            except OSError as e:
+                if family == socket.AF_INET6 and e.errno == errno.EADDRNOTAVAIL:
+                    bound.pop().close()
+                    continue    # it has IPv6, but no address
+                raise
+        return bound
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+
+
+_source: List[bytes] = []
+
+
+def own_source() -> Optional[bytes]:
+    """This file, or None where it was read from a pipe that can't be read again."""
+    if not _source:
+        try:
+            if '__file__' in globals():
+                with open(__file__, 'rb') as f:
+                    _source.append(f.read())
+            else:
+                sys.stdin.buffer.seek(0)
+                _source.append(sys.stdin.buffer.read())
+        except (OSError, ValueError, AttributeError):
+            return None
+    return _source[0]
+
+
+def stamped_source(address: str) -> Optional[bytes]:
+    """This file with the server's ADDRESS written into it."""
+    source = own_source()
+    return source and re.sub(rb"(?m)^STAMPED_SERVER = .*$",
+                             lambda _: b'STAMPED_SERVER = %a' % address, source, count=1)
+
+
+async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
+    """A server on loopback for this process alone, on the first free port."""
+    server = Server(reactor, 'localhost', Tokens(open=True), Leases(), lambda text: None,
+                    script=stamped_source, only=True, drain=LINGER)
+    for port in range(FIRST_LOCAL_PORT, 65536):
+        if port == target.port and target.local:
+            continue
+        try:
+            sockets = bind('localhost', port)
+        except OSError:
+            continue
+        for sock in sockets:
+            await server.listen(sock)
+        return server, ServerAddress(f'http://localhost:{port}')
+    raise LocaltunnelError('no port is free on this machine')
+
+
+class Quiet:
+    """An observer who tells nobody."""
+
+    def ready(self, url: str) -> None: ...
+    def back(self) -> None: ...
+    def lost(self, why: str, seconds: float) -> None: ...
+    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
+                 size: int) -> None: ...
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None: ...
+
+
+class tunnel:
+    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
+
+    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
+    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
+    """
+
+    def __init__(self, target: Union[int, str], server: Optional[str] = None,
+                 name: Optional[str] = None, token: Optional[str] = None) -> None:
+        self.url = ''
+        self._target = parse_target(str(target))
+        self._server, self._name, self._token = server, name, token
+        self._loop: Optional[asyncio.AbstractEventLoop] = None
+        self._thread: Optional[threading.Thread] = None
+
+    async def __aenter__(self) -> tunnel:
+        loop = asyncio.get_running_loop()
+        self._reactor = Reactor(loop)
+        self._local: Optional[Server] = None
+        known = self._server or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+        if known:
+            address = ServerAddress(known)
+        else:
+            self._local, address = await start_local_server(self._reactor, self._target)
+        token = self._token or os.environ.get('LOCALTUNNEL_TOKEN', '')
+        self._client = Client(self._reactor, address, self._target, load_key(say), Quiet(),
+                              name=self._name, token=token)
+        self._running = asyncio.ensure_future(self._client.run())
+        welcomed = asyncio.ensure_future(self._client.welcomed.wait())
+        await asyncio.wait({welcomed, self._running}, return_when=asyncio.FIRST_COMPLETED)
+        await end_task(welcomed)
+        if not self._client.url:
+            await self.__aexit__()
+            self._running.result()
+        self.url = self._client.url
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._client.stop()
+        await end_task(self._running)
+        if self._local:
+            await self._local.stop()
+        await self._reactor.close()
+
+    def __enter__(self) -> tunnel:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        assert self._loop
+        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        assert self._loop and self._thread
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+def run(command: Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+    """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
+    async def body() -> int:
+        loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+        def asked(*_: Any) -> None:
+            if stop.is_set():
+                os._exit(0)
+            loop.call_soon_threadsafe(stop.set)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                loop.add_signal_handler(number, asked)
+            except NotImplementedError:         # Windows
+                signal.signal(number, asked)
+        reactor = Reactor(loop)
+        try:
+            return await command(reactor, stop)
+        finally:
+            await reactor.close()
+    return asyncio.run(body())
+
+
+async def first_of(work: Awaitable[Any], stop: asyncio.Event) -> None:
+    """Wait until WORK fails, which raises, or STOP is set."""
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            tasks[0].result()
+    finally:
+        for task in tasks:
+            await end_task(task)
+
+
+def client_command(args: argparse.Namespace) -> int:
+    """`client TARGET`"""
+    target = parse_target(args.target)
+    known = args.server or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+    address = ServerAddress(known) if known else None
+    token = args.token or os.environ.get('LOCALTUNNEL_TOKEN', '')
+    key = load_key(lambda text: say('warning: ' + text))
+    if args.release and not (args.name and address):
+        raise UsageError('--release gives back the name of --name on the server of --server')
+    if args.name is not None:
+        check_name(args.name.lower())
+
+    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
+        server, at = None, address
+        if at is None:
+            server, at = await start_local_server(reactor, target)
+            say('NOT PUBLIC: no server is known, so this URL works on this machine only\n'
+                + USE_SERVER.format(target=args.target))
+        elif at.scheme == 'http' and not is_loopback(at.site):
+            say(f'warning: {at} is not encrypted: whoever is on the way can read all that passes, '
+                'and your token')
+        terminal = Terminal(target.text, str(at), server is None, as_json=args.json,
+                            quiet=args.quiet, later=reactor.loop.call_later)
+        client = Client(reactor, at, target, key, terminal, name=args.name and args.name.lower(),
+                        token=token, timeout=args.timeout, once=args.once, ca=args.ca,
+                        trace=args.verbose, release=args.release)
+        probe = reactor.spawn(look_for_app(client, terminal))
+        try:
+            await first_of(client.run(), stop)
+        finally:
+            await end_task(probe)
+            await client.stop()
+            if server:
+                await server.stop()
+            terminal.flush()
+        return 0
+    return run(command)
+
+
+async def look_for_app(client: Client, terminal: Terminal) -> None:
+    """Say so where the app is not there yet."""
+    try:
+        await client.find_app()
+    except HopFailed as e:
+        terminal.hint(f'{e}; visitors get a 502 page until the app is up')
+
+
+def server_command(args: argparse.Namespace) -> int:
+    """`server`"""
+    local = is_loopback(args.domain)
+    port = args.port or (8080 if local else 80)
+    state = args.state or state_folder()
+    if bool(args.cert) != bool(args.key):
+        raise UsageError('--cert and --key go together')
+    tls = server_tls(args.cert, args.key) if args.cert else None
+    try:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+        tokens, made = server_tokens(args, state, local)
+        leases = Leases(os.path.join(state, 'leases.json'))
+    except OSError as e:
+        raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
+                         'name another one with --state') from e
+    host = args.bind if args.bind is not None else 'localhost' if local else ''
+    plain = bind_or_explain(host, port)
+    secure = bind_or_explain(host, args.tls_port) if tls else []
+
+    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
+        server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+                        script=stamped_source)
+        if args.verbose:
+            server.trace = log_frame
+        for sock in plain:
+            await server.listen(sock)
+        for sock in secure:
+            await server.listen(sock, tls)
+        scheme, port = ('https', secure[0]) if secure else ('http', plain[0])
+        announce(args.domain, scheme, port.getsockname()[1], made, state)
+        await stop.wait()
+        log('draining; a second Ctrl-C ends at once')
+        await server.stop()
+        return 0
+    return run(command)
+
+
+def log(text: str) -> None:
+    """A line of the server's log."""
+    say(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {text}')
+
+
+def log_frame(direction: str, kind: int, stream: int, size: int) -> None:
+    """A frame passed (--verbose)."""
+    say(f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} '
+        f'stream {stream}, {size} bytes')
+
+
+def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
+    """The tokens of a server; the one that was made where none was given, else ''."""
+    given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
+    if given or args.open or local:
+        return Tokens(given, open=args.open or not given), ''
+    path = os.path.join(state, 'token')
+    if not os.path.exists(path):
+        write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
+    with open(path, encoding='ascii') as f:
+        made = f.read().strip()
+    return Tokens([made]), made
+
+
+def announce(domain: str, scheme: str, port: int, made: str, state: str) -> None:
+    """Say that the server listens, and what its users type."""
+    authority = domain if port == {'http': 80, 'https': 443}[scheme] else f'{domain}:{port}'
+    local = is_loopback(domain)
+    if scheme == 'http' and not local:
+        log(f'HTTP ONLY: {domain} has no certificate, so Stripe, Slack and what browsers allow to '
+            'secure pages only will not work; give one with --cert and --key')
+    log(f'listening: tunnels appear at {scheme}://NAME.{authority}')
+    command = f'python3 localtunnel.py client 8000 --server {scheme}://{authority}'
+    if made and sys.stderr.isatty():
+        command += f' --token {made}'
+    elif made:
+        log(f'clients need the token in {os.path.join(state, "token")}')
+    log(f'clients type: {command}')
+
+
+def bind_or_explain(host: str, port: int) -> List[socket.socket]:
+    """As bind, with an error that says what to do."""
+    try:
+        return bind(host, port)
+    except OSError as e:
+        cure = 'choose another one with --port or --tls-port'
+        if e.errno == errno.EACCES:
+            cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
+                    f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
+        elif e.errno == errno.EADDRINUSE:
+            cure = f'another program listens there; end it, or {cure}'
+        raise LocaltunnelError(f'port {port} of {host or "all addresses"} can not be used: '
+                               f'{cure}') from e
+
+
+def port_number(text: str) -> int:
+    """For argparse."""
+    port = int(text)
+    if not 0 <= port < 65536:
+        raise ValueError
+    return port
+
+
+def seconds(text: str) -> float:
+    """For argparse."""
+    value = float(text)
+    if not 0 <= value < 1e9:
+        raise ValueError
+    return value
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All that a user can type."""
+    parser = argparse.ArgumentParser(
+        prog='localtunnel.py', description='Puts a local program on the internet under a friendly URL.',
+        epilog='localtunnel.py client --help and server --help show the options of each.')
+    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
+
+    add = commands.add_parser('client', help='give a local program a public URL', epilog=(
+        TARGET_FORMS + '. Secrets in options can be seen in the list of processes: LOCALTUNNEL_TOKEN '
+        'and LOCALTUNNEL_KEY keep them out of it. Exit codes: 0 ended by the user, 1 failure, '
+        '2 usage, 3 name refused, 4 token refused, 5 superseded.')).add_argument
+    add('target', metavar='TARGET', help='what visitors reach: 8000, http://HOST:PORT, unix:PATH, ...')
+    add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
+    add('--name', help='ask for this name; refused is refused')
+    add('--release', action='store_true', help='with --name: give the name back')
+    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
+    add('--ca', metavar='FILE', help="one more authority for the server's certificate")
+    add('--timeout', type=seconds, default=RESPONSE_TIMEOUT, metavar='SECONDS',
+        help='how long the app may take to begin an answer (%(default).0f)')
+    add('--once', action='store_true', help='end with an error instead of reconnecting')
+    add('--json', action='store_true', help='one JSON object a line on stdout')
+    add('--quiet', action='store_true', help='only the URL, and what is wrong')
+    add('--verbose', action='store_true', help='a line for each frame of the protocol')
+
+    add = commands.add_parser('server', help='run the relay').add_argument
+    add('--domain', default='localhost', help='tunnels are NAME.DOMAIN (%(default)s)')
+    add('--bind', metavar='ADDRESS', help='listen on this address only (all; for localhost: loopback)')
+    add('--port', type=port_number, help='for http (80; for localhost 8080)')
+    add('--tls-port', type=port_number, default=443, help='for https (%(default)s)')
+    add('--cert', metavar='FILE', help='certificate with its chain, for https')
+    add('--key', metavar='FILE', help='its private key')
+    add('--token', action='append', help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
+    add('--open', action='store_true', help='everybody may open tunnels')
+    add('--state', metavar='DIR', help='where leases and keys are kept')
+    add('--hold', type=seconds, default=HELD, metavar='SECONDS',
+        help='how long requests wait for a client that is on its way back (%(default).0f)')
+    add('--drain', type=seconds, default=DRAIN, metavar='SECONDS',
+        help='how long the end may take (%(default).0f)')
+    add('--verbose', action='store_true', help='a line for each frame of the protocol')
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    commands = {'client': client_command, 'server': server_command}
+    if words and not words[0].startswith('-') and words[0] not in commands:
+        say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
+        return EXIT_USAGE
+    try:
+        args = make_parser().parse_args(words)
+        return commands[args.command](args)
+    except UsageError as e:
+        code, text = EXIT_USAGE, str(e)
+    except Refused as e:
+        if e.code == 'released':
+            say(str(e))
+            return 0
+        code, text = EXIT_CODES.get(e.code, EXIT_FAILURE), str(e)
+    except LocaltunnelError as e:
+        code, text = EXIT_FAILURE, str(e)
+    except KeyboardInterrupt:
+        return 0
+    say(f'localtunnel.py: {text}')
+    return code
+
+
+if __name__ == '__main__': sys.exit(main())
