@@ -667,6 +667,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.secure = transport.get_extra_info('ssl_object') is not None
         sock = transport.get_extra_info('socket')
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
         self.reactor.swept.add(self)
@@ -1058,9 +1059,10 @@ class Session:
             self.reactor.loop.call_soon(self._flush)
 
     def _flush(self) -> None:
-        """Write all that is queued, then let those in line write more."""
+        """Let those in line write, and send all that is queued."""
         self._flushing = False
         while self.connection is not None and not self.connection.choked:
+            self._next_in_line()
             self._take_control()
             if not self._out:
                 break
@@ -1072,7 +1074,6 @@ class Session:
             self.connection.transport.write(data)
             if self._sent - self._asked_at >= ACKNOWLEDGE_EVERY and self._pinged == NEVER:
                 self._ping()
-            self._next_in_line()
         if not (self.streams or self._out or self.usable):
             self.close()
 
@@ -1200,7 +1201,6 @@ class Session:
             self._receive(memoryview(rest))
             rest = connection.take(sys.maxsize)
         self._ping()
-        self._next_in_line()
 
     def can_resume(self, theirs: int) -> bool:
         """Is what follows byte THEIRS still here?"""
@@ -2247,6 +2247,7 @@ class Server:
         self._held = 0
         self._draining = False
         self._started = reactor.now()
+        reactor.swept.add(self)
         self._listeners: List[asyncio.AbstractServer] = []
 
     async def listen(self, sock: socket.socket, tls: Optional[ssl.SSLContext] = None) -> None:
@@ -2274,6 +2275,15 @@ class Server:
             member.session.end(Disconnected('the server ended'))
         for visit in tuple(self._visits):
             visit.connection.close()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """End sessions whose client does not come back, and forget names that nobody serves."""
+        for name, tunnel in tuple(self._tunnels.items()):
+            for member in tuple(tunnel.members):
+                if now - member.session.detached_at > RESUME_WITHIN:
+                    member.session.end(Disconnected('the client did not come back'))
+            if not (tunnel.members or tunnel.held) and now - tunnel.left_at > KNOWN_AFTER:
+                del self._tunnels[name]
 
     def _busy(self) -> bool:
         return (any(visit.stream for visit in self._visits)
