@@ -41,11 +41,14 @@ import argparse
 import asyncio
 import base64
 import collections
+import datetime
 import errno
+import fnmatch
 import hashlib
 import hmac
 import html
 import http
+import io
 import ipaddress
 import json
 import os
@@ -104,6 +107,7 @@ MAX_FIELDS = 200                # header fields: Apache takes 100
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 KEPT_FOR_RETRY = 64 * KIB       # of a request: what can be kept can be sent again
 SMALL_BODY = 16 * KIB           # leaves with its head in one frame, without a task of its own
+MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
 DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
 
 # Seconds.
@@ -128,9 +132,13 @@ HELD_AFTER_BREAK = 30.0         # and only when the client went without goodbye 
 KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
 DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
 BACKOFF_FIRST, BACKOFF_MOST = 0.5, 15.0     # between attempts; each is shortened by chance
+BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
 SETTLED = 10.0                  # a session that lasted so long resets the backoff
 RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
 DRAIN_LOOK = 0.05               # between looks whether all has finished
+OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
+WRONG_TOKEN = 0.5               # each wrong token makes its address wait so much longer
+MOST_WRONG_TOKEN = 10.0
 SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
@@ -138,6 +146,12 @@ WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine s
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_HELD = 100                  # requests that wait for one tunnel's client
 MAX_HELD_IN_ALL = 1000
+MAX_TUNNELS = 10000             # of a server (--max-tunnels)
+MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
+MAX_CONNECTIONS_OF_ADDRESS = 2048       # of visitors; an office behind one address has hundreds
+MAX_DESCRIPTORS = 1 << 20        # more than one event loop can look after
+SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
+MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_LEASES = 20                 # chosen names of one owner
 MAX_INTERIM = 20                # 1xx answers before the final one
 LEASE_SECONDS = 365 * 86400     # a chosen name on an open server, after its last use
@@ -186,11 +200,14 @@ class BadHttp(LocaltunnelError):
 
 
 class HopFailed(LocaltunnelError):
-    """A request can't be answered because one hop fails; `status` is what the visitor is told."""
+    """A request can't be answered because one hop fails or forbids it.
 
-    def __init__(self, status: int, text: str) -> None:
+    `status` is what the visitor is told, with the header lines `extra`.
+    """
+
+    def __init__(self, status: int, text: str, *extra: str) -> None:
         super().__init__(text)
-        self.status = status
+        self.status, self.extra = status, extra
 
 
 class Refused(LocaltunnelError):
@@ -782,6 +799,38 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.close()
 
 
+def bind(host: str, port: int) -> List[socket.socket]:
+    """Sockets that listen on PORT of HOST ('' for all addresses, IPv4 and IPv6).  Raises OSError."""
+    hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
+    bound: List[socket.socket] = []
+    try:
+        for address in hosts:
+            family = socket.AF_INET6 if ':' in address else socket.AF_INET
+            try:
+                sock = socket.socket(family, socket.SOCK_STREAM)
+            except OSError:
+                continue        # this machine has no IPv6
+            bound.append(sock)
+            if os.name == 'posix':
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                sock.bind((address, port))
+            except OSError as e:
+                if len(hosts) == 1 or family == socket.AF_INET or e.errno != errno.EADDRNOTAVAIL:
+                    raise
+                bound.pop().close()     # it has IPv6, but no address
+                continue
+            sock.listen(BACKLOG)
+            port = sock.getsockname()[1]
+        return bound
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+
+
 async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:
     """Run two coroutines at the same time; when one fails, end the other and raise."""
     tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
@@ -946,9 +995,10 @@ class Session:
         self.connection: Optional[Connection] = None
         self.streams: Dict[int, Stream] = {}
         self.round_trip = 0.1       # seconds, until measured
-        self.received = 0           # bytes of frames
+        self.received = 0           # bytes of frames, each way
         self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
         self.leaving = False        # have we said it?
+        self._closing = False       # and do we close when the streams are over?
         self.error: Optional[LocaltunnelError] = None       # why it is over
         self.detached_at = NEVER
         self.on_open = on_open
@@ -970,7 +1020,8 @@ class Session:
         self._pong_due = False
         self._line: Deque[Stream] = collections.deque()     # streams that wait for their turn
         self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
-        self._sent = self._acknowledged = self._asked_at = 0
+        self.sent = 0
+        self._acknowledged = self._asked_at = 0
         self._heard = self._moved = reactor.now()
         self._pending = 0           # bytes written that the kernel had not taken at the last sweep
         self._pinged = NEVER
@@ -996,7 +1047,7 @@ class Session:
     @property
     def usable(self) -> bool:
         """Can a new stream be opened here?"""
-        return self.error is None and self.goaway is None and not self.leaving
+        return self.error is None and self.goaway is None and not self._closing
 
     def number(self, stream: Stream) -> int:
         """The id of a stream that is about to be opened."""
@@ -1008,7 +1059,7 @@ class Session:
         """STREAM is over both ways."""
         self.streams.pop(stream.id, None)
         self._credits.pop(stream.id, None)
-        if not self.streams and not self.usable:
+        if self._closing and not self.streams:
             self._schedule()        # it closes when all has left
 
     # Frames out.
@@ -1022,7 +1073,7 @@ class Session:
 
     def _room(self) -> bool:
         return (self._out_size < BATCH and self.connection is not None
-                and not self.connection.choked and self._sent - self._acknowledged < KEPT_FOR_RESUME)
+                and not self.connection.choked and self.sent - self._acknowledged < KEPT_FOR_RESUME)
 
     def stand_in_line(self, stream: Stream) -> None:
         """STREAM will be woken when it is its turn."""
@@ -1070,11 +1121,11 @@ class Session:
             self._out.clear()
             self._out_size = 0
             self._kept.append(data)
-            self._sent += len(data)
+            self.sent += len(data)
             self.connection.transport.write(data)
-            if self._sent - self._asked_at >= ACKNOWLEDGE_EVERY and self._pinged == NEVER:
+            if self.sent - self._asked_at >= ACKNOWLEDGE_EVERY and self._pinged == NEVER:
                 self._ping()
-        if not (self.streams or self._out or self.usable):
+        if self._closing and not (self.streams or self._out):
             self.close()
 
     def _take_control(self) -> None:
@@ -1168,7 +1219,7 @@ class Session:
         self.on_open(stream)
 
     def _acknowledge(self, n: int) -> None:
-        if n > self._sent:
+        if n > self.sent:
             raise ProtocolError('more acknowledged than was sent')
         had_room = self._room()
         while self._kept and self._acknowledged + len(self._kept[0]) <= n:
@@ -1179,7 +1230,6 @@ class Session:
     def _goaway_arrived(self, code: int, text: str) -> None:
         if self.goaway is None:
             self.goaway = code, text
-            self._schedule()
             self.on_goaway()
 
     # The connection: attached, lost, replaced.
@@ -1204,7 +1254,7 @@ class Session:
 
     def can_resume(self, theirs: int) -> bool:
         """Is what follows byte THEIRS still here?"""
-        return self.error is None and self._acknowledged <= theirs <= self._sent
+        return self.error is None and self._acknowledged <= theirs <= self.sent
 
     def detach(self) -> None:
         """Give the connection up, as one that broke."""
@@ -1225,7 +1275,7 @@ class Session:
 
     def _ping(self) -> None:
         self._pinged = self.reactor.now()
-        self._asked_at = self._sent
+        self._asked_at = self.sent
         self.send(PING, 0, U64.pack(self.received))
 
     def sweep(self, now: float, woke_up: bool) -> None:
@@ -1256,11 +1306,17 @@ class Session:
 
     # The end.
 
-    def leave(self, code: int, text: str) -> None:
-        """Say GOAWAY; the session closes when its streams are over."""
+    def say_goaway(self, code: int, text: str) -> None:
+        """The other side is to make a new session; this one still carries streams."""
         if self.error is None and not self.leaving:
             self.leaving = True
             self.send(GOAWAY, 0, encode_reason(code, text))
+
+    def leave(self, code: int, text: str) -> None:
+        """Say GOAWAY, and close when the streams are over."""
+        self.say_goaway(code, text)
+        self._closing = True
+        self._schedule()
 
     def _break(self, error: ProtocolError) -> None:
         self.leave(PROTOCOL_BROKEN, str(error))
@@ -1448,6 +1504,12 @@ class Response(Head):
         elif b'content-length' in self.fields:
             length = content_length(self)
         return 0 if method == b'HEAD' or self.status == 304 else length
+
+
+def host_of(request: Request) -> str:
+    """The host that REQUEST is for, without its port."""
+    host = request.host.decode()
+    return host if host.endswith(']') or ':' not in host else host.rpartition(':')[0]
 
 
 def chunked_only(head: Head) -> int:
@@ -1692,10 +1754,10 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
 
 
 async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool, end: bool,
-                       count: Optional[Callable[[int], None]] = None) -> None:
+                       tap: Optional[Callable[[bytes], None]] = None) -> None:
     """Write HEAD and then BODY to SINK, as it arrives; what is here already leaves in one write.
 
-    CHUNKED: so it is framed there.  END: nothing follows it there.  COUNT gets bytes of the body.
+    CHUNKED: so it is framed there.  END: nothing follows it there.  TAP is shown the body.
     Raises Incomplete, BadHttp, and what breaks either stream.
     """
     out = head
@@ -1711,8 +1773,8 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
             piece = body.cut()
         if not piece:
             break
-        if count:
-            count(len(piece))
+        if tap:
+            tap(piece)
         if chunked:
             piece = b'%x\r\n%b\r\n' % (len(piece), piece)
         out = out + piece if out else piece
@@ -1826,31 +1888,104 @@ def digest_of(secret: Union[str, bytes]) -> str:
 
 
 class Grant:
-    """What one token allows; `user` is '' where the token was given without a user's name."""
-    __slots__ = ('user', 'digest')
+    """What one token allows; `user` is '' where it was given without a user's name.
 
-    def __init__(self, user: str, digest: str) -> None:
+    `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once,
+    `expires` in Unix seconds.
+    """
+    __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'expires')
+
+    def __init__(self, user: str, digest: str, words: Sequence[str] = ()) -> None:
+        """WORDS are names=GLOB,... ports=A-B tunnels=N expires=DATE.  Raises ValueError."""
         self.user, self.digest = user, digest
+        self.names: Sequence[str] = ('*',)
+        self.ports = range(65536)
+        self.tunnels, self.expires = MAX_TUNNELS_OF_TOKEN, NEVER
+        for word in words:
+            key, _, value = word.partition('=')
+            if key == 'names':
+                self.names = value.lower().split(',')
+            elif key == 'ports':
+                self.ports = port_range(value)
+            elif key == 'tunnels':
+                self.tunnels = int(value)
+            elif key == 'expires':
+                self.expires = datetime.datetime.fromisoformat(value).timestamp()
+            else:
+                raise ValueError(f'{word!r} is none of names=, ports=, tunnels=, expires=')
+
+
+def port_range(text: str) -> range:
+    """A-B, both included, or A.  Raises ValueError."""
+    first, _, last = text.partition('-')
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(f'{text} is no range of ports')
+    return ports
 
 
 class Tokens:
-    """The tokens of a server; `open` lets everybody in."""
+    """The tokens of a server: those given on the command line and those of a file."""
 
-    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
-        self.open = open
-        self._grants = [Grant('', digest_of(token)) for token in tokens]
+    def __init__(self, tokens: Iterable[str] = (), path: Optional[str] = None,
+                 open: bool = False) -> None:
+        """OPEN lets everybody in.  Raises UsageError for a bad file."""
+        self._open, self._path = open, path
+        self._given = [Grant('', digest_of(token)) for token in tokens]
+        self._filed: List[Grant] = []
+        self._seen: Optional[Tuple[int, int, int]] = None
+        if path:
+            error = self.reload()
+            if error:
+                raise UsageError(error)
 
-    def find(self, token: str) -> Optional[Grant]:
+    def reload(self) -> Optional[str]:
+        """Read the file again; one that can't be read in full is not taken: why not."""
+        if not self._path:
+            return None
+        try:
+            info = os.stat(self._path)
+            self._seen = info.st_mtime_ns, info.st_size, info.st_ino
+            with open(self._path, encoding='utf-8') as f:
+                self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
+                               if line.split('#')[0].strip()]
+        except (OSError, ValueError) as e:
+            return f'the token file {self._path} was not taken: {e}'
+        return None
+
+    def changed(self) -> bool:
+        """Is the file another one than was read?"""
+        if not self._path:
+            return False
+        try:
+            info = os.stat(self._path)
+        except OSError:
+            return self._seen is not None
+        return (info.st_mtime_ns, info.st_size, info.st_ino) != self._seen
+
+    @staticmethod
+    def _parse(number: int, line: str) -> Grant:
+        words = line.split('#')[0].split()
+        if len(words) < 2 or '=' in words[0]:
+            raise ValueError(f'line {number} is not: USER TOKEN [names=...] [ports=...] '
+                             '[tunnels=...] [expires=...]')
+        try:
+            return Grant(words[0], digest_of(words[1]), words[2:])
+        except ValueError as e:
+            raise ValueError(f'line {number}: {e}') from e
+
+    def find(self, token: str, now: float) -> Optional[Grant]:
         """What TOKEN allows; None for a wrong one.  Takes the same time for all of them."""
         digest, found = digest_of(token), None
-        for grant in self._grants:
-            if hmac.compare_digest(grant.digest, digest):
+        for grant in [*self._given, *self._filed]:
+            if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
                 found = grant
-        return found or (Grant('', '') if self.open else None)
+        return found or (Grant('', '') if self._open else None)
 
-    def holds(self, digest: str) -> bool:
-        """Is the token with DIGEST still valid?"""
-        return self.open or any(grant.digest == digest for grant in self._grants)
+    def holds(self, owner: str, digest: str, now: float) -> bool:
+        """Is the token with DIGEST, or one of the user who is OWNER, still valid?"""
+        return self._open or any(grant.digest == digest or (grant.user and owner == f'user:{grant.user}')
+                                 for grant in [*self._given, *self._filed] if now < grant.expires)
 
 
 class Leases:
@@ -1859,8 +1994,9 @@ class Leases:
     `claim` and `release` write the file before they return: first beside it, then over it.
     """
 
-    def __init__(self, path: Optional[str] = None) -> None:
-        self._path = path
+    def __init__(self, tokens: Tokens, path: Optional[str] = None) -> None:
+        """Without PATH they last as long as the process.  Raises UsageError for a damaged file."""
+        self._tokens, self._path = tokens, path
         self._leases: Dict[str, Dict[str, Any]] = {}
         if path and os.path.exists(path):
             try:
@@ -1870,17 +2006,17 @@ class Leases:
                 raise UsageError(f'{path} is damaged ({e}); repair it, or move it away to begin '
                                  'without leases') from e
 
-    def owner(self, name: str, now: float, holds: Callable[[str], bool]) -> Optional[str]:
-        """Whose NAME is, or None.  HOLDS says whether a token's digest is still valid."""
+    def owner(self, name: str, now: float) -> Optional[str]:
+        """Whose NAME is, or None."""
         lease = self._leases.get(name)
-        if lease and holds(lease['token']) and now - lease['used'] < LEASE_SECONDS:
+        if (lease and now - lease['used'] < LEASE_SECONDS
+                and self._tokens.holds(lease['owner'], lease['token'], now)):
             return str(lease['owner'])
         return None
 
-    def claim(self, name: str, owner: str, token: str, now: float,
-              holds: Callable[[str], bool]) -> None:
+    def claim(self, name: str, owner: str, token: str, now: float) -> None:
         """Give NAME to OWNER, who came with the token of digest TOKEN, or raise Refused."""
-        current = self.owner(name, now, holds)
+        current = self.owner(name, now)
         if current is not None and not hmac.compare_digest(current, owner):
             raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
                           'choose another one')
@@ -1894,12 +2030,25 @@ class Leases:
         self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
         self._save()
 
-    def release(self, name: str, owner: str, now: float, holds: Callable[[str], bool]) -> None:
+    def port_of(self, owner: str) -> int:
+        """The TCP port that OWNER had before, or 0."""
+        for name, lease in self._leases.items():
+            if lease['owner'] == owner and name.startswith('tcp:'):
+                return int(name[4:])
+        return 0
+
+    def release(self, name: str, owner: str, now: float) -> None:
         """Take NAME back from OWNER, or raise Refused."""
-        if self.owner(name, now, holds) != owner:
+        if self.owner(name, now) != owner:
             raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
-        del self._leases[name]
+        self.free(name)
+
+    def free(self, name: str) -> bool:
+        """Take NAME back from whoever has it; was there anybody?"""
+        if self._leases.pop(name, None) is None:
+            return False
         self._save()
+        return True
 
     def _save(self) -> None:
         if self._path:
@@ -1935,6 +2084,32 @@ def process_budget() -> int:
     except (AttributeError, ValueError, OSError):
         return LEAST_BUDGET         # Windows does not tell
     return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
+
+
+def descriptor_limit() -> int:
+    """How many files and sockets the process may have: the limit is raised as far as it goes."""
+    try:
+        import resource
+    except ImportError:
+        return MAX_DESCRIPTORS          # Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard == resource.RLIM_INFINITY or hard > MAX_DESCRIPTORS:
+        hard = MAX_DESCRIPTORS
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), resource.getrlimit(
+            resource.RLIMIT_NOFILE)[1]))
+    except (ValueError, OSError):
+        return soft
+    return max(soft, hard)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError):
+        return 0
 
 
 def is_address(host: str) -> bool:
@@ -1994,6 +2169,19 @@ def _publish(made: str, path: str) -> None:
         os.replace(made, path)
 
 
+Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
+
+
+def within(address: str, networks: Networks) -> bool:
+    """Is the IP ADDRESS in one of NETWORKS?"""
+    try:
+        ip = ipaddress.ip_address(address.partition('%')[0])
+    except ValueError:
+        return False
+    mapped = getattr(ip, 'ipv4_mapped', None)
+    return any((mapped or ip) in network for network in networks)
+
+
 class Access:
     """Who may visit a tunnel: the addresses, and the users with their passwords.
 
@@ -2018,14 +2206,7 @@ class Access:
 
     def admits_address(self, address: str) -> bool:
         """May a visitor from ADDRESS come in?"""
-        if not self._networks:
-            return True
-        try:
-            ip = ipaddress.ip_address(address.partition('%')[0])
-        except ValueError:
-            return False
-        mapped = getattr(ip, 'ipv4_mapped', None)
-        return any((mapped or ip) in network for network in self._networks)
+        return not self._networks or within(address, self._networks)
 
     def admits_password(self, authorization: bytes) -> bool:
         """Is this the value of an Authorization field with a right user and password?"""
@@ -2065,17 +2246,91 @@ def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
     return context
 
 
-def server_tls(cert: str, key: str) -> ssl.SSLContext:
-    """What a server shows its visitors and clients."""
+def pinned_tls() -> ssl.SSLContext:
+    """For a server whose certificate is compared with --pin instead."""
+    context = client_tls()
+    context.check_hostname = False
     import ssl
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    context.set_alpn_protocols(['http/1.1'])
-    try:
-        context.load_cert_chain(cert, key)
-    except (OSError, ssl.SSLError) as e:
-        raise UsageError(f'the certificate {cert} with the key {key} can not be used: {e}') from e
+    context.verify_mode = ssl.CERT_NONE
     return context
+
+
+def fingerprint(certificate: bytes) -> str:
+    """What --pin takes: the SHA256 of a certificate in DER form."""
+    return hashlib.sha256(certificate).hexdigest()
+
+
+class Certificate:
+    """What a server shows, read again when its files change.
+
+    A fresh context is built and checked before `context` hands connections over to it.
+    """
+
+    def __init__(self, cert: str, key: str) -> None:
+        """Raises UsageError."""
+        self._files = cert, key
+        self._seen = self._stamp()
+        self._current = self._load()
+        self.context = self._load()
+        self.context.sni_callback = self._choose
+
+    def _choose(self, connection: Any, name: Any, context: Any) -> None:
+        connection.context = self._current
+
+    def _stamp(self) -> List[Tuple[int, int]]:
+        try:
+            return [(os.stat(path).st_mtime_ns, os.stat(path).st_ino) for path in self._files]
+        except OSError:
+            return []
+
+    def _load(self) -> ssl.SSLContext:
+        import ssl
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(['http/1.1'])
+        try:
+            context.load_cert_chain(*self._files)
+        except (OSError, ssl.SSLError) as e:
+            raise UsageError('the certificate {} with the key {} can not be used: '.format(*self._files)
+                             + str(e)) from e
+        return context
+
+    def changed(self) -> bool:
+        """Are the files others than were read?"""
+        return self._stamp() not in ([], self._seen)
+
+    def reload(self) -> Optional[str]:
+        """Read the files again; if they are no good the old ones stay: why."""
+        self._seen = self._stamp()
+        try:
+            self._current = self._load()
+        except UsageError as e:
+            return f'{e}; the old certificate stays'
+        return None
+
+
+def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
+    """(certificate, key, fingerprint) for sessions, made by openssl in FOLDER; None without it."""
+    import shutil
+    import ssl
+    import subprocess
+    cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
+    if not (os.path.exists(cert) and os.path.exists(key)):
+        program = shutil.which('openssl')
+        if not program:
+            return None
+        old = os.umask(0o077)
+        try:
+            subprocess.run([program, 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
+                            '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
+                            '-keyout', key, '-out', cert], check=True, capture_output=True,
+                           timeout=OPENSSL_TIMEOUT)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        finally:
+            os.umask(old)
+    with open(cert, encoding='ascii') as f:
+        return cert, key, fingerprint(ssl.PEM_cert_to_DER_cert(f.read()))
 
 
 def explain_tls(error: BaseException, host: str) -> str:
@@ -2133,10 +2388,10 @@ class Hello:
 
 class Member:
     """One session of a tunnel, and whose it is."""
-    __slots__ = ('session', 'id', 'hello', 'token')
+    __slots__ = ('session', 'id', 'hello', 'grant')
 
-    def __init__(self, session: Session, hello: Hello, token: str) -> None:
-        self.session, self.hello, self.token = session, hello, token
+    def __init__(self, session: Session, hello: Hello, grant: Grant) -> None:
+        self.session, self.hello, self.grant = session, hello, grant
         self.id = secrets.token_hex(16)
 
 
@@ -2146,12 +2401,12 @@ class Tunnel:
     def __init__(self, name: str, kind: str, via: bytes = b'') -> None:
         self.name, self.kind, self.via = name, kind, via
         self.url = ''
-        self.port = 0
-        self.listener: Optional[asyncio.AbstractServer] = None      # of a TCP tunnel
+        self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
         self.members: List[Member] = []
         self.left_at = -NEVER       # when the last member went, on the reactor's clock
         self.said_goodbye = False   # did it go on purpose?
         self.held: Set[asyncio.Future[None]] = set()    # requests that wait for a member
+        self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
     def pick(self) -> Optional[Member]:
         """The member to send the next request to: the least busy one that is there."""
@@ -2162,6 +2417,13 @@ class Tunnel:
                 if best is None or len(session.streams) < len(best.session.streams):
                     best = member
         return best
+
+    def may_ask(self, now: float, rate: float) -> bool:
+        """May one more request come, of RATE a second?  A second's worth may come at once."""
+        left, since = self._allowance
+        left = min(max(1.0, rate), left + (now - since) * rate)
+        self._allowance = left - 1 if left >= 1 else left, now
+        return left >= 1
 
     def wake(self) -> None:
         """A member is there: those who wait go on."""
@@ -2189,19 +2451,39 @@ class Tunnel:
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
     __slots__ = ('connection', 'address', 'scheme', 'forwarded', 'stream', 'begun', 'unread',
-                 'waiting')
+                 'waiting', 'status', 'size', '_trusted')
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
         self.connection = connection
         self.address = connection.peer
         self.scheme = 'https' if connection.secure else 'http'
+        self._trusted = trusted if within(self.address, trusted) else ()
         self.forwarded = [b'X-Forwarded-For: ' + self.address.encode(),
                           b'X-Forwarded-Proto: ' + self.scheme.encode()]
         self.stream: Optional[Stream] = None
         self.begun = False          # has the answer begun?
         self.unread = False         # was the answer there before the request had been read?
         self.waiting: Optional[asyncio.Future[None]] = None
+        self.status = self.size = 0     # of the last answer, for the log
         connection.on_gone, connection.on_eof = self._gone, self._half_closed
+
+    def look_behind(self, request: Request) -> None:
+        """Where the peer is a trusted proxy: whom and what it saw."""
+        if not self._trusted:
+            return
+        peer = self.connection.peer
+        chain = [a.strip() for a in request.get(b'x-forwarded-for').decode('latin-1').split(',')]
+        chain = [*filter(is_address, chain), peer]
+        outside = [a for a in chain if not within(a, self._trusted)]
+        self.address = outside[-1] if outside else chain[0]
+        proto = request.get(b'x-forwarded-proto').lower()
+        self.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
+        self.forwarded = [b'X-Forwarded-For: ' + ', '.join(chain).encode(),
+                          b'X-Forwarded-Proto: ' + self.scheme.encode()]
+
+    def tap(self, piece: bytes) -> None:
+        """PIECE of the answer's body passed."""
+        self.size += len(piece)
 
     def begin(self, stream: Stream) -> None:
         """An exchange begins on STREAM."""
@@ -2225,6 +2507,16 @@ class Visit:
             self._gone()
 
 
+class Log(Protocol):
+    """Who is told what a server does."""
+
+    def note(self, text: str) -> None:
+        """Something happened."""
+
+    def access(self, address: str, request: Request, status: int, seconds: float, size: int) -> None:
+        """A request was answered; STATUS 0: it was not."""
+
+
 KEEP, CLOSE, TAKEN = range(3)       # what becomes of a visitor's connection after a request
 
 
@@ -2232,28 +2524,71 @@ class Server:
     """The relay."""
 
     def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
-                 log: Callable[[str], None], *, hold: float = HELD, drain: float = DRAIN,
+                 log: Log, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
+                 max_tunnels: int = MAX_TUNNELS, buffer: int = 0, host: str = '',
+                 tcp_ports: Sequence[int] = (), trusted: Networks = (),
                  script: Optional[Callable[[str], Optional[bytes]]] = None,
-                 tcp_ports: Sequence[int] = (), only: bool = False) -> None:
-        """SCRIPT gives this file with an address stamped in.  ONLY: any Host reaches the tunnel."""
+                 only: bool = False) -> None:
+        """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
+        HOST is where TCP_PORTS are bound.  TRUSTED are proxies in front.  SCRIPT gives this file
+        with an address stamped in.  ONLY: any Host reaches the one tunnel there is.
+        """
         self.reactor, self.domain = reactor, domain.lower()
         self.trace: Optional[Callable[[str, int, int, int], None]] = None
-        self._tokens, self._leases, self._log = tokens, leases, log
-        self._hold, self._drain, self._script, self._only = hold, drain, script, only
-        self._tcp_ports = tcp_ports
-        self._budget = Budget(process_budget())
+        self.certificate: Optional[Certificate] = None
+        self.redirects = False          # are visitors of http sent to https?
+        self.tls_suffix = ''            # the port there, where it is not the usual one
+        self.plain_port = 0             # where visitors come, if not where clients come
+        self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
+        self._tokens, self._leases, self._log, self._script = tokens, leases, log, script
+        self._hold, self._drain, self._rate, self._most = hold, drain, rate, max_tunnels
+        self._host, self._tcp_ports, self._trusted, self._only = host, tcp_ports, trusted, only
+        self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
         self._visits: Set[Visit] = set()
-        self._held = 0
+        self._of_address: Dict[str, int] = collections.Counter()
+        self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
+        self._descriptors = descriptor_limit()
+        self._held = self._bytes_in = self._bytes_out = 0
         self._draining = False
-        self._started = reactor.now()
-        reactor.swept.add(self)
+        self._started = self._beat = reactor.now()
+        self._lag = 0.0
         self._listeners: List[asyncio.AbstractServer] = []
+        reactor.swept.add(self)
 
-    async def listen(self, sock: socket.socket, tls: Optional[ssl.SSLContext] = None) -> None:
-        """Accept visitors and sessions on SOCK, which is bound."""
-        self._listeners.append(await self.reactor.loop.create_server(
-            self._connection, sock=sock, backlog=BACKLOG, ssl=tls))
+    async def listen(self, sock: socket.socket, tls: bool = False) -> None:
+        """Accept visitors and sessions on SOCK, which is bound; with TLS by the certificate."""
+        if tls:
+            self.reactor.spawn(self._accept_tls(sock))
+        else:
+            self._listeners.append(await self.reactor.loop.create_server(
+                self._connection, sock=sock, backlog=BACKLOG))
+
+    async def _accept_tls(self, sock: socket.socket) -> None:
+        """Accept for TLS, MAX_HANDSHAKES at a time."""
+        loop, slots = self.reactor.loop, asyncio.Semaphore(MAX_HANDSHAKES)
+        assert self.certificate
+
+        async def shake_hands(accepted: socket.socket) -> None:
+            try:
+                await loop.connect_accepted_socket(
+                    self._connection, accepted, ssl=self.certificate.context,   # type: ignore[union-attr]
+                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+            except OSError:
+                self.counters['handshakes_failed'] += 1
+            finally:
+                slots.release()
+        sock.setblocking(False)
+        while not self._draining:
+            await slots.acquire()
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as e:
+                slots.release()
+                self._log.note(f'accepting fails: {e}')
+                await asyncio.sleep(SWEEP)
+                continue
+            self.reactor.spawn(shake_hands(accepted))
 
     def _connection(self) -> Connection:
         return Connection(self.reactor, self._arrived)
@@ -2261,33 +2596,104 @@ class Server:
     def _arrived(self, connection: Connection) -> None:
         self.reactor.spawn(self._serve(connection))
 
-    async def stop(self) -> None:
-        """Drain: accept no more, send the clients elsewhere, let what runs come to its end."""
+    async def stop(self, handed_over: bool = False) -> None:
+        """Drain: accept no more, send the clients elsewhere, let what runs come to its end.
+
+        HANDED_OVER: a successor accepts.  Then idle visitors may stay: their next request is
+        answered here, with `Connection: close`.
+        """
         self._draining = True
-        for listener in self._listeners:
+        for listener in [*self._listeners, *(x for t in self._tunnels.values() for x in t.listeners)]:
             listener.close()
         for member in self._members():
-            member.session.leave(DRAINING, 'the server ends')
+            member.session.say_goaway(DRAINING, 'the server ends')
+        if not handed_over:
+            self._close_idle()
         deadline = self.reactor.now() + self._drain
-        while self._busy() and self.reactor.now() < deadline:
+        while self._visits and self.reactor.now() < deadline:
+            await asyncio.sleep(DRAIN_LOOK)
+            if not handed_over:
+                self._close_idle()
+        for member in self._members():
+            member.session.leave(DRAINING, 'the server ends')
+        deadline = self.reactor.now() + LINGER
+        while self._members() and self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
         for member in self._members():
             member.session.end(Disconnected('the server ended'))
+
+    def _close_idle(self) -> None:
         for visit in tuple(self._visits):
-            visit.connection.close()
+            if not (visit.stream or visit.waiting or visit.connection.size):
+                visit.connection.close()
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """End sessions whose client does not come back, and forget names that nobody serves."""
+        """What has to be looked at now and then: files that changed, tokens, names nobody serves."""
+        self._lag, self._beat = max(0.0, now - self._beat - SWEEP), now
+        if self._tokens.changed() or (self.certificate and self.certificate.changed()):
+            self.reload()
+        self._wrong = {a: until for a, until in self._wrong.items() if until > now}
         for name, tunnel in tuple(self._tunnels.items()):
             for member in tuple(tunnel.members):
                 if now - member.session.detached_at > RESUME_WITHIN:
                     member.session.end(Disconnected('the client did not come back'))
+                elif not self._tokens.holds('', member.grant.digest, time.time()):
+                    self._revoke(tunnel, member, 'its token is not valid any more')
             if not (tunnel.members or tunnel.held) and now - tunnel.left_at > KNOWN_AFTER:
                 del self._tunnels[name]
+                for listener in tunnel.listeners:
+                    listener.close()
 
-    def _busy(self) -> bool:
-        return (any(visit.stream for visit in self._visits)
-                or any(member.session.connection for member in self._members()))
+    def reload(self) -> None:
+        """Read tokens and certificate again."""
+        for error in (self._tokens.reload(), self.certificate and self.certificate.reload()):
+            self.counters['reload_errors' if error else 'reloads'] += 1
+            if error:
+                self._log.note(f'error: {error}')
+
+    def _revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
+        tunnel.members.remove(member)
+        tunnel.said_goodbye, tunnel.left_at = True, self.reactor.now()
+        member.session.leave(REVOKED, why)
+        self.reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
+        self._log.note(f'{tunnel.url}: {why}')
+
+    def end_tunnel(self, name: str, lease: bool) -> bool:
+        """The kill switch: end what serves NAME, and with LEASE free the name; was there anything?"""
+        tunnel = self._tunnels.get(name)
+        members = tuple(tunnel.members) if tunnel else ()
+        for member in members:
+            assert tunnel
+            self._revoke(tunnel, member, 'the operator of the server ended this tunnel')
+        return bool(lease and self._leases.free(name)) or bool(members)
+
+    def tunnels(self) -> List[Dict[str, Any]]:
+        """What is served, for the operator."""
+        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': len(t.held), 'sessions': [
+            {'user': m.grant.user, 'connected': m.session.connection is not None,
+             'streams': len(m.session.streams), 'round_trip_ms': round(m.session.round_trip * 1e3, 1)}
+            for m in t.members]} for t in self._tunnels.values()]
+
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        sessions = [m.session for m in self._members()]
+        gauges = {'tunnels': sum(bool(t.members) for t in self._tunnels.values()),
+                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
+                  'visitors': len(self._visits), 'held_requests': self._held,
+                  'window_bytes': self._budget.used, 'event_loop_lag_seconds': round(self._lag, 6),
+                  'memory_bytes': resident_memory()}
+        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}'
+                 for name, value in gauges.items()]
+        lines += [f'# TYPE localtunnel_bytes_total counter',
+                  f'localtunnel_bytes_total{{direction="in"}} {self._bytes_in + sum(s.received for s in sessions)}',
+                  f'localtunnel_bytes_total{{direction="out"}} {self._bytes_out + sum(s.sent for s in sessions)}',
+                  '# TYPE localtunnel_requests_total counter']
+        lines += [f'localtunnel_requests_total{{status="{key}"}} {n}'
+                  for key, n in sorted(self.counters.items(), key=str) if isinstance(key, int)]
+        lines.append('# TYPE localtunnel_events_total counter')
+        lines += [f'localtunnel_events_total{{event="{key}"}} {n}'
+                  for key, n in sorted(self.counters.items(), key=str) if isinstance(key, str)]
+        return '\n'.join(lines) + '\n'
 
     def _members(self) -> List[Member]:
         return [member for tunnel in self._tunnels.values() for member in tunnel.members]
@@ -2296,8 +2702,9 @@ class Server:
 
     async def _serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
-        visit = Visit(connection)
+        visit = Visit(connection, self._trusted)
         self._visits.add(visit)
+        self._of_address[visit.address] += 1
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
@@ -2319,6 +2726,9 @@ class Server:
             connection.reset(CANCELLED, '')
         finally:
             self._visits.discard(visit)
+            self._of_address[connection.peer] -= 1
+            if not self._of_address[connection.peer]:
+                del self._of_address[connection.peer]
             if after != TAKEN:
                 connection.close()
 
@@ -2332,35 +2742,62 @@ class Server:
 
     async def _answer(self, visit: Visit, request: Request) -> int:
         """Answer one request; KEEP, CLOSE or TAKEN says what becomes of the connection."""
+        visit.look_behind(request)
         if request.target == WELL_KNOWN.encode() and request.upgrade.startswith(b'localtunnel/'):
             return await self._begin_session(visit, request)
+        began, visit.status, visit.size = self.reactor.now(), 0, 0
         try:
-            tunnel = self._route(request)
-            if tunnel is None:
-                return await self._own_page(visit, request)
-            if tunnel.via in request.get(b'via'):
-                raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
-                                'before: the tunnel leads to itself')
-            return await self._exchange(visit, request, tunnel)
+            return await self._visit(visit, request)
         except HopFailed as e:
-            extra = [f'Retry-After: {RETRY_AFTER}'] if e.status == 503 else []
-            return await self._fail(visit, request, e.status, str(e), extra)
+            failed = e      # `e` ends here, and what follows is called later
+            return await self._give_own(visit, request, failed.status, lambda more: error_message(
+                failed.status, str(failed), request, [*failed.extra, *more]))
+        finally:
+            self.counters[visit.status] += 1
+            self._log.access(visit.address, request, visit.status, self.reactor.now() - began, visit.size)
 
-    async def _fail(self, visit: Visit, request: Request, status: int, text: str,
-                    extra: Sequence[str] = ()) -> int:
-        """Answer with an error; the connection is kept where the request had no body."""
-        return await self._give_own(visit, request, lambda more: error_message(
-            status, text, request, [*extra, *more]))
+    async def _visit(self, visit: Visit, request: Request) -> int:
+        """Let REQUEST in, to where it belongs.  Raises HopFailed."""
+        self._check_room(visit)
+        if self.redirects and visit.scheme == 'http':
+            where = f'https://{host_of(request)}{self.tls_suffix}{request.target.decode("latin-1")}'
+            return await self._give_own(visit, request, 308, lambda more: plain_message(
+                308, 'text/plain', b'', [f'Location: {where}', *more], request.method))
+        tunnel = self._route(request)
+        if tunnel is None:
+            return await self._own_page(visit, request)
+        if tunnel.via in request.get(b'via'):
+            raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
+                            'before: the tunnel leads to itself')
+        if self._rate and not tunnel.may_ask(self.reactor.now(), self._rate):
+            raise HopFailed(429, f'{tunnel.name} gets too many requests a second', 'Retry-After: 1')
+        access = await self._present(visit, tunnel)
+        if not access.admits_address(visit.address):
+            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
+        if access.wants_password and not access.admits_password(request.get(b'authorization')):
+            raise HopFailed(401, 'this tunnel wants a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
+        return await self._exchange(visit, request, tunnel, access)
 
-    async def _give_own(self, visit: Visit, request: Request,
+    async def _give_own(self, visit: Visit, request: Request, status: int,
                         message: Callable[[Sequence[str]], bytes]) -> int:
         """Write what MESSAGE makes with the header lines that belong to this hop."""
         keep = request.keep_alive and not self._draining and request.body_length() == 0
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
+        visit.status, visit.unread = status, not keep
         await visit.connection.write(message(more))
-        visit.unread = not keep
         return KEEP if keep else CLOSE
+
+    def _check_room(self, visit: Visit) -> None:
+        """Raises HopFailed where visitors have taken too much; sessions stay welcome."""
+        if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS:
+            raise HopFailed(503, 'the server has too many connections; try again soon',
+                            f'Retry-After: {RETRY_AFTER}')
+        if (self._of_address[visit.connection.peer] > MAX_CONNECTIONS_OF_ADDRESS
+                and not is_loopback(visit.connection.peer)
+                and not within(visit.connection.peer, self._trusted)):
+            raise HopFailed(429, f'{visit.connection.peer} has too many connections', 'Retry-After: 1')
 
     # Routes.
 
@@ -2368,8 +2805,7 @@ class Server:
         """The tunnel that REQUEST is for; None for the server itself.  Raises HopFailed."""
         if self._only:
             return next(iter(self._tunnels.values()), None)
-        host = request.host.decode()
-        host = host if host.endswith(']') else host.partition(':')[0] or host
+        host = host_of(request)
         name, _, parent = host.partition('.')
         tunnel = self._tunnels.get(name) if parent == self.domain else None
         if tunnel is not None and tunnel.kind == 'http':
@@ -2382,7 +2818,7 @@ class Server:
         raise HopFailed(404, f'there is no tunnel at {host}')
 
     def _leased(self, name: str) -> bool:
-        return self._leases.owner(name, time.time(), self._tokens.holds) is not None
+        return self._leases.owner(name, time.time()) is not None
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
@@ -2400,8 +2836,7 @@ class Server:
         if path not in (b'/', b'/localtunnel.py'):
             raise HopFailed(404, 'there is no such page here')
         if request.method not in (b'GET', b'HEAD'):
-            return await self._fail(visit, request, 405, 'this page can only be read',
-                                    ['Allow: GET, HEAD'])
+            raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
         if path == b'/':
             form, page = 'text/html; charset=utf-8', landing_page(address)
         else:
@@ -2410,16 +2845,16 @@ class Server:
                 raise HopFailed(404, 'this server was started from a pipe, so it has no copy of '
                                 'itself to hand out')
             form, page = 'text/x-python; charset=utf-8', script
-        return await self._give_own(visit, request, lambda more: plain_message(
+        return await self._give_own(visit, request, 200, lambda more: plain_message(
             200, form, page, [*PAGE_HEADERS, *more], request.method))
 
     # One exchange.
 
-    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel) -> int:
+    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel, access: Access) -> int:
         """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
         length = request.body_length()
-        head = encode_request(request, self._forwarded_lines(visit, request, tunnel), length)
-        body = body_reader(visit.connection, length)
+        lines = self._forwarded_lines(visit, request, tunnel, access)
+        head, body = encode_request(request, lines, length), body_reader(visit.connection, length)
         whole = whole_message(head, body)
         while True:
             stream = await self._open_stream(visit, tunnel)
@@ -2456,9 +2891,12 @@ class Server:
         if fault:
             raise fault
 
-    def _forwarded_lines(self, visit: Visit, request: Request, tunnel: Tunnel) -> List[bytes]:
+    def _forwarded_lines(self, visit: Visit, request: Request, tunnel: Tunnel,
+                         access: Access) -> List[bytes]:
         """The header lines of REQUEST as they go on."""
         drop, via = request.hop_by_hop(), tunnel.via
+        if access.wants_password:
+            drop.add(b'authorization')
         for name in request.fields:
             if _X_FORWARDED.match(name):
                 drop.add(name)
@@ -2468,17 +2906,27 @@ class Server:
         return [*request.lines_without(drop), *visit.forwarded,
                 b'X-Forwarded-Host: ' + request.host, b'Via: ' + via]
 
-    async def _open_stream(self, visit: Visit, tunnel: Tunnel) -> Stream:
-        """A stream to a client of TUNNEL, waiting for one that is on its way.  Raises HopFailed."""
+    async def _present(self, visit: Visit, tunnel: Tunnel) -> Access:
+        """Wait for a client of TUNNEL that is on its way, and for its rules.  Raises HopFailed."""
         member = tunnel.pick()
         if member is None:
             await self._hold_request(visit, tunnel)
             member = tunnel.pick()
         if member is None:
-            raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon')
-        stream = member.session.open()
+            raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
+                            f'Retry-After: {RETRY_AFTER}')
+        return member.hello.access
+
+    async def _open_stream(self, visit: Visit, tunnel: Tunnel) -> Stream:
+        """A stream to a client of TUNNEL, the least busy one.  Raises HopFailed."""
+        member = tunnel.pick()
+        if member is None:
+            await self._present(visit, tunnel)
+            member = tunnel.pick()
+        stream = member.session.open() if member else None
         if stream is None:
-            raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon')
+            raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
+                            f'Retry-After: {RETRY_AFTER}')
         return stream
 
     async def _hold_request(self, visit: Visit, tunnel: Tunnel) -> None:
@@ -2518,7 +2966,7 @@ class Server:
         """The answer from STREAM to the visitor."""
         visitor = visit.connection
         response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER)
-        visit.begun = True
+        visit.begun, visit.status = True, response.status
         if response.status == 101:
             return await self._upgrade(visitor, request, response, stream)
         length = response.body_length(request.method)
@@ -2531,7 +2979,7 @@ class Server:
         if not keep or request.minor == b'0':
             lines = [*lines, b'Connection: ' + (b'keep-alive' if keep else b'close')]
         await copy_message(encode_response(response, lines, chunked), body_reader(stream, length),
-                           visitor, chunked, False)
+                           visitor, chunked, False, visit.tap)
         return KEEP if keep else CLOSE
 
     async def _upgrade(self, visitor: Connection, request: Request, response: Response,
@@ -2552,7 +3000,7 @@ class Server:
                 domain = re.search(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t]*)', value.lower())
                 if domain and domain.group(1) and ('.' + self.domain).endswith(
                         '.' + domain.group(1).decode('latin-1')):
-                    self._log('a cookie for the whole domain was dropped: tenants share that site')
+                    self._log.note('a cookie for the whole domain was dropped: tenants share that site')
                     continue
             own.append(line)
         return own
@@ -2564,6 +3012,9 @@ class Server:
         try:
             member, tunnel, theirs = await self._admit(visit, request)
         except Refused as e:
+            self.counters['refused_' + e.code] += 1
+            if e.code == 'token' and visit.address in self._wrong:
+                await asyncio.sleep(self._wrong[visit.address] - self.reactor.now())
             reason = {'error': e.code, 'message': str(e), 'final': e.final}
             body = json.dumps(reason).encode() + b'\n'
             extra = ['Connection: close']
@@ -2580,7 +3031,7 @@ class Server:
         session.attach(connection, theirs or 0)
         tunnel.said_goodbye = False
         tunnel.wake()
-        self._log(f'{tunnel.url} is served by a client at {visit.address}')
+        self._log.note(f'{tunnel.url} is served by a client at {visit.address}')
         return TAKEN
 
     async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
@@ -2591,51 +3042,134 @@ class Server:
         if self._draining:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         hello = Hello(request.get(b'localtunnel-hello'))
-        grant = self._grant(request)
+        grant = self._grant(request, visit)
+        owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         host = request.host.decode()
-        token, owner = grant.digest, f'proof:{digest_of(hello.proof)}'
-        if grant.user:
-            owner = f'user:{grant.user}'
-        if hello.name is None:
-            site = host.rpartition(':')[0] if not host.endswith(']') and ':' in host else host
-            first, _, parent = site.partition('.')
-            name = derive_name(parent if is_derived(first) else site, hello.proof)
-        else:
-            name = hello.name
-            check_name(name)
-            if hello.release:
-                self._release(name, owner)
-            self._leases.claim(name, owner, token, time.time(), self._tokens.holds)
+        name = self._name_for(hello, owner, grant, host_of(request))
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
             return resumed, tunnel, (hello.resume or ('', 0))[1]
+        self._check_limits(tunnel, hello, grant)
         tunnel.make_way(hello)
-        tunnel.url = self._url(visit, name, host)
-        return self._new_member(tunnel, hello, token), tunnel, None
+        if hello.kind == 'tcp':
+            await self._open_port(tunnel, hello, grant)
+        else:
+            tunnel.url = self._url(visit, name, host)
+        return self._new_member(tunnel, hello, grant), tunnel, None
 
-    def _grant(self, request: Request) -> Grant:
-        scheme, _, token = request.get(b'authorization').partition(b' ')
-        token = token.strip() if scheme.lower() == b'bearer' else b''
-        grant = self._tokens.find(token.decode('latin-1'))
+    def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str) -> str:
+        """The name that HELLO gets, leased where it was chosen.  Raises Refused."""
+        if hello.name is None:
+            first, _, parent = host.partition('.')
+            return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof)
+        name = str(hello.name)
+        check_name(name)
+        if hello.release:
+            self._release(name, owner)
+        self._leases.claim(name, owner, grant.digest, time.time())
+        return name
+
+    async def _open_port(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
+        """Accept visitors of a TCP tunnel: on the port asked for, on the old one, or a free one."""
+        if tunnel.listeners:
+            return
+        owner, now = f'proof:{digest_of(hello.proof)}', time.time()
+        if hello.port and grant.user:
+            owner = f'user:{grant.user}'
+        allowed = [port for port in self._tcp_ports if port in grant.ports]
+        if not allowed or (hello.port and hello.port not in allowed):
+            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there are '
+                          + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
+        old = self._leases.port_of(owner)
+        start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
+        for port in [hello.port] if hello.port else [old, *allowed[start:], *allowed[:start]]:
+            if port not in allowed or self._leases.owner(f'tcp:{port}', now) not in (None, owner):
+                continue
+            try:
+                sockets = bind(self._host, port)
+            except OSError:
+                continue        # somebody else listens there
+            self._leases.claim(f'tcp:{port}', owner, grant.digest, now)
+            for sock in sockets:
+                tunnel.listeners.append(await self.reactor.loop.create_server(
+                    lambda: Connection(self.reactor, lambda c: self._tcp_arrived(tunnel, c)),
+                    sock=sock, backlog=BACKLOG))
+            tunnel.url = f'tcp://{self.domain}:{port}'
+            return
+        raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
+                      if hello.port else 'no port for raw TCP is free on this server')
+
+    def _tcp_arrived(self, tunnel: Tunnel, connection: Connection) -> None:
+        self.reactor.spawn(self._serve_tcp(tunnel, connection))
+
+    async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
+        """One visitor of a TCP tunnel."""
+        visit, stream = Visit(connection), None
+        self._visits.add(visit)
+        try:
+            access = await self._present(visit, tunnel)
+            if not access.admits_address(visit.address):
+                raise Disconnected(f'{visit.address} may not visit this tunnel')
+            stream = await self._open_stream(visit, tunnel)
+            visit.begin(stream)
+            visit.begun = True          # a half close is only that
+            await stream.write(visit.address.encode())
+            await join(connection, stream)
+        except (LocaltunnelError, OSError) as e:
+            connection.reset(CANCELLED, str(e))
+        finally:
+            self._visits.discard(visit)
+            connection.close()
+            if stream:
+                stream.close()
+
+    def _grant(self, request: Request, visit: Visit) -> Grant:
+        """What the client's token allows.  Raises Refused; wrong ones are counted."""
+        scheme, _, given = request.get(b'authorization').partition(b' ')
+        token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
+        grant = self._tokens.find(token, time.time())
         if grant is None:
-            raise Refused(401, 'token', 'the server does not know this token' if token else
-                          'the server wants a token: give it with --token or LOCALTUNNEL_TOKEN')
+            now = self.reactor.now()
+            if token:
+                until = max(now, self._wrong.get(visit.address, now)) + WRONG_TOKEN
+                self._wrong[visit.address] = min(until, now + MOST_WRONG_TOKEN)
+                self.counters['wrong_tokens'] += 1
+            raise Refused(401, 'token', 'the server does not know this token, or it has expired'
+                          if token else 'the server wants a token: give it with --token TOKEN or in '
+                          'LOCALTUNNEL_TOKEN')
         return grant
 
+    def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
+        """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
+        if hello.name and not any(fnmatch.fnmatchcase(str(hello.name), g) for g in grant.names):
+            raise Refused(403, 'bad_name', f'your token does not allow the name {hello.name}')
+        if tunnel.members:
+            return
+        mine = sum(any(m.grant.digest == grant.digest for m in t.members)
+                   for t in self._tunnels.values())
+        if mine >= grant.tunnels and not self._only:
+            raise Refused(429, 'too_many', f'your token allows {grant.tunnels} tunnels at once; '
+                          'end another one first')
+        if len(self._tunnels) > self._most:
+            raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
+
     def _release(self, name: str, owner: str) -> NoReturn:
-        self._leases.release(name, owner, time.time(), self._tokens.holds)
-        tunnel = self._tunnels.pop(name, None)
-        for member in tunnel.members if tunnel else ():
-            member.session.leave(REVOKED, f'the name {name} was given back')
+        self._leases.release(name, owner, time.time())
+        tunnel = self._tunnels.get(name)
+        for member in tuple(tunnel.members) if tunnel else ():
+            assert tunnel
+            self._revoke(tunnel, member, f'the name {name} was given back')
         raise Refused(200, 'released', f'the name {name} was given back')
 
     def _url(self, visit: Visit, name: str, host: str) -> str:
         """The public URL, with the scheme and port by which the client reached this server."""
-        port = host[host.rindex(':'):] if re.search(r':[0-9]+$', host) else ''
-        if port == {'http': ':80', 'https': ':443'}[visit.scheme]:
+        scheme, port = visit.scheme, host[host.rindex(':'):] if re.search(r':[0-9]+$', host) else ''
+        if self.plain_port:
+            scheme, port = 'http', f':{self.plain_port}'
+        if port == {'http': ':80', 'https': ':443'}[scheme]:
             port = ''
-        return f'{visit.scheme}://{"localhost" if self._only else name + "." + self.domain}{port}'
+        return f'{scheme}://{"localhost" if self._only else name + "." + self.domain}{port}'
 
     def _resumed(self, tunnel: Tunnel, hello: Hello) -> Optional[Member]:
         """The member whose session goes on, where the client asks for it and nothing is missing."""
@@ -2647,10 +3181,10 @@ class Server:
                 return member
         return None
 
-    def _new_member(self, tunnel: Tunnel, hello: Hello, token: str) -> Member:
+    def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> Member:
         session = Session(self.reactor, self._budget)
         session.trace = self.trace
-        member = Member(session, hello, token)
+        member = Member(session, hello, grant)
         tunnel.members.append(member)
 
         def left() -> None:
@@ -2658,13 +3192,65 @@ class Server:
             tunnel.left_at = self.reactor.now()
 
         def closed() -> None:
+            self._bytes_in += session.received
+            self._bytes_out += session.sent
             if member in tunnel.members:
                 tunnel.members.remove(member)
                 left()
-                self._log(f'the client of {tunnel.url} is gone: {session.error}')
+                self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
         session.on_detached = session.on_goaway = left
         session.on_closed = closed
         return member
+
+
+class Admin:
+    """The operator's page (--admin): /healthz, /metrics, /tunnels."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def listen(self, sock: socket.socket) -> asyncio.AbstractServer:
+        """Answer on SOCK, which is bound."""
+        reactor = self._server.reactor
+        return await reactor.loop.create_server(
+            lambda: Connection(reactor, self._arrived), sock=sock)
+
+    def _arrived(self, connection: Connection) -> None:
+        self._server.reactor.spawn(self._serve(connection))
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            if head:
+                request = parse_request(head)
+                await connection.write(self._answer(request))
+                await connection.linger()
+        except BadHttp as e:
+            connection.transport.write(error_message(e.status, str(e)))
+        except (LocaltunnelError, OSError):
+            pass        # it went away
+        finally:
+            connection.close()
+
+    def _answer(self, request: Request) -> bytes:
+        path, _, query = request.target.decode('latin-1').partition('?')
+        close = ['Connection: close']
+        host = host_of(request)
+        if host != 'localhost' and not is_address(host):        # DNS rebinding
+            return error_message(403, 'use the address or localhost', request, close)
+        if path.startswith('/tunnels/') and request.method == b'DELETE':
+            done = self._server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1')
+            return (plain_message(200, 'text/plain', b'ended\n', close) if done else
+                    error_message(404, 'there is no such tunnel', request, close))
+        pages: Dict[str, Tuple[str, Callable[[], str]]] = {
+            '/healthz': ('text/plain', lambda: 'ok\n'),
+            '/metrics': ('text/plain; version=0.0.4', self._server.metrics),
+            '/tunnels': ('application/json', lambda: json.dumps(self._server.tunnels()) + '\n')}
+        if path not in pages or request.method not in (b'GET', b'HEAD'):
+            return error_message(404, 'there are /healthz, /metrics, /tunnels and '
+                                 'DELETE /tunnels/NAME', request, close)
+        form, page = pages[path]
+        return plain_message(200, form, page().encode(), close, request.method)
 
 
 PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
@@ -2701,48 +3287,75 @@ def landing_page(address: str) -> bytes:
 # ------------------------------------------------------------------------------------------------
 
 TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST:PORT/PATH,
-https://HOST:PORT, unix:PATH, ./FOLDER, HOST:PORT"""
+https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
 
 
 class Target:
     """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
-    __slots__ = ('scheme', 'host', 'port', 'path', 'label', 'text')
+    __slots__ = ('scheme', 'host', 'port', 'path', 'text', 'label')
 
-    def __init__(self, scheme: str, host: str, port: int, path: str = '') -> None:
+    def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
+        """SCHEME is http, https, unix, folder, echo or tcp."""
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
-        if scheme == 'unix':
-            self.text, self.label = f'unix:{path}', f'unix:{os.path.abspath(path)}'
+        if scheme in ('unix', 'folder', 'echo'):
+            where = os.path.abspath(path) if path else ''
+            self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
+            self.label = f'{scheme}:{where}'
             return
-        shown = f'[{host}]' if ':' in host else host
-        default = {'http': 80, 'https': 443}.get(scheme)
-        self.text = shown if port == default else f'{shown}:{port}'
-        self.label = f'{scheme}://{shown}:{port}{path}'
+        self.text = self.authority if scheme == 'tcp' else self.authority + path
+        self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
 
     @property
-    def tls(self) -> bool:
-        return self.scheme == 'https'
+    def authority(self) -> str:
+        """HOST:PORT, or HOST where the port is the usual one."""
+        host = bracketed(self.host)
+        return host if self.port == {'http': 80, 'https': 443}.get(self.scheme) else f'{host}:{self.port}'
+
+    @property
+    def origin(self) -> str:
+        """How the app names itself where it is visited without a tunnel."""
+        return f'{"https" if self.scheme == "https" else "http"}://{self.authority}'
 
     @property
     def local(self) -> bool:
         """Is the app on this machine?"""
-        return self.host in ('localhost', '::1') or self.host.startswith('127.')
+        return is_loopback(self.host)
 
 
-def parse_target(text: str) -> Target:
-    """What the user typed as TARGET.  Raises UsageError."""
+def parse_target(text: str, tcp: bool = False) -> Target:
+    """What the user typed as TARGET, for a raw TCP tunnel or an HTTP one.  Raises UsageError."""
+    scheme = 'tcp' if tcp else 'http'
     if re.fullmatch('[0-9]+', text):
-        return Target('http', 'localhost', _port(text))
-    if '://' in text:
-        parts = split_url(text, ('http', 'https'))
-        return Target(parts[0], parts[1], parts[2], parts[3].rstrip('/'))
-    if text.startswith('unix:'):
+        return Target(scheme, 'localhost', _port(text))
+    if '://' in text and not tcp:
+        scheme, host, port, path = split_url(text, ('http', 'https'))
+        return Target(scheme, host, port, path.rstrip('/'))
+    if text.startswith('unix:') and text != 'unix:':
         if not hasattr(socket, 'AF_UNIX'):
             raise UsageError('this system has no Unix sockets; use a port')
-        return Target('unix', 'localhost', 0, text[5:])
-    host, colon, port = text.rpartition(':')
-    if colon and host and re.fullmatch('[0-9]+', port):
-        return Target('http', host.strip('[]').lower(), _port(port))
+        return Target('unix', path=text[5:])
+    if text == 'echo' and not tcp:
+        return Target('echo')
+    if not tcp and (os.path.isdir(text) or '/' in text or '\\' in text):
+        if not os.path.isdir(text):
+            raise UsageError(f'there is no folder {text}')
+        return Target('folder', path=text)
+    host, colon, number = text.rpartition(':')
+    if colon and host and re.fullmatch('[0-9]+', number):
+        return Target(scheme, host.strip('[]').lower(), _port(number))
     raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+
+
+def bracketed(host: str) -> str:
+    """HOST as it stands in a URL."""
+    return f'[{host}]' if ':' in host else host
+
+
+def is_loopback(host: str) -> bool:
+    """Does HOST name this machine and no other?"""
+    if is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == 'localhost' or host.endswith('.localhost')
 
 
 def _port(text: str) -> int:
@@ -2781,19 +3394,12 @@ class ServerAddress:
     @property
     def authority(self) -> str:
         """HOST or HOST:PORT, as in a URL."""
-        host = f'[{self.site}]' if ':' in self.site else self.site
+        host = bracketed(self.site)
         default = {'http': 80, 'https': 443}[self.scheme]
         return host if self.port == default else f'{host}:{self.port}'
 
     def __str__(self) -> str:
         return f'{self.scheme}://{self.authority}'
-
-
-def is_loopback(host: str) -> bool:
-    """Does HOST name this machine and no other?"""
-    if is_address(host):
-        return ipaddress.ip_address(host).is_loopback
-    return host == 'localhost' or host.endswith('.localhost')
 
 
 def addresses(host: str) -> List[str]:
@@ -2816,6 +3422,104 @@ def explain(error: BaseException, where: str) -> str:
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 
 
+def serve_locally(target: Target) -> socket.socket:
+    """A connection to a handler of the standard library, in a thread of its own."""
+    ours, theirs = socket.socketpair()
+    handler = folder_handler(target.path) if target.scheme == 'folder' else echo_handler()
+
+    def serve() -> None:
+        try:
+            with theirs:
+                handler(theirs, ('127.0.0.1', 0), None)
+        except OSError:
+            pass        # the visitor went away
+    threading.Thread(target=serve, daemon=True).start()
+    return ours
+
+
+def folder_handler(folder: str) -> Callable[..., Any]:
+    """Serves FOLDER, with listings; nothing outside, and no name that begins with a dot."""
+    import http.server
+    root = os.path.realpath(folder)
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args, directory=root)
+
+        def translate_path(self, path: str) -> str:
+            """The file for PATH, or one that does not exist."""
+            found = super().translate_path(path)
+            real = os.path.realpath(found) if '\0' not in found else ''
+            inside = real == root or real.startswith(os.path.join(root, ''))
+            hidden = any(part.startswith('.') for part in os.path.relpath(found, root).split(os.sep)
+                         if part != '.') if inside else True
+            return os.path.join(root, '.', 'no such file', '') if hidden else found
+
+        def list_directory(self, path: Any) -> Any:
+            """A page with what may be seen of the folder PATH."""
+            try:
+                names = sorted(n for n in os.listdir(path) if not n.startswith('.'))
+            except OSError:
+                return self.send_error(404, 'No permission to list directory')
+            names = [n + '/' if os.path.isdir(os.path.join(path, n)) else n for n in names]
+            items = ''.join(f'<li><a href="{urllib.parse.quote("./" + n, errors="surrogatepass")}">'
+                            f'{html.escape(n)}</a>\n' for n in names)
+            title = html.escape(urllib.parse.unquote(self.path.partition('?')[0]))
+            page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+                    f'<ul>\n{items}</ul>\n').encode('utf-8', 'surrogateescape')
+            self.send_response(200)
+            self.send_header('Content-Type', 'text/html; charset=utf-8')
+            self.send_header('Content-Length', str(len(page)))
+            self.end_headers()
+            return io.BytesIO(page)
+
+        def log_message(self, *args: Any) -> None:
+            """The tunnel has a log of its own."""
+    return Handler
+
+
+def echo_handler() -> Callable[..., Any]:
+    """Answers with the request itself, to see what an app would get."""
+    import http.server
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = 'HTTP/1.1'
+
+        def __getattr__(self, name: str) -> Any:
+            if name.startswith('do_'):
+                return self.echo        # any method will do
+            raise AttributeError(name)
+
+        def echo(self) -> None:
+            """Sends back what came."""
+            body, size = b'', int(self.headers.get('Content-Length') or 0)
+            if self.headers.get('Transfer-Encoding'):       # our own: no extensions, no surprises
+                size = int(self.rfile.readline(), 16)
+                while 0 < size <= MAX_ECHO - len(body):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                    size = int(self.rfile.readline(), 16)
+                while not size and self.rfile.readline() != b'\r\n':
+                    pass
+            if size > MAX_ECHO - len(body):
+                self.close_connection = True
+                return self.send_error(413)
+            body += self.rfile.read(size)
+            page = f'{self.requestline}\r\n{self.headers}'.encode('latin-1', 'replace') + body
+            self.send_response(200)
+            self.send_header('Content-Type', 'text/plain; charset=utf-8')
+            self.send_header('Content-Length', str(len(page)))
+            self.end_headers()
+            if self.command != 'HEAD':
+                self.wfile.write(page)
+
+        def log_message(self, *args: Any) -> None:
+            """The tunnel has a log of its own."""
+    return Handler
+
+
 class Upstream:
     """Connections to the app, and which of them may be used again.
 
@@ -2823,13 +3527,13 @@ class Upstream:
     connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
     """
 
-    def __init__(self, reactor: Reactor, target: Target) -> None:
+    def __init__(self, reactor: Reactor, target: Target, tls: Optional[ssl.SSLContext]) -> None:
         self.target = target
-        self._reactor = reactor
+        self._reactor, self._tls = reactor, tls
         self._hosts = addresses(target.host)
         self._idle: List[Tuple[Connection, float]] = []
         self._silent: Set[Connection] = set()
-        self._tls = client_tls(check=not target.local) if target.tls else None
+        reactor.swept.add(self)
 
     async def connect(self) -> Connection:
         """A fresh connection.  Raises HopFailed."""
@@ -2851,6 +3555,8 @@ class Upstream:
         loop, target = self._reactor.loop, self.target
         if target.scheme == 'unix':
             _, connection = await loop.create_unix_connection(self._connection, target.path)
+        elif target.scheme in ('folder', 'echo'):
+            _, connection = await loop.create_connection(self._connection, sock=serve_locally(target))
         else:
             _, connection = await loop.create_connection(
                 self._connection, host, target.port, ssl=self._tls,
@@ -2909,6 +3615,9 @@ class Observer(Protocol):
     def lost(self, why: str, seconds: float) -> None:
         """The server can't be reached; the next attempt is in SECONDS."""
 
+    def hint(self, text: str) -> None:
+        """Advice for the user."""
+
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
                  size: int) -> None:
         """One exchange has ended; STATUS 0: nobody waited for its answer."""
@@ -2919,56 +3628,186 @@ class Observer(Protocol):
 
 class Outcome:
     """What became of one exchange."""
-    __slots__ = ('status', 'size', 'whole')
+    __slots__ = ('status', 'size', 'whole', 'seen')
 
     def __init__(self) -> None:
         self.status = self.size = 0
         self.whole = False          # did the answer come to its end?
+        self.seen: Optional[bytes] = None       # the beginning of a body that is looked at
 
-    def count(self, n: int) -> None:
-        """N bytes of the body passed."""
-        self.size += n
+    def tap(self, piece: bytes) -> None:
+        """PIECE of the body passed."""
+        self.size += len(piece)
+        if self.seen is not None and len(self.seen) < MAX_PAYLOAD:
+            self.seen += piece
 
 
-def backoff(attempt: int) -> float:
+def backoff(attempt: int, soon: bool) -> float:
     """Seconds before ATTEMPT, shortened by chance so that many clients do not come at once."""
-    most = min(BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(attempt, 10))
+    most = min(BACKOFF_SOON if soon else BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(attempt, 10))
     return random.uniform(most / 2, most)
+
+
+def find_proxy(address: ServerAddress) -> str:
+    """The proxy that the environment names for ADDRESS (HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ''."""
+    if is_loopback(address.site) or not any(name.lower().endswith('_proxy') for name in os.environ):
+        return ''
+    import urllib.request
+    proxies = urllib.request.getproxies_environment()
+    if urllib.request.proxy_bypass_environment(address.site, proxies):      # type: ignore[attr-defined]
+        return ''
+    return proxies.get(address.scheme) or proxies.get('all', '')
+
+
+def connect_through(proxy: str, host: str, port: int) -> socket.socket:
+    """A socket to HOST and PORT through an HTTP PROXY (CONNECT, RFC 9110 9.3.6).  Blocks.
+
+    Raises LocaltunnelError and OSError.
+    """
+    parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
+    if parts.scheme != 'http' or not parts.hostname:
+        raise LocaltunnelError(f'the proxy {parts.scheme}://{parts.hostname} is not supported; '
+                               'HTTPS_PROXY must be http://HOST:PORT')
+    where = f'{bracketed(host)}:{port}'
+    lines = [f'CONNECT {where} HTTP/1.1', f'Host: {where}']
+    if parts.username:
+        user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
+        lines.append('Proxy-Authorization: Basic ' + base64.b64encode(user.encode()).decode())
+    sock = socket.create_connection((parts.hostname, parts.port or 80), CONNECT_TIMEOUT)
+    try:
+        sock.sendall('\r\n'.join(lines).encode() + b'\r\n\r\n')
+        answer = b''
+        while not answer.endswith(b'\r\n\r\n'):
+            byte = sock.recv(1)         # not one more than the head: what follows is the server's
+            if not byte or len(answer) > MAX_HEAD:
+                raise LocaltunnelError(f'the proxy {parts.hostname} gave no proper answer')
+            answer += byte
+        if not re.match(rb'HTTP/1\.[01] 2', answer):
+            said = printable(answer.split(b'\r\n')[0].decode('latin-1'))
+            raise LocaltunnelError(f'the proxy {parts.hostname} refuses to connect to {where}: {said}')
+        sock.setblocking(False)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+class HostHeader:
+    """What the app is told of its own address (--host-header): another Host, or all of `rewrite`.
+
+    With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
+    passes untouched: the app's own check against forged requests must stay whole.
+    """
+    __slots__ = ('_target', '_value')
+
+    def __init__(self, target: Target, value: str) -> None:
+        self._target = target
+        self._value = b'' if value == 'rewrite' else value.encode('latin-1')
+
+    def request_lines(self, request: Request, lines: Sequence[bytes]) -> List[bytes]:
+        """LINES of REQUEST, as the app is to see them."""
+        public, own = self._public(request), self._target.origin.encode()
+        changed = []
+        for line in lines:
+            name, _, value = line.partition(b':')
+            key, value = name.lower(), value.strip(b' \t')
+            if key == b'host':
+                line = name + b': ' + (self._value or self._target.authority.encode())
+            elif not self._value and key in (b'x-forwarded-host', b'x-forwarded-proto'):
+                continue
+            elif not self._value and key in (b'origin', b'referer'):
+                line = name + b': ' + replaced(value, public, own)
+            changed.append(line)
+        return changed
+
+    def response_lines(self, request: Request, lines: Sequence[bytes]) -> List[bytes]:
+        """LINES of the answer, as the visitor is to see them."""
+        if self._value:
+            return list(lines)
+        public, own = self._public(request), self._target.origin.encode()
+        changed = []
+        for line in lines:
+            name, _, value = line.partition(b':')
+            key, value = name.lower(), value.strip(b' \t')
+            if key in (b'location', b'access-control-allow-origin'):
+                line = name + b': ' + replaced(value, own, public)
+            elif key == b'set-cookie':
+                line = re.sub(rb'(?i);[ \t]*domain=\.?' + re.escape(self._target.host.encode())
+                              + rb'(?=[ \t]*(?:;|$))', b'', line)
+            changed.append(line)
+        return changed
+
+    @staticmethod
+    def _public(request: Request) -> bytes:
+        return (request.get(b'x-forwarded-proto') or b'http') + b'://' + request.host
+
+
+def replaced(url: bytes, origin: bytes, other: bytes) -> bytes:
+    """URL with OTHER in place of ORIGIN, where it begins with that origin and no longer one."""
+    rest = url[len(origin):]
+    if url[:len(origin)].lower() == origin and rest[:1] in (b'', b'/', b'?', b'#'):
+        return other + rest
+    return url
+
+
+# How development servers answer to a Host or Origin that they do not know: (status, words, what to do).
+STRANGERS = (
+    (403, b'Blocked request. This host', 'Vite'),
+    (403, b'Invalid Host header', 'webpack-dev-server'),
+    (200, b'Invalid Host header', 'webpack-dev-server'),
+    (403, b'Invalid Host/Origin header', 'webpack-dev-server'),
+    (400, b'DisallowedHost', 'Django'),
+    (403, b'Origin checking failed', 'Django'),
+    (403, b'Blocked host', 'Rails'),
+    (403, b'Unauthorized request from', 'Next'),
+)
+
+
+def unknown_host(status: int, body: bytes) -> str:
+    """Which development server says here that it does not know the host; '' for none."""
+    for code, words, server in STRANGERS:
+        if code == status and words in body:
+            return server
+    return ''
 
 
 class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
     def __init__(self, reactor: Reactor, address: ServerAddress, target: Target, key: bytes,
-                 observer: Observer, *, name: Optional[str] = None, token: str = '',
-                 rules: Optional[Dict[str, Any]] = None, timeout: float = RESPONSE_TIMEOUT,
-                 once: bool = False, ca: Optional[str] = None, trace: bool = False,
-                 release: bool = False) -> None:
-        """`rules` as Access.encode gives them; `timeout` in seconds."""
+                 observer: Observer, *, name: Optional[str] = None, tcp_port: int = 0,
+                 token: str = '', rules: Optional[Dict[str, Any]] = None, share: bool = False,
+                 timeout: float = RESPONSE_TIMEOUT, once: bool = False,
+                 tls: Optional[ssl.SSLContext] = None, upstream_tls: Optional[ssl.SSLContext] = None,
+                 pin: str = '', host_header: Optional[str] = None, release: bool = False,
+                 trace: bool = False) -> None:
+        """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
         self.reactor, self.address, self.target = reactor, address, target
         self.url = ''
         self.welcomed = asyncio.Event()
         self._observer, self._token, self._timeout, self._once = observer, token, timeout, once
-        self._trace = trace
-        self._tls = client_tls(ca) if address.scheme == 'https' else None
-        self._upstream = Upstream(reactor, target)
-        reactor.swept.add(self._upstream)
+        self._trace, self._tls, self._pin = trace, tls, pin
+        self._host_header = HostHeader(target, host_header) if host_header else None
+        self._upstream = Upstream(reactor, target, upstream_tls)
         self._sessions: Set[Session] = set()        # the current one, and those that drain
         self._session: Optional[Session] = None
         self._session_id = ''
         self._changed = asyncio.Event()
         self._exchanges = 0
-        label = f'={name}' if name else target.label
-        proof = make_proof(key, address.site, 'http', label)
+        self._hinted = host_header is not None
+        kind = 'tcp' if target.scheme == 'tcp' else 'http'
+        label = f'={name or tcp_port}' if name or tcp_port else target.label
+        proof = make_proof(key, address.site, kind, label)
         self.name = name or derive_name(address.site, proof)
-        self._hello = {'kind': 'http', 'name': name, 'proof': proof.hex(), **(rules or {}),
-                       'instance': secrets.token_hex(16), 'started': time.time(), 'release': release}
+        self._hello = {'kind': kind, 'name': name, 'port': tcp_port, 'proof': proof.hex(),
+                       'instance': secrets.token_hex(16), 'started': time.time(), 'share': share,
+                       'release': release, **(rules or {})}
 
     # Sessions: the loop, and the single attempt.
 
     async def run(self) -> NoReturn:
         """Keep the tunnel up.  Raises Refused, and with `once` whatever broke it."""
-        attempt = 0
+        attempt, lost = 0, self.reactor.now()
         while True:
             began = self.reactor.now()
             try:
@@ -2983,8 +3822,11 @@ class Client:
                 why = str(e) if isinstance(e, LocaltunnelError) else explain(e, str(self.address))
             if self._once:
                 raise LocaltunnelError(why)
-            attempt = 0 if self.reactor.now() - began > SETTLED else attempt + 1
-            delay = backoff(attempt) if attempt > 1 or not self.url else 0.0
+            now = self.reactor.now()
+            if now - began > SETTLED:
+                attempt, lost = 0, now
+            attempt += 1
+            delay = backoff(attempt, now - lost < SOON) if attempt > 1 or not self.url else 0.0
             self._observer.lost(why, delay)
             await asyncio.sleep(delay)
 
@@ -3039,15 +3881,29 @@ class Client:
 
     async def _dial(self) -> Connection:
         address, error = self.address, OSError('no address')
+        loop, proxy = self.reactor.loop, find_proxy(self.address)
         for host in addresses(address.site):
             try:
-                _, connection = await asyncio.wait_for(self.reactor.loop.create_connection(
-                    lambda: Connection(self.reactor), host, address.port, ssl=self._tls,
-                    server_hostname=address.site if self._tls else None), CONNECT_TIMEOUT)
+                where: Dict[str, Any] = {'host': host, 'port': address.port}
+                if proxy:
+                    where = {'sock': await asyncio.wait_for(loop.run_in_executor(
+                        None, connect_through, proxy, host, address.port), HANDSHAKE_TIMEOUT)}
+                _, connection = await asyncio.wait_for(loop.create_connection(
+                    lambda: Connection(self.reactor), ssl=self._tls,
+                    server_hostname=address.site if self._tls else None, **where), CONNECT_TIMEOUT)
+                self._check_pin(connection)
                 return connection
             except OSError as e:
                 error = e
         raise error
+
+    def _check_pin(self, connection: Connection) -> None:
+        if self._pin:
+            shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
+            if not hmac.compare_digest(fingerprint(shown), self._pin):
+                connection.reset(CANCELLED, '')
+                raise Refused(495, 'pin', f'{self.address} shows another certificate than the one of '
+                              f'--pin: its SHA256 is {fingerprint(shown)}', final=True)
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
@@ -3120,7 +3976,29 @@ class Client:
     # One exchange.
 
     def _opened(self, stream: Stream) -> None:
-        self.reactor.spawn(self._serve(stream))
+        if self.target.scheme == 'tcp':
+            visitor = stream.take(MAX_PAYLOAD)      # OPEN of a TCP stream is the visitor's address
+            self.reactor.spawn(self._serve_tcp(stream, printable(visitor.decode('latin-1'))))
+        else:
+            self.reactor.spawn(self._serve(stream))
+
+    async def _serve_tcp(self, stream: Stream, visitor: str) -> None:
+        """One stream of raw bytes."""
+        number, began = self._exchanges, self.reactor.now()
+        self._exchanges += 1
+        status, upstream = 502, None
+        try:
+            upstream = await self._upstream.connect()
+            stream.on_gone = lambda: upstream.reset(CANCELLED, '') if upstream else None
+            status = 200
+            await join(upstream, stream)
+        except (LocaltunnelError, OSError) as e:
+            stream.reset(FAILED, str(e))
+        finally:
+            if upstream:
+                upstream.close()
+            stream.close()
+            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0)
 
     async def _serve(self, stream: Stream) -> None:
         """One stream from its head to its end."""
@@ -3148,8 +4026,8 @@ class Client:
     async def _exchange(self, stream: Stream, request: Request, outcome: Outcome) -> None:
         """REQUEST goes to the app; it goes again where a connection had been closed meanwhile."""
         length = request.body_length()
-        head = encode_request(request, self._forwarded_lines(request), length)
-        body = body_reader(stream, length)
+        lines = self._forwarded_lines(request)
+        head, body = encode_request(request, lines, length), body_reader(stream, length)
         whole = whole_message(head, body)
         again = whole is not None and request.method in IDEMPOTENT and not request.upgrade
         while True:
@@ -3187,7 +4065,16 @@ class Client:
 
     def _forwarded_lines(self, request: Request) -> List[bytes]:
         """The header lines of REQUEST as they go on."""
-        return request.lines_without(request.hop_by_hop())
+        lines = request.lines_without(request.hop_by_hop())
+        if self.target.path and self.target.scheme in ('http', 'https') and request.target != b'*':
+            request.target = self.target.path.encode() + request.target
+        return self._host_header.request_lines(request, lines) if self._host_header else lines
+
+    def _hint(self, server: str) -> None:
+        if server:
+            self._hinted = True
+            self._observer.hint(f'{server} does not know the name of this tunnel; start the client with '
+                                '--host-header rewrite, or allow the name in its configuration')
 
     async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
         """Copy a request that is still under way."""
@@ -3203,6 +4090,8 @@ class Client:
                            outcome: Outcome) -> None:
         """The answer from the app to STREAM."""
         lines = response.lines_without(response.hop_by_hop())
+        if self._host_header:
+            lines = self._host_header.response_lines(request, lines)
         if response.status == 101:
             if not request.upgrade:
                 raise BadHttp(502, 'it changed to a protocol that nobody asked for')
@@ -3213,9 +4102,13 @@ class Client:
             return upstream.close()
         length = response.body_length(request.method)
         outcome.status = response.status
+        if not self._hinted and (response.status in (400, 403) or length == len(STRANGERS[1][1])):
+            outcome.seen = b''
         await copy_message(encode_response(response, lines, length < 0),
-                           body_reader(upstream, length), stream, length < 0, True, outcome.count)
+                           body_reader(upstream, length), stream, length < 0, True, outcome.tap)
         outcome.whole = True
+        if outcome.seen and not self._hinted:
+            self._hint(unknown_host(response.status, outcome.seen))
         if response.keep_alive and length != UNTIL_CLOSE and (sending is None or sending.done()):
             self._upstream.give(upstream)
         else:
@@ -3238,27 +4131,53 @@ USE_SERVER = """\
   your own server:   python3 localtunnel.py server --domain DOMAIN   (on a machine with a public address)"""
 
 
+class Lines:
+    """Lines for one stream; those of the same moment leave in one write."""
+
+    def __init__(self, stream: TextIO, later: Callable[..., Any]) -> None:
+        """LATER is called as later(seconds, function)."""
+        self._stream, self._later = stream, later
+        self._lines: List[str] = []
+        self._waiting = False
+
+    def add(self, text: str) -> None:
+        """One more line; the first after a silence is written at once."""
+        self._lines.append(text)
+        if not self._waiting:
+            self._write()
+
+    def _write(self) -> None:
+        self._waiting = bool(self._lines)
+        if self._lines:
+            self.flush()
+            self._later(LINES_TOGETHER, self._write)
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        if self._lines:
+            text = '\n'.join(self._lines) + '\n'
+            self._lines.clear()
+            put(self._stream, text)
+
+
 class Terminal:
     """Tells a user what a client does."""
 
-    def __init__(self, target: str, server: str, public: bool, *, as_json: bool = False,
-                 quiet: bool = False, later: Optional[Callable[..., Any]] = None) -> None:
-        """LATER is called as later(seconds, function); without it each line leaves at once."""
-        self._target, self._server, self._public = target, server, public
-        self._json, self._quiet, self._later = as_json, quiet, later
+    def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
+                 as_json: bool = False, quiet: bool = False,
+                 first: Callable[[], None] = lambda: None) -> None:
+        """FIRST is called when the tunnel is there the first time."""
+        self._target, self._server, self._public, self._first = target, server, public, first
+        self._json, self._quiet = as_json, quiet
         self._tty = sys.stdout.isatty()
         self._colour = self._tty and 'NO_COLOR' not in os.environ and os.environ.get('TERM') != 'dumb'
-        self._lines: List[str] = []
-        self._waiting = False
+        self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
+        self.flush = self._lines.flush
 
     def note(self, text: str) -> None:
         """A line for people."""
         if not self._quiet:
             say(text)
-
-    def warn(self, text: str) -> None:
-        """A line that matters even to those who want quiet."""
-        say(self._paint('33', 'warning: ') + text)
 
     def hint(self, text: str) -> None:
         """Advice, where somebody may read it."""
@@ -3266,6 +4185,7 @@ class Terminal:
 
     def ready(self, url: str) -> None:
         """Visitors can come."""
+        self._first()
         if self._json:
             self._event('open', url=url, target=self._target, server=self._server,
                         public=self._public)
@@ -3280,13 +4200,14 @@ class Terminal:
         """Visitors can come again."""
         if self._json:
             self._event('back')
-        self.note('connected again')
+        self.note(self._paint('32', 'connected again'))
 
     def lost(self, why: str, seconds: float) -> None:
         """The server can't be reached."""
         if self._json:
             self._event('lost', reason=why, retry=round(seconds, 1))
-        self.note(f'{why}; trying again ' + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
+        self.note(self._paint('33', why) + '; trying again '
+                  + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
                  size: int) -> None:
@@ -3296,43 +4217,60 @@ class Terminal:
                         ms=round(seconds * 1000, 1), bytes=size)
         elif not self._quiet:
             shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
-            self._line(f'{time.strftime("%H:%M:%S")} #{number} {method} {printable(target)} {shown} '
-                       f'{milliseconds(seconds)} {in_bytes(size)}')
+            self._lines.add(f'{time.strftime("%H:%M:%S")} #{number} {method} {printable(target)} '
+                            f'{shown} {milliseconds(seconds)} {in_bytes(size)}')
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
         """A frame passed (--verbose)."""
-        self._line(f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} '
-                   f'stream {stream}, {size} bytes')
+        self._lines.add(frame_line(direction, kind, stream, size))
 
     def _paint(self, code: str, text: str) -> str:
         return f'\x1b[{code}m{text}\x1b[0m' if self._colour else text
 
     def _event(self, event: str, **values: Any) -> None:
-        self._line(json.dumps({'event': event, **values}))
+        self._lines.add(json.dumps({'event': event, **values}))
 
-    def _line(self, text: str) -> None:
-        """Queue a line; those of the same moment leave together."""
-        self._lines.append(text)
-        if not self._later or not self._waiting and len(self._lines) == 1:
-            self.flush()
-            if self._later:
-                self._waiting = True
-                self._later(LINES_TOGETHER, self._moment_over)
 
-    def _moment_over(self) -> None:
-        self._waiting = False
-        if self._lines:
-            self.flush()
-            self._waiting = True
-            assert self._later
-            self._later(LINES_TOGETHER, self._moment_over)
+class ServerLog:
+    """Tells an operator what a server does, in lines of text or JSON on stderr."""
 
-    def flush(self) -> None:
-        """Write what is queued."""
-        if not self._lines:
-            return
-        text, self._lines = '\n'.join(self._lines) + '\n', []
-        put(sys.stdout if self._json or self._tty else sys.stderr, text)
+    def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
+        self._json = as_json
+        self._lines = Lines(sys.stderr, later)
+        self.flush = self._lines.flush
+
+    def note(self, text: str) -> None:
+        """Something happened."""
+        now = time.strftime('%Y-%m-%d %H:%M:%S')
+        self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else f'{now} {text}')
+
+    def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
+        """A request was answered.  Of its target the query is left out: it may hold secrets."""
+        now, host = time.strftime('%Y-%m-%d %H:%M:%S'), request.host.decode()
+        path = request.target.partition(b'?')[0].decode('latin-1')
+        if self._json:
+            self._lines.add(json.dumps({
+                'time': now, 'visitor': address, 'method': request.method.decode(), 'host': host,
+                'path': path, 'status': status, 'ms': round(seconds * 1000, 1), 'bytes': size}))
+        else:
+            self._lines.add(f'{now} {address} {request.method.decode()} {host} {printable(path)} '
+                            f'{status or "gone"} {milliseconds(seconds)} {in_bytes(size)}')
+
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
+        """A frame passed (--verbose)."""
+        self._lines.add(frame_line(direction, kind, stream, size))
+
+
+class Silence:
+    """A log and an observer who tell nobody."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **words: None
+
+
+def frame_line(direction: str, kind: int, stream: int, size: int) -> str:
+    """One frame of the protocol, for people."""
+    return f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} #{stream} {size}'
 
 
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
@@ -3373,40 +4311,10 @@ def in_bytes(size: float) -> str:
 # ------------------------------------------------------------------------------------------------
 
 EXIT_FAILURE, EXIT_USAGE, EXIT_NAME, EXIT_TOKEN, EXIT_SUPERSEDED = 1, 2, 3, 4, 5
-EXIT_CODES = {'token': EXIT_TOKEN, 'superseded': EXIT_SUPERSEDED, 'name_taken': EXIT_NAME,
-              'bad_name': EXIT_NAME, 'reserved': EXIT_NAME, 'too_many_names': EXIT_NAME,
-              'not_yours': EXIT_NAME}
-
-
-def bind(host: str, port: int) -> List[socket.socket]:
-    """Sockets bound to PORT of HOST, which may have several addresses.  Raises OSError."""
-    bound: List[socket.socket] = []
-    try:
-        for address in ['127.0.0.1', '::1'] if host == 'localhost' else [host] if host else ['0.0.0.0', '::']:
-            family = socket.AF_INET6 if ':' in address else socket.AF_INET
-            try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-            except OSError:
-                continue        # this machine has no IPv6
-            bound.append(sock)
-            if os.name == 'posix':
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                sock.bind((address, bound[0].getsockname()[1] if port == 0 and len(bound) > 1 else port))
-                sock.listen(BACKLOG)
-            except OSError as e:
-                if family == socket.AF_INET6 and e.errno == errno.EADDRNOTAVAIL:
-                    bound.pop().close()
-                    continue    # it has IPv6, but no address
-                raise
-        return bound
-    except OSError:
-        for sock in bound:
-            sock.close()
-        raise
-
+EXIT_CODES = {'token': EXIT_TOKEN, 'revoked': EXIT_TOKEN, 'superseded': EXIT_SUPERSEDED,
+              'name_taken': EXIT_NAME, 'bad_name': EXIT_NAME, 'reserved': EXIT_NAME,
+              'too_many_names': EXIT_NAME, 'not_yours': EXIT_NAME, 'port_taken': EXIT_NAME,
+              'bad_port': EXIT_NAME}
 
 _source: List[bytes] = []
 
@@ -3435,8 +4343,9 @@ def stamped_source(address: str) -> Optional[bytes]:
 
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
     """A server on loopback for this process alone, on the first free port."""
-    server = Server(reactor, 'localhost', Tokens(open=True), Leases(), lambda text: None,
-                    script=stamped_source, only=True, drain=LINGER)
+    tokens = Tokens(open=True)
+    server = Server(reactor, 'localhost', tokens, Leases(tokens), Silence(), script=stamped_source,
+                    only=True, drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -3448,17 +4357,6 @@ async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, 
             await server.listen(sock)
         return server, ServerAddress(f'http://localhost:{port}')
     raise LocaltunnelError('no port is free on this machine')
-
-
-class Quiet:
-    """An observer who tells nobody."""
-
-    def ready(self, url: str) -> None: ...
-    def back(self) -> None: ...
-    def lost(self, why: str, seconds: float) -> None: ...
-    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
-                 size: int) -> None: ...
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None: ...
 
 
 class tunnel:
@@ -3477,17 +4375,17 @@ class tunnel:
         self._thread: Optional[threading.Thread] = None
 
     async def __aenter__(self) -> tunnel:
-        loop = asyncio.get_running_loop()
-        self._reactor = Reactor(loop)
+        self._reactor = Reactor(asyncio.get_running_loop())
         self._local: Optional[Server] = None
-        known = self._server or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+        known = known_server(self._server)
         if known:
             address = ServerAddress(known)
         else:
             self._local, address = await start_local_server(self._reactor, self._target)
-        token = self._token or os.environ.get('LOCALTUNNEL_TOKEN', '')
-        self._client = Client(self._reactor, address, self._target, load_key(say), Quiet(),
-                              name=self._name, token=token)
+        self._client = Client(
+            self._reactor, address, self._target, load_key(say), Silence(), name=self._name,
+            token=known_token(self._token, address), tls=server_tls(address, None, None),
+            upstream_tls=upstream_tls(self._target, None, False))
         self._running = asyncio.ensure_future(self._client.run())
         welcomed = asyncio.ensure_future(self._client.welcomed.wait())
         await asyncio.wait({welcomed, self._running}, return_when=asyncio.FIRST_COMPLETED)
@@ -3527,7 +4425,66 @@ class tunnel:
         self._loop.close()
 
 
-def run(command: Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]) -> int:
+# What the client keeps: the tokens that servers accepted, and which server it was last.
+
+def _tokens_path() -> str:
+    return os.path.join(config_folder(), 'tokens.json')
+
+
+def kept_tokens() -> Dict[str, Any]:
+    """{"last": address, "tokens": {address: token}}"""
+    try:
+        with open(_tokens_path(), encoding='utf-8') as f:
+            kept = json.load(f)
+        return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {'last': '', 'tokens': {}}
+
+
+def keep_token(address: str, token: str) -> None:
+    """Remember that the server at ADDRESS accepted TOKEN."""
+    kept = kept_tokens()
+    if kept['last'] != address or kept['tokens'].get(address) != token:
+        kept['tokens'][address], kept['last'] = token, address
+        try:
+            write_secret(_tokens_path(), json.dumps(kept, indent=1).encode())
+        except OSError as e:
+            say(f'warning: {_tokens_path()} can not be kept: {e.strerror}')
+
+
+def known_server(given: Optional[str]) -> str:
+    """The server to use: as GIVEN, of the environment, stamped into this file, or the last one."""
+    return (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+            or str(kept_tokens()['last']))
+
+
+def known_token(given: Optional[str], address: ServerAddress) -> str:
+    """The token for the server at ADDRESS, or ''."""
+    return (given or os.environ.get('LOCALTUNNEL_TOKEN')
+            or str(kept_tokens()['tokens'].get(str(address), '')))
+
+
+def server_tls(address: ServerAddress, ca: Optional[str],
+               pin: Optional[str]) -> Optional[ssl.SSLContext]:
+    """How the server at ADDRESS is checked; None where it is reached without TLS."""
+    if address.scheme != 'https':
+        return None
+    return pinned_tls() if pin else client_tls(ca)
+
+
+def upstream_tls(target: Target, ca: Optional[str], insecure: bool) -> Optional[ssl.SSLContext]:
+    """How the app is checked; None where it is reached without TLS."""
+    if target.scheme != 'https':
+        return None
+    return client_tls(ca, check=not (insecure or target.local))
+
+
+# Running until somebody says stop.
+
+Command = Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]
+
+
+def run(command: Command) -> int:
     """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
     async def body() -> int:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -3563,15 +4520,53 @@ async def first_of(work: Awaitable[Any], stop: asyncio.Event) -> None:
 
 def client_command(args: argparse.Namespace) -> int:
     """`client TARGET`"""
-    target = parse_target(args.target)
-    known = args.server or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+    tcp = args.tcp or args.tcp_port is not None
+    target = parse_target(args.target, tcp)
+    known = known_server(args.server)
     address = ServerAddress(known) if known else None
-    token = args.token or os.environ.get('LOCALTUNNEL_TOKEN', '')
-    key = load_key(lambda text: say('warning: ' + text))
+    check_client_options(args, address, tcp)
+    token = known_token(args.token, address) if address else ''
+    while True:
+        try:
+            return run(client_coroutine(args, target, address, token))
+        except Refused as e:
+            if e.code != 'token' or token or not (address and sys.stderr.isatty()):
+                raise
+            import getpass
+            token = getpass.getpass(f'token for {address}: ')
+            if not token:
+                raise
+
+
+def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress],
+                         tcp: bool) -> None:
+    """Raises UsageError and Refused for what can't be meant."""
+    args.name = args.name and args.name.lower()
     if args.release and not (args.name and address):
         raise UsageError('--release gives back the name of --name on the server of --server')
-    if args.name is not None:
-        check_name(args.name.lower())
+    if tcp and not address:
+        raise UsageError('--tcp needs a server: name it with --server')
+    if tcp and (args.name or args.auth or args.host_header):
+        raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
+    if args.name:
+        check_name(args.name)
+    if any(':' not in user for user in args.auth):
+        raise UsageError('--auth takes USER:PASSWORD')
+    if args.pin is not None:
+        args.pin = args.pin.replace(':', '').lower()
+        if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
+            raise UsageError('--pin takes the 64 hexadecimal digits of a SHA256, for an https server')
+    for cidr in args.allow:
+        try:
+            ipaddress.ip_network(cidr, strict=False)
+        except ValueError as e:
+            raise UsageError(f'--allow: {e}') from e
+
+
+def client_coroutine(args: argparse.Namespace, target: Target, address: Optional[ServerAddress],
+                     token: str) -> Command:
+    """What `client` runs."""
+    key = load_key(lambda text: say('warning: ' + text))
 
     async def command(reactor: Reactor, stop: asyncio.Event) -> int:
         server, at = None, address
@@ -3581,12 +4576,19 @@ def client_command(args: argparse.Namespace) -> int:
                 + USE_SERVER.format(target=args.target))
         elif at.scheme == 'http' and not is_loopback(at.site):
             say(f'warning: {at} is not encrypted: whoever is on the way can read all that passes, '
-                'and your token')
-        terminal = Terminal(target.text, str(at), server is None, as_json=args.json,
-                            quiet=args.quiet, later=reactor.loop.call_later)
-        client = Client(reactor, at, target, key, terminal, name=args.name and args.name.lower(),
-                        token=token, timeout=args.timeout, once=args.once, ca=args.ca,
-                        trace=args.verbose, release=args.release)
+                'your token and the proof of your name too')
+
+        def accepted() -> None:
+            if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
+                keep_token(str(at), token)
+        terminal = Terminal(target.text, str(at), server is None, reactor.loop.call_later,
+                            as_json=args.json, quiet=args.quiet, first=accepted)
+        client = Client(reactor, at, target, key, terminal, name=args.name,
+                        tcp_port=args.tcp_port or 0, token=token, share=args.share,
+                        rules=Access.encode(args.allow, args.auth), timeout=args.timeout,
+                        once=args.once, tls=server_tls(at, args.ca, args.pin), pin=args.pin or '',
+                        upstream_tls=upstream_tls(target, args.ca, args.insecure),
+                        host_header=args.host_header, release=args.release, trace=args.verbose)
         probe = reactor.spawn(look_for_app(client, terminal))
         try:
             await first_of(client.run(), stop)
@@ -3597,7 +4599,7 @@ def client_command(args: argparse.Namespace) -> int:
                 await server.stop()
             terminal.flush()
         return 0
-    return run(command)
+    return command
 
 
 async def look_for_app(client: Client, terminal: Terminal) -> None:
@@ -3608,59 +4610,77 @@ async def look_for_app(client: Client, terminal: Terminal) -> None:
         terminal.hint(f'{e}; visitors get a 502 page until the app is up')
 
 
+# The server's side.
+
 def server_command(args: argparse.Namespace) -> int:
     """`server`"""
     local = is_loopback(args.domain)
-    port = args.port or (8080 if local else 80)
     state = args.state or state_folder()
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
-    tls = server_tls(args.cert, args.key) if args.cert else None
     try:
         os.makedirs(state, mode=0o700, exist_ok=True)
+        if not os.access(state, os.W_OK):
+            raise PermissionError(errno.EACCES, 'Permission denied')
         tokens, made = server_tokens(args, state, local)
-        leases = Leases(os.path.join(state, 'leases.json'))
+        leases = Leases(tokens, os.path.join(state, 'leases.json'))
     except OSError as e:
         raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
+    certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
+    signed = None if certificate or local or args.trust_proxy else self_signed(state, args.domain)
+    if signed:
+        certificate, pin = Certificate(*signed[:2]), signed[2]
     host = args.bind if args.bind is not None else 'localhost' if local else ''
-    plain = bind_or_explain(host, port)
-    secure = bind_or_explain(host, args.tls_port) if tls else []
+    args.port = args.port if args.port is not None else 8080 if local else 80
+    inherited = inherited_sockets()
+    plain = inherited.get(args.port) or bind_or_explain(host, args.port)
+    secure: List[socket.socket] = []
+    if certificate:
+        try:
+            secure = inherited.get(args.tls_port) or bind_or_explain(host, args.tls_port)
+        except LocaltunnelError:
+            if not pin:
+                raise
+            certificate, pin = None, ''         # it was only a kindness
 
     async def command(reactor: Reactor, stop: asyncio.Event) -> int:
+        log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
         server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+                        rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
+                        host=host, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
                         script=stamped_source)
-        if args.verbose:
-            server.trace = log_frame
+        server.certificate, server.trace = certificate, log.frame if args.verbose else None
+        port = plain[0].getsockname()[1]
+        if pin:
+            server.plain_port = port
+        elif secure:
+            server.redirects = True
+            server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
         for sock in plain:
             await server.listen(sock)
         for sock in secure:
-            await server.listen(sock, tls)
-        scheme, port = ('https', secure[0]) if secure else ('http', plain[0])
-        announce(args.domain, scheme, port.getsockname()[1], made, state)
-        await stop.wait()
-        log('draining; a second Ctrl-C ends at once')
-        await server.stop()
+            await server.listen(sock, tls=True)
+        if args.admin:
+            for sock in bind_or_explain(*args.admin):
+                await Admin(server).listen(sock)
+        announce(args, log, port, secure, made, pin, state)
+        log.flush()
+        say_ready()
+        handed_over = await serve_until(reactor, server, log, stop, plain + secure)
+        log.note('draining; a second Ctrl-C ends at once')
+        await server.stop(handed_over)
+        log.flush()
         return 0
     return run(command)
 
 
-def log(text: str) -> None:
-    """A line of the server's log."""
-    say(f'{time.strftime("%Y-%m-%d %H:%M:%S")} {text}')
-
-
-def log_frame(direction: str, kind: int, stream: int, size: int) -> None:
-    """A frame passed (--verbose)."""
-    say(f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} '
-        f'stream {stream}, {size} bytes')
-
-
 def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
-    """The tokens of a server; the one that was made where none was given, else ''."""
+    """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
-    if given or args.open or local:
-        return Tokens(given, open=args.open or not given), ''
+    if given or args.token_file or args.open or local:
+        free = args.open or (local and not given and not args.token_file)
+        return Tokens(given, args.token_file, free), ''
     path = os.path.join(state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
@@ -3669,20 +4689,29 @@ def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[To
     return Tokens([made]), made
 
 
-def announce(domain: str, scheme: str, port: int, made: str, state: str) -> None:
+def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[socket.socket],
+             made: str, pin: str, state: str) -> None:
     """Say that the server listens, and what its users type."""
-    authority = domain if port == {'http': 80, 'https': 443}[scheme] else f'{domain}:{port}'
-    local = is_loopback(domain)
-    if scheme == 'http' and not local:
-        log(f'HTTP ONLY: {domain} has no certificate, so Stripe, Slack and what browsers allow to '
-            'secure pages only will not work; give one with --cert and --key')
-    log(f'listening: tunnels appear at {scheme}://NAME.{authority}')
-    command = f'python3 localtunnel.py client 8000 --server {scheme}://{authority}'
+    tls_port = secure[0].getsockname()[1] if secure else 0
+    http = f'http://{args.domain}' + (f':{port}' if port != 80 else '')
+    https = f'https://{args.domain}' + (f':{tls_port}' if tls_port != 443 else '')
+    visitors, clients = https if secure and not pin else http, https if secure else http
+    if args.trust_proxy:
+        visitors = clients = f'https://{args.domain}'
+    if not is_loopback(args.domain) and visitors == http:
+        log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
+                 'allow to secure pages only will not work; give one with --cert and --key')
+    scheme, _, authority = visitors.partition('://')
+    log.note(f'listening on port {port}{f" and {tls_port}" if secure else ""}: tunnels appear at '
+             f'{scheme}://NAME.{authority}')
+    command = f'python3 localtunnel.py client 8000 --server {clients}'
+    if pin:
+        command += f' --pin {pin}'
     if made and sys.stderr.isatty():
         command += f' --token {made}'
     elif made:
-        log(f'clients need the token in {os.path.join(state, "token")}')
-    log(f'clients type: {command}')
+        log.note(f'clients need the token in {os.path.join(state, "token")}')
+    log.note(f'clients type: {command}')
 
 
 def bind_or_explain(host: str, port: int) -> List[socket.socket]:
@@ -3696,9 +4725,125 @@ def bind_or_explain(host: str, port: int) -> List[socket.socket]:
                     f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
         elif e.errno == errno.EADDRINUSE:
             cure = f'another program listens there; end it, or {cure}'
+        else:
+            cure = f'{e.strerror}; {cure}'
         raise LocaltunnelError(f'port {port} of {host or "all addresses"} can not be used: '
                                f'{cure}') from e
 
+
+# A restart is a hand-over: the successor gets the listening sockets, as systemd passes them.
+
+FIRST_PASSED = 3            # SD_LISTEN_FDS_START
+READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
+SUCCESSOR_TIMEOUT = 30.0    # seconds for a successor to say that it is ready
+
+
+def inherited_sockets() -> Dict[int, List[socket.socket]]:
+    """Listening sockets that systemd or a predecessor passed, by their local port."""
+    count = os.environ.pop('LISTEN_FDS', '')
+    owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
+    os.environ.pop('LISTEN_FDNAMES', None)
+    found: Dict[int, List[socket.socket]] = {}
+    if count.isdigit() and owner == str(os.getpid()):
+        for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
+            try:
+                sock = socket.socket(fileno=number)
+                found.setdefault(sock.getsockname()[1], []).append(sock)
+            except (OSError, IndexError) as e:
+                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket ({e})') from e
+            sock.set_inheritable(False)
+    return found
+
+
+def notify_systemd(text: str) -> None:
+    """Tell systemd, where it asked to be told (Type=notify)."""
+    path = os.environ.get('NOTIFY_SOCKET')
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), '\0' + path[1:] if path[0] == '@' else path)
+        except OSError as e:
+            say(f'warning: NOTIFY_SOCKET can not be written: {e.strerror}')
+
+
+def say_ready() -> None:
+    """Tell whoever started this server that it serves."""
+    descriptor = os.environ.pop(READY_VARIABLE, '')
+    if descriptor:
+        os.write(int(descriptor), b'1')
+        os.close(int(descriptor))
+    else:
+        notify_systemd('READY=1')
+
+
+async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
+                      sockets: List[socket.socket]) -> bool:
+    """Serve until STOP is set, or a successor is ready; was it that?"""
+    asked = asyncio.Event()
+    if hasattr(signal, 'SIGUSR2'):
+        reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
+        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
+    while not stop.is_set():
+        waits = [asyncio.ensure_future(event.wait()) for event in (stop, asked)]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in waits:
+            await end_task(wait)
+        if asked.is_set():
+            asked.clear()
+            log.note('handing over to a successor')
+            child = await start_successor(reactor, sockets)
+            if child:
+                notify_systemd(f'MAINPID={child}\nREADY=1')
+                return True
+            log.note('error: the successor did not start; this server goes on')
+    return False
+
+
+async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int:
+    """Start this program again with SOCKETS; its process id once it serves, else 0."""
+    if '__file__' not in globals():
+        return 0        # it came through a pipe, and can't be started again
+    ours, theirs = os.pipe()
+    keep = [os.dup(fd) for fd in (theirs, *(s.fileno() for s in sockets))]     # none below FIRST_PASSED
+    child = os.fork()
+    if child == 0:
+        try:
+            become_successor(keep, len(sockets))
+        finally:
+            os._exit(1)
+    for fd in (theirs, *keep):
+        os.close(fd)
+    readable = asyncio.Event()
+    reactor.loop.add_reader(ours, readable.set)
+    try:
+        await asyncio.wait_for(readable.wait(), SUCCESSOR_TIMEOUT)
+        said = os.read(ours, 1)
+    except asyncio.TimeoutError:
+        os.kill(child, signal.SIGKILL)
+        said = b''
+    finally:
+        reactor.loop.remove_reader(ours)
+        os.close(ours)
+    if not said:
+        os.waitpid(child, 0)
+    return child if said else 0
+
+
+def become_successor(descriptors: List[int], count: int) -> NoReturn:
+    """In the child: put the sockets where they are expected, and start anew."""
+    highest = max(descriptors) + FIRST_PASSED + count + 1
+    moved = [os.dup2(fd, highest + i) for i, fd in enumerate(descriptors)]
+    for i, fd in enumerate(moved[1:]):
+        os.dup2(fd, FIRST_PASSED + i, inheritable=True)
+    ready = FIRST_PASSED + count
+    os.dup2(moved[0], ready, inheritable=True)
+    os.closerange(ready + 1, highest + len(moved))
+    environment = {**os.environ, 'LISTEN_FDS': str(count), 'LISTEN_PID': str(os.getpid()),
+                   READY_VARIABLE: str(ready)}
+    os.execve(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]], environment)
+
+
+# The parser.
 
 def port_number(text: str) -> int:
     """For argparse."""
@@ -3708,12 +4853,28 @@ def port_number(text: str) -> int:
     return port
 
 
-def seconds(text: str) -> float:
-    """For argparse."""
+def number(text: str) -> float:
+    """For argparse: a number that is not negative."""
     value = float(text)
     if not 0 <= value < 1e9:
         raise ValueError
     return value
+
+
+def count(text: str) -> int:
+    """For argparse: a whole number that is not negative."""
+    return int(number(text)) if text.isdigit() else int('no number')
+
+
+def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
+    """For argparse: an address, or a network as ADDRESS/BITS."""
+    return ipaddress.ip_network(text, strict=False)
+
+
+def place(text: str) -> Tuple[str, int]:
+    """For argparse: [HOST:]PORT, on loopback where no host is given."""
+    host, _, port = text.rpartition(':')
+    return host.strip('[]') or '127.0.0.1', port_number(port)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -3723,40 +4884,69 @@ def make_parser() -> argparse.ArgumentParser:
         epilog='localtunnel.py client --help and server --help show the options of each.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
+    add_client_options(commands.add_parser(
+        'client', help='give a local program a public URL', epilog=TARGET_FORMS + '. Secrets in '
+        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep them '
+        'out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token '
+        'refused, 5 superseded.').add_argument)
+    add_server_options(commands.add_parser('server', help='run the relay', epilog=(
+        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and '
+        'SIGINT drain, the second one ends at once.')).add_argument)
+    return parser
 
-    add = commands.add_parser('client', help='give a local program a public URL', epilog=(
-        TARGET_FORMS + '. Secrets in options can be seen in the list of processes: LOCALTUNNEL_TOKEN '
-        'and LOCALTUNNEL_KEY keep them out of it. Exit codes: 0 ended by the user, 1 failure, '
-        '2 usage, 3 name refused, 4 token refused, 5 superseded.')).add_argument
-    add('target', metavar='TARGET', help='what visitors reach: 8000, http://HOST:PORT, unix:PATH, ...')
+
+def add_client_options(add: Callable[..., Any]) -> None:
+    """Options of `client`."""
+    add('target', metavar='TARGET', help='what visitors reach: 8000, http://HOST:PORT, ./FOLDER, ...')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
     add('--name', help='ask for this name; refused is refused')
     add('--release', action='store_true', help='with --name: give the name back')
     add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
-    add('--ca', metavar='FILE', help="one more authority for the server's certificate")
-    add('--timeout', type=seconds, default=RESPONSE_TIMEOUT, metavar='SECONDS',
+    add('--tcp', action='store_true', help='raw TCP instead of HTTP')
+    add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
+    add('--auth', action='append', default=[], metavar='USER:PASSWORD', help='visitors must log in')
+    add('--allow', action='append', default=[], metavar='CIDR', help='only these visitors; repeatable')
+    add('--host-header', metavar='VALUE', help='send VALUE as Host to the app; `rewrite`: the app '
+        'believes that it is visited on its own address')
+    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
+    add('--insecure', action='store_true', help='do not check the certificate of an https app')
+    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
+    add('--share', action='store_true', help='several clients of one owner behind one name')
+    add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
         help='how long the app may take to begin an answer (%(default).0f)')
     add('--once', action='store_true', help='end with an error instead of reconnecting')
     add('--json', action='store_true', help='one JSON object a line on stdout')
     add('--quiet', action='store_true', help='only the URL, and what is wrong')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
-    add = commands.add_parser('server', help='run the relay').add_argument
-    add('--domain', default='localhost', help='tunnels are NAME.DOMAIN (%(default)s)')
+
+def add_server_options(add: Callable[..., Any]) -> None:
+    """Options of `server`."""
+    add('--domain', default='localhost', type=str.lower, help='tunnels are NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address only (all; for localhost: loopback)')
     add('--port', type=port_number, help='for http (80; for localhost 8080)')
     add('--tls-port', type=port_number, default=443, help='for https (%(default)s)')
     add('--cert', metavar='FILE', help='certificate with its chain, for https')
     add('--key', metavar='FILE', help='its private key')
     add('--token', action='append', help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
+    add('--token-file', metavar='FILE',
+        help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
     add('--open', action='store_true', help='everybody may open tunnels')
+    add('--tcp-ports', type=port_range, default=range(0), metavar='A-B', help='for raw TCP (none)')
+    add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
+        help='peers whose X-Forwarded-* are believed: the proxy in front')
+    add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
     add('--state', metavar='DIR', help='where leases and keys are kept')
-    add('--hold', type=seconds, default=HELD, metavar='SECONDS',
+    add('--hold', type=number, default=HELD, metavar='SECONDS',
         help='how long requests wait for a client that is on its way back (%(default).0f)')
-    add('--drain', type=seconds, default=DRAIN, metavar='SECONDS',
+    add('--drain', type=number, default=DRAIN, metavar='SECONDS',
         help='how long the end may take (%(default).0f)')
+    add('--rate', type=number, default=0, metavar='N', help='requests a second of a tunnel (any)')
+    add('--buffer', type=count, default=0, metavar='MIB',
+        help='for all windows together (an eighth of the memory)')
+    add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
+    add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
-    return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
