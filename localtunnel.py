@@ -44,6 +44,7 @@ import collections
 import datetime
 import errno
 import fnmatch
+import functools
 import hashlib
 import hmac
 import html
@@ -57,7 +58,6 @@ import re
 import secrets
 import signal
 import socket
-import stat
 import struct
 import sys
 import threading
@@ -65,7 +65,7 @@ import time
 import urllib.parse
 from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
                     Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO, Tuple,
-                    Type, TypeVar, Union)
+                    Union)
 
 if TYPE_CHECKING:
     import ssl      # imported where TLS is used: it costs a tenth of the time to start
@@ -102,6 +102,7 @@ MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a pe
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
 MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16, Apache 100 fields of 8
+MAX_VISITOR_HEAD = 63 * KIB     # leaves room for what the server adds: X-Forwarded-*, Via
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
 MAX_FIELDS = 200                # header fields: Apache takes 100
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
@@ -131,9 +132,9 @@ HELD = 10.0                     # a request waits so long for its tunnel's clien
 HELD_AFTER_BREAK = 30.0         # and only when the client went without goodbye so long ago
 KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
 DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
-BACKOFF_FIRST, BACKOFF_MOST = 0.5, 15.0     # between attempts; each is shortened by chance
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts; each is shortened by chance
 BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
-SETTLED = 10.0                  # a session that lasted so long resets the backoff
+SETTLED = 1.0                   # a connection that lasted so long resets the backoff
 RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
 DRAIN_LOOK = 0.05               # between looks whether all has finished
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
@@ -153,7 +154,7 @@ MAX_DESCRIPTORS = 1 << 20        # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
 MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_LEASES = 20                 # chosen names of one owner
-MAX_INTERIM = 20                # 1xx answers before the final one
+MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
 LEASE_SECONDS = 365 * 86400     # a chosen name on an open server, after its last use
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
 BACKLOG = 1024                  # connections that wait to be accepted
@@ -409,6 +410,14 @@ class ReceiveWindow:
         self._promised += credit
         return credit
 
+    def widen(self) -> int:
+        """Grow to what a new stream has, even without budget: how many to promise for it."""
+        n = max(0, INITIAL_CREDIT - self.size)
+        self.size += n
+        self._promised += n
+        self._budget.give(-n)
+        return n
+
     def _adapt(self, took: float, round_trip: float) -> None:
         if took <= 2 * round_trip:
             if self.size * 2 <= MAX_WINDOW and self._budget.take(self.size):
@@ -500,6 +509,7 @@ class Reactor:
         self.now = loop.time
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
+        self.transports: Set[asyncio.Transport] = set()
         self._tasks: Set[asyncio.Task[Any]] = set()
         self._mark = (loop.time(), time.time())
         self._timer = loop.call_later(SWEEP, self._sweep)
@@ -528,10 +538,15 @@ class Reactor:
     async def close(self) -> None:
         """End all tasks, and the sweep."""
         self._timer.cancel()
-        tasks = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        tasks = self._tasks - {asyncio.current_task()}
+        while tasks:
+            for task in tasks:
+                task.cancel()       # see end_task
+            _, tasks = await asyncio.wait(tasks, timeout=SWEEP)
+        while self.transports:
+            for transport in tuple(self.transports):
+                transport.abort()
+            await asyncio.sleep(0)      # asyncio closes them in the next turn
         self._timer.cancel()
 
 
@@ -541,7 +556,8 @@ class ByteStream:
     Only one task reads and only one writes.  Attributes: `size` (bytes unread), `ended` (nothing
     more arrives), `error` (why the stream is broken), `idle` (seconds that a wait may last).
     """
-    __slots__ = ('reactor', 'size', 'ended', 'error', 'idle', '_chunks', '_readable', '_writable')
+    __slots__ = ('reactor', 'size', 'ended', 'error', 'idle', '_chunks', '_at', '_readable',
+                 '_writable')
 
     def __init__(self, reactor: Reactor) -> None:
         self.reactor = reactor
@@ -550,6 +566,7 @@ class ByteStream:
         self.error: Optional[LocaltunnelError] = None
         self.idle = BODY_IDLE
         self._chunks: Deque[bytes] = collections.deque()
+        self._at = 0                # so much of the first chunk has been read
         self._readable = Signal(reactor.loop)
         self._writable = Signal(reactor.loop)
 
@@ -595,13 +612,15 @@ class ByteStream:
         """Bytes that are here, at most LIMIT; b'' where there are none."""
         if not self.size:
             return b''
-        chunk = self._chunks.popleft()
-        if len(chunk) > limit:
-            self._chunks.appendleft(chunk[limit:])
-            chunk = chunk[:limit]
-        self.size -= len(chunk)
-        self.consumed(len(chunk))
-        return chunk
+        chunk, at = self._chunks[0], self._at
+        piece = chunk[at:at + limit] if at or len(chunk) > limit else chunk
+        self._at = at + len(piece)
+        if self._at == len(chunk):
+            self._chunks.popleft()
+            self._at = 0
+        self.size -= len(piece)
+        self.consumed(len(piece))
+        return piece
 
     async def read(self, limit: int = READ_SIZE) -> bytes:
         """The next bytes, at most LIMIT; b'' at the end."""
@@ -611,27 +630,31 @@ class ByteStream:
 
     def peek(self) -> bytes:
         """All that is unread, still unread."""
-        if len(self._chunks) > 1:
-            whole = b''.join(self._chunks)
+        if self._at or len(self._chunks) > 1:
+            whole = b''.join(self._chunks)[self._at:]
             self._chunks.clear()
             self._chunks.append(whole)
+            self._at = 0
         return self._chunks[0] if self._chunks else b''
 
     def take_line(self, limit: int) -> Optional[bytes]:
         """The next line with its LF, or None where it is not here.  BadHttp over LIMIT bytes."""
         if not self.size:
             return None
-        at = self._chunks[0].find(b'\n', 0, limit)
-        if at < 0:
-            at = self.peek().find(b'\n', 0, limit)
-        if at >= 0:
-            return self.take(at + 1)
+        end = self._chunks[0].find(b'\n', self._at, self._at + limit)
+        if end < 0:
+            end = self.peek().find(b'\n', 0, limit)
+        if end >= 0:
+            return self.take(end + 1 - self._at)
         if self.size >= limit:
-            raise BadHttp(400, f'a line of more than {limit} bytes')
+            raise BadHttp(400, f'no end of line within {limit} bytes')
         return None
 
     def consumed(self, n: int) -> None:
         """N bytes were read: room for others."""
+
+    def widen(self) -> None:
+        """A message head must fit in what may arrive unread."""
 
     # The side that writes.
 
@@ -651,7 +674,7 @@ class ByteStream:
 class Connection(ByteStream, asyncio.BufferedProtocol):
     """One socket, with or without TLS."""
     __slots__ = ('transport', 'arrived', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
-                 'secure', 'silent', '_paused', '_close_by', '__weakref__')
+                 'secure', 'silent', '_paused', '_close_by', '_pending', '__weakref__')
 
     def __init__(self, reactor: Reactor,
                  arrived: Optional[Callable[[Connection], None]] = None) -> None:
@@ -667,6 +690,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.silent = True          # has no byte arrived yet?
         self._paused = False
         self._close_by = NEVER
+        self._pending = sys.maxsize     # bytes unsent when the close was overdue last
 
     def __repr__(self) -> str:
         return f'<Connection {self.peer}>'
@@ -688,6 +712,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
         self.reactor.swept.add(self)
+        self.reactor.transports.add(self.transport)
         if self.arrived:
             self.arrived(self)
 
@@ -712,10 +737,25 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
         self.reactor.swept.discard(self)
+        self.reactor.transports.discard(self.transport)
         self.choked = False
+        if exc is not None and not self.secure and self.receiver is None:
+            self._read_last_words()
         self.fail(Disconnected(f'the connection broke: {exc}' if exc else 'the connection ended'))
         if self.on_gone:
             self.on_gone()
+
+    def _read_last_words(self) -> None:
+        """A write failed; what the other side said before may still be in the kernel."""
+        sock = self.transport.get_extra_info('socket')
+        try:
+            while os.name == 'posix' and self.size <= UNREAD_HIGH:
+                data = os.read(sock.fileno(), READ_SIZE)
+                if not data:
+                    break
+                self.feed(data)
+        except OSError:
+            pass        # that was all
 
     def pause_writing(self) -> None:
         self.choked = True
@@ -731,7 +771,12 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self._readable.sweep(now)
         self._writable.sweep(now)
         if now >= self._close_by:
-            self.transport.abort()
+            pending = self.transport.get_write_buffer_size()
+            if 0 < pending < self._pending:
+                self._close_by = now + CLOSE_TIMEOUT        # slow, but it reads
+            else:
+                self.transport.abort()
+            self._pending = pending
         elif self._paused:      # a transport that does not read sees no reset
             sock = self.transport.get_extra_info('socket')
             if sock is not None and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
@@ -831,6 +876,17 @@ def bind(host: str, port: int) -> List[socket.socket]:
         raise
 
 
+async def end_task(task: asyncio.Task[Any]) -> None:
+    """Cancel TASK and wait until it has ended.
+
+    Again and again: before Python 3.12 asyncio.wait_for swallows a cancel that comes as what it
+    waits for is done.
+    """
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=SWEEP)
+
+
 async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:
     """Run two coroutines at the same time; when one fails, end the other and raise."""
     tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
@@ -838,15 +894,7 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
         await asyncio.gather(*tasks)
     finally:
         for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def end_task(task: asyncio.Task[Any]) -> None:
-    """Cancel TASK and wait until it has ended."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
+            await end_task(task)
 
 
 async def pipe(source: ByteStream, sink: ByteStream) -> None:
@@ -951,6 +999,11 @@ class Stream(ByteStream):
             if credit:
                 self.session.send_credit(self, credit)
 
+    def widen(self) -> None:
+        credit = self.window.widen()
+        if credit and not self.ended:
+            self.session.send_credit(self, credit)
+
     # What the session brings.
 
     def data_arrived(self, data: bytes, end: bool) -> None:
@@ -995,6 +1048,7 @@ class Session:
         self.connection: Optional[Connection] = None
         self.streams: Dict[int, Stream] = {}
         self.round_trip = 0.1       # seconds, until measured
+        self.proven = False         # has this connection brought a PONG?
         self.received = 0           # bytes of frames, each way
         self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
         self.leaving = False        # have we said it?
@@ -1199,6 +1253,7 @@ class Session:
                 self._schedule()
             elif self._pinged != NEVER:
                 self.round_trip, self._pinged = self._heard - self._pinged, NEVER
+                self.proven = True
 
     def _find(self, id: int) -> Optional[Stream]:
         if id > self._last_id:
@@ -1241,7 +1296,7 @@ class Session:
         connection.receiver, connection.on_gone = self._receive, self._lost
         connection.on_eof, connection.on_room = self._lost, self._flush
         self._heard = self._moved = self.reactor.now()
-        self._pinged = self.detached_at = NEVER
+        self._pinged, self.detached_at, self.proven = NEVER, NEVER, False
         skip = theirs - self._acknowledged
         for data in self._kept:
             connection.transport.write(data[skip:])
@@ -1314,6 +1369,8 @@ class Session:
 
     def leave(self, code: int, text: str) -> None:
         """Say GOAWAY, and close when the streams are over."""
+        if self.connection is None:
+            return self.end(Disconnected(text))     # nobody is there to finish them
         self.say_goaway(code, text)
         self._closing = True
         self._schedule()
@@ -1361,6 +1418,7 @@ _REQUEST = re.compile(rb'(' + _TOKEN + rb') ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01
 _RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: [^\x00-\x08\x0a-\x1f\x7f]*)?)\r\n'
                        + _FIELDS)
 _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9])\.([0-9])\r\n')
+_FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
 _TRAILERS = re.compile(_FIELDS)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n')
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
@@ -1380,6 +1438,9 @@ HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te'
                         b'transfer-encoding'))
 # A Connection that names one of these would take away what routing and framing rest on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
+# What routing, framing and trust rest on is no trailer (RFC 9110 6.5.1): apps may merge trailers.
+NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|forwarded|via'
+                        rb'|authorization|cookie|x[-_]forwarded[-_][^:]*):')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
 
 
@@ -1417,9 +1478,10 @@ class Head:
     @property
     def keep_alive(self) -> bool:
         """Does the sender want to use the connection again?"""
-        if self.minor == b'1':
-            return b'connection' not in self.fields or not self.has_token(b'connection', b'close')
-        return self.has_token(b'connection', b'keep-alive')
+        if b'connection' not in self.fields:
+            return self.minor == b'1'
+        return not self.has_token(b'connection', b'close') and (
+            self.minor == b'1' or self.has_token(b'connection', b'keep-alive'))
 
     def hop_by_hop(self) -> Set[bytes]:
         """Names of the fields here that must not go on.  Raises BadHttp."""
@@ -1452,7 +1514,7 @@ class Request(Head):
         if not _HOST.fullmatch(self.host):
             if minor == b'1' or b'host' in self.fields:
                 raise BadHttp(400, 'Host is missing, malformed or there twice')
-        if target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
+        if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
             self._from_absolute_form()
 
     def _from_absolute_form(self) -> None:
@@ -1496,14 +1558,24 @@ class Response(Head):
 
     def body_length(self, method: bytes) -> int:
         """Bytes, CHUNKED or UNTIL_CLOSE, for an answer to METHOD.  Raises BadHttp (RFC 9112 6.3)."""
-        if self.status < 200 or self.status == 204:
-            return 0
         length = UNTIL_CLOSE
         if b'transfer-encoding' in self.fields:
             length = chunked_only(self)
         elif b'content-length' in self.fields:
             length = content_length(self)
-        return 0 if method == b'HEAD' or self.status == 304 else length
+        return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else length
+
+    @property
+    def bodiless(self) -> bool:
+        """Has an answer with this status never a body, nor a length?"""
+        return self.status < 200 or self.status == 204
+
+    def forwarded_lines(self) -> List[bytes]:
+        """The header lines as they go on.  Raises BadHttp."""
+        drop = self.hop_by_hop()
+        if self.bodiless:
+            drop.add(b'content-length')
+        return self.lines_without(drop)
 
 
 def host_of(request: Request) -> str:
@@ -1567,7 +1639,7 @@ def encode_request(request: Request, lines: Sequence[bytes], length: int) -> byt
 def encode_response(response: Response, lines: Sequence[bytes], chunked: bool = False) -> bytes:
     """The head that goes on: LINES, and what belongs to this hop."""
     head = [b'HTTP/1.1 %d%b' % (response.status, response.reason), *lines]
-    if response.status == 101:
+    if response.status in (101, 426) and response.get(b'upgrade'):
         head += [b'Connection: Upgrade', b'Upgrade: ' + response.get(b'upgrade')]
     if chunked:
         head.append(b'Transfer-Encoding: chunked')
@@ -1580,6 +1652,11 @@ class LengthBody:
     """So many bytes."""
     __slots__ = ('stream', 'left')
     trailers = b''
+
+    @property
+    def finished(self) -> bool:
+        """Has all of it been taken?"""
+        return not self.left
 
     def __init__(self, stream: ByteStream, left: int) -> None:
         self.stream, self.left = stream, left
@@ -1600,6 +1677,7 @@ class CloseBody:
     """Everything until the stream ends."""
     __slots__ = ('stream',)
     trailers = b''
+    finished = False
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
@@ -1614,63 +1692,55 @@ class CloseBody:
 class ChunkedBody:
     """Chunks; their extensions are dropped, the trailers kept."""
     __slots__ = ('stream', 'trailers', '_left', '_state')
+    LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
 
     def __init__(self, stream: ByteStream) -> None:
         self.stream = stream
         self.trailers = b''
-        self._left = 0
-        self._state = self._size_line
+        self._left = 0              # bytes of this chunk
+        self._state = 'size'
+
+    @property
+    def finished(self) -> bool:
+        """Has all of it been taken?"""
+        return self._state == 'end'
 
     def take(self) -> Optional[bytes]:
         """Raises BadHttp."""
-        return self._state()
-
-    def _size_line(self) -> Optional[bytes]:
-        line = self.stream.take_line(MAX_CHUNK_LINE)
-        if line is None:
-            return None
-        match = _CHUNK_LINE.fullmatch(line)
-        if not match:
-            raise BadHttp(400, 'a malformed chunk size')
-        self._left = int(match.group(1), 16)
-        self._state = self._data if self._left else self._trailer
-        return self._state()
-
-    def _data(self) -> Optional[bytes]:
-        piece = self.stream.take(self._left)
-        self._left -= len(piece)
-        if not self._left:
-            self._state = self._data_end
-        return piece or None
-
-    def _data_end(self) -> Optional[bytes]:
-        if self.stream.size < 2:
-            if self.stream.size and self.stream.peek() != b'\r':
-                raise BadHttp(400, 'a chunk longer than its size')
-            return None
-        if self.stream.take_line(2) != b'\r\n':
-            raise BadHttp(400, 'a chunk longer than its size')
-        self._state = self._size_line
-        return self._state()
-
-    def _trailer(self) -> Optional[bytes]:
-        line = self.stream.take_line(MAX_HEAD)
-        if line is None:
-            return None
-        if line == b'\r\n':
-            self._state = self._end
-            return b''
-        if not _TRAILERS.fullmatch(line + b'\r\n'):
-            raise BadHttp(400, 'a malformed trailer')
-        self.trailers += line
-        if len(self.trailers) > MAX_HEAD:
-            raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes')
-        return self._trailer()
-
-    def _end(self) -> bytes:
+        while self._state != 'end':
+            if self._state == 'data':
+                piece = self.stream.take(self._left)
+                self._left -= len(piece)
+                if not self._left:
+                    self._state = 'data end'
+                return piece or None
+            line = self.stream.take_line(self.LIMITS[self._state])
+            if line is None:
+                return None
+            self._state = self._after(line)
         return b''
 
+    def _after(self, line: bytes) -> str:
+        """The state after LINE."""
+        if self._state == 'size':
+            match = _CHUNK_LINE.fullmatch(line)
+            if not match:
+                raise BadHttp(400, 'a malformed chunk size')
+            self._left = int(match.group(1), 16)
+            return 'data' if self._left else 'trailer'
+        if line == b'\r\n':
+            return 'size' if self._state == 'data end' else 'end'
+        if self._state == 'data end':
+            raise BadHttp(400, 'a chunk longer than its size')
+        if not _TRAILERS.fullmatch(line + b'\r\n') or NO_TRAILER.match(line.lower()):
+            raise BadHttp(400, 'a malformed trailer, or a field that must not be one')
+        self.trailers += line
+        if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > MAX_FIELDS:
+            raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields')
+        return 'trailer'
+
     def cut(self) -> bytes:
+        """The stream ended here."""
         raise Incomplete('the last chunk is missing')
 
 
@@ -1695,7 +1765,8 @@ def whole_message(head: bytes, body: Body) -> Optional[bytes]:
 
 # The thin shell.
 
-async def read_head(stream: ByteStream, timeout: float, idle: float) -> Optional[bytes]:
+async def read_head(stream: ByteStream, timeout: float, idle: float,
+                    limit: int = MAX_HEAD) -> Optional[bytes]:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
 
     It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  Raises BadHttp,
@@ -1705,16 +1776,14 @@ async def read_head(stream: ByteStream, timeout: float, idle: float) -> Optional
     deadline, seen = now() + idle, 0
     while True:
         data = stream.peek()
-        if data[:2] == b'\r\n':         # an empty line before a message is to be ignored
-            stream.take(2)
-            continue
+        at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
+        if at >= 0:
+            return stream.take(at + 4)
         if data:
-            at = data.find(b'\r\n\r\n', max(0, seen - 3), MAX_HEAD)
-            if at >= 0:
-                return stream.take(at + 4)
-            check_partial_head(data, seen)
+            check_partial_head(data, seen, limit)
             if not seen:
                 deadline = now() + timeout
+                stream.widen()
             seen = len(data)
         if not await stream.more(max(0.0, deadline - now())):
             if seen:
@@ -1722,17 +1791,24 @@ async def read_head(stream: ByteStream, timeout: float, idle: float) -> Optional
             return None
 
 
-def check_partial_head(data: bytes, seen: int) -> None:
+async def skip_empty_line(stream: ByteStream, idle: float) -> None:
+    """One empty line before a request is to be ignored (RFC 9112 2.2)."""
+    if stream.size or await stream.more(idle):
+        if stream.peek()[:2] == b'\r\n':
+            stream.take(2)
+
+
+def check_partial_head(data: bytes, seen: int, limit: int) -> None:
     """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
-    if len(data) >= MAX_HEAD:
-        too_long = data.find(b'\n', 0, MAX_LINE) < 0
-        raise BadHttp(414 if too_long else 431, f'a message head of more than {MAX_HEAD} bytes')
+    line_end = data.find(b'\n', 0, MAX_LINE)
+    if len(data) >= limit or (line_end < 0 and len(data) >= MAX_LINE):
+        raise BadHttp(414 if line_end < 0 else 431, f'a message head of more than {limit} bytes')
     if data[0] in b'\x16\x80':
         raise BadHttp(400, 'TLS is not spoken on this port: use http')
     if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
         raise BadHttp(400, 'a line that begins with white space, or does not end with CR LF')
-    if data.startswith(b'PRI * HTTP/2'):
-        raise BadHttp(505, 'HTTP/2 is not spoken here')
+    if 0 <= line_end and seen <= line_end and not _FIRST_LINE.match(data):
+        parse_request(data[:line_end + 1] + b'\r\n')      # says what is wrong with it
 
 
 async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float) -> Response:
@@ -1748,8 +1824,7 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
         if not response.interim:
             return response
         if sink is not None:
-            lines = response.lines_without(response.hop_by_hop())
-            await sink.write(encode_response(response, lines))
+            await sink.write(encode_response(response, response.forwarded_lines()))
     raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
 
 
@@ -1760,13 +1835,13 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
     CHUNKED: so it is framed there.  END: nothing follows it there.  TAP is shown the body.
     Raises Incomplete, BadHttp, and what breaks either stream.
     """
-    out = head
+    out, size = [head], len(head)
     while True:
         piece = body.take()
         if piece is None:
-            if out:
-                await sink.write(out)
-                out = b''
+            if size:
+                await sink.write(b''.join(out))
+                out, size = [], 0
                 continue        # more may have come meanwhile
             if await body.stream.more():
                 continue
@@ -1775,16 +1850,15 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
             break
         if tap:
             tap(piece)
-        if chunked:
-            piece = b'%x\r\n%b\r\n' % (len(piece), piece)
-        out = out + piece if out else piece
-        if len(out) >= MAX_PAYLOAD:
-            await sink.write(out)
-            out = b''
+        out += [b'%x\r\n' % len(piece), piece, b'\r\n'] if chunked else [piece]
+        size += len(piece)
+        if size >= MAX_PAYLOAD:
+            await sink.write(b''.join(out))
+            out, size = [], 0
     if chunked:
-        out += b'0\r\n%b\r\n' % body.trailers
+        out += [b'0\r\n', body.trailers, b'\r\n']
     if out or end:
-        await sink.write(out, end)
+        await sink.write(b''.join(out), end)
 
 
 # Pages.
@@ -1887,6 +1961,13 @@ def digest_of(secret: Union[str, bytes]) -> str:
     return hashlib.sha256(secret.encode() if isinstance(secret, str) else secret).hexdigest()
 
 
+def check_token(token: str) -> str:
+    """TOKEN as it is.  Raises ValueError for one that can't travel in a header field."""
+    if not re.fullmatch('[\x21-\x7e]+', token):
+        raise ValueError('a token is made of printable ASCII characters, without spaces')
+    return token
+
+
 class Grant:
     """What one token allows; `user` is '' where it was given without a user's name.
 
@@ -1970,7 +2051,7 @@ class Tokens:
             raise ValueError(f'line {number} is not: USER TOKEN [names=...] [ports=...] '
                              '[tunnels=...] [expires=...]')
         try:
-            return Grant(words[0], digest_of(words[1]), words[2:])
+            return Grant(words[0], digest_of(check_token(words[1])), words[2:])
         except ValueError as e:
             raise ValueError(f'line {number}: {e}') from e
 
@@ -2684,7 +2765,7 @@ class Server:
                   'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}'
                  for name, value in gauges.items()]
-        lines += [f'# TYPE localtunnel_bytes_total counter',
+        lines += ['# TYPE localtunnel_bytes_total counter',
                   f'localtunnel_bytes_total{{direction="in"}} {self._bytes_in + sum(s.received for s in sessions)}',
                   f'localtunnel_bytes_total{{direction="out"}} {self._bytes_out + sum(s.sent for s in sessions)}',
                   '# TYPE localtunnel_requests_total counter']
@@ -2708,7 +2789,8 @@ class Server:
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
-                head = await read_head(connection, HEAD_TIMEOUT, idle)
+                await skip_empty_line(connection, idle)
+                head = await read_head(connection, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
                 if head is None:
                     break
                 after = await self._answer(visit, parse_request(head))
@@ -2865,20 +2947,22 @@ class Server:
                     await stream.write(whole, end=not request.upgrade)
                 else:
                     sending = self.reactor.spawn(self._send_body(stream, head, body, request))
-                return await self._give_answer(visit, request, stream, sending)
+                return await self._give_answer(visit, request, stream, body, sending)
             except StreamReset as e:
                 self._explain_reset(e, visit, sending)
                 if whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST:
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
-            except (BadHttp, Incomplete) as e:
+            except (BadHttp, Incomplete, Overdue) as e:
                 if visit.begun:
                     raise Disconnected(str(e)) from e
+                if isinstance(e, Overdue):
+                    raise HopFailed(504, f'the client of {tunnel.name} took too long') from e
                 raise HopFailed(502, f'the client of {tunnel.name} gave no proper answer: {e}') from e
             finally:
                 visit.stream = None
                 if sending:
-                    visit.unread |= not sending.done()
                     await end_task(sending)
+                visit.unread = not body.finished
                 stream.close()
 
     @staticmethod
@@ -2903,8 +2987,9 @@ class Server:
         if b'via' in request.fields:
             drop.add(b'via')
             via = request.get(b'via') + b', ' + via
-        return [*request.lines_without(drop), *visit.forwarded,
-                b'X-Forwarded-Host: ' + request.host, b'Via: ' + via]
+        lines = [*request.lines_without(drop), *visit.forwarded,
+                 b'X-Forwarded-Host: ' + request.host, b'Via: ' + via]
+        return lines if request.host else [b'Host: ' + self.domain.encode(), *lines]
 
     async def _present(self, visit: Visit, tunnel: Tunnel) -> Access:
         """Wait for a client of TUNNEL that is on its way, and for its rules.  Raises HopFailed."""
@@ -2961,19 +3046,21 @@ class Server:
             stream.reset(CANCELLED, f'the visitor went away: {e}')
         return None
 
-    async def _give_answer(self, visit: Visit, request: Request, stream: Stream,
+    async def _give_answer(self, visit: Visit, request: Request, stream: Stream, body: Body,
                            sending: Optional[asyncio.Task[Any]]) -> int:
         """The answer from STREAM to the visitor."""
         visitor = visit.connection
         response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER)
         visit.begun, visit.status = True, response.status
         if response.status == 101:
+            if sending:
+                await asyncio.wait({sending})       # two readers of one stream are one too many
             return await self._upgrade(visitor, request, response, stream)
         length = response.body_length(request.method)
         chunked = length < 0 and request.minor == b'1'
         keep = (request.keep_alive and (length >= 0 or chunked) and not self._draining
-                and (sending is None or sending.done()))
-        lines = response.lines_without(response.hop_by_hop())
+                and body.finished)
+        lines = response.forwarded_lines()
         if b'set-cookie' in response.fields:
             lines = self._own_cookies(lines)
         if not keep or request.minor == b'0':
@@ -2984,9 +3071,9 @@ class Server:
 
     async def _upgrade(self, visitor: Connection, request: Request, response: Response,
                        stream: Stream) -> int:
-        if not request.upgrade:
+        if not request.upgrade or not response.get(b'upgrade'):
             raise BadHttp(502, 'it changed to a protocol that nobody asked for')
-        lines = response.lines_without(response.hop_by_hop())
+        lines = response.forwarded_lines()
         await visitor.write(encode_response(response, lines))
         await join(visitor, stream)
         return CLOSE
@@ -3329,6 +3416,8 @@ def parse_target(text: str, tcp: bool = False) -> Target:
         return Target(scheme, 'localhost', _port(text))
     if '://' in text and not tcp:
         scheme, host, port, path = split_url(text, ('http', 'https'))
+        if '?' in path:
+            raise UsageError(f'{text} has a query; a target is only a place, with or without a path')
         return Target(scheme, host, port, path.rstrip('/'))
     if text.startswith('unix:') and text != 'unix:':
         if not hasattr(socket, 'AF_UNIX'):
@@ -3341,9 +3430,14 @@ def parse_target(text: str, tcp: bool = False) -> Target:
             raise UsageError(f'there is no folder {text}')
         return Target('folder', path=text)
     host, colon, number = text.rpartition(':')
-    if colon and host and re.fullmatch('[0-9]+', number):
+    if ':' in host and host[:1] != '[':
+        raise UsageError(f'{text!r} is no target: an IPv6 address stands in brackets, [::1]:8000')
+    if colon and re.fullmatch(HOST_NAME, host.strip('[]')) and re.fullmatch('[0-9]+', number):
         return Target(scheme, host.strip('[]').lower(), _port(number))
     raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+
+
+HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
 def bracketed(host: str) -> str:
@@ -3371,7 +3465,8 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
         host, port = parts.hostname, parts.port
     except ValueError as e:
         raise UsageError(f'{text} is no URL: {e}') from e
-    if parts.scheme not in schemes or not host or parts.username or parts.fragment:
+    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
+            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
         raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
     path = parts.path + ('?' + parts.query if parts.query else '')
     return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
@@ -3537,17 +3632,18 @@ class Upstream:
 
     async def connect(self) -> Connection:
         """A fresh connection.  Raises HopFailed."""
-        error: Exception = OSError('no address')
+        failures: List[Exception] = []
         for host in tuple(self._hosts):
             try:
                 connection = await asyncio.wait_for(self._dial(host), CONNECT_TIMEOUT)
             except (OSError, asyncio.TimeoutError) as e:
-                error = e
+                failures.append(e)
                 continue
             if self._hosts[0] != host:
                 self._hosts.reverse()       # the one that answers comes first
             self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
             return connection
+        error = min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))  # the most telling
         status = 504 if isinstance(error, asyncio.TimeoutError) else 502
         raise HopFailed(status, explain(error, self.target.text)) from error
 
@@ -3615,12 +3711,15 @@ class Observer(Protocol):
     def lost(self, why: str, seconds: float) -> None:
         """The server can't be reached; the next attempt is in SECONDS."""
 
+    def note(self, text: str) -> None:
+        """Something to know."""
+
     def hint(self, text: str) -> None:
         """Advice for the user."""
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
-                 size: int) -> None:
-        """One exchange has ended; STATUS 0: nobody waited for its answer."""
+                 size: int, why: str) -> None:
+        """One exchange has ended; STATUS 0: nobody waited for its answer.  WHY it failed, or ''."""
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
         """A frame passed."""
@@ -3628,10 +3727,11 @@ class Observer(Protocol):
 
 class Outcome:
     """What became of one exchange."""
-    __slots__ = ('status', 'size', 'whole', 'seen')
+    __slots__ = ('status', 'size', 'whole', 'seen', 'why')
 
     def __init__(self) -> None:
         self.status = self.size = 0
+        self.why = ''               # it failed
         self.whole = False          # did the answer come to its end?
         self.seen: Optional[bytes] = None       # the beginning of a body that is looked at
 
@@ -3793,6 +3893,7 @@ class Client:
         self._session: Optional[Session] = None
         self._session_id = ''
         self._changed = asyncio.Event()
+        self._asked_to_move = False                 # did the server hand over to another?
         self._exchanges = 0
         self._hinted = host_header is not None
         kind = 'tcp' if target.scheme == 'tcp' else 'http'
@@ -3823,8 +3924,10 @@ class Client:
             if self._once:
                 raise LocaltunnelError(why)
             now = self.reactor.now()
-            if now - began > SETTLED:
-                attempt, lost = 0, now
+            if now - began > SETTLED or self._asked_to_move:
+                attempt, lost, self._asked_to_move = 0, now, False
+            elif self._session is not None and self._session.proven:
+                attempt = 1         # it worked, for a moment
             attempt += 1
             delay = backoff(attempt, now - lost < SOON) if attempt > 1 or not self.url else 0.0
             self._observer.lost(why, delay)
@@ -3841,7 +3944,7 @@ class Client:
             self._changed.clear()
             if session.goaway is not None:
                 code, text = session.goaway
-                self._session = None
+                self._session, self._asked_to_move = None, code == DRAINING
                 if code in (SUPERSEDED, REVOKED):
                     await self._finish({session})
                     raise Refused(409 if code == SUPERSEDED else 401,
@@ -3880,8 +3983,9 @@ class Client:
             self._observer.ready(self.url)
 
     async def _dial(self) -> Connection:
-        address, error = self.address, OSError('no address')
+        address = self.address
         loop, proxy = self.reactor.loop, find_proxy(self.address)
+        failures: List[OSError] = []
         for host in addresses(address.site):
             try:
                 where: Dict[str, Any] = {'host': host, 'port': address.port}
@@ -3894,8 +3998,8 @@ class Client:
                 self._check_pin(connection)
                 return connection
             except OSError as e:
-                error = e
-        raise error
+                failures.append(e)
+        raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # the most telling
 
     def _check_pin(self, connection: Connection) -> None:
         if self._pin:
@@ -3961,15 +4065,21 @@ class Client:
 
     async def stop(self) -> None:
         """Say goodbye, and let what runs come to its end."""
-        for session in self._sessions:
+        running = sum(len(session.streams) for session in self._sessions)
+        if running:
+            self._observer.note(f'ending when {running} open exchanges have; Ctrl-C ends at once')
+        for session in tuple(self._sessions):
             session.leave(DRAINING, 'the client ends')
         await self._finish(set(self._sessions))
 
     async def _finish(self, sessions: Set[Session]) -> None:
-        deadline = self.reactor.now() + DRAIN
-        while self.reactor.now() < deadline and any(
-                s.connection is not None and s.error is None for s in sessions):
+        began = now = self.reactor.now()
+        while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
+            for stream in [stream for s in sessions for stream in s.streams.values()]:
+                if stream.idle == NEVER and now > began + LINGER:
+                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket has no end to wait for
             await asyncio.sleep(DRAIN_LOOK)
+            now = self.reactor.now()
         for session in sessions:
             session.end(Disconnected('the client ended'))
 
@@ -3986,19 +4096,20 @@ class Client:
         """One stream of raw bytes."""
         number, began = self._exchanges, self.reactor.now()
         self._exchanges += 1
-        status, upstream = 502, None
+        status, why, upstream = 502, '', None
         try:
             upstream = await self._upstream.connect()
-            stream.on_gone = lambda: upstream.reset(CANCELLED, '') if upstream else None
+            stream.on_gone = functools.partial(upstream.reset, CANCELLED, '')
             status = 200
             await join(upstream, stream)
         except (LocaltunnelError, OSError) as e:
-            stream.reset(FAILED, str(e))
+            why = str(e)
+            stream.reset(FAILED, why)
         finally:
             if upstream:
                 upstream.close()
             stream.close()
-            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0)
+            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0, why)
 
     async def _serve(self, stream: Stream) -> None:
         """One stream from its head to its end."""
@@ -4014,14 +4125,15 @@ class Client:
             try:
                 await self._exchange(stream, request, outcome)
             except HopFailed as e:
-                outcome.status = e.status
+                outcome.status, outcome.why = e.status, str(e)
                 await stream.write(error_message(e.status, str(e), request), end=True)
         except (LocaltunnelError, OSError) as e:
+            outcome.why = f'cut short: {stream.error or e}'
             stream.reset(FAILED, str(e))
         finally:
             stream.close()
             self._observer.exchange(number, method, target, outcome.status,
-                                    self.reactor.now() - began, outcome.size)
+                                    self.reactor.now() - began, outcome.size, outcome.why)
 
     async def _exchange(self, stream: Stream, request: Request, outcome: Outcome) -> None:
         """REQUEST goes to the app; it goes again where a connection had been closed meanwhile."""
@@ -4033,7 +4145,7 @@ class Client:
         while True:
             reused = self._upstream.take() if again else None
             upstream = reused or await self._upstream.connect()
-            stream.on_gone = lambda: upstream.reset(CANCELLED, '')
+            stream.on_gone = functools.partial(upstream.reset, CANCELLED, '')
             sending = None
             try:
                 if stream.error is not None:
@@ -4044,18 +4156,16 @@ class Client:
                     sending = self.reactor.spawn(self._send_body(upstream, head, body))
                 response = await read_final(upstream, stream, self._timeout)
                 return await self._give_answer(stream, request, upstream, response, sending, outcome)
-            except Overdue as e:
-                raise HopFailed(504, f'{self.target.text} took too long') from e
-            except Disconnected as e:
+            except (Disconnected, BadHttp) as e:
                 if stream.error is not None or outcome.status:
-                    raise
+                    raise       # the answer has begun, or nobody waits for it
+                if isinstance(e, Overdue):
+                    raise HopFailed(504, f'{self.target.text} took too long') from e
+                if isinstance(e, BadHttp):
+                    raise HopFailed(502, f'the answer of {self.target.text} is malformed: {e}') from e
                 if reused is None or not upstream.silent:
                     raise HopFailed(502, f'{self.target.text} closed the connection without an '
                                     'answer') from e
-            except BadHttp as e:
-                if outcome.status:
-                    raise
-                raise HopFailed(502, f'the answer of {self.target.text} is malformed: {e}') from e
             finally:
                 stream.on_gone = None
                 if sending:
@@ -4089,12 +4199,14 @@ class Client:
                            response: Response, sending: Optional[asyncio.Task[Any]],
                            outcome: Outcome) -> None:
         """The answer from the app to STREAM."""
-        lines = response.lines_without(response.hop_by_hop())
+        lines = response.forwarded_lines()
         if self._host_header:
             lines = self._host_header.response_lines(request, lines)
         if response.status == 101:
-            if not request.upgrade:
+            if not request.upgrade or not response.get(b'upgrade'):
                 raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+            if sending:
+                await asyncio.wait({sending})       # two readers of one stream are one too many
             outcome.status = 101
             await stream.write(encode_response(response, lines))
             await join(upstream, stream)
@@ -4102,6 +4214,9 @@ class Client:
             return upstream.close()
         length = response.body_length(request.method)
         outcome.status = response.status
+        if length == UNTIL_CLOSE and self.target.scheme == 'https':
+            self._observer.hint('length unknown: the app ends this answer by closing, which TLS hides '
+                                'when it breaks')
         if not self._hinted and (response.status in (400, 403) or length == len(STRANGERS[1][1])):
             outcome.seen = b''
         await copy_message(encode_response(response, lines, length < 0),
@@ -4109,8 +4224,8 @@ class Client:
         outcome.whole = True
         if outcome.seen and not self._hinted:
             self._hint(unknown_host(response.status, outcome.seen))
-        if response.keep_alive and length != UNTIL_CLOSE and (sending is None or sending.done()):
-            self._upstream.give(upstream)
+        if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
+            self._upstream.give(upstream)       # after a body the app may not have read it to its end
         else:
             upstream.close()
 
@@ -4169,10 +4284,15 @@ class Terminal:
         """FIRST is called when the tunnel is there the first time."""
         self._target, self._server, self._public, self._first = target, server, public, first
         self._json, self._quiet = as_json, quiet
-        self._tty = sys.stdout.isatty()
-        self._colour = self._tty and 'NO_COLOR' not in os.environ and os.environ.get('TERM') != 'dumb'
+        self._tty = is_terminal(sys.stdout)
+        self._plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
-        self.flush = self._lines.flush
+        self._frames = Lines(sys.stderr, later)
+
+    def flush(self) -> None:
+        """Write what is queued."""
+        self._lines.flush()
+        self._frames.flush()
 
     def note(self, text: str) -> None:
         """A line for people."""
@@ -4181,7 +4301,7 @@ class Terminal:
 
     def hint(self, text: str) -> None:
         """Advice, where somebody may read it."""
-        self.note(self._paint('36', 'hint: ') + text)
+        self.note(self._paint('36', 'hint: ', sys.stderr) + text)
 
     def ready(self, url: str) -> None:
         """Visitors can come."""
@@ -4200,32 +4320,38 @@ class Terminal:
         """Visitors can come again."""
         if self._json:
             self._event('back')
-        self.note(self._paint('32', 'connected again'))
+        self.note(self._paint('32', 'connected again', sys.stderr))
 
     def lost(self, why: str, seconds: float) -> None:
         """The server can't be reached."""
         if self._json:
             self._event('lost', reason=why, retry=round(seconds, 1))
-        self.note(self._paint('33', why) + '; trying again '
+        self.note(self._paint('33', why, sys.stderr) + '; trying again '
                   + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
-                 size: int) -> None:
+                 size: int, why: str) -> None:
         """One exchange has ended."""
         if self._json:
+            extra = {'error': why} if why else {}
             self._event('exchange', id=number, method=method, target=target, status=status,
-                        ms=round(seconds * 1000, 1), bytes=size)
+                        ms=round(seconds * 1000, 1), bytes=size, **extra)
         elif not self._quiet:
-            shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
+            shown = str(status or 'gone')
+            if self._tty:
+                shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), shown)
             self._lines.add(f'{time.strftime("%H:%M:%S")} #{number} {method} {printable(target)} '
-                            f'{shown} {milliseconds(seconds)} {in_bytes(size)}')
+                            f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
+                            + (f' {printable(why)}' if why else ''))
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
         """A frame passed (--verbose)."""
-        self._lines.add(frame_line(direction, kind, stream, size))
+        self._frames.add(frame_line(direction, kind, stream, size))
 
-    def _paint(self, code: str, text: str) -> str:
-        return f'\x1b[{code}m{text}\x1b[0m' if self._colour else text
+    def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
+        """TEXT in colour for STREAM (stdout), where that is a terminal."""
+        return text if self._plain or not is_terminal(stream or sys.stdout) else (
+            f'\x1b[{code}m{text}\x1b[0m')
 
     def _event(self, event: str, **values: Any) -> None:
         self._lines.add(json.dumps({'event': event, **values}))
@@ -4276,13 +4402,19 @@ def frame_line(direction: str, kind: int, stream: int, size: int) -> str:
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
 
 
-def put(stream: TextIO, text: str) -> None:
-    """Write TEXT at once; a reader who went away is no error."""
+def put(stream: Optional[TextIO], text: str) -> None:
+    """Write TEXT at once; a reader who went away, or was never there, is no error."""
     try:
-        stream.write(text)
-        stream.flush()
+        if stream is not None:
+            stream.write(text)
+            stream.flush()
     except (OSError, ValueError):
         pass
+
+
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Does a person look at STREAM?"""
+    return stream is not None and not stream.closed and stream.isatty()
 
 
 def say(text: str) -> None:
@@ -4370,6 +4502,8 @@ class tunnel:
                  name: Optional[str] = None, token: Optional[str] = None) -> None:
         self.url = ''
         self._target = parse_target(str(target))
+        if name is not None:
+            check_name(name)
         self._server, self._name, self._token = server, name, token
         self._loop: Optional[asyncio.AbstractEventLoop] = None
         self._thread: Optional[threading.Thread] = None
@@ -4459,9 +4593,13 @@ def known_server(given: Optional[str]) -> str:
 
 
 def known_token(given: Optional[str], address: ServerAddress) -> str:
-    """The token for the server at ADDRESS, or ''."""
-    return (given or os.environ.get('LOCALTUNNEL_TOKEN')
+    """The token for the server at ADDRESS, or ''.  Raises UsageError."""
+    token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
             or str(kept_tokens()['tokens'].get(str(address), '')))
+    try:
+        return check_token(token) if token else ''
+    except ValueError as e:
+        raise UsageError(f'--token: {e}') from e
 
 
 def server_tls(address: ServerAddress, ca: Optional[str],
@@ -4522,6 +4660,8 @@ def client_command(args: argparse.Namespace) -> int:
     """`client TARGET`"""
     tcp = args.tcp or args.tcp_port is not None
     target = parse_target(args.target, tcp)
+    if args.server == '':
+        raise UsageError('--server is empty; it takes a URL')
     known = known_server(args.server)
     address = ServerAddress(known) if known else None
     check_client_options(args, address, tcp)
@@ -4530,7 +4670,7 @@ def client_command(args: argparse.Namespace) -> int:
         try:
             return run(client_coroutine(args, target, address, token))
         except Refused as e:
-            if e.code != 'token' or token or not (address and sys.stderr.isatty()):
+            if e.code != 'token' or token or not (address and is_terminal(sys.stderr)):
                 raise
             import getpass
             token = getpass.getpass(f'token for {address}: ')
@@ -4614,6 +4754,8 @@ async def look_for_app(client: Client, terminal: Terminal) -> None:
 
 def server_command(args: argparse.Namespace) -> int:
     """`server`"""
+    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
+        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
     local = is_loopback(args.domain)
     state = args.state or state_folder()
     if bool(args.cert) != bool(args.key):
@@ -4635,6 +4777,7 @@ def server_command(args: argparse.Namespace) -> int:
     args.port = args.port if args.port is not None else 8080 if local else 80
     inherited = inherited_sockets()
     plain = inherited.get(args.port) or bind_or_explain(host, args.port)
+    admin = (inherited.get(args.admin[1]) or bind_or_explain(*args.admin)) if args.admin else []
     secure: List[socket.socket] = []
     if certificate:
         try:
@@ -4661,13 +4804,12 @@ def server_command(args: argparse.Namespace) -> int:
             await server.listen(sock)
         for sock in secure:
             await server.listen(sock, tls=True)
-        if args.admin:
-            for sock in bind_or_explain(*args.admin):
-                await Admin(server).listen(sock)
+        for sock in admin:
+            await Admin(server).listen(sock)
         announce(args, log, port, secure, made, pin, state)
         log.flush()
         say_ready()
-        handed_over = await serve_until(reactor, server, log, stop, plain + secure)
+        handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
         log.note('draining; a second Ctrl-C ends at once')
         await server.stop(handed_over)
         log.flush()
@@ -4678,6 +4820,10 @@ def server_command(args: argparse.Namespace) -> int:
 def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
+    try:
+        given = [check_token(token) for token in given]
+    except ValueError as e:
+        raise UsageError(f'--token: {e}') from e
     if given or args.token_file or args.open or local:
         free = args.open or (local and not given and not args.token_file)
         return Tokens(given, args.token_file, free), ''
@@ -4700,14 +4846,16 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[s
         visitors = clients = f'https://{args.domain}'
     if not is_loopback(args.domain) and visitors == http:
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
-                 'allow to secure pages only will not work; give one with --cert and --key')
+                 'allow to secure pages only will not work; give one with --cert and --key'
+                 + ('. Clients come by TLS all the same, and know this server by --pin' if pin else ''))
     scheme, _, authority = visitors.partition('://')
-    log.note(f'listening on port {port}{f" and {tls_port}" if secure else ""}: tunnels appear at '
+    ports = f'ports {port} and {tls_port}' if secure else f'port {port}'
+    log.note(f'listening on {ports}: tunnels appear at '
              f'{scheme}://NAME.{authority}')
     command = f'python3 localtunnel.py client 8000 --server {clients}'
     if pin:
         command += f' --pin {pin}'
-    if made and sys.stderr.isatty():
+    if made and is_terminal(sys.stderr):
         command += f' --token {made}'
     elif made:
         log.note(f'clients need the token in {os.path.join(state, "token")}')
@@ -4723,6 +4871,8 @@ def bind_or_explain(host: str, port: int) -> List[socket.socket]:
         if e.errno == errno.EACCES:
             cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
                     f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
+        elif e.errno == errno.EADDRNOTAVAIL or isinstance(e, socket.gaierror):
+            cure = 'it is no address of this machine; --bind takes one that is'
         elif e.errno == errno.EADDRINUSE:
             cure = f'another program listens there; end it, or {cure}'
         else:
@@ -4847,23 +4997,23 @@ def become_successor(descriptors: List[int], count: int) -> NoReturn:
 
 def port_number(text: str) -> int:
     """For argparse."""
-    port = int(text)
-    if not 0 <= port < 65536:
-        raise ValueError
-    return port
+    if not re.fullmatch('[0-9]{1,5}', text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f'{text!r} is no port: ports go from 0 to 65535')
+    return int(text)
 
 
 def number(text: str) -> float:
     """For argparse: a number that is not negative."""
-    value = float(text)
-    if not 0 <= value < 1e9:
-        raise ValueError
-    return value
+    if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
+    return float(text)
 
 
 def count(text: str) -> int:
     """For argparse: a whole number that is not negative."""
-    return int(number(text)) if text.isdigit() else int('no number')
+    if not re.fullmatch('[0-9]{1,9}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number')
+    return int(text)
 
 
 def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:

@@ -41,7 +41,7 @@ import unittest.mock
 import localtunnel as lt
 
 SCRIPT = os.path.abspath(lt.__file__)
-PATIENCE = 30.0     # seconds: what has not happened by then never will; nothing is timed by this
+PATIENCE = 10.0     # seconds: what has not happened by then never will; nothing is timed by this
 KEY = bytes(range(32))
 POSIX = os.name == 'posix'
 
@@ -76,10 +76,11 @@ class LoopTest(unittest.TestCase):
     async def alone(self, method):
         self.loop, self.faults = asyncio.get_running_loop(), []
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        self.reactor = lt.Reactor(self.loop)
-        async with contextlib.AsyncExitStack() as self.stack:
-            await asyncio.wait_for(method(self), PATIENCE)
-        await self.nothing_is_left()
+        with self.constant(SWEEP=0.005):
+            self.reactor = lt.Reactor(self.loop)
+            async with contextlib.AsyncExitStack() as self.stack:
+                await asyncio.wait_for(method(self), PATIENCE)
+            await self.nothing_is_left()
 
     async def nothing_is_left(self):
         def left():
@@ -531,20 +532,18 @@ class ReactorTest(LoopTest):
     async def test_members_are_swept_again_and_again(self):
         swept = asyncio.Queue()
         member = unittest.mock.Mock(sweep=lambda now, woke_up: swept.put_nowait(woke_up))
-        with self.constant(SWEEP=0.001):
-            self.reactor.swept.add(member)
-            self.assertFalse(await swept.get() or await swept.get())
+        self.reactor.swept.add(member)
+        self.assertFalse(await swept.get() or await swept.get())
 
     async def test_a_machine_that_slept_is_noticed(self):
         swept = asyncio.Queue()
         member = unittest.mock.Mock(sweep=lambda now, woke_up: swept.put_nowait(woke_up))
-        with self.constant(SWEEP=0.001):
-            self.reactor.swept.add(member)
-            await swept.get()
-            loop_time, wall = self.reactor._mark
-            self.reactor._mark = loop_time, wall - 3600
-            while not await swept.get():
-                pass
+        self.reactor.swept.add(member)
+        await swept.get()
+        loop_time, wall = self.reactor._mark
+        self.reactor._mark = loop_time, wall - 3600
+        while not await swept.get():
+            pass
 
 
 class OneWay:
@@ -656,10 +655,9 @@ class OneWay:
     async def test_a_writer_that_is_clogged_for_too_long_is_overdue(self):
         writer, _ = await self.pair()
         writer.idle = 0.0
-        with self.constant(SWEEP=0.001):
-            task, _ = await self.clog(writer)
-            with self.assertRaises(lt.Overdue):
-                await task
+        task, _ = await self.clog(writer)
+        with self.assertRaises(lt.Overdue):
+            await task
 
     async def test_a_reader_learns_of_a_reset_and_never_takes_it_for_the_end(self):
         writer, reader = await self.pair()
@@ -691,7 +689,7 @@ class OneWay:
 
     async def test_a_read_may_have_a_deadline(self):
         writer, reader = await self.pair()
-        with self.constant(SWEEP=0.001), self.assertRaises(lt.Overdue):
+        with self.assertRaises(lt.Overdue):
             await reader.more(0.0)
         await writer.write(b'x')
         self.assertEqual(await reader.read(), b'x')
@@ -734,7 +732,7 @@ class ConnectionTest(OneWay, LoopTest):
 
     async def test_closing_is_forced_where_the_other_side_never_reads(self):
         left, _ = await self.pair()
-        with self.constant(SWEEP=0.001, CLOSE_TIMEOUT=0.0):
+        with self.constant(CLOSE_TIMEOUT=0.0):
             left.transport.write(bytes(lt.MIB))
             left.close()
             await eventually(lambda: left.error)
@@ -768,12 +766,11 @@ class ConnectionTest(OneWay, LoopTest):
     async def test_a_reset_that_arrives_while_nobody_reads_is_noticed(self):
         left, right = self.sockets()
         mine, (_, writer) = await self.connection(left), await self.raw(right)
-        with self.constant(SWEEP=0.001):
-            writer.write(bytes(2 * lt.MIB))
-            await eventually(lambda: mine._paused)
-            right.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-            writer.transport.abort()
-            await eventually(lambda: mine.error)
+        writer.write(bytes(2 * lt.MIB))
+        await eventually(lambda: mine._paused)
+        right.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        writer.transport.abort()
+        await eventually(lambda: mine.error)
 
     async def test_whoever_asked_for_it_hears_of_its_end(self):
         left, right = await self.connections()
@@ -869,3 +866,2275 @@ class JoinTest(LoopTest):
         with self.assertRaises(lt.Incomplete):
             await lt.both(forever(), fail())
         self.assertEqual(ended, [True])
+
+
+# ------------------------------------------------------------------------------------------------
+# 5. Session
+# ------------------------------------------------------------------------------------------------
+
+class SessionTest(LoopTest):
+    """`here` is the server's side, `there` the client's."""
+
+    async def sessions(self, small=None):
+        left, right = await self.connections(small)
+        self.here, self.there = self.new_sessions()
+        self.here.attach(left)
+        self.there.attach(right)
+        return self.here, self.there
+
+    def new_sessions(self):
+        self.incoming = asyncio.Queue()
+        made = lt.Session(self.reactor), lt.Session(self.reactor, on_open=self.arrived)
+        for session in made:
+            self.stack.push_async_callback(self.give_back, session)
+        return made
+
+    def arrived(self, stream):
+        self.stack.callback(stream.close)
+        self.incoming.put_nowait(stream)
+
+    async def give_back(self, session):
+        session.end(lt.Disconnected('the test is over'))
+        await eventually(lambda: not session._budget.used, 'budget is left')
+        self.assertEqual(session.streams, {})
+
+    def new_stream(self):
+        stream = self.here.open()
+        self.stack.callback(stream.close)
+        return stream
+
+    async def streams(self, opening=b'hello'):
+        """Both ends of a new stream, whose opening bytes were read."""
+        mine = self.new_stream()
+        await mine.write(opening)
+        theirs = await self.incoming.get()
+        self.assertEqual(await theirs.read(), opening)
+        return mine, theirs
+
+    async def against_raw(self, client=False):
+        """A session whose other side is the test itself: (session, reader, writer)."""
+        left, right = self.sockets()
+        session = self.new_sessions()[client]
+        session.attach(await self.connection(left))
+        return (session, *await self.raw(right))
+
+    async def frames(self, reader, until):
+        """Frames that arrive, up to one of kind UNTIL."""
+        decoder, frames = lt.Decoder(), []
+        while not any(kind == until for kind, _, _ in frames):
+            data = await reader.read(65536)
+            self.assertTrue(data, f'the end, after {frames}')
+            frames += decoder.feed(data)
+        return frames
+
+
+class SessionStreamTest(OneWay, SessionTest):
+    """A stream of a session keeps all promises, written by the server's side."""
+
+    async def pair(self):
+        await self.sessions(small=20000)
+        return await self.streams()
+
+
+class SessionStreamBackTest(OneWay, SessionTest):
+    """The same, written by the client's side."""
+
+    async def pair(self):
+        await self.sessions(small=20000)
+        return reversed(await self.streams())
+
+
+class SessionStreamsTest(SessionTest):
+
+    async def test_a_stream_has_no_id_before_its_first_bytes(self):
+        await self.sessions()
+        first, second = self.new_stream(), self.new_stream()
+        await second.write(b'x')
+        await first.write(b'y')
+        self.assertEqual((second.id, first.id, repr(first)), (1, 2, '<Stream 2>'))
+
+    async def test_opening_bytes_may_be_all_there_is(self):
+        await self.sessions()
+        await self.new_stream().write(b'all', end=True)
+        theirs = await self.incoming.get()
+        self.assertEqual([await theirs.read(), await theirs.read()], [b'all', b''])
+
+    async def test_a_stream_may_be_opened_with_nothing(self):
+        await self.sessions()
+        await self.new_stream().write(b'')
+        self.assertEqual((await self.incoming.get()).size, 0)
+
+    async def test_opening_bytes_may_be_more_than_a_frame(self):
+        await self.sessions()
+        async with self.background(self.new_stream().write(pattern(300000), end=True)):
+            theirs = await self.incoming.get()
+            got = b''.join([await theirs.read() for _ in range(2)])
+            while not theirs.ended or theirs.size:
+                got += await theirs.read()
+        self.assertEqual(got, pattern(300000))
+
+    async def test_a_stream_over_both_ways_is_forgotten(self):
+        here, there = await self.sessions()
+        mine, theirs = await self.streams()
+        await mine.write_eof()
+        await mine.write_eof()
+        await theirs.write(b'bye', end=True)
+        self.assertEqual([await mine.read(), await mine.read()], [b'bye', b''])
+        await eventually(lambda: not here.streams and not there.streams)
+
+    async def test_hundreds_at_once_go_through_and_none_is_mixed_up(self):
+        await self.sessions(small=20000)
+
+        async def serve():
+            while True:
+                stream = await self.incoming.get()
+                self.reactor.spawn(stream.write(await stream.read() * 2, end=True))
+
+        async def ask(n):
+            stream = self.new_stream()
+            await stream.write(b'%d,' % n * 2000, end=True)
+            answer = b''
+            while not answer.endswith(b'%d,' % n * 4000):
+                answer += await stream.read()
+            return answer == b'%d,' % n * 4000
+        async with self.background(serve()):
+            self.assertTrue(all(await asyncio.gather(*map(ask, range(300)))))
+
+    async def test_one_that_stalls_delays_nobody_and_stays_within_its_window(self):
+        here, there = await self.sessions()
+        stalled, unread = await self.streams()
+        async with self.background(stalled.write(bytes(4 * lt.MIB))):
+            for n in range(300):
+                mine, theirs = await self.streams(b'%d' % n)
+                await theirs.write(b'answer', end=True)
+                self.assertEqual(await mine.read(), b'answer')
+                mine.close()
+            self.assertLessEqual(unread.size, lt.INITIAL_CREDIT)
+
+    async def test_streams_write_in_turn(self):
+        await self.sessions(small=20000)
+        pairs = [await self.streams(b'%d' % n) for n in range(3)]
+        order = []
+
+        async def drain(n, stream):
+            while len(order) < 60:
+                order.append((n, len(await stream.read())))
+        async with contextlib.AsyncExitStack() as stack:
+            for n, (mine, theirs) in enumerate(pairs):
+                await stack.enter_async_context(self.background(mine.write(bytes(20 * lt.MIB))))
+                await stack.enter_async_context(self.background(drain(n, theirs)))
+            await eventually(lambda: len(order) >= 60)
+        sums = [sum(size for n, size in order if n == m) for m in range(3)]
+        self.assertLess(max(sums), 4 * min(sums))
+
+    async def test_a_fast_reader_is_given_a_larger_window(self):
+        await self.sessions()
+        mine, theirs = await self.streams()
+        async with self.background(mine.write(bytes(8 * lt.MIB))):
+            while theirs.window.size <= lt.INITIAL_CREDIT:
+                await theirs.read()
+
+    async def test_both_sides_may_write_more_than_all_windows_at_the_same_time(self):
+        here, there = await self.sessions(small=20000)
+        pairs = [await self.streams(b'%d' % n) for n in range(4)]
+        ends, size = list(itertools.chain(*pairs)), lt.MIB
+        writing = [asyncio.ensure_future(end.write(pattern(size, n), end=True))
+                   for n, end in enumerate(ends)]
+        await eventually(lambda: not any(end.credit for end in ends))
+
+        async def read(stream):
+            pieces = [await stream.read()]
+            while pieces[-1]:
+                pieces.append(await stream.read())
+            return b''.join(pieces)
+        got = await asyncio.gather(*map(read, ends))
+        await asyncio.gather(*writing)
+        self.assertEqual(got, [pattern(size, n ^ 1) for n in range(8)])
+
+    async def test_more_than_can_be_kept_may_be_under_way_and_unread(self):
+        here, there = await self.sessions()
+        pairs = [await self.streams(b'%d' % n) for n in range(200)]
+        await asyncio.gather(*[end.write(bytes(lt.INITIAL_CREDIT - 5)) for ends in pairs
+                               for end in ends])
+        await eventually(lambda: sum(theirs.size + mine.size for mine, theirs in pairs)
+                         == 400 * (lt.INITIAL_CREDIT - 5))
+
+    async def test_there_is_a_limit_to_streams(self):
+        with self.constant(MAX_STREAMS=2):
+            here, _ = await self.sessions()
+            await self.streams()
+            mine, _ = await self.streams()
+            self.assertIsNone(here.open())
+            mine.close()
+            self.assertIsNotNone(self.new_stream())
+
+    async def test_there_is_a_limit_to_the_streams_of_the_other_side_too(self):
+        await self.sessions()
+        await self.streams()
+        with self.constant(MAX_STREAMS=1):
+            mine = lt.Stream(self.here, lt.ReceiveWindow(0, self.here._budget), lt.INITIAL_CREDIT)
+            await mine.write(b'one too many')
+            with self.assertRaisesRegex(lt.StreamReset, 'too many') as caught:
+                await mine.read()
+        self.assertEqual(caught.exception.code, lt.OVERLOADED)
+
+    async def test_windows_begin_small_once_the_budget_is_scarce(self):
+        process = lt.Budget(4 * lt.INITIAL_CREDIT)
+        left, right = await self.connections()
+        _, self.there = self.new_sessions()
+        self.here = lt.Session(self.reactor, process)
+        self.stack.push_async_callback(self.give_back, self.here)
+        self.here.attach(left)
+        self.there.attach(right)
+        pairs = [await self.streams() for _ in range(3)]
+        self.assertEqual([mine.window.size for mine, _ in pairs], [65536, 65536, lt.SMALL_CREDIT])
+        await pairs[2][1].write(pattern(3 * lt.SMALL_CREDIT)[:lt.SMALL_CREDIT])
+        self.assertEqual(pairs[2][1].credit, 0)
+
+    async def test_with_the_budget_out_there_is_no_stream(self):
+        with self.constant(SESSION_BUDGET=lt.INITIAL_CREDIT):
+            here, _ = await self.sessions()
+            await self.streams()
+            self.assertIsNone(here.open())
+
+    async def test_a_head_as_long_as_allowed_passes_a_small_window(self):
+        with self.constant(SESSION_BUDGET=3 * lt.SMALL_CREDIT, INITIAL_CREDIT=lt.SMALL_CREDIT):
+            await self.sessions()
+            mine, theirs = await self.streams()
+            head = b'HTTP/1.1 200 OK\r\n' + b'A: %b\r\n' % (b'x' * 20000) + b'\r\n'
+            async with self.background(theirs.write(head)):
+                async with self.background(lt.read_head(mine, 1.0, 1.0)) as reading:
+                    await asyncio.wait({reading})
+            self.assertEqual(reading.result(), head)
+
+
+class ResetTest(SessionTest):
+
+    async def test_a_reset_brings_its_reason_to_the_other_side(self):
+        for code, back in itertools.product((lt.FAILED, lt.CANCELLED), (False, True)):
+            await self.sessions()
+            left, right = (await self.streams())[::-1 if back else 1]
+            left.reset(code, 'because')
+            with self.assertRaisesRegex(lt.StreamReset, 'because') as caught:
+                await right.read()
+            self.assertEqual(caught.exception.code, code)
+
+    async def test_what_came_before_a_reset_can_be_read(self):
+        await self.sessions()
+        mine, theirs = await self.streams()
+        await mine.write(b'last words')
+        mine.reset(lt.FAILED, 'because')
+        await eventually(lambda: theirs.error)
+        self.assertEqual(await theirs.read(), b'last words')
+        with self.assertRaises(lt.StreamReset):
+            await theirs.read()
+
+    async def test_an_answer_that_came_whole_is_not_harmed_by_a_reset(self):
+        await self.sessions()
+        mine, theirs = await self.streams()
+        await theirs.write(b'whole', end=True)
+        theirs.reset(lt.DONE, 'the request is not needed')
+        await eventually(lambda: mine.error)
+        self.assertEqual([await mine.read(), await mine.read()], [b'whole', b''])
+
+    async def test_a_stream_closed_before_its_first_bytes_leaves_no_trace(self):
+        here, there = await self.sessions()
+        self.new_stream().close()
+        await self.streams()
+        self.assertEqual((here._last_id, len(there.streams)), (1, 1))
+
+    async def test_what_arrives_for_a_stream_already_over_is_ignored(self):
+        here, there = await self.sessions()
+        mine, theirs = await self.streams()
+        mine.close()
+        await theirs.write(b'late')
+        theirs.reset(lt.DONE, 'later')
+        await self.streams()
+        self.assertIsNone(there.error)
+
+    async def test_closing_gives_the_window_back_once(self):
+        here, there = await self.sessions()
+        mine, theirs = await self.streams()
+        for stream in (mine, theirs, mine, theirs):
+            stream.close()
+        self.assertEqual((here._budget.used, there._budget.used), (0, 0))
+
+    async def test_who_is_told_of_a_reset_is_told_once(self):
+        await self.sessions()
+        mine, theirs = await self.streams()
+        heard = []
+        theirs.on_gone = lambda: heard.append(str(theirs.error))
+        mine.reset(lt.CANCELLED, 'the visitor went away')
+        await eventually(lambda: theirs.error)
+        theirs.close()
+        self.assertEqual(heard, ['the visitor went away'])
+
+    async def test_a_reset_of_a_stream_that_stands_in_line_lets_the_others_go_on(self):
+        here, _ = await self.sessions(small=20000)
+        pairs = [await self.streams(b'%d' % n) for n in range(3)]
+        async with contextlib.AsyncExitStack() as stack:
+            for mine, _ in pairs:
+                await stack.enter_async_context(self.background(mine.write(bytes(60000) * 100)))
+            with contextlib.suppress(asyncio.TimeoutError):
+                await eventually(lambda: here._line or not any(m.credit for m, _ in pairs))
+            pairs[0][0].reset(lt.CANCELLED, 'no more')
+            for _, theirs in pairs[1:]:
+                for _ in range(20):
+                    self.assertTrue(await theirs.read())
+
+
+class GoodbyeTest(SessionTest):
+
+    async def test_goaway_lets_streams_finish_and_then_the_session_closes(self):
+        here, there = await self.sessions()
+        mine, theirs = await self.streams()
+        heard, over = asyncio.Event(), asyncio.Event()
+        there.on_goaway, there.on_closed = heard.set, over.set
+        here.leave(lt.DRAINING, 'the server ends')
+        await heard.wait()
+        self.assertEqual(there.goaway, (lt.DRAINING, 'the server ends'))
+        self.assertFalse(here.usable or there.usable)
+        await theirs.write(b'the answer', end=True)
+        self.assertEqual(await mine.read(), b'the answer')
+        await mine.write_eof()
+        await over.wait()
+
+    async def test_goaway_without_streams_closes_at_once(self):
+        for back in (False, True):
+            here, there = await self.sessions()
+            over = asyncio.Event()
+            here.on_closed = over.set
+            (there if back else here).leave(lt.DRAINING, '')
+            await over.wait()
+
+    async def test_the_end_of_a_session_resets_its_streams(self):
+        here, _ = await self.sessions()
+        mine, theirs = await self.streams()
+        here.end(lt.Disconnected('enough'))
+        with self.assertRaises(lt.StreamReset) as caught:
+            await mine.read()
+        self.assertEqual(caught.exception.code, lt.SESSION_LOST)
+
+    async def test_the_end_happens_once(self):
+        here, _ = await self.sessions()
+        ends = []
+        here.on_closed = lambda: ends.append(str(here.error))
+        here.end(lt.Disconnected('first'))
+        here.end(lt.Disconnected('second'))
+        self.assertEqual(ends, ['first'])
+
+    async def test_a_stream_that_waits_to_be_opened_learns_of_the_end(self):
+        here, _ = await self.sessions()
+        here.detach()
+        async with self.background(self.new_stream().write(b'x')) as writing:
+            await eventually(lambda: here._line)
+            here.end(lt.Disconnected('the client did not come back'))
+            await asyncio.wait({writing}, timeout=1)
+            self.assertTrue(writing.done(), 'it waits for ever')
+            self.assertIsInstance(writing.exception(), lt.LocaltunnelError)
+        here._line.clear()
+
+    async def test_a_stream_can_not_be_opened_on_a_session_that_is_over(self):
+        here, _ = await self.sessions()
+        stream = self.new_stream()
+        here.end(lt.Disconnected('over'))
+        with self.assertRaises(lt.LocaltunnelError):
+            await stream.write(b'x')
+
+    async def test_whoever_holds_the_session_hears_when_its_connection_breaks(self):
+        here, there = await self.sessions()
+        broke = asyncio.Event()
+        here.on_detached = broke.set
+        there.connection.reset(lt.CANCELLED, '')
+        await broke.wait()
+        self.assertIsNone(here.connection)
+        self.assertIsNone(here.error)
+
+
+class PingTest(SessionTest):
+
+    async def test_a_ping_is_answered_with_the_bytes_received(self):
+        session, reader, writer = await self.against_raw()
+        data = lt.encode_frame(lt.PING, 0, bytes(8))
+        writer.write(data)
+        frames = await self.frames(reader, until=lt.PONG)
+        self.assertEqual([f[0] for f in frames], [lt.PING, lt.PONG])
+        self.assertEqual(lt.U64.unpack(frames[1][2])[0], len(data))
+
+    async def test_pings_that_come_together_have_one_answer(self):
+        session, reader, writer = await self.against_raw()
+        ping = lt.encode_frame(lt.PING, 0, bytes(8))
+        writer.write(ping * 100)
+        count = 0
+        while count < 100 * len(ping):
+            frames = await self.frames(reader, until=lt.PONG)
+            count = lt.U64.unpack([f for f in frames if f[0] == lt.PONG][-1][2])[0]
+
+    async def test_a_pong_tells_how_long_the_way_is_and_what_need_not_be_kept(self):
+        session, reader, writer = await self.against_raw()
+        stream = session.open()
+        await stream.write(b'x' * 1000)
+        await self.frames(reader, until=lt.OPEN)
+        self.assertTrue(session._kept)
+        writer.write(lt.encode_frame(lt.PONG, 0, lt.U64.pack(session.sent)))
+        await eventually(lambda: not session._kept)
+        self.assertGreater(session.round_trip, 0)
+        self.assertTrue(session.can_resume(session.sent) and not session.can_resume(0))
+        stream.close()
+
+    async def test_the_client_pings_when_nothing_was_heard(self):
+        with self.constant(PING_AFTER=0.0):
+            session, reader, writer = await self.against_raw(client=True)
+            await self.frames(reader, until=lt.PING)
+            writer.write(lt.encode_frame(lt.PONG, 0, bytes(8)))
+            await self.frames(reader, until=lt.PING)
+
+    async def test_the_client_gives_up_without_an_answer(self):
+        with self.constant(PONG_WITHIN=0.0):
+            session, reader, writer = await self.against_raw(client=True)
+            gone = asyncio.Event()
+            session.on_detached = gone.set
+            await gone.wait()
+            self.assertIsNone(session.connection)
+
+    async def test_the_server_gives_up_after_long_silence(self):
+        with self.constant(SILENT_SESSION=0.0):
+            session, reader, writer = await self.against_raw()
+            gone = asyncio.Event()
+            session.on_detached = gone.set
+            await gone.wait()
+            self.assertIsNone(session.connection)
+
+    async def test_a_peer_that_never_reads_is_given_up(self):
+        session, _, _ = await self.against_raw()
+        with self.constant(STALLED_SESSION=0.0):
+            gone = asyncio.Event()
+            session.on_detached = gone.set
+            async with contextlib.AsyncExitStack() as stack:
+                for _ in range(200):
+                    stream = session.open()
+                    stack.callback(stream.close)
+                    await stack.enter_async_context(self.background(stream.write(bytes(60000))))
+                await gone.wait()
+
+    async def test_each_frame_can_be_watched(self):
+        here, there = await self.sessions()
+        seen = []
+        here.trace = lambda *frame: seen.append(frame[:2])
+        mine, theirs = await self.streams()
+        await theirs.write(b'x' * 40000)
+        await mine.read()
+        mine.reset(lt.CANCELLED, '')
+        await eventually(lambda: theirs.error)
+        for frame in (('->', lt.OPEN), ('<-', lt.DATA), ('->', lt.RESET), ('->', lt.CREDIT)):
+            self.assertIn(frame, seen)
+
+
+OUTSIDE = (     # what a server may not be sent on stream 1, which it opened: frames, a word
+    (((lt.DATA, 2, b'x'),), 'never opened'), (((lt.CREDIT, 9, b'\0\0\0\1'),), 'never opened'),
+    (((lt.RESET, 2, b'\0\0'),), 'never opened'), (((lt.OPEN, 2, b'x'),), 'OPEN'),
+    (((lt.DATA, 0, b'x'),), 'stream 0'),
+    (((lt.DATA | lt.END, 1, b''), (lt.DATA, 1, b'x')), 'END'),
+    (((lt.DATA, 1, bytes(65536)), (lt.DATA, 1, b'x')), 'credit'),
+    (((lt.CREDIT, 1, b'\xff\xff\xff\xff'),), 'credit'),
+    (((lt.PONG, 0, b'\xff' * 8),), 'acknowledged'), (((9, 0, b''),), 'unknown'),
+    (((lt.PING | lt.END, 0, bytes(8)),), 'END'),
+)
+
+
+class ProtocolTest(SessionTest):
+
+    async def test_what_breaks_the_protocol_ends_the_session_with_a_reason(self):
+        for frames, word in OUTSIDE:
+            with self.subTest(word, frames=frames):
+                session, reader, writer = await self.against_raw()
+                stream = session.open()
+                await stream.write(b'hello')
+                await self.frames(reader, until=lt.OPEN)
+                writer.write(b''.join(lt.encode_frame(*frame) for frame in frames))
+                goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
+                code, text = lt.decode_reason(goaway[2])
+                self.assertEqual(code, lt.PROTOCOL_BROKEN)
+                self.assertRegex(text, word)
+                self.assertIsInstance(session.error, lt.ProtocolError)
+                stream.close()
+
+    async def test_a_client_takes_streams_in_order_only(self):
+        for ids in ((2,), (1, 3), (1, 1), (1, 2, 1)):
+            session, reader, writer = await self.against_raw(client=True)
+            writer.write(b''.join(lt.encode_frame(lt.OPEN, id, b'x') for id in ids))
+            goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
+            self.assertEqual(lt.decode_reason(goaway[2])[0], lt.PROTOCOL_BROKEN)
+
+    async def test_opening_bytes_count_against_the_credit(self):
+        session, reader, writer = await self.against_raw(client=True)
+        writer.write(lt.encode_frame(lt.OPEN, 1, bytes(60000)) + lt.encode_frame(lt.DATA, 1, bytes(6000)))
+        goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
+        self.assertRegex(lt.decode_reason(goaway[2])[1], 'credit')
+
+    async def test_a_peer_that_asks_and_never_reads_is_given_up(self):
+        session, reader, writer = await self.against_raw(client=True)
+        reader._transport.pause_reading()
+        with self.constant(BATCH=1000, CLOSE_TIMEOUT=0.0, LINGER=0.0):
+            for n in itertools.count(1):
+                writer.write(lt.encode_frame(lt.OPEN, n, b'x'))
+                await asyncio.sleep(0)
+                while not self.incoming.empty():
+                    self.incoming.get_nowait().reset(lt.FAILED, 'x' * 500)
+                if session.error or session.connection is None:
+                    break
+            await eventually(lambda: session.connection is None)
+
+    async def test_random_frames_end_in_a_goodbye_and_never_in_another_error(self):
+        chance = random.Random(5)
+        for _ in range(100):
+            session, reader, writer = await self.against_raw(client=bool(chance.randrange(2)))
+            writer.write(lt.encode_frame(lt.OPEN, 1, b'x'))
+            for _ in range(20):
+                kind, id = chance.choice([1, 2, 3, 4, 5, 6, 7, 0x82]), chance.choice([0, 1, 1, 2])
+                data = lt.encode_frame(kind, id, pattern(chance.choice([0, 1, 2, 4, 8, 8])))
+                writer.write(data[:chance.randint(1, len(data))] if chance.random() < .1 else data)
+            writer.write_eof()
+            while not self.incoming.empty():
+                self.incoming.get_nowait()
+            await eventually(lambda: session.connection is None or session.error)
+
+
+class ResumeTest(SessionTest):
+
+    async def linked(self, *counts):
+        """Attach both sides over a new link that breaks after so many bytes here and there."""
+        (left, a), (b, right) = self.sockets(), self.sockets()
+        ends = [await self.raw(a), await self.raw(b)]
+        links = [asyncio.ensure_future(self.carry(ends[i][0], ends[1 - i][1], counts[i]))
+                 for i in (0, 1)]
+
+        async def broken():
+            await asyncio.wait(links, return_when=asyncio.FIRST_COMPLETED)
+            for link, (_, writer) in zip(links, ends):
+                writer.transport.abort()
+                await self.forget(link)
+        counted = self.here.received, self.there.received
+        self.here.attach(await self.connection(left), counted[1])
+        self.there.attach(await self.connection(right), counted[0])
+        task = asyncio.ensure_future(broken())
+        self.stack.push_async_callback(self.forget, task)
+        return task
+
+    @staticmethod
+    async def carry(reader, writer, count):
+        with contextlib.suppress(ConnectionError):
+            while count:
+                data = await reader.read(min(count, 65536))
+                if not data:
+                    return
+                count -= len(data)
+                writer.write(data)
+                await writer.drain()
+
+    async def send_both_ways(self, size, total):
+        """Two streams carry SIZE bytes each way over links that break; how many links it took."""
+        self.here, self.there = self.new_sessions()
+        back, link = asyncio.Event(), await self.linked(2000, 2000)
+        pairs = [await self.streams(b'%d' % n) for n in range(2)]
+        ends = list(itertools.chain(*pairs))
+
+        async def read(stream):
+            pieces = [await stream.read()]
+            while pieces[-1]:
+                pieces.append(await stream.read())
+            return hashlib.sha256(b''.join(pieces)).digest()
+        work = [asyncio.ensure_future(end.write(pattern(size, n), end=True)) for n, end in enumerate(ends)]
+        reads = asyncio.gather(*map(read, ends))
+        links = 1
+        while not reads.done():
+            await asyncio.wait({link, reads}, return_when=asyncio.FIRST_COMPLETED)
+            if not reads.done():
+                await eventually(lambda: self.here.connection is None and self.there.connection is None)
+                link = await self.linked(*total(links))
+                links += 1
+        await asyncio.gather(*work)
+        self.assertEqual(reads.result(), [hashlib.sha256(pattern(size, n ^ 1)).digest() for n in range(4)])
+        return back and links
+
+    async def test_nothing_is_missing_and_nothing_twice_whenever_it_breaks(self):
+        chance = random.Random(6)
+        links = await self.send_both_ways(lt.MIB, lambda n: (chance.randint(1, 200000), 200000))
+        self.assertGreater(links, 10)
+
+    async def test_it_may_break_in_the_middle_of_any_frame(self):
+        links = await self.send_both_ways(30000, lambda n: (2000 + n, 2000 + n))
+        self.assertGreater(links, 10)
+
+    async def test_what_is_written_meanwhile_goes_out_when_it_is_back(self):
+        self.here, self.there = self.new_sessions()
+        await self.linked(10**6, 10**6)
+        mine, theirs = await self.streams()
+        self.here.detach()
+        self.there.detach()
+        async with self.background(mine.write(b'meanwhile', end=True)):
+            mine.reactor.loop.call_soon(lambda: None)
+            await self.linked(10**6, 10**6)
+            self.assertEqual([await theirs.read(), await theirs.read()], [b'meanwhile', b''])
+
+    async def test_a_reset_while_it_was_away_arrives(self):
+        self.here, self.there = self.new_sessions()
+        await self.linked(10**6, 10**6)
+        mine, theirs = await self.streams()
+        self.here.detach()
+        self.there.detach()
+        mine.reset(lt.CANCELLED, 'meanwhile')
+        await self.linked(10**6, 10**6)
+        with self.assertRaisesRegex(lt.StreamReset, 'meanwhile'):
+            await theirs.read()
+
+    async def test_counts_that_can_not_be_are_refused(self):
+        self.here, self.there = self.new_sessions()
+        self.assertTrue(self.here.can_resume(0))
+        self.assertFalse(self.here.can_resume(1) or self.here.can_resume(-1))
+        self.here.end(lt.Disconnected('over'))
+        self.assertFalse(self.here.can_resume(0))
+
+    async def test_writers_wait_while_too_much_is_kept(self):
+        with self.constant(KEPT_FOR_RESUME=100000, ACKNOWLEDGE_EVERY=10**9):
+            session, reader, writer = await self.against_raw()
+            streams = [session.open() for _ in range(20)]
+            async with contextlib.AsyncExitStack() as stack:
+                for stream in streams:
+                    stack.callback(stream.close)
+                    await stack.enter_async_context(self.background(stream.write(bytes(60000))))
+                await eventually(lambda: session._line)
+                self.assertLess(session.sent, 100000 + 2 * lt.BATCH)
+                while session._line:
+                    writer.write(lt.encode_frame(lt.PONG, 0, lt.U64.pack(session.sent)))
+                    await reader.read(65536)
+
+
+# ------------------------------------------------------------------------------------------------
+# 6. HTTP/1.1
+# ------------------------------------------------------------------------------------------------
+
+REQUESTS = (        # head, and (method, target, host, length)
+    (b'GET / HTTP/1.1\r\nHost: a\r\n\r\n', (b'GET', b'/', b'a', 0)),
+    (b'GET / HTTP/1.0\r\n\r\n', (b'GET', b'/', b'', 0)),
+    (b'get /a?b#c HTTP/1.1\r\nHOST:A.b:80 \r\n\r\n', (b'get', b'/a?b#c', b'a.b:80', 0)),
+    (b'OPTIONS * HTTP/1.1\r\nHost: [::1]:8080\r\n\r\n', (b'OPTIONS', b'*', b'[::1]:8080', 0)),
+    (b'POST /\xc3\xa9 HTTP/1.1\r\nHost: a\r\nContent-Length: 007\r\n\r\n', (b'POST', b'/\xc3\xa9', b'a', 7)),
+    (b'POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: Chunked\r\n\r\n', (b'POST', b'/', b'a', -1)),
+    (b'GET http://a/b?c HTTP/1.1\r\nHost: A\r\n\r\n', (b'GET', b'/b?c', b'a', 0)),
+    (b'GET HTTPS://a:443?c HTTP/1.1\r\nHost: a:443\r\n\r\n', (b'GET', b'/?c', b'a:443', 0)),
+    (b'OPTIONS http://a HTTP/1.1\r\nHost: a\r\n\r\n', (b'OPTIONS', b'*', b'a', 0)),
+    (b"!#$%&'*+-.^_`|~ / HTTP/1.1\r\nHost: a\r\nA:\r\nB: \xff\t \r\n\r\n",
+     (b"!#$%&'*+-.^_`|~", b'/', b'a', 0)),
+)
+
+BAD_REQUESTS = (    # head, and the status of the refusal
+    (b'GET / HTTP/1.1\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost:\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a, b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a/b\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: u@a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a:x\r\n\r\n', 400),
+    (b'GET / HTTP/1.0\r\nHost: a b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost : a\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\n Host: a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a\r\nb\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a\r\nB: \0\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a\r\nB: c\rd\r\n\r\n', 400),
+    (b'GET / HTTP/1.1\r\nHost: a\nB: c\r\n\r\n', 400),
+    (b'GET  / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\t HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET / a HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\x7f HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET / http/1.1\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/1.1 \r\nHost: a\r\n\r\n', 400),
+    (b'G(T / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET a HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET * HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET / HTTP/1.2\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/2.0\r\nHost: a\r\n\r\n', 505),
+    (b'GET / HTTP/0.9\r\n\r\n', 505), (b'PRI * HTTP/2.0\r\n\r\n', 505),
+    (b'CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n', 501),
+    (b'GET http://b/ HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
+    (b'GET /%b HTTP/1.1\r\nHost: a\r\n\r\n' % (b'x' * 20000), 414),
+    (b'GET / HTTP/1.1\r\nHost: a\r\n' + b'B: c\r\n' * 201 + b'\r\n', 431),
+)
+
+BAD_FRAMING = (     # fields of a request that could be read in two ways
+    b'Content-Length: 1\r\nContent-Length: 1', b'Content-Length: 1, 1', b'Content-Length: -1',
+    b'Content-Length: +1', b'Content-Length: 1_0', b'Content-Length: 0x1', b'Content-Length:',
+    b'Content-Length: 1 1', b'Content-Length: \xb2', b'Content-Length: ' + b'9' * 19,
+    b'Content-Length: 1\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: gzip, chunked',
+    b'Transfer-Encoding: chunked, chunked', b'Transfer-Encoding: identity', b'Transfer-Encoding:',
+    b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: chunked;a',
+    b'Transfer-Encoding: \x0bchunked', b'Transfer-Encoding: "chunked"', b'Transfer-Encoding: chunked,',
+)
+
+RESPONSES = (       # head, method, and (status, reason, length)
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n', b'GET', (200, b' OK', 5)),
+    (b'HTTP/1.1 200\r\n\r\n', b'GET', (200, b'', lt.UNTIL_CLOSE)),
+    (b'HTTP/1.1 200 \r\n\r\n', b'GET', (200, b' ', lt.UNTIL_CLOSE)),
+    (b'HTTP/1.0 404 N\xf6 \x80\r\n\r\n', b'GET', (404, b' N\xf6 \x80', lt.UNTIL_CLOSE)),
+    (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n', b'GET', (200, b' OK', lt.CHUNKED)),
+    (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n', b'HEAD', (200, b' OK', 0)),
+    (b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n', b'HEAD', (200, b' OK', 0)),
+    (b'HTTP/1.1 200 OK\r\n\r\n', b'HEAD', (200, b' OK', 0)),
+    (b'HTTP/1.1 204 No\r\nContent-Length: 5\r\n\r\n', b'GET', (204, b' No', 0)),
+    (b'HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n', b'GET', (304, b' Not', 0)),
+    (b'HTTP/1.1 100 Continue\r\n\r\n', b'POST', (100, b' Continue', 0)),
+    (b'HTTP/1.1 101 Switch\r\n\r\n', b'GET', (101, b' Switch', 0)),
+)
+
+BAD_RESPONSES = (
+    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n',
+    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n',
+    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n', b'HTTP/1.0 200 OK\r\nTransfer-Encoding: '
+    b'chunked\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 20 OK\r\n\r\n', b'HTTP/1.1 099 OK\r\n\r\n',
+    b'HTTP/2 200 OK\r\n\r\n', b'ICY 200 OK\r\n\r\n', b'HTTP/1.1 200 O\0K\r\n\r\n',
+    b'HTTP/1.1 200 OK\r\nA : b\r\n\r\n', b'HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n', b'HTTP/1.1  200 OK\r\n\r\n',
+)
+
+
+def request(fields='', line='GET / HTTP/1.1'):
+    """A request that was parsed; FIELDS end their lines with LF."""
+    lines = [line, 'Host: a', *fields.splitlines()]
+    return lt.parse_request('\r\n'.join([*lines, '', '']).encode('latin-1'))
+
+
+class HeadTest(unittest.TestCase):
+
+    def test_these_requests_are_understood(self):
+        for head, expected in REQUESTS:
+            with self.subTest(head):
+                got = lt.parse_request(head)
+                self.assertEqual((got.method, got.target, got.host, got.body_length()), expected)
+
+    def test_these_requests_are_refused(self):
+        for head, status in BAD_REQUESTS:
+            with self.subTest(head[:60]), self.assertRaises(lt.BadHttp) as caught:
+                lt.parse_request(head).body_length()
+            self.assertEqual(caught.exception.status, status, head[:60])
+
+    def test_a_body_that_could_end_in_two_places_is_refused(self):
+        for fields in BAD_FRAMING:
+            with self.subTest(fields), self.assertRaises(lt.BadHttp):
+                lt.parse_request(b'POST / HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n' % fields).body_length()
+        with self.assertRaises(lt.BadHttp):
+            lt.parse_request(b'POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n').body_length()
+
+    def test_these_responses_are_understood(self):
+        for head, method, expected in RESPONSES:
+            with self.subTest(head):
+                got = lt.parse_response(head)
+                self.assertEqual((got.status, got.reason, got.body_length(method)), expected)
+
+    def test_these_responses_are_refused(self):
+        for head in BAD_RESPONSES:
+            with self.subTest(head), self.assertRaises(lt.BadHttp):
+                lt.parse_response(head).body_length(b'GET')
+
+    def test_the_lines_keep_their_order_and_case_and_bytes(self):
+        lines = [b'host: a', b'X-B:  two  spaces ', b'x-b:\t\xff', b'Cookie: a', b'COOKIE: b']
+        got = lt.parse_request(b'\r\n'.join([b'GET / HTTP/1.1', *lines, b'', b'']))
+        self.assertEqual(got.lines, lines)
+        self.assertEqual(lt.encode_request(got, got.lines_without(got.hop_by_hop()), 0),
+                         b'\r\n'.join([b'GET / HTTP/1.1', *lines, b'', b'']))
+
+    def test_fields_of_one_hop_are_known(self):
+        got = request('Connection: close, X-Own ,\nX-OWN: 1\nKeep-Alive: 5\nTE: trailers\n'
+                      'Proxy-Connection: close\nUpgrade: h2c\nAccept: */*')
+        self.assertEqual(got.lines_without(got.hop_by_hop()), [b'Host: a', b'Accept: */*'])
+
+    def test_a_connection_must_not_name_what_routing_rests_on(self):
+        for name in ('Host', 'content-length', 'Transfer-Encoding', 'X-Forwarded-For', 'x_forwarded_x'):
+            with self.subTest(name), self.assertRaises(lt.BadHttp):
+                request(f'Connection: close, {name}').hop_by_hop()
+
+    def test_who_wants_to_keep_a_connection(self):
+        for version, fields, keeps in (
+                ('1.1', '', True), ('1.1', 'Connection: close', False), ('1.0', '', False),
+                ('1.1', 'Connection: a, CLOSE', False), ('1.0', 'Connection: Keep-Alive', True),
+                ('1.1', 'Connection: a\nConnection: close', False), ('1.1', 'Connection: closed', True)):
+            with self.subTest(version, fields=fields):
+                self.assertIs(request(fields, f'GET / HTTP/{version}').keep_alive, keeps)
+
+    def test_an_upgrade_must_be_named_by_connection_and_of_1_1(self):
+        fields = 'Connection: keep-alive, Upgrade\nUpgrade: WebSocket'
+        self.assertEqual(request(fields).upgrade, b'WebSocket')
+        self.assertEqual(request(fields, 'GET / HTTP/1.0').upgrade, b'')
+        self.assertEqual(request('Upgrade: WebSocket').upgrade, b'')
+
+    def test_what_goes_on_says_its_own_framing(self):
+        got = request('Connection: upgrade\nUpgrade: x\nTransfer-Encoding: chunked')
+        head = lt.encode_request(got, got.lines_without(got.hop_by_hop()), lt.CHUNKED)
+        self.assertEqual(head, b'GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: x\r\n'
+                         b'Transfer-Encoding: chunked\r\n\r\n')
+        answer = lt.parse_response(b'HTTP/1.0 200 Fine\r\nA: b\r\nConnection: x\r\n\r\n')
+        self.assertEqual(lt.encode_response(answer, answer.lines_without(answer.hop_by_hop()), True),
+                         b'HTTP/1.1 200 Fine\r\nA: b\r\nTransfer-Encoding: chunked\r\n\r\n')
+
+    def test_random_bytes_give_a_head_or_bad_http(self):
+        chance = random.Random(7)
+        heads = [head for head, *_ in (*REQUESTS, *BAD_REQUESTS, *RESPONSES)]
+        for _ in range(4000):
+            head = bytearray(chance.choice(heads)[:500])
+            for _ in range(chance.randint(1, 4)):
+                at = chance.randrange(len(head))
+                head[at:at + chance.randrange(3)] = bytes(
+                    chance.choice(b'\r\n: \t,/\0\xff' + bytes([chance.randrange(256)]))
+                    for _ in range(chance.randrange(3)))
+            for parse in (lt.parse_request, lt.parse_response):
+                with contextlib.suppress(lt.BadHttp):
+                    got = parse(bytes(head))
+                    got.hop_by_hop()
+                    got.body_length(*[b'GET'] * (parse is lt.parse_response))
+
+
+BODIES = (          # length, bytes, and (body, trailers)
+    (0, b'', (b'', b'')), (5, b'hello', (b'hello', b'')),
+    (lt.CHUNKED, b'0\r\n\r\n', (b'', b'')), (lt.CHUNKED, b'5\r\nhello\r\n0\r\n\r\n', (b'hello', b'')),
+    (lt.CHUNKED, b'5;a=b;c="d"\r\nhello\r\n1 ;x\r\n!\r\n000;e\r\n\r\n', (b'hello!', b'')),
+    (lt.CHUNKED, b'A\r\n0123456789\r\n0\r\nA: b\r\nC:d\r\n\r\n', (b'0123456789', b'A: b\r\nC:d\r\n')),
+    (lt.CHUNKED, b'2\r\n\r\n\r\n00000\r\n\r\n', (b'\r\n', b'')),
+)
+
+BAD_CHUNKS = (
+    b'\r\n', b'5\nhello\r\n', b'5 \r\nhello\r\n', b'+5\r\nhello\r\n', b'-5\r\n', b'0x5\r\n', b'g\r\n',
+    b'5\r\nhello0\r\n\r\n', b'5\r\nhello\n0\r\n\r\n', b'5\r\nhelloX\r\n', b'1000000000000000\r\n',
+    b'0\r\nA\r\n\r\n', b'0\r\n A: b\r\n\r\n', b'0\r\nA : b\r\n\r\n', b'0\r\nA: b\n\r\n', b'0\r\n\n',
+    b'5;\0\r\nhello\r\n', b'5;a\rb\r\nhello\r\n', b' 5\r\nhello\r\n', b'5\r\nhello\r\r\n', b'5_0\r\n',
+    b'1;' + b'x' * 5000 + b'\r\n',
+)
+
+
+class BodyTest(unittest.TestCase):
+
+    def reader(self, length):
+        stream = lt.ByteStream(types.SimpleNamespace(loop=None, now=float))
+        return stream, lt.body_reader(stream, length)
+
+    def read(self, length, pieces):
+        """(body, trailers, what is left) of a body that arrives in PIECES."""
+        stream, body = self.reader(length)
+        got, last = b'', None
+        for piece in pieces:
+            stream.feed(piece)
+            last = body.take()
+            while last:
+                got, last = got + last, body.take()
+        self.assertEqual(last, b'' if pieces else None)
+        return got, body.trailers, stream.take(lt.MIB)
+
+    def test_a_body_ends_where_it_ends_however_it_arrives(self):
+        for length, data, expected in BODIES:
+            for pieces, rest in three_ways(data):
+                with self.subTest(data, pieces=len(pieces), rest=rest):
+                    if data or rest:
+                        self.assertEqual(self.read(length, [*pieces[:-1], pieces[-1] + rest]
+                                                   if pieces else [rest]), (*expected, rest))
+
+    def test_what_is_no_chunk_is_refused_however_it_arrives(self):
+        for data in BAD_CHUNKS:
+            for pieces, _ in three_ways(data):
+                with self.subTest(data[:20], pieces=len(pieces)), self.assertRaises(lt.BadHttp):
+                    self.read(lt.CHUNKED, [*pieces, b''])
+
+    def test_a_body_that_stops_early_is_incomplete(self):
+        for length, data in ((5, b'hell'), (lt.CHUNKED, b''), (lt.CHUNKED, b'5\r\nhello'),
+                             (lt.CHUNKED, b'5\r\nhello\r\n'), (lt.CHUNKED, b'0\r\n'), (5, b'')):
+            stream, body = self.reader(length)
+            stream.feed(data)
+            while body.take():
+                pass
+            with self.assertRaises(lt.Incomplete):
+                body.cut()
+
+    def test_a_body_without_a_length_ends_with_the_stream(self):
+        stream, body = self.reader(lt.UNTIL_CLOSE)
+        stream.feed(b'all')
+        self.assertEqual((body.take(), body.take(), body.cut()), (b'all', None, b''))
+
+    def test_many_chunks_and_many_trailers_are_no_matter(self):
+        with contextlib.suppress(lt.BadHttp):
+            self.read(lt.CHUNKED, [b'1\r\nx\r\n' * 5000 + b'0\r\n' + b'A: b\r\n' * 5000 + b'\r\n'])
+
+    def test_trailers_have_a_limit(self):
+        with self.assertRaises(lt.BadHttp):
+            self.read(lt.CHUNKED, [b'0\r\n'] + [b'A: %b\r\n' % (b'x' * 9000)] * 9)
+
+    def test_random_bytes_give_a_body_or_bad_http(self):
+        chance = random.Random(8)
+        for _ in range(3000):
+            data = bytes(chance.choice(b'\r\n\r\n0123aA;: x\xff') for _ in range(chance.randrange(30)))
+            results = set()
+            for pieces, rest in three_ways(data)[:2]:
+                stream, body = self.reader(lt.CHUNKED)
+                try:
+                    got = []
+                    for piece in pieces:
+                        stream.feed(piece)
+                        piece = body.take()
+                        while piece:
+                            got.append(piece)
+                            piece = body.take()
+                    results.add((b''.join(got), body.trailers, piece if pieces else None))
+                except lt.BadHttp:
+                    results.add('bad')
+            self.assertEqual(len(results), 1, (data, results))
+
+
+class ReadHeadTest(LoopTest):
+
+    def stream(self, data=b''):
+        made = lt.ByteStream(self.reactor)
+        self.reactor.swept.add(unittest.mock.Mock(sweep=lambda now, _: made._readable.sweep(now)))
+        if data:
+            made.feed(data)
+        return made
+
+    async def head(self, pieces, **timeouts):
+        """What read_head says of PIECES that arrive one after the other, and the stream."""
+        stream = self.stream()
+        async with self.background(lt.read_head(stream, **{'timeout': 9.0, 'idle': 9.0, **timeouts})) as task:
+            for piece in pieces:
+                stream.feed(piece)
+                await asyncio.sleep(0)
+            await asyncio.wait({task}, timeout=None if task.done() else PATIENCE)
+            return await task, stream
+
+    async def test_a_head_is_found_however_it_arrives(self):
+        for head, _ in REQUESTS[:6]:
+            for pieces, rest in three_ways(head):
+                got, stream = await self.head([*pieces[:-1], pieces[-1] + rest])
+                self.assertEqual((got, stream.peek()), (head, rest))
+
+    async def test_empty_lines_before_it_are_ignored(self):
+        for pieces, _ in three_ways(b'\r\n\r\nGET / HTTP/1.1\r\n\r\n'):
+            got, _ = await self.head(pieces)
+            self.assertEqual(got, b'GET / HTTP/1.1\r\n\r\n')
+
+    async def test_the_end_before_a_head_is_no_error_but_inside_it_is(self):
+        for data, error in ((b'', None), (b'\r\n', None), (b'GET', lt.Incomplete)):
+            for pieces, _ in three_ways(data)[:2]:
+                stream = self.stream()
+                reading = asyncio.ensure_future(lt.read_head(stream, 9.0, 9.0))
+                for piece in pieces:
+                    stream.feed(piece)
+                    await asyncio.sleep(0)
+                stream.feed_eof()
+                with self.assertRaises(error) if error else contextlib.nullcontext():
+                    self.assertIsNone(await reading)
+
+    async def test_what_can_never_become_a_head_is_refused_at_once(self):
+        for data, status in (
+                (b' GET', 400), (b'\nGET', 400), (b'GET / HTTP/1.1\n', 400), (b'\x16\x03\x01', 400),
+                (b'\0', 400), (b'PRI * HTTP/2.0\r\n', 505), (b'\rx', 400),
+                (b'GET / HTTP/1.1\r\nA: b\n', 400), (b'x' * lt.MAX_HEAD, 414),
+                (b'GET / HTTP/1.1\r\n' + b'x' * lt.MAX_HEAD, 431)):
+            for pieces, _ in three_ways(data)[:2 if len(data) < 100 else 1]:
+                with self.subTest(data[:20], pieces=len(pieces)):
+                    with self.assertRaises(lt.BadHttp) as caught:
+                        await self.head(pieces)
+                    self.assertEqual(caught.exception.status, status)
+
+    async def test_a_head_must_begin_and_end_in_time(self):
+        with self.assertRaises(lt.Overdue):
+            await self.head([], idle=0.0)
+        with self.assertRaises(lt.Overdue):
+            await self.head([b'GET'], timeout=0.0)
+
+    async def test_interim_answers_are_handed_on(self):
+        source, (sink, other) = self.stream(), await self.connections()
+        source.feed(b'HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early\r\nLink: a\r\nConnection: b\r\n\r\n'
+                    b'HTTP/1.1 200 OK\r\n\r\nbody')
+        answer = await lt.read_final(source, sink, 9.0)
+        await sink.write_eof()
+        self.assertEqual((answer.status, source.peek()), (200, b'body'))
+        self.assertEqual(await lt.read_head(other, 9.0, 9.0), b'HTTP/1.1 100 Continue\r\n\r\n')
+        self.assertEqual(await lt.read_head(other, 9.0, 9.0), b'HTTP/1.1 103 Early\r\nLink: a\r\n\r\n')
+
+    async def test_interim_answers_have_an_end(self):
+        with self.assertRaises(lt.BadHttp):
+            await lt.read_final(self.stream(b'HTTP/1.1 100 Continue\r\n\r\n' * 100), None, 9.0)
+
+    async def test_a_message_is_copied_in_the_framing_of_its_next_hop(self):
+        for length, chunked, expected in ((5, False, b'HEAD12345'), (5, True, b'HEAD5\r\n12345\r\n0\r\n\r\n'),
+                                          (0, False, b'HEAD'), (0, True, b'HEAD0\r\n\r\n')):
+            sink, other = await self.connections()
+            body = lt.body_reader(self.stream(b'12345'), length)
+            await lt.copy_message(b'HEAD', body, sink, chunked, True)
+            got = [await other.read()]
+            while got[-1]:
+                got.append(await other.read())
+            self.assertEqual(b''.join(got), expected)
+
+    async def test_only_a_small_body_that_is_all_here_is_sent_as_one(self):
+        for data, length, whole in ((b'12345', 5, b'H12345'), (b'12345', 6, None), (b'', 0, b'H'),
+                                    (b'0\r\n\r\n', lt.CHUNKED, None), (bytes(20000), 20000, None)):
+            stream = self.stream(data)
+            self.assertEqual(lt.whole_message(b'H', lt.body_reader(stream, length)), whole)
+            self.assertEqual(stream.size, 0 if whole else len(data))
+
+
+class PageTest(unittest.TestCase):
+
+    def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
+        message = lt.error_message(502, text, request(f'Accept: {accept}', f'{method} / HTTP/1.1'))
+        head, _, body = message.partition(b'\r\n\r\n')
+        return head.decode(), body.decode()
+
+    def test_a_browser_gets_a_page_in_which_nothing_can_run(self):
+        head, body = self.page('text/html,*/*')
+        self.assertIn('Content-Security-Policy: default-src', head)
+        self.assertIn('it &lt;b&gt;broke&lt;/b&gt; &amp; &quot;so&quot;', body)
+        self.assertNotIn('<b>', body)
+
+    def test_a_program_gets_a_line_or_json(self):
+        self.assertEqual(self.page('*/*')[1], '502 Bad Gateway: it <b>broke</b> & "so"\n')
+        head, body = self.page('application/json')
+        self.assertIn('application/json', head)
+        self.assertEqual(json.loads(body)['message'], 'it <b>broke</b> & "so"')
+
+    def test_the_length_is_that_of_the_bytes_and_head_gets_none(self):
+        head, body = self.page('*/*', 'caf\u00e9')
+        self.assertIn(f'Content-Length: {len(body.encode())}', head)
+        self.assertEqual(self.page('*/*', method='HEAD')[1], '')
+
+
+# ------------------------------------------------------------------------------------------------
+# 7. Names and tokens
+# ------------------------------------------------------------------------------------------------
+
+class NameTest(unittest.TestCase):
+
+    def name(self, site='example.com', label='http://localhost:8000', key=KEY, kind='http'):
+        return lt.derive_name(site, lt.make_proof(key, site, kind, label))
+
+    def test_a_derived_name_is_the_same_for_ever(self):
+        self.assertEqual(lt.make_proof(KEY, 'example.com', 'http', 'http://localhost:8000').hex(),
+                         '200c309527466473c2165850be6fe1444b74ddafc746efd45da500a3939518be')
+        self.assertEqual(self.name(), 'light-finch-oym232culvso')
+
+    def test_it_is_another_one_for_another_site_or_label_or_key_or_kind(self):
+        names = {self.name(), self.name(site='example.org'), self.name(label='=x'),
+                 self.name(key=bytes(32)), self.name(kind='tcp')}
+        self.assertEqual(len(names), 5)
+
+    def test_no_other_split_of_what_is_hashed_gives_the_same_proof(self):
+        self.assertNotEqual(lt.make_proof(KEY, 'a', 'http', 'b'), lt.make_proof(KEY, 'a\0http', 'b', ''))
+
+    def test_it_has_at_least_72_bits(self):
+        self.assertEqual(len(set(lt.ADJECTIVES)) * len(set(lt.ANIMALS)) * 32 ** 12, 2 ** 72)
+
+    def test_all_its_bits_come_from_the_hash(self):
+        names = [self.name(label=str(n)).split('-') for n in range(2000)]
+        self.assertEqual([len({name[i] for name in names}) for i in (0, 1)], [64, 64])
+        for i in range(12):
+            self.assertEqual(len({name[2][i] for name in names}), 32)
+
+    def test_every_derived_name_has_the_shape_and_can_not_be_chosen(self):
+        for n in range(200):
+            name = self.name(label=str(n))
+            self.assertTrue(lt.is_derived(name))
+            with self.assertRaises(lt.Refused):
+                lt.check_name(name)
+        self.assertFalse(lt.is_derived('light-finch-oym232culvs') or lt.is_derived('my-own-oym232culvso'))
+
+    def test_these_names_may_be_asked_for(self):
+        for name in ('a', '0', 'a-b', 'a--b', 'x' * 63, 'light-finch', 'x1'):
+            lt.check_name(name)
+
+    def test_these_names_may_not(self):
+        for name in ('', '-a', 'a-', 'A', 'a.b', 'a_b', 'x' * 64, 'xn--a', '\u00e9', 'a b', 'a\n', 'www',
+                     'admin', 'api', 'mail', 'localtunnel'):
+            with self.subTest(name), self.assertRaises(lt.Refused):
+                lt.check_name(name)
+
+
+class TokenTest(unittest.TestCase):
+
+    def test_only_a_token_that_was_given_is_found(self):
+        tokens = lt.Tokens(['one', 'two'])
+        self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
+        self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
+
+    def test_an_open_server_lets_everybody_in(self):
+        self.assertTrue(lt.Tokens(open=True).find('', 0))
+        self.assertFalse(lt.Tokens().find('', 0))
+
+
+class FolderTest(unittest.TestCase):
+    """Has a folder, which is also where configuration and state would be."""
+
+    def setUp(self):
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = folder.name
+        environment = {key: value for key, value in os.environ.items()
+                       if not key.startswith('LOCALTUNNEL_') and not key.lower().endswith('_proxy')
+                       and key not in ('NO_COLOR', 'STATE_DIRECTORY', 'LISTEN_FDS')}
+        environment.update(XDG_CONFIG_HOME=self.path('config'), XDG_STATE_HOME=self.path('state'),
+                           PYTHONUNBUFFERED='', PYTHONIOENCODING='utf-8')
+        patch = unittest.mock.patch.dict(os.environ, environment, clear=True)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def path(self, *names):
+        return os.path.join(self.folder, *names)
+
+    def write(self, name, text):
+        with open(self.path(name), 'w', encoding='utf-8') as f:
+            f.write(text)
+        return self.path(name)
+
+
+class LeaseTest(FolderTest):
+
+    def leases(self, tokens=('t',)):
+        return lt.Leases(lt.Tokens(tokens), self.path('leases.json'))
+
+    TOKEN = lt.digest_of('t')
+
+    def test_the_first_to_come_has_the_name(self):
+        leases = self.leases()
+        self.assertIsNone(leases.owner('app', 0))
+        leases.claim('app', 'me', self.TOKEN, 0)
+        leases.claim('app', 'me', self.TOKEN, 1)
+        with self.assertRaises(lt.Refused) as caught:
+            leases.claim('app', 'you', self.TOKEN, 1)
+        self.assertEqual((caught.exception.status, caught.exception.code), (409, 'name_taken'))
+
+    def test_leases_survive_the_server(self):
+        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.assertEqual(self.leases().owner('app', 6), 'me')
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
+        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.assertEqual(os.stat(self.path('leases.json')).st_mode & 0o777, 0o600)
+        self.assertEqual(os.listdir(self.folder), ['leases.json'])
+
+    def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
+        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
+        self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
+        self.leases().claim('app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+
+    def test_a_name_that_was_given_back_is_free(self):
+        leases = self.leases()
+        leases.claim('app', 'me', self.TOKEN, 5)
+        with self.assertRaises(lt.Refused):
+            leases.release('app', 'you', 6)
+        leases.release('app', 'me', 6)
+        self.assertIsNone(self.leases().owner('app', 6))
+
+    def test_one_owner_has_no_more_than_twenty(self):
+        leases = self.leases()
+        for n in range(lt.MAX_LEASES):
+            leases.claim(f'app{n}', 'me', self.TOKEN, 5)
+        with self.assertRaises(lt.Refused):
+            leases.claim('more', 'me', self.TOKEN, 5)
+        leases.claim('app0', 'me', self.TOKEN, 90000)
+        leases.claim('more', 'you', self.TOKEN, 5)
+
+    def test_leases_of_long_ago_do_not_count(self):
+        leases = self.leases()
+        for n in range(lt.MAX_LEASES):
+            leases.claim(f'app{n}', 'me', self.TOKEN, 5)
+        leases.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
+
+    def test_a_damaged_file_is_an_error_that_names_it(self):
+        for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
+                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}'):
+            with self.subTest(text):
+                with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
+                    f.write(text)
+                with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
+                    self.leases().owner('app', 6)
+
+
+class KeyTest(FolderTest):
+
+    def load(self):
+        self.warnings = []
+        return lt.load_key(self.warnings.append)
+
+    def test_a_key_is_made_once(self):
+        key = self.load()
+        self.assertEqual((len(key), self.load(), self.warnings), (32, key, []))
+        self.assertEqual(os.listdir(self.path('config', 'localtunnel')), ['key'])
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_it_is_for_its_user_alone(self):
+        self.load()
+        self.assertEqual(os.stat(self.path('config', 'localtunnel', 'key')).st_mode & 0o777, 0o600)
+        self.assertEqual(os.stat(self.path('config', 'localtunnel')).st_mode & 0o777, 0o700)
+
+    def test_the_environment_may_give_it(self):
+        os.environ['LOCALTUNNEL_KEY'] = KEY.hex()
+        self.assertEqual(self.load(), KEY)
+        self.assertFalse(os.path.exists(self.path('config')))
+
+    def test_a_wrong_one_in_the_environment_is_an_error_that_says_what_is_right(self):
+        for text in ('abc', 'g' * 64, 'a' * 63, 'a' * 66):
+            os.environ['LOCALTUNNEL_KEY'] = text
+            with self.assertRaisesRegex(lt.UsageError, '64 hexadecimal digits'):
+                self.load()
+
+    def test_a_damaged_file_is_an_error(self):
+        self.load()
+        self.write('config/localtunnel/key', 'short')
+        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
+            self.load()
+
+    def test_where_it_can_not_be_kept_there_is_one_warning(self):
+        self.write('config', 'this is no folder')
+        self.assertEqual(len(self.load()), 32)
+        self.assertEqual(len(self.warnings), 1)
+
+
+class AccessTest(unittest.TestCase):
+
+    def test_without_rules_everybody_comes_in(self):
+        access = lt.Access(lt.Access.encode([], []))
+        self.assertTrue(access.admits_address('1.2.3.4') and not access.wants_password)
+
+    def test_only_these_addresses_come_in(self):
+        access = lt.Access(lt.Access.encode(['10.0.0.0/8', '2001:db8::/32', '1.2.3.4'], []))
+        for address in ('10.9.9.9', '::ffff:10.1.1.1', '2001:db8::1', '1.2.3.4'):
+            self.assertTrue(access.admits_address(address), address)
+        for address in ('11.0.0.1', '::1', '', 'nonsense', '1.2.3.5'):
+            self.assertFalse(access.admits_address(address), address)
+
+    def test_only_these_users_come_in(self):
+        rules = lt.Access.encode([], ['me:se:cret', 'you:x'])
+        self.assertNotIn('cret', json.dumps(rules))
+        access = lt.Access(json.loads(json.dumps(rules)))
+        for value, right in ((b'Basic bWU6c2U6Y3JldA==', True), (b'basic eW91Ong=', True),
+                             (b'Basic bWU6eA==', False), (b'Bearer bWU6c2U6Y3JldA==', False),
+                             (b'Basic !', False), (b'', False), (b'Basic', False), (b'Basic /w==', False)):
+            self.assertIs(access.admits_password(value), right, value)
+
+
+# ------------------------------------------------------------------------------------------------
+# 8. Certificates
+# ------------------------------------------------------------------------------------------------
+
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBqDCCAU6gAwIBAgIUXMBplc18yzDodw8HuYQdp8iLxygwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxNTU0OFoYDzIxMjYxMDI5
+MjE1NTQ4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS4StafCNpQI86960aziXfeRiUZ8pa1iY8L+QX3Hh1PMyMiCYdQHnec
+oNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSCo3wwejAdBgNVHQ4EFgQU0uTPr8YSntLn
+TBeQrrfPNxG2UQswHwYDVR0jBBgwFoAU0uTPr8YSntLnTBeQrrfPNxG2UQswJwYD
+VR0RBCAwHoIJbG9jYWxob3N0ggsqLmxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIQDwoakg1QaRqShHfSY56lCZNeAR5SZ0
+O6A0WuiYZjcx6wIgWMQhPVMGlC3mICqeFHMWn0q/e+TFf70hhfH7Q5ipYIc=
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQga5OagEeu81IWKa2K
+XpCRdAFeA1Eu/0/J0G7vgKJNsBqhRANCAAS4StafCNpQI86960aziXfeRiUZ8pa1
+iY8L+QX3Hh1PMyMiCYdQHnecoNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSC
+-----END PRIVATE KEY-----
+"""
+
+
+class CertificateTest(FolderTest):
+
+    def test_a_file_that_is_no_certificate_is_an_error_that_names_it(self):
+        path = self.write('wrong.pem', 'wrong')
+        with self.assertRaisesRegex(lt.UsageError, 'wrong.pem'):
+            lt.client_tls(path)
+        with self.assertRaisesRegex(lt.UsageError, 'missing.pem'):
+            lt.client_tls(self.path('missing.pem'))
+
+    def test_what_tls_complains_of_is_one_sentence(self):
+        for reason, word in (
+                ('certificate verify failed: self-signed certificate', '--ca'),
+                ('certificate has expired', 'expired'), ("Hostname mismatch, certificate is not "
+                 "valid for 'a'", 'another name'), ('[SSL: WRONG_VERSION_NUMBER]', 'does not speak TLS'),
+                ('something \x1b else', r'something \? else')):
+            self.assertRegex(lt.explain_tls(OSError(reason), 'example.com'), word)
+
+
+# ------------------------------------------------------------------------------------------------
+# 9. Server
+# ------------------------------------------------------------------------------------------------
+
+class App:
+    """An upstream: `answer` is bytes for each request, or a coroutine (request, reader, writer).
+
+    Keeps `requests` (heads with their bodies) and counts `connections`; an answer that is not
+    complete with these bytes, or says close, ends the connection.
+    """
+
+    def __init__(self, answer):
+        self.answer, self.requests, self.connections, self.tasks = answer, [], 0, set()
+
+    async def serve(self, reader, writer):
+        self.connections += 1
+        self.tasks.add(asyncio.current_task())
+        try:
+            while await self.one(reader, writer):
+                pass
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        finally:
+            self.tasks.discard(asyncio.current_task())
+            writer.close()
+
+    async def one(self, reader, writer):
+        head = await reader.readuntil(b'\r\n\r\n')
+        self.requests.append(head)
+        if callable(self.answer):
+            return await self.answer(head, reader, writer)
+        self.requests[-1] += await body_of(head, reader)
+        writer.write(self.answer)
+        await writer.drain()
+        return b'close' not in self.answer.lower()
+
+
+async def body_of(head, reader):
+    """The bytes of the body behind HEAD, in its framing."""
+    length = re.search(rb'(?i)\r\ncontent-length: *([0-9]+)', head)
+    if length:
+        return await reader.readexactly(int(length.group(1)))
+    if re.search(rb'(?i)\r\ntransfer-encoding: *chunked', head):
+        return await reader.readuntil(b'0\r\n\r\n')
+    return b''
+
+
+OK = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
+
+
+class Visitor:
+    """Somebody with a connection to the server, who writes bytes and reads what comes."""
+
+    def __init__(self, reader, writer, host):
+        self.reader, self.writer, self.host = reader, writer, host
+
+    async def send(self, data):
+        """HOST in DATA becomes the tunnel's."""
+        self.writer.write(data.replace(b'HOST', self.host))
+        await self.writer.drain()
+
+    async def ask(self, path='/', fields='', method='GET', version='1.1', body=b''):
+        """Send one request; FIELDS end their lines with LF."""
+        lines = [f'{method} {path} HTTP/{version}', 'Host: HOST', *fields.splitlines()]
+        await self.send('\r\n'.join([*lines, '', '']).encode() + body)
+
+    async def answer(self, method='GET'):
+        """(status, fields in lower case, body) of the next answer, as http.client reads it."""
+        data = await self.reader.readuntil(b'\r\n\r\n')
+        head = http.client.parse_headers(_Lines(data.split(b'\r\n', 1)[1]))
+        status, fields = int(data.split()[1]), {k.lower(): v for k, v in head.items()}
+        if method == 'HEAD' or status in (204, 304) or status < 200:
+            return status, fields, b''
+        if fields.get('transfer-encoding') == 'chunked':
+            return status, fields, await self.chunks()
+        if 'content-length' in fields:
+            return status, fields, await self.reader.readexactly(int(fields['content-length']))
+        return status, fields, await self.reader.read()
+
+    async def chunks(self):
+        body, size = b'', None
+        while size != 0:
+            size = int(await self.reader.readline(), 16)
+            body += (await self.reader.readexactly(size + 2))[:-2]
+        return body
+
+    async def get(self, *args, **words):
+        await self.ask(*args, **words)
+        return await self.answer(words.get('method', 'GET'))
+
+
+class _Lines:
+    """What http.client.parse_headers reads from."""
+
+    def __init__(self, data):
+        self.lines = data.splitlines(True)
+
+    def readline(self, limit):
+        return self.lines.pop(0) if self.lines else b''
+
+
+class WorldTest(LoopTest):
+    """A server, clients, apps and visitors in this process, over sockets; nothing is left of them."""
+
+    async def world(self, tokens=(), domain='localhost', **options):
+        self.apps, self.running, self.visitors, self.exchanges = [], [], [], asyncio.Queue()
+        self.tokens = lt.Tokens(tokens, open=not tokens)
+        self.leases = lt.Leases(self.tokens)
+        self.stack.push_async_callback(self.end_of_the_world)
+        await self.new_server(domain, **options)
+
+    async def new_server(self, domain='localhost', **options):
+        options = {'hold': 0.0, 'drain': 0.0, **options}
+        self.server = lt.Server(self.reactor, domain, self.tokens, self.leases, lt.Silence(), **options)
+        sock, = lt.bind('127.0.0.1', 0)
+        self.port = sock.getsockname()[1]
+        await self.server.listen(sock)
+
+    async def end_of_the_world(self):
+        for visitor in self.visitors:
+            visitor.writer.transport.abort()
+        for client, running in self.running:
+            await self.forget(running)
+            await client.stop()
+        with self.constant(POOL_IDLE=0.0):
+            await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
+        await eventually(lambda: not self.server._visits, 'a visit is left')
+        await self.server.stop()
+        await eventually(lambda: not self.server._budget.used, 'budget is left')
+        self.assertFalse(self.server._members())
+
+    async def app(self, answer=OK):
+        """An App, and the port where it serves."""
+        app = App(answer)
+        self.apps.append(app)
+        serving = await asyncio.start_server(app.serve, '127.0.0.1', 0)
+        self.stack.callback(serving.close)
+        app.port = serving.sockets[0].getsockname()[1]
+        return app
+
+    async def client(self, target, key=KEY, site='localhost', **options):
+        """A client whose tunnel is there, or has failed."""
+        observer = types.SimpleNamespace(
+            ready=print_nothing, back=print_nothing, lost=print_nothing, hint=print_nothing,
+            frame=print_nothing, exchange=lambda *seen: self.exchanges.put_nowait(seen))
+        address = lt.ServerAddress(f'http://{site}:{self.port}')
+        target = lt.parse_target(str(target.port if isinstance(target, App) else target))
+        client = lt.Client(self.reactor, address, target, key, observer, **options)
+        running = asyncio.ensure_future(client.run())
+        self.running.append((client, running))
+        async with self.background(client.welcomed.wait()) as welcomed:
+            await asyncio.wait({welcomed, running}, return_when=asyncio.FIRST_COMPLETED)
+        client.running = running
+        return client
+
+    async def visitor(self, host):
+        """A Visitor of a client's tunnel, or of another HOST."""
+        reader, writer = await asyncio.open_connection('127.0.0.1', self.port)
+        self.stack.callback(writer.transport.abort)
+        if isinstance(host, lt.Client):
+            host = host.url.partition('://')[2]
+        self.visitors.append(Visitor(reader, writer, host.encode()))
+        return self.visitors[-1]
+
+    async def through(self, answer=OK, **options):
+        """(app, visitor) of a world with one tunnel."""
+        await self.world()
+        app = await self.app(answer)
+        return app, await self.visitor(await self.client(app, **options))
+
+
+def print_nothing(*args):
+    """What an observer does who tells nobody."""
+
+
+class RouteTest(WorldTest):
+
+    async def test_each_request_is_routed_by_its_own_host(self):
+        await self.world()
+        apps = [await self.app(b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d' % n) for n in (1, 2)]
+        hosts = [(await self.client(app)).url[7:] for app in apps]
+        visitor = await self.visitor(hosts[0])
+        for n in (0, 1, 1, 0):
+            visitor.host = hosts[n].encode()
+            self.assertEqual((await visitor.get())[2], b'%d' % (n + 1))
+
+    async def test_the_host_may_be_in_any_case_and_with_any_port(self):
+        await self.world()
+        client = await self.client(await self.app(), name='app')
+        for host in ('app.localhost', 'APP.LocalHost:80', f'app.localhost:{self.port}'):
+            self.assertEqual((await (await self.visitor(host)).get())[0], 200)
+
+    async def test_a_stranger_among_hosts_is_404_and_the_connection_goes_on(self):
+        await self.world()
+        client = await self.client(await self.app(), name='app')
+        visitor = await self.visitor(client)
+        for host in ('x.app.localhost', 'other.localhost', 'app.example.com', 'app', 'applocalhost'):
+            visitor.host = host.encode()
+            self.assertEqual((await visitor.get())[0], 404)
+        visitor.host = b'app.localhost'
+        self.assertEqual((await visitor.get())[0], 200)
+
+    async def test_a_name_whose_client_said_goodbye_is_away_at_once(self):
+        await self.world()
+        client = await self.client(await self.app(), name='app')
+        visitor = await self.visitor(client)
+        await self.forget(client.running)
+        await client.stop()
+        status, fields, body = await visitor.get()
+        self.assertEqual((status, fields['retry-after']), (503, '5'))
+
+    async def test_requests_are_answered_in_order_when_they_come_together(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n' + head.split()[1])
+            return True
+        _, visitor = await self.through(answer)
+        await visitor.send(b''.join(b'GET /%d HTTP/1.1\r\nHost: HOST\r\n\r\n' % n for n in range(9)))
+        self.assertEqual([(await visitor.answer())[2] for _ in range(9)], [b'/%d' % n for n in range(9)])
+
+    async def test_the_landing_page_shows_what_to_type(self):
+        await self.world(script=lambda address: b'script of ' + address.encode())
+        visitor = await self.visitor(f'localhost:{self.port}')
+        status, fields, body = await visitor.get()
+        self.assertEqual(status, 200)
+        self.assertIn(f'curl -fsSL http://localhost:{self.port}/localtunnel.py'.encode(), body)
+        status, fields, body = await visitor.get('/localtunnel.py')
+        self.assertEqual(body, f'script of http://localhost:{self.port}'.encode())
+
+    async def test_other_pages_of_the_bare_domain_are_404_and_a_post_is_405(self):
+        await self.world(script=lambda address: None)
+        visitor = await self.visitor('localhost')
+        self.assertEqual((await visitor.get('/favicon.ico'))[0], 404)
+        self.assertEqual((await visitor.get('/localtunnel.py'))[0], 404)
+        self.assertEqual((await visitor.get(method='HEAD'))[0], 200)
+        self.assertEqual((await visitor.get(method='POST'))[0], 405)
+
+    async def test_a_host_that_is_no_host_gets_no_page_with_it(self):
+        await self.world()
+        visitor = await self.visitor('<script>')
+        self.assertEqual((await visitor.get())[0], 400)
+        self.assertEqual(await visitor.reader.read(), b'')
+
+
+class VisitorTest(WorldTest):
+
+    async def test_what_is_no_request_is_answered_and_the_connection_ends(self):
+        await self.world()
+        for data, status in ((b'nonsense\r\n\r\n', b'400'), (b'\x16\x03\x01\x02', b'400'),
+                             (b'GET / HTTP/1.1\r\n\r\n', b'400'), (b'PRI * HTTP/2.0\r\n\r\n', b'505'),
+                             (b'CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n', b'501')):
+            visitor = await self.visitor('x')
+            await visitor.send(data)
+            self.assertEqual((await visitor.reader.read()).split()[1], status)
+
+    async def test_a_slow_head_is_cut_off(self):
+        await self.world()
+        with self.constant(HEAD_TIMEOUT=0.0):
+            visitor = await self.visitor('x')
+            await visitor.send(b'GET / HT')
+            self.assertIn(b' 408 ', (await visitor.reader.read() or b' 408 '))
+
+    async def test_a_visitor_who_says_nothing_is_let_go(self):
+        await self.world()
+        with self.constant(HEAD_TIMEOUT=0.0):
+            visitor = await self.visitor('x')
+            self.assertEqual(await visitor.reader.read(), b'')
+
+    async def test_a_request_that_can_be_read_in_two_ways_never_reaches_the_app(self):
+        app, visitor = await self.through()
+        for fields in ('Content-Length: 1\r\nTransfer-Encoding: chunked', 'Content-Length: 1, 2',
+                       'Transfer-Encoding: chunked, chunked', 'Connection: host', 'A : b'):
+            visitor = await self.visitor(visitor.host.decode())
+            await visitor.send(f'POST / HTTP/1.1\r\nHost: HOST\r\n{fields}\r\n\r\nx'.encode())
+            self.assertEqual((await visitor.reader.read()).split()[1], b'400')
+        self.assertEqual(app.requests, [])
+
+    async def test_a_chunk_that_is_none_is_400_and_the_app_sees_no_end(self):
+        ended = asyncio.Queue()
+
+        async def answer(head, reader, writer):
+            ended.put_nowait('asked')
+            try:
+                await reader.readuntil(b'0\r\n\r\n')
+                ended.put_nowait('whole')
+            except (asyncio.IncompleteReadError, ConnectionError) as e:
+                ended.put_nowait(type(e).__name__)
+        _, visitor = await self.through(answer)
+        await visitor.ask(fields='Transfer-Encoding: chunked', method='POST', body=b'5\r\nhello\r\n')
+        await ended.get()
+        await visitor.send(b'X\r\n')
+        self.assertEqual((await visitor.reader.read()).split()[1], b'400')
+        self.assertNotEqual(await ended.get(), 'whole')
+
+    async def test_thousands_of_trailers_do_no_harm(self):
+        _, visitor = await self.through()
+        await visitor.ask(fields='Transfer-Encoding: chunked', method='POST',
+                          body=b'0\r\n' + b'A:\r\n' * 4000 + b'\r\n')
+        self.assertIn((await visitor.answer())[0], (200, 400, 431))
+
+    async def test_a_half_closed_visitor_still_gets_the_answer(self):
+        _, visitor = await self.through()
+        await visitor.ask()
+        visitor.writer.write_eof()
+        self.assertEqual((await visitor.answer())[2], b'hello')
+        self.assertEqual(await visitor.reader.read(), b'')
+
+    async def test_the_app_learns_when_the_visitor_is_gone(self):
+        asked, gone = asyncio.Event(), asyncio.Event()
+
+        async def answer(head, reader, writer):
+            asked.set()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            gone.set()
+        _, visitor = await self.through(answer)
+        await visitor.ask()
+        await asked.wait()
+        visitor.writer.get_extra_info('socket').setsockopt(
+            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        visitor.writer.transport.abort()
+        await gone.wait()
+
+    async def test_the_app_learns_of_a_silent_end_too(self):
+        asked, gone = asyncio.Event(), asyncio.Event()
+
+        async def answer(head, reader, writer):
+            asked.set()
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            gone.set()
+        with self.constant(HALF_CLOSED=0.0):
+            _, visitor = await self.through(answer)
+            await visitor.ask()
+            await asked.wait()
+            visitor.writer.write_eof()
+            await gone.wait()
+
+    async def test_a_request_cut_short_is_cut_short_for_the_app(self):
+        seen = asyncio.Queue()
+
+        async def answer(head, reader, writer):
+            seen.put_nowait('asked')
+            try:
+                seen.put_nowait(await body_of(head, reader))
+            except (asyncio.IncompleteReadError, ConnectionError):
+                seen.put_nowait('cut')
+        for framing, part in (('Content-Length: 9', b'half'), ('Transfer-Encoding: chunked', b'5\r\nha')):
+            _, visitor = await self.through(answer)
+            await visitor.ask(fields=framing, method='POST', body=part)
+            await seen.get()
+            visitor.writer.write_eof()
+            self.assertEqual(await seen.get(), 'cut')
+            await self.end_of_the_world()
+
+
+class ForwardingTest(WorldTest):
+
+    async def forwarded(self, fields, path='/', **options):
+        """The header lines that the app gets for FIELDS."""
+        app, visitor = await self.through()
+        await visitor.ask(path, fields, **options)
+        await visitor.answer()
+        return app.requests[0].decode('latin-1').replace(visitor.host.decode(), 'HOST').split('\r\n')[:-2]
+
+    async def test_order_and_case_and_bytes_survive(self):
+        lines = await self.forwarded('x-B: 1\nX-a:  2 \nx-b:3\nCookie: a\ncookie: b', '/%7e?a=%20&b')
+        self.assertEqual(lines[:7], ['GET /%7e?a=%20&b HTTP/1.1', 'Host: HOST', 'x-B: 1', 'X-a:  2 ',
+                                     'x-b:3', 'Cookie: a', 'cookie: b'])
+
+    async def test_the_app_learns_where_a_request_came_from(self):
+        lines = await self.forwarded('')
+        self.assertEqual(lines[2:5], ['X-Forwarded-For: 127.0.0.1', 'X-Forwarded-Proto: http',
+                                      'X-Forwarded-Host: HOST'])
+
+    async def test_what_a_visitor_claims_about_that_is_dropped(self):
+        lines = await self.forwarded('X-Forwarded-For: 6.6.6.6\nx_forwarded_host: evil\nForwarded: for=6\n'
+                                     'X-FORWARDED-PORT: 6\nX-Forwarded_Proto: evil')
+        self.assertNotIn('6.6.6.6', str(lines))
+        self.assertEqual([line for line in lines if 'evil' in line or 'for=6' in line or ': 6' in line], [])
+
+    async def test_fields_of_one_hop_do_not_pass(self):
+        lines = await self.forwarded('Connection: keep-alive, X-Own\nX-Own: 1\nKeep-Alive: 5\nTE: gzip\n'
+                                     'Proxy-Connection: a\nUpgrade: h2c')
+        names = {line.partition(':')[0].lower() for line in lines[1:]}
+        self.assertFalse(names & {'connection', 'x-own', 'keep-alive', 'te', 'proxy-connection', 'upgrade'})
+
+    async def test_absolute_form_goes_on_as_origin_form(self):
+        await self.world()
+        app = await self.app()
+        visitor = await self.visitor(await self.client(app))
+        await visitor.send(b'GET http://HOST/a?b HTTP/1.1\r\nHost: HOST\r\n\r\n')
+        await visitor.answer()
+        self.assertTrue(app.requests[0].startswith(b'GET /a?b HTTP/1.1\r\n'))
+
+    async def test_a_tunnel_that_leads_to_itself_is_508(self):
+        await self.world()
+        client = await self.client(self.port)
+        visitor = await self.visitor(client)
+        self.assertEqual((await visitor.get())[0], 508)
+
+    async def test_fields_of_the_answer_survive_too(self):
+        app, visitor = await self.through(b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\nSet-Cookie: a=b\r\nset-cookie: '
+                                          b'c=d\r\nConnection: X-Own\r\nX-Own: 1\r\nContent-Length: 0\r\n\r\n')
+        await visitor.ask()
+        self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'), b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\n'
+                         b'Set-Cookie: a=b\r\nset-cookie: c=d\r\nContent-Length: 0\r\n\r\n')
+
+    async def test_a_cookie_for_the_whole_domain_is_dropped(self):
+        app, visitor = await self.through(
+            b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a=1; Domain=localhost\r\n'
+            b'Set-Cookie: b=1; domain = .LOCALHOST; Path=/\r\nSet-Cookie: c=1; Domain=x.localhost\r\n\r\n')
+        _, fields, _ = await visitor.get()
+        self.assertEqual(fields['set-cookie'], 'c=1; Domain=x.localhost')
+
+
+class AdmissionTest(WorldTest):
+
+    async def refused(self, **options):
+        """The Refused with which a client ended."""
+        client = await self.client(1, **options)
+        error = client.running.exception()
+        self.assertIsInstance(error, lt.Refused)
+        return error
+
+    async def test_two_targets_of_one_user_have_different_names_and_the_same_one_the_same(self):
+        await self.world()
+        urls = []
+        for target in (1, 2, 'localhost:1', 'http://localhost:1/'):
+            client = await self.client(target)
+            urls.append(client.url)
+            await self.forget(client.running)
+            await client.stop()
+        self.assertEqual(len(set(urls)), 2)
+        self.assertEqual(urls[0], urls[2])
+
+    async def test_the_server_finds_the_name_that_the_client_asked_for(self):
+        await self.world()
+        client = await self.client(1)
+        self.assertEqual(client.url, f'http://{client.name}.localhost:{self.port}')
+        self.assertTrue(lt.is_derived(client.name))
+
+    async def test_a_client_that_dials_an_address_gets_its_name_too(self):
+        await self.world()
+        app = await self.app()
+        client = await self.client(app, site='127.0.0.1')
+        self.assertEqual(client.url, f'http://{client.name}.localhost:{self.port}')
+        self.assertEqual((await (await self.visitor(client)).get())[0], 200)
+
+    async def test_a_chosen_name_is_first_come_first_served(self):
+        await self.world()
+        client = await self.client(1, name='app')
+        self.assertEqual(client.url, f'http://app.localhost:{self.port}')
+        error = await self.refused(name='app', key=bytes(32))
+        self.assertEqual((error.status, error.code), (409, 'name_taken'))
+
+    async def test_a_name_stays_with_its_owner_while_he_is_away(self):
+        await self.world()
+        client = await self.client(1, name='app')
+        await self.forget(client.running)
+        await client.stop()
+        self.assertEqual((await self.refused(name='app', key=bytes(32))).code, 'name_taken')
+        self.assertTrue((await self.client(2, name='app')).url)
+
+    async def test_a_name_given_back_is_free(self):
+        await self.world()
+        first = await self.client(1, name='app')
+        self.assertEqual((await self.refused(name='app', release=True)).code, 'released')
+        with self.assertRaises(lt.Refused):
+            await first.running
+        self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
+
+    async def test_a_wrong_token_or_none_is_refused(self):
+        await self.world(tokens=['secret'])
+        self.assertEqual((await self.refused(token='wrong')).code, 'token')
+        self.assertEqual((await self.refused()).code, 'token')
+        self.assertTrue((await self.client(1, token='secret')).url)
+
+    async def test_the_one_who_started_later_takes_over(self):
+        await self.world()
+        first, second = await self.client(1), await self.client(1)
+        with self.assertRaises(lt.Refused) as caught:
+            await first.running
+        self.assertEqual((caught.exception.code, caught.exception.final), ('superseded', True))
+        self.assertFalse(second.running.done())
+
+    async def test_the_one_who_started_earlier_does_not_take_it_back(self):
+        await self.world()
+        await self.client(1)
+        with unittest.mock.patch('time.time', return_value=1.0):
+            older = self.client(1)
+            self.assertEqual((await older).running.exception().code, 'superseded')
+
+    async def test_an_exchange_goes_on_while_another_takes_over(self):
+        asked, go = asyncio.Event(), asyncio.Event()
+
+        async def slow(head, reader, writer):
+            asked.set()
+            await go.wait()
+            writer.write(OK)
+            return True
+        await self.world()
+        app = await self.app(slow)
+        first = await self.client(app)
+        visitor = await self.visitor(first)
+        await visitor.ask()
+        await asked.wait()
+        await self.client(app)
+        go.set()
+        self.assertEqual((await visitor.answer())[2], b'hello')
+        with self.assertRaises(lt.Refused):
+            await first.running
+
+    def hello(self, **changed):
+        proof = lt.make_proof(KEY, 'localhost', 'http', 'x')
+        return {'kind': 'http', 'proof': proof.hex(), 'instance': '0' * 32, 'started': 1, **changed}
+
+    async def knock(self, hello, upgrade='localtunnel/1', fields=''):
+        visitor = await self.visitor(f'localhost:{self.port}')
+        text = hello if isinstance(hello, str) else json.dumps(hello)
+        await visitor.ask(lt.WELL_KNOWN, f'Connection: Upgrade\nUpgrade: {upgrade}\n'
+                          f'Localtunnel-Hello: {text}\n{fields}')
+        return await visitor.answer()
+
+    async def test_a_refusal_is_a_status_and_a_reason_in_json(self):
+        await self.world(tokens=['secret'])
+        status, fields, body = await self.knock(self.hello())
+        self.assertEqual((status, json.loads(body)['error']), (401, 'token'))
+        self.assertIn('--token', json.loads(body)['message'])
+
+    async def test_another_version_is_426_and_told_the_cure(self):
+        await self.world()
+        status, fields, body = await self.knock(self.hello(), upgrade='localtunnel/2')
+        self.assertEqual((status, fields['upgrade']), (426, 'localtunnel/1'))
+        self.assertIn('/localtunnel.py', json.loads(body)['message'])
+
+    async def test_a_malformed_hello_is_400_and_nothing_worse(self):
+        await self.world()
+        client = await self.client(1, name='app')
+        hello = client._hello
+        for wrong in ('', '{', '[]', 'null', '5', '\u00ff', '[' * 9000, *({**self.hello(), key: value} for
+                      key in ('kind', 'proof', 'instance', 'started', 'port', 'name', 'allow', 'auth')
+                      for value in ([1], {'a': 1}, 'x', 1e999, '\ud800'))):
+            with self.subTest(str(wrong)[:300]):
+                try:
+                    status, _, body = await self.knock(wrong)
+                except asyncio.IncompleteReadError:
+                    self.fail('no answer')
+                self.assertIn(status, (101, 400, 403))
+        for resume in (5, [], {}, {'session': '\u00e9', 'received': 0}, {'session': '', 'received': 1e999},
+                       {'session': '', 'received': -1}):
+            with self.subTest(resume=resume):
+                try:
+                    await self.knock({**hello, 'name': 'app', 'resume': resume})
+                except asyncio.IncompleteReadError:
+                    self.fail('no answer')
+
+    async def test_without_the_upgrade_the_path_belongs_to_the_app(self):
+        app, visitor = await self.through()
+        await visitor.get(lt.WELL_KNOWN)
+        self.assertTrue(app.requests[0].startswith(b'GET /.well-known/localtunnel'))
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Client
+# ------------------------------------------------------------------------------------------------
+
+TARGETS = (     # what is typed, and (scheme, host, port, path, label)
+    ('8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('http://localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('HTTP://LocalHost:8000/', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('192.168.1.20:80', ('http', '192.168.1.20', 80, '', 'http://192.168.1.20:80')),
+    ('https://example.com', ('https', 'example.com', 443, '', 'https://example.com:443')),
+    ('[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
+    ('http://[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
+)
+
+
+class AddressTest(unittest.TestCase):
+
+    def test_these_targets_are_understood(self):
+        for text, expected in TARGETS:
+            with self.subTest(text):
+                t = lt.parse_target(text)
+                self.assertEqual((t.scheme, t.host, t.port, t.path, t.label), expected)
+
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'this system has no Unix sockets')
+    def test_a_unix_socket_is_named_by_its_whole_path(self):
+        target = lt.parse_target('unix:app.sock')
+        self.assertEqual(target.label, 'unix:' + os.path.abspath('app.sock'))
+
+    def test_what_is_no_target_is_an_error_with_the_forms(self):
+        for text in ('', 'app', 'app:', ':80', 'app:x'):
+            with self.subTest(text), self.assertRaisesRegex(lt.UsageError, 'HOST:PORT'):
+                lt.parse_target(text)
+        for text in ('0', '65536', '99999999999', 'localhost:0', 'ftp://a', 'http://', 'http://u@a',
+                     'http://a:99999', 'http://[::1'):
+            with self.subTest(text), self.assertRaises(lt.UsageError):
+                lt.parse_target(text)
+
+    def test_a_bare_server_means_https_and_http_on_this_machine(self):
+        for text, url in (('example.com', 'https://example.com'), ('Example.com.:8443', 'https://example.com:8443'),
+                          ('localhost', 'http://localhost'), ('a.localhost:81', 'http://a.localhost:81'),
+                          ('127.0.0.1:80', 'http://127.0.0.1'), ('http://example.com', 'http://example.com'),
+                          ('https://example.com:443/', 'https://example.com'), ('[::1]:81', 'http://[::1]:81')):
+            with self.subTest(text):
+                self.assertEqual(str(lt.ServerAddress(text)), url)
+
+    def test_these_are_no_servers(self):
+        for text in ('', 'http://', 'ftp://a', 'https://a/b', 'https://a?b', 'https://u:p@a', 'a:b'):
+            with self.subTest(text), self.assertRaises(lt.UsageError):
+                lt.ServerAddress(text)
+
+    def test_attempts_come_later_and_later_and_never_together(self):
+        for attempt in range(100):
+            most = min(lt.BACKOFF_MOST, lt.BACKOFF_FIRST * 2 ** attempt)
+            self.assertTrue(most / 2 <= lt.backoff(attempt) <= most)
+
+
+def framed(framing):
+    """An answer of five bytes in this framing."""
+    return {'length': OK,
+            'chunked': b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n3;x\r\nllo\r\n0\r\nA: b\r\n\r\n',
+            'close': b'HTTP/1.1 200 OK\r\nConnection: close\r\n\r\nhello',
+            '1.0': b'HTTP/1.0 200 OK\r\nServer: close\r\n\r\nhello',
+            '1.0 length': b'HTTP/1.0 200 OK\r\nServer: close\r\nContent-Length: 5\r\n\r\nhello'}[framing]
+
+
+class ExchangeTest(WorldTest):
+
+    async def test_an_answer_arrives_in_every_framing_and_for_every_visitor(self):
+        for framing, version in itertools.product(('length', 'chunked', 'close', '1.0', '1.0 length'),
+                                                  ('1.1', '1.0')):
+            with self.subTest(framing, version=version):
+                app, visitor = await self.through(framed(framing))
+                status, fields, body = await visitor.get(version=version)
+                self.assertEqual((status, body), (200, b'hello'))
+                self.assertEqual('transfer-encoding' in fields,
+                                 version == '1.1' and framing in ('chunked', 'close', '1.0'))
+                await self.end_of_the_world()
+
+    async def test_a_connection_is_kept_for_a_visitor_who_wants_it(self):
+        for version, fields, kept in (('1.1', '', True), ('1.1', 'Connection: close', False),
+                                      ('1.0', '', False), ('1.0', 'Connection: keep-alive', True)):
+            with self.subTest(version, fields=fields):
+                _, visitor = await self.through()
+                await visitor.ask(version=version, fields=fields)
+                _, got, _ = await visitor.answer()
+                if kept:
+                    self.assertEqual((await visitor.get())[0], 200)
+                else:
+                    self.assertEqual((got['connection'], await visitor.reader.read()), ('close', b''))
+                await self.end_of_the_world()
+
+    async def test_trailers_pass(self):
+        _, visitor = await self.through(framed('chunked'))
+        await visitor.ask()
+        self.assertEqual((await visitor.reader.readuntil(b'0\r\nA: b\r\n\r\n'))[-11:], b'0\r\nA: b\r\n\r\n')
+
+    async def test_answers_without_a_body_have_none_and_the_connection_goes_on(self):
+        for head, method, status in (
+                (b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n', 'HEAD', 200),
+                (b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n', 'HEAD', 200),
+                (b'HTTP/1.1 200 OK\r\n\r\n', 'HEAD', 200), (b'HTTP/1.1 204 No Content\r\n\r\n', 'GET', 204),
+                (b'HTTP/1.1 304 Not Modified\r\nContent-Length: 500\r\n\r\n', 'GET', 304)):
+            with self.subTest(head):
+                _, visitor = await self.through(head)
+                for _ in range(2):
+                    self.assertEqual((await visitor.get(method=method))[0], status)
+                await self.end_of_the_world()
+
+    async def test_a_request_body_arrives_in_its_framing(self):
+        for framing, sent in (('Content-Length: 5', b'hello'), ('Content-Length: 0', b''),
+                              ('Transfer-Encoding: chunked', b'5\r\nhello\r\n0\r\n\r\n')):
+            app, visitor = await self.through()
+            self.assertEqual((await visitor.get(fields=framing, method='POST', body=sent))[0], 200)
+            self.assertEqual(app.requests[0].partition(b'\r\n\r\n')[2], sent)
+            await self.end_of_the_world()
+
+    async def test_large_bodies_pass_both_ways(self):
+        data = pattern(5 * lt.MIB)
+
+        async def echo(head, reader, writer):
+            body = await body_of(head, reader)
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+            await writer.drain()
+            return True
+        _, visitor = await self.through(echo)
+        async with self.background(visitor.ask(method='POST', fields=f'Content-Length: {len(data)}', body=data)):
+            self.assertEqual((await visitor.answer())[2], data)
+
+    async def test_a_body_streams_and_is_never_held_back(self):
+        go = asyncio.Event()
+
+        async def trickle(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nfirst\r\n')
+            await go.wait()
+            writer.write(b'4\r\nlast\r\n0\r\n\r\n')
+            return True
+        _, visitor = await self.through(trickle)
+        await visitor.ask()
+        await visitor.reader.readuntil(b'5\r\nfirst\r\n')
+        go.set()
+        await visitor.reader.readuntil(b'4\r\nlast\r\n0\r\n\r\n')
+
+    async def test_expect_100_continue_is_asked_of_the_app_itself(self):
+        async def careful(head, reader, writer):
+            writer.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+            body = await body_of(head, reader)
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + body)
+            return True
+        app, visitor = await self.through(careful)
+        await visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
+        self.assertEqual((await visitor.answer())[0], 100)
+        await visitor.send(b'hello')
+        self.assertEqual((await visitor.answer())[2], b'hello')
+        self.assertIn(b'Expect: 100-continue', app.requests[0])
+
+    async def test_an_expectation_may_be_refused_before_the_body(self):
+        _, visitor = await self.through(self.too_large(b''))
+        await visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
+        status, fields, _ = await visitor.answer()
+        self.assertEqual((status, fields['connection'], await visitor.reader.read()), (413, 'close', b''))
+
+    def too_large(self, page):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 413 Too Large\r\nConnection: close\r\nContent-Length: %d\r\n\r\n'
+                         % len(page) + page)
+            await writer.drain()
+            return False
+        return answer
+
+    async def test_an_early_answer_arrives_though_the_visitor_still_sends(self):
+        for size in (100000, 600000):
+            page = pattern(size)
+            _, visitor = await self.through(self.too_large(page))
+            sending = visitor.ask(method='POST', fields='Content-Length: 99999999', body=bytes(500000))
+            async with self.background(sending):
+                status, fields, body = await visitor.answer()
+            self.assertEqual((status, fields['connection'], body == page), (413, 'close', True))
+            await self.end_of_the_world()
+
+    async def test_an_upgrade_becomes_raw_bytes_both_ways_with_both_ends(self):
+        async def switch(head, reader, writer):
+            self.assertIn(b'\r\nConnection: Upgrade\r\nUpgrade: Chat\r\n', head)
+            writer.write(b'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: Chat\r\n'
+                         b'X-A: b\r\n\r\nwelcome')
+            self.assertEqual(await reader.readexactly(8), b'early\r\n\0')
+            self.assertEqual(await reader.read(), b'last')
+            writer.write(b'bye')
+        _, visitor = await self.through(switch)
+        await visitor.ask(fields='Connection: keep-alive, Upgrade\nUpgrade: Chat', body=b'early\r\n\0')
+        status, fields, _ = await visitor.answer()
+        self.assertEqual((status, fields['upgrade'], fields['x-a']), (101, 'Chat', 'b'))
+        self.assertEqual(await visitor.reader.readexactly(7), b'welcome')
+        await visitor.send(b'last')
+        visitor.writer.write_eof()
+        self.assertEqual(await visitor.reader.read(), b'bye')
+
+    async def test_an_upgrade_that_is_declined_is_an_answer_like_others(self):
+        _, visitor = await self.through()
+        self.assertEqual((await visitor.get(fields='Connection: Upgrade\nUpgrade: h2c'))[2], b'hello')
+        self.assertEqual((await visitor.get())[2], b'hello')
+
+    async def test_an_upgrade_that_nobody_asked_for_is_502(self):
+        _, visitor = await self.through(b'HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade, close\r\n\r\n')
+        self.assertEqual((await visitor.get())[0], 502)
+
+    async def test_a_body_cut_short_is_cut_short_for_the_visitor(self):
+        for head in (b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\nhalf',
+                     b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n5\r\nhello\r\n'):
+            _, visitor = await self.through(head)
+            with self.assertRaises((asyncio.IncompleteReadError, ConnectionError, ValueError)):
+                await visitor.get()
+            await self.end_of_the_world()
+
+    async def test_one_exchange_that_stalls_delays_none_of_hundreds(self):
+        async def by_path(head, reader, writer):
+            if b'GET /stall' in head:
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n' + bytes(9 * lt.MIB))
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                return False
+            writer.write(OK)
+            return True
+        _, stalled = await self.through(by_path)
+        await stalled.ask('/stall')
+        stalled.reader._transport.pause_reading()
+
+        async def visit():
+            visitor = await self.visitor(stalled.host.decode())
+            return [(await visitor.get())[2] for _ in range(5)]
+        self.assertEqual(await asyncio.gather(*[visit() for _ in range(60)]), [[b'hello'] * 5] * 60)
+
+    async def test_who_watches_is_told_of_each_exchange(self):
+        _, visitor = await self.through()
+        await visitor.get('/path?query', method='PUT')
+        number, method, target, status, seconds, size = (await self.exchanges.get())[:6]
+        self.assertEqual((method, target, status, size), ('PUT', '/path?query', 200, 5))
+
+
+class UpstreamTest(WorldTest):
+
+    async def test_connections_to_the_app_are_used_again(self):
+        app, visitor = await self.through()
+        for _ in range(5):
+            await visitor.get()
+        self.assertEqual(app.connections, 1)
+
+    async def test_a_post_is_always_sent_on_a_fresh_one(self):
+        app, visitor = await self.through()
+        for _ in range(3):
+            await visitor.get(method='POST', fields='Content-Length: 1', body=b'x')
+        self.assertEqual(app.connections, 3)
+
+    async def stale(self, method):
+        """An app that ends the second time without an answer, having read the request."""
+        async def answer(head, reader, writer):
+            if len(app.requests) == 2:
+                return False
+            writer.write(OK)
+            return True
+        app, visitor = await self.through(answer)
+        await visitor.get()
+        return app, await visitor.get(method=method)
+
+    async def test_a_request_on_a_connection_that_had_gone_stale_goes_again(self):
+        app, (status, _, body) = await self.stale('GET')
+        self.assertEqual((status, len(app.requests), app.connections), (200, 3, 2))
+
+    async def test_a_post_is_never_repeated(self):
+        app, (status, _, body) = await self.stale('POST')
+        self.assertEqual((status, len(app.requests)), (502, 2))
+
+    async def test_a_fresh_connection_that_ends_without_an_answer_is_502(self):
+        async def nothing(head, reader, writer):
+            return False
+        app, visitor = await self.through(nothing)
+        status, _, body = await visitor.get()
+        self.assertEqual((status, len(app.requests)), (502, 1))
+        self.assertIn(f'localhost:{app.port} closed the connection'.encode(), body)
+
+    async def test_an_idle_connection_with_bytes_pending_is_not_trusted(self):
+        async def twice(head, reader, writer):
+            writer.write(OK + (OK if len(app.requests) == 1 else b''))
+            return True
+        app, visitor = await self.through(twice)
+        for _ in range(2):
+            self.assertEqual((await visitor.get())[2], b'hello')
+        self.assertEqual((await visitor.get())[0], 200)
+
+    async def test_an_app_that_serves_one_connection_at_a_time_is_never_stalled(self):
+        one = asyncio.Lock()
+
+        async def alone(reader, writer):
+            async with one:
+                await App.serve(app, reader, writer)
+        await self.world()
+        app = await self.app()
+        serving = await asyncio.start_server(alone, '127.0.0.1', 0)
+        self.stack.callback(serving.close)
+        client = await self.client(serving.sockets[0].getsockname()[1])
+
+        async def visit():
+            visitor = await self.visitor(client)
+            return (await visitor.get())[0], (await visitor.get(method='POST'))[0]
+        self.assertEqual(await asyncio.gather(visit(), visit(), visit()), [(200, 200)] * 3)
+
+    async def test_with_nobody_there_the_answer_names_the_target(self):
+        await self.world()
+        with socket.socket() as reserved:
+            reserved.bind(('127.0.0.1', 0))
+            port = reserved.getsockname()[1]
+            visitor = await self.visitor(await self.client(port))
+            status, _, body = await visitor.get()
+        self.assertEqual(status, 502)
+        self.assertIn(f'localhost:{port}'.encode(), body)
+
+    async def test_an_answer_that_is_no_http_is_502(self):
+        for nonsense in (b'SSH-2.0-close\r\n\r\n', b'HTTP/1.1 200 OK\r\nA : close\r\n\r\n', b'\0close',
+                         b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\nConnection: close\r\n\r\nx'):
+            with self.subTest(nonsense):
+                _, visitor = await self.through(nonsense)
+                self.assertEqual((await visitor.get())[0], 502)
+                await self.end_of_the_world()
+
+    async def test_an_app_that_takes_too_long_is_504(self):
+        async def never(head, reader, writer):
+            await reader.read()
+        _, visitor = await self.through(never, timeout=0.0)
+        status, _, body = await visitor.get()
+        self.assertEqual(status, 504)
+
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'this system has no Unix sockets')
+    async def test_an_app_may_be_behind_a_unix_socket(self):
+        await self.world()
+        app = await self.app()
+        folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        serving = await asyncio.start_unix_server(app.serve, os.path.join(folder, 'app'))
+        self.stack.callback(serving.close)
+        visitor = await self.visitor(await self.client('unix:' + os.path.join(folder, 'app')))
+        self.assertEqual((await visitor.get())[2], b'hello')
+
+
+class ComeBackTest(WorldTest):
+
+    async def raw_server(self, *answers):
+        """A port where each connection gets the next of ANSWERS, and a count of connections."""
+        count = []
+
+        async def serve(reader, writer):
+            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
+                await reader.readuntil(b'\r\n\r\n')
+                writer.write(answers[min(len(count), len(answers) - 1)])
+                count.append(1)
+            writer.close()
+        serving = await asyncio.start_server(serve, '127.0.0.1', 0)
+        self.stack.callback(serving.close)
+        return serving.sockets[0].getsockname()[1], count
+
+    async def test_it_comes_back_with_the_same_name_to_a_server_that_was_restarted(self):
+        await self.world()
+        app = await self.app()
+        client = await self.client(app)
+        await self.server.stop()
+        sock = lt.bind('127.0.0.1', self.port)[0]
+        await self.new_server_on(sock)
+        await eventually(lambda: self.server._members())
+        self.assertEqual((await (await self.visitor(client)).get())[2], b'hello')
+
+    async def new_server_on(self, sock):
+        self.server = lt.Server(self.reactor, 'localhost', self.tokens, self.leases, lt.Silence(),
+                                hold=0.0, drain=0.0)
+        await self.server.listen(sock)
+
+    async def test_an_exchange_goes_on_over_a_connection_that_breaks(self):
+        asked, go = asyncio.Event(), asyncio.Event()
+
+        async def slow(head, reader, writer):
+            asked.set()
+            await go.wait()
+            writer.write(OK)
+            return True
+        _, visitor = await self.through(slow)
+        await visitor.ask()
+        await asked.wait()
+        session = self.running[0][0]._session
+        session.connection.reset(lt.CANCELLED, '')
+        await eventually(lambda: session.connection is None)
+        go.set()
+        self.assertEqual((await visitor.answer())[2], b'hello')
+        self.assertIs(self.running[0][0]._session, session)
+
+    async def test_a_request_waits_for_a_client_on_its_way_back(self):
+        await self.world(hold=9.0)
+        app = await self.app()
+        client = await self.client(app)
+        visitor = await self.visitor(client)
+        with unittest.mock.patch.object(lt.Client, '_dial', side_effect=OSError('the net is away')):
+            client._session.connection.reset(lt.CANCELLED, '')
+            await eventually(lambda: not self.server._members()[0].session.connection)
+            await visitor.ask()
+            await eventually(lambda: self.server._held)
+        self.assertEqual((await visitor.answer())[2], b'hello')
+
+    async def test_an_answer_that_is_no_welcome_is_told_in_a_sentence(self):
+        for answer in (b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi', b'nonsense\r\n\r\n', b'',
+                       b'HTTP/1.1 101 Switching\r\nUpgrade: localtunnel/1\r\nConnection: Upgrade\r\n\r\n',
+                       *(b'HTTP/1.1 101 Switching\r\nLocaltunnel-Welcome: %b\r\n\r\n' % welcome
+                         for welcome in (b'{', b'[]', b'{"url": 5}', b'\xff', b'{"url": "x", "resume": 5}')),
+                       b'HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{"error":'):
+            with self.subTest(answer[:80]):
+                await self.world()
+                self.port, _ = await self.raw_server(answer)
+                client = await self.client(1, once=True)
+                if not client.url:
+                    self.assertIsInstance(client.running.exception(), lt.LocaltunnelError)
+                await self.end_of_the_world()
+
+    async def test_it_tries_again_and_again(self):
+        with self.constant(BACKOFF_FIRST=0.0):
+            await self.world()
+            self.port, count = await self.raw_server(b'HTTP/1.1 200 OK\r\n')
+            async with self.background(self.client(1)):
+                await eventually(lambda: len(count) > 4)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st                        # noqa: E402
 
 import localtunnel as lt                                       # noqa: E402
 
-EXAMPLES = 200          # of a property in one round; rounds follow each other until the time is over
+EXAMPLES = 200          # of a property in one round; rounds follow each other until time is up
 ENDLESS_BYTES = 4 << 20     # of anything that never ends, or so many pieces of it
 ENDLESS_PIECES = 20_000
 FLAT = 512 << 10        # bytes that reading it may hold: a head or a frame, and what finds its end
@@ -61,7 +61,8 @@ def pieces(data, sizes):
         yield data[at:]
 
 
-kinds = st.sampled_from([*lt.KIND_NAMES, lt.OPEN | lt.END, lt.DATA | lt.END, lt.PING | lt.END, 0, 99])
+kinds = st.sampled_from([*lt.KIND_NAMES, lt.OPEN | lt.END, lt.DATA | lt.END, lt.PING | lt.END,
+                         0, 99])
 payloads = st.binary(max_size=20) | st.sampled_from([bytes(2), bytes(4), bytes(8), b'\xff' * 8])
 frames = st.lists(st.builds(lt.encode_frame, kinds, st.integers(0, 3), payloads),
                   max_size=6).map(b''.join)
@@ -70,15 +71,16 @@ token = st.sampled_from([
     b'Host', b'host', b'Content-Length', b'Transfer-Encoding', b'Connection', b'Upgrade', b'Expect',
     b'TE', b'Via', b'X-Forwarded-For', b'X_Forwarded_For', b'Forwarded', b'Cookie', b'X', b'A\xe9'])
 value = st.sampled_from([
-    b'example.com', b'example.com:80', b'[::1]:8000', b'a@b', b'0', b'5', b'05', b'+5', b'-1', b'0x5',
-    b'5, 5', b'9' * 30, b'chunked', b'Chunked', b'chunked, chunked', b'gzip, chunked', b'identity',
-    b'close', b'keep-alive, Upgrade', b'host', b'x-forwarded-for', b'websocket', b'', b'\xe9',
-    b'100-continue', b' \t']) | st.binary(max_size=12)
+    b'example.com', b'example.com:80', b'[::1]:8000', b'a@b', b'0', b'5', b'05', b'+5', b'-1',
+    b'0x5', b'5, 5', b'9' * 30, b'chunked', b'Chunked', b'chunked, chunked', b'gzip, chunked',
+    b'identity', b'close', b'keep-alive, Upgrade', b'host', b'x-forwarded-for', b'websocket',
+    b'', b'\xe9', b'100-continue', b' \t']) | st.binary(max_size=12)
 lines = st.lists(st.tuples(token, st.sampled_from([b': ', b':', b' : ', b'']), value).map(b''.join),
                  max_size=6).map(lambda found: b''.join(line + b'\r\n' for line in found))
 method = st.sampled_from([b'GET', b'POST', b'HEAD', b'OPTIONS', b'CONNECT', b'PRI', b'get', b'G(T'])
 target = st.sampled_from([b'/', b'*', b'/a%00?b#c', b'http://example.com', b'http://example.com?q',
-                          b'example.com:80', b'//x', b'http://a@b/', b'\xff', b'']) | st.binary(max_size=9)
+                          b'example.com:80', b'//x', b'http://a@b/', b'\xff', b''])
+target |= st.binary(max_size=9)
 version = st.sampled_from([b'HTTP/1.1', b'HTTP/1.0', b'HTTP/2.0', b'HTTP/1.10', b'http/1.1', b''])
 requests = st.builds(b'%b %b %b\r\n%b\r\n'.__mod__, st.tuples(method, target, version, lines))
 status = st.sampled_from([b'200', b'100', b'101', b'204', b'304', b'999', b'099', b'20', b'2000'])
@@ -87,7 +89,8 @@ responses = st.builds(b'%b %b%b\r\n%b\r\n'.__mod__, st.tuples(version, status, r
 
 extension = st.sampled_from([b'', b'', b';a', b' ; a="b"', b';' * 50])
 chunk = st.tuples(st.binary(min_size=1, max_size=40), extension)
-trailers = st.lists(st.sampled_from([b'A: b\r\n', b'Digest: x\r\n', b'a:\r\n']), max_size=3).map(b''.join)
+trailers = st.lists(st.sampled_from([b'A: b\r\n', b'Digest: x\r\n', b'a:\r\n']),
+                    max_size=3).map(b''.join)
 
 
 # Properties.
@@ -305,7 +308,7 @@ def main(seconds=60.0, first=None):
         for check in PROPERTIES:
             seed(first + number)(check)()
         number += 1
-        assert kept() - before < KEPT, f'{kept() - before} bytes stay allocated after {number} rounds'
+        assert kept() - before < KEPT, f'{kept() - before} bytes stay after {number} rounds'
     print(f'{number} rounds of {len(PROPERTIES)} properties, {EXAMPLES} examples each, '
           f'{kept() - before} bytes kept')
 
