@@ -45,6 +45,7 @@ import datetime
 import errno
 import fnmatch
 import functools
+import gc
 import hashlib
 import hmac
 import html
@@ -144,6 +145,8 @@ SWEEP = 0.5                     # between looks at the deadlines: they may be la
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
 # Counts.
+QUIET_TURN = 2                  # frames of one turn of the loop that need not wait for others
+IDLE_WORKERS = 64               # tasks kept for the next stream
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_HELD = 100                  # requests that wait for one tunnel's client
 MAX_HELD_IN_ALL = 1000
@@ -548,6 +551,36 @@ class Reactor:
                 transport.abort()
             await asyncio.sleep(0)      # asyncio closes them in the next turn
         self._timer.cancel()
+
+
+class Crew:
+    """Tasks that wait for work, so that what arrives is begun at once, and not in the next turn.
+
+    `work` is a coroutine function of one argument; what it raises is its own affair.
+    """
+
+    def __init__(self, reactor: Reactor, work: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+        self._reactor, self._work = reactor, work
+        self._idle: List[Tuple[Signal, List[Any]]] = []
+
+    def give(self, item: Any) -> None:
+        """Begin to work on ITEM."""
+        if self._idle:
+            signal, box = self._idle.pop()
+            box.append(item)
+            signal.set()
+        else:
+            self._reactor.spawn(self._run(item))
+
+    async def _run(self, item: Any) -> None:
+        place: Tuple[Signal, List[Any]] = Signal(self._reactor.loop), [item]
+        signal, box = place
+        while box:
+            await self._work(box.pop())
+            if len(self._idle) < IDLE_WORKERS:
+                self._idle.append(place)
+                while not box:
+                    await signal
 
 
 class ByteStream:
@@ -1067,7 +1100,8 @@ class Session:
         self._decoder = Decoder()
         self._out: List[Buffer] = []            # this turn's frames
         self._out_size = 0
-        self._flushing = False
+        self._flushing = False      # is this turn's end awaited?
+        self._busy, self._frames = False, 0     # did the last turn have many frames?  And this one?
         self._credits: Dict[int, int] = {}      # merged, to be sent first
         self._resets: Dict[int, bytes] = {}
         self._control_size = 0
@@ -1159,13 +1193,21 @@ class Session:
         self.forget(stream)
 
     def _schedule(self) -> None:
+        """Flush at the end of this turn of the loop; or at once, where turns are quiet."""
+        self._frames += 1
         if not self._flushing:
             self._flushing = True
-            self.reactor.loop.call_soon(self._flush)
+            self.reactor.loop.call_soon(self._turn_over)
+            if not self._busy:
+                self._flush()
+
+    def _turn_over(self) -> None:
+        self._flushing = False
+        self._busy, self._frames = self._frames > QUIET_TURN, 0
+        self._flush()
 
     def _flush(self) -> None:
         """Let those in line write, and send all that is queued."""
-        self._flushing = False
         while self.connection is not None and not self.connection.choked:
             self._next_in_line()
             self._take_control()
@@ -1211,7 +1253,7 @@ class Session:
     def _receive(self, data: memoryview) -> None:
         self._heard = self.reactor.now()
         self.received += len(data)
-        self._flushing = True       # what this read causes leaves at its end
+        waiting, self._flushing = self._flushing, True      # what this read causes leaves at its end
         try:
             for kind, id, payload in self._decoder.feed(data):
                 if self.error is not None:
@@ -1219,6 +1261,7 @@ class Session:
                 if self.trace:
                     self.trace('<-', kind, id, len(payload))
                 self._dispatch(kind, id, payload)
+            self._flushing = waiting
             self._flush()
             if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
                 raise ProtocolError('answers pile up and are not read')
@@ -3889,6 +3932,7 @@ class Client:
         self._trace, self._tls, self._pin = trace, tls, pin
         self._host_header = HostHeader(target, host_header) if host_header else None
         self._upstream = Upstream(reactor, target, upstream_tls)
+        self._crew = Crew(reactor, self._serve)
         self._sessions: Set[Session] = set()        # the current one, and those that drain
         self._session: Optional[Session] = None
         self._session_id = ''
@@ -4090,7 +4134,7 @@ class Client:
             visitor = stream.take(MAX_PAYLOAD)      # OPEN of a TCP stream is the visitor's address
             self.reactor.spawn(self._serve_tcp(stream, printable(visitor.decode('latin-1'))))
         else:
-            self.reactor.spawn(self._serve(stream))
+            self._crew.give(stream)
 
     async def _serve_tcp(self, stream: Stream, visitor: str) -> None:
         """One stream of raw bytes."""
@@ -4246,6 +4290,18 @@ USE_SERVER = """\
   your own server:   python3 localtunnel.py server --domain DOMAIN   (on a machine with a public address)"""
 
 
+_clock = (0, '')
+
+
+def clock() -> str:
+    """Date and time, made once a second."""
+    global _clock
+    now = int(time.time())
+    if now != _clock[0]:
+        _clock = now, time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
+    return _clock[1]
+
+
 class Lines:
     """Lines for one stream; those of the same moment leave in one write."""
 
@@ -4340,7 +4396,7 @@ class Terminal:
             shown = str(status or 'gone')
             if self._tty:
                 shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), shown)
-            self._lines.add(f'{time.strftime("%H:%M:%S")} #{number} {method} {printable(target)} '
+            self._lines.add(f'{clock()[11:]} #{number} {method} {printable(target)} '
                             f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
                             + (f' {printable(why)}' if why else ''))
 
@@ -4367,12 +4423,12 @@ class ServerLog:
 
     def note(self, text: str) -> None:
         """Something happened."""
-        now = time.strftime('%Y-%m-%d %H:%M:%S')
+        now = clock()
         self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else f'{now} {text}')
 
     def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
-        now, host = time.strftime('%Y-%m-%d %H:%M:%S'), request.host.decode()
+        now, host = clock(), request.host.decode()
         path = request.target.partition(b'?')[0].decode('latin-1')
         if self._json:
             self._lines.add(json.dumps({
@@ -4619,6 +4675,8 @@ def upstream_tls(target: Target, ca: Optional[str], insecure: bool) -> Optional[
 
 # Running until somebody says stop.
 
+GC_THRESHOLDS = 10000, 20, 50   # requests make much garbage and few cycles
+
 Command = Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]
 
 
@@ -4637,6 +4695,8 @@ def run(command: Command) -> int:
             except NotImplementedError:         # Windows
                 signal.signal(number, asked)
         reactor = Reactor(loop)
+        gc.freeze()         # what was made so far stays
+        gc.set_threshold(*GC_THRESHOLDS)
         try:
             return await command(reactor, stop)
         finally:

@@ -10,7 +10,6 @@ nobody sleeps until something is ready, and every test ends with no task, stream
 
 import ast
 import asyncio
-import builtins
 import contextlib
 import functools
 import hashlib
@@ -2279,7 +2278,7 @@ class WorldTest(LoopTest):
             await client.stop()
         with self.constant(POOL_IDLE=0.0):
             await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
-        await eventually(lambda: not self.server._visits, 'a visit is left')
+            await eventually(lambda: not self.server._visits, 'a visit is left')
         await self.server.stop()
         await eventually(lambda: not self.server._budget.used, 'budget is left')
         self.assertFalse(self.server._members())
@@ -2295,9 +2294,8 @@ class WorldTest(LoopTest):
 
     async def client(self, target, key=KEY, site='localhost', **options):
         """A client whose tunnel is there, or has failed."""
-        observer = types.SimpleNamespace(
-            ready=print_nothing, back=print_nothing, lost=print_nothing, hint=print_nothing,
-            frame=print_nothing, exchange=lambda *seen: self.exchanges.put_nowait(seen))
+        observer = lt.Silence()
+        observer.exchange = lambda *seen: self.exchanges.put_nowait(seen)
         address = lt.ServerAddress(f'http://{site}:{self.port}')
         target = lt.parse_target(str(target.port if isinstance(target, App) else target))
         client = lt.Client(self.reactor, address, target, key, observer, **options)
@@ -2322,10 +2320,6 @@ class WorldTest(LoopTest):
         await self.world()
         app = await self.app(answer)
         return app, await self.visitor(await self.client(app, **options))
-
-
-def print_nothing(*args):
-    """What an observer does who tells nobody."""
 
 
 class RouteTest(WorldTest):
@@ -2769,7 +2763,8 @@ class AddressTest(unittest.TestCase):
     def test_attempts_come_later_and_later_and_never_together(self):
         for attempt in range(100):
             most = min(lt.BACKOFF_MOST, lt.BACKOFF_FIRST * 2 ** attempt)
-            self.assertTrue(most / 2 <= lt.backoff(attempt) <= most)
+            self.assertTrue(most / 2 <= lt.backoff(attempt, False) <= most)
+            self.assertLessEqual(lt.backoff(attempt, True), lt.BACKOFF_SOON)
 
 
 def framed(framing):
@@ -3138,3 +3133,983 @@ class ComeBackTest(WorldTest):
             self.port, count = await self.raw_server(b'HTTP/1.1 200 OK\r\n')
             async with self.background(self.client(1)):
                 await eventually(lambda: len(count) > 4)
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Terminal
+# ------------------------------------------------------------------------------------------------
+
+class Program:
+    """The real script as a process; what it says is kept, line by line, and can be waited for."""
+
+    def __init__(self, *args, script=(SCRIPT,), terminal=False, **options):
+        self.lines, self.changed = {'out': [], 'err': []}, threading.Condition()
+        self.terminal, theirs = os.openpty() if terminal else (None, subprocess.PIPE)
+        self.process = subprocess.Popen(
+            [sys.executable, *script, *map(str, args)], stdout=theirs,
+            stderr=theirs if terminal else subprocess.PIPE, **{'stdin': subprocess.DEVNULL, **options})
+        if terminal:
+            os.close(theirs)
+            pipes = {'out': open(self.terminal, 'rb', buffering=0)}
+        else:
+            pipes = {'out': self.process.stdout, 'err': self.process.stderr}
+        self.open = len(pipes)
+        self.threads = [threading.Thread(target=self._read, args=item) for item in pipes.items()]
+        for thread in self.threads:
+            thread.start()
+
+    def _read(self, name, pipe):
+        with contextlib.suppress(OSError), pipe:        # a terminal ends with an error
+            for line in pipe:
+                with self.changed:
+                    self.lines[name].append(line.decode(errors='replace').rstrip('\r\n'))
+                    self.changed.notify_all()
+        with self.changed:
+            self.open -= 1
+            self.changed.notify_all()
+
+    def says(self, pattern, where='err'):
+        """The first match of PATTERN in a line there, once it is said."""
+        def found():
+            return next(filter(None, (re.search(pattern, line) for line in self.lines[where])), None)
+        with self.changed:
+            self.changed.wait_for(lambda: found() or not self.open, 3 * PATIENCE)
+            match = found()
+        if not match:
+            raise AssertionError(f'{pattern!r} was not said: {self.lines}')
+        return match
+
+    def url(self):
+        """The URL, which is the first line on stdout."""
+        self.says('', 'out')
+        return self.lines['out'][0]
+
+    def port(self):
+        """Where a server listens."""
+        return int(self.says(r'listening on port (\d+)').group(1))
+
+    def interrupt(self):
+        self.process.send_signal(signal.SIGINT)
+        return self.ends()
+
+    def ends(self):
+        """The exit code, once all has been read."""
+        code = self.process.wait(3 * PATIENCE)
+        for thread in self.threads:
+            thread.join(PATIENCE)
+        return code
+
+    def end(self):
+        """At the end of a test."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.ends()
+
+
+class LocalApp:
+    """A web app on a port of this machine, in threads: it answers with a text and the path."""
+
+    def __init__(self, text='app', port=0):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                page = f'{text} {self.path}'.encode()
+                self.send_response(200)
+                self.send_header('Content-Type', 'text/html')
+                self.send_header('Content-Length', str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+
+            def log_message(self, *args):
+                pass
+        self.server = http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler)
+        self.server.daemon_threads = True
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+
+    def close(self):
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+def fetch(url, path='/', method='GET', **fields):
+    """(status, body) of a request to URL, whose host is not looked up."""
+    host = url.partition('://')[2].rstrip('/')
+    connection = http.client.HTTPConnection('127.0.0.1', int(host.rpartition(':')[2]), timeout=3 * PATIENCE)
+    with contextlib.closing(connection):
+        connection.request(method, path, headers={'Host': host, **fields})
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+
+class CommandTest(FolderTest):
+    """Runs the real script, with configuration and state in a folder of its own."""
+
+    def start(self, *args, **options):
+        program = Program(*args, **options)
+        self.addCleanup(program.end)
+        return program
+
+    def server(self, *args):
+        """The address of a server that listens."""
+        self.relay = self.start('server', '--port', 0, *args)
+        return f'http://localhost:{self.relay.port()}'
+
+    def app(self, *args):
+        app = LocalApp(*args)
+        self.addCleanup(app.close)
+        return app
+
+    def another_user(self):
+        """Whoever starts now has another key."""
+        os.environ['LOCALTUNNEL_KEY'] = os.urandom(32).hex()
+
+    def unused_port(self):
+        """A port where nobody answers during the test."""
+        self.reserved = socket.socket()
+        self.addCleanup(self.reserved.close)
+        self.reserved.bind(('127.0.0.1', 0))
+        return self.reserved.getsockname()[1]
+
+
+@unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+class TerminalTest(CommandTest):
+
+    def session(self, *args):
+        """All that a terminal shows of a first visit, a first error and Ctrl-C."""
+        app = self.app()
+        client = self.start('client', app.port, '--server', self.server(), *args, terminal=True)
+        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
+        fetch(url, '/first')
+        client.says('GET /first', 'out')
+        app.close()
+        app.close = lambda: None
+        fetch(url, '/second')
+        client.says('GET /second', 'out')
+        self.assertEqual(client.interrupt(), 0)
+        return url, '\n'.join(client.lines['out'])
+
+    def test_it_shows_a_banner_and_a_line_for_each_exchange(self):
+        os.environ['TERM'] = 'xterm'
+        url, shown = self.session()
+        self.assertRegex(shown, rf'{url}\S* -> localhost:\d+')
+        self.assertRegex(shown, r'GET /first \x1b\[32m200\x1b\[0m \d+ms \d+B')
+        self.assertRegex(shown, r'GET /second \x1b\[31m502')
+        self.assertNotIn('Traceback', shown)
+
+    def test_no_color_and_a_dumb_terminal_get_no_colours(self):
+        for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
+            with unittest.mock.patch.dict(os.environ, {'TERM': 'xterm', name: value}):
+                self.assertNotIn('\x1b', self.session()[1])
+
+    def test_quiet_shows_the_url_alone(self):
+        app = self.app()
+        client = self.start('client', app.port, '--server', self.server(), '--quiet')
+        fetch(client.url(), '/first')
+        self.assertEqual(client.interrupt(), 0)
+        self.assertEqual((len(client.lines['out']), client.lines['err']), (1, []))
+
+
+class LineForPeopleTest(unittest.TestCase):
+
+    def test_sizes_and_times_are_for_people(self):
+        self.assertEqual([lt.in_bytes(n) for n in (0, 999, 1000, 1234567, 5e9, 5e13)],
+                         ['0B', '999B', '1.0kB', '1.2MB', '5.0GB', '50000.0GB'])
+        self.assertEqual([lt.milliseconds(n) for n in (0, .0123, 9.99, 75)], ['0ms', '12ms', '9990ms', '75.0s'])
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Command line
+# ------------------------------------------------------------------------------------------------
+
+class FreshMachineTest(CommandTest):
+    """No server is known: the client brings its own."""
+
+    def test_one_command_gives_a_url_that_answers_and_says_that_it_is_not_public(self):
+        app = self.app()
+        client = self.start('client', app.port)
+        url = client.url()
+        self.assertRegex(url, r'^http://localhost:\d+$')
+        self.assertGreaterEqual(int(url[17:]), lt.FIRST_LOCAL_PORT)
+        self.assertEqual(fetch(url, '/x'), (200, b'app /x'))
+        self.assertEqual(client.interrupt(), 0)
+        self.assertTrue(client.lines['err'][0].startswith('NOT PUBLIC'))
+        self.assertIn('--server', '\n'.join(client.lines['err'][1:3]))
+        self.assertEqual(client.lines['out'], [url])
+
+    def test_any_host_reaches_its_only_tunnel(self):
+        client = self.start('client', self.app().port)
+        port = client.url()[17:]
+        for host in ('127.0.0.1', 'x.localhost', 'a.b'):
+            self.assertEqual(fetch(client.url(), Host=f'{host}:{port}')[0], 200)
+
+    def test_without_an_app_there_is_a_hint_and_a_page_until_it_is_up(self):
+        port = self.unused_port()
+        client = self.start('client', port)
+        client.says(f'hint: nothing listens on localhost:{port}')
+        status, page = fetch(client.url(), Accept='text/html')
+        self.assertEqual(status, 502)
+        self.assertIn(f'localhost:{port}'.encode(), page)
+        self.reserved.close()
+        self.app('now', port)
+        self.assertEqual(fetch(client.url()), (200, b'now /'))
+
+    def test_two_clients_at_once_have_different_urls(self):
+        apps = [self.app(text) for text in ('one', 'two')]
+        clients = [self.start('client', app.port) for app in apps]
+        self.assertEqual([fetch(client.url()) for client in clients], [(200, b'one /'), (200, b'two /')])
+
+    def test_it_never_takes_the_port_of_its_target(self):
+        client = self.start('client', lt.FIRST_LOCAL_PORT)
+        self.assertNotEqual(client.url(), f'http://localhost:{lt.FIRST_LOCAL_PORT}')
+        self.assertIn(fetch(client.url())[0], (200, 404, 502, 503))
+
+    def test_json_says_that_it_is_not_public(self):
+        app = self.app()
+        client = self.start('client', app.port, '--json')
+        opened = json.loads(client.url())
+        self.assertEqual((opened['event'], opened['public']), ('open', False))
+        fetch(opened['url'], '/path')
+        exchange = json.loads(client.says('"exchange"', 'out').string)
+        self.assertEqual((exchange['method'], exchange['target'], exchange['status'], exchange['bytes']),
+                         ('GET', '/path', 200, 9))
+
+
+class TwoProcessesTest(CommandTest):
+
+    def test_any_number_of_clients_share_one_port(self):
+        address = self.server()
+        apps = [self.app(f'app{n}') for n in range(3)]
+        clients = [self.start('client', app.port, '--server', address) for app in apps]
+        self.assertEqual([fetch(c.url())[1] for c in clients], [b'app0 /', b'app1 /', b'app2 /'])
+        self.assertEqual(len({c.url() for c in clients}), 3)
+
+    def test_the_same_target_has_the_same_name_tomorrow(self):
+        address, urls = self.server(), []
+        for _ in range(2):
+            client = self.start('client', 1, '--server', address)
+            urls.append(client.url())
+            client.interrupt()
+        self.assertEqual(urls[0], urls[1])
+
+    def test_the_server_may_be_named_by_the_environment(self):
+        os.environ['LOCALTUNNEL_SERVER'] = self.server().partition('//')[2]
+        client = self.start('client', 1, '--name', 'Mine')
+        self.assertRegex(client.url(), r'^http://mine\.localhost:\d+$')
+
+    def test_verbose_prints_the_frames(self):
+        app = self.app()
+        client = self.start('client', app.port, '--server', self.server('--verbose'), '--verbose')
+        fetch(client.url())
+        for program in (client, self.relay):
+            for kind in ('OPEN', 'DATA', 'PING', 'PONG'):
+                program.says(kind)
+
+    def test_leases_survive_the_server(self):
+        address = self.server()
+        client = self.start('client', 1, '--server', address, '--name', 'mine')
+        client.url()
+        client.interrupt()
+        self.relay.interrupt()
+        address = self.server()
+        self.another_user()
+        thief = self.start('client', 1, '--server', address, '--name', 'mine')
+        self.assertEqual(thief.ends(), 3)
+
+    def test_a_client_comes_back_to_a_server_that_was_restarted(self):
+        app = self.app()
+        port = self.server().rpartition(':')[2]
+        client = self.start('client', app.port, '--server', f'http://localhost:{port}')
+        url = client.url()
+        self.relay.process.kill()
+        self.relay.ends()
+        self.start('server', '--port', port)
+        client.says('connected again')
+        self.assertEqual(fetch(url), (200, b'app /'))
+
+    def test_a_server_ends_with_zero_and_its_clients_stay(self):
+        client = self.start('client', 1, '--server', self.server())
+        client.url()
+        self.relay.process.terminate()
+        self.assertEqual(self.relay.ends(), 0)
+        client.says('trying again')
+        self.assertIsNone(client.process.poll())
+
+
+class ExitCodeTest(CommandTest):
+
+    def ended(self, code, *args, word=''):
+        """The program ends with CODE, and one sentence with WORD in it."""
+        program = self.start(*args)
+        self.assertEqual(program.ends(), code, program.lines)
+        said = '\n'.join(program.lines['err'])
+        self.assertRegex(said, word)
+        self.assertNotIn('Traceback', said)
+        self.assertEqual(program.lines['out'], [])
+
+    def test_what_can_not_be_typed_is_2(self):
+        self.ended(2, '8000', word='did you mean: client 8000')
+        self.ended(2, 'client', 'nonsense', word='a target is one of')
+        self.ended(2, 'client', '99999', word='no port')
+        self.ended(2, 'client', '1', '--server', 'http://a/b', word='--server')
+        self.ended(2, 'client', word='TARGET')
+        self.ended(2, 'server', '--port', 'x', word='--port')
+        self.ended(2, 'server', '--cert', 'x', word='--key')
+
+    def test_a_name_that_is_refused_is_3(self):
+        self.ended(3, 'client', 1, '--server', 'localhost:1', '--name', 'www', word='reserved')
+        address = self.server()
+        self.start('client', 1, '--server', address, '--name', 'mine').url()
+        self.another_user()
+        self.ended(3, 'client', 1, '--server', address, '--name', 'mine', word='belongs to somebody else')
+
+    def test_a_token_that_is_refused_is_4(self):
+        address = self.server('--token', 'secret')
+        self.ended(4, 'client', 1, '--server', address, word='wants a token')
+        self.ended(4, 'client', 1, '--server', address, '--token', 'wrong', word='token')
+        os.environ['LOCALTUNNEL_TOKEN'] = 'secret'
+        self.start('client', 1, '--server', address).url()
+
+    def test_a_token_that_can_not_be_sent_is_2(self):
+        self.ended(2, 'server', '--port', 0, '--token', 'gr\u00fc\u00df', word='ASCII')
+
+    def test_the_older_one_of_two_ends_with_5(self):
+        address = self.server()
+        first = self.start('client', 1, '--server', address)
+        first.url()
+        second = self.start('client', 1, '--server', address)
+        self.assertEqual(first.ends(), 5)
+        self.assertIn('started later', '\n'.join(first.lines['err']))
+        self.assertEqual(second.url(), first.url())
+
+    def test_once_and_nobody_there_is_1(self):
+        self.ended(1, 'client', 1, '--server', f'localhost:{self.unused_port()}', '--once', word='nothing listens')
+
+    def test_a_port_that_is_taken_is_1_with_what_to_do(self):
+        self.ended(1, 'server', '--port', self.app().port, word='--port')
+
+    def test_a_damaged_state_is_2(self):
+        os.makedirs(self.path('state', 'localtunnel'))
+        self.write('state/localtunnel/leases.json', 'nonsense')
+        self.ended(2, 'server', '--port', 0, word='leases.json is damaged')
+
+    def test_a_name_is_given_back(self):
+        address = self.server()
+        client = self.start('client', 1, '--server', address, '--name', 'mine')
+        client.url()
+        client.interrupt()
+        self.ended(0, 'client', 1, '--server', address, '--name', 'mine', '--release', word='given back')
+        self.another_user()
+        self.start('client', 1, '--server', address, '--name', 'mine').url()
+
+    def test_ctrl_c_is_0_whatever_it_is_doing(self):
+        app = self.app()
+        for args in ((app.port,), (app.port, '--server', f'localhost:{self.unused_port()}')):
+            client = self.start('client', *args)
+            client.says('NOT PUBLIC|trying again')
+            self.assertEqual(client.interrupt(), 0)
+            self.assertNotIn('Traceback', '\n'.join(client.lines['err']))
+
+    def test_version_and_help_are_0(self):
+        for words in (['--version'], ['--help'], ['client', '--help'], ['server', '--help']):
+            program = self.start(*words)
+            self.assertEqual(program.ends(), 0)
+
+
+class HandedOutTest(CommandTest):
+    """The server hands out its own client."""
+
+    def script(self, address):
+        status, script = fetch(address, '/localtunnel.py')
+        self.assertEqual(status, 200)
+        return script
+
+    def piped(self, script, *args):
+        """A program whose script came through a pipe."""
+        program = self.start('-', *args, script=(), stdin=subprocess.PIPE)
+        with contextlib.suppress(BrokenPipeError), program.process.stdin as pipe:
+            pipe.write(script)
+        return program
+
+    def test_the_script_is_this_file_with_the_address_stamped_in(self):
+        address = self.server()
+        with open(SCRIPT, 'rb') as f:
+            expected = f.read().replace(b"STAMPED_SERVER = ''", f"STAMPED_SERVER = '{address}'".encode())
+        self.assertEqual(self.script(address), expected)
+
+    def test_through_a_pipe_it_reaches_that_server_and_ctrl_c_ends_it(self):
+        app, address = self.app(), self.server()
+        client = self.piped(self.script(address), 'client', app.port)
+        self.assertTrue(client.url().endswith(address[16:]))
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        self.assertEqual(client.interrupt(), 0)
+        self.assertNotIn('Traceback', '\n'.join(client.lines['err']))
+
+    @unittest.skipUnless(POSIX, 'for systems with execution bits')
+    def test_saved_and_made_executable_it_runs_as_a_program(self):
+        address = self.server()
+        with open(self.path('lt'), 'wb') as f:
+            f.write(self.script(address))
+        os.chmod(self.path('lt'), 0o755)
+        os.symlink(sys.executable, self.path('python3'))
+        os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
+        said = subprocess.run([self.path('lt'), '--version'], stdout=subprocess.PIPE, check=True).stdout
+        self.assertEqual(said.decode().strip(), f'localtunnel {lt.__version__}')
+
+    def test_a_truncated_download_runs_nothing(self):
+        script = self.script(self.server())
+        last = script.rindex(b'\n', 0, -1) + 1
+        for length in (0, 1, 100, 5000, len(script) // 2, last - 1, last, *range(last + 2, len(script) - 1, 7)):
+            with self.subTest(length):
+                program = self.piped(script[:length], 'client', '1', '--json')
+                program.ends()
+                self.assertEqual(program.lines['out'], [])
+                self.assertNotIn('NOT PUBLIC', '\n'.join(program.lines['err']))
+
+    def test_a_server_from_a_pipe_has_no_copy_and_says_why(self):
+        server = self.piped(open_and_read(SCRIPT), 'server', '--port', 0)
+        status, page = fetch(f'http://localhost:{server.port()}', '/localtunnel.py')
+        self.assertEqual(status, 404)
+        self.assertIn(b'pipe', page)
+
+    def test_a_server_from_standard_input_reads_it_again(self):
+        with open(SCRIPT, 'rb') as script:
+            server = self.start('-', 'server', '--port', 0, script=(), stdin=script)
+        address = f'http://localhost:{server.port()}'
+        self.assertIn(f"STAMPED_SERVER = '{address}'".encode(), self.script(address))
+
+
+def open_and_read(path):
+    with open(path, 'rb') as f:
+        return f.read()
+
+
+class PythonTest(CommandTest):
+
+    def test_with_gives_a_url_while_it_lasts(self):
+        app = self.app()
+        with lt.tunnel(app.port) as t:
+            self.assertEqual(fetch(t.url), (200, b'app /'))
+        with self.assertRaises(ConnectionRefusedError):
+            fetch(t.url)
+
+    def test_async_with_does_so_too(self):
+        app = self.app()
+
+        async def use():
+            async with lt.tunnel(app.port) as t:
+                return await asyncio.get_running_loop().run_in_executor(None, fetch, t.url)
+        self.assertEqual(asyncio.run(use()), (200, b'app /'))
+
+    def test_after_it_no_task_and_no_connection_is_left(self):
+        async def use():
+            app = App(OK)
+            serving = await asyncio.start_server(app.serve, '127.0.0.1', 0)
+            async with lt.tunnel(serving.sockets[0].getsockname()[1]) as t:
+                reader, writer = await asyncio.open_connection('127.0.0.1', int(t.url[17:]))
+                visitor = Visitor(reader, writer, b'localhost')
+                self.assertEqual((await visitor.get())[2], b'hello')
+                writer.close()
+            await eventually(lambda: not app.tasks, 'the connection to the app is left')
+            serving.close()
+            await eventually(lambda: len(asyncio.all_tasks()) == 1, 'a task is left')
+        asyncio.run(use())
+
+    def test_a_server_and_a_name_may_be_given(self):
+        address = self.server('--token', 'secret')
+        with lt.tunnel(self.app().port, server=address, name='mine', token='secret') as t:
+            self.assertEqual(t.url, address.replace('localhost', 'mine.localhost'))
+            self.assertEqual(fetch(t.url), (200, b'app /'))
+
+    def test_what_is_refused_is_raised(self):
+        address = self.server('--token', 'secret')
+        with self.assertRaises(lt.Refused), lt.tunnel(1, server=address, token='wrong'):
+            self.fail('it was not refused')
+        with self.assertRaises(lt.UsageError):
+            lt.tunnel('nonsense')
+
+    def test_an_error_inside_passes(self):
+        with self.assertRaises(ZeroDivisionError), lt.tunnel(self.app().port):
+            raise ZeroDivisionError
+
+    def test_the_local_server_never_takes_the_port_of_its_target(self):
+        port = self.unused_port()
+        with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', port), lt.tunnel(port) as t:
+            self.assertEqual(fetch(t.url)[0], 502)
+            self.assertGreater(int(t.url[17:]), port)
+
+    def test_the_local_server_takes_the_next_free_port(self):
+        app = self.app()
+        with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', app.port):
+            with lt.tunnel(app.port) as first, lt.tunnel(app.port) as second:
+                self.assertEqual([fetch(t.url)[1] for t in (first, second)], [b'app /'] * 2)
+                self.assertEqual(len({app.port, first.url, second.url}), 3)
+
+
+class Browser:
+    """Chromium without a window, spoken to over its DevTools pipe."""
+
+    FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe', '--no-first-run',
+             '--disable-background-networking', '--disable-component-update', '--disable-sync',
+             '--no-proxy-server')
+
+    def __init__(self, program, folder):
+        (reads, self.to), (self.back, writes) = os.pipe(), os.pipe()
+        self.ids, self.rest = itertools.count(1), b''
+        copies = [fcntl_dup(fd) for fd in (reads, writes)]
+        self.process = subprocess.Popen(
+            [program, *self.FLAGS, f'--user-data-dir={folder}', 'about:blank'], close_fds=False,
+            preexec_fn=lambda: [os.dup2(fd, want) for fd, want in zip(copies, (3, 4))],
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for fd in (reads, writes, *copies):
+            os.close(fd)
+
+    def call(self, method, session=None, **params):
+        """The result of one DevTools command."""
+        message = {'id': next(self.ids), 'method': method, 'params': params}
+        if session:
+            message['sessionId'] = session
+        os.write(self.to, json.dumps(message).encode() + b'\0')
+        while True:
+            answer = self.receive()
+            if answer.get('id') == message['id']:
+                return answer['result']
+
+    def receive(self):
+        while b'\0' not in self.rest:
+            if not select.select([self.back], [], [], 6 * PATIENCE)[0]:
+                raise AssertionError('the browser says nothing')
+            data = os.read(self.back, 65536)
+            if not data:
+                raise AssertionError('the browser ended')
+            self.rest += data
+        message, _, self.rest = self.rest.partition(b'\0')
+        return json.loads(message)
+
+    def page(self, url, expression):
+        """What EXPRESSION, which may be a promise, is on the page at URL."""
+        target = self.call('Target.createTarget', url='about:blank')['targetId']
+        session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+        self.call('Page.enable', session)
+        self.call('Page.navigate', session, url=url)
+        while self.receive().get('method') != 'Page.loadEventFired':
+            pass
+        return self.call('Runtime.evaluate', session, expression=expression, awaitPromise=True,
+                         returnByValue=True)['result'].get('value')
+
+    def end(self):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.to)
+        os.close(self.back)
+
+
+def fcntl_dup(fd):
+    """A copy of FD above those that are taken in the child."""
+    import fcntl
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+
+
+@unittest.skipUnless(POSIX, 'for systems with descriptors')
+class BrowserTest(CommandTest):
+
+    def test_a_browser_shows_a_page_through_the_tunnel(self):
+        program = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+        if not program:
+            missing(self, 'chromium')
+        client = self.start('client', self.app('<h1>hello</h1>').port, '--server', self.server())
+        url = client.url()
+        browser = Browser(program, self.path('chromium'))
+        self.addCleanup(browser.end)
+        self.assertEqual(browser.page(url, 'document.querySelector("h1").textContent'), 'hello')
+        self.assertEqual(browser.page(url, 'Promise.all([1,2,3,4,5,6,7,8].map(n => fetch("/" + n).then('
+                                      'r => r.text()))).then(t => t.length + t[7])'), '8<h1>hello</h1> /8')
+
+
+# ------------------------------------------------------------------------------------------------
+# House rules
+# ------------------------------------------------------------------------------------------------
+
+BANNER = re.compile(r'# -{96}\n# ([0-9]+\. .+|[A-Z].+)\n')
+
+# What a room must not know beside all later rooms: names, some of modules.
+FRAMES = {'encode_frame', 'Decoder', 'FRAME_HEADER', 'OPEN', 'DATA', 'RESET', 'CREDIT', 'PING', 'PONG'}
+PURE = {'asyncio', 'socket', 'time', 'logging', 'ssl', 'random', 'threading', 'signal'}
+NOT_KNOWN = {
+    'Wire': PURE, 'Credit': PURE, 'Byte streams': FRAMES | {'GOAWAY', 'END'}, 'Session': {'ssl'},
+    'HTTP/1.1': FRAMES | {'GOAWAY', 'END', 'Session', 'Stream', 'socket', 'ssl', 'time'},
+    'Names and tokens': FRAMES | PURE | {'Session', 'Stream', 'Connection', 'ByteStream', 'Reactor'},
+    'Certificates': FRAMES | {'Session', 'Stream', 'parse_request', 'Request', 'Response'},
+    'Server': FRAMES | {'GOAWAY', 'END'}, 'Client': FRAMES | {'GOAWAY', 'END', 'Server', 'Tunnel', 'Visit'},
+    'Terminal': {'Session', 'Stream', 'Connection', 'Server', 'Client', 'Tunnel', 'Request', 'Response'},
+}
+
+
+class Room:
+    """The statements of one room, and the names that they define."""
+
+    def __init__(self, title):
+        self.title, self.statements, self.names = title, [], set()
+
+    def add(self, statement):
+        self.statements.append(statement)
+        for node in [statement] if hasattr(statement, 'name') else ast.walk(statement):
+            if hasattr(node, 'name'):
+                self.names.add(node.name)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                self.names.add(node.id)
+
+    def uses(self):
+        """(line, name) of all global names that the code here reads; annotations do not count."""
+        for statement in self.statements:
+            yield from self._uses(statement, frozenset())
+
+    def _uses(self, node, local):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            local = local | {a.arg for a in ast.walk(node.args) if isinstance(a, ast.arg)}
+            local |= {n.id for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+            local |= {n.name for n in ast.walk(node) if n is not node and isinstance(
+                n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.ExceptHandler))}
+            local |= {(a.asname or a.name).split('.')[0] for n in ast.walk(node)
+                      if isinstance(n, (ast.Import, ast.ImportFrom)) for a in n.names}
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in local:
+            yield node.lineno, node.id
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            for alias in node.names:
+                yield node.lineno, (getattr(node, 'module', None) or alias.name).split('.')[0]
+        for field, value in ast.iter_fields(node):
+            if field not in ('annotation', 'returns'):
+                for child in value if isinstance(value, list) else [value]:
+                    if isinstance(child, ast.AST):
+                        yield from self._uses(child, local)
+
+
+class HouseTest(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.source = open_and_read(SCRIPT).decode('ascii', 'replace')
+        cls.tree = ast.parse(cls.source)
+        cls.rooms = [Room('')]
+        banners = [(cls.source.count('\n', 0, m.start()), m.group(1)) for m in BANNER.finditer(cls.source)]
+        for statement in cls.tree.body:
+            while banners and statement.lineno > banners[0][0]:
+                cls.rooms.append(Room(banners.pop(0)[1].partition('. ')[2]))
+            cls.rooms[-1].add(statement)
+
+    def test_both_files_are_ascii_and_no_line_is_too_wide(self):
+        for path in (SCRIPT, os.path.abspath(__file__)):
+            data = open_and_read(path)
+            self.assertTrue(all(byte < 128 for byte in data), f'{path} is not pure ASCII')
+            wide = [n for n, line in enumerate(data.decode().splitlines(), 1) if len(line) > 100]
+            self.assertEqual(wide, [], f'{path}: lines of more than 100 characters')
+
+    def test_only_the_standard_library_is_imported(self):
+        names = set()
+        for node in ast.walk(self.tree):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition('.')[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names.add(node.module.partition('.')[0])
+        for name in names:
+            origin = str(getattr(importlib.util.find_spec(name), 'origin', ''))
+            self.assertTrue(origin in ('built-in', 'frozen') or 'site-packages' not in origin
+                            and os.path.dirname(os.__file__) in origin, f'{name} is from {origin}')
+
+    def test_no_function_has_more_than_sixty_lines(self):
+        long = [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(self.tree)
+                if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                and node.end_lineno - node.lineno >= 60]
+        self.assertEqual(long, [])
+
+    def test_only_the_last_line_has_an_effect(self):
+        *body, last = self.tree.body
+        quiet = (ast.Import, ast.ImportFrom, ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef,
+                 ast.Assign, ast.AnnAssign)
+        for node in body[1:]:
+            guarded = isinstance(node, ast.If) and getattr(node.test, 'id', '') == 'TYPE_CHECKING'
+            self.assertTrue(guarded or isinstance(node, quiet), f'line {node.lineno}')
+        self.assertEqual(self.source.splitlines()[-1], "if __name__ == '__main__': sys.exit(main())")
+        self.assertEqual(last.lineno, len(self.source.splitlines()))
+
+    def test_the_first_page_lists_the_rooms(self):
+        contents = self.source.partition('\nRooms\n')[2].partition('\n"""')[0]
+        listed = re.findall(r'([0-9]+) +(\S.*?)(?=  |\n|$)', contents)
+        self.assertEqual([title for _, title in sorted(listed, key=lambda item: int(item[0]))],
+                         [room.title for room in self.rooms[1:]])
+
+    def test_both_files_have_the_same_rooms_in_the_same_order(self):
+        here = BANNER.findall(open_and_read(os.path.abspath(__file__)).decode())
+        there = BANNER.findall(self.source)
+        self.assertEqual([banner for banner in here if banner[0].isdigit()], there)
+
+    def test_no_room_uses_a_name_of_a_later_one(self):
+        where = {name: i for i, room in reversed(list(enumerate(self.rooms))) for name in room.names}
+        wrong = [f'line {line}: {room.title} uses {name} of {self.rooms[where[name]].title}'
+                 for i, room in enumerate(self.rooms) for line, name in room.uses() if where.get(name, 0) > i]
+        self.assertEqual(wrong, [])
+
+    def test_no_room_uses_what_it_must_not_know(self):
+        wrong = [f'line {line}: {room.title} uses {name}' for room in self.rooms
+                 for line, name in room.uses() if name in NOT_KNOWN.get(room.title, ())]
+        self.assertEqual(wrong, [])
+
+
+# ------------------------------------------------------------------------------------------------
+# Benchmark
+# ------------------------------------------------------------------------------------------------
+
+SECONDS, ENDLESS, TUNNELS = 4, 10 ** 13, 200
+
+
+class BenchApp(asyncio.Protocol):
+    """The upstream, in a process of its own: /N is N bytes; what is posted is thrown away."""
+
+    ZEROS = bytes(256 * lt.KIB)
+
+    def connection_made(self, transport):
+        self.transport, self.unread, self.due, self.posted = transport, b'', 0, False
+        self.ready = True
+
+    def data_received(self, data):
+        if self.posted:
+            return
+        self.unread += data
+        while b'\r\n\r\n' in self.unread:
+            head, _, self.unread = self.unread.partition(b'\r\n\r\n')
+            if head.startswith(b'POST'):
+                self.posted, self.unread = True, b''
+            else:
+                self.answer(int(head.split()[1][1:] or 0))
+            if b'\r\nConnection: close' in head:
+                self.transport.close()
+
+    def answer(self, size):
+        first = min(size, 65536)
+        self.due = size - first
+        self.transport.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % size
+                             + self.ZEROS[:first])
+        self.pump()
+
+    def pump(self):
+        while self.due and self.ready:
+            n = min(self.due, len(self.ZEROS))
+            self.due -= n
+            self.transport.write(self.ZEROS[:n])
+
+    def pause_writing(self):
+        self.ready = False
+
+    def resume_writing(self):
+        self.ready = True
+        self.pump()
+
+    def connection_lost(self, exc):
+        self.due = 0
+
+    @classmethod
+    async def serve(cls):
+        loop = asyncio.get_running_loop()
+        server = await loop.create_server(cls, '127.0.0.1', 0, backlog=1024)
+        print(server.sockets[0].getsockname()[1], flush=True)
+        await server.serve_forever()
+
+
+class Load(asyncio.Protocol):
+    """One visitor of the driver that is used where wrk is missing: asks, and asks again."""
+
+    def __init__(self, request, close, times, until):
+        self.request, self.close, self.times, self.until = request, close, times, until
+
+    def connection_made(self, transport):
+        self.transport = transport
+        self.ask()
+
+    def ask(self):
+        self.left, self.began = 0, time.perf_counter()
+        self.transport.write(self.request)
+
+    def data_received(self, data):
+        if not self.left:
+            head, _, data = data.partition(b'\r\n\r\n')
+            self.left = int(re.search(rb'(?i)content-length: *([0-9]+)', head).group(1))
+        self.left -= len(data)
+        if self.left <= 0:
+            self.times.append(time.perf_counter() - self.began)
+            if time.perf_counter() > self.until:
+                self.transport.abort()
+            elif not self.close:
+                self.ask()
+
+    @classmethod
+    async def drive(cls, port, host, visitors, close):
+        """Print {"rate": a second, "p50": seconds, "p99": seconds}."""
+        loop, times, until = asyncio.get_running_loop(), [], time.perf_counter() + SECONDS
+        fields = 'Connection: close\r\n' if close else ''
+        request = f'GET /1024 HTTP/1.1\r\nHost: {host}\r\n{fields}\r\n'.encode()
+
+        async def visit():
+            while time.perf_counter() < until:
+                over = loop.create_future()
+                load = cls(request, close, times, until)
+                load.connection_lost = lambda exc: over.done() or over.set_result(None)
+                await loop.create_connection(lambda: load, '127.0.0.1', port)
+                await over
+        await asyncio.gather(*[visit() for _ in range(visitors)])
+        times.sort()
+        print(json.dumps({'rate': len(times) / SECONDS, 'p50': times[len(times) // 2],
+                          'p99': times[len(times) * 99 // 100]}))
+
+
+class Bench:
+    """Each measurement twice in the same run: at the app itself, and through the tunnel."""
+
+    def __init__(self, stack):
+        self.stack, self.wrk = stack, shutil.which('wrk')
+        self.app = self.program('bench-app', script=(os.path.abspath(__file__),))
+        self.relay = self.program('server', '--port', 0)
+        self.address = f'http://localhost:{self.relay.port()}'
+        self.client = self.program('client', self.app.url(), '--server', self.address, '--quiet')
+        self.places = (f'http://localhost:{self.app.url()}', self.client.url())
+
+    def program(self, *args, **options):
+        made = Program(*args, **options)
+        self.stack.callback(made.end)
+        return made
+
+    def row(self, what, form, direct, tunnel):
+        cells = what, form(direct), form(tunnel), f'{tunnel / direct:.2f}'
+        print('  {:<40}{:>14}{:>14}{:>9}'.format(*cells), flush=True)
+
+    def run(self):
+        driver = 'wrk' if self.wrk else 'a driver of its own (wrk is not installed)'
+        print(f'Python {sys.version.split()[0]}, {os.cpu_count()} processors; load by {driver}; '
+              'answers of 1 KiB\n')
+        print('  {:<40}{:>14}{:>14}{:>9}'.format('', 'direct', 'tunnel', 'ratio'))
+        for visitors in (1, 50):
+            self.requests(visitors, f'{visitors} visitor' + 's' * (visitors > 1))
+        rates = [self.load(url, 50, close=True)['rate'] for url in self.places]
+        self.row('new connections a second, 50 visitors', '{:,.0f}'.format, *rates)
+        for what in ('download', 'upload'):
+            self.row(what, lambda rate: f'{rate / 1e6:,.0f} MB/s',
+                     *[self.transfer(url, what == 'upload') for url in self.places])
+        self.row('memory per idle connection, tunnel', in_kib, *self.memory())
+        self.row('memory of the app, of a client', in_kib,
+                 *[resident(p.process.pid) for p in (self.app, self.client)])
+        self.row('from start to the first 200', lambda s: f'{s * 1e3:.0f} ms', *self.start_up())
+
+    def requests(self, visitors, name):
+        results = [self.load(url, visitors) for url in self.places]
+        self.row(f'requests a second, {name}', '{:,.0f}'.format, *[r['rate'] for r in results])
+        for p in ('p50', 'p99'):
+            self.row(f'latency {p}, {name}', lambda s: f'{s * 1e3:.2f} ms', *[r[p] for r in results])
+
+    def load(self, url, visitors, close=False):
+        """{"rate", "p50", "p99"} of as many requests as possible."""
+        host = url.partition('://')[2]
+        port = host.rpartition(':')[2]
+        if not self.wrk:
+            words = [sys.executable, __file__, 'bench-load', port, host, str(visitors), '1' * close]
+            return json.loads(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout)
+        words = [self.wrk, '-t1', f'-c{visitors}', f'-d{SECONDS}s', '--latency', '-H',
+                 f'Host: {host}', *['-H', 'Connection: close'] * close]
+        said = subprocess.run([*words, f'http://127.0.0.1:{port}/1024'], stdout=subprocess.PIPE,
+                              check=True).stdout.decode()
+        for line in re.findall(r'.*(?:Socket errors|Non-2xx).*', said):
+            print(f'  wrk at {url}: {line.strip()}')
+        found = {'rate': float(re.search(r'Requests/sec: *([\d.]+)', said).group(1))}
+        for p in ('50', '99'):
+            number, unit = re.search(rf' {p}% *([\d.]+)(us|ms|s|m)', said).groups()
+            found[f'p{p}'] = float(number) * {'us': 1e-6, 'ms': 1e-3, 's': 1, 'm': 60}[unit]
+        return found
+
+    def transfer(self, url, upload):
+        """Bytes a second over one connection."""
+        host = url.partition('://')[2]
+        line = 'POST /' if upload else f'GET /{ENDLESS}'
+        length = f'Content-Length: {ENDLESS}\r\n' if upload else ''
+        with socket.create_connection(('127.0.0.1', int(host.rpartition(':')[2]))) as sock:
+            sock.sendall(f'{line} HTTP/1.1\r\nHost: {host}\r\n{length}\r\n'.encode())
+            buffer, done, began = memoryview(bytearray(lt.MIB)), 0, time.perf_counter()
+            move = functools.partial(sock.send if upload else sock.recv_into, buffer)
+            while time.perf_counter() < began + SECONDS:
+                done += move()
+            return done / (time.perf_counter() - began)
+
+    def memory(self):
+        """Bytes for an idle connection at the app, and for an idle tunnel at the server."""
+        before = resident(self.app.process.pid)
+        with contextlib.ExitStack() as idle:
+            for _ in range(TUNNELS):
+                place = '127.0.0.1', int(self.app.url())
+                idle.enter_context(socket.create_connection(place))
+            fetch(self.places[0], '/0')
+            direct = resident(self.app.process.pid) - before
+        return max(direct, 1) / TUNNELS, asyncio.run(self.idle_tunnels()) / TUNNELS
+
+    async def idle_tunnels(self):
+        before = resident(self.relay.process.pid)
+        reactor = lt.Reactor(asyncio.get_running_loop())
+        address, target = lt.ServerAddress(self.address), lt.parse_target('1')
+        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.Silence())
+                   for _ in range(TUNNELS)]
+        tasks = [reactor.spawn(client.run()) for client in clients]
+        for client in clients:
+            await client.welcomed.wait()
+        after = resident(self.relay.process.pid)
+        for task in tasks:
+            await lt.end_task(task)
+        await asyncio.gather(*[client.stop() for client in clients])
+        await reactor.close()
+        return after - before
+
+    def start_up(self):
+        """Seconds until the app itself answers after its start, and through a client's tunnel."""
+        direct = ['bench-app'], {'script': (os.path.abspath(__file__),)}
+        tunnel = ['client', self.app.url(), '--server', self.address, '--quiet'], {}
+        times = [], []
+        for taken, (args, options) in [*zip(times, (direct, tunnel))] * 5:
+            began = time.perf_counter()
+            program = self.program(*args, **options)
+            url = program.url()
+            fetch(url if '//' in url else f'http://localhost:{url}', '/0')
+            taken.append(time.perf_counter() - began)
+            program.end()
+        return [statistics.median(taken) for taken in times]
+
+
+def resident(pid):
+    """Bytes of memory of a process."""
+    words = ['ps', '-o', 'rss=', '-p', str(pid)]
+    return int(subprocess.run(words, stdout=subprocess.PIPE, check=True).stdout) * lt.KIB
+
+
+def in_kib(size):
+    return f'{size / lt.KIB:,.1f} KiB'
+
+
+def bench():
+    """Measure, in about a minute."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for name in [name for name in os.environ if name.startswith('LOCALTUNNEL_')]:
+            del os.environ[name]
+        os.environ.update(XDG_CONFIG_HOME=folder, XDG_STATE_HOME=folder)
+        Bench(stack).run()
+
+
+def main():
+    """The tests, or what the first word says."""
+    if sys.argv[1:] == ['bench']:
+        bench()
+    elif sys.argv[1:] == ['bench-app']:
+        asyncio.run(BenchApp.serve())
+    elif sys.argv[1:2] == ['bench-load']:
+        port, host, visitors, close = sys.argv[2:]
+        asyncio.run(Load.drive(int(port), host, int(visitors), bool(close)))
+    else:
+        unittest.main()
+
+
+if __name__ == '__main__':
+    main()
