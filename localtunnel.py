@@ -65,8 +65,8 @@ import threading
 import time
 import urllib.parse
 from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
-                    Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO, Tuple,
-                    Union)
+                    Iterable, List, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
+                    Tuple, Union)
 
 if TYPE_CHECKING:
     import ssl      # imported where TLS is used: it costs a tenth of the time to start
@@ -102,7 +102,7 @@ ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
 MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
-MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16, Apache 100 fields of 8
+MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16
 MAX_VISITOR_HEAD = 63 * KIB     # leaves room for what the server adds: X-Forwarded-*, Via
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
 MAX_FIELDS = 200                # header fields: Apache takes 100
@@ -246,8 +246,8 @@ OPEN = 1        # opening bytes: an HTTP head,        the server, for a new stre
 #                 or a TCP visitor's address
 DATA = 2        # bytes                               both; takes credit
 RESET = 3       # u16 code, text                      both: the stream is over both ways
-CREDIT = 4      # u32                                 both: so many bytes more may be sent; on stream
-#                                                     0: what a later stream begins with
+CREDIT = 4      # u32                                 both: so many bytes more may be sent;
+#                                                     on stream 0: what later ones begin with
 PING = 5        # u64: frame bytes received so far    both: are you there?
 PONG = 6        # the same                            both, at once, for a PING
 GOAWAY = 7      # u16 code, text                      both: make a new session, this one ends
@@ -314,7 +314,7 @@ class Decoder:
                 break
             kind = word >> 24
             payload = bytes(data[at + 8:at + 8 + length])
-            if kind != DATA or not payload:
+            if kind != DATA or not payload or not stream:
                 self._check(kind, stream, payload)
             frames.append((kind, stream, payload))
             at += 8 + length
@@ -414,8 +414,8 @@ class ReceiveWindow:
         return credit
 
     def widen(self) -> int:
-        """Grow to what a new stream has, even without budget: how many to promise for it."""
-        n = max(0, INITIAL_CREDIT - self.size)
+        """Grow until a whole head fits, even without budget: how many to promise for it."""
+        n = max(0, MAX_HEAD - self.size)
         self.size += n
         self._promised += n
         self._budget.give(-n)
@@ -480,7 +480,7 @@ class Signal:
 
     def sweep(self, now: float) -> None:
         """End the wait when its deadline has passed."""
-        if now >= self.deadline and self._resume is not None:
+        if now >= self.deadline and self._resume is not None and self._error is None:
             self._error = Overdue('nothing happened in time')
             self.set()
 
@@ -782,7 +782,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         """A write failed; what the other side said before may still be in the kernel."""
         sock = self.transport.get_extra_info('socket')
         try:
-            while os.name == 'posix' and self.size <= UNREAD_HIGH:
+            while os.name == 'posix' and self.size <= DISCARDED:
                 data = os.read(sock.fileno(), READ_SIZE)
                 if not data:
                     break
@@ -845,6 +845,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self.close()
 
     def reset(self, code: int, text: str) -> None:
+        if self.transport not in self.reactor.transports:
+            return      # it is over
         sock = self.transport.get_extra_info('socket')
         if sock is not None and sock.family != getattr(socket, 'AF_UNIX', None):
             try:        # zero seconds of linger: what goes out is RST, not FIN
@@ -858,6 +860,12 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if not self.transport.is_closing():
             self._close_by = self.reactor.now() + CLOSE_TIMEOUT
             self.transport.close()
+
+    def give_up_after(self, seconds: float) -> None:
+        """Let the system end the connection when nothing is acknowledged, where it can."""
+        sock = self.transport.get_extra_info('socket')
+        if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family != socket.AF_UNIX:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
 
     async def linger(self) -> None:
         """Close so that an answer to a peer that still sends arrives.
@@ -878,7 +886,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
 
 def bind(host: str, port: int) -> List[socket.socket]:
-    """Sockets that listen on PORT of HOST ('' for all addresses, IPv4 and IPv6).  Raises OSError."""
+    """Sockets that listen on PORT of HOST, '' for all addresses of both kinds.  Raises OSError."""
     hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
     bound: List[socket.socket] = []
     try:
@@ -992,6 +1000,8 @@ class Stream(ByteStream):
                 continue
             else:
                 self.session.stand_in_line(self)
+                if self.error is not None:
+                    raise self.error
             self._writable.deadline = self.reactor.now() + self.idle
             await self._writable
 
@@ -1122,7 +1132,7 @@ class Session:
 
     def open(self) -> Optional[Stream]:
         """A new stream to the other side, or None when there are too many."""
-        if len(self.streams) >= MAX_STREAMS:
+        if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
         size = SMALL_CREDIT if self._budget.scarce else INITIAL_CREDIT
         if not self._budget.take(size):
@@ -1138,7 +1148,9 @@ class Session:
         return self.error is None and self.goaway is None and not self._closing
 
     def number(self, stream: Stream) -> int:
-        """The id of a stream that is about to be opened."""
+        """The id of a stream that is about to be opened.  Raises StreamReset."""
+        if self.error is not None:
+            raise StreamReset(SESSION_LOST, str(self.error))
         self._last_id += 1
         self.streams[self._last_id] = stream
         return self._last_id
@@ -1165,7 +1177,9 @@ class Session:
 
     def stand_in_line(self, stream: Stream) -> None:
         """STREAM will be woken when it is its turn."""
-        if stream not in self._line:
+        if self.error is not None:
+            stream.fail(StreamReset(SESSION_LOST, str(self.error)))
+        elif stream not in self._line:
             self._line.append(stream)
 
     def send(self, kind: int, stream: int, payload: Buffer = b'') -> None:
@@ -1226,19 +1240,21 @@ class Session:
 
     def _take_control(self) -> None:
         """Put what was merged in front of this turn's frames, but RESET behind them."""
-        control: List[Buffer] = []
+        control = [(CREDIT, id, U32.pack(n)) for id, n in self._credits.items()]
         if self._pong_due:
             self._pong_due = False
-            control.append(encode_frame(PONG, 0, U64.pack(self.received)))
-        for id, n in self._credits.items():
-            control.append(encode_frame(CREDIT, id, U32.pack(n)))
-        self._credits.clear()
+            control.append((PONG, 0, U64.pack(self.received)))
+        resets = [(RESET, id, payload) for id, payload in self._resets.items()]
         if control:
-            self._out[:0] = control
-        for id, payload in self._resets.items():
-            self._out.append(encode_frame(RESET, id, payload))
-        self._resets.clear()
-        self._control_size = 0
+            self._out[:0] = [encode_frame(*frame) for frame in control]
+            self._credits.clear()
+        if resets:
+            self._out += [encode_frame(*frame) for frame in resets]
+            self._resets.clear()
+            self._control_size = 0
+        if self.trace:
+            for kind, id, payload in control + resets:
+                self.trace('->', kind, id, len(payload))
 
     def _next_in_line(self) -> None:
         for _ in range(len(self._line)):
@@ -1253,7 +1269,7 @@ class Session:
     def _receive(self, data: memoryview) -> None:
         self._heard = self.reactor.now()
         self.received += len(data)
-        waiting, self._flushing = self._flushing, True      # what this read causes leaves at its end
+        waiting, self._flushing = self._flushing, True      # what this read causes leaves after it
         try:
             for kind, id, payload in self._decoder.feed(data):
                 if self.error is not None:
@@ -1265,6 +1281,8 @@ class Session:
             self._flush()
             if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
                 raise ProtocolError('answers pile up and are not read')
+            if self.sent - self._acknowledged > KEPT_FOR_RESUME + 2 * BATCH:
+                raise ProtocolError('nothing is acknowledged')
         except ProtocolError as e:
             self._break(e)
 
@@ -1338,6 +1356,7 @@ class Session:
         self.connection = connection
         connection.receiver, connection.on_gone = self._receive, self._lost
         connection.on_eof, connection.on_room = self._lost, self._flush
+        connection.give_up_after(STALLED_SESSION)
         self._heard = self._moved = self.reactor.now()
         self._pinged, self.detached_at, self.proven = NEVER, NEVER, False
         skip = theirs - self._acknowledged
@@ -1388,7 +1407,8 @@ class Session:
             self._pending, self._moved = pending, now
         if pending and now - self._moved > STALLED_SESSION:
             self._give_up(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
-        elif self.pings and self._pinged != NEVER and now - max(self._pinged, self._heard) > PONG_WITHIN:
+        elif (self.pings and self._pinged != NEVER
+              and now - max(self._pinged, self._heard) > PONG_WITHIN):
             self._give_up(f'no answer to a ping in {PONG_WITHIN:.0f} s')
         elif self.pings and self._pinged == NEVER and (woke_up or now - self._heard > PING_AFTER):
             self._ping()
@@ -1437,9 +1457,10 @@ class Session:
         self.reactor.swept.discard(self)
         self.close()
         lost = StreamReset(SESSION_LOST, str(error))
-        for stream in tuple(self.streams.values()):
+        for stream in [*self.streams.values(), *self._line]:
             stream.over(lost)
         self._kept.clear()
+        self._line.clear()
         self.on_closed()
 
 
@@ -1600,7 +1621,7 @@ class Response(Head):
         return self.status < 200 and self.status != 101
 
     def body_length(self, method: bytes) -> int:
-        """Bytes, CHUNKED or UNTIL_CLOSE, for an answer to METHOD.  Raises BadHttp (RFC 9112 6.3)."""
+        """Bytes, CHUNKED or UNTIL_CLOSE, answering METHOD.  Raises BadHttp (RFC 9112 6.3)."""
         length = UNTIL_CLOSE
         if b'transfer-encoding' in self.fields:
             length = chunked_only(self)
@@ -1836,9 +1857,11 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
 
 async def skip_empty_line(stream: ByteStream, idle: float) -> None:
     """One empty line before a request is to be ignored (RFC 9112 2.2)."""
-    if stream.size or await stream.more(idle):
-        if stream.peek()[:2] == b'\r\n':
-            stream.take(2)
+    while stream.peek()[:2] in (b'', b'\r'):
+        if not await stream.more(idle):
+            return
+    if stream.peek()[:2] == b'\r\n':
+        stream.take(2)
 
 
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
@@ -1958,8 +1981,8 @@ coral cosy crisp dapper deft eager early easy fair fancy fond fresh gentle glad 
 happy hardy honest jolly keen kind light lively lucky mellow merry mild neat nimble noble open plain
 polite proud quick quiet rapid ready royal sage silver smart snug solid sunny swift tidy warm
 wise""".split())
-ANIMALS = tuple("""badger bat bear beaver bee bison boar camel cat cod crab crane crow deer dove duck
-eagle eel elk falcon ferret finch fox frog goat goose hare hawk heron horse ibis jay koala lark
+ANIMALS = tuple("""badger bat bear beaver bee bison boar camel cat cod crab crane crow deer dove
+duck eagle eel elk falcon ferret finch fox frog goat goose hare hawk heron horse ibis jay koala lark
 lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony puma quail rabbit
 raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
 
@@ -1990,13 +2013,13 @@ def is_derived(name: str) -> bool:
 def check_name(name: str) -> None:
     """Raises Refused unless somebody may ask for NAME."""
     if not NAME.fullmatch(name) or name.startswith('xn--'):
-        raise Refused(403, 'bad_name', f'{name!r} can not be a name: use a to z, 0 to 9 and hyphens, '
-                      'at most 63 of them, no hyphen at either end')
+        raise Refused(403, 'bad_name', f'{name!r} can not be a name: use a to z, 0 to 9 and '
+                      'hyphens, at most 63 of them, no hyphen at either end')
     if name in RESERVED:
         raise Refused(403, 'reserved', f'the name {name} is reserved; choose another one')
     if is_derived(name):
-        raise Refused(403, 'bad_name', f'the name {name} has the shape of names that are not chosen; '
-                      'choose another one')
+        raise Refused(403, 'bad_name', f'{name} has the shape of the names that clients get by '
+                      'themselves; choose another one, or leave --name out to get yours')
 
 
 def digest_of(secret: Union[str, bytes]) -> str:
@@ -2108,8 +2131,9 @@ class Tokens:
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Is the token with DIGEST, or one of the user who is OWNER, still valid?"""
-        return self._open or any(grant.digest == digest or (grant.user and owner == f'user:{grant.user}')
-                                 for grant in [*self._given, *self._filed] if now < grant.expires)
+        return self._open or any(
+            grant.digest == digest or (grant.user and owner == f'user:{grant.user}')
+            for grant in [*self._given, *self._filed] if now < grant.expires)
 
 
 class Leases:
@@ -2126,7 +2150,9 @@ class Leases:
             try:
                 with open(path, encoding='ascii') as f:
                     self._leases = json.load(f)['leases']
-            except (ValueError, KeyError, TypeError) as e:
+                for lease in self._leases.values():
+                    str(lease['owner']), str(lease['token']), int(lease['used'])
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise UsageError(f'{path} is damaged ({e}); repair it, or move it away to begin '
                                  'without leases') from e
 
@@ -2147,8 +2173,8 @@ class Leases:
         known = self._leases.get(name)
         if current and known and known['token'] == token and now - known['used'] < 86400:
             return      # the date need not be newer than a day
-        if current is None and sum(lease['owner'] == owner for lease in self._leases.values()
-                                   ) >= MAX_LEASES:
+        if current is None and sum(lease['owner'] == owner and self.owner(other, now) is not None
+                                   for other, lease in self._leases.items()) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
         self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
@@ -2180,7 +2206,7 @@ class Leases:
 
 
 def write_secret(path: str, data: bytes) -> None:
-    """Write DATA to PATH, readable by this user alone; the old file stays until the new is whole."""
+    """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
     beside = f'{path}.{os.getpid()}.new'
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with open(handle, 'wb') as f:
@@ -2243,6 +2269,33 @@ def is_address(host: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def is_loopback(host: str) -> bool:
+    """Does HOST name this machine and no other?"""
+    if is_address(host):
+        return ipaddress.ip_address(host).is_loopback
+    return host == 'localhost' or host.endswith('.localhost')
+
+
+def _port(text: str) -> int:
+    if not 0 < int(text[:6]) < 65536:
+        raise UsageError(f'{text} is no port: ports go from 1 to 65535')
+    return int(text)
+
+
+def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
+    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise UsageError(f'{text} is no URL: {e}') from e
+    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
+            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
+        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
+    path = parts.path + ('?' + parts.query if parts.query else '')
+    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
 
 
 def _base_folder(variable: str, default: str) -> str:
@@ -2315,7 +2368,8 @@ class Access:
 
     def __init__(self, rules: Dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
-        self._networks = [ipaddress.ip_network(cidr, strict=False) for cidr in rules.get('allow', [])]
+        self._networks = [ipaddress.ip_network(cidr, strict=False)
+                          for cidr in rules.get('allow', [])]
         self._users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
@@ -2415,8 +2469,8 @@ class Certificate:
         try:
             context.load_cert_chain(*self._files)
         except (OSError, ssl.SSLError) as e:
-            raise UsageError('the certificate {} with the key {} can not be used: '.format(*self._files)
-                             + str(e)) from e
+            raise UsageError(f'the certificate {self._files[0]} with the key {self._files[1]} can '
+                             f'not be used: {e}') from e
         return context
 
     def changed(self) -> bool:
@@ -2486,8 +2540,8 @@ def explain_tls(error: BaseException, host: str) -> str:
 
 class Hello:
     """What a client says of itself, checked."""
-    __slots__ = ('kind', 'name', 'proof', 'instance', 'started', 'share', 'port', 'release', 'rules',
-                 'access', 'resume')
+    __slots__ = ('kind', 'name', 'proof', 'instance', 'started', 'share', 'port', 'release',
+                 'rules', 'access', 'resume')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -2502,12 +2556,13 @@ class Hello:
             self.access = Access(self.rules)
             self.resume = hello.get('resume') and (
                 str(hello['resume']['session']), int(hello['resume']['received']))
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
+                RecursionError) as e:
             raise Refused(400, 'bad_hello', f'Localtunnel-Hello is malformed: {e!r}'[:200]) from e
         if self.name is not None:
             self.name = str(self.name).lower()
         if self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16:
-            raise Refused(400, 'bad_hello', 'Localtunnel-Hello is malformed: kind, proof or instance')
+            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad kind, proof or instance')
 
 
 class Member:
@@ -2637,7 +2692,8 @@ class Log(Protocol):
     def note(self, text: str) -> None:
         """Something happened."""
 
-    def access(self, address: str, request: Request, status: int, seconds: float, size: int) -> None:
+    def access(self, address: str, request: Request, status: int, seconds: float,
+               size: int) -> None:
         """A request was answered; STATUS 0: it was not."""
 
 
@@ -2690,13 +2746,14 @@ class Server:
 
     async def _accept_tls(self, sock: socket.socket) -> None:
         """Accept for TLS, MAX_HANDSHAKES at a time."""
-        loop, slots = self.reactor.loop, asyncio.Semaphore(MAX_HANDSHAKES)
         assert self.certificate
+        loop, slots = self.reactor.loop, asyncio.Semaphore(MAX_HANDSHAKES)
+        context = self.certificate.context
 
         async def shake_hands(accepted: socket.socket) -> None:
             try:
                 await loop.connect_accepted_socket(
-                    self._connection, accepted, ssl=self.certificate.context,   # type: ignore[union-attr]
+                    self._connection, accepted, ssl=context,
                     ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
             except OSError:
                 self.counters['handshakes_failed'] += 1
@@ -2727,8 +2784,9 @@ class Server:
         answered here, with `Connection: close`.
         """
         self._draining = True
-        for listener in [*self._listeners, *(x for t in self._tunnels.values() for x in t.listeners)]:
-            listener.close()
+        for listeners in [self._listeners, *(t.listeners for t in self._tunnels.values())]:
+            for listener in listeners:
+                listener.close()
         for member in self._members():
             member.session.say_goaway(DRAINING, 'the server ends')
         if not handed_over:
@@ -2752,7 +2810,7 @@ class Server:
                 visit.connection.close()
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """What has to be looked at now and then: files that changed, tokens, names nobody serves."""
+        """Look at what changes by itself: files, tokens, names that nobody serves."""
         self._lag, self._beat = max(0.0, now - self._beat - SWEEP), now
         if self._tokens.changed() or (self.certificate and self.certificate.changed()):
             self.reload()
@@ -2783,7 +2841,7 @@ class Server:
         self._log.note(f'{tunnel.url}: {why}')
 
     def end_tunnel(self, name: str, lease: bool) -> bool:
-        """The kill switch: end what serves NAME, and with LEASE free the name; was there anything?"""
+        """The kill switch: end what serves NAME, with LEASE free it too; was there anything?"""
         tunnel = self._tunnels.get(name)
         members = tuple(tunnel.members) if tunnel else ()
         for member in members:
@@ -2795,12 +2853,15 @@ class Server:
         """What is served, for the operator."""
         return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': len(t.held), 'sessions': [
             {'user': m.grant.user, 'connected': m.session.connection is not None,
-             'streams': len(m.session.streams), 'round_trip_ms': round(m.session.round_trip * 1e3, 1)}
+             'streams': len(m.session.streams),
+             'round_trip_ms': round(m.session.round_trip * 1e3, 1)}
             for m in t.members]} for t in self._tunnels.values()]
 
     def metrics(self) -> str:
         """In Prometheus' text format."""
         sessions = [m.session for m in self._members()]
+        bytes_in = self._bytes_in + sum(s.received for s in sessions)
+        bytes_out = self._bytes_out + sum(s.sent for s in sessions)
         gauges = {'tunnels': sum(bool(t.members) for t in self._tunnels.values()),
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
                   'visitors': len(self._visits), 'held_requests': self._held,
@@ -2809,8 +2870,8 @@ class Server:
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}'
                  for name, value in gauges.items()]
         lines += ['# TYPE localtunnel_bytes_total counter',
-                  f'localtunnel_bytes_total{{direction="in"}} {self._bytes_in + sum(s.received for s in sessions)}',
-                  f'localtunnel_bytes_total{{direction="out"}} {self._bytes_out + sum(s.sent for s in sessions)}',
+                  f'localtunnel_bytes_total{{direction="in"}} {bytes_in}',
+                  f'localtunnel_bytes_total{{direction="out"}} {bytes_out}',
                   '# TYPE localtunnel_requests_total counter']
         lines += [f'localtunnel_requests_total{{status="{key}"}} {n}'
                   for key, n in sorted(self.counters.items(), key=str) if isinstance(key, int)]
@@ -2879,7 +2940,8 @@ class Server:
                 failed.status, str(failed), request, [*failed.extra, *more]))
         finally:
             self.counters[visit.status] += 1
-            self._log.access(visit.address, request, visit.status, self.reactor.now() - began, visit.size)
+            self._log.access(visit.address, request, visit.status, self.reactor.now() - began,
+                             visit.size)
 
     async def _visit(self, visit: Visit, request: Request) -> int:
         """Let REQUEST in, to where it belongs.  Raises HopFailed."""
@@ -2922,7 +2984,8 @@ class Server:
         if (self._of_address[visit.connection.peer] > MAX_CONNECTIONS_OF_ADDRESS
                 and not is_loopback(visit.connection.peer)
                 and not within(visit.connection.peer, self._trusted)):
-            raise HopFailed(429, f'{visit.connection.peer} has too many connections', 'Retry-After: 1')
+            raise HopFailed(429, f'{visit.connection.peer} has too many connections',
+                            'Retry-After: 1')
 
     # Routes.
 
@@ -2975,7 +3038,8 @@ class Server:
 
     # One exchange.
 
-    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel, access: Access) -> int:
+    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel,
+                        access: Access) -> int:
         """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
         length = request.body_length()
         lines = self._forwarded_lines(visit, request, tunnel, access)
@@ -3000,7 +3064,8 @@ class Server:
                     raise Disconnected(str(e)) from e
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'the client of {tunnel.name} took too long') from e
-                raise HopFailed(502, f'the client of {tunnel.name} gave no proper answer: {e}') from e
+                raise HopFailed(502, f'the client of {tunnel.name} gave no proper answer: '
+                                f'{e}') from e
             finally:
                 visit.stream = None
                 if sending:
@@ -3079,7 +3144,8 @@ class Server:
                          request: Request) -> Optional[BadHttp]:
         """Copy a request that is still under way; a malformed body is returned as its fault."""
         try:
-            await copy_message(head, body, stream, isinstance(body, ChunkedBody), not request.upgrade)
+            chunked = isinstance(body, ChunkedBody)
+            await copy_message(head, body, stream, chunked, not request.upgrade)
         except BadHttp as e:
             stream.reset(INCOMPLETE, f'the request is malformed: {e}')
             return e
@@ -3130,7 +3196,7 @@ class Server:
                 domain = re.search(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t]*)', value.lower())
                 if domain and domain.group(1) and ('.' + self.domain).endswith(
                         '.' + domain.group(1).decode('latin-1')):
-                    self._log.note('a cookie for the whole domain was dropped: tenants share that site')
+                    self._log.note('a cookie for the whole domain was dropped: tenants share it')
                     continue
             own.append(line)
         return own
@@ -3167,8 +3233,8 @@ class Server:
     async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
         """The member that a session request becomes, and where it resumes.  Raises Refused."""
         if request.upgrade != PROTOCOL.encode():
-            raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from it: '
-                          f'{visit.scheme}://{self.domain}/localtunnel.py')
+            raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
+                          f'it: {visit.scheme}://{self.domain}/localtunnel.py')
         if self._draining:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         hello = Hello(request.get(b'localtunnel-hello'))
@@ -3209,8 +3275,8 @@ class Server:
             owner = f'user:{grant.user}'
         allowed = [port for port in self._tcp_ports if port in grant.ports]
         if not allowed or (hello.port and hello.port not in allowed):
-            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there are '
-                          + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
+            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
+                          'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
         old = self._leases.port_of(owner)
         start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
         for port in [hello.port] if hello.port else [old, *allowed[start:], *allowed[:start]]:
@@ -3266,8 +3332,8 @@ class Server:
                 self._wrong[visit.address] = min(until, now + MOST_WRONG_TOKEN)
                 self.counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired'
-                          if token else 'the server wants a token: give it with --token TOKEN or in '
-                          'LOCALTUNNEL_TOKEN')
+                          if token else 'the server wants a token: give it with --token TOKEN or '
+                          'in LOCALTUNNEL_TOKEN')
         return grant
 
     def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
@@ -3304,7 +3370,7 @@ class Server:
     def _resumed(self, tunnel: Tunnel, hello: Hello) -> Optional[Member]:
         """The member whose session goes on, where the client asks for it and nothing is missing."""
         for member in tunnel.members:
-            if (hello.resume and hmac.compare_digest(member.id, hello.resume[0])
+            if (hello.resume and hmac.compare_digest(member.id.encode(), hello.resume[0].encode())
                     and member.hello.instance == hello.instance
                     and member.session.can_resume(hello.resume[1])):
                 member.session.detach()
@@ -3439,7 +3505,8 @@ class Target:
     def authority(self) -> str:
         """HOST:PORT, or HOST where the port is the usual one."""
         host = bracketed(self.host)
-        return host if self.port == {'http': 80, 'https': 443}.get(self.scheme) else f'{host}:{self.port}'
+        usual = {'http': 80, 'https': 443}.get(self.scheme)
+        return host if self.port == usual else f'{host}:{self.port}'
 
     @property
     def origin(self) -> str:
@@ -3460,7 +3527,7 @@ def parse_target(text: str, tcp: bool = False) -> Target:
     if '://' in text and not tcp:
         scheme, host, port, path = split_url(text, ('http', 'https'))
         if '?' in path:
-            raise UsageError(f'{text} has a query; a target is only a place, with or without a path')
+            raise UsageError(f'{text} has a query; a target is only a place, and perhaps a path')
         return Target(scheme, host, port, path.rstrip('/'))
     if text.startswith('unix:') and text != 'unix:':
         if not hasattr(socket, 'AF_UNIX'):
@@ -3488,33 +3555,6 @@ def bracketed(host: str) -> str:
     return f'[{host}]' if ':' in host else host
 
 
-def is_loopback(host: str) -> bool:
-    """Does HOST name this machine and no other?"""
-    if is_address(host):
-        return ipaddress.ip_address(host).is_loopback
-    return host == 'localhost' or host.endswith('.localhost')
-
-
-def _port(text: str) -> int:
-    if not 0 < int(text[:6]) < 65536:
-        raise UsageError(f'{text} is no port: ports go from 1 to 65535')
-    return int(text)
-
-
-def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
-    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as e:
-        raise UsageError(f'{text} is no URL: {e}') from e
-    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
-            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
-        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
-    path = parts.path + ('?' + parts.query if parts.query else '')
-    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
-
-
 class ServerAddress:
     """Where the relay is: `site` is the host that the user named, which proofs are made for."""
     __slots__ = ('scheme', 'site', 'port')
@@ -3526,7 +3566,7 @@ class ServerAddress:
             text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
         self.scheme, site, self.port, path = split_url(text, ('https', 'http'))
         if path not in ('', '/'):
-            raise UsageError(f'--server: {text} has a path; a server is only a scheme, host and port')
+            raise UsageError(f'--server: {text} has a path; a server is a scheme, host and port')
         self.site = site.lower().rstrip('.')
 
     @property
@@ -3658,6 +3698,11 @@ def echo_handler() -> Callable[..., Any]:
     return Handler
 
 
+def most_telling(failures: Sequence[Exception]) -> Exception:
+    """Of what several addresses of one host said: that it refused says the least."""
+    return min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))
+
+
 class Upstream:
     """Connections to the app, and which of them may be used again.
 
@@ -3686,7 +3731,7 @@ class Upstream:
                 self._hosts.reverse()       # the one that answers comes first
             self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
             return connection
-        error = min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))  # the most telling
+        error = most_telling(failures)
         status = 504 if isinstance(error, asyncio.TimeoutError) else 502
         raise HopFailed(status, explain(error, self.target.text)) from error
 
@@ -3695,7 +3740,8 @@ class Upstream:
         if target.scheme == 'unix':
             _, connection = await loop.create_unix_connection(self._connection, target.path)
         elif target.scheme in ('folder', 'echo'):
-            _, connection = await loop.create_connection(self._connection, sock=serve_locally(target))
+            sock = serve_locally(target)
+            _, connection = await loop.create_connection(self._connection, sock=sock)
         else:
             _, connection = await loop.create_connection(
                 self._connection, host, target.port, ssl=self._tls,
@@ -3792,12 +3838,13 @@ def backoff(attempt: int, soon: bool) -> float:
 
 
 def find_proxy(address: ServerAddress) -> str:
-    """The proxy that the environment names for ADDRESS (HTTPS_PROXY, ALL_PROXY, NO_PROXY), or ''."""
+    """The proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, or ''."""
     if is_loopback(address.site) or not any(name.lower().endswith('_proxy') for name in os.environ):
         return ''
     import urllib.request
     proxies = urllib.request.getproxies_environment()
-    if urllib.request.proxy_bypass_environment(address.site, proxies):      # type: ignore[attr-defined]
+    bypass = urllib.request.proxy_bypass_environment        # type: ignore[attr-defined]
+    if bypass(address.site, proxies):
         return ''
     return proxies.get(address.scheme) or proxies.get('all', '')
 
@@ -3827,7 +3874,7 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
             answer += byte
         if not re.match(rb'HTTP/1\.[01] 2', answer):
             said = printable(answer.split(b'\r\n')[0].decode('latin-1'))
-            raise LocaltunnelError(f'the proxy {parts.hostname} refuses to connect to {where}: {said}')
+            raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: {said}')
         sock.setblocking(False)
         return sock
     except BaseException:
@@ -3893,7 +3940,7 @@ def replaced(url: bytes, origin: bytes, other: bytes) -> bytes:
     return url
 
 
-# How development servers answer to a Host or Origin that they do not know: (status, words, what to do).
+# How development servers answer to a Host or Origin that they do not know: status, words, which.
 STRANGERS = (
     (403, b'Blocked request. This host', 'Vite'),
     (403, b'Invalid Host header', 'webpack-dev-server'),
@@ -3921,7 +3968,8 @@ class Client:
                  observer: Observer, *, name: Optional[str] = None, tcp_port: int = 0,
                  token: str = '', rules: Optional[Dict[str, Any]] = None, share: bool = False,
                  timeout: float = RESPONSE_TIMEOUT, once: bool = False,
-                 tls: Optional[ssl.SSLContext] = None, upstream_tls: Optional[ssl.SSLContext] = None,
+                 tls: Optional[ssl.SSLContext] = None,
+                 upstream_tls: Optional[ssl.SSLContext] = None,
                  pin: str = '', host_header: Optional[str] = None, release: bool = False,
                  trace: bool = False) -> None:
         """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
@@ -3982,7 +4030,7 @@ class Client:
         (await self._upstream.connect()).close()
 
     async def _until_lost(self) -> str:
-        """Wait until a new connection is needed, and say why.  Raises Refused at a final goodbye."""
+        """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
         session = self._session
         while session is not None:
             self._changed.clear()
@@ -4043,14 +4091,14 @@ class Client:
                 return connection
             except OSError as e:
                 failures.append(e)
-        raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # the most telling
+        raise most_telling(failures)
 
     def _check_pin(self, connection: Connection) -> None:
         if self._pin:
             shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
             if not hmac.compare_digest(fingerprint(shown), self._pin):
                 connection.reset(CANCELLED, '')
-                raise Refused(495, 'pin', f'{self.address} shows another certificate than the one of '
+                raise Refused(495, 'pin', f'{self.address} shows another certificate than that of '
                               f'--pin: its SHA256 is {fingerprint(shown)}', final=True)
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
@@ -4069,7 +4117,10 @@ class Client:
         response = await read_final(connection, None, HANDSHAKE_TIMEOUT)
         if response.status != 101:
             await self._refused(connection, response)
-        welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
+        try:
+            welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
+        except (ValueError, RecursionError):
+            welcome = None
         if not isinstance(welcome, dict) or not welcome.get('url'):
             raise Disconnected(f'{self.address} is no localtunnel server: it sent no welcome')
         return welcome
@@ -4087,10 +4138,11 @@ class Client:
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
         except (ValueError, KeyError, TypeError, LocaltunnelError):
-            raise Refused(response.status, 'no_upgrade', f'{self.address} answered {response.status} '
-                          'instead of opening a session: is it a localtunnel server? A proxy in front '
-                          'of it must pass Upgrade on (Cloudflare and Envoy do not by default; set '
-                          'the name to DNS only there, or allow the upgrade "localtunnel/1")') from None
+            raise Refused(
+                response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
+                'of opening a session: is it a localtunnel server? A proxy in front must pass '
+                'Upgrade on (Cloudflare and Envoy do not by default; set the name to DNS only, '
+                f'or allow the upgrade "{PROTOCOL}")') from None
         raise refused
 
     def _new_session(self) -> Session:
@@ -4121,7 +4173,7 @@ class Client:
         while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
             for stream in [stream for s in sessions for stream in s.streams.values()]:
                 if stream.idle == NEVER and now > began + LINGER:
-                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket has no end to wait for
+                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket does not end
             await asyncio.sleep(DRAIN_LOOK)
             now = self.reactor.now()
         for session in sessions:
@@ -4153,7 +4205,8 @@ class Client:
             if upstream:
                 upstream.close()
             stream.close()
-            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0, why)
+            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0,
+                                    why)
 
     async def _serve(self, stream: Stream) -> None:
         """One stream from its head to its end."""
@@ -4199,14 +4252,16 @@ class Client:
                 else:
                     sending = self.reactor.spawn(self._send_body(upstream, head, body))
                 response = await read_final(upstream, stream, self._timeout)
-                return await self._give_answer(stream, request, upstream, response, sending, outcome)
+                return await self._give_answer(stream, request, upstream, response, sending,
+                                               outcome)
             except (Disconnected, BadHttp) as e:
                 if stream.error is not None or outcome.status:
                     raise       # the answer has begun, or nobody waits for it
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'{self.target.text} took too long') from e
                 if isinstance(e, BadHttp):
-                    raise HopFailed(502, f'the answer of {self.target.text} is malformed: {e}') from e
+                    raise HopFailed(502, f'the answer of {self.target.text} is malformed: '
+                                    f'{e}') from e
                 if reused is None or not upstream.silent:
                     raise HopFailed(502, f'{self.target.text} closed the connection without an '
                                     'answer') from e
@@ -4227,8 +4282,8 @@ class Client:
     def _hint(self, server: str) -> None:
         if server:
             self._hinted = True
-            self._observer.hint(f'{server} does not know the name of this tunnel; start the client with '
-                                '--host-header rewrite, or allow the name in its configuration')
+            self._observer.hint(f'{server} does not know the name of this tunnel; start the client '
+                                'with --host-header rewrite, or allow the name in its settings')
 
     async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
         """Copy a request that is still under way."""
@@ -4259,8 +4314,8 @@ class Client:
         length = response.body_length(request.method)
         outcome.status = response.status
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
-            self._observer.hint('length unknown: the app ends this answer by closing, which TLS hides '
-                                'when it breaks')
+            self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
+                                'hides whether it broke')
         if not self._hinted and (response.status in (400, 403) or length == len(STRANGERS[1][1])):
             outcome.seen = b''
         await copy_message(encode_response(response, lines, length < 0),
@@ -4269,7 +4324,7 @@ class Client:
         if outcome.seen and not self._hinted:
             self._hint(unknown_host(response.status, outcome.seen))
         if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
-            self._upstream.give(upstream)       # after a body the app may not have read it to its end
+            self._upstream.give(upstream)       # a body may lie there unread: then never
         else:
             upstream.close()
 
@@ -4287,7 +4342,7 @@ LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one w
 
 USE_SERVER = """\
   with a server:     python3 localtunnel.py client {target} --server https://HOST
-  your own server:   python3 localtunnel.py server --domain DOMAIN   (on a machine with a public address)"""
+  your own server:   python3 localtunnel.py server --domain DOMAIN   (where it is reachable)"""
 
 
 _clock = (0, '')
@@ -4424,7 +4479,8 @@ class ServerLog:
     def note(self, text: str) -> None:
         """Something happened."""
         now = clock()
-        self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else f'{now} {text}')
+        self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else
+                        f'{now} {text}')
 
     def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
@@ -4507,12 +4563,18 @@ EXIT_CODES = {'token': EXIT_TOKEN, 'revoked': EXIT_TOKEN, 'superseded': EXIT_SUP
 _source: List[bytes] = []
 
 
+def own_path() -> str:
+    """Where this file lies; '' where it was read from standard input."""
+    path = globals().get('__file__') or ''
+    return path if os.path.isfile(path) else ''
+
+
 def own_source() -> Optional[bytes]:
     """This file, or None where it was read from a pipe that can't be read again."""
     if not _source:
         try:
-            if '__file__' in globals():
-                with open(__file__, 'rb') as f:
+            if own_path():
+                with open(own_path(), 'rb') as f:
                     _source.append(f.read())
             else:
                 sys.stdin.buffer.seek(0)
@@ -4755,7 +4817,7 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
     if args.pin is not None:
         args.pin = args.pin.replace(':', '').lower()
         if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
-            raise UsageError('--pin takes the 64 hexadecimal digits of a SHA256, for an https server')
+            raise UsageError('--pin takes 64 hexadecimal digits, for an https server')
     for cidr in args.allow:
         try:
             ipaddress.ip_network(cidr, strict=False)
@@ -4812,28 +4874,23 @@ async def look_for_app(client: Client, terminal: Terminal) -> None:
 
 # The server's side.
 
-def server_command(args: argparse.Namespace) -> int:
-    """`server`"""
-    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
-        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
+class Places(NamedTuple):
+    """Where a server listens, and with which certificate; `pin` is that of a self-signed one."""
+    plain: List[socket.socket]
+    secure: List[socket.socket]
+    admin: List[socket.socket]
+    certificate: Optional[Certificate]
+    pin: str
+
+
+def open_places(args: argparse.Namespace, state: str) -> Places:
+    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError."""
     local = is_loopback(args.domain)
-    state = args.state or state_folder()
-    if bool(args.cert) != bool(args.key):
-        raise UsageError('--cert and --key go together')
-    try:
-        os.makedirs(state, mode=0o700, exist_ok=True)
-        if not os.access(state, os.W_OK):
-            raise PermissionError(errno.EACCES, 'Permission denied')
-        tokens, made = server_tokens(args, state, local)
-        leases = Leases(tokens, os.path.join(state, 'leases.json'))
-    except OSError as e:
-        raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
-                         'name another one with --state') from e
     certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
     signed = None if certificate or local or args.trust_proxy else self_signed(state, args.domain)
     if signed:
         certificate, pin = Certificate(*signed[:2]), signed[2]
-    host = args.bind if args.bind is not None else 'localhost' if local else ''
+    host = args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
     args.port = args.port if args.port is not None else 8080 if local else 80
     inherited = inherited_sockets()
     plain = inherited.get(args.port) or bind_or_explain(host, args.port)
@@ -4846,12 +4903,19 @@ def server_command(args: argparse.Namespace) -> int:
             if not pin:
                 raise
             certificate, pin = None, ''         # it was only a kindness
+    return Places(plain, secure, admin, certificate, pin)
+
+
+def server_coroutine(args: argparse.Namespace, tokens: Tokens, leases: Leases, made: str,
+                     state: str, places: Places) -> Command:
+    """What `server` runs."""
+    plain, secure, admin, certificate, pin = places
 
     async def command(reactor: Reactor, stop: asyncio.Event) -> int:
         log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
         server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                         rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                        host=host, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
+                        host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
                         script=stamped_source)
         server.certificate, server.trace = certificate, log.frame if args.verbose else None
         port = plain[0].getsockname()[1]
@@ -4874,7 +4938,27 @@ def server_command(args: argparse.Namespace) -> int:
         await server.stop(handed_over)
         log.flush()
         return 0
-    return run(command)
+    return command
+
+
+def server_command(args: argparse.Namespace) -> int:
+    """`server`"""
+    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
+        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
+    local = is_loopback(args.domain)
+    state = args.state or state_folder()
+    if bool(args.cert) != bool(args.key):
+        raise UsageError('--cert and --key go together')
+    try:
+        os.makedirs(state, mode=0o700, exist_ok=True)
+        if not os.access(state, os.W_OK):
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        tokens, made = server_tokens(args, state, local)
+        leases = Leases(tokens, os.path.join(state, 'leases.json'))
+    except OSError as e:
+        raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
+                         'name another one with --state') from e
+    return run(server_coroutine(args, tokens, leases, made, state, open_places(args, state)))
 
 
 def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
@@ -4907,7 +4991,7 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[s
     if not is_loopback(args.domain) and visitors == http:
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
                  'allow to secure pages only will not work; give one with --cert and --key'
-                 + ('. Clients come by TLS all the same, and know this server by --pin' if pin else ''))
+                 + ('. Clients come by TLS all the same: --pin is their check' if pin else ''))
     scheme, _, authority = visitors.partition('://')
     ports = f'ports {port} and {tls_port}' if secure else f'port {port}'
     log.note(f'listening on {ports}: tunnels appear at '
@@ -4960,7 +5044,8 @@ def inherited_sockets() -> Dict[int, List[socket.socket]]:
                 sock = socket.socket(fileno=number)
                 found.setdefault(sock.getsockname()[1], []).append(sock)
             except (OSError, IndexError) as e:
-                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket ({e})') from e
+                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket '
+                                 f'({e})') from e
             sock.set_inheritable(False)
     return found
 
@@ -5011,10 +5096,10 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
 
 async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int:
     """Start this program again with SOCKETS; its process id once it serves, else 0."""
-    if '__file__' not in globals():
+    if not own_path():
         return 0        # it came through a pipe, and can't be started again
     ours, theirs = os.pipe()
-    keep = [os.dup(fd) for fd in (theirs, *(s.fileno() for s in sockets))]     # none below FIRST_PASSED
+    keep = [os.dup(fd) for fd in (theirs, *(s.fileno() for s in sockets))]
     child = os.fork()
     if child == 0:
         try:
@@ -5050,7 +5135,8 @@ def become_successor(descriptors: List[int], count: int) -> NoReturn:
     os.closerange(ready + 1, highest + len(moved))
     environment = {**os.environ, 'LISTEN_FDS': str(count), 'LISTEN_PID': str(os.getpid()),
                    READY_VARIABLE: str(ready)}
-    os.execve(sys.executable, [sys.executable, os.path.abspath(__file__), *sys.argv[1:]], environment)
+    script = os.path.abspath(own_path())
+    os.execve(sys.executable, [sys.executable, script, *sys.argv[1:]], environment)
 
 
 # The parser.
@@ -5090,24 +5176,25 @@ def place(text: str) -> Tuple[str, int]:
 def make_parser() -> argparse.ArgumentParser:
     """All that a user can type."""
     parser = argparse.ArgumentParser(
-        prog='localtunnel.py', description='Puts a local program on the internet under a friendly URL.',
+        prog='localtunnel.py',
+        description='Puts a local program on the internet under a friendly URL.',
         epilog='localtunnel.py client --help and server --help show the options of each.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
     add_client_options(commands.add_parser(
         'client', help='give a local program a public URL', epilog=TARGET_FORMS + '. Secrets in '
-        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep them '
-        'out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token '
-        'refused, 5 superseded.').add_argument)
+        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep '
+        'them out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, '
+        '4 token refused, 5 superseded.').add_argument)
     add_server_options(commands.add_parser('server', help='run the relay', epilog=(
-        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and '
-        'SIGINT drain, the second one ends at once.')).add_argument)
+        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM '
+        'and SIGINT drain, the second one ends at once.')).add_argument)
     return parser
 
 
 def add_client_options(add: Callable[..., Any]) -> None:
     """Options of `client`."""
-    add('target', metavar='TARGET', help='what visitors reach: 8000, http://HOST:PORT, ./FOLDER, ...')
+    add('target', metavar='TARGET', help='what visitors reach: 8000, ./FOLDER, ... (see below)')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
     add('--name', help='ask for this name; refused is refused')
     add('--release', action='store_true', help='with --name: give the name back')
@@ -5115,7 +5202,7 @@ def add_client_options(add: Callable[..., Any]) -> None:
     add('--tcp', action='store_true', help='raw TCP instead of HTTP')
     add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
     add('--auth', action='append', default=[], metavar='USER:PASSWORD', help='visitors must log in')
-    add('--allow', action='append', default=[], metavar='CIDR', help='only these visitors; repeatable')
+    add('--allow', action='append', default=[], metavar='CIDR', help='only these visitors')
     add('--host-header', metavar='VALUE', help='send VALUE as Host to the app; `rewrite`: the app '
         'believes that it is visited on its own address')
     add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
@@ -5132,13 +5219,15 @@ def add_client_options(add: Callable[..., Any]) -> None:
 
 def add_server_options(add: Callable[..., Any]) -> None:
     """Options of `server`."""
-    add('--domain', default='localhost', type=str.lower, help='tunnels are NAME.DOMAIN (%(default)s)')
-    add('--bind', metavar='ADDRESS', help='listen on this address only (all; for localhost: loopback)')
+    add('--domain', default='localhost', type=str.lower,
+        help='tunnels are NAME.DOMAIN (%(default)s)')
+    add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
     add('--port', type=port_number, help='for http (80; for localhost 8080)')
     add('--tls-port', type=port_number, default=443, help='for https (%(default)s)')
     add('--cert', metavar='FILE', help='certificate with its chain, for https')
     add('--key', metavar='FILE', help='its private key')
-    add('--token', action='append', help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
+    add('--token', action='append',
+        help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
     add('--token-file', metavar='FILE',
         help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
     add('--open', action='store_true', help='everybody may open tunnels')
