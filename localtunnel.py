@@ -2271,6 +2271,9 @@ def is_address(host: str) -> bool:
     return True
 
 
+HOST_NAME = r'[A-Za-z0-9._~:-]+'
+
+
 def is_loopback(host: str) -> bool:
     """Does HOST name this machine and no other?"""
     if is_address(host):
@@ -3545,9 +3548,6 @@ def parse_target(text: str, tcp: bool = False) -> Target:
     if colon and re.fullmatch(HOST_NAME, host.strip('[]')) and re.fullmatch('[0-9]+', number):
         return Target(scheme, host.strip('[]').lower(), _port(number))
     raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
-
-
-HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
 def bracketed(host: str) -> str:
