@@ -41,6 +41,7 @@ import argparse
 import asyncio
 import base64
 import collections
+import contextlib
 import datetime
 import errno
 import fnmatch
@@ -119,6 +120,7 @@ BODY_IDLE = 3600.0              # without a byte in either direction of a body
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
 CONNECT_TIMEOUT = 10.0          # to reach the app, or the server
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
+CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many are under way
 LINGER = 2.0                    # for an answer to arrive before its connection is closed
 HALF_CLOSED = 2.0               # for an answer to begin after the visitor's FIN
 CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
@@ -156,10 +158,13 @@ MAX_CONNECTIONS_OF_ADDRESS = 2048       # of visitors; an office behind one addr
 MAX_DESCRIPTORS = 1 << 20        # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
 MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
+MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
+MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 MAX_LEASES = 20                 # chosen names of one owner
 MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
 LEASE_SECONDS = 365 * 86400     # a chosen name on an open server, after its last use
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
+ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors end
 BACKLOG = 1024                  # connections that wait to be accepted
 
 
@@ -521,9 +526,9 @@ class Reactor:
         now, wall = self.now(), time.time()
         woke_up = wall - self._mark[1] - (now - self._mark[0]) > WOKE_UP
         self._mark = now, wall
+        self._timer = self.loop.call_later(SWEEP, self._sweep)      # first: whatever fails below
         for member in tuple(self.swept):
             member.sweep(now, woke_up)
-        self._timer = self.loop.call_later(SWEEP, self._sweep)
 
     def spawn(self, coroutine: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         """Start a task and hold it until it ends."""
@@ -1116,7 +1121,7 @@ class Session:
         self._resets: Dict[int, bytes] = {}
         self._control_size = 0
         self._pong_due = False
-        self._line: Deque[Stream] = collections.deque()     # streams that wait for their turn
+        self._line: Dict[Stream, None] = {}     # streams that wait for their turn
         self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
         self.sent = 0
         self._acknowledged = self._asked_at = 0
@@ -1158,6 +1163,7 @@ class Session:
     def forget(self, stream: Stream) -> None:
         """STREAM is over both ways."""
         self.streams.pop(stream.id, None)
+        self._line.pop(stream, None)
         self._credits.pop(stream.id, None)
         if self._closing and not self.streams:
             self._schedule()        # it closes when all has left
@@ -1179,8 +1185,8 @@ class Session:
         """STREAM will be woken when it is its turn."""
         if self.error is not None:
             stream.fail(StreamReset(SESSION_LOST, str(self.error)))
-        elif stream not in self._line:
-            self._line.append(stream)
+        else:
+            self._line[stream] = None
 
     def send(self, kind: int, stream: int, payload: Buffer = b'') -> None:
         """Queue one frame; it leaves at the end of this turn of the loop."""
@@ -1260,7 +1266,8 @@ class Session:
         for _ in range(len(self._line)):
             if not self._room() or not self._line:
                 break
-            stream = self._line.popleft()
+            stream = next(iter(self._line))
+            del self._line[stream]
             stream.granted = True
             stream._writable.set()
 
@@ -1317,7 +1324,7 @@ class Session:
                 self.proven = True
 
     def _find(self, id: int) -> Optional[Stream]:
-        if id > self._last_id:
+        if not 0 < id <= self._last_id:
             raise ProtocolError(f'a frame for stream {id}, which was never opened')
         return self.streams.get(id)
 
@@ -2024,7 +2031,13 @@ def check_name(name: str) -> None:
 
 def digest_of(secret: Union[str, bytes]) -> str:
     """How a secret is kept: the SHA256 in hexadecimal."""
-    return hashlib.sha256(secret.encode() if isinstance(secret, str) else secret).hexdigest()
+    data = secret.encode(errors='replace') if isinstance(secret, str) else secret
+    return hashlib.sha256(data).hexdigest()
+
+
+def same(one: str, other: str) -> bool:
+    """Are both equal?  Takes the same time wherever they differ, and takes any characters."""
+    return hmac.compare_digest(one.encode(errors='replace'), other.encode(errors='replace'))
 
 
 def check_token(token: str) -> str:
@@ -2090,13 +2103,14 @@ class Tokens:
         """Read the file again; one that can't be read in full is not taken: why not."""
         if not self._path:
             return None
+        self._seen = None
         try:
             info = os.stat(self._path)
             self._seen = info.st_mtime_ns, info.st_size, info.st_ino
             with open(self._path, encoding='utf-8') as f:
                 self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
-        except (OSError, ValueError) as e:
+        except (OSError, ValueError, OverflowError) as e:
             return f'the token file {self._path} was not taken: {e}'
         return None
 
@@ -2167,7 +2181,7 @@ class Leases:
     def claim(self, name: str, owner: str, token: str, now: float) -> None:
         """Give NAME to OWNER, who came with the token of digest TOKEN, or raise Refused."""
         current = self.owner(name, now)
-        if current is not None and not hmac.compare_digest(current, owner):
+        if current is not None and not same(current, owner):
             raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
                           'choose another one')
         known = self._leases.get(name)
@@ -2268,7 +2282,7 @@ def is_address(host: str) -> bool:
         ipaddress.ip_address(host.strip('[]'))
     except ValueError:
         return False
-    return True
+    return '%' not in host       # a zone may hold any character
 
 
 HOST_NAME = r'[A-Za-z0-9._~:-]+'
@@ -2371,14 +2385,16 @@ class Access:
 
     def __init__(self, rules: Dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
+        if max(len(rules.get('allow', [])), len(rules.get('auth', []))) > MAX_RULES:
+            raise ValueError(f'more than {MAX_RULES} rules')
         self._networks = [ipaddress.ip_network(cidr, strict=False)
                           for cidr in rules.get('allow', [])]
         self._users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
-    def encode(allow: Sequence[str], auth: Sequence[str]) -> Dict[str, Any]:
-        """The rules as they travel; AUTH are USER:PASSWORD."""
-        salted = [(secrets.token_hex(16), user) for user in auth]
+    def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
+        """The rules as they travel; AUTH are USER:PASSWORD.  KEY makes their salts, always the same."""
+        salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
         return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
 
     @property
@@ -2398,7 +2414,7 @@ class Access:
             return False
         right = False
         for salt, digest in self._users:
-            right |= hmac.compare_digest(digest_of(salt + given), digest)
+            right |= same(digest_of(salt + given), digest)
         return right and scheme.lower() == b'basic'
 
 
@@ -2628,6 +2644,8 @@ class Tunnel:
                 self.members.remove(old)
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{self.name} over')
+                old.session.reactor.loop.call_later(DRAIN, old.session.end,
+                                                    Disconnected('superseded'))
 
 
 class Visit:
@@ -2728,7 +2746,7 @@ class Server:
         self._host, self._tcp_ports, self._trusted, self._only = host, tcp_ports, trusted, only
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
-        self._visits: Set[Visit] = set()
+        self._visits: Dict[Visit, None] = {}    # the oldest first
         self._of_address: Dict[str, int] = collections.Counter()
         self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
         self._descriptors = descriptor_limit()
@@ -2745,13 +2763,14 @@ class Server:
             self.reactor.spawn(self._accept_tls(sock))
         else:
             self._listeners.append(await self.reactor.loop.create_server(
-                self._connection, sock=sock, backlog=BACKLOG))
+                self._connection, sock=sock, backlog=ACCEPTED_TOGETHER))
+            sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
 
     async def _accept_tls(self, sock: socket.socket) -> None:
         """Accept for TLS, MAX_HANDSHAKES at a time."""
         assert self.certificate
-        loop, slots = self.reactor.loop, asyncio.Semaphore(MAX_HANDSHAKES)
-        context = self.certificate.context
+        loop, context = self.reactor.loop, self.certificate.context
+        shaking: Dict[socket.socket, float] = {}        # since when; the oldest first
 
         async def shake_hands(accepted: socket.socket) -> None:
             try:
@@ -2761,17 +2780,22 @@ class Server:
             except OSError:
                 self.counters['handshakes_failed'] += 1
             finally:
-                slots.release()
+                del shaking[accepted]
         sock.setblocking(False)
         while not self._draining:
-            await slots.acquire()
+            while len(shaking) >= MAX_HANDSHAKES:       # those who had their second go
+                for old, since in tuple(shaking.items()):
+                    if self.reactor.now() - since >= CROWDED_HANDSHAKE:
+                        with contextlib.suppress(OSError):
+                            old.shutdown(socket.SHUT_RDWR)
+                await asyncio.sleep(DRAIN_LOOK)
             try:
                 accepted, _ = await loop.sock_accept(sock)
             except OSError as e:
-                slots.release()
                 self._log.note(f'accepting fails: {e}')
                 await asyncio.sleep(SWEEP)
                 continue
+            shaking[accepted] = self.reactor.now()
             self.reactor.spawn(shake_hands(accepted))
 
     def _connection(self) -> Connection:
@@ -2888,11 +2912,30 @@ class Server:
 
     # One connection.
 
+    def _enter(self, visit: Visit) -> None:
+        """A visitor came; near the limit the one who has been idle for longest has to go.
+
+        It must never come to accept() failing: asyncio then tells so a thousand times a second.
+        """
+        self._visits[visit] = None
+        self._of_address[visit.connection.peer] += 1
+        if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS * 3 // 4:
+            idle = (v for v in self._visits if v is not visit and not (v.stream or v.waiting))
+            out = next(idle, visit)
+            del self._visits[out]       # the next one must not choose it again
+            out.connection.reset(CANCELLED, 'too many connections')
+
+    def _leave(self, visit: Visit) -> None:
+        self._visits.pop(visit, None)
+        address = visit.connection.peer
+        self._of_address[address] -= 1
+        if not self._of_address[address]:
+            del self._of_address[address]
+
     async def _serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
         visit = Visit(connection, self._trusted)
-        self._visits.add(visit)
-        self._of_address[visit.address] += 1
+        self._enter(visit)
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
@@ -2914,10 +2957,7 @@ class Server:
         except (LocaltunnelError, OSError):
             connection.reset(CANCELLED, '')
         finally:
-            self._visits.discard(visit)
-            self._of_address[connection.peer] -= 1
-            if not self._of_address[connection.peer]:
-                del self._of_address[connection.peer]
+            self._leave(visit)
             if after != TAKEN:
                 connection.close()
 
@@ -3060,7 +3100,8 @@ class Server:
                 return await self._give_answer(visit, request, stream, body, sending)
             except StreamReset as e:
                 self._explain_reset(e, visit, sending)
-                if whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST:
+                if (whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST
+                        or stream.session.error is None):     # a RESET may only claim it
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
             except (BadHttp, Incomplete, Overdue) as e:
                 if visit.begun:
@@ -3240,8 +3281,8 @@ class Server:
                           f'it: {visit.scheme}://{self.domain}/localtunnel.py')
         if self._draining:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
-        hello = Hello(request.get(b'localtunnel-hello'))
         grant = self._grant(request, visit)
+        hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         host = request.host.decode()
         name = self._name_for(hello, owner, grant, host_of(request))
@@ -3264,6 +3305,8 @@ class Server:
             return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof)
         name = str(hello.name)
         check_name(name)
+        if not any(fnmatch.fnmatchcase(name, g) for g in grant.names):
+            raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
         if hello.release:
             self._release(name, owner)
         self._leases.claim(name, owner, grant.digest, time.time())
@@ -3305,8 +3348,9 @@ class Server:
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
         visit, stream = Visit(connection), None
-        self._visits.add(visit)
+        self._enter(visit)
         try:
+            self._check_room(visit)
             access = await self._present(visit, tunnel)
             if not access.admits_address(visit.address):
                 raise Disconnected(f'{visit.address} may not visit this tunnel')
@@ -3318,7 +3362,7 @@ class Server:
         except (LocaltunnelError, OSError) as e:
             connection.reset(CANCELLED, str(e))
         finally:
-            self._visits.discard(visit)
+            self._leave(visit)
             connection.close()
             if stream:
                 stream.close()
@@ -3341,8 +3385,8 @@ class Server:
 
     def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
         """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
-        if hello.name and not any(fnmatch.fnmatchcase(str(hello.name), g) for g in grant.names):
-            raise Refused(403, 'bad_name', f'your token does not allow the name {hello.name}')
+        if len(tunnel.members) >= MAX_MEMBERS and hello.share:
+            raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
         if tunnel.members:
             return
         mine = sum(any(m.grant.digest == grant.digest for m in t.members)
@@ -3350,7 +3394,7 @@ class Server:
         if mine >= grant.tunnels and not self._only:
             raise Refused(429, 'too_many', f'your token allows {grant.tunnels} tunnels at once; '
                           'end another one first')
-        if len(self._tunnels) > self._most:
+        if sum(bool(t.members) for t in self._tunnels.values()) >= self._most:
             raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
 
     def _release(self, name: str, owner: str) -> NoReturn:
@@ -3373,7 +3417,7 @@ class Server:
     def _resumed(self, tunnel: Tunnel, hello: Hello) -> Optional[Member]:
         """The member whose session goes on, where the client asks for it and nothing is missing."""
         for member in tunnel.members:
-            if (hello.resume and hmac.compare_digest(member.id.encode(), hello.resume[0].encode())
+            if (hello.resume and same(member.id, hello.resume[0])
                     and member.hello.instance == hello.instance
                     and member.session.can_resume(hello.resume[1])):
                 member.session.detach()
@@ -3985,7 +4029,6 @@ class Client:
         self._session: Optional[Session] = None
         self._session_id = ''
         self._changed = asyncio.Event()
-        self._asked_to_move = False                 # did the server hand over to another?
         self._exchanges = 0
         self._hinted = host_header is not None
         kind = 'tcp' if target.scheme == 'tcp' else 'http'
@@ -4016,8 +4059,8 @@ class Client:
             if self._once:
                 raise LocaltunnelError(why)
             now = self.reactor.now()
-            if now - began > SETTLED or self._asked_to_move:
-                attempt, lost, self._asked_to_move = 0, now, False
+            if now - began > SETTLED:
+                attempt, lost = 0, now
             elif self._session is not None and self._session.proven:
                 attempt = 1         # it worked, for a moment
             attempt += 1
@@ -4036,7 +4079,7 @@ class Client:
             self._changed.clear()
             if session.goaway is not None:
                 code, text = session.goaway
-                self._session, self._asked_to_move = None, code == DRAINING
+                self._session = None
                 if code in (SUPERSEDED, REVOKED):
                     await self._finish({session})
                     raise Refused(409 if code == SUPERSEDED else 401,
@@ -4058,14 +4101,16 @@ class Client:
         except BaseException:
             connection.reset(CANCELLED, '')
             raise
-        resumed, session = welcome.get('resume'), self._session
-        if resumed is None or session is None:
+        session, count = self._session, welcome.get('received')
+        resumed = (welcome.get('resume') is not None and session is not None
+                   and isinstance(count, int) and session.can_resume(count))
+        if session is None or not resumed:
             if session is not None:
                 session.end(Disconnected('the server does not know this session any more'))
             session = self._new_session()
             session.attach(connection)
         else:
-            session.attach(connection, int(welcome['received']))
+            session.attach(connection, int(count or 0))
         self._session_id = str(welcome.get('session', ''))
         if self.url:
             self._observer.back()
@@ -4137,7 +4182,7 @@ class Client:
             said = json.loads(reason)
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
-        except (ValueError, KeyError, TypeError, LocaltunnelError):
+        except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
             raise Refused(
                 response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
                 'of opening a session: is it a localtunnel server? A proxy in front must pass '
@@ -4847,7 +4892,7 @@ def client_coroutine(args: argparse.Namespace, target: Target, address: Optional
                             as_json=args.json, quiet=args.quiet, first=accepted)
         client = Client(reactor, at, target, key, terminal, name=args.name,
                         tcp_port=args.tcp_port or 0, token=token, share=args.share,
-                        rules=Access.encode(args.allow, args.auth), timeout=args.timeout,
+                        rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
                         once=args.once, tls=server_tls(at, args.ca, args.pin), pin=args.pin or '',
                         upstream_tls=upstream_tls(target, args.ca, args.insecure),
                         host_header=args.host_header, release=args.release, trace=args.verbose)
