@@ -122,6 +122,7 @@ CONNECT_TIMEOUT = 10.0          # to reach the app, or the server
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
 CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many are under way
 LINGER = 2.0                    # for an answer to arrive before its connection is closed
+IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
 HALF_CLOSED = 2.0               # for an answer to begin after the visitor's FIN
 CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
 POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
@@ -351,8 +352,9 @@ class Decoder:
 # The receiver promises a window.  The sender never has more under way than was promised.  What has
 # been read is promised again (CREDIT), half a window at a time.  The window doubles when a full one
 # was drained within two round trips, since then the window itself is what limits the speed; it
-# halves when a full one took longer than sixteen, by promising less than was read.  So a path that
-# is long and fast gets large windows, and a reader who stalls keeps a small one.  All growth comes
+# halves when a full one took longer than sixteen, by promising less than was read, and is back at
+# its first size when the stream was idle.  So a path that is long and fast gets large windows, and
+# a reader who stalls keeps a small one.  All growth comes
 # from a budget of the session and one of the process; with those used up, windows stay as they are.
 # ------------------------------------------------------------------------------------------------
 
@@ -390,13 +392,13 @@ class ReceiveWindow:
 
     Invariant: `_promised` (may still arrive) + unread + `_read` (not yet promised again) = `size`.
     """
-    __slots__ = ('size', '_floor', '_budget', '_promised', '_read', '_drained', '_since')
+    __slots__ = ('size', '_floor', '_budget', '_promised', '_read', '_drained', '_since', '_last')
 
     def __init__(self, size: int, budget: Budget) -> None:
         self.size = self._floor = self._promised = size
         self._budget = budget
         self._read = self._drained = 0
-        self._since = 0.0
+        self._since = self._last = 0.0
 
     def arrived(self, n: int) -> None:
         """N bytes came.  Raises ProtocolError where they were not promised."""
@@ -408,6 +410,9 @@ class ReceiveWindow:
         """N bytes were read: how many to promise anew, 0 for not yet."""
         self._read += n
         self._drained += n
+        if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
+            self._shrink_to(self._floor)
+        self._last = now
         if self._read * 2 < self.size:
             return 0
         if self._drained >= self.size:
@@ -428,13 +433,18 @@ class ReceiveWindow:
 
     def _adapt(self, took: float, round_trip: float) -> None:
         if took <= 2 * round_trip:
-            if self.size * 2 <= MAX_WINDOW and self._budget.take(self.size):
+            if (self.size * 2 <= MAX_WINDOW and not self._budget.scarce     # new streams need some
+                    and self._budget.take(self.size)):
                 self._read += self.size
                 self.size *= 2
         elif took > 16 * round_trip and self.size >= 2 * self._floor:
-            self.size //= 2
-            self._read -= self.size
-            self._budget.give(self.size)
+            self._shrink_to(self.size // 2)
+
+    def _shrink_to(self, size: int) -> None:
+        less = max(0, self.size - size)
+        self.size -= less
+        self._read -= less
+        self._budget.give(less)
 
     def close(self) -> None:
         """Bring the window back to the budget; once."""
@@ -746,9 +756,12 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.secure = transport.get_extra_info('ssl_object') is not None
         sock = transport.get_extra_info('socket')
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
+                    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
+            except OSError:
+                pass        # it has been reset: macOS says so here
         self.reactor.swept.add(self)
         self.reactor.transports.add(self.transport)
         if self.arrived:
@@ -870,7 +883,10 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         """Let the system end the connection when nothing is acknowledged, where it can."""
         sock = self.transport.get_extra_info('socket')
         if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family != socket.AF_UNIX:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+            try:
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
+            except OSError:
+                pass        # the same
 
     async def linger(self) -> None:
         """Close so that an answer to a peer that still sends arrives.
@@ -1128,6 +1144,8 @@ class Session:
         self._heard = self._moved = reactor.now()
         self._pending = 0           # bytes written that the kernel had not taken at the last sweep
         self._pinged = NEVER
+        self._pinged_at = 0
+        self._confirmed, self._goodbye = 0, NEVER   # what has arrived there; and all we had to say
         reactor.swept.add(self)
 
     def _nothing(self) -> None:
@@ -1229,6 +1247,8 @@ class Session:
     def _flush(self) -> None:
         """Let those in line write, and send all that is queued."""
         while self.connection is not None and not self.connection.choked:
+            if self.connection.receiver is None:
+                return      # it is closing
             self._next_in_line()
             self._take_control()
             if not self._out:
@@ -1239,10 +1259,14 @@ class Session:
             self._kept.append(data)
             self.sent += len(data)
             self.connection.transport.write(data)
-            if self.sent - self._asked_at >= ACKNOWLEDGE_EVERY and self._pinged == NEVER:
+            if self.sent - self._asked_at >= ACKNOWLEDGE_EVERY:
                 self._ping()
-        if self._closing and not (self.streams or self._out):
-            self.close()
+        if self._closing and not (self.streams or self._line or self._out):
+            if self._goodbye == NEVER:      # what crossed our GOAWAY comes before this PONG
+                self._goodbye = self.sent
+                self._ping()
+            elif self._confirmed >= self._goodbye:
+                self.close()
 
     def _take_control(self) -> None:
         """Put what was merged in front of this turn's frames, but RESET behind them."""
@@ -1319,7 +1343,7 @@ class Session:
             if kind == PING:
                 self._pong_due = True
                 self._schedule()
-            elif self._pinged != NEVER:
+            elif self._pinged != NEVER and self._confirmed >= self._pinged_at:
                 self.round_trip, self._pinged = self._heard - self._pinged, NEVER
                 self.proven = True
 
@@ -1344,6 +1368,7 @@ class Session:
     def _acknowledge(self, n: int) -> None:
         if n > self.sent:
             raise ProtocolError('more acknowledged than was sent')
+        self._confirmed = n
         had_room = self._room()
         while self._kept and self._acknowledged + len(self._kept[0]) <= n:
             self._acknowledged += len(self._kept.popleft())
@@ -1398,7 +1423,8 @@ class Session:
                 self.on_detached()
 
     def _ping(self) -> None:
-        self._pinged = self.reactor.now()
+        if self._pinged == NEVER:
+            self._pinged, self._pinged_at = self.reactor.now(), self.sent
         self._asked_at = self.sent
         self.send(PING, 0, U64.pack(self.received))
 
@@ -1417,7 +1443,7 @@ class Session:
         elif (self.pings and self._pinged != NEVER
               and now - max(self._pinged, self._heard) > PONG_WITHIN):
             self._give_up(f'no answer to a ping in {PONG_WITHIN:.0f} s')
-        elif self.pings and self._pinged == NEVER and (woke_up or now - self._heard > PING_AFTER):
+        elif self._pinged == NEVER and (woke_up and self.pings or now - self._heard > PING_AFTER):
             self._ping()
         elif now - self._heard > SILENT_SESSION:
             self._give_up(f'nothing was heard in {SILENT_SESSION:.0f} s')
@@ -2192,7 +2218,13 @@ class Leases:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
         self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
-        self._save()
+        try:
+            self._save()
+        except OSError as e:
+            self._leases[name] = known or {}
+            if not known:
+                del self._leases[name]
+            raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
 
     def port_of(self, owner: str) -> int:
         """The TCP port that OWNER had before, or 0."""
@@ -2393,7 +2425,7 @@ class Access:
 
     @staticmethod
     def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
-        """The rules as they travel; AUTH are USER:PASSWORD.  KEY makes their salts, always the same."""
+        """The rules as they travel; AUTH are USER:PASSWORD.  KEY makes their salts, ever the same."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
         return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
 
@@ -2844,7 +2876,8 @@ class Server:
         self._wrong = {a: until for a, until in self._wrong.items() if until > now}
         for name, tunnel in tuple(self._tunnels.items()):
             for member in tuple(tunnel.members):
-                if now - member.session.detached_at > RESUME_WITHIN:
+                patience = self._hold if tunnel.pick() else RESUME_WITHIN
+                if now - member.session.detached_at > patience:
                     member.session.end(Disconnected('the client did not come back'))
                 elif not self._tokens.holds('', member.grant.digest, time.time()):
                     self._revoke(tunnel, member, 'its token is not valid any more')
@@ -3145,9 +3178,10 @@ class Server:
 
     async def _present(self, visit: Visit, tunnel: Tunnel) -> Access:
         """Wait for a client of TUNNEL that is on its way, and for its rules.  Raises HopFailed."""
-        member = tunnel.pick()
-        if member is None:
-            await self._hold_request(visit, tunnel)
+        member, deadline = tunnel.pick(), self.reactor.now() + self._hold
+        while member is None and self.reactor.now() < deadline:     # it may be lost again at once
+            if not await self._hold_request(visit, tunnel, deadline):
+                break
             member = tunnel.pick()
         if member is None:
             raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
@@ -3166,23 +3200,24 @@ class Server:
                             f'Retry-After: {RETRY_AFTER}')
         return stream
 
-    async def _hold_request(self, visit: Visit, tunnel: Tunnel) -> None:
-        """Wait for a client that is expected back."""
-        broke = not tunnel.said_goodbye and self.reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
-        if not (broke or self._starting) or len(tunnel.held) >= MAX_HELD or (
+    async def _hold_request(self, visit: Visit, tunnel: Tunnel, deadline: float) -> bool:
+        """Wait for a client that is expected back; was there one?"""
+        broke = self.reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
+        if tunnel.said_goodbye or not (broke or self._starting) or len(tunnel.held) >= MAX_HELD or (
                 self._held >= MAX_HELD_IN_ALL):
-            return
+            return False
         visit.waiting = future = self.reactor.loop.create_future()
         tunnel.held.add(future)
         self._held += 1
         try:
-            await asyncio.wait({future}, timeout=self._hold)
+            await asyncio.wait({future}, timeout=deadline - self.reactor.now())
         finally:
             self._held -= 1
             tunnel.held.discard(future)
             visit.waiting = None
         if visit.connection.error:
             raise visit.connection.error
+        return future.done()
 
     async def _send_body(self, stream: Stream, head: bytes, body: Body,
                          request: Request) -> Optional[BadHttp]:
@@ -4045,13 +4080,13 @@ class Client:
         """Keep the tunnel up.  Raises Refused, and with `once` whatever broke it."""
         attempt, lost = 0, self.reactor.now()
         while True:
-            began = self.reactor.now()
+            began = NEVER
             try:
                 await self._connect()
                 began = self.reactor.now()
                 why = await self._until_lost()
             except Refused as e:
-                if e.final or not self.url or self._once:
+                if e.final or self._once or not (self.url or e.status == 503):
                     raise
                 why = str(e)
             except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
@@ -4694,8 +4729,8 @@ class tunnel:
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._client.stop()
         await end_task(self._running)
+        await self._client.stop()
         if self._local:
             await self._local.stop()
         await self._reactor.close()

@@ -131,9 +131,10 @@ class LoopTest(unittest.TestCase):
             await self.forget(task)
 
     async def forget(self, task):
-        """End TASK, whatever became of it."""
-        task.cancel()
-        await asyncio.wait({task})
+        """End TASK, whatever became of it; before 3.12 wait_for may swallow a cancel."""
+        while not task.done():
+            task.cancel()
+            await asyncio.wait({task}, timeout=0.05)
         task.cancelled() or task.exception()
 
     def constant(self, **values):
@@ -561,12 +562,12 @@ class OneWay:
         piece, written = pattern(100000), []
 
         async def fill():
-            while True:
+            while len(written) < 1000:
                 written.append(piece)
                 await writer.write(piece)
         task = asyncio.ensure_future(fill())
         self.stack.push_async_callback(self.forget, task)
-        await eventually(lambda: writer._writable._resume is not None)
+        await eventually(lambda: writer._writable._resume is not None or task.done())
         return task, written
 
     async def until_the_end(self, reader):
@@ -1298,30 +1299,24 @@ class PingTest(SessionTest):
     async def test_the_client_gives_up_without_an_answer(self):
         with self.constant(PONG_WITHIN=0.0):
             session, reader, writer = await self.against_raw(client=True)
-            gone = asyncio.Event()
-            session.on_detached = gone.set
-            await gone.wait()
-            self.assertIsNone(session.connection)
+            await eventually(lambda: session.connection is None)
+            self.assertIsNone(session.error)
 
     async def test_the_server_gives_up_after_long_silence(self):
         with self.constant(SILENT_SESSION=0.0):
             session, reader, writer = await self.against_raw()
-            gone = asyncio.Event()
-            session.on_detached = gone.set
-            await gone.wait()
-            self.assertIsNone(session.connection)
+            await eventually(lambda: session.connection is None)
+            self.assertIsNone(session.error)
 
     async def test_a_peer_that_never_reads_is_given_up(self):
-        session, _, _ = await self.against_raw()
-        with self.constant(STALLED_SESSION=0.0, KEPT_FOR_RESUME=1 << 30):
-            gone = asyncio.Event()
-            session.on_detached = gone.set
+        session, _, _ = await self.against_raw(small=20000)
+        with self.constant(STALLED_SESSION=0.0):
             async with contextlib.AsyncExitStack() as stack:
-                for _ in range(600):        # more than the kernel takes
+                for _ in range(100):        # more than the kernel takes
                     stream = session.open()
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
-                await gone.wait()
+                await eventually(lambda: session.connection is None)
 
     async def test_each_frame_can_be_watched(self):
         here, there = await self.sessions()
@@ -3929,10 +3924,10 @@ class HouseTest(unittest.TestCase):
                 names |= {alias.name.partition('.')[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 names.add(node.module.partition('.')[0])
-        for name in names:
-            origin = str(getattr(importlib.util.find_spec(name), 'origin', ''))
-            self.assertTrue(origin in ('None', 'built-in', 'frozen') or 'site-packages' not in origin
-                            and os.path.dirname(os.__file__) in origin, f'{name} is from {origin}')
+        for name in names - set(sys.builtin_module_names):
+            origin = importlib.util.find_spec(name).origin
+            self.assertTrue(origin == 'frozen' or os.path.dirname(os.__file__) in origin
+                            and 'site-packages' not in origin, f'{name} is from {origin}')
 
     def test_no_function_has_more_than_sixty_lines(self):
         long = [(node.name, node.end_lineno - node.lineno + 1) for node in ast.walk(self.tree)
