@@ -2425,7 +2425,7 @@ class Access:
 
     @staticmethod
     def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
-        """The rules as they travel; AUTH are USER:PASSWORD.  KEY makes their salts, ever the same."""
+        """The rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
         return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
 

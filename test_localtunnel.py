@@ -10,6 +10,7 @@ nobody sleeps until something is ready, and every test ends with no task, stream
 
 import ast
 import asyncio
+import base64
 import contextlib
 import faulthandler
 import functools
@@ -27,6 +28,7 @@ import select
 import shutil
 import signal
 import socket
+import socketserver
 import statistics
 import struct
 import subprocess
@@ -34,6 +36,7 @@ import sys
 import tempfile
 import threading
 import time
+import tracemalloc
 import types
 import unittest
 import unittest.mock
@@ -1309,7 +1312,7 @@ class PingTest(SessionTest):
             self.assertIsNone(session.error)
 
     async def test_a_peer_that_never_reads_is_given_up(self):
-        session, _, _ = await self.against_raw(small=20000)
+        session, reader, writer = await self.against_raw(small=20000)
         with self.constant(STALLED_SESSION=0.0):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(100):        # more than the kernel takes
@@ -1317,6 +1320,7 @@ class PingTest(SessionTest):
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
                 await eventually(lambda: session.connection is None)
+        self.assertFalse(reader.at_eof())
 
     async def test_each_frame_can_be_watched(self):
         here, there = await self.sessions()
@@ -1792,7 +1796,7 @@ class BodyTest(unittest.TestCase):
             data = bytes(chance.choice(b'\r\n\r\n0123aA;: x\xff')
                          for _ in range(chance.randrange(30)))
             results = set()
-            for pieces, rest in three_ways(data)[:2]:
+            for pieces, _ in three_ways(data)[:2]:
                 stream, body = self.reader(lt.CHUNKED)
                 try:
                     got = []
@@ -2385,7 +2389,7 @@ class RouteTest(WorldTest):
 
     async def test_the_host_may_be_in_any_case_and_with_any_port(self):
         await self.world()
-        client = await self.client(await self.app(), name='app')
+        await self.client(await self.app(), name='app')
         for host in ('app.localhost', 'APP.LocalHost:80', f'app.localhost:{self.port}'):
             self.assertEqual((await (await self.visitor(host)).get())[0], 200)
 
@@ -3691,8 +3695,9 @@ class PythonTest(CommandTest):
 
     def test_with_gives_a_url_while_it_lasts(self):
         app = self.app()
-        with lt.tunnel(app.port) as t:
-            self.assertEqual(fetch(t.url), (200, b'app /'))
+        with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', self.unused_port()):
+            with lt.tunnel(app.port) as t:
+                self.assertEqual(fetch(t.url), (200, b'app /'))
         with self.assertRaises(ConnectionRefusedError):
             fetch(t.url)
 
@@ -3831,6 +3836,1988 @@ class BrowserTest(CommandTest):
                                       'Promise.all([1,2,3,4,5,6,7,8].map(n => fetch("/" + n).then('
                                       'r => r.text()))).then(t => t.length + t[7])'),
                                       '8<h1>hello</h1> /8')
+
+
+# ------------------------------------------------------------------------------------------------
+# What HTTP may not be: tables of raw requests and responses, each sent through a real tunnel.
+#
+# The requests come from the words of RFC 9112 and 9110 and from the published smuggling techniques
+# (CL.TE, TE.CL, TE.TE, CL.0, TE.0, TERM.EXT, EXT.TERM, chunk spills, trailer merging).
+# ------------------------------------------------------------------------------------------------
+
+H = b'Host: t.localhost\r\n'
+TABLE_OK = b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'
+ORDINARY = b'GET /ordinary HTTP/1.1\r\n' + H + b'Connection: close\r\n\r\n'
+SMUGGLED = b'GET /smuggled HTTP/1.1\r\n' + H + b'\r\n'
+EMPTY = b'0\r\n\r\n'
+
+
+def get(line=b'GET /x HTTP/1.1', fields=b'', host=H):
+    """A request without a body; LINE without and FIELDS with their ends of line."""
+    return line + b'\r\n' + host + fields + b'\r\n'
+
+
+def post(fields, body=b'', line=b'POST /x HTTP/1.1'):
+    return get(line, fields) + body
+
+
+def chunked(body):
+    return post(b'Transfer-Encoding: chunked\r\n', body)
+
+
+class Recorder(socketserver.ThreadingTCPServer):
+    """A raw app: keeps what it got, and reads only what has exactly one meaning."""
+    allow_reuse_address = daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self):
+        super().__init__(('127.0.0.1', 0), None)
+        self.requests, self.ambiguous = [], []
+        self.reply, self.end = TABLE_OK, 'keep'       # for every path but /ordinary
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+
+    def finish_request(self, request, client_address):
+        request.settimeout(10)
+        with request, request.makefile('rb') as f:
+            try:
+                while self.one(request, f):
+                    pass
+            except (OSError, EOFError):
+                pass        # the tunnel went away, which is right after something malformed
+
+    def one(self, sock, f):
+        """One request; whether the connection is kept."""
+        lines = []
+        while not lines or lines[-1]:
+            line = f.readline()
+            if not line.endswith(b'\n'):
+                raise EOFError
+            if not line.endswith(b'\r\n') or re.search(rb'[\0\r\n]', line[:-2]):
+                self.ambiguous.append(line)
+            lines.append(line[:-2])
+        shape = rb"[!#$%&'*+.^_`|~\w-]+:[^\0\r\n]*"
+        if not re.fullmatch(rb'[^\s]+ [^\s]+ HTTP/1\.1', lines[0]) or not all(
+                re.fullmatch(shape, line, re.ASCII) for line in lines[1:-1]):
+            self.ambiguous.append(lines)
+        length = [line for line in lines[1:]
+                  if re.match(rb'(?i)content-length|transfer-encoding', line)]
+        body, trailers = b'', []
+        if length == [b'Transfer-Encoding: chunked']:
+            while True:
+                size = self.line(f, rb'(?:0|[1-9a-f][0-9a-f]*)\r\n')
+                if size == b'0\r\n':
+                    break
+                body += self.exactly(f, int(size, 16))
+                self.line(f, rb'\r\n')
+            while not trailers or trailers[-1] != b'\r\n':
+                trailers.append(self.line(f, rb'(?:' + shape + rb')?\r\n'))
+        elif length and self.end != 'no bodies':
+            if len(length) > 1 or not re.fullmatch(rb'[^:]+:[ \t]*[0-9]+[ \t]*', length[0]):
+                self.ambiguous.append(length)
+            body = self.exactly(f, int(length[0].split(b':')[1]))
+        self.requests.append((lines[:-1], body, trailers[:-1]))
+        if b'/ordinary ' in lines[0]:
+            sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nordinary')
+            return True
+        sock.sendall(self.reply)
+        if self.end == 'reset':
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        return self.end in ('keep', 'no bodies')
+
+    def shutdown_request(self, request):
+        request.close()         # at once, so that `reset` is one
+
+    def line(self, f, pattern):
+        line = f.readline()
+        if not line.endswith(b'\n'):
+            raise EOFError
+        if not re.fullmatch(pattern, line, re.ASCII):
+            self.ambiguous.append(line)
+        return line
+
+    def exactly(self, f, n):
+        data = f.read(n)
+        if len(data) < n:
+            raise EOFError
+        return data
+
+
+# Requests that get 400 and the connection closed, and of which the app sees nothing whole.
+
+REFUSED = {}        # name: bytes, or (bytes, other status)
+for value in (
+        b'5, 5|5,6|5,|,5|+5|-5|-0|0x5|5h|5 5|5;|5.0|5e0|"5"||11111111111111111111|'
+        b'18446744073709551621|5_0|\x0b5|5\x0c|5\0|5\xa0|\xef\xbc\x95|0b101|0o5|NaN').split(b'|'):
+    REFUSED['Content-Length: %r' % value[:40]] = post(
+        b'Content-Length: ' + value + b'\r\n', b'hello' + SMUGGLED)
+for value in (
+        b'chunked, chunked|chunked, identity|identity|identity, chunked|gzip, chunked|gzip|'
+        b'chunked, gzip|xchunked|chunkedx|chunk|x|"chunked"|\'chunked\'|chunked;q=1|'
+        b'chunked; x|\x0bchunked|\x0cchunked|chunked\x0b||chunked,|, chunked|cow chunked|'
+        b'chunked cow|chunked\xa0|\xa0chunked|chunked\x85|chun\0ked|\0chunked|chunked\r|'
+        b'ch\xc3\xbcnked|\r\n chunked|\n chunked|x\r\n\tchunked|chunked\x7f').split(b'|'):
+    REFUSED['Transfer-Encoding: %r' % value] = post(
+        b'Transfer-Encoding: ' + value + b'\r\n', EMPTY + SMUGGLED)
+for fields in (
+        b'Content-Length: 5\r\nContent-Length: 5|Content-Length: 5\r\nContent-Length: 6|'
+        b'CONTENT-LENGTH: 6\r\nX: y\r\ncontent-length: 5|'
+        b'Content-Length: 5\r\nContent-Length:|'
+        b'Content-Length: 5\r\nTransfer-Encoding: chunked|'
+        b'Transfer-Encoding: chunked\r\nContent-Length: 4|'
+        b'Transfer-Encoding: x\r\nContent-Length: 4|'
+        b'Content-Length: 0\r\nTransfer-Encoding:|'
+        b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked|'
+        b'Transfer-Encoding: chunked\r\ntransfer-encoding: identity|'
+        b'Transfer-Encoding: cow\r\nTransfer-Encoding: chunked|'
+        b'Transfer-Encoding:\r\nTransfer-Encoding: chunked|Transfer-Encoding : chunked|'
+        b'Transfer-Encoding\t: chunked|Transfer Encoding: chunked|'
+        b'Transfer-Encoding\0: chunked|Transfer-Encoding\x0b: chunked|'
+        b'Transfer-Encoding\xff: chunked|\xefTransfer-Encoding: chunked|'
+        b' Transfer-Encoding: chunked|X: y\r\n Transfer-Encoding: chunked|'
+        b'X: y\r\n\tTransfer-Encoding: chunked|X: y\rTransfer-Encoding: chunked|'
+        b'X: y\nTransfer-Encoding: chunked|X: y\r\r\nTransfer-Encoding: chunked|'
+        b'Transfer-Encoding\r\n: chunked|X: y\0\r\nTransfer-Encoding: chunked|: chunked|'
+        b'Transfer-Encoding chunked|Content-Length : 5|Content-Length\0: 5|'
+        b'Content-Length:\r\n 5|X y: 1|X|X: a\0b|X: a\rb|X: a\nb|X: a\x7fb|X: a\x01b|'
+        b'X\x80: 1|X: \x1b[0m|(X): 1|X@: 1|X/Y: 1|X[]: 1|X=: 1|"X": 1|X,Y: 1|X;: 1|\0X: 1|'
+        b'X: 1\r\n\x0bY: 2|Host: t.localhost|Host: other.localhost|Host :other.localhost|'
+        b' Host: other.localhost|Host: |Connection: host|Connection: close, Content-Length|'
+        b'Connection: Transfer-Encoding,close|Connection: X-Forwarded-For|'
+        b'Connection: x_forwarded_proto|Connection: x\r\nConnection: X-Forwarded-Host').split(b'|'):
+    REFUSED['fields %r' % fields] = post(fields + b'\r\n', EMPTY + SMUGGLED)
+for body in (
+        b'0x5\r\nhello\r\n|+5\r\nhello\r\n|-5\r\nhello\r\n|5 \r\nhello\r\n| 5\r\nhello\r\n|'
+        b'5\nhello\r\n|5\rhello\r\n|5\r\r\nhello\r\n|5;\nhello\r\n|5;a\nhello\r\n|'
+        b'5;a\rb\r\nhello\r\n|5;a=\0\r\nhello\r\n|5\0\r\nhello\r\n|5\r\nhello\n|5\r\nhello|'
+        b'5\r\nhelloXX|5\r\nhello\r|5\r\nhello\r\r\n|5\r\nhello\n\n|4\r\nhello\r\n|'
+        b'6\r\nhello\r\n|g\r\nhello\r\n|\r\nhello\r\n|;a\r\nhello\r\n|5,5\r\nhello\r\n|'
+        b'5 5\r\nhello\r\n|0_5\r\nhello\r\n|5h\r\nhello\r\n|5=a\r\nhello\r\n|'
+        b'"5"\r\nhello\r\n|\xef\xbc\x95\r\nhello\r\n|10000000000000005\r\nhello\r\n|'
+        b'FFFFFFFFFFFFFFFF\r\nhello\r\n|-0\r\n\r\n|0\n\n|0\r\n\n|0\n\r\n|0\r\rX|0;\n\r\n|'
+        b'0\r\nX : y\r\n\r\n|0\r\nX: y\n\r\n|0\r\n X: y\r\n\r\n|0\r\nX: y\r\n z\r\n\r\n|'
+        b'0\r\nX\r\n\r\n|0\r\nX: \0\r\n\r\n|0\r\nX: y\rZ: 1\r\n\r\n|'
+        b'0\r\nContent-Length: 5\r\n\r\n|0\r\nTransfer-Encoding: chunked\r\n\r\n|'
+        b'0\r\nHost: other.localhost\r\n\r\n|0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n').split(b'|'):
+    REFUSED['chunks %r' % body[:40]] = chunked(body + EMPTY + SMUGGLED)
+for line in (
+        b'GET  / HTTP/1.1|GET /  HTTP/1.1| GET / HTTP/1.1|\tGET / HTTP/1.1|GET / HTTP/1.1 |'
+        b'GET /|GET|GET / http/1.1|GET / HTTP/1|GET / HTTP/1.10|GET / HTTP/01.1|'
+        b'GET / HTTP/1,1|GET / HTTPS/1.1|GET / HTTP /1.1|GET / HTTP/1.1\0|GET / HTTP/-1.1|'
+        b'GET\t/\tHTTP/1.1|GET\x0b/ HTTP/1.1|GET /a b HTTP/1.1|GET /a\0b HTTP/1.1|'
+        b'GET /a\x7fb HTTP/1.1|GET /\tb HTTP/1.1|GET /\rX HTTP/1.1|GET /\nX HTTP/1.1|'
+        b'/ HTTP/1.1|GET HTTP/1.1|G(T / HTTP/1.1|G\0T / HTTP/1.1|G\xc3T / HTTP/1.1|'
+        b'"GET" / HTTP/1.1|GET: / HTTP/1.1|GET a HTTP/1.1|GET * HTTP/1.1|GET ?a HTTP/1.1|'
+        b'GET t.localhost/ HTTP/1.1|GET http:/t.localhost/ HTTP/1.1|GET http:// HTTP/1.1|'
+        b'GET http:///t.localhost HTTP/1.1|GET ftp://t.localhost/ HTTP/1.1|'
+        b'GET http://other.localhost/ HTTP/1.1|GET http://x@t.localhost/ HTTP/1.1|'
+        b'GET http://t.localhost@other/ HTTP/1.1|GET http://t.localhost:81/ HTTP/1.1|'
+        b'GET http://t.localhost\\@other/ HTTP/1.1|HTTP/1.1 200 OK|'
+        b'GET / HTTP/1.1\r\n\tX: y|GET / HTTP/1.1\r\n X: y|GET / HTTP/1.1\n|\0|\n|'
+        b'GET / HTTP/1.1\r|\rGET / HTTP/1.1|PROXY TCP4 1.1.1.1 2.2.2.2 1 2').split(b'|'):
+    REFUSED['line %r' % line] = get(line) + SMUGGLED
+for host in (
+        b'|Host:\r\n|Host: a b\r\n|Host: t.localhost, t.localhost\r\n|Host: a/b\r\n|'
+        b'Host: a@t.localhost\r\n|Host: t.localhost:x\r\n|Host: t.localhost:99999999\r\n|'
+        b'Host: t.localhost:80:80\r\n|Host: [::1\r\n|Host: ::1\r\n|Host: a\\b\r\n|'
+        b'Host: http://t.localhost\r\n|Host: t.localhost#\r\n|Host: t.localhost?\r\n|'
+        b'Host: \x80.localhost\r\n|Host: t%2elocalhost\r\n|Host: "t.localhost"\r\n').split(b'|'):
+    REFUSED['host %r' % host] = get(host=host) + SMUGGLED
+REFUSED.update({
+    'chunked in HTTP/1.0': post(b'Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n',
+                                EMPTY + SMUGGLED, b'POST /x HTTP/1.0'),
+    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H),
+    'only LF': b'GET / HTTP/1.1\nHost: t.localhost\n\n' + SMUGGLED,
+    'only CR': b'GET / HTTP/1.1\rHost: t.localhost\r\r' + SMUGGLED,
+    'ends with LF LF': b'GET / HTTP/1.1\r\n' + H[:-2] + b'\n\n' + SMUGGLED,
+    'no end of the head': b'GET / HTTP/1.1\r\n' + H + b'GET /smuggled HTTP/1.1\r\n' + H + b'\r\n',
+    'TLS hello': b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03' + bytes(range(200)),
+    'SSL 2 hello': b'\x80\x2e\x01\x00\x02\x00\x15\x00\x00\x00\x10' + bytes(40),
+    'HTTP/2 preface': (b'PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n' + bytes(9), 505),
+    'HTTP/2.0': (get(b'GET / HTTP/2.0'), 505), 'HTTP/0.9': (get(b'GET / HTTP/0.9'), 505),
+    'HTTP/3.0': (get(b'GET / HTTP/3.0'), 505),
+    'CONNECT': (get(b'CONNECT t.localhost:80 HTTP/1.1'), 501),
+    'CONNECT /': (get(b'CONNECT / HTTP/1.1'), 501),
+    'CONNECT, Host alike': (get(b'CONNECT a.b:1 HTTP/1.1', host=b'Host: a.b:1\r\n'), 501),
+    'long extension': chunked(b'5;' + b'x' * 9000 + b'\r\nhello\r\n' + EMPTY),
+    '20 KB URL': (get(b'GET /' + b'u' * 20000 + b' HTTP/1.1'), 414),
+    '200 KB URL': (get(b'GET /' + b'u' * 200000 + b' HTTP/1.1'), 414),
+    '1000 fields': (get(fields=b'X: y\r\n' * 1000), 431),
+    '70 KB field': (get(fields=b'X: ' + b'x' * 70000 + b'\r\n'), 431),
+    '900 KB of fields': (get(fields=(b'X: ' + b'x' * 996 + b'\r\n') * 900), 431),
+    '100 KB of trailers': (chunked(b'0\r\n' + b'X: y\r\n' * 17000 + b'\r\n'), 431),
+    '5000 trailers': (chunked(b'0\r\n' + b'X:\r\n' * 5000 + b'\r\n'), 431),
+    '100 KB of empty lines': b'\r\n' * 50000 + SMUGGLED,
+})
+
+# Requests that are odd and valid: they pass, each line as it was.  The visitor closes.
+
+TABLE_BODIES = {          # name: (request, its body, its trailers)
+    'a body that is a request (CL.0)': (
+        post(b'Content-Length: %d\r\n' % len(SMUGGLED), SMUGGLED), SMUGGLED, []),
+    'a GET with a body': (
+        post(b'Content-Length: 5\r\n', b'hello', b'GET /x HTTP/1.1'), b'hello', []),
+    'OPTIONS with chunks (TE.0)': (post(
+        b'Transfer-Encoding: chunked\r\n', b'%x\r\n' % len(SMUGGLED) + SMUGGLED + b'\r\n' + EMPTY,
+        b'OPTIONS /x HTTP/1.1'), SMUGGLED, []),
+    'zeros before Content-Length': (post(b'Content-Length: 0005\r\n', b'hello'), b'hello', []),
+    'Content-Length without space': (post(b'content-LENGTH:5 \t\r\n', b'hello'), b'hello', []),
+    'CHUNKED': (post(b'tRANSFER-eNCODING:\tCHUNKED \r\n', b'5\r\nhello\r\n' + EMPTY), b'hello', []),
+    'extensions': (
+        chunked(b'5;a=b\r\nhello\r\n05 ; c="d;e"\r\nworld\r\n1;\r\n!\r\n00;x\r\n\r\n'),
+        b'helloworld!', []),
+    'chunk data that is a chunk': (chunked(b'b\r\n0\r\n\r\n1\r\nX\r\n\r\n' + EMPTY),
+                                   b'0\r\n\r\n1\r\nX\r\n', []),
+    'trailers': (chunked(b'0\r\nX-Sum: \xe9 1\r\nx-sum:2\r\n\r\n'), b'',
+                 [b'X-Sum: \xe9 1\r\n', b'x-sum:2\r\n']),
+}
+PASSES = [get(line) for line in (
+    b'BREW /pot HTTP/1.1', b'get / HTTP/1.1', b"!#$%&'*+-.^_`|~ / HTTP/1.1", b'TRACE / HTTP/1.1',
+    b'OPTIONS * HTTP/1.1', b'GET // HTTP/1.1', b'GET //other.localhost/ HTTP/1.1',
+    b'GET /../%2e%2e/%00%zz% HTTP/1.1', b'GET /\x80\xff\xc3\xa9 HTTP/1.1',
+    b'GET /"<>[]^`{|}\\ HTTP/1.1', b'GET /?a=http://b/?c#d HTTP/1.1',
+    b'GET /' + b'u' * 8000 + b' HTTP/1.1', b'GET / HTTP/1.0')] + [get(fields=f) for f in (
+        b'X-A: 1\r\nx-a: 2\r\nX-B:\r\nX-A:3\r\nx-b:  \t two  words \t\r\n',
+        b'X: caf\xe9 \xe2\x82\xac \xff\x80\r\n', b'X: a:b "c\\" (d), ;\t e\r\n',
+        b"!#$%&'*+-.^_`|~09: 1\r\n", b'X: ' + b'x' * 20000 + b'\r\n',
+        b''.join(b'X-%d: %d\r\n' % (i, i) for i in range(100)), b'Cookie: a=1\r\nCookie: b=2\r\n',
+        b'Content-Encoding: chunked\r\n', b'X-Transfer-Encoding: chunked\r\n',
+        b'Expect: nothing\r\n', b'Range: bytes=0-\r\nIf-None-Match: "x", W/"y"\r\n')]
+CHANGED = {         # request: (request line at the app, a field that must be there)
+    get(b'GET http://t.localhost/a?b HTTP/1.1'): (b'GET /a?b HTTP/1.1', H),
+    get(b'GET HTTP://T.LOCALHOST HTTP/1.1'): (b'GET / HTTP/1.1', H),
+    get(b'OPTIONS http://t.localhost HTTP/1.1'): (b'OPTIONS * HTTP/1.1', H),
+    b'\r\n' + get(): (b'GET /x HTTP/1.1', H),
+    get(fields=b'Connection: X-Gone, Keep-Alive\r\nX-Gone: 1\r\nKeep-Alive: 5\r\nTE: gzip\r\n'
+        b'Proxy-Connection: close\r\nUpgrade: h2c\r\nX: 1\r\n'): (b'GET /x HTTP/1.1', b'X: 1\r\n'),
+    get(fields=b'X-Forwarded-For: 6.6.6.6\r\nX_Forwarded_For: 6.6.6.6\r\nx-forwarded_Proto: z\r\n'
+        b'X-FORWARDED-HOST: z\r\nX_FORWARDED-PORT: 1\r\nForwarded: for=6.6.6.6\r\n'):
+    (b'GET /x HTTP/1.1', b'X-Forwarded-For: 127.0.0.1\r\n'),
+}
+GONE = re.compile(
+    rb'(?i)x-gone|keep-alive|te:|proxy-|upgrade|connection|(x.)?forwarded|.*6\.6\.6\.6')
+
+# Answers of an app that become 502, or are cut off where their head had gone.
+
+A, C = b'HTTP/1.1 200 OK\r\n', b'Content-Length: 2\r\n'
+BAD_ANSWERS = [A + b'Content-Length: ' + v + b'\r\n\r\nokok' for v in (
+        b'2, 2|2,4|2\r\nContent-Length: 2|2\r\ncontent-length: 4|+2|-2|0x2||2 2|2;|2.0|'
+        b'99999999999999999999|2\0|2\x0b|\r\n 2').split(b'|')] + [
+    A + b'Transfer-Encoding: ' + v + b'\r\n\r\n2\r\nok\r\n0\r\n\r\n' for v in (
+        b'chunked, chunked|identity|gzip, chunked|chunked, gzip|xchunked||'
+        b'chunked\r\nTransfer-Encoding: chunked|x\r\nTransfer-Encoding: chunked|'
+        b'\x0bchunked|chunked\r\nContent-Length: 2|\r\n chunked|"chunked"').split(b'|')] + [
+    A + C + v + b'\r\n\r\nok' for v in (
+        b'Transfer-Encoding: chunked|X : y| X: y|X|X: a\0b|X: a\rb|X: a\nb|X: y\r\n z|: y|'
+        b'X y: z|X\xff: y|X: \x7f|Connection: Content-Length|Transfer-Encoding : chunked'
+    ).split(b'|')] + [
+    line + b'\r\n' + C + b'\r\nok' for line in (
+        b'HTTP/1.1 20 OK|HTTP/1.1 2000 OK|HTTP/1.1 099 OK|HTTP/1.1 2x0 OK|HTTP/1.1|'
+        b'HTTP/1.1  200 OK|HTTP/1.1\t200 OK|HTTP/2.0 200 OK|http/1.1 200 OK|'
+        b'HTTP/1.1 200 O\0K|HTTP/1.1 200 O\rK|HTTP/1.1 +200 OK| HTTP/1.1 200 OK|'
+        b'HTTP/1.1200 OK|ICY 200 OK|GET / HTTP/1.1|HTTP/1.1 200 OK\n|\0|'
+        b'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x').split(b'|')] + [
+    A + b'X: ' + b'x' * 70000 + b'\r\n\r\n', A + b'X: y\r\n' * 300 + b'\r\n', b'', b'ok',
+    b'HTTP/1.1 200 OK\r\nContent-', b'\x15\x03\x01\x00\x02\x02\x46', b'<html></html>',
+    b'HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n',
+    A[:-2] + b'\n' + C[:-2] + b'\n\nok', b'HTTP/1.1 103 Early\r\nX : y\r\n\r\n' + TABLE_OK,
+    b'HTTP/1.1 103 Early\r\n\r\n' * 1000, b'HTTP/1.1 100 Continue\r\n\r\n',
+    b'HTTP/1.1 204 No Content\r\nContent-Length: 2, 3\r\n\r\n',
+    b'HTTP/1.1 204 No Content\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n',
+    b'HTTP/1.1 304 Not Modified\r\nContent-Length: x\r\n\r\n'] + [
+    A + b'Transfer-Encoding: chunked\r\n\r\n' + v for v in (
+        b'|2|2\r\nok|2\r\nok\r\n|2\r\nok\r\n0|2\r\nok\r\n0\r\n|2\nok\r\n0\r\n\r\n|'
+        b'0x2\r\nok\r\n0\r\n\r\n|2\r\nokok\r\n0\r\n\r\n|2\r\nok\n0\r\n\r\n|'
+        b'-2\r\nok\r\n0\r\n\r\n|2;\nok\r\n0\r\n\r\n|2\r\nok\r\n0\r\n\n|'
+        b'2\r\nok\r\n0\r\nX : y\r\n\r\n|11111111111111112\r\nok\r\n0\r\n\r\n').split(b'|')] + [
+    A + b'Transfer-Encoding: chunked\r\n\r\n0\r\n' + b'X:\r\n' * 5000 + b'\r\n',
+    A + b'Content-Length: 9\r\n\r\n', A + b'Content-Length: 9\r\n\r\nok']
+
+GOOD_ANSWERS = [
+    b'HTTP/1.1 200\r\nX: y\r\n\r\n',
+    b'HTTP/1.1 200 \r\n\r\n', b'HTTP/1.1 299 caf\xe9 \t(x)\r\n\r\n',
+    b'HTTP/1.1 599 Odd\r\n\r\n', b'HTTP/1.1 404 Not Found\r\nx-A: 1\r\nX-a:2\r\nX-B:\r\n\r\n',
+    A + b'Set-Cookie: a=1\r\nSET-cookie: b=2; Path=/\r\nSet-Cookie: a=3\r\n\r\n',
+    A + b'X: \xff\x80 "\r\n\r\n', A + b'X: ' + b'x' * 20000 + b'\r\n\r\n',
+    A + b''.join(b'X-%d: %d\r\n' % (i, i) for i in range(100)) + b'\r\n']
+
+
+class HttpTables(unittest.TestCase):
+
+    @classmethod
+    def setUpClass(cls):
+        cls.app = Recorder()
+        cls.addClassCleanup(cls.app.server_close)
+        cls.addClassCleanup(cls.app.shutdown)
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            cls.port = s.getsockname()[1]
+        env = dict(os.environ, XDG_CONFIG_HOME=folder.name, LOCALTUNNEL_TOKEN='')
+        server = cls.start(subprocess.PIPE, env, 'server', '--domain', 'localhost', '--state',
+                           folder.name, '--port', str(cls.port))
+        server.stderr.readline()        # it listens; the rest is read so that it never waits
+        threading.Thread(target=server.stderr.read, daemon=True).start()
+        cls.start(None, env, 'client', str(cls.app.server_address[1]), '--name', 't', '--quiet',
+                  '--server', 'http://localhost:%d' % cls.port).stdout.readline()
+
+    @classmethod
+    def start(cls, stderr, env, *words):
+        process = subprocess.Popen([sys.executable, SCRIPT, *words], env=env, stderr=stderr,
+                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
+        for f in filter(None, (process.stdout, process.stderr)):
+            cls.addClassCleanup(f.close)
+        cls.addClassCleanup(process.wait)
+        cls.addClassCleanup(process.kill)
+        return process
+
+    def setUp(self):
+        self.app.reply, self.app.end = TABLE_OK, 'keep'
+
+    def visit(self, request, half_close=False):
+        """(all that comes back, whether it ended with RST): the server closes, not the visitor."""
+        with socket.create_connection(('127.0.0.1', self.port)) as s:
+            s.settimeout(10)
+            answer, reset = b'', False
+            try:
+                s.sendall(request)
+                if half_close:
+                    s.shutdown(socket.SHUT_WR)
+                while True:
+                    data = s.recv(65536)
+                    if not data:
+                        break
+                    answer += data
+            except ConnectionError:
+                reset = True
+        return answer, reset
+
+    def ordinary(self, before=()):
+        """An ordinary request works, and the app saw nothing else but the requests BEFORE."""
+        self.assertEqual(self.visit(ORDINARY)[0].split(b'\r\n\r\n')[-1], b'ordinary')
+        lines = [request[0][0] for request in self.app.requests]
+        self.assertEqual(lines, [*before, b'GET /ordinary HTTP/1.1'])
+        self.assertEqual(self.app.ambiguous, [])
+        self.app.requests.clear()
+
+    def test_what_can_be_read_in_two_ways_is_refused_and_never_reaches_the_app(self):
+        for name, case in REFUSED.items():
+            request, status = case if isinstance(case, tuple) else (case, 400)
+            with self.subTest(name):
+                self.app.requests.clear()
+                self.app.ambiguous.clear()
+                answer, reset = self.visit(request)
+                self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'%d' % status])
+                self.assertIn(b'\r\nConnection: close\r\n', answer)
+                self.assertFalse(reset)
+                self.ordinary()
+
+    def test_it_is_refused_behind_a_good_request_too(self):
+        for name in list(REFUSED)[::9]:
+            request = REFUSED[name] if isinstance(REFUSED[name], bytes) else b'\0'
+            with self.subTest(name):
+                self.app.requests.clear()
+                answer = self.visit(get() + request)[0]
+                self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'200', b'400'])
+                self.ordinary([b'GET /x HTTP/1.1'])
+
+    def passes(self, request, line, body=b'', trailers=()):
+        """REQUEST is answered with 200; the fields that the app got."""
+        self.app.requests.clear()
+        head, _, rest = request.lstrip(b'\r\n').partition(b'\r\n\r\n')
+        answer, reset = self.visit(head + b'\r\nConnection: close\r\n\r\n' + rest)
+        self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'200'])
+        self.assertFalse(reset)
+        got = self.app.requests[0]
+        self.ordinary([line])
+        self.assertEqual((got[1], got[2]), (body, list(trailers)))
+        wanted = [f for f in head.split(b'\r\n')[1:] if not GONE.match(f)
+                  and not f.lower().startswith(b'transfer-encoding')]
+        self.assertEqual(got[0][1:len(wanted) + 1], wanted)
+        return got[0]
+
+    def test_what_is_odd_and_valid_passes_unchanged(self):
+        for request in PASSES:
+            line = request.partition(b'\r\n')[0]
+            with self.subTest(request[:60]):
+                self.passes(request, line.replace(b'HTTP/1.0', b'HTTP/1.1'))
+        for name, (request, body, trailers) in TABLE_BODIES.items():
+            with self.subTest(name):
+                self.passes(request, request.partition(b'\r\n')[0], body, trailers)
+
+    def test_what_belongs_to_one_hop_or_can_not_be_trusted_is_left_out(self):
+        for request, (line, field) in CHANGED.items():
+            with self.subTest(request[:60]):
+                fields = self.passes(request, line)
+                self.assertIn(field[:-2], fields)
+                self.assertNotIn(b'6.6.6.6', b'\n'.join(fields))
+
+    def test_a_body_that_the_app_did_not_read_is_never_the_next_request(self):
+        """CL.0: such an app takes the body for a request, so its connection is not used again."""
+        self.app.end = 'no bodies'
+        begun = b'GET /smuggled HTTP/1.1\r\nX: '
+        for method in (b'GET', b'POST', b'PUT', b'DELETE', b'OPTIONS'):
+            with self.subTest(method):
+                self.visit(post(b'Connection: close\r\nContent-Length: %d\r\n' % len(begun), begun,
+                                method + b' /x HTTP/1.1'))
+                self.assertTrue(self.visit(ORDINARY)[0].endswith(b'ordinary'))
+        self.app.requests.clear()
+
+    def test_a_malformed_answer_is_502_or_cut_off(self):
+        for end in 'close', 'reset':
+            for version in b'1.1', b'1.0':
+                for reply in BAD_ANSWERS:
+                    with self.subTest(reply[:60], end=end, version=version):
+                        self.app.reply, self.app.end = reply, end
+                        self.app.requests.clear()
+                        self.cut_off(get(b'POST /x HTTP/' + version,
+                                         b'Content-Length: 0\r\nConnection: close\r\n'))
+                        self.ordinary([b'POST /x HTTP/1.1'])
+
+    def cut_off(self, request):
+        answer, reset = self.visit(request)
+        answer = re.sub(rb'^(HTTP/1\.1 1\d\d[^\0]*?\r\n\r\n)+', b'', answer)
+        if not answer.startswith(b'HTTP/1.1 502 ') and not (reset and not answer):
+            self.assertTrue(answer.startswith(b'HTTP/1.1 200 OK\r\n'), answer[:80])
+            self.assertTrue(reset or b'Content-Length: 9\r\n' in answer)
+            self.assertFalse(answer.endswith(b'0\r\n\r\n'))
+
+    def test_an_answer_without_length_that_breaks_off_is_no_whole_answer(self):
+        for version in b'1.1', b'1.0':
+            with self.subTest(version):
+                self.app.reply, self.app.end = A + b'X: y\r\n\r\nok', 'reset'
+                self.cut_off(get(b'GET /x HTTP/' + version, b'Connection: close\r\n'))
+
+    def test_odd_answers_pass_unchanged(self):
+        for reply in GOOD_ANSWERS:
+            with self.subTest(reply[:60]):
+                self.app.reply, self.app.end = reply, 'close'
+                self.app.requests.clear()
+                answer = self.visit(get(fields=b'Connection: close\r\n'))[0]
+                self.assertEqual(answer[:len(reply) - 2], reply[:-2])
+                self.ordinary([b'GET /x HTTP/1.1'])
+
+
+# ------------------------------------------------------------------------------------------------
+# Hostile peers: clients against the real server, servers against the real client, raw frames.
+#
+# Each attack has a bound and an answer (GOAWAY with the reason, or a refusal); afterwards others
+# are still served, nothing failed inside (no exception reached the loop), and no memory is kept.
+# ------------------------------------------------------------------------------------------------
+
+F, END, U32, U64 = lt.encode_frame, lt.END, lt.U32.pack, lt.U64.pack
+WORDS = lt.encode_reason
+HOSTILE_OK = b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'
+ASK = b'GET / HTTP/1.1\r\nHost: x\r\n\r\n'
+BAD = '\x1b[31m\x9b31m\r\nforged \u202e'
+DEEP = '[' * 30000
+
+
+class Peer:
+    """One raw end of a session, or any connection."""
+
+    def __init__(self, reader, writer):
+        self.reader, self.writer = reader, writer
+
+    def send(self, *data):
+        self.writer.write(b''.join(data))
+
+    async def frame(self):
+        """(kind with END, stream, payload); None at the end."""
+        try:
+            word, stream = lt.FRAME_HEADER.unpack(await self.reader.readexactly(8))
+            return word >> 24, stream, await self.reader.readexactly(word & 0xFFFFFF)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def until(self, *kinds):
+        """The next frame of KINDS; None at the end."""
+        while True:
+            frame = await self.frame()
+            if frame is None or frame[0] & ~END in kinds:
+                return frame
+
+    async def goaway(self):
+        """(code, text) of the goodbye; and that the connection ends after it."""
+        frame = await self.until(lt.GOAWAY)
+        while frame and await self.frame():
+            pass
+        return frame and lt.decode_reason(frame[2])
+
+    async def serve(self, answer=HOSTILE_OK):
+        """Be a client that answers everything."""
+        while True:
+            frame = await self.until(lt.OPEN, lt.PING)
+            if frame is None:
+                return
+            if frame[0] == lt.PING:
+                self.send(F(lt.PONG, 0, frame[2]))
+            else:
+                self.send(F(lt.DATA | END, frame[1], answer))
+
+    async def head(self):
+        """(status, head, body) of an answer."""
+        head = await self.reader.readuntil(b'\r\n\r\n')
+        length = [
+            line for line in head.lower().split(b'\r\n') if line.startswith(b'content-length:')
+        ]
+        body = await self.reader.readexactly(int(length[0][15:])) if length else b''
+        return int(head.split()[1]), head, body
+
+
+class Everything:
+    """A log and an observer who keep all that they are told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        return lambda *args, **words: self.told.append((name, *args))
+
+    def text(self):
+        return '\n'.join(str(x) for line in self.told for x in line)
+
+
+class HostileTest(unittest.IsolatedAsyncioTestCase):
+    """A server in this process, and what attacks it; SWEEP is short."""
+
+    async def asyncSetUp(self):
+        self.faults, self.tasks, self.peers, self.log = [], [], [], Everything()
+        self.loop = asyncio.get_running_loop()
+        self.loop.set_debug(False)
+        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        self.stack = contextlib.AsyncExitStack()
+        self.stack.enter_context(
+            unittest.mock.patch.multiple(
+                lt,
+                SWEEP=0.01,
+                LINGER=0.2,
+                HALF_CLOSED=0.01,
+                DRAIN=0.2,
+                PONG_WITHIN=1.0,
+                WRONG_TOKEN=0.01,
+            )
+        )
+        self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
+        self.reactor = lt.Reactor(self.loop)
+
+    async def asyncTearDown(self):
+        for task in self.tasks:
+            task.cancel()
+        await asyncio.gather(*self.tasks, return_exceptions=True)
+        if hasattr(self, 'server'):
+            await self.server.stop()
+        await self.reactor.close()
+        await self.stack.aclose()
+        self.assertEqual(self.faults, [])
+
+    async def start(self, tokens=None, domain='localhost', tls=None, **options):
+        self.tokens = tokens or lt.Tokens(open=True)
+        options = {'hold': 0.0, 'drain': 0.0, **options}
+        self.server = lt.Server(
+            self.reactor, domain, self.tokens, lt.Leases(self.tokens), self.log, **options
+        )
+        (sock,) = lt.bind('127.0.0.1', 0)
+        self.port = sock.getsockname()[1]
+        await self.server.listen(sock)
+        if tls:
+            self.server.certificate = lt.Certificate(*tls)
+            (sock,) = lt.bind('127.0.0.1', 0)
+            self.tls_port = sock.getsockname()[1]
+            await self.server.listen(sock, tls=True)
+
+    def background(self, coroutine):
+        self.tasks.append(asyncio.ensure_future(coroutine))
+        return self.tasks[-1]
+
+    async def dial(self, port=None, **options):
+        reader, writer = await asyncio.open_connection('127.0.0.1', port or self.port, **options)
+        self.stack.callback(writer.transport.abort)
+        self.peers.append(Peer(reader, writer))
+        return self.peers[-1]
+
+    async def within(self, awaitable, what='it hangs'):
+        """A bound against hanging; nothing is timed."""
+        try:
+            return await asyncio.wait_for(awaitable, 10)
+        except asyncio.TimeoutError:
+            self.fail(what)
+
+    async def eventually(self, true, what='it never became true'):
+        async def look():
+            while not true():
+                await asyncio.sleep(0.002)
+
+        await self.within(look(), what)
+
+    async def hello(self, token='', raw=None, **words):
+        """(peer, status, body): ask for a tunnel; the body is the welcome where it was given."""
+        peer = await self.dial()
+        text = (
+            raw
+            if raw is not None
+            else json.dumps(
+                {
+                    'kind': 'http',
+                    'proof': words.pop('proof', '22' * 32),
+                    'started': 1,
+                    'instance': os.urandom(16).hex(),
+                    **words,
+                }
+            )
+        )
+        peer.send(
+            b'GET ',
+            lt.WELL_KNOWN.encode(),
+            b' HTTP/1.1\r\nHost: localhost\r\nConnection: '
+            b'Upgrade\r\nUpgrade: localtunnel/1\r\nAuthorization: Bearer ',
+            token.encode(),
+            b'\r\nLocaltunnel-Hello: ',
+            text.encode(),
+            b'\r\n\r\n',
+        )
+        status, head, body = await self.within(peer.head(), 'no answer to a hello')
+        if status == 101:
+            body = head.split(b'Localtunnel-Welcome: ')[1].split(b'\r\n')[0]
+        return peer, status, json.loads(body)
+
+    async def victim(self, name='evil', **words):
+        peer, status, welcome = await self.hello(name=name, **words)
+        self.assertEqual(status, 101, welcome)
+        return peer
+
+    async def ask(self, host='evil.localhost', fields=b'', path=b'/', port=None, **options):
+        peer = await self.dial(port, **options)
+        peer.send(
+            b'GET ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n' + fields + b'\r\n'
+        )
+        return peer
+
+    async def visit(self, *args, **words):
+        return await self.within((await self.ask(*args, **words)).head(), 'no answer to a visitor')
+
+    async def good(self):
+        """Somebody else's tunnel."""
+        peer = await self.victim('good', proof='33' * 32)
+        self.background(peer.serve())
+
+    async def others_are_served(self):
+        self.assertEqual((await self.visit('good.localhost'))[0], 200)
+
+
+class FrameTest(HostileTest):
+    """A hostile client."""
+
+    async def test_each_violation_has_its_goodbye(self):
+        await self.start()
+        await self.good()
+        data = F(lt.DATA, 1, b'HTTP/1.1 200 OK\r\nA: '.ljust(lt.INITIAL_CREDIT - 1, b'x'))
+        for words, what, *frames in [
+            ('OPEN of stream 1', 'OPEN by a client', F(lt.OPEN, 1, b'x')),
+            ('never opened', 'DATA far ahead', F(lt.DATA, 99, b'x')),
+            ('never opened', 'RESET far ahead', F(lt.RESET, 99, b'\0\0')),
+            ('never opened', 'CREDIT far ahead', F(lt.CREDIT, 99, U32(1))),
+            ('never opened', 'the last id', F(lt.DATA, 0xFFFFFFFF, b'x')),
+            ('more bytes than the credit', 'over credit', data, F(lt.DATA, 1, b'xx')),
+            ('bytes after END', 'DATA after END', F(lt.DATA | END, 1, HOSTILE_OK),
+             F(lt.DATA, 1, b'x')),
+            ('bytes after END', 'END twice', F(lt.DATA | END, 1, HOSTILE_OK), F(lt.DATA | END, 1)),
+            ('DATA without bytes', 'empty DATA', F(lt.DATA, 1)),
+            ('credit without bound', 'credit', F(lt.CREDIT, 1, U32(0xFFFFFFFF))),
+            ('credit without bound', 'twice', F(lt.CREDIT, 1, U32(1 << 30)) * 2),
+            ('more acknowledged than was sent', 'PONG', F(lt.PONG, 0, U64(1 << 40))),
+            ('more acknowledged than was sent', 'PING', F(lt.PING, 0, U64(2**64 - 1))),
+            ('a frame of 65537 bytes', 'too long', F(lt.DATA, 1, b'x' * 65537)),
+            ('unknown kind 0', 'kind 0', F(0, 1)),
+            ('unknown kind 8', 'kind 8', F(8, 1)),
+            ('END on RESET', 'a flag', F(lt.RESET | END, 1, b'\0\0')),
+            ('END on PING', 'a flag', F(lt.PING | END, 0, U64(0))),
+            ('END on CREDIT', 'a flag', F(lt.CREDIT | END, 1, U32(1))),
+            ('PING on stream 1', 'a stream', F(lt.PING, 1, U64(0))),
+            ('DATA on stream 0', 'no stream', F(lt.DATA, 0, b'x')),
+            ('CREDIT of 3 bytes', 'a short one', F(lt.CREDIT, 1, b'xxx')),
+            ('RESET without a code', 'none', F(lt.RESET, 1, b'\0')),
+            ('GOAWAY without a code', 'none', F(lt.GOAWAY, 0)),
+        ]:
+            with self.subTest(what, words=words):
+                peer = await self.victim()
+                asked = await self.ask(fields=b'Content-Length: 9\r\n')  # stream 1 is not over
+                self.assertEqual((await peer.until(lt.OPEN))[1], 1)
+                peer.send(*frames)
+                code, text = await self.within(peer.goaway(), 'no goodbye')
+                self.assertEqual(code, lt.PROTOCOL_BROKEN)
+                self.assertIn(words, text)
+                self.assertIn((await self.within(asked.head()))[0], (200, 502, 503))
+        await self.others_are_served()
+
+    async def test_floods_end_or_do_no_harm_and_memory_stays_flat(self):
+        await self.start()
+        await self.good()
+        for what, flood in [
+            ('PING', F(lt.PING, 0, U64(0))),
+            ('CREDIT', F(lt.CREDIT, 1, U32(0))),
+            ('CREDIT 0', F(lt.CREDIT, 0, U32(9))),
+            ('RESET', F(lt.RESET, 1, b'\0\0')),
+            ('GOAWAY', F(lt.GOAWAY, 0, WORDS(99, BAD))),
+            ('PONG', F(lt.PONG, 0, U64(0))),
+        ]:
+            with self.subTest(what):
+                peer = await self.victim()
+                asked = await self.ask()
+                await peer.until(lt.OPEN)
+                tracemalloc.start()
+                for n in range(20):
+                    peer.send(flood * 5000)
+                    await peer.writer.drain()
+                    if not n:
+                        await self.others_are_served()
+                        before = tracemalloc.get_traced_memory()[0]
+                await self.others_are_served()
+                grown = tracemalloc.get_traced_memory()[0] - before
+                tracemalloc.stop()
+                self.assertLess(grown, lt.MIB)
+                asked.writer.close()
+                peer.send(F(9, 0))  # the end of it
+                self.assertIsNotNone(await self.within(peer.goaway()))
+        await self.others_are_served()
+
+    async def test_pings_that_acknowledge_nothing_are_not_kept_for_ever(self):
+        await self.start()
+        await self.good()
+        with unittest.mock.patch.multiple(lt, KEPT_FOR_RESUME=20000, BATCH=1000):
+            peer = await self.victim()
+            for _ in range(4000):  # one answer each, and none is ever acknowledged
+                peer.send(F(lt.PING, 0, U64(0)))
+                if not await self.within(peer.frame()):
+                    break
+            kept = [sum(map(len, m.session._kept)) for m in self.server._members()]
+        self.assertLess(max(kept), 45000)
+        await self.others_are_served()
+
+    async def test_a_reset_that_claims_a_lost_session_does_not_make_a_request_go_for_ever(self):
+        await self.start()
+        peer = await self.victim()
+        asked = await self.ask()
+        opened = 0
+
+        async def lie():
+            nonlocal opened
+            while opened < 50 and await peer.until(lt.OPEN):
+                opened += 1
+                peer.send(F(lt.RESET, opened, WORDS(lt.SESSION_LOST, 'x')))
+
+        self.background(lie())
+        self.assertEqual((await self.within(asked.head(), 'it goes for ever'))[0], 502)
+        self.assertLess(opened, 10)
+
+    async def test_one_that_provokes_answers_and_never_reads_them_is_given_up(self):
+        await self.start()
+        await self.good()
+        peer = await self.victim()
+        peer.reader._transport.pause_reading()
+        with unittest.mock.patch.multiple(lt, STALLED_SESSION=0.3, SILENT_SESSION=0.3):
+            flood = F(lt.PING, 0, U64(0)) * 5000
+            with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
+                for _ in range(30):
+                    peer.send(flood)
+                    await asyncio.wait_for(peer.writer.drain(), 0.2)
+            await self.eventually(
+                lambda: (
+                    [m.session.connection for m in self.server._members()].count(None) == 1
+                    or len(self.server._members()) == 1
+                )
+            )
+        self.server._members()
+
+    async def test_streams_that_wait_in_line_and_go_leave_nothing(self):
+        await self.start()
+        peer = await self.victim()
+        session = self.server._members()[0].session
+        session.connection.choked = True  # as when it never reads
+        for _ in range(30):
+            asked = await self.ask()
+            await self.eventually(lambda: self.server._visits)
+            asked.writer.transport.abort()
+            await self.eventually(lambda: not self.server._visits)
+        self.assertLess(len(session._line), 5)
+        session.connection.choked = False
+        peer.writer.close()
+
+    async def test_one_tunnel_can_not_take_all_windows(self):
+        await self.start(buffer=8 * lt.MIB)
+        await self.good()
+        peer = await self.victim()
+        session = [m.session for m in self.server._members() if not m.session.streams][-1]
+        for member in self.server._members():
+            member.session.round_trip = 100.0  # a hostile peer delays its PONGs
+        for _ in range(1, 9):
+            asked = await self.ask()
+            _, id, _ = await peer.until(lt.OPEN)
+            peer.send(F(lt.DATA, id, b'HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n'))
+            sent = credit = 60000
+            peer.send(F(lt.DATA, id, b'x' * sent))
+            await asked.reader.readexactly(sent)
+            for _ in range(8):  # as long as the windows grow
+                grown = self.server._budget.used
+                frame = await self.within(peer.until(lt.CREDIT))
+                credit = lt.U32.unpack(frame[2])[0]
+                while credit:
+                    piece = min(credit, 60000)
+                    peer.send(F(lt.DATA, id, b'x' * piece))
+                    await self.within(asked.reader.readexactly(piece))
+                    credit -= piece
+                if self.server._budget.used == grown:
+                    break
+        self.assertLess(session._budget.used, 8 * lt.MIB)
+        await self.others_are_served()
+
+
+class HelloTest(HostileTest):
+    """Malformed, false and too many hellos."""
+
+    async def test_what_is_no_hello_is_refused_and_nothing_fails(self):
+        await self.start()
+        await self.good()
+        await self.victim(auth=[['s', 'd']])
+        good = {
+            'kind': 'http',
+            'proof': '22' * 32,
+            'instance': '44' * 16,
+            'started': 1,
+            'name': 'evil',
+        }
+        for change in [
+            {'kind': 7},
+            {'kind': 'udp'},
+            {'proof': 'zz'},
+            {'proof': '22' * 33},
+            {'proof': None},
+            {'proof': ['2']},
+            {'instance': ''},
+            {'instance': {}},
+            {'started': 'x'},
+            {'started': 10**400},
+            {'port': 'x'},
+            {'port': float('inf')},
+            {'port': float('nan')},
+            {'port': [1]},
+            {'name': BAD},
+            {'name': 'x' * 40000},
+            {'name': ['a']},
+            {'name': {}},
+            {'name': '\ud800'},
+            {'name': 'xn--a'},
+            {'name': 'a.b'},
+            {'name': ''},
+            {'resume': 7},
+            {'resume': {'session': 'x'}},
+            {'resume': [1]},
+            {'allow': ['x']},
+            {'allow': 7},
+            {'resume': {'session': 'x', 'received': float('inf')}},
+            {'allow': [BAD]},
+            {'auth': [['a']]},
+            {'auth': 'x'},
+            {'auth': [7]},
+            {'auth': {'a': 'b'}},
+            {'allow': ['::'] * 9000},
+            {'auth': [['', '']] * 5000},
+        ]:
+            with self.subTest(str(change)[:60]):
+                _, status, reason = await self.hello(raw=json.dumps({**good, **change}))
+                self.assertIn(status, (400, 403), reason)
+        for raw in [
+            '',
+            '{',
+            DEEP,
+            '{"kind":' + DEEP,
+            'null',
+            '7',
+            '"x"',
+            '[]',
+            'NaN',
+            '9' * 60000,
+            '{}',
+            '\x80',
+            '{"kind": "http"}',
+        ]:
+            with self.subTest(raw[:20]):
+                self.assertEqual((await self.hello(raw=raw))[1], 400)
+        await self.others_are_served()
+        self.assertFalse([c for c in self.log.text() if not c.isprintable() and c != '\n'])
+
+    async def test_rules_that_can_not_be_compared_let_nobody_in(self):
+        await self.start()
+        for auth in [['s', '\xfc'], ['\ud800', 'x']]:
+            await self.victim(auth=[auth])
+            status, _, _ = await self.visit(fields=b'Authorization: Basic YTpi\r\n')
+            self.assertEqual(status, 401)
+
+    async def test_a_session_is_resumed_only_by_its_own_client_with_true_counts(self):
+        await self.start()
+        await self.good()
+        _, _, mine = await self.hello(name='evil', instance='44' * 16)
+        (other,) = [m for m in self.server._members() if m.hello.name == 'good']
+        for resume in [
+            {'session': other.id, 'received': 0},
+            {'session': mine['session'], 'received': 10**9},
+            {'session': mine['session'], 'received': -1},
+            {'session': '\xfc', 'received': 0},
+            {'session': '', 'received': 0},
+        ]:
+            with self.subTest(str(resume)):
+                _, status, welcome = await self.hello(
+                    name='evil', instance='44' * 16, resume=resume
+                )
+                self.assertEqual((status, welcome['resume']), (101, None))
+                mine = welcome
+        await self.others_are_served()
+
+    async def test_before_the_token_is_right_nothing_of_the_hello_matters(self):
+        await self.start(lt.Tokens(['right']))
+        for raw in ['{', DEEP, json.dumps({'allow': ['::'] * 9000})]:
+            self.assertEqual((await self.hello(raw=raw, token='wrong'))[1], 401)
+
+    async def test_wrong_tokens_are_slowed_and_right_ones_are_not(self):
+        await self.start(lt.Tokens(['right']))
+        with unittest.mock.patch.multiple(lt, WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
+            wrong = [self.background(self.hello(token=f'wrong{n}')) for n in range(20)]
+            await self.eventually(lambda: self.server.counters['wrong_tokens'] == 20)
+            _, status, _ = await self.hello(token='right')
+        self.assertEqual(status, 101)
+        self.assertFalse([task for task in wrong if task.done()])
+        self.assertLessEqual(max(self.server._wrong.values()), self.reactor.now() + 60)
+        self.assertNotIn('wrong1', self.log.text() + self.server.metrics())
+        self.assertNotIn('right', self.log.text() + self.server.metrics())
+
+    async def test_a_token_has_its_limits(self):
+        path = os.path.join(self.folder, 'tokens')
+        with open(path, 'w', encoding='utf-8') as f:
+            f.write(
+                '# team\nana A names=ana-*,demo tunnels=2 # hers\nbob B ports=20000-20001\n'
+                'zo\xeb Z\nold O expires=2020-01-31\n'
+            )
+        await self.start(lt.Tokens(path=path), tcp_ports=range(20000, 20010), host='127.0.0.1')
+        self.assertEqual((await self.hello('O'))[1], 401)
+        self.assertEqual((await self.hello('A', name='other'))[1], 403)
+        self.assertEqual((await self.hello('B', name='other'))[1], 101)  # it was not taken
+        for _ in range(2):
+            self.assertEqual((await self.hello('Z', name='zoe'))[1], 101)
+        self.assertEqual((await self.hello('A', name='ana-1'))[1], 101)
+        self.assertEqual((await self.hello('A', name='demo'))[1], 101)
+        self.assertEqual((await self.hello('A', name='ana-2'))[1], 429)
+        self.assertEqual((await self.hello('B', kind='tcp', port=20005))[1], 403)
+        for n in range(80):  # of one name and many clients is still many
+            _, status, _ = await self.hello('A', name='demo', share=True, instance=f'{n:032x}')
+        self.assertEqual(status, 429, 'sessions of one tunnel have no limit')
+
+    async def test_names_that_were_served_and_left_do_not_count_as_tunnels(self):
+        await self.start(max_tunnels=5)
+        for n in range(20):
+            peer, status, reason = await self.hello(proof=f'{n:064x}')
+            self.assertEqual(status, 101, reason)
+            peer.writer.close()
+            await self.eventually(
+                lambda: not any(m.session.connection for m in self.server._members())
+            )
+            for member in self.server._members():
+                member.session.end(lt.Disconnected('gone'))
+
+    async def test_a_token_file_is_read_again_and_a_bad_one_is_not_taken(self):
+        path = os.path.join(self.folder, 'tokens')
+
+        def write(text):
+            with open(path + '.new', 'w', encoding='utf-8') as f:
+                f.write(text)
+            os.replace(path + '.new', path)
+
+        write('ana A\nbob B\n')
+        await self.start(lt.Tokens(path=path))
+        peer, _, _ = await self.hello('A', name='ana')
+        bob, _, _ = await self.hello('B', name='bob', proof='55' * 32)
+        for bad in [
+            'ana A\nbob',
+            'ana A\nbob B x=y\n',
+            'bob B expires=0001-01-01\nana A ports=z\n',
+            'ana A expires=0001-01-01T00:00:00+23:59\nbob',
+            '\xff\0',
+        ]:
+            errors = self.server.counters['reload_errors']
+            write(bad)
+            await self.eventually(lambda: self.server.counters['reload_errors'] > errors)
+            self.assertEqual((await self.hello('A', name='x'))[1], 101)
+        os.unlink(path)
+        await self.eventually(lambda: self.server.counters['reload_errors'] > errors + 1)
+        notes = len(self.log.told)
+        await asyncio.sleep(0.1)  # ten sweeps: an error is told once
+        self.assertLess(len(self.log.told), notes + 3)
+        self.background(bob.serve())
+        write('bob B\n')
+        self.assertEqual((await self.within(peer.goaway()))[0], lt.REVOKED)
+        self.assertEqual((await self.hello('A'))[1], 401)
+        self.assertEqual((await self.visit('bob.localhost'))[0], 200)
+
+
+class ServerTest(HostileTest):
+    """A hostile server against the real client, whose target is a listener that counts."""
+
+    async def client(self, behave, **options):
+        """A Client of a server whose every connection gets BEHAVE(peer, hello)."""
+        self.dialled, self.app = 0, 0
+
+        async def accept(reader, writer):
+            self.dialled += 1
+            self.peers.append(Peer(reader, writer))
+            self.stack.callback(writer.transport.abort)
+            with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+                head = await reader.readuntil(b'\r\n\r\n')
+                hello = head.split(b'Localtunnel-Hello: ')[1].split(b'\r\n')[0]
+                await behave(self.peers[-1], json.loads(hello))
+
+        async def app(reader, writer):
+            self.app += 1
+            self.stack.callback(writer.transport.abort)
+
+        servers = [await asyncio.start_server(f, '127.0.0.1', 0) for f in (accept, app)]
+        for server in servers:
+            self.stack.callback(server.close)
+        port, target = [s.sockets[0].getsockname()[1] for s in servers]
+        client = lt.Client(
+            self.reactor,
+            lt.ServerAddress(f'http://127.0.0.1:{port}'),
+            lt.parse_target(f'127.0.0.1:{target}'),
+            bytes(32),
+            self.log,
+            **options,
+        )
+        self.running = self.background(client.run())
+        return client
+
+    @staticmethod
+    def welcome(peer, **words):
+        peer.send(
+            b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: localtunnel/1\r\n'
+            b'Localtunnel-Welcome: ',
+            json.dumps({'url': 'http://x', 'session': 's', 'received': 0, **words}).encode(),
+            b'\r\n\r\n',
+        )
+
+    async def test_a_malformed_answer_is_told_in_a_sentence(self):
+        def refusal(body, status=403):
+            return f'HTTP/1.1 {status} X\r\nContent-Length: {len(body)}\r\n\r\n{body}'
+
+        def welcome(text):
+            return f'HTTP/1.1 101 X\r\nLocaltunnel-Welcome: {text}\r\n\r\n'
+
+        for answer in [
+            'x',
+            '',
+            'HTTP/1.1 200 OK\r\n\r\n',
+            '\x16\x03\x01',
+            welcome('{'),
+            welcome(DEEP),
+            welcome('[]'),
+            welcome('{"url": 0}'),
+            welcome('\xff'),
+            welcome('9' * 60000),
+            'HTTP/1.1 101 X\r\n\r\n',
+            'HTTP/1.1 100 X\r\n\r\n' * 1001,
+            refusal(DEEP),
+            refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)),
+            refusal('7'),
+            refusal('x' * 100000),
+            refusal(json.dumps({'error': BAD, 'message': [BAD]})),
+            'HTTP/1.1 403 ' + 'x' * 70000,
+        ]:
+            with self.subTest(answer[:60]):
+
+                async def behave(peer, hello):
+                    peer.send(answer.encode('latin-1'))
+                    peer.writer.close()
+
+                await self.client(behave, once=True)
+                with self.assertRaises(lt.LocaltunnelError) as caught:
+                    await self.within(self.running)
+                self.assertFalse([c for c in str(caught.exception) if not c.isprintable()])
+                await self.eventually(lambda: len(self.reactor.transports) == 0)
+
+    async def test_nothing_that_it_says_reaches_the_terminal_as_it_is(self):
+        async def behave(peer, hello):
+            self.welcome(peer, url='http://' + BAD, session=BAD)
+            peer.send(
+                F(lt.OPEN, 1, b'GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n'),
+                F(lt.RESET, 1, WORDS(1, BAD)),
+                F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)),
+            )
+
+        await self.client(behave)
+        with self.assertRaises(lt.Refused) as caught:
+            await self.within(self.running)
+        out = [str(caught.exception)]
+        with unittest.mock.patch.multiple(lt, put=lambda _, text: out.append(text)):
+            terminal = lt.Terminal('8000', 'x', True, lambda *_: None)
+            for name, *args in self.log.told:
+                getattr(terminal, name)(*args)
+                terminal.flush()
+        self.assertFalse([c for c in ''.join(out) if not c.isprintable() and c != '\n'], out)
+
+    async def test_each_violation_has_its_goodbye(self):
+        for words, *frames in [
+            ('OPEN of stream 2', F(lt.OPEN, 2, b'x')),
+            ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
+            ('never opened', F(lt.DATA, 1, b'x')),
+            ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
+            ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))),
+            ('unknown kind', F(99, 1)),
+            ('DATA without bytes', F(lt.OPEN, 1, ASK), F(lt.DATA, 1)),
+            ('bytes after END', F(lt.OPEN | END, 1, ASK), F(lt.DATA, 1, b'x')),
+            ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31))),
+        ]:
+            with self.subTest(words):
+                said = self.loop.create_future()
+
+                async def behave(peer, hello):
+                    self.welcome(peer)
+                    peer.send(*frames)
+                    said.done() or said.set_result(await peer.goaway())
+
+                await self.client(behave)
+                code, text = await self.within(said, 'no goodbye')
+                self.running.cancel()
+                self.assertEqual(code, lt.PROTOCOL_BROKEN)
+                self.assertIn(words, text)
+
+    async def test_false_counts_at_a_resume_end_the_session_and_leak_nothing(self):
+        for received in [10**9, -5, 'x', None, 1e400, [1]]:
+            with self.subTest(received):
+                again = self.loop.create_future()
+
+                async def behave(peer, hello):
+                    if 'resume' in hello and not again.done():
+                        self.welcome(peer, resume=0, received=received)
+                        again.set_result(None)
+                        await peer.until(lt.PING)
+                        peer.writer.transport.abort()
+                    elif again.done():
+                        self.welcome(peer)
+                    else:
+                        self.welcome(peer)
+                        peer.send(F(lt.OPEN, 1, ASK))
+                        await peer.until(lt.PING)
+                        peer.writer.transport.abort()
+
+                client = await self.client(behave)
+                await self.eventually(lambda: self.dialled >= 3 or self.running.done())
+                self.assertFalse(self.running.done() and self.running.exception())
+                self.assertLess(len(self.reactor.transports), 6)
+                self.running.cancel()
+                for session in tuple(client._sessions):
+                    session.end(lt.Disconnected('the test ends'))
+
+    async def test_a_goodbye_after_every_welcome_does_not_make_it_spin(self):
+        async def behave(peer, hello):
+            self.welcome(peer)
+            peer.send(F(lt.OPEN, 1, ASK), F(lt.GOAWAY, 0, WORDS(lt.DRAINING, 'move')))
+            await peer.until(lt.RESET)
+
+        client = await self.client(behave)
+        await self.eventually(lambda: self.dialled >= 3)
+        await asyncio.sleep(0.5)
+        self.assertLess(self.dialled, 15)
+        self.assertLess(len(client._sessions), 15)
+
+    async def test_a_million_streams_and_rapid_resets_stay_within_bounds(self):
+        opener = [F(lt.OPEN, n, ASK) for n in range(1, 20001)]
+        for what, flood in [
+            ('open', opener),
+            (
+                'rapid reset',
+                [F(lt.OPEN, n, ASK) + F(lt.RESET, n, b'\0\1') for n in range(1, 20001)],
+            ),
+        ]:
+            with self.subTest(what):
+                sent = self.loop.create_future()
+
+                async def behave(peer, hello):
+                    self.welcome(peer)
+                    peer.send(*flood)
+                    self.background(peer.goaway())
+                    with contextlib.suppress(ConnectionError):
+                        await peer.writer.drain()
+                    sent.done() or sent.set_result(None)
+
+                await self.client(behave)
+                most = 0
+                while not sent.done():
+                    most = max(most, len(self.reactor.transports), len(self.reactor._tasks))
+                    await asyncio.sleep(0)
+                self.running.cancel()
+                self.assertLess(most, lt.MAX_STREAMS + 200)
+
+
+class HostileVisitorTest(HostileTest):
+    """Hostile visitors, and who may visit."""
+
+    async def test_a_thousand_slow_heads_delay_nobody_and_are_let_go(self):
+        await self.start()
+        await self.good()
+        with unittest.mock.patch.multiple(lt, HEAD_TIMEOUT=1.0, MAX_CONNECTIONS_OF_ADDRESS=9999):
+            slow = []
+            for _ in range(1000 if lt.descriptor_limit() > 2200 else 300):
+                slow.append(await self.dial())
+                slow[-1].send(b'G')
+            await self.others_are_served()
+            for peer in slow:
+                peer.send(b'E')
+            await self.others_are_served()
+            for peer in slow:
+                self.assertIn(b'408', await self.within(peer.reader.read()))
+                peer.writer.close()
+        await self.others_are_served()
+        await self.eventually(lambda: len(self.server._visits) < 10)
+
+    async def test_passwords(self):
+        await self.start()
+        rules = lt.Access.encode([], ['ana:secret', 'bob:x'], b'')
+        self.assertNotIn('secret', str(rules))
+        peer = await self.victim(**rules)
+
+        def login(user):
+            return b'Authorization: Basic ' + base64.b64encode(user.encode()) + b'\r\n'
+
+        upgrade = b'Connection: Upgrade\r\nUpgrade: websocket\r\n'
+        for fields in [
+            b'',
+            login('ana:wrong'),
+            login('secret'),
+            upgrade,
+            b'Authorization: Basic \xff\r\n',
+            b'Authorization: Basic YW5hOnNlY3JldA==, x\r\n',
+            login('ana:secret') * 2,
+            b'Authorization: Bearer YW5hOnNlY3JldA==\r\n',
+            b'Authorization: Basic\r\n',
+        ]:
+            with self.subTest(fields):
+                status, head, _ = await self.visit(fields=fields)
+                self.assertIn(
+                    (status, b'WWW-Authenticate: Basic' in head), [(401, True), (400, False)]
+                )
+        preflight = await self.dial()
+        preflight.send(
+            b'OPTIONS / HTTP/1.1\r\nHost: evil.localhost\r\nOrigin: http://x\r\n'
+            b'Access-Control-Request-Method: PUT\r\n\r\n'
+        )
+        self.assertEqual((await self.within(preflight.head()))[0], 401)
+        for user in ('ana:secret', 'bob:x'):
+            asked = await self.ask(fields=upgrade + login(user))
+            _, id, head = await self.within(peer.until(lt.OPEN))
+            self.assertNotIn(b'authorization', head.lower())
+            peer.send(
+                F(
+                    lt.DATA,
+                    id,
+                    b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhi',
+                )
+            )
+            self.assertIn(b'101', await asked.reader.readuntil(b'hi'))
+        self.assertNotIn('secret', self.log.text())
+
+    async def test_addresses_behind_a_proxy_that_is_trusted_or_not(self):
+        import ipaddress
+
+        await self.start(trusted=[ipaddress.ip_network('127.0.0.0/8')])
+        peer = await self.victim(allow=['203.0.113.0/24'])
+        self.background(peer.serve())
+        for forwarded, status in [
+            (b'203.0.113.9', 200),
+            (b'203.0.113.9, 127.0.0.2', 200),
+            (b'', 403),
+            (b'203.0.113.9, 198.51.100.1', 403),
+            (b'127.0.0.1', 403),
+        ]:
+            got = await self.visit(fields=b'X-Forwarded-For: ' + forwarded + b'\r\n')
+            self.assertEqual(got[0], status, forwarded)
+        await self.visit(fields=b'X-Forwarded-For: fe80::1%\x9b31m 200 forged\r\n')
+        self.server._trusted = ()
+        got = await self.visit(fields=b'X-Forwarded-For: 203.0.113.9\r\n')
+        self.assertEqual(got[0], 403)
+        told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
+        self.assertNotRegex(told, '[^0-9a-f.:\n]')
+
+    async def test_cookies_for_the_whole_domain_and_the_rate(self):
+        await self.start(domain='t.example.com', rate=3.0)
+        peer = await self.victim()
+        domains = [
+            't.example.com',
+            '.T.Example.com',
+            '"t.example.com"',
+            'example.com',
+            'com',
+            ' .com ',
+        ]
+        lines = [f'Set-Cookie: a={n}; Path=/; DOMAIN={d}; Secure' for n, d in enumerate(domains)]
+        kept = ['evil.t.example.com', 'xample.com', '']
+        lines += [f'Set-Cookie: kept={n}; domain={d}' for n, d in enumerate(kept)]
+        self.background(
+            peer.serve(HOSTILE_OK.replace(b'Content', '\r\n'.join([*lines, 'Content']).encode(), 1))
+        )
+        _, head, _ = await self.visit('evil.t.example.com')
+        self.assertEqual((head.count(b'Set-Cookie: a='), head.count(b'kept=')), (0, 3))
+        answers = [await self.visit('evil.t.example.com') for _ in range(9)]
+        self.assertEqual({a[0] for a in answers}, {200, 429})
+        self.assertIn(b'Retry-After: 1', answers[-1][1])
+
+    async def test_the_operators_page(self):
+        await self.start()
+        await self.good()
+        evil = await self.victim()
+        (sock,) = lt.bind('127.0.0.1', 0)
+        listening = await lt.Admin(self.server).listen(sock)
+        self.stack.callback(listening.close)
+        port = sock.getsockname()[1]
+
+        async def admin(path, host='127.0.0.1', method=b'GET'):
+            peer = await self.dial(port)
+            peer.send(method + b' ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n\r\n')
+            return await self.within(peer.head())
+
+        self.assertEqual((await admin(b'/healthz'))[2], b'ok\n')
+        for host in ('evil.com', 'localhost.evil.com', '127.0.0.1.evil.com', ''):
+            self.assertIn((await admin(b'/tunnels', host))[0], (400, 403))
+        self.assertRegex((await admin(b'/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
+        self.assertEqual(len(json.loads((await admin(b'/tunnels', '[::1]'))[2])), 2)
+        self.assertEqual((await admin(b'/tunnels/evil'))[0], 404)
+        self.assertEqual((await admin(b'/tunnels/evil?lease=1', method=b'DELETE'))[0], 200)
+        self.assertEqual((await self.within(evil.goaway()))[0], lt.REVOKED)
+        self.assertIsNone(self.server._leases.owner('evil', 0))
+        self.assertEqual((await admin(b'/tunnels/evil', method=b'DELETE'))[0], 404)
+        pages = (await admin(b'/metrics'))[2] + (await admin(b'/tunnels'))[2]
+        self.assertNotIn(b'22' * 32, pages)
+        await self.others_are_served()
+
+
+@unittest.skipUnless(shutil.which('openssl'), 'needs openssl')
+class TlsTest(HostileTest):
+    """Handshakes that never end, and certificates that change."""
+
+    async def asyncSetUp(self):
+        await super().asyncSetUp()
+        self.made = lt.self_signed(self.folder, 'localhost')
+        self.ssl = lt.pinned_tls()
+
+    async def shown(self, peer):
+        shown = peer.writer.get_extra_info('ssl_object').getpeercert(binary_form=True)
+        return hashlib.sha256(shown).hexdigest()
+
+    async def test_handshakes_that_never_end_do_not_keep_others_out(self):
+        with unittest.mock.patch.multiple(lt, HANDSHAKE_TIMEOUT=8.0):
+            await self.start(tls=self.made[:2])
+            half = [await self.dial(self.tls_port) for _ in range(200)]
+            half[0].send(b'\x16\x03\x01\x02\x00')
+            await self.good()
+            await self.others_are_served()
+            answer = await self.visit('good.localhost', port=self.tls_port, ssl=self.ssl)
+        self.assertEqual(answer[0], 200)
+
+    async def test_a_certificate_is_swapped_and_no_connection_drops(self):
+        await self.start(tls=self.made[:2])
+        await self.good()
+        old = await self.ask('good.localhost', port=self.tls_port, ssl=self.ssl)
+        self.assertEqual((await old.head())[0], 200)
+        self.assertEqual(await self.shown(old), self.made[2])
+        other = os.path.join(self.folder, 'other')
+        os.mkdir(other)
+        new = lt.self_signed(other, 'localhost')
+        for n, (source, target) in enumerate(zip(new, self.made[:2])):
+            errors = self.server.counters['reload_errors']
+            os.replace(source, target)
+            if n == 0:  # certificate and key do not fit: the old ones stay
+                await self.eventually(lambda: self.server.counters['reload_errors'] > errors)
+                peer = await self.dial(self.tls_port, ssl=self.ssl)
+                self.assertEqual(await self.shown(peer), self.made[2])
+        await self.eventually(lambda: self.server.counters['reloads'] > 1)
+        for name in ('localhost', ''):
+            peer = await self.dial(self.tls_port, ssl=self.ssl, server_hostname=name)
+            self.assertEqual(await self.shown(peer), new[2])
+            self.assertEqual(peer.writer.get_extra_info('ssl_object').version()[:5], 'TLSv1')
+        old.send(b'GET / HTTP/1.1\r\nHost: good.localhost\r\n\r\n')
+        self.assertEqual((await self.within(old.head()))[0], 200)
+
+    async def test_visitors_of_http_are_sent_to_https_and_a_wrong_pin_is_refused(self):
+        await self.start(tls=self.made[:2])
+        await self.good()
+        self.server.redirects, self.server.tls_suffix = True, ':8443'
+        status, head, _ = await self.visit('good.localhost', path=b'/a?b')
+        self.assertEqual(status, 308)
+        self.assertIn(b'Location: https://good.localhost:8443/a?b\r\n', head)
+        await self.good()  # sessions still come
+        for pin, good in [(self.made[2], True), ('0' * 64, False)]:
+            client = lt.Client(
+                self.reactor,
+                lt.ServerAddress(f'https://localhost:{self.tls_port}'),
+                lt.parse_target('1'),
+                bytes(32),
+                self.log,
+                pin=pin,
+                tls=lt.pinned_tls(),
+            )
+            running = self.background(client.run())
+            if good:
+                await self.within(client.welcomed.wait())
+            else:
+                with self.assertRaisesRegex(lt.Refused, self.made[2]):
+                    await self.within(running)
+
+
+# ------------------------------------------------------------------------------------------------
+# Bad networks: a relay that cuts, delays and stalls, clients that come and go.
+# ------------------------------------------------------------------------------------------------
+
+PATTERN = b''.join(hashlib.sha256(b'%d' % i).digest() for i in range(8192)) * 3
+HEAD = 'HTTP/1.1\r\nHost: {}.localhost\r\n'
+QUICK = {
+    'SWEEP': 0.005,
+    'BACKOFF_FIRST': 0.001,
+    'BACKOFF_SOON': 0.02,
+    'LINGER': 0.02,
+    'HALF_CLOSED': 0.02,
+    'DRAIN_LOOK': 0.005,
+}
+
+
+async def network_eventually(true, what='it never became true'):
+    deadline = time.monotonic() + 10
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError(what)
+        await asyncio.sleep(0.001)
+
+
+class Relay:
+    """Between client and server.  CUTS: [(direction, bytes)], one for each connection in turn."""
+
+    def __init__(self, port, cuts=(), delay=0.0):
+        self.to, self.cuts, self.delay, self.pairs, self.passed = (
+            port,
+            list(cuts),
+            delay,
+            [],
+            [0, 0],
+        )
+
+    async def start(self):
+        self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
+        self.port = self.server.sockets[0].getsockname()[1]
+
+    async def accept(self, reader, writer):
+        cut = self.cuts.pop(0) if self.cuts else (0, sys.maxsize)
+        try:
+            there = await asyncio.open_connection('127.0.0.1', self.to)
+        except OSError:
+            return writer.transport.abort()
+        pair = [writer, there[1]]
+        self.pairs.append(pair)
+        await asyncio.wait(
+            {
+                asyncio.ensure_future(self.pump(*x))
+                for x in ((0, reader, there[1], cut, pair), (1, there[0], writer, cut, pair))
+            }
+        )
+        self.pairs.remove(pair)
+
+    async def pump(self, way, reader, writer, cut, pair):
+        loop, left = asyncio.get_running_loop(), cut[1] if cut[0] == way else sys.maxsize
+        with contextlib.suppress(OSError):
+            while left > 0:
+                data = await reader.read(min(left, 1 << 18))
+                if not data:
+                    break
+                left -= len(data)
+                self.passed[way] += len(data)
+                if self.delay:
+                    loop.call_later(self.delay, writer.write, data)
+                else:
+                    writer.write(data)
+                    await writer.drain()
+        for end in pair if left <= 0 else ():  # what was let through before arrives
+            end.close()
+        loop.call_later(self.delay, writer.close)
+
+    def cut(self):
+        for writer in [w for pair in self.pairs for w in pair]:
+            writer.transport.abort()
+
+
+class Network(unittest.TestCase):
+    """Its coroutines are tests; server and client run in one loop, and leave nothing there."""
+
+    name = 'x'
+
+    def __init_subclass__(cls, **options):
+        for name, method in list(vars(cls).items()):
+            if name.startswith('test') and inspect.iscoroutinefunction(method):
+                setattr(cls, name, functools.partialmethod(cls.in_a_loop, method))
+
+    def in_a_loop(self, method):
+        asyncio.run(self.alone(method))
+
+    async def alone(self, method):
+        self.loop, self.faults, self.writers = asyncio.get_running_loop(), [], []
+        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
+        self.gate, self.asked, self.clients, self.relay = asyncio.Event(), [], [], None
+        with self.constant(**QUICK):
+            try:
+                self.reactor = lt.Reactor(self.loop)
+                self.app = await asyncio.start_server(self.serve, '127.0.0.1', 0)
+                self.target = lt.parse_target(str(self.app.sockets[0].getsockname()[1]))
+                await self.start_server()
+                await asyncio.wait_for(method(self), 20)
+            finally:
+                await self.end()
+        self.assertEqual(
+            [f for f in self.faults if not isinstance(f.get('exception'), asyncio.CancelledError)],
+            [],
+        )
+
+    async def end(self):
+        for writer in self.writers:
+            writer.transport.abort()
+        await self.leave()
+        await self.server.stop()
+        self.app.close()
+        if self.relay:
+            self.relay.server.close()
+            self.relay.cut()
+        await network_eventually(
+            lambda: (
+                not [x for x in self.reactor.swept if isinstance(x, (lt.Session, lt.Connection))]
+            ),
+            'a session or connection is left',
+        )
+        self.assertEqual(self.server._budget.used, 0, 'bytes of a window are left')
+        self.assertEqual((self.server._held, list(self.server._visits)), (0, []))
+        await self.reactor.close()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            if 'localtunnel' in task.get_coro().cr_code.co_filename and not task.done():
+                self.fail(f'a task is left: {task}')
+            await lt.end_task(task)
+
+    async def goes(self):
+        client, task = self.clients.pop(0)
+        await lt.end_task(task)
+        await client.stop()
+        client._upstream.close()
+
+    async def leave(self):
+        for client, task in self.clients:
+            await lt.end_task(task)
+            await client.stop()
+            client._upstream.close()
+        self.clients.clear()
+        for member in self.server._members():
+            member.session.end(lt.Disconnected('the test is over'))
+
+    def constant(self, **values):
+        return unittest.mock.patch.multiple(lt, **values)
+
+    async def start_server(self, port=0, **options):
+        tokens = lt.Tokens(open=True)
+        self.server = lt.Server(
+            self.reactor, 'localhost', tokens, lt.Leases(tokens), lt.Silence(), drain=1, **options
+        )
+        socks = [lt.bind('127.0.0.1', p)[0] for p in (port, 0)]  # for sessions, for visitors
+        self.port, self.visitors = [sock.getsockname()[1] for sock in socks]
+        for sock in socks:
+            await self.server.listen(sock)
+
+    async def client(self, port=None, wait=True, **options):
+        address = lt.ServerAddress(f'http://127.0.0.1:{port or self.port}')
+        client = lt.Client(
+            self.reactor, address, self.target, bytes(32), lt.Silence(), name=self.name, **options
+        )
+        self.clients.append((client, asyncio.ensure_future(client.run())))
+        if wait:
+            await client.welcomed.wait()
+        return client
+
+    async def through(self, cuts=(), delay=0.0, **options):
+        self.relay = Relay(self.port, cuts, delay)
+        await self.relay.start()
+        return await self.client(self.relay.port, **options)
+
+    def members(self):
+        return self.server._tunnels[self.name].members
+
+    # The app: GET /N is N bytes; /hold waits for the gate; a body is counted; an upgrade echoes.
+
+    async def serve(self, reader, writer):
+        self.writers.append(writer)
+        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            while True:
+                head = (await reader.readuntil(b'\r\n\r\n')).decode()
+                path = head.split()[1]
+                self.asked.append(path)
+                if 'Upgrade' in head:
+                    writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: e\r\n\r\n')
+                    while True:
+                        writer.write(await reader.read(65536) or (writer.write_eof() or b''))
+                        await writer.drain()
+                length = int((head + 'Content-Length: 0\r').split('Content-Length: ')[1].split()[0])
+                body = await reader.readexactly(length)
+                if path == '/hold':
+                    await self.gate.wait()
+                out = (
+                    hashlib.sha256(body).digest()
+                    if body
+                    else PATTERN[: int(path.strip('/hold') or 9)]
+                )
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(out) + out)
+                await writer.drain()
+
+    # Visitors.
+
+    async def visit(self, text, body=b'', whole=True):
+        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors, limit=1 << 16)
+        self.writers.append(writer)
+        method, _, path = text.partition(' ')
+        fields = '' if not body else f'Content-Length: {len(body)}\r\n'
+        writer.write(f'{method} {path} {HEAD.format(self.name)}{fields}\r\n'.encode() + body)
+        return (await self.answer(reader)) if whole else (reader, writer)
+
+    async def answer(self, reader):
+        head = await reader.readuntil(b'\r\n\r\n')
+        length = int(head.lower().split(b'content-length: ')[1].split()[0])
+        return int(head.split()[1]), await reader.readexactly(length)
+
+    async def get(self, size=9):
+        status, body = await self.visit(f'GET /{size}')
+        self.assertEqual((status, len(body), body == PATTERN[:size]), (200, size, True))
+
+    async def put(self, size):
+        self.assertEqual(
+            await self.visit('PUT /up', PATTERN[:size]),
+            (200, hashlib.sha256(PATTERN[:size]).digest()),
+        )
+
+    async def echo(self, sizes):
+        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors)
+        self.writers.append(writer)
+        writer.write(
+            f'GET /e {HEAD.format(self.name)}Connection: Upgrade\r\nUpgrade: e\r\n\r\n'.encode()
+        )
+        self.assertIn(b' 101 ', await reader.readuntil(b'\r\n\r\n'))
+        at = 0
+        for size in sizes:
+            writer.write(PATTERN[at : at + size])
+            self.assertEqual(await reader.readexactly(size), PATTERN[at : at + size])
+            at += size
+        return reader, writer
+
+    async def mix(self, dice):
+        await asyncio.gather(
+            self.get(),
+            self.get(dice.randrange(1, 200000)),
+            self.get(5000),
+            self.put(dice.randrange(1, 200000)),
+            self.put(100),
+            self.echo([dice.choice([1, 300, 20000]) for _ in range(9)]),
+        )
+
+
+class CutTest(Network):
+    """The connection of client and server is cut after each N bytes, three times in a row."""
+
+    async def cuts(self, way, points):
+        for n in points:
+            dice = random.Random(n)
+            await self.through([(way, n)] * 3, wait=False)
+            with self.subTest(way=way, n=n):
+                if not (way or n % 2):  # at once, before the client has come
+                    tunnel = self.server._tunnel(self.name, 'http')
+                    tunnel.left_at, tunnel.said_goodbye = self.reactor.now(), False
+                else:
+                    await self.clients[0][0].welcomed.wait()
+                await self.mix(dice)
+            await self.leave()
+            self.relay.server.close()
+            self.relay.cut()
+
+    async def test_in_the_handshake_to_the_server(self):
+        await self.cuts(0, range(0, 900, 41))
+
+    async def test_in_the_handshake_to_the_client(self):
+        await self.cuts(1, range(0, 900, 41))
+
+    async def test_in_the_bytes_to_the_server(self):
+        await self.cuts(0, [1000 + 29 * i**3 for i in range(20)])
+
+    async def test_in_the_bytes_to_the_client(self):
+        await self.cuts(1, [1000 + 29 * i**3 for i in range(20)])
+
+
+class PathTest(Network):
+    async def test_windows_grow_on_a_long_path_and_shrink_when_less_is_read(self):
+        await self.through(delay=0.05)
+        reader, writer = await self.echo([1])
+        session = self.members()[0].session
+        stream = session.streams[1]
+        await network_eventually(lambda: session.round_trip > 0.09)
+        both = asyncio.gather(reader.readexactly(3000000), self.write(writer, 3000000))
+        await both
+        grown = stream.window.size
+        self.assertGreaterEqual(grown, 512 * lt.KIB)
+        session.round_trip = 0.0001  # as if all that follows came slowly
+        with unittest.mock.patch.object(lt.Session, '_ping', lambda _: None):
+            for _ in range(6):
+                writer.write(bytes(grown // 2))
+                await reader.readexactly(grown // 2)
+        self.assertLess(stream.window.size, grown)
+
+    async def write(self, writer, size):
+        writer.write(PATTERN[: size % len(PATTERN)] or bytes(size))
+        for _ in range((size - size % len(PATTERN)) // len(PATTERN)):
+            writer.write(PATTERN)
+        await writer.drain()
+
+    async def test_a_visitor_who_does_not_read_slows_nobody_and_fills_his_window_only(self):
+        await self.client()
+        for _ in range(5):
+            await self.visit('GET /700000', whole=False)
+        session = self.members()[0].session
+        await network_eventually(lambda: len(session.streams) == 5)
+        await asyncio.gather(*(self.get(n) for n in (9, 700000, 300000)))
+        for stream in session.streams.values():
+            self.assertLessEqual(stream.size, lt.INITIAL_CREDIT)
+            self.assertEqual(stream.window.size, lt.INITIAL_CREDIT)
+
+    async def test_however_far_windows_grow_there_is_room_for_new_streams(self):
+        with self.constant(SESSION_BUDGET=2 * lt.MIB):
+            await self.through(delay=0.03)
+            await self.get()
+            session = self.members()[0].session
+            await network_eventually(lambda: session.round_trip > 0.05)
+            many = [asyncio.ensure_future(self.get(700000)) for _ in range(14)]
+            await network_eventually(
+                lambda: session._budget.used > lt.MIB or all(t.done() for t in many))
+            while not all(t.done() for t in many):
+                await self.get()
+            await asyncio.gather(*many)
+
+    async def test_a_session_whose_client_only_listens_is_not_taken_for_dead(self):
+        reader, writer = await self.sink()
+        with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.5, SILENT_SESSION=0.3):
+            broken, session = [], self.members()[0].session
+            session.on_detached = lambda: broken.append(1)
+            for _ in range(50):  # a byte now and then keeps the client from asking
+                writer.write(b'x')
+                await asyncio.sleep(0.01)
+            self.assertEqual(broken, [])
+
+    async def sink(self):
+        await self.client()
+        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors)
+        self.writers.append(writer)
+        writer.write(f'PUT /up {HEAD.format(self.name)}Content-Length: 9999\r\n\r\n'.encode())
+        await network_eventually(lambda: self.asked)
+        return reader, writer
+
+
+class AwayTest(Network):
+    """Requests while the client is away."""
+
+    async def away(self, **options):
+        await self.through(**options)
+        self.relay.to, port = 1, self.relay.to  # nobody is there
+        self.relay.cut()
+        await network_eventually(lambda: self.members()[0].session.connection is None)
+        return port
+
+    async def held(self, n):
+        await network_eventually(lambda: self.server._held == n, f'{n} are not held')
+
+    async def test_they_are_held_and_answered_when_it_is_back(self):
+        port = await self.away()
+        many = [asyncio.ensure_future(self.get()) for _ in range(5)]
+        await self.held(5)
+        self.assertEqual(self.asked, [])
+        self.relay.to = port
+        await asyncio.gather(*many)
+
+    async def test_after_a_goodbye_they_are_503_at_once(self):
+        await self.client()
+        await self.goes()
+        self.assertEqual((await self.visit('GET /9'))[0], 503)
+
+    async def test_one_whose_visitor_has_gone_is_dropped(self):
+        port = await self.away()
+        reader, writer = await self.visit('GET /1', whole=False)
+        await self.held(1)
+        writer.transport.abort()
+        await self.held(0)
+        self.relay.to = port
+        await self.get(2)
+        self.assertEqual(self.asked, ['/2'])
+
+    async def test_there_are_no_more_than_a_hundred(self):
+        port = await self.away()
+        many = [asyncio.ensure_future(self.get()) for _ in range(lt.MAX_HELD)]
+        await self.held(lt.MAX_HELD)
+        self.assertEqual((await self.visit('GET /9'))[0], 503)
+        self.relay.to = port
+        await asyncio.gather(*many)
+
+    async def test_a_lost_session_repeats_only_what_may_be_repeated(self):
+        await self.client()
+        many = [
+            asyncio.ensure_future(self.visit(text, body))
+            for text, body in (
+                ('GET /hold', b''),
+                ('PUT /hold', b'x'),
+                ('POST /hold', b'x'),
+                ('PUT /hold', bytes(lt.KEPT_FOR_RETRY + 1)),
+            )
+        ]
+        await network_eventually(lambda: len(self.asked) == 4)
+        self.members()[0].session.end(lt.Disconnected('the test ends it'))
+        self.gate.set()
+        self.assertEqual(
+            [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502]
+        )
+        self.assertEqual(len(self.asked), 6)
+
+    async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
+        await self.client()
+        session = self.members()[0].session
+        with unittest.mock.patch.object(session, '_room', lambda: False):
+            one = asyncio.ensure_future(self.get())
+            await network_eventually(lambda: session._line)
+            session.end(lt.Disconnected('the test ends it'))
+        await asyncio.wait_for(one, 5)
+
+    async def test_attempts_that_fail_slowly_are_spaced_out_too(self):
+        seen, ended = [], []
+
+        async def fail(reader, writer):
+            seen.append(1)
+            await asyncio.sleep(0.02)
+            writer.close()
+            ended.append(1)
+
+        slow = await asyncio.start_server(fail, '127.0.0.1', 0)
+        waits = []
+        with self.constant(SETTLED=0.01):
+            await self.client()
+            self.clients[0][0]._observer.lost = lambda why, seconds: waits.append(seconds)
+            self.clients[0][0].address.port = slow.sockets[0].getsockname()[1]
+            self.members()[0].session.end(lt.Disconnected('the test ends it'))
+            await network_eventually(lambda: len(seen) > 4)
+        self.clients[0][1].cancel()
+        slow.close()
+        await network_eventually(lambda: len(ended) == len(seen))
+        self.assertTrue(all(waits[1:]), waits)
+
+
+class TakeoverTest(Network):
+    async def test_the_later_one_is_there_at_once_and_the_old_one_finishes(self):
+        await self.client()
+        old = asyncio.ensure_future(self.visit('GET /hold'))
+        await network_eventually(lambda: self.asked)
+        await self.client()
+        self.assertEqual(len(self.members()), 1)
+        await self.get()
+        self.gate.set()
+        self.assertEqual((await old)[0], 200)
+        with self.assertRaises(lt.Refused) as caught:
+            await self.clients[0][1]
+        self.assertEqual((caught.exception.code, caught.exception.final), ('superseded', True))
+
+    async def test_of_two_that_share_one_may_leave_under_load(self):
+        await self.client(share=True)
+        await self.client(share=True)
+        self.assertEqual(len(self.members()), 2)
+        many = [asyncio.ensure_future(self.visit('POST /hold', b'x')) for _ in range(8)]
+        await network_eventually(lambda: len(self.asked) == 8)
+        self.assertEqual([len(m.session.streams) for m in self.members()], [4, 4])
+        leaving = asyncio.ensure_future(self.goes())
+        crossing = [asyncio.ensure_future(self.visit('POST /9', b'x')) for _ in range(8)]
+        self.gate.set()
+        self.assertEqual({s for s, _ in await asyncio.gather(*many, *crossing)}, {200})
+        await leaving
+
+    async def test_what_crosses_a_goodbye_is_answered(self):
+        await self.through(delay=0.02, share=True)
+        await self.client(share=True)
+        leaving = asyncio.ensure_future(self.goes())
+        many = [self.visit('POST /9', b'x') for _ in range(8)]
+        self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
+        await leaving
+
+
+class FaultTest(Network):
+    """The Nth call on a socket of the session fails, N = 1, 2, ... until a run has no fault."""
+
+    @contextlib.contextmanager
+    def failing(self, name, nth, fault):
+        original, self.calls = getattr(socket.socket, name), 0
+
+        def call(sock, *args):
+            try:
+                ours = self.port in (sock.getsockname()[1], sock.getpeername()[1])
+            except (OSError, IndexError):
+                ours = False
+            self.calls += ours
+            return fault() if ours and self.calls == nth else original(sock, *args)
+
+        with unittest.mock.patch.object(socket.socket, name, call):
+            yield
+
+    async def run_until_none_fails(self, name, fault, step=1):
+        nth = 1
+        while True:
+            with self.failing(name, nth, fault), self.subTest(operation=name, nth=nth):
+                await self.client(wait=False)
+                await self.clients[0][0].welcomed.wait()
+                await asyncio.gather(self.get(), self.put(30000), self.echo([1, 20000]))
+                await self.goes()
+            await self.leave()
+            if self.calls < nth:
+                return self.assertGreater(nth, 1)
+            nth += step
+
+    def broken(self):
+        raise ConnectionResetError(104, 'the test broke it')
+
+    async def test_sending(self):
+        await self.run_until_none_fails('send', self.broken)
+
+    async def test_receiving(self):
+        await self.run_until_none_fails('recv_into', self.broken)
+
+    async def test_the_end_instead_of_bytes(self):
+        await self.run_until_none_fails('recv_into', lambda: 0)
+
+    async def test_shutting_down(self):
+        await self.run_until_none_fails('shutdown', self.broken)
+
+    async def test_setting_options(self):
+        await self.run_until_none_fails('setsockopt', self.broken)
+
+
+class LeaseFileTest(unittest.TestCase):
+    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
+        for name in ('open', 'fsync', 'replace'):
+            with self.subTest(name=name), tempfile.TemporaryDirectory() as folder:
+                path, tokens = os.path.join(folder, 'leases.json'), lt.Tokens(open=True)
+                lt.Leases(tokens, path).claim('old', 'proof:1', '', 1e9)
+                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
+                    leases = lt.Leases(tokens, path)
+                    for _ in range(2):  # and one that is not on disk is not given
+                        with self.assertRaises((OSError, lt.Refused)):
+                            leases.claim('new', 'proof:1', '', 1e9)
+                again = lt.Leases(tokens, path)
+                self.assertEqual(
+                    (again.owner('old', 1e9), again.owner('new', 1e9)), ('proof:1', None)
+                )
 
 
 # ------------------------------------------------------------------------------------------------
