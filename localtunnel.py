@@ -108,8 +108,7 @@ MAX_VISITOR_HEAD = 63 * KIB     # leaves room for what the server adds: X-Forwar
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
 MAX_FIELDS = 200                # header fields: Apache takes 100
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
-KEPT_FOR_RETRY = 64 * KIB       # of a request: what can be kept can be sent again
-SMALL_BODY = 16 * KIB           # leaves with its head in one frame, without a task of its own
+SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
 DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
 
@@ -4270,8 +4269,8 @@ class Client:
 
     async def _serve_tcp(self, stream: Stream, visitor: str) -> None:
         """One stream of raw bytes."""
-        number, began = self._exchanges, self.reactor.now()
         self._exchanges += 1
+        number, began = self._exchanges, self.reactor.now()
         status, why, upstream = 502, '', None
         try:
             upstream = await self._upstream.connect()
@@ -4290,8 +4289,8 @@ class Client:
 
     async def _serve(self, stream: Stream) -> None:
         """One stream from its head to its end."""
-        number, began = self._exchanges, self.reactor.now()
         self._exchanges += 1
+        number, began = self._exchanges, self.reactor.now()
         method, target, outcome = '?', '?', Outcome()
         try:
             head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT)

@@ -5674,7 +5674,7 @@ class AwayTest(Network):
                 ('GET /hold', b''),
                 ('PUT /hold', b'x'),
                 ('POST /hold', b'x'),
-                ('PUT /hold', bytes(lt.KEPT_FOR_RETRY + 1)),
+                ('PUT /hold', bytes(lt.SMALL_BODY + 1)),
             )
         ]
         await network_eventually(lambda: len(self.asked) == 4)
