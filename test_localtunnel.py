@@ -3620,6 +3620,33 @@ class ExitCodeTest(CommandTest):
             self.assertEqual(program.ends(), 0)
 
 
+class HttpsTest(CommandTest):
+
+    def secure_server(self):
+        """The port of a server that shows CERTIFICATE."""
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0], '--key',
+                           files[1])
+        return int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
+
+    def test_a_tunnel_over_tls_has_an_https_url_that_answers(self):
+        port = self.secure_server()
+        client = self.start('client', self.app().port, '--server', f'https://localhost:{port}',
+                            '--ca', self.path('cert.pem'))
+        host = client.url().partition('https://')[2]
+        context = lt.client_tls(self.path('cert.pem'))
+        with socket.create_connection(('127.0.0.1', port)) as sock:
+            with context.wrap_socket(sock, server_hostname='localhost') as secure:
+                secure.sendall(f'GET /x HTTP/1.0\r\nHost: {host}\r\n\r\n'.encode())
+                self.assertTrue(secure.makefile('rb').read().endswith(b'app /x'))
+
+    def test_a_certificate_that_nobody_knows_is_told_with_the_cure(self):
+        port = self.secure_server()
+        client = self.start('client', 1, '--server', f'https://localhost:{port}', '--once')
+        self.assertEqual(client.ends(), 1)
+        client.says('not signed by an authority.*--ca')
+
+
 class HandedOutTest(CommandTest):
     """The server hands out its own client."""
 
