@@ -39,6 +39,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import asyncio.sslproto
 import base64
 import collections
 import contextlib
@@ -103,6 +104,7 @@ ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
 MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
+TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
 MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16
 MAX_VISITOR_HEAD = 63 * KIB     # leaves room for what the server adds: X-Forwarded-*, Via
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
@@ -753,6 +755,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport      # type: ignore[assignment]
         self.secure = transport.get_extra_info('ssl_object') is not None
+        if self.secure:
+            self.transport.set_write_buffer_limits(UNSENT_LOW)      # asyncio's are 512 KiB
         sock = transport.get_extra_info('socket')
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             try:
@@ -4156,7 +4160,7 @@ class Client:
     async def _dial(self) -> Connection:
         address = self.address
         loop, proxy = self.reactor.loop, find_proxy(self.address)
-        failures: List[OSError] = []
+        failures: List[Exception] = []
         for host in addresses(address.site):
             try:
                 where: Dict[str, Any] = {'host': host, 'port': address.port}
@@ -4168,7 +4172,7 @@ class Client:
                     server_hostname=address.site if self._tls else None, **where), CONNECT_TIMEOUT)
                 self._check_pin(connection)
                 return connection
-            except OSError as e:
+            except (OSError, asyncio.TimeoutError) as e:
                 failures.append(e)
         raise most_telling(failures)
 
@@ -4320,6 +4324,7 @@ class Client:
         again = whole is not None and request.method in IDEMPOTENT and not request.upgrade
         while True:
             reused = self._upstream.take() if again else None
+            again = False       # once more, then on a fresh one
             upstream = reused or await self._upstream.connect()
             stream.on_gone = functools.partial(upstream.reset, CANCELLED, '')
             sending = None
@@ -4836,6 +4841,8 @@ def run(command: Command) -> int:
             except NotImplementedError:         # Windows
                 signal.signal(number, asked)
         reactor = Reactor(loop)
+        if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
+            asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # from 3.11 on 256 KiB
         gc.freeze()         # what was made so far stays
         gc.set_threshold(*GC_THRESHOLDS)
         try:
