@@ -1684,6 +1684,12 @@ def host_of(request: Request) -> str:
     return host if host.endswith(']') or ':' not in host else host.rpartition(':')[0]
 
 
+def check_upgrade(request: Request, response: Response) -> None:
+    """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
+    if not request.upgrade or not response.get(b'upgrade'):
+        raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+
+
 def chunked_only(head: Head) -> int:
     """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
     if head.get(b'transfer-encoding').lower() != b'chunked':
@@ -3262,8 +3268,7 @@ class Server:
 
     async def _upgrade(self, visitor: Connection, request: Request, response: Response,
                        stream: Stream) -> int:
-        if not request.upgrade or not response.get(b'upgrade'):
-            raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+        check_upgrade(request, response)
         lines = response.forwarded_lines()
         await visitor.write(encode_response(response, lines))
         await join(visitor, stream)
@@ -4386,8 +4391,7 @@ class Client:
         if self._host_header:
             lines = self._host_header.response_lines(request, lines)
         if response.status == 101:
-            if not request.upgrade or not response.get(b'upgrade'):
-                raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+            check_upgrade(request, response)
             if sending:
                 await asyncio.wait({sending})       # two readers of one stream are one too many
             outcome.status = 101
