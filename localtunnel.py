@@ -145,12 +145,13 @@ DRAIN_LOOK = 0.05               # between looks whether all has finished
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
 WRONG_TOKEN = 0.5               # each wrong token makes its address wait so much longer
 MOST_WRONG_TOKEN = 10.0
+QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
 SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
 # Counts.
-QUIET_TURN = 2                  # frames of one turn of the loop that need not wait for others
-IDLE_WORKERS = 64               # tasks kept for the next stream
+BURST = 16                      # frames that leave together: the other side begins meanwhile
+IDLE_WORKERS = 256              # tasks kept for the next stream
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_HELD = 100                  # requests that wait for one tunnel's client
 MAX_HELD_IN_ALL = 1000
@@ -293,7 +294,7 @@ def decode_reason(payload: bytes) -> Tuple[int, str]:
 
 def printable(text: str) -> str:
     """TEXT from the network, safe for a terminal and a log: one line, no control characters."""
-    return ''.join(c if c.isprintable() else '?' for c in text)
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
 class Decoder:
@@ -321,7 +322,7 @@ class Decoder:
                 break
             kind = word >> 24
             payload = bytes(data[at + 8:at + 8 + length])
-            if kind != DATA or not payload or not stream:
+            if kind & ~END > DATA or not payload or not stream:
                 self._check(kind, stream, payload)
             frames.append((kind, stream, payload))
             at += 8 + length
@@ -502,9 +503,6 @@ class Signal:
 
     # What follows is asyncio's: Task calls it.
 
-    def get_loop(self) -> asyncio.AbstractEventLoop:
-        return self._loop
-
     def add_done_callback(self, callback: Callable[[Signal], object], *,
                           context: Any = None) -> None:
         self._resume = callback
@@ -525,7 +523,7 @@ class Reactor:
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.now = loop.time
+        self.now = time.monotonic       # loop.time calls it
         self.buffer = memoryview(bytearray(READ_SIZE))
         self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
         self.transports: Set[asyncio.Transport] = set()
@@ -662,13 +660,16 @@ class ByteStream:
         if not self.size:
             return b''
         chunk, at = self._chunks[0], self._at
-        piece = chunk[at:at + limit] if at or len(chunk) > limit else chunk
-        self._at = at + len(piece)
-        if self._at == len(chunk):
+        left = len(chunk) - at
+        if left <= limit:
+            piece = chunk[at:] if at else chunk
             self._chunks.popleft()
             self._at = 0
-        self.size -= len(piece)
-        self.consumed(len(piece))
+        else:
+            piece, left = chunk[at:at + limit], limit
+            self._at = at + limit
+        self.size -= left
+        self.consumed(left)
         return piece
 
     async def read(self, limit: int = READ_SIZE) -> bytes:
@@ -1056,7 +1057,8 @@ class Stream(ByteStream):
         """Give everything back; a stream that is not over is reset."""
         if not self._closed:
             self._closed = True
-            self.reset(DONE, 'done')
+            if not (self.ended and self._end_sent):
+                self.reset(DONE, 'done')
             self.on_gone = None
             self.window.close()
 
@@ -1135,7 +1137,8 @@ class Session:
         self._out: List[Buffer] = []            # this turn's frames
         self._out_size = 0
         self._flushing = False      # is this turn's end awaited?
-        self._busy, self._frames = False, 0     # did the last turn have many frames?  And this one?
+        self._flushed = 0.0         # when was something sent last?
+        self._waiting = 0           # frames since then
         self._credits: Dict[int, int] = {}      # merged, to be sent first
         self._resets: Dict[int, bytes] = {}
         self._control_size = 0
@@ -1170,8 +1173,9 @@ class Session:
 
     @property
     def usable(self) -> bool:
-        """Can a new stream be opened here?"""
-        return self.error is None and self.goaway is None and not self._closing
+        """Can a new stream be opened here, now?"""
+        return (self.connection is not None and self.error is None and self.goaway is None
+                and not self._closing)
 
     def number(self, stream: Stream) -> int:
         """The id of a stream that is about to be opened.  Raises StreamReset."""
@@ -1234,17 +1238,19 @@ class Session:
         self.forget(stream)
 
     def _schedule(self) -> None:
-        """Flush at the end of this turn of the loop; or at once, where turns are quiet."""
-        self._frames += 1
-        if not self._flushing:
+        """Flush at the end of this turn of the loop; or at once, where that is better."""
+        self._waiting += 1
+        if self._flushing:
+            if self._waiting >= BURST:
+                self._flush()
+        elif self.reactor.now() - self._flushed > QUIET:
+            self._flush()
+        else:
             self._flushing = True
             self.reactor.loop.call_soon(self._turn_over)
-            if not self._busy:
-                self._flush()
 
     def _turn_over(self) -> None:
         self._flushing = False
-        self._busy, self._frames = self._frames > QUIET_TURN, 0
         self._flush()
 
     def _flush(self) -> None:
@@ -1252,10 +1258,13 @@ class Session:
         while self.connection is not None and not self.connection.choked:
             if self.connection.receiver is None:
                 return      # it is closing
-            self._next_in_line()
-            self._take_control()
+            if self._line:
+                self._next_in_line()
+            if self._credits or self._resets or self._pong_due:
+                self._take_control()
             if not self._out:
                 break
+            self._flushed, self._waiting = self.reactor.now(), 0
             data = b''.join(self._out)
             self._out.clear()
             self._out_size = 0
@@ -1322,7 +1331,7 @@ class Session:
 
     def _dispatch(self, kind: int, id: int, payload: bytes) -> None:
         if kind & ~END == DATA:
-            stream = self._find(id)
+            stream = self.streams.get(id) or self._find(id)
             if stream:
                 stream.data_arrived(payload, kind & END != 0)
         elif kind & ~END == OPEN:
@@ -1506,36 +1515,38 @@ class Session:
 # RFC 9110 and 9112, strictly: what could be read in two ways is refused, never repaired.  First the
 # pure part: heads, body framing, forwarding, pages; then a thin shell that reads and copies.
 #
-# A head keeps its lines as they came, in order, case and bytes.  Of their meaning only what decides
-# something here is looked at (KNOWN).  The length of a body is a number, or one of two words:
+# A head keeps its header lines as one block, as they came: order, case and bytes.  Of their meaning
+# only what decides something here is looked at, and lines that must not go on are cut out.
+# The length of a body is a number, or one of two words:
 # ------------------------------------------------------------------------------------------------
 
 CHUNKED, UNTIL_CLOSE = -1, -2
+MAX_LENGTH_DIGITS = 18      # what fits in 63 bits
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_FIELDS = rb'((?:' + _TOKEN + rb':[^\x00-\x08\x0a-\x1f\x7f]*\r\n)*)\r\n'
+_VALUE = rb'[\t\x20-\x7e\x80-\xff]*'
+_FIELDS = rb'((?:' + _TOKEN + rb':' + _VALUE + rb'\r\n)*)\r\n'
 _REQUEST = re.compile(rb'(' + _TOKEN + rb') ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n' + _FIELDS)
-_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: [^\x00-\x08\x0a-\x1f\x7f]*)?)\r\n'
-                       + _FIELDS)
+_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)\r\n' + _FIELDS)
 _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9])\.([0-9])\r\n')
 _FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
 _TRAILERS = re.compile(_FIELDS)
-_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;[^\x00-\x08\x0a-\x1f\x7f]*)?\r\n')
+_CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
-_LENGTH = re.compile(rb'[0-9]{1,18}')
-_HOST = re.compile(rb'(?:[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]{1,5})?')
+_HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
-_X_FORWARDED = re.compile(rb'x[-_]forwarded[-_]|forwarded$')
-
-KNOWN = frozenset((
-    b'host', b'content-length', b'transfer-encoding', b'connection', b'upgrade', b'expect', b'te',
-    b'keep-alive', b'proxy-connection', b'via', b'accept', b'authorization', b'origin', b'referer',
-    b'forwarded', b'localtunnel-hello', b'localtunnel-welcome', b'location', b'set-cookie',
-    b'access-control-allow-origin', b'content-type'))
+# Of a block in lower case with LF in front: what is looked at, and what speaks for a proxy.
+_KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgrade|te|keep-alive'
+                    rb'|via|proxy-connection|accept|authorization|x-forwarded-for|x-forwarded-proto'
+                    rb'|localtunnel-hello|localtunnel-welcome|set-cookie):'
+                    rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
+_FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
+MAX_NOMINATED = 20          # names in Connection
 
 # These belong to one hop (RFC 9110 7.6.1).
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
                         b'transfer-encoding'))
+CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
 # A Connection that names one of these would take away what routing and framing rest on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # What routing, framing and trust rest on is no trailer (RFC 9110 6.5.1): apps may merge trailers.
@@ -1545,75 +1556,88 @@ IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'
 
 
 class Head:
-    """What requests and responses share: `lines` of header fields and the known `fields`.
+    """What requests and responses share.
 
-    `fields` has names in lower case; a field that came twice is joined with a comma (RFC 9110 5.3),
-    `minor` is the 1 or 0 of the version.
+    `block` are the header lines, each with its CR LF.  `fields` has the values of known fields in
+    lower case; one that came twice is joined with a comma (RFC 9110 5.3).  `connection` are the
+    words of Connection, `minor` is the 1 or 0 of the version.
     """
-    __slots__ = ('minor', 'lines', 'fields')
+    __slots__ = ('minor', 'block', 'fields', 'connection', '_lower')
 
     def __init__(self, minor: bytes, block: bytes) -> None:
-        self.minor = minor
-        self.lines = block.split(b'\r\n')
-        self.lines.pop()
-        fields: Dict[bytes, bytes] = {}
-        for line in self.lines:
-            name = line[:line.index(b':')].lower()
-            if name in KNOWN or (name[:1] == b'x' and _X_FORWARDED.match(name)):
-                value = line[len(name) + 1:].strip(b' \t')
-                fields[name] = fields[name] + b', ' + value if name in fields else value
-        self.fields = fields
-        if len(self.lines) > MAX_FIELDS:
+        self.minor, self.block = minor, block
+        self._lower = b'\n' + block.lower()
+        found = _KNOWN.findall(self._lower)
+        self.fields: Dict[bytes, bytes] = dict(found)
+        if len(self.fields) < len(found):
+            self.fields = {name: b', '.join(value for key, value in found if key == name)
+                           for name in self.fields}
+        self.connection: Sequence[bytes] = ()
+        if b'connection' in self.fields:
+            self.connection = [word.strip() for word in self.fields[b'connection'].split(b',')]
+        if block.count(b'\n') > MAX_FIELDS:
             raise BadHttp(431, f'more than {MAX_FIELDS} header fields')
 
     def get(self, name: bytes) -> bytes:
-        """The value of a known field; b'' where there is none."""
-        return self.fields.get(name, b'')
-
-    def has_token(self, name: bytes, token: bytes) -> bool:
-        """Does the list in field NAME hold TOKEN, in lower case?"""
-        value = self.fields.get(name)
-        return value is not None and token in [t.strip() for t in value.lower().split(b',')]
+        """The value of a known field as it came; b'' where there is none."""
+        if name not in self.fields:
+            return b''
+        return b', '.join(self.block[m.start(2) - 1:m.end(2) - 1]
+                          for m in _KNOWN.finditer(self._lower) if m.group(1) == name)
 
     @property
     def keep_alive(self) -> bool:
         """Does the sender want to use the connection again?"""
-        if b'connection' not in self.fields:
-            return self.minor == b'1'
-        return not self.has_token(b'connection', b'close') and (
-            self.minor == b'1' or self.has_token(b'connection', b'keep-alive'))
+        return b'close' not in self.connection and (
+            self.minor == b'1' or b'keep-alive' in self.connection)
 
     def hop_by_hop(self) -> Set[bytes]:
         """Names of the fields here that must not go on.  Raises BadHttp."""
-        names = HOP_BY_HOP.intersection(self.fields)
-        found = set(names)
-        if b'connection' in names:
-            for token in self.fields[b'connection'].lower().split(b','):
-                token = token.strip()
-                if NOT_NOMINATED.match(token):
-                    raise BadHttp(400, f'Connection names {token.decode()}')
-                found.add(token)
-        return found
+        names = set(HOP_BY_HOP.intersection(self.fields))
+        for word in self.connection:
+            if word not in CONNECTION_OPTIONS:
+                if NOT_NOMINATED.match(word):
+                    raise BadHttp(400, f'Connection names {word.decode("latin-1")}')
+                names.add(word)
+        if len(names) > MAX_NOMINATED:
+            raise BadHttp(400, f'Connection names more than {MAX_NOMINATED} fields')
+        return names
 
-    def lines_without(self, names: Iterable[bytes]) -> List[bytes]:
-        """The lines but those of NAMES."""
-        drop = frozenset(names)
-        if not drop:
-            return self.lines
-        return [line for line in self.lines if line[:line.index(b':')].lower() not in drop]
+    def forwarded(self) -> List[bytes]:
+        """Names of the fields by which a proxy says what it saw."""
+        return _FORWARDED.findall(self._lower) if b'forwarded' in self._lower else []
+
+    def without(self, names: Iterable[bytes]) -> bytes:
+        """The block without the lines of NAMES."""
+        block, lower = self.block, self._lower
+        for name in names:
+            at = lower.find(b'\n%b:' % name)
+            while at >= 0:
+                end = lower.index(b'\n', at + 1)
+                block, lower = block[:at] + block[end:], lower[:at] + lower[end:]
+                at = lower.find(b'\n%b:' % name, at)
+        return block
 
 
 class Request(Head):
-    """A request head.  `target` is in origin form or '*', `host` is its Host in lower case."""
-    __slots__ = ('method', 'target', 'host')
+    """A request head.  `target` is in origin form or '*'.
+
+    `host` is its Host in lower case, `host_name` the same without port, as text.
+    `upgrade` is the protocol that the sender would like to change to, or b'' (RFC 9110 7.8).
+    """
+    __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
 
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
         super().__init__(minor, block)
         self.method, self.target = method, target
-        self.host = self.get(b'host').lower()
-        if not _HOST.fullmatch(self.host):
-            if minor == b'1' or b'host' in self.fields:
-                raise BadHttp(400, 'Host is missing, malformed or there twice')
+        self.host, self.host_name, self.upgrade = self.fields.get(b'host', b''), '', b''
+        match = _HOST.fullmatch(self.host)
+        if match:
+            self.host_name = match.group(1).decode()
+        elif minor == b'1' or b'host' in self.fields:
+            raise BadHttp(400, 'Host is missing, malformed or there twice')
+        if b'upgrade' in self.connection and minor == b'1':
+            self.upgrade = self.get(b'upgrade')
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
             self._from_absolute_form()
 
@@ -1629,13 +1653,6 @@ class Request(Head):
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
 
-    @property
-    def upgrade(self) -> bytes:
-        """The protocol that the sender would like to change to; b'' for none (RFC 9110 7.8)."""
-        if self.minor == b'1' and self.has_token(b'connection', b'upgrade'):
-            return self.get(b'upgrade')
-        return b''
-
     def body_length(self) -> int:
         """Bytes, or CHUNKED.  Raises BadHttp (RFC 9112 6.3)."""
         if b'transfer-encoding' in self.fields:
@@ -1644,17 +1661,16 @@ class Request(Head):
 
 
 class Response(Head):
-    """A response head; `reason` has its leading space, or is empty."""
-    __slots__ = ('status', 'reason')
+    """A response head; `reason` has its leading space, or is empty.
+
+    `bodiless`: an answer with this status has never a body, nor a length.
+    """
+    __slots__ = ('status', 'reason', 'bodiless')
 
     def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
         super().__init__(minor, block)
         self.status, self.reason = int(status), reason
-
-    @property
-    def interim(self) -> bool:
-        """Does another head follow?"""
-        return self.status < 200 and self.status != 101
+        self.bodiless = self.status < 200 or self.status == 204
 
     def body_length(self, method: bytes) -> int:
         """Bytes, CHUNKED or UNTIL_CLOSE, answering METHOD.  Raises BadHttp (RFC 9112 6.3)."""
@@ -1665,23 +1681,12 @@ class Response(Head):
             length = content_length(self)
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else length
 
-    @property
-    def bodiless(self) -> bool:
-        """Has an answer with this status never a body, nor a length?"""
-        return self.status < 200 or self.status == 204
-
-    def forwarded_lines(self) -> List[bytes]:
+    def forwarded_block(self) -> bytes:
         """The header lines as they go on.  Raises BadHttp."""
-        drop = self.hop_by_hop()
+        names = self.hop_by_hop()
         if self.bodiless:
-            drop.add(b'content-length')
-        return self.lines_without(drop)
-
-
-def host_of(request: Request) -> str:
-    """The host that REQUEST is for, without its port."""
-    host = request.host.decode()
-    return host if host.endswith(']') or ':' not in host else host.rpartition(':')[0]
+            names.add(b'content-length')
+        return self.without(names)
 
 
 def check_upgrade(request: Request, response: Response) -> None:
@@ -1692,7 +1697,7 @@ def check_upgrade(request: Request, response: Response) -> None:
 
 def chunked_only(head: Head) -> int:
     """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
-    if head.get(b'transfer-encoding').lower() != b'chunked':
+    if head.fields[b'transfer-encoding'] != b'chunked':
         raise BadHttp(400, 'a Transfer-Encoding other than one chunked')
     if b'content-length' in head.fields:
         raise BadHttp(400, 'Transfer-Encoding beside Content-Length')
@@ -1703,8 +1708,8 @@ def chunked_only(head: Head) -> int:
 
 def content_length(head: Head) -> int:
     """The one Content-Length of HEAD."""
-    value = head.get(b'content-length')
-    if not _LENGTH.fullmatch(value):
+    value = head.fields[b'content-length']
+    if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
         raise BadHttp(400, 'Content-Length is not one number')
     return int(value)
 
@@ -1732,98 +1737,90 @@ def parse_response(head: bytes) -> Response:
     return Response(*match.groups())
 
 
-def encode_request(request: Request, lines: Sequence[bytes], length: int) -> bytes:
-    """The head that goes on: LINES, and what belongs to this hop."""
-    head = [b'%b %b HTTP/1.1' % (request.method, request.target), *lines]
+def encode_request(request: Request, block: bytes, length: int) -> bytes:
+    """The head that goes on: the header lines in BLOCK, and what belongs to this hop."""
     if request.upgrade:
-        head += [b'Connection: Upgrade', b'Upgrade: ' + request.upgrade]
+        block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % request.upgrade
     if length == CHUNKED:
-        head.append(b'Transfer-Encoding: chunked')
-    return b'\r\n'.join(head) + b'\r\n\r\n'
+        block += b'Transfer-Encoding: chunked\r\n'
+    return b'%b %b HTTP/1.1\r\n%b\r\n' % (request.method, request.target, block)
 
 
-def encode_response(response: Response, lines: Sequence[bytes], chunked: bool = False) -> bytes:
-    """The head that goes on: LINES, and what belongs to this hop."""
-    head = [b'HTTP/1.1 %d%b' % (response.status, response.reason), *lines]
+def encode_response(response: Response, block: bytes, chunked: bool = False) -> bytes:
+    """The head that goes on: the header lines in BLOCK, and what belongs to this hop."""
     if response.status in (101, 426) and response.get(b'upgrade'):
-        head += [b'Connection: Upgrade', b'Upgrade: ' + response.get(b'upgrade')]
+        block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % response.get(b'upgrade')
     if chunked:
-        head.append(b'Transfer-Encoding: chunked')
-    return b'\r\n'.join(head) + b'\r\n\r\n'
+        block += b'Transfer-Encoding: chunked\r\n'
+    return b'HTTP/1.1 %d%b\r\n%b\r\n' % (response.status, response.reason, block)
 
 
-# Bodies.  `take` gives bytes that are here, b'' at the end, and None where more is needed.
+# Bodies.  `take` gives bytes that are here, b'' where more is needed; `taken` counts them, and
+# `finished` says that all have been.  `cut`: the stream ended.
 
 class LengthBody:
     """So many bytes."""
-    __slots__ = ('stream', 'left')
+    __slots__ = ('stream', 'left', 'taken', 'finished')
     trailers = b''
 
-    @property
-    def finished(self) -> bool:
-        """Has all of it been taken?"""
-        return not self.left
-
     def __init__(self, stream: ByteStream, left: int) -> None:
-        self.stream, self.left = stream, left
+        self.stream, self.left, self.taken, self.finished = stream, left, 0, not left
 
-    def take(self) -> Optional[bytes]:
-        if not self.left:
-            return b''
+    def take(self) -> bytes:
         piece = self.stream.take(self.left)
-        self.left -= len(piece)
-        return piece or None
+        n = len(piece)
+        self.taken += n
+        self.left -= n
+        self.finished = not self.left
+        return piece
 
-    def cut(self) -> bytes:
-        """The stream ended here: b'' where that is the body's end.  Else raises Incomplete."""
+    def cut(self) -> None:
         raise Incomplete(f'{self.left} bytes are missing')
 
 
 class CloseBody:
     """Everything until the stream ends."""
-    __slots__ = ('stream',)
+    __slots__ = ('stream', 'taken', 'finished')
     trailers = b''
-    finished = False
 
     def __init__(self, stream: ByteStream) -> None:
-        self.stream = stream
+        self.stream, self.taken, self.finished = stream, 0, False
 
-    def take(self) -> Optional[bytes]:
-        return self.stream.take(READ_SIZE) or None
+    def take(self) -> bytes:
+        piece = self.stream.take(READ_SIZE)
+        self.taken += len(piece)
+        return piece
 
-    def cut(self) -> bytes:
-        return b''
+    def cut(self) -> None:
+        self.finished = True
 
 
 class ChunkedBody:
     """Chunks; their extensions are dropped, the trailers kept."""
-    __slots__ = ('stream', 'trailers', '_left', '_state')
+    __slots__ = ('stream', 'taken', 'finished', 'trailers', '_left', '_state')
     LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
 
     def __init__(self, stream: ByteStream) -> None:
-        self.stream = stream
+        self.stream, self.taken, self.finished = stream, 0, False
         self.trailers = b''
         self._left = 0              # bytes of this chunk
         self._state = 'size'
 
-    @property
-    def finished(self) -> bool:
-        """Has all of it been taken?"""
-        return self._state == 'end'
-
-    def take(self) -> Optional[bytes]:
+    def take(self) -> bytes:
         """Raises BadHttp."""
-        while self._state != 'end':
+        while not self.finished:
             if self._state == 'data':
                 piece = self.stream.take(self._left)
+                self.taken += len(piece)
                 self._left -= len(piece)
                 if not self._left:
                     self._state = 'data end'
-                return piece or None
+                return piece
             line = self.stream.take_line(self.LIMITS[self._state])
             if line is None:
-                return None
+                break
             self._state = self._after(line)
+            self.finished = self._state == 'end'
         return b''
 
     def _after(self, line: bytes) -> str:
@@ -1845,8 +1842,7 @@ class ChunkedBody:
             raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields')
         return 'trailer'
 
-    def cut(self) -> bytes:
-        """The stream ended here."""
+    def cut(self) -> None:
         raise Incomplete('the last chunk is missing')
 
 
@@ -1862,10 +1858,11 @@ def body_reader(stream: ByteStream, length: int) -> Body:
 
 def whole_message(head: bytes, body: Body) -> Optional[bytes]:
     """HEAD with the whole body, where it is small and all here; else None, and nothing is taken."""
-    if not isinstance(body, LengthBody) or body.left > min(body.stream.size, SMALL_BODY):
-        return None
-    while body.left:
-        head += body.take() or b''
+    if not body.finished:
+        if not isinstance(body, LengthBody) or body.left > min(body.stream.size, SMALL_BODY):
+            return None
+        while not body.finished:
+            head += body.take()
     return head
 
 
@@ -1878,32 +1875,36 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
     It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  Raises BadHttp,
     Overdue, Incomplete, or what broke the stream.
     """
-    now = stream.reactor.now
-    deadline, seen = now() + idle, 0
-    while True:
+    if not stream.size and not await stream.more(idle):
+        return None
+    data, seen = stream.peek(), 0
+    at = data.find(b'\r\n\r\n', 0, limit)
+    deadline = stream.reactor.now() + timeout
+    while at < 0:
+        check_partial_head(data, seen, limit)
+        if not seen:
+            stream.widen()
+        seen = len(data)
+        if not await stream.more(max(0.0, deadline - stream.reactor.now())):
+            raise Incomplete('the connection ended inside a message head')
         data = stream.peek()
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
-        if at >= 0:
-            return stream.take(at + 4)
-        if data:
-            check_partial_head(data, seen, limit)
-            if not seen:
-                deadline = now() + timeout
-                stream.widen()
-            seen = len(data)
-        if not await stream.more(max(0.0, deadline - now())):
-            if seen:
-                raise Incomplete('the connection ended inside a message head')
+    return stream.take(at + 4)
+
+
+async def read_request(stream: ByteStream, idle: float) -> Optional[bytes]:
+    """A visitor's request head, as read_head.
+
+    One empty line before it is to be ignored (RFC 9112 2.2).
+    """
+    if not stream.size and not await stream.more(idle):
+        return None
+    if stream.peek()[0] == 13:
+        if stream.size < 2 and not await stream.more(HEAD_TIMEOUT):
             return None
-
-
-async def skip_empty_line(stream: ByteStream, idle: float) -> None:
-    """One empty line before a request is to be ignored (RFC 9112 2.2)."""
-    while stream.peek()[:2] in (b'', b'\r'):
-        if not await stream.more(idle):
-            return
-    if stream.peek()[:2] == b'\r\n':
-        stream.take(2)
+        if stream.peek()[:2] == b'\r\n':
+            stream.take(2)
+    return await read_head(stream, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
 
 
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
@@ -1929,10 +1930,10 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
         if head is None:
             raise Incomplete('the connection ended without an answer')
         response = parse_response(head)
-        if not response.interim:
+        if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
-            await sink.write(encode_response(response, response.forwarded_lines()))
+            await sink.write(encode_response(response, response.forwarded_block()))
     raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
 
 
@@ -1944,25 +1945,20 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
     Raises Incomplete, BadHttp, and what breaks either stream.
     """
     out, size = [head], len(head)
-    while True:
+    while not body.finished:
         piece = body.take()
-        if piece is None:
-            if size:
-                await sink.write(b''.join(out))
-                out, size = [], 0
-                continue        # more may have come meanwhile
-            if await body.stream.more():
+        if piece:
+            if tap:
+                tap(piece)
+            out += [b'%x\r\n' % len(piece), piece, b'\r\n'] if chunked else [piece]
+            size += len(piece)
+            if size < MAX_PAYLOAD:
                 continue
-            piece = body.cut()
-        if not piece:
-            break
-        if tap:
-            tap(piece)
-        out += [b'%x\r\n' % len(piece), piece, b'\r\n'] if chunked else [piece]
-        size += len(piece)
-        if size >= MAX_PAYLOAD:
+        if size:
             await sink.write(b''.join(out))
-            out, size = [], 0
+            out, size = [], 0           # and more may have come meanwhile
+        elif not (body.finished or await body.stream.more()):
+            body.cut()
     if chunked:
         out += [b'0\r\n', body.trailers, b'\r\n']
     if out or end:
@@ -2422,7 +2418,7 @@ class Access:
 
     It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
     """
-    __slots__ = ('_networks', '_users')
+    __slots__ = ('users', '_networks')
 
     def __init__(self, rules: Dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
@@ -2430,7 +2426,7 @@ class Access:
             raise ValueError(f'more than {MAX_RULES} rules')
         self._networks = [ipaddress.ip_network(cidr, strict=False)
                           for cidr in rules.get('allow', [])]
-        self._users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
+        self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
     def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
@@ -2438,15 +2434,11 @@ class Access:
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
         return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
 
-    @property
-    def wants_password(self) -> bool:
-        return bool(self._users)
-
     def admits_address(self, address: str) -> bool:
         """May a visitor from ADDRESS come in?"""
         return not self._networks or within(address, self._networks)
 
-    def admits_password(self, authorization: bytes) -> bool:
+    def admits_user(self, authorization: bytes) -> bool:
         """Is this the value of an Authorization field with a right user and password?"""
         scheme, _, encoded = authorization.partition(b' ')
         try:
@@ -2454,7 +2446,7 @@ class Access:
         except ValueError:
             return False
         right = False
-        for salt, digest in self._users:
+        for salt, digest in self.users:
             right |= same(digest_of(salt + given), digest)
         return right and scheme.lower() == b'basic'
 
@@ -2649,13 +2641,9 @@ class Tunnel:
 
     def pick(self) -> Optional[Member]:
         """The member to send the next request to: the least busy one that is there."""
-        best = None
-        for member in self.members:
-            session = member.session
-            if session.connection is not None and session.usable:
-                if best is None or len(session.streams) < len(best.session.streams):
-                    best = member
-        return best
+        there = [member for member in self.members if member.session.usable]
+        return min(there, key=lambda m: len(m.session.streams)) if len(there) > 1 else (
+            there[0] if there else None)
 
     def may_ask(self, now: float, rate: float) -> bool:
         """May one more request come, of RATE a second?  A second's worth may come at once."""
@@ -2691,40 +2679,38 @@ class Tunnel:
 
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
-    __slots__ = ('connection', 'address', 'scheme', 'forwarded', 'stream', 'begun', 'unread',
-                 'waiting', 'status', 'size', '_trusted')
+    __slots__ = ('connection', 'peer', 'address', 'scheme', 'forwarded', 'trusted', 'refusal',
+                 'stream', 'begun', 'unread', 'waiting', 'status', 'answer')
 
     def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
         self.connection = connection
-        self.address = connection.peer
+        self.peer = self.address = connection.peer
         self.scheme = 'https' if connection.secure else 'http'
-        self._trusted = trusted if within(self.address, trusted) else ()
-        self.forwarded = [b'X-Forwarded-For: ' + self.address.encode(),
-                          b'X-Forwarded-Proto: ' + self.scheme.encode()]
+        self.trusted = trusted if within(self.peer, trusted) else ()
+        self.refusal: Optional[HopFailed] = None        # there was no room for this connection
+        self.forwarded = self._forwarded([self.peer])
         self.stream: Optional[Stream] = None
         self.begun = False          # has the answer begun?
         self.unread = False         # was the answer there before the request had been read?
         self.waiting: Optional[asyncio.Future[None]] = None
-        self.status = self.size = 0     # of the last answer, for the log
+        self.status = 0             # of the answer, and its body: for the log
+        self.answer: Optional[Body] = None
         connection.on_gone, connection.on_eof = self._gone, self._half_closed
 
     def look_behind(self, request: Request) -> None:
         """Where the peer is a trusted proxy: whom and what it saw."""
-        if not self._trusted:
-            return
-        peer = self.connection.peer
         chain = [a.strip() for a in request.get(b'x-forwarded-for').decode('latin-1').split(',')]
-        chain = [*filter(is_address, chain), peer]
-        outside = [a for a in chain if not within(a, self._trusted)]
+        chain = [*filter(is_address, chain), self.peer]
+        outside = [a for a in chain if not within(a, self.trusted)]
         self.address = outside[-1] if outside else chain[0]
-        proto = request.get(b'x-forwarded-proto').lower()
+        proto = request.fields.get(b'x-forwarded-proto', b'')
         self.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
-        self.forwarded = [b'X-Forwarded-For: ' + ', '.join(chain).encode(),
-                          b'X-Forwarded-Proto: ' + self.scheme.encode()]
+        self.forwarded = self._forwarded(chain)
 
-    def tap(self, piece: bytes) -> None:
-        """PIECE of the answer's body passed."""
-        self.size += len(piece)
+    def _forwarded(self, chain: Sequence[str]) -> bytes:
+        """The header lines about who asks."""
+        return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
+                f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
     def begin(self, stream: Stream) -> None:
         """An exchange begins on STREAM."""
@@ -2960,7 +2946,8 @@ class Server:
         It must never come to accept() failing: asyncio then tells so a thousand times a second.
         """
         self._visits[visit] = None
-        self._of_address[visit.connection.peer] += 1
+        self._of_address[visit.peer] += 1
+        visit.refusal = self._no_room(visit.peer)
         if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS * 3 // 4:
             idle = (v for v in self._visits if v is not visit and not (v.stream or v.waiting))
             out = next(idle, visit)
@@ -2969,10 +2956,9 @@ class Server:
 
     def _leave(self, visit: Visit) -> None:
         self._visits.pop(visit, None)
-        address = visit.connection.peer
-        self._of_address[address] -= 1
-        if not self._of_address[address]:
-            del self._of_address[address]
+        self._of_address[visit.peer] -= 1
+        if not self._of_address[visit.peer]:
+            del self._of_address[visit.peer]
 
     async def _serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
@@ -2981,8 +2967,7 @@ class Server:
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
-                await skip_empty_line(connection, idle)
-                head = await read_head(connection, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
+                head = await read_request(connection, idle)
                 if head is None:
                     break
                 after = await self._answer(visit, parse_request(head))
@@ -3013,12 +2998,19 @@ class Server:
 
     async def _answer(self, visit: Visit, request: Request) -> int:
         """Answer one request; KEEP, CLOSE or TAKEN says what becomes of the connection."""
-        visit.look_behind(request)
-        if request.target == WELL_KNOWN.encode() and request.upgrade.startswith(b'localtunnel/'):
+        if visit.trusted:
+            visit.look_behind(request)
+        if request.upgrade and request.target == WELL_KNOWN.encode() and (
+                request.upgrade.startswith(b'localtunnel/')):
             return await self._begin_session(visit, request)
-        began, visit.status, visit.size = self.reactor.now(), 0, 0
+        began, visit.status, visit.answer = self.reactor.now(), 0, None
         try:
-            return await self._visit(visit, request)
+            tunnel = self._route(visit, request)
+            if tunnel is None:
+                return await self._own_page(visit, request)
+            member = tunnel.pick() or await self._present(visit, tunnel)
+            self._check_access(visit, request, tunnel, member.hello.access)
+            return await self._exchange(visit, request, tunnel, member)
         except HopFailed as e:
             failed = e      # `e` ends here, and what follows is called later
             return await self._give_own(visit, request, failed.status, lambda more: error_message(
@@ -3026,30 +3018,7 @@ class Server:
         finally:
             self.counters[visit.status] += 1
             self._log.access(visit.address, request, visit.status, self.reactor.now() - began,
-                             visit.size)
-
-    async def _visit(self, visit: Visit, request: Request) -> int:
-        """Let REQUEST in, to where it belongs.  Raises HopFailed."""
-        self._check_room(visit)
-        if self.redirects and visit.scheme == 'http':
-            where = f'https://{host_of(request)}{self.tls_suffix}{request.target.decode("latin-1")}'
-            return await self._give_own(visit, request, 308, lambda more: plain_message(
-                308, 'text/plain', b'', [f'Location: {where}', *more], request.method))
-        tunnel = self._route(request)
-        if tunnel is None:
-            return await self._own_page(visit, request)
-        if tunnel.via in request.get(b'via'):
-            raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
-                            'before: the tunnel leads to itself')
-        if self._rate and not tunnel.may_ask(self.reactor.now(), self._rate):
-            raise HopFailed(429, f'{tunnel.name} gets too many requests a second', 'Retry-After: 1')
-        access = await self._present(visit, tunnel)
-        if not access.admits_address(visit.address):
-            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
-        if access.wants_password and not access.admits_password(request.get(b'authorization')):
-            raise HopFailed(401, 'this tunnel wants a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
-        return await self._exchange(visit, request, tunnel, access)
+                             visit.answer.taken if visit.answer else 0)
 
     async def _give_own(self, visit: Visit, request: Request, status: int,
                         message: Callable[[Sequence[str]], bytes]) -> int:
@@ -3061,24 +3030,50 @@ class Server:
         await visit.connection.write(message(more))
         return KEEP if keep else CLOSE
 
-    def _check_room(self, visit: Visit) -> None:
-        """Raises HopFailed where visitors have taken too much; sessions stay welcome."""
+    def _no_room(self, peer: str) -> Optional[HopFailed]:
+        """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
         if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS:
-            raise HopFailed(503, 'the server has too many connections; try again soon',
-                            f'Retry-After: {RETRY_AFTER}')
-        if (self._of_address[visit.connection.peer] > MAX_CONNECTIONS_OF_ADDRESS
-                and not is_loopback(visit.connection.peer)
-                and not within(visit.connection.peer, self._trusted)):
-            raise HopFailed(429, f'{visit.connection.peer} has too many connections',
-                            'Retry-After: 1')
+            return HopFailed(503, 'the server has too many connections; try again soon',
+                             f'Retry-After: {RETRY_AFTER}')
+        if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
+                and not within(peer, self._trusted)):
+            return HopFailed(429, f'{peer} has too many connections', 'Retry-After: 1')
+        return None
 
     # Routes.
 
-    def _route(self, request: Request) -> Optional[Tunnel]:
+    def _route(self, visit: Visit, request: Request) -> Optional[Tunnel]:
+        """The tunnel that REQUEST may pass; None for the server itself.  Raises HopFailed."""
+        if visit.refusal:
+            raise visit.refusal
+        if self.redirects and visit.scheme == 'http':
+            where = (f'https://{request.host_name}{self.tls_suffix}'
+                     + request.target.decode('latin-1'))
+            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
+        tunnel = self._find(request)
+        if tunnel is not None:
+            if tunnel.via in request.fields.get(b'via', b''):
+                raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
+                                'before: the tunnel leads to itself')
+            if self._rate and not tunnel.may_ask(self.reactor.now(), self._rate):
+                raise HopFailed(429, f'{tunnel.name} gets too many requests a second',
+                                'Retry-After: 1')
+        return tunnel
+
+    @staticmethod
+    def _check_access(visit: Visit, request: Request, tunnel: Tunnel, access: Access) -> None:
+        """Raises HopFailed where the rules of TUNNEL keep this visitor out."""
+        if not access.admits_address(visit.address):
+            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
+        if access.users and not access.admits_user(request.get(b'authorization')):
+            raise HopFailed(401, 'this tunnel wants a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
+
+    def _find(self, request: Request) -> Optional[Tunnel]:
         """The tunnel that REQUEST is for; None for the server itself.  Raises HopFailed."""
         if self._only:
             return next(iter(self._tunnels.values()), None)
-        host = host_of(request)
+        host = request.host_name
         name, _, parent = host.partition('.')
         tunnel = self._tunnels.get(name) if parent == self.domain else None
         if tunnel is not None and tunnel.kind == 'http':
@@ -3124,14 +3119,14 @@ class Server:
     # One exchange.
 
     async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel,
-                        access: Access) -> int:
+                        member: Member) -> int:
         """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
         length = request.body_length()
-        lines = self._forwarded_lines(visit, request, tunnel, access)
-        head, body = encode_request(request, lines, length), body_reader(visit.connection, length)
+        block = self._forwarded_block(visit, request, tunnel, member.hello.access)
+        head, body = encode_request(request, block, length), body_reader(visit.connection, length)
         whole = whole_message(head, body)
         while True:
-            stream = await self._open_stream(visit, tunnel)
+            stream = self._open_stream(tunnel, member)
             visit.begin(stream)
             sending = None
             try:
@@ -3145,6 +3140,7 @@ class Server:
                 if (whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST
                         or stream.session.error is None):     # a RESET may only claim it
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
+                member = tunnel.pick() or await self._present(visit, tunnel)
             except (BadHttp, Incomplete, Overdue) as e:
                 if visit.begun:
                     raise Disconnected(str(e)) from e
@@ -3169,24 +3165,22 @@ class Server:
         if fault:
             raise fault
 
-    def _forwarded_lines(self, visit: Visit, request: Request, tunnel: Tunnel,
-                         access: Access) -> List[bytes]:
+    def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel,
+                         access: Access) -> bytes:
         """The header lines of REQUEST as they go on."""
-        drop, via = request.hop_by_hop(), tunnel.via
-        if access.wants_password:
-            drop.add(b'authorization')
-        for name in request.fields:
-            if _X_FORWARDED.match(name):
-                drop.add(name)
+        names, via = request.hop_by_hop(), tunnel.via
+        names.update(request.forwarded())
+        if access.users:
+            names.add(b'authorization')
         if b'via' in request.fields:
-            drop.add(b'via')
+            names.add(b'via')
             via = request.get(b'via') + b', ' + via
-        lines = [*request.lines_without(drop), *visit.forwarded,
-                 b'X-Forwarded-Host: ' + request.host, b'Via: ' + via]
-        return lines if request.host else [b'Host: ' + self.domain.encode(), *lines]
+        block = b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n' % (
+            request.without(names), visit.forwarded, request.host, via)
+        return block if request.host else b'Host: %b\r\n%b' % (self.domain.encode(), block)
 
-    async def _present(self, visit: Visit, tunnel: Tunnel) -> Access:
-        """Wait for a client of TUNNEL that is on its way, and for its rules.  Raises HopFailed."""
+    async def _present(self, visit: Visit, tunnel: Tunnel) -> Member:
+        """Wait for a client of TUNNEL that is on its way.  Raises HopFailed."""
         member, deadline = tunnel.pick(), self.reactor.now() + self._hold
         while member is None and self.reactor.now() < deadline:     # it may be lost again at once
             if not await self._hold_request(visit, tunnel, deadline):
@@ -3195,15 +3189,12 @@ class Server:
         if member is None:
             raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
                             f'Retry-After: {RETRY_AFTER}')
-        return member.hello.access
+        return member
 
-    async def _open_stream(self, visit: Visit, tunnel: Tunnel) -> Stream:
-        """A stream to a client of TUNNEL, the least busy one.  Raises HopFailed."""
-        member = tunnel.pick()
-        if member is None:
-            await self._present(visit, tunnel)
-            member = tunnel.pick()
-        stream = member.session.open() if member else None
+    @staticmethod
+    def _open_stream(tunnel: Tunnel, member: Member) -> Stream:
+        """A stream to a client of TUNNEL.  Raises HopFailed."""
+        stream = member.session.open()
         if stream is None:
             raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
                             f'Retry-After: {RETRY_AFTER}')
@@ -3257,27 +3248,29 @@ class Server:
         chunked = length < 0 and request.minor == b'1'
         keep = (request.keep_alive and (length >= 0 or chunked) and not self._draining
                 and body.finished)
-        lines = response.forwarded_lines()
+        block = response.forwarded_block()
         if b'set-cookie' in response.fields:
-            lines = self._own_cookies(lines)
-        if not keep or request.minor == b'0':
-            lines = [*lines, b'Connection: ' + (b'keep-alive' if keep else b'close')]
-        await copy_message(encode_response(response, lines, chunked), body_reader(stream, length),
-                           visitor, chunked, False, visit.tap)
+            block = self._own_cookies(block)
+        if not keep:
+            block += b'Connection: close\r\n'
+        elif request.minor == b'0':
+            block += b'Connection: keep-alive\r\n'
+        visit.answer = body_reader(stream, length)
+        await copy_message(encode_response(response, block, chunked), visit.answer, visitor,
+                           chunked, False)
         return KEEP if keep else CLOSE
 
     async def _upgrade(self, visitor: Connection, request: Request, response: Response,
                        stream: Stream) -> int:
         check_upgrade(request, response)
-        lines = response.forwarded_lines()
-        await visitor.write(encode_response(response, lines))
+        await visitor.write(encode_response(response, response.forwarded_block()))
         await join(visitor, stream)
         return CLOSE
 
-    def _own_cookies(self, lines: Sequence[bytes]) -> List[bytes]:
-        """LINES without the cookies for this server's domain or above: tenants share that site."""
+    def _own_cookies(self, block: bytes) -> bytes:
+        """BLOCK without the cookies for this server's domain or above: tenants share that site."""
         own = []
-        for line in lines:
+        for line in block.splitlines(keepends=True):
             name, _, value = line.partition(b':')
             if name.lower() == b'set-cookie':
                 domain = re.search(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t]*)', value.lower())
@@ -3286,7 +3279,7 @@ class Server:
                     self._log.note('a cookie for the whole domain was dropped: tenants share it')
                     continue
             own.append(line)
-        return own
+        return b''.join(own)
 
     # One session.
 
@@ -3328,7 +3321,7 @@ class Server:
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         host = request.host.decode()
-        name = self._name_for(hello, owner, grant, host_of(request))
+        name = self._name_for(hello, owner, grant, request.host_name)
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
@@ -3393,11 +3386,12 @@ class Server:
         visit, stream = Visit(connection), None
         self._enter(visit)
         try:
-            self._check_room(visit)
-            access = await self._present(visit, tunnel)
-            if not access.admits_address(visit.address):
+            if visit.refusal:
+                raise visit.refusal
+            member = await self._present(visit, tunnel)
+            if not member.hello.access.admits_address(visit.address):
                 raise Disconnected(f'{visit.address} may not visit this tunnel')
-            stream = await self._open_stream(visit, tunnel)
+            stream = self._open_stream(tunnel, member)
             visit.begin(stream)
             visit.begun = True          # a half close is only that
             await stream.write(visit.address.encode())
@@ -3521,7 +3515,7 @@ class Admin:
     def _answer(self, request: Request) -> bytes:
         path, _, query = request.target.decode('latin-1').partition('?')
         close = ['Connection: close']
-        host = host_of(request)
+        host = request.host_name
         if host != 'localhost' and not is_address(host):        # DNS rebinding
             return error_message(403, 'use the address or localhost', request, close)
         if path.startswith('/tunnels/') and request.method == b'DELETE':
@@ -3903,18 +3897,18 @@ class Observer(Protocol):
 
 class Outcome:
     """What became of one exchange."""
-    __slots__ = ('status', 'size', 'whole', 'seen', 'why')
+    __slots__ = ('status', 'body', 'whole', 'seen', 'why')
 
     def __init__(self) -> None:
-        self.status = self.size = 0
+        self.status = 0
+        self.body: Optional[Body] = None
         self.why = ''               # it failed
         self.whole = False          # did the answer come to its end?
-        self.seen: Optional[bytes] = None       # the beginning of a body that is looked at
+        self.seen = b''             # the beginning of a body that is looked at
 
     def tap(self, piece: bytes) -> None:
         """PIECE of the body passed."""
-        self.size += len(piece)
-        if self.seen is not None and len(self.seen) < MAX_PAYLOAD:
+        if len(self.seen) < MAX_PAYLOAD:
             self.seen += piece
 
 
@@ -3981,11 +3975,11 @@ class HostHeader:
         self._target = target
         self._value = b'' if value == 'rewrite' else value.encode('latin-1')
 
-    def request_lines(self, request: Request, lines: Sequence[bytes]) -> List[bytes]:
-        """LINES of REQUEST, as the app is to see them."""
+    def of_request(self, request: Request, block: bytes) -> bytes:
+        """The header lines of REQUEST, as the app is to see them."""
         public, own = self._public(request), self._target.origin.encode()
         changed = []
-        for line in lines:
+        for line in block.splitlines():
             name, _, value = line.partition(b':')
             key, value = name.lower(), value.strip(b' \t')
             if key == b'host':
@@ -3994,16 +3988,16 @@ class HostHeader:
                 continue
             elif not self._value and key in (b'origin', b'referer'):
                 line = name + b': ' + replaced(value, public, own)
-            changed.append(line)
-        return changed
+            changed.append(line + b'\r\n')
+        return b''.join(changed)
 
-    def response_lines(self, request: Request, lines: Sequence[bytes]) -> List[bytes]:
-        """LINES of the answer, as the visitor is to see them."""
+    def of_response(self, request: Request, block: bytes) -> bytes:
+        """The header lines of the answer to REQUEST, as the visitor is to see them."""
         if self._value:
-            return list(lines)
+            return block
         public, own = self._public(request), self._target.origin.encode()
         changed = []
-        for line in lines:
+        for line in block.splitlines():
             name, _, value = line.partition(b':')
             key, value = name.lower(), value.strip(b' \t')
             if key in (b'location', b'access-control-allow-origin'):
@@ -4011,8 +4005,8 @@ class HostHeader:
             elif key == b'set-cookie':
                 line = re.sub(rb'(?i);[ \t]*domain=\.?' + re.escape(self._target.host.encode())
                               + rb'(?=[ \t]*(?:;|$))', b'', line)
-            changed.append(line)
-        return changed
+            changed.append(line + b'\r\n')
+        return b''.join(changed)
 
     @staticmethod
     def _public(request: Request) -> bytes:
@@ -4216,12 +4210,12 @@ class Client:
     async def _refused(self, connection: Connection, response: Response) -> NoReturn:
         try:
             body = body_reader(connection, response.body_length(b'GET'))
-            reason, piece = b'', body.take()
-            while piece != b'' and len(reason) < MAX_HEAD:
-                reason += piece or b''
-                if piece is None and not await connection.more(HANDSHAKE_TIMEOUT):
+            reason = b''
+            while not body.finished and len(reason) < MAX_HEAD:
+                reason += body.take()
+                if not body.finished and not connection.size and (
+                        not await connection.more(HANDSHAKE_TIMEOUT)):
                     break
-                piece = body.take()
             said = json.loads(reason)
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
@@ -4318,13 +4312,14 @@ class Client:
         finally:
             stream.close()
             self._observer.exchange(number, method, target, outcome.status,
-                                    self.reactor.now() - began, outcome.size, outcome.why)
+                                    self.reactor.now() - began,
+                                    outcome.body.taken if outcome.body else 0, outcome.why)
 
     async def _exchange(self, stream: Stream, request: Request, outcome: Outcome) -> None:
         """REQUEST goes to the app; it goes again where a connection had been closed meanwhile."""
         length = request.body_length()
-        lines = self._forwarded_lines(request)
-        head, body = encode_request(request, lines, length), body_reader(stream, length)
+        block = self._forwarded_block(request)
+        head, body = encode_request(request, block, length), body_reader(stream, length)
         whole = whole_message(head, body)
         again = whole is not None and request.method in IDEMPOTENT and not request.upgrade
         while True:
@@ -4361,12 +4356,12 @@ class Client:
                 if not outcome.whole:
                     upstream.reset(CANCELLED, '')
 
-    def _forwarded_lines(self, request: Request) -> List[bytes]:
+    def _forwarded_block(self, request: Request) -> bytes:
         """The header lines of REQUEST as they go on."""
-        lines = request.lines_without(request.hop_by_hop())
+        block = request.without(request.hop_by_hop())
         if self.target.path and self.target.scheme in ('http', 'https') and request.target != b'*':
             request.target = self.target.path.encode() + request.target
-        return self._host_header.request_lines(request, lines) if self._host_header else lines
+        return self._host_header.of_request(request, block) if self._host_header else block
 
     def _hint(self, server: str) -> None:
         if server:
@@ -4387,15 +4382,15 @@ class Client:
                            response: Response, sending: Optional[asyncio.Task[Any]],
                            outcome: Outcome) -> None:
         """The answer from the app to STREAM."""
-        lines = response.forwarded_lines()
+        block = response.forwarded_block()
         if self._host_header:
-            lines = self._host_header.response_lines(request, lines)
+            block = self._host_header.of_response(request, block)
         if response.status == 101:
             check_upgrade(request, response)
             if sending:
                 await asyncio.wait({sending})       # two readers of one stream are one too many
             outcome.status = 101
-            await stream.write(encode_response(response, lines))
+            await stream.write(encode_response(response, block))
             await join(upstream, stream)
             outcome.whole = True
             return upstream.close()
@@ -4404,12 +4399,13 @@ class Client:
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
                                 'hides whether it broke')
-        if not self._hinted and (response.status in (400, 403) or length == len(STRANGERS[1][1])):
-            outcome.seen = b''
-        await copy_message(encode_response(response, lines, length < 0),
-                           body_reader(upstream, length), stream, length < 0, True, outcome.tap)
+        look = not self._hinted and (response.status in (400, 403)
+                                     or length == len(STRANGERS[1][1]))
+        outcome.body = body_reader(upstream, length)
+        await copy_message(encode_response(response, block, length < 0), outcome.body, stream,
+                           length < 0, True, outcome.tap if look else None)
         outcome.whole = True
-        if outcome.seen and not self._hinted:
+        if look:
             self._hint(unknown_host(response.status, outcome.seen))
         if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
             self._upstream.give(upstream)       # a body may lie there unread: then never

@@ -140,8 +140,8 @@ def head_of(fed, parse):
         message = parse(head)
         message.hop_by_hop()
         if isinstance(message, lt.Request):
-            return message.lines, message.body_length(), message.upgrade, message.keep_alive
-        return message.lines, message.body_length(b'GET'), message.interim, message.keep_alive
+            return message.block, message.body_length(), message.upgrade, message.keep_alive
+        return message.block, message.body_length(b"GET"), message.status, message.keep_alive
     except lt.BadHttp as e:
         assert 400 <= e.status < 600
         return e.status
