@@ -184,13 +184,12 @@ def chunked(fed):
     try:
         for piece in fed:
             stream.feed(piece)
-            while end == 'incomplete':
-                taken = body.take()
-                if taken is None:
-                    break
-                if not taken:
-                    end = 'whole'
+            taken = body.take()
+            while taken:
                 found += taken
+                taken = body.take()
+            if body.finished:
+                end = 'whole'
     except lt.BadHttp:
         return found, b'', 'refused', b''
     return found, body.trailers, end, stream.peek() if end == 'whole' else b''
