@@ -150,7 +150,7 @@ SWEEP = 0.5                     # between looks at the deadlines: they may be la
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
 # Counts.
-BURST = 16                      # frames that leave together: the other side begins meanwhile
+BURST = 8                       # frames that leave together: the other side begins meanwhile
 IDLE_WORKERS = 256              # tasks kept for the next stream
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_HELD = 100                  # requests that wait for one tunnel's client
@@ -364,7 +364,10 @@ MAX_CREDIT = 1 << 31
 
 
 class Budget:
-    """Bytes that may be promised; what is taken here is taken from the parent too."""
+    """Bytes that may be promised; what is taken here is taken from the parent too, if it has one.
+
+    There are two levels: a session and its process.
+    """
     __slots__ = ('limit', 'used', '_parent')
 
     def __init__(self, limit: int, parent: Optional[Budget] = None) -> None:
@@ -372,21 +375,24 @@ class Budget:
 
     def take(self, n: int) -> bool:
         """Take N bytes, or nothing and say False."""
-        if self.used + n > self.limit or (self._parent and not self._parent.take(n)):
+        parent = self._parent
+        if self.used + n > self.limit or parent and parent.used + n > parent.limit:
             return False
-        self.used += n
+        self.give(-n)
         return True
 
     def give(self, n: int) -> None:
         """Bring back N bytes that were taken."""
         self.used -= n
         if self._parent:
-            self._parent.give(n)
+            self._parent.used -= n
 
     @property
     def scarce(self) -> bool:
         """Is half of it, or of the parent's, promised?"""
-        return self.used * 2 >= self.limit or bool(self._parent and self._parent.scarce)
+        parent = self._parent
+        return self.used * 2 >= self.limit or (parent is not None
+                                               and parent.used * 2 >= parent.limit)
 
 
 class ReceiveWindow:
@@ -1017,7 +1023,8 @@ class Stream(ByteStream):
             n = min(len(rest), MAX_PAYLOAD, self.credit)
             if not n and rest:
                 pass                                    # CREDIT will wake us
-            elif self.session.has_room(self):
+            elif self.session.has_room() and (self.granted or not self.session.line):
+                self.granted = False
                 if n == len(rest):
                     return self._send(rest, end)
                 self._send(rest[:n], False)
@@ -1143,7 +1150,7 @@ class Session:
         self._resets: Dict[int, bytes] = {}
         self._control_size = 0
         self._pong_due = False
-        self._line: Dict[Stream, None] = {}     # streams that wait for their turn
+        self.line: Dict[Stream, None] = {}      # streams that wait for their turn
         self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
         self.sent = 0
         self._acknowledged = self._asked_at = 0
@@ -1188,21 +1195,15 @@ class Session:
     def forget(self, stream: Stream) -> None:
         """STREAM is over both ways."""
         self.streams.pop(stream.id, None)
-        self._line.pop(stream, None)
+        self.line.pop(stream, None)
         self._credits.pop(stream.id, None)
         if self._closing and not self.streams:
             self._schedule()        # it closes when all has left
 
     # Frames out.
 
-    def has_room(self, stream: Stream) -> bool:
-        """May STREAM send a frame now?"""
-        if not self._room() or (self._line and not stream.granted):
-            return False
-        stream.granted = False
-        return True
-
-    def _room(self) -> bool:
+    def has_room(self) -> bool:
+        """May a stream send a frame now?"""
         return (self._out_size < BATCH and self.connection is not None
                 and not self.connection.choked and self.sent - self._acknowledged < KEPT_FOR_RESUME)
 
@@ -1211,7 +1212,7 @@ class Session:
         if self.error is not None:
             stream.fail(StreamReset(SESSION_LOST, str(self.error)))
         else:
-            self._line[stream] = None
+            self.line[stream] = None
 
     def send(self, kind: int, stream: int, payload: Buffer = b'') -> None:
         """Queue one frame; it leaves at the end of this turn of the loop."""
@@ -1258,7 +1259,7 @@ class Session:
         while self.connection is not None and not self.connection.choked:
             if self.connection.receiver is None:
                 return      # it is closing
-            if self._line:
+            if self.line:
                 self._next_in_line()
             if self._credits or self._resets or self._pong_due:
                 self._take_control()
@@ -1273,7 +1274,9 @@ class Session:
             self.connection.transport.write(data)
             if self.sent - self._asked_at >= ACKNOWLEDGE_EVERY:
                 self._ping()
-        if self._closing and not (self.streams or self._line or self._out):
+            elif not self.line:
+                break
+        if self._closing and not (self.streams or self.line or self._out):
             if self._goodbye == NEVER:      # what crossed our GOAWAY comes before this PONG
                 self._goodbye = self.sent
                 self._ping()
@@ -1299,11 +1302,11 @@ class Session:
                 self.trace('->', kind, id, len(payload))
 
     def _next_in_line(self) -> None:
-        for _ in range(len(self._line)):
-            if not self._room() or not self._line:
+        for _ in range(len(self.line)):
+            if not self.has_room() or not self.line:
                 break
-            stream = next(iter(self._line))
-            del self._line[stream]
+            stream = next(iter(self.line))
+            del self.line[stream]
             stream.granted = True
             stream._writable.set()
 
@@ -1381,7 +1384,7 @@ class Session:
         if n > self.sent:
             raise ProtocolError('more acknowledged than was sent')
         self._confirmed = n
-        had_room = self._room()
+        had_room = self.has_room()
         while self._kept and self._acknowledged + len(self._kept[0]) <= n:
             self._acknowledged += len(self._kept.popleft())
         if not had_room:
@@ -1444,7 +1447,7 @@ class Session:
         """Liveness: ping when nothing was heard, give the connection up when nothing answers."""
         if self.connection is None:
             return
-        for stream in [*self.streams.values(), *self._line]:
+        for stream in [*self.streams.values(), *self.line]:
             stream._readable.sweep(now)
             stream._writable.sweep(now)
         pending = self.connection.transport.get_write_buffer_size()
@@ -1502,10 +1505,10 @@ class Session:
         self.reactor.swept.discard(self)
         self.close()
         lost = StreamReset(SESSION_LOST, str(error))
-        for stream in [*self.streams.values(), *self._line]:
+        for stream in [*self.streams.values(), *self.line]:
             stream.over(lost)
         self._kept.clear()
-        self._line.clear()
+        self.line.clear()
         self.on_closed()
 
 
@@ -4568,15 +4571,14 @@ class ServerLog:
 
     def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
-        now, host = clock(), request.host.decode()
-        path = request.target.partition(b'?')[0].decode('latin-1')
+        method, path = request.method.decode(), request.target.partition(b'?')[0].decode('latin-1')
         if self._json:
             self._lines.add(json.dumps({
-                'time': now, 'visitor': address, 'method': request.method.decode(), 'host': host,
+                'time': clock(), 'visitor': address, 'method': method, 'host': request.host_name,
                 'path': path, 'status': status, 'ms': round(seconds * 1000, 1), 'bytes': size}))
         else:
-            self._lines.add(f'{now} {address} {request.method.decode()} {host} {printable(path)} '
-                            f'{status or "gone"} {milliseconds(seconds)} {in_bytes(size)}')
+            self._lines.add(f'{clock()} {address} {method} {request.host_name} {printable(path)} '
+                            f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
         """A frame passed (--verbose)."""
@@ -4623,13 +4625,11 @@ def milliseconds(seconds: float) -> str:
     return f'{seconds * 1000:.0f}ms' if seconds < 10 else f'{seconds:.1f}s'
 
 
-def in_bytes(size: float) -> str:
+def in_bytes(size: int) -> str:
     """SIZE in bytes, for people."""
-    for unit in ('B', 'kB', 'MB'):
-        if size < 1000:
-            return f'{size:.0f}{unit}' if unit == 'B' else f'{size:.1f}{unit}'
-        size /= 1000
-    return f'{size:.1f}GB'
+    if size < 1e6:
+        return f'{size}B' if size < 1e3 else f'{size / 1e3:.1f}kB'
+    return f'{size / 1e6:.1f}MB' if size < 1e9 else f'{size / 1e9:.1f}GB'
 
 
 # ------------------------------------------------------------------------------------------------

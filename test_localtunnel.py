@@ -1186,7 +1186,7 @@ class ResetTest(SessionTest):
             for mine, _ in pairs:
                 await stack.enter_async_context(self.background(mine.write(bytes(60000) * 100)))
             with contextlib.suppress(asyncio.TimeoutError):
-                await eventually(lambda: here._line or not any(m.credit for m, _ in pairs))
+                await eventually(lambda: here.line or not any(m.credit for m, _ in pairs))
             pairs[0][0].reset(lt.CANCELLED, 'no more')
             for _, theirs in pairs[1:]:
                 for _ in range(20):
@@ -1237,12 +1237,12 @@ class GoodbyeTest(SessionTest):
         here, _ = await self.sessions()
         here.detach()
         async with self.background(self.new_stream().write(b'x')) as writing:
-            await eventually(lambda: here._line)
+            await eventually(lambda: here.line)
             here.end(lt.Disconnected('the client did not come back'))
             await asyncio.wait({writing}, timeout=1)
             self.assertTrue(writing.done(), 'it waits for ever')
             self.assertIsInstance(writing.exception(), lt.LocaltunnelError)
-        here._line.clear()
+        here.line.clear()
 
     async def test_a_stream_can_not_be_opened_on_a_session_that_is_over(self):
         here, _ = await self.sessions()
@@ -1524,9 +1524,9 @@ class ResumeTest(SessionTest):
                 for stream in streams:
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
-                await eventually(lambda: session._line)
+                await eventually(lambda: session.line)
                 self.assertLess(session.sent, 100000 + 2 * lt.BATCH)
-                while session._line:
+                while session.line:
                     writer.write(lt.encode_frame(lt.PONG, 0, lt.U64.pack(session.sent)))
                     await reader.read(65536)
 
@@ -4690,7 +4690,7 @@ class FrameTest(HostileTest):
             await self.eventually(lambda: self.server._visits)
             asked.writer.transport.abort()
             await self.eventually(lambda: not self.server._visits)
-        self.assertLess(len(session._line), 5)
+        self.assertLess(len(session.line), 5)
         session.connection.choked = False
         peer.writer.close()
 
@@ -5739,9 +5739,9 @@ class AwayTest(Network):
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
         await self.client()
         session = self.members()[0].session
-        with unittest.mock.patch.object(session, '_room', lambda: False):
+        with unittest.mock.patch.object(session, 'has_room', lambda: False):
             one = asyncio.ensure_future(self.get())
-            await network_eventually(lambda: session._line)
+            await network_eventually(lambda: session.line)
             session.end(lt.Disconnected('the test ends it'))
         await asyncio.wait_for(one, 5)
 
