@@ -883,6 +883,10 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                 pass        # it is closed already
         self.transport.abort()
 
+    def cut_off(self) -> None:
+        """End it at once, so that the other side sees that it was no clean end."""
+        self.reset(CANCELLED, '')
+
     def close(self) -> None:
         """Close once all that was written has left, and by force after CLOSE_TIMEOUT."""
         if not self.transport.is_closing():
@@ -1727,6 +1731,8 @@ def parse_request(head: bytes) -> Request:
     line = _REQUEST_LINE.match(head)
     if line and line.group(3) != b'1':
         raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
+    if head.startswith(b'\r\n'):       # one empty line before it is ignored (RFC 9112 2.2)
+        return parse_request(head[2:])
     if head.startswith(b'PRI * HTTP/2.0\r\n'):
         raise BadHttp(505, 'HTTP/2 is not spoken here')
     raise BadHttp(400, 'a malformed header field' if line else 'a malformed request line')
@@ -1895,23 +1901,10 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
     return stream.take(at + 4)
 
 
-async def read_request(stream: ByteStream, idle: float) -> Optional[bytes]:
-    """A visitor's request head, as read_head.
-
-    One empty line before it is to be ignored (RFC 9112 2.2).
-    """
-    if not stream.size and not await stream.more(idle):
-        return None
-    if stream.peek()[0] == 13:
-        if stream.size < 2 and not await stream.more(HEAD_TIMEOUT):
-            return None
-        if stream.peek()[:2] == b'\r\n':
-            stream.take(2)
-    return await read_head(stream, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
-
-
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
     """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
+    if data[:2] == b'\r\n':        # see parse_request
+        data, seen = data[2:] or b'\r', max(0, seen - 2)
     line_end = data.find(b'\n', 0, MAX_LINE)
     if len(data) >= limit or (line_end < 0 and len(data) >= MAX_LINE):
         raise BadHttp(414 if line_end < 0 else 431, f'a message head of more than {limit} bytes')
@@ -2970,7 +2963,7 @@ class Server:
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
-                head = await read_request(connection, idle)
+                head = await read_head(connection, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
                 if head is None:
                     break
                 after = await self._answer(visit, parse_request(head))
@@ -2985,7 +2978,7 @@ class Server:
             if connection.size:
                 await self._last_words(connection, 408, 'the request did not arrive in time')
         except (LocaltunnelError, OSError):
-            connection.reset(CANCELLED, '')
+            connection.cut_off()
         finally:
             self._leave(visit)
             if after != TAKEN:
@@ -3053,7 +3046,10 @@ class Server:
             where = (f'https://{request.host_name}{self.tls_suffix}'
                      + request.target.decode('latin-1'))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
-        tunnel = self._find(request)
+        name, _, parent = request.host_name.partition('.')
+        tunnel = self._tunnels.get(name) if parent == self.domain else None
+        if tunnel is None or tunnel.kind != 'http' or self._only:
+            tunnel = self._find(name, parent, request.host_name)
         if tunnel is not None:
             if tunnel.via in request.fields.get(b'via', b''):
                 raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
@@ -3072,15 +3068,13 @@ class Server:
             raise HopFailed(401, 'this tunnel wants a user name and a password',
                             f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
 
-    def _find(self, request: Request) -> Optional[Tunnel]:
-        """The tunnel that REQUEST is for; None for the server itself.  Raises HopFailed."""
+    def _find(self, name: str, parent: str, host: str) -> Optional[Tunnel]:
+        """A tunnel at HOST that is not there now, or the only one there is.
+
+        None for the server itself.  Raises HopFailed.
+        """
         if self._only:
             return next(iter(self._tunnels.values()), None)
-        host = request.host_name
-        name, _, parent = host.partition('.')
-        tunnel = self._tunnels.get(name) if parent == self.domain else None
-        if tunnel is not None and tunnel.kind == 'http':
-            return tunnel
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return None
         if parent == self.domain and self._held < MAX_HELD_IN_ALL and (
@@ -3129,9 +3123,8 @@ class Server:
         head, body = encode_request(request, block, length), body_reader(visit.connection, length)
         whole = whole_message(head, body)
         while True:
-            stream = self._open_stream(tunnel, member)
+            stream, sending = self._open_stream(tunnel, member), None
             visit.begin(stream)
-            sending = None
             try:
                 if whole is not None:
                     await stream.write(whole, end=not request.upgrade)
@@ -4139,7 +4132,7 @@ class Client:
         try:
             welcome = await self._ask(connection)
         except BaseException:
-            connection.reset(CANCELLED, '')
+            connection.cut_off()
             raise
         session, count = self._session, welcome.get('received')
         resumed = (welcome.get('resume') is not None and session is not None
@@ -4182,7 +4175,7 @@ class Client:
         if self._pin:
             shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
             if not hmac.compare_digest(fingerprint(shown), self._pin):
-                connection.reset(CANCELLED, '')
+                connection.cut_off()
                 raise Refused(495, 'pin', f'{self.address} shows another certificate than that of '
                               f'--pin: its SHA256 is {fingerprint(shown)}', final=True)
 
@@ -4280,7 +4273,7 @@ class Client:
         status, why, upstream = 502, '', None
         try:
             upstream = await self._upstream.connect()
-            stream.on_gone = functools.partial(upstream.reset, CANCELLED, '')
+            stream.on_gone = upstream.cut_off
             status = 200
             await join(upstream, stream)
         except (LocaltunnelError, OSError) as e:
@@ -4329,7 +4322,7 @@ class Client:
             reused = self._upstream.take() if again else None
             again = False       # once more, then on a fresh one
             upstream = reused or await self._upstream.connect()
-            stream.on_gone = functools.partial(upstream.reset, CANCELLED, '')
+            stream.on_gone = upstream.cut_off
             sending = None
             try:
                 if stream.error is not None:
@@ -4357,7 +4350,7 @@ class Client:
                 if sending:
                     await end_task(sending)
                 if not outcome.whole:
-                    upstream.reset(CANCELLED, '')
+                    upstream.cut_off()
 
     def _forwarded_block(self, request: Request) -> bytes:
         """The header lines of REQUEST as they go on."""
@@ -4377,7 +4370,7 @@ class Client:
         try:
             await copy_message(head, body, upstream, isinstance(body, ChunkedBody), False)
         except Incomplete:
-            upstream.reset(CANCELLED, '')       # cut short here, cut short there
+            upstream.cut_off()       # cut short here, cut short there
         except (LocaltunnelError, OSError):
             pass        # whoever reads the answer learns it too
 
