@@ -142,6 +142,8 @@ BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart i
 SETTLED = 1.0                   # a connection that lasted so long resets the backoff
 RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
 DRAIN_LOOK = 0.05               # between looks whether all has finished
+ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
+ROOM_LOOK = 0.1                 # between looks whether they have
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
 WRONG_TOKEN = 0.5               # each wrong token makes its address wait so much longer
 MOST_WRONG_TOKEN = 10.0
@@ -157,15 +159,17 @@ MAX_HELD = 100                  # requests that wait for one tunnel's client
 MAX_HELD_IN_ALL = 1000
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
-MAX_CONNECTIONS_OF_ADDRESS = 2048       # of visitors; an office behind one address has hundreds
+MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
 MAX_DESCRIPTORS = 1 << 20        # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
 MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
-MAX_LEASES = 20                 # chosen names of one owner
+MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
+MAX_LEASES_IN_ALL = 10000       # each change writes them all
+DAY = 86400
 MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
-LEASE_SECONDS = 365 * 86400     # a chosen name on an open server, after its last use
+LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
 ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors end
 BACKLOG = 1024                  # connections that wait to be accepted
@@ -1450,6 +1454,8 @@ class Session:
     def sweep(self, now: float, woke_up: bool) -> None:
         """Liveness: ping when nothing was heard, give the connection up when nothing answers."""
         if self.connection is None:
+            if now - self.detached_at > RESUME_WITHIN:
+                self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
         for stream in [*self.streams.values(), *self.line]:
             stream._readable.sweep(now)
@@ -2212,12 +2218,16 @@ class Leases:
             raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
                           'choose another one')
         known = self._leases.get(name)
-        if current and known and known['token'] == token and now - known['used'] < 86400:
+        if current and known and known['token'] == token and now - known['used'] < DAY:
             return      # the date need not be newer than a day
         if current is None and sum(lease['owner'] == owner and self.owner(other, now) is not None
                                    for other, lease in self._leases.items()) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
+        if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
+            self._leases = {n: lease for n, lease in self._leases.items() if self.owner(n, now)}
+            if len(self._leases) >= MAX_LEASES_IN_ALL:
+                raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
         self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
         try:
             self._save()
@@ -2655,18 +2665,18 @@ class Tunnel:
                 future.set_result(None)
 
     def make_way(self, new: Hello) -> None:
-        """End the members that NEW replaces; those that it may not replace raise Refused."""
-        for old in tuple(self.members):
+        """End the members that NEW replaces; one that it may not replace raises Refused."""
+        others = [old for old in self.members if old.hello.instance == new.instance or not (
+            old.hello.share and new.share and old.hello.rules == new.rules)]
+        if any(old.hello.started > new.started for old in others
+               if old.hello.instance != new.instance):
+            raise Refused(409, 'superseded', 'a client of yours that was started later serves '
+                          f'{self.name}', final=True)
+        for old in others:
+            self.members.remove(old)
             if old.hello.instance == new.instance:
-                self.members.remove(old)
                 old.session.end(Disconnected('the client came back without this session'))
-            elif old.hello.share and new.share and old.hello.rules == new.rules:
-                continue
-            elif old.hello.started > new.started:
-                raise Refused(409, 'superseded', 'a client of yours that was started later serves '
-                              f'{self.name}', final=True)
             else:
-                self.members.remove(old)
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{self.name} over')
                 old.session.reactor.loop.call_later(DRAIN, old.session.end,
@@ -2752,10 +2762,12 @@ class Server:
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, host: str = '',
                  tcp_ports: Sequence[int] = (), trusted: Networks = (),
                  script: Optional[Callable[[str], Optional[bytes]]] = None,
-                 only: bool = False) -> None:
+                 only: bool = False, passed: Optional[Dict[int, List[socket.socket]]] = None
+                 ) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
-        HOST is where TCP_PORTS are bound.  TRUSTED are proxies in front.  SCRIPT gives this file
-        with an address stamped in.  ONLY: any Host reaches the one tunnel there is.
+        HOST is where TCP_PORTS are bound; those in PASSED are bound already.  TRUSTED are proxies
+        in front.  SCRIPT gives this file with an address stamped in.  ONLY: any Host reaches the
+        one tunnel there is.
         """
         self.reactor, self.domain = reactor, domain.lower()
         self.trace: Optional[Callable[[str, int, int, int], None]] = None
@@ -2769,21 +2781,26 @@ class Server:
         self._host, self._tcp_ports, self._trusted, self._only = host, tcp_ports, trusted, only
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
+        self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
         self._visits: Dict[Visit, None] = {}    # the oldest first
         self._of_address: Dict[str, int] = collections.Counter()
+        self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
+        self._claims_since = 0.0
         self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
         self._descriptors = descriptor_limit()
         self._held = self._bytes_in = self._bytes_out = 0
+        self.handing_over = False       # is a successor starting, who has read the leases?
         self._draining = False
         self._started = self._beat = reactor.now()
         self._lag = 0.0
         self._listeners: List[asyncio.AbstractServer] = []
+        self._accepting: List[asyncio.Task[None]] = []      # the same for TLS
         reactor.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound; with TLS by the certificate."""
         if tls:
-            self.reactor.spawn(self._accept_tls(sock))
+            self._accepting.append(self.reactor.spawn(self._accept_tls(sock)))
         else:
             self._listeners.append(await self.reactor.loop.create_server(
                 self._connection, sock=sock, backlog=ACCEPTED_TOGETHER))
@@ -2805,7 +2822,7 @@ class Server:
             finally:
                 del shaking[accepted]
         sock.setblocking(False)
-        while not self._draining:
+        while True:
             while len(shaking) >= MAX_HANDSHAKES:       # those who had their second go
                 for old, since in tuple(shaking.items()):
                     if self.reactor.now() - since >= CROWDED_HANDSHAKE:
@@ -2837,6 +2854,8 @@ class Server:
         for listeners in [self._listeners, *(t.listeners for t in self._tunnels.values())]:
             for listener in listeners:
                 listener.close()
+        for task in self._accepting:
+            await end_task(task)
         for member in self._members():
             member.session.say_goaway(DRAINING, 'the server ends')
         if not handed_over:
@@ -2854,6 +2873,11 @@ class Server:
         for member in self._members():
             member.session.end(Disconnected('the server ended'))
 
+    def tcp_sockets(self) -> List[socket.socket]:
+        """What TCP tunnels listen on, for a successor."""
+        listeners = [listener for t in self._tunnels.values() for listener in t.listeners]
+        return [sock for listener in listeners for sock in getattr(listener, 'sockets', ())]
+
     def _close_idle(self) -> None:
         for visit in tuple(self._visits):
             if not (visit.stream or visit.waiting or visit.connection.size):
@@ -2865,11 +2889,13 @@ class Server:
         if self._tokens.changed() or (self.certificate and self.certificate.changed()):
             self.reload()
         self._wrong = {a: until for a, until in self._wrong.items() if until > now}
+        while self._passed and not self._starting:      # nobody came back for it
+            for sock in self._passed.popitem()[1]:
+                sock.close()
         for name, tunnel in tuple(self._tunnels.items()):
             for member in tuple(tunnel.members):
-                patience = self._hold if tunnel.pick() else RESUME_WITHIN
-                if now - member.session.detached_at > patience:
-                    member.session.end(Disconnected('the client did not come back'))
+                if now - member.session.detached_at > self._hold and tunnel.pick():
+                    member.session.end(Disconnected('the client did not come back'))    # others did
                 elif not self._tokens.holds('', member.grant.digest, time.time()):
                     self._revoke(tunnel, member, 'its token is not valid any more')
             if not (tunnel.members or tunnel.held) and now - tunnel.left_at > KNOWN_AFTER:
@@ -2883,6 +2909,7 @@ class Server:
             self.counters['reload_errors' if error else 'reloads'] += 1
             if error:
                 self._log.note(f'error: {error}')
+        self._log.note('tokens and certificate were looked at again')
 
     def _revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         tunnel.members.remove(member)
@@ -3123,8 +3150,9 @@ class Server:
         head, body = encode_request(request, block, length), body_reader(visit.connection, length)
         whole = whole_message(head, body)
         while True:
-            stream, sending = self._open_stream(tunnel, member), None
+            stream = member.session.open() or await self._wait_for_room(visit, tunnel)
             visit.begin(stream)
+            sending = None
             try:
                 if whole is not None:
                     await stream.write(whole, end=not request.upgrade)
@@ -3187,14 +3215,21 @@ class Server:
                             f'Retry-After: {RETRY_AFTER}')
         return member
 
-    @staticmethod
-    def _open_stream(tunnel: Tunnel, member: Member) -> Stream:
-        """A stream to a client of TUNNEL.  Raises HopFailed."""
-        stream = member.session.open()
-        if stream is None:
-            raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
-                            f'Retry-After: {RETRY_AFTER}')
-        return stream
+    async def _wait_for_room(self, visit: Visit, tunnel: Tunnel) -> Stream:
+        """A stream of TUNNEL as soon as others have ended.  Raises HopFailed."""
+        deadline = self.reactor.now() + ROOM_WITHIN
+        while self.reactor.now() < deadline and self._held < MAX_HELD_IN_ALL:
+            self._held += 1
+            await asyncio.sleep(ROOM_LOOK)
+            self._held -= 1
+            if visit.connection.error:
+                raise visit.connection.error
+            member = tunnel.pick()
+            stream = member.session.open() if member else None
+            if stream:
+                return stream
+        raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
+                        f'Retry-After: {RETRY_AFTER}')
 
     async def _hold_request(self, visit: Visit, tunnel: Tunnel, deadline: float) -> bool:
         """Wait for a client that is expected back; was there one?"""
@@ -3311,13 +3346,13 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visit.scheme}://{self.domain}/localtunnel.py')
-        if self._draining:
+        if self._draining or self.handing_over:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         grant = self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         host = request.host.decode()
-        name = self._name_for(hello, owner, grant, request.host_name)
+        name = self._name_for(hello, owner, grant, request.host_name, visit.address)
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
@@ -3325,12 +3360,12 @@ class Server:
         self._check_limits(tunnel, hello, grant)
         tunnel.make_way(hello)
         if hello.kind == 'tcp':
-            await self._open_port(tunnel, hello, grant)
+            await self._open_port(tunnel, hello, grant, visit.address)
         else:
             tunnel.url = self._url(visit, name, host)
         return self._new_member(tunnel, hello, grant), tunnel, None
 
-    def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str) -> str:
+    def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str, address: str) -> str:
         """The name that HELLO gets, leased where it was chosen.  Raises Refused."""
         if hello.name is None:
             first, _, parent = host.partition('.')
@@ -3341,10 +3376,26 @@ class Server:
             raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
         if hello.release:
             self._release(name, owner)
-        self._leases.claim(name, owner, grant.digest, time.time())
+        self._claim(name, owner, grant, address)
         return name
 
-    async def _open_port(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
+    def _claim(self, key: str, owner: str, grant: Grant, address: str) -> None:
+        """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.
+
+        Whoever comes without a token can make up owners, but not addresses.
+        """
+        now = time.time()
+        stranger = not grant.digest and not is_loopback(address)
+        if stranger and self._leases.owner(key, now) is None:
+            if now - self._claims_since > DAY:
+                self._claims_since, self._claims = now, collections.Counter()
+            if self._claims[address] >= MAX_LEASES:
+                raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} new names '
+                              'today; take one of those, or come again tomorrow')
+            self._claims[address] += 1
+        self._leases.claim(key, owner, grant.digest, now)
+
+    async def _open_port(self, tunnel: Tunnel, hello: Hello, grant: Grant, address: str) -> None:
         """Accept visitors of a TCP tunnel: on the port asked for, on the old one, or a free one."""
         if tunnel.listeners:
             return
@@ -3361,10 +3412,15 @@ class Server:
             if port not in allowed or self._leases.owner(f'tcp:{port}', now) not in (None, owner):
                 continue
             try:
-                sockets = bind(self._host, port)
+                sockets = self._passed.pop(port, None) or bind(self._host, port)
             except OSError:
                 continue        # somebody else listens there
-            self._leases.claim(f'tcp:{port}', owner, grant.digest, now)
+            try:
+                self._claim(f'tcp:{port}', owner, grant, address)
+            except Refused:
+                for sock in sockets:
+                    sock.close()
+                raise
             for sock in sockets:
                 tunnel.listeners.append(await self.reactor.loop.create_server(
                     lambda: Connection(self.reactor, lambda c: self._tcp_arrived(tunnel, c)),
@@ -3387,7 +3443,7 @@ class Server:
             member = await self._present(visit, tunnel)
             if not member.hello.access.admits_address(visit.address):
                 raise Disconnected(f'{visit.address} may not visit this tunnel')
-            stream = self._open_stream(tunnel, member)
+            stream = member.session.open() or await self._wait_for_room(visit, tunnel)
             visit.begin(stream)
             visit.begun = True          # a half close is only that
             await stream.write(visit.address.encode())
@@ -4958,6 +5014,7 @@ class Places(NamedTuple):
     plain: List[socket.socket]
     secure: List[socket.socket]
     admin: List[socket.socket]
+    passed: Dict[int, List[socket.socket]]      # of TCP tunnels of a predecessor
     certificate: Optional[Certificate]
     pin: str
 
@@ -4972,30 +5029,34 @@ def open_places(args: argparse.Namespace, state: str) -> Places:
     host = args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
     args.port = args.port if args.port is not None else 8080 if local else 80
     inherited = inherited_sockets()
-    plain = inherited.get(args.port) or bind_or_explain(host, args.port)
-    admin = (inherited.get(args.admin[1]) or bind_or_explain(*args.admin)) if args.admin else []
-    secure: List[socket.socket] = []
+
+    def listen(host: str, port: int) -> List[socket.socket]:
+        if not port and inherited:
+            port = next(iter(inherited))        # port 0 was given: in the order of what follows
+        return inherited.pop(port, None) or bind_or_explain(host, port)
+    plain, secure = listen(host, args.port), []
     if certificate:
         try:
-            secure = inherited.get(args.tls_port) or bind_or_explain(host, args.tls_port)
+            secure = listen(host, args.tls_port)
         except LocaltunnelError:
             if not pin:
                 raise
             certificate, pin = None, ''         # it was only a kindness
-    return Places(plain, secure, admin, certificate, pin)
+    admin = listen(*args.admin) if args.admin else []
+    return Places(plain, secure, admin, inherited, certificate, pin)
 
 
 def server_coroutine(args: argparse.Namespace, tokens: Tokens, leases: Leases, made: str,
                      state: str, places: Places) -> Command:
     """What `server` runs."""
-    plain, secure, admin, certificate, pin = places
+    plain, secure, admin, passed, certificate, pin = places
 
     async def command(reactor: Reactor, stop: asyncio.Event) -> int:
         log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
         server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                         rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
                         host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
-                        script=stamped_source)
+                        script=stamped_source, passed=passed)
         server.certificate, server.trace = certificate, log.frame if args.verbose else None
         port = plain[0].getsockname()[1]
         if pin:
@@ -5165,7 +5226,9 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
         if asked.is_set():
             asked.clear()
             log.note('handing over to a successor')
-            child = await start_successor(reactor, sockets)
+            server.handing_over = True
+            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
+            server.handing_over = False
             if child:
                 notify_systemd(f'MAINPID={child}\nREADY=1')
                 return True
