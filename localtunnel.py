@@ -168,6 +168,7 @@ MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
 MAX_LEASES_IN_ALL = 10000       # each change writes them all
 DAY = 86400
+MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
 MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
 LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
@@ -326,7 +327,7 @@ class Decoder:
                 break
             kind = word >> 24
             payload = bytes(data[at + 8:at + 8 + length])
-            if kind & ~END > DATA or not payload or not stream:
+            if not OPEN <= kind & ~END <= DATA or not payload or not stream:
                 self._check(kind, stream, payload)
             frames.append((kind, stream, payload))
             at += 8 + length
@@ -827,7 +828,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.choked = False
-        self._writable.set()
+        self.reactor.loop.call_soon(self._writable.set)     # asyncio's transport must end first
         if self.on_room:
             self.on_room()
 
@@ -1181,9 +1182,6 @@ class Session:
         size = SMALL_CREDIT if self._budget.scarce else INITIAL_CREDIT
         if not self._budget.take(size):
             return None
-        if size != self._our_window:
-            self._our_window = size
-            self.send(CREDIT, 0, U32.pack(size))
         return Stream(self, ReceiveWindow(size, self._budget), INITIAL_CREDIT)
 
     @property
@@ -1196,6 +1194,9 @@ class Session:
         """The id of a stream that is about to be opened.  Raises StreamReset."""
         if self.error is not None:
             raise StreamReset(SESSION_LOST, str(self.error))
+        if stream.window.size != self._our_window:      # said here, so that it is said of this one
+            self._our_window = stream.window.size
+            self.send(CREDIT, 0, U32.pack(self._our_window))
         self._last_id += 1
         self.streams[self._last_id] = stream
         return self._last_id
@@ -1325,13 +1326,15 @@ class Session:
         self.received += len(data)
         waiting, self._flushing = self._flushing, True      # what this read causes leaves after it
         try:
-            for kind, id, payload in self._decoder.feed(data):
-                if self.error is not None:
-                    return
-                if self.trace:
-                    self.trace('<-', kind, id, len(payload))
-                self._dispatch(kind, id, payload)
-            self._flushing = waiting
+            try:
+                for kind, id, payload in self._decoder.feed(data):
+                    if self.error is not None:
+                        return
+                    if self.trace:
+                        self.trace('<-', kind, id, len(payload))
+                    self._dispatch(kind, id, payload)
+            finally:
+                self._flushing = waiting
             self._flush()
             if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
                 raise ProtocolError('answers pile up and are not read')
@@ -1545,6 +1548,7 @@ _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9])\.([0
 _FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
 _TRAILERS = re.compile(_FIELDS)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
+EMPTY_LINE = b'', b'\r', b'\r\n'        # or what has come of one
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
@@ -1554,6 +1558,8 @@ _KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgra
                     rb'|localtunnel-hello|localtunnel-welcome|set-cookie):'
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
 _FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
+_FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
+_COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t\r\n]*)')
 MAX_NOMINATED = 20          # names in Connection
 
 # These belong to one hop (RFC 9110 7.6.1).
@@ -1611,7 +1617,8 @@ class Head:
             if word not in CONNECTION_OPTIONS:
                 if NOT_NOMINATED.match(word):
                     raise BadHttp(400, f'Connection names {word.decode("latin-1")}')
-                names.add(word)
+                if b':' not in word:        # or it is no name
+                    names.add(word)
         if len(names) > MAX_NOMINATED:
             raise BadHttp(400, f'Connection names more than {MAX_NOMINATED} fields')
         return names
@@ -1901,6 +1908,8 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
             stream.widen()
         seen = len(data)
         if not await stream.more(max(0.0, deadline - stream.reactor.now())):
+            if data in EMPTY_LINE:
+                return None
             raise Incomplete('the connection ended inside a message head')
         data = stream.peek()
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
@@ -1935,7 +1944,8 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
         if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
-            await sink.write(encode_response(response, response.forwarded_block()))
+            block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie'})
+            await sink.write(encode_response(response, block))
     raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
 
 
@@ -2236,6 +2246,11 @@ class Leases:
             if not known:
                 del self._leases[name]
             raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
+
+    def ports(self) -> List[int]:
+        """Leased TCP ports, those first that were used least recently."""
+        names = sorted(self._leases, key=lambda name: int(self._leases[name]['used']))
+        return [int(name[4:]) for name in names if name.startswith('tcp:')]
 
     def port_of(self, owner: str) -> int:
         """The TCP port that OWNER had before, or 0."""
@@ -2705,8 +2720,13 @@ class Visit:
 
     def look_behind(self, request: Request) -> None:
         """Where the peer is a trusted proxy: whom and what it saw."""
-        chain = [a.strip() for a in request.get(b'x-forwarded-for').decode('latin-1').split(',')]
-        chain = [*filter(is_address, chain), self.peer]
+        chain = [self.peer]
+        for entry in reversed(request.get(b'x-forwarded-for').split(b',')[-MAX_PROXIES:]):
+            match = _FORWARDED_FOR.fullmatch(entry.strip())
+            address = (match.group(1) or match.group(2)).decode() if match else ''
+            if not is_address(address):
+                break           # what stands before is nobody's word
+            chain.insert(0, address)
         outside = [a for a in chain if not within(a, self.trusted)]
         self.address = outside[-1] if outside else chain[0]
         proto = request.fields.get(b'x-forwarded-proto', b'')
@@ -2782,7 +2802,7 @@ class Server:
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
         self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
-        self._visits: Dict[Visit, None] = {}    # the oldest first
+        self._visits: Dict[Visit, None] = {}    # who was active least recently first
         self._of_address: Dict[str, int] = collections.Counter()
         self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
         self._claims_since = 0.0
@@ -2925,7 +2945,10 @@ class Server:
         for member in members:
             assert tunnel
             self._revoke(tunnel, member, 'the operator of the server ended this tunnel')
-        return bool(lease and self._leases.free(name)) or bool(members)
+        freed = lease and (self._give_up_port(int(tunnel.url.rpartition(':')[2]))
+                           if tunnel and tunnel.kind == 'tcp' and tunnel.url else
+                           self._leases.free(name))
+        return freed or bool(members)
 
     def tunnels(self) -> List[Dict[str, Any]]:
         """What is served, for the operator."""
@@ -2996,13 +3019,15 @@ class Server:
                 after = await self._answer(visit, parse_request(head))
                 if after != KEEP:
                     break
+                if visit in self._visits:
+                    self._visits[visit] = self._visits.pop(visit)       # the last to be idle
                 idle = KEEP_ALIVE
             if after == CLOSE and (visit.unread or connection.size):
                 await connection.linger()
         except BadHttp as e:
             await self._last_words(connection, e.status, str(e))
         except Overdue:
-            if connection.size:
+            if connection.peek() not in EMPTY_LINE:
                 await self._last_words(connection, 408, 'the request did not arrive in time')
         except (LocaltunnelError, OSError):
             connection.cut_off()
@@ -3046,7 +3071,8 @@ class Server:
     async def _give_own(self, visit: Visit, request: Request, status: int,
                         message: Callable[[Sequence[str]], bytes]) -> int:
         """Write what MESSAGE makes with the header lines that belong to this hop."""
-        keep = request.keep_alive and not self._draining and request.body_length() == 0
+        keep = (request.keep_alive and request.body_length() == 0 and not self._draining
+                and not visit.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
         visit.status, visit.unread = status, not keep
@@ -3164,7 +3190,9 @@ class Server:
                 if (whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST
                         or stream.session.error is None):     # a RESET may only claim it
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
-                member = tunnel.pick() or await self._present(visit, tunnel)
+                rules, member = member.hello.rules, await self._present(visit, tunnel)
+                if member.hello.rules != rules:
+                    raise HopFailed(502, 'the tunnel failed, and came back with other rules') from e
             except (BadHttp, Incomplete, Overdue) as e:
                 if visit.begun:
                     raise Disconnected(str(e)) from e
@@ -3270,46 +3298,50 @@ class Server:
         """The answer from STREAM to the visitor."""
         visitor = visit.connection
         response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER)
-        visit.begun, visit.status = True, response.status
         if response.status == 101:
             if sending:
                 await asyncio.wait({sending})       # two readers of one stream are one too many
-            return await self._upgrade(visitor, request, response, stream)
+            return await self._upgrade(visit, request, response, stream)
         length = response.body_length(request.method)
         chunked = length < 0 and request.minor == b'1'
         keep = (request.keep_alive and (length >= 0 or chunked) and not self._draining
                 and body.finished)
-        block = response.forwarded_block()
-        if b'set-cookie' in response.fields:
-            block = self._own_cookies(block)
+        block = self._own_cookies(response)
         if not keep:
             block += b'Connection: close\r\n'
         elif request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
+        visit.begun, visit.status = True, response.status
         visit.answer = body_reader(stream, length)
         await copy_message(encode_response(response, block, chunked), visit.answer, visitor,
                            chunked, False)
         return KEEP if keep else CLOSE
 
-    async def _upgrade(self, visitor: Connection, request: Request, response: Response,
+    async def _upgrade(self, visit: Visit, request: Request, response: Response,
                        stream: Stream) -> int:
         check_upgrade(request, response)
-        await visitor.write(encode_response(response, response.forwarded_block()))
-        await join(visitor, stream)
+        visit.begun, visit.status = True, 101
+        await visit.connection.write(encode_response(response, self._own_cookies(response)))
+        await join(visit.connection, stream)
         return CLOSE
 
-    def _own_cookies(self, block: bytes) -> bytes:
-        """BLOCK without the cookies for this server's domain or above: tenants share that site."""
+    def _own_cookies(self, response: Response) -> bytes:
+        """The header lines of RESPONSE as they go on.
+
+        Without the cookies for this server's domain or above: tenants share that site.
+        """
+        block = response.forwarded_block()
+        if b'set-cookie' not in response.fields:
+            return block
         own = []
         for line in block.splitlines(keepends=True):
-            name, _, value = line.partition(b':')
-            if name.lower() == b'set-cookie':
-                domain = re.search(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t]*)', value.lower())
-                if domain and domain.group(1) and ('.' + self.domain).endswith(
-                        '.' + domain.group(1).decode('latin-1')):
-                    self._log.note('a cookie for the whole domain was dropped: tenants share it')
-                    continue
-            own.append(line)
+            name, _, value = line.lower().partition(b':')
+            if name == b'set-cookie' and any(
+                    domain and f'.{self.domain}'.endswith('.' + domain.decode('latin-1'))
+                    for domain in _COOKIE_DOMAIN.findall(value)):
+                self._log.note('a cookie for the whole domain was dropped: tenants share it')
+            else:
+                own.append(line)
         return b''.join(own)
 
     # One session.
@@ -3320,6 +3352,7 @@ class Server:
             member, tunnel, theirs = await self._admit(visit, request)
         except Refused as e:
             self.counters['refused_' + e.code] += 1
+            self._log.note(f'a client at {visit.address} was refused: {e.code}')
             if e.code == 'token' and visit.address in self._wrong:
                 await asyncio.sleep(self._wrong[visit.address] - self.reactor.now())
             reason = {'error': e.code, 'message': str(e), 'final': e.final}
@@ -3406,11 +3439,7 @@ class Server:
         if not allowed or (hello.port and hello.port not in allowed):
             raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
                           'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
-        old = self._leases.port_of(owner)
-        start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
-        for port in [hello.port] if hello.port else [old, *allowed[start:], *allowed[:start]]:
-            if port not in allowed or self._leases.owner(f'tcp:{port}', now) not in (None, owner):
-                continue
+        for port in self._ports_for(hello, owner, allowed, now):
             try:
                 sockets = self._passed.pop(port, None) or bind(self._host, port)
             except OSError:
@@ -3430,12 +3459,35 @@ class Server:
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
                       if hello.port else 'no port for raw TCP is free on this server')
 
+    def _ports_for(self, hello: Hello, owner: str, allowed: Sequence[int],
+                   now: float) -> Iterable[int]:
+        """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
+        start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
+        wanted = [hello.port] if hello.port else [self._leases.port_of(owner), *allowed[start:],
+                                                  *allowed[:start]]
+        for port in wanted:
+            if port in allowed and self._leases.owner(f'tcp:{port}', now) in (None, owner):
+                yield port
+        for port in self._leases.ports() if not hello.port else []:
+            if port in allowed and self._give_up_port(port):
+                yield port
+
+    def _give_up_port(self, port: int) -> bool:
+        """Free the PORT of a TCP tunnel that nobody serves; was it free?"""
+        for tunnel in self._tunnels.values():
+            if tunnel.url.endswith(f':{port}') and tunnel.kind == 'tcp':
+                if tunnel.members:
+                    return False
+                while tunnel.listeners:
+                    tunnel.listeners.pop().close()
+        return self._leases.free(f'tcp:{port}')
+
     def _tcp_arrived(self, tunnel: Tunnel, connection: Connection) -> None:
         self.reactor.spawn(self._serve_tcp(tunnel, connection))
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
-        visit, stream = Visit(connection), None
+        visit, stream, began = Visit(connection), None, self.reactor.now()
         self._enter(visit)
         try:
             if visit.refusal:
@@ -3455,6 +3507,7 @@ class Server:
             connection.close()
             if stream:
                 stream.close()
+            self._log.note(f'{visit.address} TCP {tunnel.url} {self.reactor.now() - began:.1f}s')
 
     def _grant(self, request: Request, visit: Visit) -> Grant:
         """What the client's token allows.  Raises Refused; wrong ones are counted."""
