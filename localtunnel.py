@@ -2057,7 +2057,7 @@ def check_name(name: str) -> None:
 
 
 def digest_of(secret: Union[str, bytes]) -> str:
-    """How a secret is kept: the SHA256 in hexadecimal."""
+    """The SHA256 in hexadecimal: how secrets are kept, and certificates compared (--pin)."""
     data = secret.encode(errors='replace') if isinstance(secret, str) else secret
     return hashlib.sha256(data).hexdigest()
 
@@ -2457,7 +2457,7 @@ MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until
 
 
 def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
-    """How a server is checked: by the system's authorities and those in the file CA."""
+    """How a server is checked: by the system's authorities and those in the file CA, or not."""
     import ssl
     context = ssl.create_default_context()
     if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
@@ -2470,20 +2470,6 @@ def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
     if not check:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
-
-
-def pinned_tls() -> ssl.SSLContext:
-    """For a server whose certificate is compared with --pin instead."""
-    context = client_tls()
-    context.check_hostname = False
-    import ssl
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def fingerprint(certificate: bytes) -> str:
-    """What --pin takes: the SHA256 of a certificate in DER form."""
-    return hashlib.sha256(certificate).hexdigest()
 
 
 class Certificate:
@@ -2536,7 +2522,7 @@ class Certificate:
 
 
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
-    """(certificate, key, fingerprint) for sessions, made by openssl in FOLDER; None without it."""
+    """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
     import shutil
     import ssl
     import subprocess
@@ -2556,7 +2542,7 @@ def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
         finally:
             os.umask(old)
     with open(cert, encoding='ascii') as f:
-        return cert, key, fingerprint(ssl.PEM_cert_to_DER_cert(f.read()))
+        return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
 
 
 def explain_tls(error: BaseException, host: str) -> str:
@@ -4174,10 +4160,10 @@ class Client:
     def _check_pin(self, connection: Connection) -> None:
         if self._pin:
             shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
-            if not hmac.compare_digest(fingerprint(shown), self._pin):
+            if not hmac.compare_digest(digest_of(shown), self._pin):
                 connection.cut_off()
                 raise Refused(495, 'pin', f'{self.address} shows another certificate than that of '
-                              f'--pin: its SHA256 is {fingerprint(shown)}', final=True)
+                              f'--pin: its SHA256 is {digest_of(shown)}', final=True)
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
@@ -4713,8 +4699,8 @@ class tunnel:
             self._local, address = await start_local_server(self._reactor, self._target)
         self._client = Client(
             self._reactor, address, self._target, load_key(say), Silence(), name=self._name,
-            token=known_token(self._token, address), tls=server_tls(address, None, None),
-            upstream_tls=upstream_tls(self._target, None, False))
+            token=known_token(self._token, address), tls=tls_to(address),
+            upstream_tls=tls_to(self._target, check=not self._target.local))
         self._running = asyncio.ensure_future(self._client.run())
         welcomed = asyncio.ensure_future(self._client.welcomed.wait())
         await asyncio.wait({welcomed, self._running}, return_when=asyncio.FIRST_COMPLETED)
@@ -4797,19 +4783,10 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
         raise UsageError(f'--token: {e}') from e
 
 
-def server_tls(address: ServerAddress, ca: Optional[str],
-               pin: Optional[str]) -> Optional[ssl.SSLContext]:
-    """How the server at ADDRESS is checked; None where it is reached without TLS."""
-    if address.scheme != 'https':
-        return None
-    return pinned_tls() if pin else client_tls(ca)
-
-
-def upstream_tls(target: Target, ca: Optional[str], insecure: bool) -> Optional[ssl.SSLContext]:
-    """How the app is checked; None where it is reached without TLS."""
-    if target.scheme != 'https':
-        return None
-    return client_tls(ca, check=not (insecure or target.local))
+def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
+           check: bool = True) -> Optional[ssl.SSLContext]:
+    """For connections to PLACE; None where they go without TLS."""
+    return client_tls(ca, check) if place.scheme == 'https' else None
 
 
 # Running until somebody says stop.
@@ -4927,8 +4904,8 @@ def client_coroutine(args: argparse.Namespace, target: Target, address: Optional
         client = Client(reactor, at, target, key, terminal, name=args.name,
                         tcp_port=args.tcp_port or 0, token=token, share=args.share,
                         rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
-                        once=args.once, tls=server_tls(at, args.ca, args.pin), pin=args.pin or '',
-                        upstream_tls=upstream_tls(target, args.ca, args.insecure),
+                        once=args.once, tls=tls_to(at, args.ca, not args.pin), pin=args.pin or '',
+                        upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
                         host_header=args.host_header, release=args.release, trace=args.verbose)
         probe = reactor.spawn(look_for_app(client, terminal))
         try:
