@@ -2111,29 +2111,33 @@ def port_range(text: str) -> range:
     return ports
 
 
+def stamp_of(*paths: str) -> List[Tuple[int, int, int]]:
+    """What is another one once a file of PATHS is; [] where one can't be read."""
+    try:
+        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
+    except OSError:
+        return []
+
+
 class Tokens:
     """The tokens of a server: those given on the command line and those of a file."""
 
     def __init__(self, tokens: Iterable[str] = (), path: Optional[str] = None,
                  open: bool = False) -> None:
         """OPEN lets everybody in.  Raises UsageError for a bad file."""
-        self._open, self._path = open, path
+        self._open, self._path = open, path or ''
         self._given = [Grant('', digest_of(token)) for token in tokens]
         self._filed: List[Grant] = []
-        self._seen: Optional[Tuple[int, int, int]] = None
-        if path:
-            error = self.reload()
-            if error:
-                raise UsageError(error)
+        error = self.reload()
+        if error:
+            raise UsageError(error)
 
     def reload(self) -> Optional[str]:
         """Read the file again; one that can't be read in full is not taken: why not."""
         if not self._path:
             return None
-        self._seen = None
+        self._seen = stamp_of(self._path)
         try:
-            info = os.stat(self._path)
-            self._seen = info.st_mtime_ns, info.st_size, info.st_ino
             with open(self._path, encoding='utf-8') as f:
                 self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
@@ -2143,13 +2147,7 @@ class Tokens:
 
     def changed(self) -> bool:
         """Is the file another one than was read?"""
-        if not self._path:
-            return False
-        try:
-            info = os.stat(self._path)
-        except OSError:
-            return self._seen is not None
-        return (info.st_mtime_ns, info.st_size, info.st_ino) != self._seen
+        return self._path != '' and stamp_of(self._path) != self._seen
 
     @staticmethod
     def _parse(number: int, line: str) -> Grant:
@@ -2218,13 +2216,10 @@ class Leases:
                                    for other, lease in self._leases.items()) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
-        self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
+        lease = {'owner': owner, 'token': token, 'used': int(now)}
         try:
-            self._save()
+            self._save({**self._leases, name: lease})
         except OSError as e:
-            self._leases[name] = known or {}
-            if not known:
-                del self._leases[name]
             raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
 
     def port_of(self, owner: str) -> int:
@@ -2242,14 +2237,15 @@ class Leases:
 
     def free(self, name: str) -> bool:
         """Take NAME back from whoever has it; was there anybody?"""
-        if self._leases.pop(name, None) is None:
+        if name not in self._leases:
             return False
-        self._save()
+        self._save({other: self._leases[other] for other in self._leases if other != name})
         return True
 
-    def _save(self) -> None:
+    def _save(self, leases: Dict[str, Dict[str, Any]]) -> None:
         if self._path:
-            write_secret(self._path, json.dumps({'leases': self._leases}, indent=1).encode())
+            write_secret(self._path, json.dumps({'leases': leases}, indent=1).encode())
+        self._leases = leases       # what is not on disk is not given
 
 
 def write_secret(path: str, data: bytes) -> None:
@@ -2263,15 +2259,16 @@ def write_secret(path: str, data: bytes) -> None:
     os.replace(beside, path)
 
 
+def user_folder(variable: str, default: str) -> str:
+    """Our folder in the one that VARIABLE names, else where the system keeps such things."""
+    usual = {'darwin': '~/Library/Application Support',
+             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
+
+
 def config_folder() -> str:
     """Where the client keeps its key."""
-    return os.path.join(_base_folder('XDG_CONFIG_HOME', '.config'), 'localtunnel')
-
-
-def state_folder() -> str:
-    """Where the server keeps leases: systemd's folder, or the user's."""
-    given = os.environ.get('STATE_DIRECTORY')
-    return given or os.path.join(_base_folder('XDG_STATE_HOME', '.local/state'), 'localtunnel')
+    return user_folder('XDG_CONFIG_HOME', '~/.config')
 
 
 def process_budget() -> int:
@@ -2290,14 +2287,12 @@ def descriptor_limit() -> int:
     except ImportError:
         return MAX_DESCRIPTORS          # Windows
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > MAX_DESCRIPTORS:
-        hard = MAX_DESCRIPTORS
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), resource.getrlimit(
-            resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     except (ValueError, OSError):
         return soft
-    return max(soft, hard)
+    return max(soft, most)
 
 
 def resident_memory() -> int:
@@ -2348,17 +2343,6 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
     return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
 
 
-def _base_folder(variable: str, default: str) -> str:
-    if os.environ.get(variable):
-        return os.environ[variable]
-    home = os.path.expanduser('~')
-    if sys.platform == 'darwin':
-        return os.path.join(home, 'Library', 'Application Support')
-    if sys.platform == 'win32':
-        return os.environ.get('LocalAppData', home)
-    return os.path.join(home, default)
-
-
 def load_key(warn: Callable[[str], None]) -> bytes:
     """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
@@ -2373,7 +2357,12 @@ def load_key(warn: Callable[[str], None]) -> bytes:
         if not os.path.exists(path):
             made = f'{path}.{os.getpid()}'
             write_secret(made, secrets.token_bytes(32))
-            _publish(made, path)
+            with contextlib.suppress(OSError):  # another process was first, or there are no links
+                os.link(made, path)
+            if os.path.exists(path):
+                os.unlink(made)
+            else:
+                os.replace(made, path)
         with open(path, 'rb') as f:
             key = f.read()
     except OSError as e:
@@ -2383,17 +2372,6 @@ def load_key(warn: Callable[[str], None]) -> bytes:
     if len(key) != 32:
         raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
     return key
-
-
-def _publish(made: str, path: str) -> None:
-    """Move MADE to PATH unless another process was first."""
-    try:
-        os.link(made, path)
-        os.unlink(made)
-    except FileExistsError:
-        os.unlink(made)
-    except OSError:         # a file system without hard links
-        os.replace(made, path)
 
 
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
@@ -2481,19 +2459,12 @@ class Certificate:
     def __init__(self, cert: str, key: str) -> None:
         """Raises UsageError."""
         self._files = cert, key
-        self._seen = self._stamp()
-        self._current = self._load()
-        self.context = self._load()
+        self._seen = stamp_of(cert, key)
+        self.context = self._current = self._load()
         self.context.sni_callback = self._choose
 
     def _choose(self, connection: Any, name: Any, context: Any) -> None:
         connection.context = self._current
-
-    def _stamp(self) -> List[Tuple[int, int]]:
-        try:
-            return [(os.stat(path).st_mtime_ns, os.stat(path).st_ino) for path in self._files]
-        except OSError:
-            return []
 
     def _load(self) -> ssl.SSLContext:
         import ssl
@@ -2509,11 +2480,11 @@ class Certificate:
 
     def changed(self) -> bool:
         """Are the files others than were read?"""
-        return self._stamp() not in ([], self._seen)
+        return stamp_of(*self._files) not in ([], self._seen)
 
     def reload(self) -> Optional[str]:
         """Read the files again; if they are no good the old ones stay: why."""
-        self._seen = self._stamp()
+        self._seen = stamp_of(*self._files)
         try:
             self._current = self._load()
         except UsageError as e:
@@ -2523,17 +2494,13 @@ class Certificate:
 
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
     """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
-    import shutil
     import ssl
     import subprocess
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
     if not (os.path.exists(cert) and os.path.exists(key)):
-        program = shutil.which('openssl')
-        if not program:
-            return None
         old = os.umask(0o077)
         try:
-            subprocess.run([program, 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
+            subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
                             '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
                             '-keyout', key, '-out', cert], check=True, capture_output=True,
                            timeout=OPENSSL_TIMEOUT)
@@ -5002,7 +4969,8 @@ def server_command(args: argparse.Namespace) -> int:
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
     local = is_loopback(args.domain)
-    state = args.state or state_folder()
+    state = (args.state or os.environ.get('STATE_DIRECTORY')        # systemd's
+             or user_folder('XDG_STATE_HOME', '~/.local/state'))
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
     try:
