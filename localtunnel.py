@@ -2068,9 +2068,9 @@ def same(one: str, other: str) -> bool:
 
 
 def check_token(token: str) -> str:
-    """TOKEN as it is.  Raises ValueError for one that can't travel in a header field."""
+    """TOKEN as it is.  Raises UsageError for one that can't travel in a header field."""
     if not re.fullmatch('[\x21-\x7e]+', token):
-        raise ValueError('a token is made of printable ASCII characters, without spaces')
+        raise UsageError('a token is made of printable ASCII characters, without spaces')
     return token
 
 
@@ -2157,7 +2157,7 @@ class Tokens:
                              '[tunnels=...] [expires=...]')
         try:
             return Grant(words[0], digest_of(check_token(words[1])), words[2:])
-        except ValueError as e:
+        except (ValueError, UsageError) as e:
             raise ValueError(f'line {number}: {e}') from e
 
     def find(self, token: str, now: float) -> Optional[Grant]:
@@ -4744,10 +4744,7 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
     """The token for the server at ADDRESS, or ''.  Raises UsageError."""
     token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
             or str(kept_tokens()['tokens'].get(str(address), '')))
-    try:
-        return check_token(token) if token else ''
-    except ValueError as e:
-        raise UsageError(f'--token: {e}') from e
+    return check_token(token) if token else ''
 
 
 def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
@@ -4988,10 +4985,7 @@ def server_command(args: argparse.Namespace) -> int:
 def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
-    try:
-        given = [check_token(token) for token in given]
-    except ValueError as e:
-        raise UsageError(f'--token: {e}') from e
+    given = [check_token(token) for token in given]
     if given or args.token_file or args.open or local:
         free = args.open or (local and not given and not args.token_file)
         return Tokens(given, args.token_file, free), ''
