@@ -3519,37 +3519,34 @@ TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST
 https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
 
 
+def bracketed(host: str) -> str:
+    """HOST as it stands in a URL."""
+    return f'[{host}]' if ':' in host else host
+
+
+def authority(scheme: str, host: str, port: int) -> str:
+    """HOST:PORT as in a URL, or HOST where the port is the usual one."""
+    usual = {'http': 80, 'https': 443}.get(scheme)
+    return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
+
+
 class Target:
-    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
-    __slots__ = ('scheme', 'host', 'port', 'path', 'text', 'label')
+    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes.
+
+    `authority` is how the app names itself where it is visited without a tunnel.
+    """
+    __slots__ = ('scheme', 'host', 'port', 'path', 'authority', 'local', 'text', 'label')
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
         """SCHEME is http, https, unix, folder, echo or tcp."""
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
+        self.authority, self.local = authority(scheme, host, port), is_loopback(host)
         if scheme in ('unix', 'folder', 'echo'):
-            where = os.path.abspath(path) if path else ''
             self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
-            self.label = f'{scheme}:{where}'
-            return
-        self.text = self.authority if scheme == 'tcp' else self.authority + path
-        self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
-
-    @property
-    def authority(self) -> str:
-        """HOST:PORT, or HOST where the port is the usual one."""
-        host = bracketed(self.host)
-        usual = {'http': 80, 'https': 443}.get(self.scheme)
-        return host if self.port == usual else f'{host}:{self.port}'
-
-    @property
-    def origin(self) -> str:
-        """How the app names itself where it is visited without a tunnel."""
-        return f'{"https" if self.scheme == "https" else "http"}://{self.authority}'
-
-    @property
-    def local(self) -> bool:
-        """Is the app on this machine?"""
-        return is_loopback(self.host)
+            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
+        else:
+            self.text = self.authority + path
+            self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
 
 
 def parse_target(text: str, tcp: bool = False) -> Target:
@@ -3580,11 +3577,6 @@ def parse_target(text: str, tcp: bool = False) -> Target:
     raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
 
 
-def bracketed(host: str) -> str:
-    """HOST as it stands in a URL."""
-    return f'[{host}]' if ':' in host else host
-
-
 class ServerAddress:
     """Where the relay is: `site` is the host that the user named, which proofs are made for."""
     __slots__ = ('scheme', 'site', 'port')
@@ -3599,15 +3591,8 @@ class ServerAddress:
             raise UsageError(f'--server: {text} has a path; a server is a scheme, host and port')
         self.site = site.lower().rstrip('.')
 
-    @property
-    def authority(self) -> str:
-        """HOST or HOST:PORT, as in a URL."""
-        host = bracketed(self.site)
-        default = {'http': 80, 'https': 443}[self.scheme]
-        return host if self.port == default else f'{host}:{self.port}'
-
     def __str__(self) -> str:
-        return f'{self.scheme}://{self.authority}'
+        return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
 
 
 def addresses(host: str) -> List[str]:
@@ -3918,77 +3903,50 @@ class HostHeader:
     With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
     passes untouched: the app's own check against forged requests must stay whole.
     """
-    __slots__ = ('_target', '_value')
+    __slots__ = ('_rewrite', '_host', '_own', '_domain')
 
     def __init__(self, target: Target, value: str) -> None:
-        self._target = target
-        self._value = b'' if value == 'rewrite' else value.encode('latin-1')
+        self._rewrite = value == 'rewrite'
+        self._host = (target.authority if self._rewrite else value).encode('latin-1')
+        scheme = 'https' if target.scheme == 'https' else 'http'
+        self._own = f'{scheme}://{target.authority}'.encode()
+        self._domain = re.compile(rb'(?i);[ \t]*domain=\.?' + re.escape(target.host.encode())
+                                  + rb'(?=[ \t]*(?:;|$))')
 
     def of_request(self, request: Request, block: bytes) -> bytes:
         """The header lines of REQUEST, as the app is to see them."""
-        public, own = self._public(request), self._target.origin.encode()
-        changed = []
-        for line in block.splitlines():
-            name, _, value = line.partition(b':')
-            key, value = name.lower(), value.strip(b' \t')
-            if key == b'host':
-                line = name + b': ' + (self._value or self._target.authority.encode())
-            elif not self._value and key in (b'x-forwarded-host', b'x-forwarded-proto'):
-                continue
-            elif not self._value and key in (b'origin', b'referer'):
-                line = name + b': ' + replaced(value, public, own)
-            changed.append(line + b'\r\n')
-        return b''.join(changed)
+        block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
+        if not self._rewrite:
+            return block
+        block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
+        return replaced(block, rb'origin|referer', self._public(request), self._own)
 
     def of_response(self, request: Request, block: bytes) -> bytes:
         """The header lines of the answer to REQUEST, as the visitor is to see them."""
-        if self._value:
+        if not self._rewrite:
             return block
-        public, own = self._public(request), self._target.origin.encode()
-        changed = []
-        for line in block.splitlines():
-            name, _, value = line.partition(b':')
-            key, value = name.lower(), value.strip(b' \t')
-            if key in (b'location', b'access-control-allow-origin'):
-                line = name + b': ' + replaced(value, own, public)
-            elif key == b'set-cookie':
-                line = re.sub(rb'(?i);[ \t]*domain=\.?' + re.escape(self._target.host.encode())
-                              + rb'(?=[ \t]*(?:;|$))', b'', line)
-            changed.append(line + b'\r\n')
-        return b''.join(changed)
+        block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
+                       block)
+        return replaced(block, rb'location|access-control-allow-origin', self._own,
+                        self._public(request))
 
     @staticmethod
     def _public(request: Request) -> bytes:
         return (request.get(b'x-forwarded-proto') or b'http') + b'://' + request.host
 
 
-def replaced(url: bytes, origin: bytes, other: bytes) -> bytes:
-    """URL with OTHER in place of ORIGIN, where it begins with that origin and no longer one."""
-    rest = url[len(origin):]
-    if url[:len(origin)].lower() == origin and rest[:1] in (b'', b'/', b'?', b'#'):
-        return other + rest
-    return url
+def replaced(block: bytes, names: bytes, origin: bytes, other: bytes) -> bytes:
+    """BLOCK with OTHER for ORIGIN where a field of NAMES begins with that origin, no longer one."""
+    return re.sub(rb'(?im)^((?:%b):[ \t]*)%b(?=[/?#]|[ \t]*\r)' % (names, re.escape(origin)),
+                  lambda m: m.group(1) + other, block)
 
 
-# How development servers answer to a Host or Origin that they do not know: status, words, which.
-STRANGERS = (
-    (403, b'Blocked request. This host', 'Vite'),
-    (403, b'Invalid Host header', 'webpack-dev-server'),
-    (200, b'Invalid Host header', 'webpack-dev-server'),
-    (403, b'Invalid Host/Origin header', 'webpack-dev-server'),
-    (400, b'DisallowedHost', 'Django'),
-    (403, b'Origin checking failed', 'Django'),
-    (403, b'Blocked host', 'Rails'),
-    (403, b'Unauthorized request from', 'Next'),
-)
-
-
-def unknown_host(status: int, body: bytes) -> str:
-    """Which development server says here that it does not know the host; '' for none."""
-    for code, words, server in STRANGERS:
-        if code == status and words in body:
-            return server
-    return ''
+# What development servers say in a 400 or 403 to a Host or Origin that they do not know.
+STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'webpack-dev-server',
+             b'Invalid Host/Origin header': 'webpack-dev-server', b'DisallowedHost': 'Django',
+             b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
+             b'Unauthorized request from': 'Next'}
+STRANGER_IN_200 = len(b'Invalid Host header')       # some say it with status 200, and no more
 
 
 class Client:
@@ -4134,7 +4092,7 @@ class Client:
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
-        hello, host = dict(self._hello), self.address.authority
+        hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self._session is not None:
             self._session.detach()
             hello['resume'] = {'session': self._session_id, 'received': self._session.received}
@@ -4312,11 +4270,14 @@ class Client:
             request.target = self.target.path.encode() + request.target
         return self._host_header.of_request(request, block) if self._host_header else block
 
-    def _hint(self, server: str) -> None:
-        if server:
-            self._hinted = True
-            self._observer.hint(f'{server} does not know the name of this tunnel; start the client '
-                                'with --host-header rewrite, or allow the name in its settings')
+    def _look_for_strangers(self, page: bytes) -> None:
+        """A hint where PAGE says that the app does not know the name of this tunnel."""
+        for words, server in STRANGERS.items():
+            if words in page:
+                self._hinted = True
+                return self._observer.hint(
+                    f'{server} does not know the name of this tunnel; start the client with '
+                    '--host-header rewrite, or allow the name in its settings')
 
     async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
         """Copy a request that is still under way."""
@@ -4348,14 +4309,13 @@ class Client:
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
                                 'hides whether it broke')
-        look = not self._hinted and (response.status in (400, 403)
-                                     or length == len(STRANGERS[1][1]))
+        look = not self._hinted and (response.status in (400, 403) or length == STRANGER_IN_200)
         outcome.body = body_reader(upstream, length)
         await copy_message(encode_response(response, block, length < 0), outcome.body, stream,
                            length < 0, True, outcome.tap if look else None)
         outcome.whole = True
         if look:
-            self._hint(unknown_host(response.status, outcome.seen))
+            self._look_for_strangers(outcome.seen)
         if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
             self._upstream.give(upstream)       # a body may lie there unread: then never
         else:
