@@ -3615,40 +3615,24 @@ def explain(error: BaseException, where: str) -> str:
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 
 
-def serve_locally(target: Target) -> socket.socket:
-    """A connection to a handler of the standard library, in a thread of its own."""
-    ours, theirs = socket.socketpair()
-    handler = folder_handler(target.path) if target.scheme == 'folder' else echo_handler()
+def serve_folder(folder: str) -> socket.socket:
+    """A connection to what serves FOLDER, with listings, in a thread of its own.
 
-    def serve() -> None:
-        try:
-            with theirs:
-                handler(theirs, ('127.0.0.1', 0), None)
-        except OSError:
-            pass        # the visitor went away
-    threading.Thread(target=serve, daemon=True).start()
-    return ours
-
-
-def folder_handler(folder: str) -> Callable[..., Any]:
-    """Serves FOLDER, with listings; nothing outside, and no name that begins with a dot."""
+    Nothing outside is served, and no name that begins with a dot.
+    """
     import http.server
     root = os.path.realpath(folder)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
 
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=root)
-
         def translate_path(self, path: str) -> str:
             """The file for PATH, or one that does not exist."""
             found = super().translate_path(path)
             real = os.path.realpath(found) if '\0' not in found else ''
             inside = real == root or real.startswith(os.path.join(root, ''))
-            hidden = any(part.startswith('.') for part in os.path.relpath(found, root).split(os.sep)
-                         if part != '.') if inside else True
-            return os.path.join(root, '.', 'no such file', '') if hidden else found
+            hidden = os.sep + '.' in os.sep + found[len(root):]
+            return found if inside and not hidden else os.path.join(root, '.', 'no such file', '')
 
         def list_directory(self, path: Any) -> Any:
             """A page with what may be seen of the folder PATH."""
@@ -3670,52 +3654,61 @@ def folder_handler(folder: str) -> Callable[..., Any]:
 
         def log_message(self, *args: Any) -> None:
             """The tunnel has a log of its own."""
-    return Handler
+
+    def serve() -> None:
+        with theirs, contextlib.suppress(OSError):      # the visitor may go away
+            Handler(theirs, ('127.0.0.1', 0), None, directory=root)     # type: ignore[arg-type]
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=serve, daemon=True).start()
+    return ours
 
 
-def echo_handler() -> Callable[..., Any]:
-    """Answers with the request itself, to see what an app would get."""
-    import http.server
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith('do_'):
-                return self.echo        # any method will do
-            raise AttributeError(name)
-
-        def echo(self) -> None:
-            """Sends back what came."""
-            body, size = b'', int(self.headers.get('Content-Length') or 0)
-            if self.headers.get('Transfer-Encoding'):       # our own: no extensions, no surprises
-                size = int(self.rfile.readline(), 16)
-                while 0 < size <= MAX_ECHO - len(body):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                    size = int(self.rfile.readline(), 16)
-                while not size and self.rfile.readline() != b'\r\n':
-                    pass
-            if size > MAX_ECHO - len(body):
-                self.close_connection = True
-                return self.send_error(413)
-            body += self.rfile.read(size)
-            page = f'{self.requestline}\r\n{self.headers}'.encode('latin-1', 'replace') + body
-            self.send_response(200)
-            self.send_header('Content-Type', 'text/plain; charset=utf-8')
-            self.send_header('Content-Length', str(len(page)))
-            self.end_headers()
-            if self.command != 'HEAD':
-                self.wfile.write(page)
-
-        def log_message(self, *args: Any) -> None:
-            """The tunnel has a log of its own."""
-    return Handler
+async def read_whole(body: Body, most: int) -> bytes:
+    """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
+    whole = b''
+    while not body.finished and len(whole) <= most:
+        piece = body.take()
+        whole += piece
+        if not (piece or body.finished or await body.stream.more()):
+            body.cut()
+    return whole
 
 
-def most_telling(failures: Sequence[Exception]) -> Exception:
-    """Of what several addresses of one host said: that it refused says the least."""
-    return min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))
+async def echo(connection: Connection) -> None:
+    """Answers requests with themselves, to see what an app would get."""
+    try:
+        while True:
+            head = await read_head(connection, HEAD_TIMEOUT, BODY_IDLE)
+            if head is None:
+                break
+            request = parse_request(head)
+            if b'100-continue' in head.lower():
+                await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+            body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
+            if len(body) > MAX_ECHO:
+                text = f'echo repeats no more than {MAX_ECHO} bytes'
+                await connection.write(error_message(413, text, request, ['Connection: close']))
+                break
+            await connection.write(plain_message(200, 'text/plain; charset=utf-8', head + body,
+                                                 method=request.method))
+        await connection.linger()
+    except (LocaltunnelError, OSError):
+        connection.cut_off()
+
+
+async def first_to_answer(hosts: Sequence[str], timeout: float,
+                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
+    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT.
+
+    Raises the most telling failure: that a host refused says the least.
+    """
+    failures: List[Exception] = []
+    for host in hosts:
+        try:
+            return await asyncio.wait_for(dial(host), timeout)
+        except (OSError, asyncio.TimeoutError) as e:
+            failures.append(e)
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))
 
 
 class Upstream:
@@ -3735,36 +3728,33 @@ class Upstream:
 
     async def connect(self) -> Connection:
         """A fresh connection.  Raises HopFailed."""
-        failures: List[Exception] = []
-        for host in tuple(self._hosts):
-            try:
-                connection = await asyncio.wait_for(self._dial(host), CONNECT_TIMEOUT)
-            except (OSError, asyncio.TimeoutError) as e:
-                failures.append(e)
-                continue
-            if self._hosts[0] != host:
-                self._hosts.reverse()       # the one that answers comes first
-            self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
-            return connection
-        error = most_telling(failures)
-        status = 504 if isinstance(error, asyncio.TimeoutError) else 502
-        raise HopFailed(status, explain(error, self.target.text)) from error
+        try:
+            connection = await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, self._dial)
+        except (OSError, asyncio.TimeoutError) as e:
+            status = 504 if isinstance(e, asyncio.TimeoutError) else 502
+            raise HopFailed(status, explain(e, self.target.text)) from e
+        self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+        return connection
 
     async def _dial(self, host: str) -> Connection:
         loop, target = self._reactor.loop, self.target
+        make = functools.partial(Connection, self._reactor)
         if target.scheme == 'unix':
-            _, connection = await loop.create_unix_connection(self._connection, target.path)
-        elif target.scheme in ('folder', 'echo'):
-            sock = serve_locally(target)
-            _, connection = await loop.create_connection(self._connection, sock=sock)
+            _, connection = await loop.create_unix_connection(make, target.path)
+        elif target.scheme == 'folder':
+            _, connection = await loop.create_connection(make, sock=serve_folder(target.path))
+        elif target.scheme == 'echo':
+            ours, theirs = socket.socketpair()
+            _, app = await loop.create_connection(make, sock=theirs)
+            self._reactor.spawn(echo(app))
+            _, connection = await loop.create_connection(make, sock=ours)
         else:
             _, connection = await loop.create_connection(
-                self._connection, host, target.port, ssl=self._tls,
+                make, host, target.port, ssl=self._tls,
                 server_hostname=target.host if self._tls else None)
+        if self._hosts[0] != host:
+            self._hosts.reverse()       # the one that answers comes first
         return connection
-
-    def _connection(self) -> Connection:
-        return Connection(self._reactor)
 
     def _still_silent(self, connection: Connection) -> None:
         if connection.silent and connection.error is None:
@@ -4064,23 +4054,22 @@ class Client:
             self._observer.ready(self.url)
 
     async def _dial(self) -> Connection:
-        address = self.address
-        loop, proxy = self.reactor.loop, find_proxy(self.address)
-        failures: List[Exception] = []
-        for host in addresses(address.site):
-            try:
-                where: Dict[str, Any] = {'host': host, 'port': address.port}
-                if proxy:
-                    where = {'sock': await asyncio.wait_for(loop.run_in_executor(
-                        None, connect_through, proxy, host, address.port), HANDSHAKE_TIMEOUT)}
-                _, connection = await asyncio.wait_for(loop.create_connection(
-                    lambda: Connection(self.reactor), ssl=self._tls,
-                    server_hostname=address.site if self._tls else None, **where), CONNECT_TIMEOUT)
-                self._check_pin(connection)
-                return connection
-            except (OSError, asyncio.TimeoutError) as e:
-                failures.append(e)
-        raise most_telling(failures)
+        address, loop = self.address, self.reactor.loop
+        proxy = find_proxy(address)
+
+        async def dial(host: str) -> Connection:
+            where: Dict[str, Any] = {'host': host, 'port': address.port}
+            if proxy:
+                where = {'sock': await loop.run_in_executor(
+                    None, connect_through, proxy, host, address.port)}
+            _, connection = await loop.create_connection(
+                lambda: Connection(self.reactor), ssl=self._tls,
+                server_hostname=address.site if self._tls else None, **where)
+            return connection
+        connection = await first_to_answer(
+            addresses(address.site), HANDSHAKE_TIMEOUT if proxy else CONNECT_TIMEOUT, dial)
+        self._check_pin(connection)
+        return connection
 
     def _check_pin(self, connection: Connection) -> None:
         if self._pin:
@@ -4116,14 +4105,9 @@ class Client:
 
     async def _refused(self, connection: Connection, response: Response) -> NoReturn:
         try:
+            connection.idle = HANDSHAKE_TIMEOUT
             body = body_reader(connection, response.body_length(b'GET'))
-            reason = b''
-            while not body.finished and len(reason) < MAX_HEAD:
-                reason += body.take()
-                if not body.finished and not connection.size and (
-                        not await connection.more(HANDSHAKE_TIMEOUT)):
-                    break
-            said = json.loads(reason)
+            said = json.loads(await read_whole(body, MAX_HEAD))
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
