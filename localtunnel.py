@@ -3958,7 +3958,7 @@ class Client:
         self._trace, self._tls, self._pin = trace, tls, pin
         self._host_header = HostHeader(target, host_header) if host_header else None
         self._upstream = Upstream(reactor, target, upstream_tls)
-        self._crew = Crew(reactor, self._serve)
+        self._crew = Crew(reactor, self._serve_tcp if target.scheme == 'tcp' else self._serve)
         self._sessions: Set[Session] = set()        # the current one, and those that drain
         self._session: Optional[Session] = None
         self._session_id = ''
@@ -4002,30 +4002,31 @@ class Client:
             self._observer.lost(why, delay)
             await asyncio.sleep(delay)
 
-    async def find_app(self) -> None:
-        """Raises HopFailed where the app can't be reached."""
-        (await self._upstream.connect()).close()
+    async def look_for_app(self) -> None:
+        """A hint where the app is not there yet."""
+        try:
+            (await self._upstream.connect()).close()
+        except HopFailed as e:
+            self._observer.hint(f'{e}; visitors get a 502 page until the app is up')
 
     async def _until_lost(self) -> str:
         """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
         session = self._session
-        while session is not None:
+        assert session is not None
+        while session.connection is not None and session.goaway is None and session.error is None:
             self._changed.clear()
-            if session.goaway is not None:
-                code, text = session.goaway
-                self._session = None
-                if code in (SUPERSEDED, REVOKED):
-                    await self._finish({session})
-                    raise Refused(409 if code == SUPERSEDED else 401,
-                                  'superseded' if code == SUPERSEDED else 'token', text, final=True)
-                return text
-            if session.error is not None:
-                self._session = None
-                return str(session.error)
-            if session.connection is None:
-                return 'the connection to the server broke'
             await self._changed.wait()
-        return 'the session ended'
+        if session.goaway is None and session.error is None:
+            return 'the connection to the server broke'     # and the session may go on
+        self._session = None
+        if session.goaway is None:
+            return str(session.error)
+        code, text = session.goaway
+        if code in (SUPERSEDED, REVOKED):
+            await self._finish({session})
+            raise Refused(409 if code == SUPERSEDED else 401,
+                          'superseded' if code == SUPERSEDED else 'token', text, final=True)
+        return text
 
     async def _connect(self) -> None:
         """One attempt: dial, ask, and go on with the old session or begin a new one."""
@@ -4036,15 +4037,12 @@ class Client:
             connection.cut_off()
             raise
         session, count = self._session, welcome.get('received')
-        resumed = (welcome.get('resume') is not None and session is not None
-                   and isinstance(count, int) and session.can_resume(count))
-        if session is None or not resumed:
+        if (session is None or welcome.get('resume') is None or not isinstance(count, int)
+                or not session.can_resume(count)):
             if session is not None:
                 session.end(Disconnected('the server does not know this session any more'))
-            session = self._new_session()
-            session.attach(connection)
-        else:
-            session.attach(connection, int(count or 0))
+            session, count = self._new_session(), 0
+        session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))
         if self.url:
             self._observer.back()
@@ -4119,7 +4117,7 @@ class Client:
         raise refused
 
     def _new_session(self) -> Session:
-        session = Session(self.reactor, on_open=self._opened)
+        session = Session(self.reactor, on_open=self._crew.give)
         if self._trace:
             session.trace = self._observer.frame
         session.on_detached = session.on_goaway = self._changed.set
@@ -4154,29 +4152,21 @@ class Client:
 
     # One exchange.
 
-    def _opened(self, stream: Stream) -> None:
-        if self.target.scheme == 'tcp':
-            visitor = stream.take(MAX_PAYLOAD)      # OPEN of a TCP stream is the visitor's address
-            self.reactor.spawn(self._serve_tcp(stream, printable(visitor.decode('latin-1'))))
-        else:
-            self._crew.give(stream)
-
-    async def _serve_tcp(self, stream: Stream, visitor: str) -> None:
-        """One stream of raw bytes."""
+    async def _serve_tcp(self, stream: Stream) -> None:
+        """One stream of raw bytes, which opens with the visitor's address."""
         self._exchanges += 1
         number, began = self._exchanges, self.reactor.now()
-        status, why, upstream = 502, '', None
+        visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
+        status, why = 200, ''
         try:
             upstream = await self._upstream.connect()
             stream.on_gone = upstream.cut_off
-            status = 200
             await join(upstream, stream)
-        except (LocaltunnelError, OSError) as e:
-            why = str(e)
+            upstream.close()
+        except HopFailed as e:
+            status, why = e.status, str(e)
             stream.reset(FAILED, why)
         finally:
-            if upstream:
-                upstream.close()
             stream.close()
             self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0,
                                     why)
@@ -4815,7 +4805,7 @@ def client_coroutine(args: argparse.Namespace, target: Target, address: Optional
                         once=args.once, tls=tls_to(at, args.ca, not args.pin), pin=args.pin or '',
                         upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
                         host_header=args.host_header, release=args.release, trace=args.verbose)
-        probe = reactor.spawn(look_for_app(client, terminal))
+        probe = reactor.spawn(client.look_for_app())
         try:
             await first_of(client.run(), stop)
         finally:
@@ -4826,14 +4816,6 @@ def client_coroutine(args: argparse.Namespace, target: Target, address: Optional
             terminal.flush()
         return 0
     return command
-
-
-async def look_for_app(client: Client, terminal: Terminal) -> None:
-    """Say so where the app is not there yet."""
-    try:
-        await client.find_app()
-    except HopFailed as e:
-        terminal.hint(f'{e}; visitors get a 502 page until the app is up')
 
 
 # The server's side.
