@@ -4312,16 +4312,15 @@ USE_SERVER = """\
   your own server:   python3 localtunnel.py server --domain DOMAIN   (where it is reachable)"""
 
 
-_clock = (0, '')
+@functools.lru_cache(maxsize=1)
+def date_and_time(second: int) -> str:
+    """SECOND for people; made once, since a busy server writes many lines in it."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
 
 
 def clock() -> str:
-    """Date and time, made once a second."""
-    global _clock
-    now = int(time.time())
-    if now != _clock[0]:
-        _clock = now, time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
-    return _clock[1]
+    """Date and time, now."""
+    return date_and_time(int(time.time()))
 
 
 class Lines:
@@ -4352,9 +4351,14 @@ class Lines:
             self._lines.clear()
             put(self._stream, text)
 
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
+        """A line for a frame of the protocol (--verbose)."""
+        name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
+        self.add(f'{direction} {name} #{stream} {size}')
+
 
 class Terminal:
-    """Tells a user what a client does."""
+    """Tells a user what a client does: an Observer."""
 
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
                  as_json: bool = False, quiet: bool = False,
@@ -4366,6 +4370,7 @@ class Terminal:
         self._plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
         self._frames = Lines(sys.stderr, later)
+        self.frame = self._frames.frame
 
     def flush(self) -> None:
         """Write what is queued."""
@@ -4373,16 +4378,13 @@ class Terminal:
         self._frames.flush()
 
     def note(self, text: str) -> None:
-        """A line for people."""
         if not self._quiet:
             say(text)
 
     def hint(self, text: str) -> None:
-        """Advice, where somebody may read it."""
         self.note(self._paint('36', 'hint: ', sys.stderr) + text)
 
     def ready(self, url: str) -> None:
-        """Visitors can come."""
         self._first()
         if self._json:
             self._event('open', url=url, target=self._target, server=self._server,
@@ -4395,13 +4397,11 @@ class Terminal:
                 f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
 
     def back(self) -> None:
-        """Visitors can come again."""
         if self._json:
             self._event('back')
         self.note(self._paint('32', 'connected again', sys.stderr))
 
     def lost(self, why: str, seconds: float) -> None:
-        """The server can't be reached."""
         if self._json:
             self._event('lost', reason=why, retry=round(seconds, 1))
         self.note(self._paint('33', why, sys.stderr) + '; trying again '
@@ -4409,7 +4409,6 @@ class Terminal:
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
                  size: int, why: str) -> None:
-        """One exchange has ended."""
         if self._json:
             extra = {'error': why} if why else {}
             self._event('exchange', id=number, method=method, target=target, status=status,
@@ -4421,10 +4420,6 @@ class Terminal:
             self._lines.add(f'{clock()[11:]} #{number} {method} {printable(target)} '
                             f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
                             + (f' {printable(why)}' if why else ''))
-
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed (--verbose)."""
-        self._frames.add(frame_line(direction, kind, stream, size))
 
     def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
         """TEXT in colour for STREAM (stdout), where that is a terminal."""
@@ -4441,7 +4436,7 @@ class ServerLog:
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
         self._json = as_json
         self._lines = Lines(sys.stderr, later)
-        self.flush = self._lines.flush
+        self.flush, self.frame = self._lines.flush, self._lines.frame
 
     def note(self, text: str) -> None:
         """Something happened."""
@@ -4460,21 +4455,12 @@ class ServerLog:
             self._lines.add(f'{clock()} {address} {method} {request.host_name} {printable(path)} '
                             f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
 
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed (--verbose)."""
-        self._lines.add(frame_line(direction, kind, stream, size))
-
 
 class Silence:
     """A log and an observer who tell nobody."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **words: None
-
-
-def frame_line(direction: str, kind: int, stream: int, size: int) -> str:
-    """One frame of the protocol, for people."""
-    return f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} #{stream} {size}'
 
 
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
