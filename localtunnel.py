@@ -4504,13 +4504,10 @@ def in_bytes(size: int) -> str:
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_NAME, EXIT_TOKEN, EXIT_SUPERSEDED = 1, 2, 3, 4, 5
-EXIT_CODES = {'token': EXIT_TOKEN, 'revoked': EXIT_TOKEN, 'superseded': EXIT_SUPERSEDED,
-              'name_taken': EXIT_NAME, 'bad_name': EXIT_NAME, 'reserved': EXIT_NAME,
-              'too_many_names': EXIT_NAME, 'not_yours': EXIT_NAME, 'port_taken': EXIT_NAME,
-              'bad_port': EXIT_NAME}
-
-_source: List[bytes] = []
+# By what ended the program; all that is not here is a failure, 1.
+EXIT_CODES = {'released': 0, 'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
+              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
+              'superseded': 5}
 
 
 def own_path() -> str:
@@ -4519,26 +4516,23 @@ def own_path() -> str:
     return path if os.path.isfile(path) else ''
 
 
-def own_source() -> Optional[bytes]:
-    """This file, or None where it was read from a pipe that can't be read again."""
-    if not _source:
-        try:
-            if own_path():
-                with open(own_path(), 'rb') as f:
-                    _source.append(f.read())
-            else:
-                sys.stdin.buffer.seek(0)
-                _source.append(sys.stdin.buffer.read())
-        except (OSError, ValueError, AttributeError):
-            return None
-    return _source[0]
+@functools.lru_cache(maxsize=None)
+def own_source() -> bytes:
+    """This file.  Raises where it was read from a pipe, which can't be read again."""
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            return f.read()
+    sys.stdin.buffer.seek(0)
+    return sys.stdin.buffer.read()
 
 
 def stamped_source(address: str) -> Optional[bytes]:
-    """This file with the server's ADDRESS written into it."""
-    source = own_source()
-    return source and re.sub(rb"(?m)^STAMPED_SERVER = .*$",
-                             lambda _: b'STAMPED_SERVER = %a' % address, source, count=1)
+    """This file with the server's ADDRESS written into it, or None where it can't be read."""
+    try:
+        return re.sub(rb"(?m)^STAMPED_SERVER = .*$", lambda _: b'STAMPED_SERVER = %a' % address,
+                      own_source(), count=1)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
@@ -5028,54 +5022,47 @@ async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int
     """Start this program again with SOCKETS; its process id once it serves, else 0."""
     if not own_path():
         return 0        # it came through a pipe, and can't be started again
+    import fcntl
     ours, theirs = os.pipe()
-    keep = [os.dup(fd) for fd in (theirs, *(s.fileno() for s in sockets))]
-    child = os.fork()
-    if child == 0:
-        try:
-            become_successor(keep, len(sockets))
-        finally:
-            os._exit(1)
+    ready = FIRST_PASSED + len(sockets)
+    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above all numbers that the
+            for fd in (*(s.fileno() for s in sockets), theirs)]     # child puts them at
+    try:
+        child = os.posix_spawn(
+            sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
+            {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i) for i, fd in enumerate(keep)])
+    except OSError:
+        child = 0
     for fd in (theirs, *keep):
         os.close(fd)
-    readable = asyncio.Event()
+    readable, said = asyncio.Event(), b''
     reactor.loop.add_reader(ours, readable.set)
     try:
         await asyncio.wait_for(readable.wait(), SUCCESSOR_TIMEOUT)
         said = os.read(ours, 1)
     except asyncio.TimeoutError:
         os.kill(child, signal.SIGKILL)
-        said = b''
     finally:
         reactor.loop.remove_reader(ours)
         os.close(ours)
-    if not said:
+    if child and not said:
         os.waitpid(child, 0)
     return child if said else 0
 
 
-def become_successor(descriptors: List[int], count: int) -> NoReturn:
-    """In the child: put the sockets where they are expected, and start anew."""
-    highest = max(descriptors) + FIRST_PASSED + count + 1
-    moved = [os.dup2(fd, highest + i) for i, fd in enumerate(descriptors)]
-    for i, fd in enumerate(moved[1:]):
-        os.dup2(fd, FIRST_PASSED + i, inheritable=True)
-    ready = FIRST_PASSED + count
-    os.dup2(moved[0], ready, inheritable=True)
-    os.closerange(ready + 1, highest + len(moved))
-    environment = {**os.environ, 'LISTEN_FDS': str(count), 'LISTEN_PID': str(os.getpid()),
-                   READY_VARIABLE: str(ready)}
-    script = os.path.abspath(own_path())
-    os.execve(sys.executable, [sys.executable, script, *sys.argv[1:]], environment)
-
-
 # The parser.
+
+def count(text: str, most: int = 10 ** 9 - 1) -> int:
+    """For argparse: a whole number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
+    return int(text)
+
 
 def port_number(text: str) -> int:
     """For argparse."""
-    if not re.fullmatch('[0-9]{1,5}', text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f'{text!r} is no port: ports go from 0 to 65535')
-    return int(text)
+    return count(text, 65535)
 
 
 def number(text: str) -> float:
@@ -5083,13 +5070,6 @@ def number(text: str) -> float:
     if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
     return float(text)
-
-
-def count(text: str) -> int:
-    """For argparse: a whole number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number')
-    return int(text)
 
 
 def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
@@ -5187,23 +5167,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     commands = {'client': client_command, 'server': server_command}
     if words and not words[0].startswith('-') and words[0] not in commands:
         say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
-        return EXIT_USAGE
+        return EXIT_CODES['usage']
     try:
         args = make_parser().parse_args(words)
         return commands[args.command](args)
-    except UsageError as e:
-        code, text = EXIT_USAGE, str(e)
-    except Refused as e:
-        if e.code == 'released':
-            say(str(e))
-            return 0
-        code, text = EXIT_CODES.get(e.code, EXIT_FAILURE), str(e)
-    except LocaltunnelError as e:
-        code, text = EXIT_FAILURE, str(e)
     except KeyboardInterrupt:
         return 0
-    say(f'localtunnel.py: {text}')
-    return code
+    except LocaltunnelError as e:
+        say(f'localtunnel.py: {e}')
+        return EXIT_CODES.get('usage' if isinstance(e, UsageError) else getattr(e, 'code', ''), 1)
 
 
 if __name__ == '__main__': sys.exit(main())
