@@ -67,7 +67,7 @@ import threading
 import time
 import urllib.parse
 from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
-                    Iterable, List, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
+                    Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
                     Tuple, Union)
 
 if TYPE_CHECKING:
@@ -4553,6 +4553,18 @@ async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, 
     raise LocaltunnelError('no port is free on this machine')
 
 
+async def first_of(*work: Awaitable[Any]) -> None:
+    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
+    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            await end_task(task)
+
+
 class tunnel:
     """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
 
@@ -4583,12 +4595,11 @@ class tunnel:
             token=known_token(self._token, address), tls=tls_to(address),
             upstream_tls=tls_to(self._target, check=not self._target.local))
         self._running = asyncio.ensure_future(self._client.run())
-        welcomed = asyncio.ensure_future(self._client.welcomed.wait())
-        await asyncio.wait({welcomed, self._running}, return_when=asyncio.FIRST_COMPLETED)
-        await end_task(welcomed)
-        if not self._client.url:
+        try:
+            await first_of(asyncio.shield(self._running), self._client.welcomed.wait())
+        except BaseException:
             await self.__aexit__()
-            self._running.result()
+            raise
         self.url = self._client.url
         return self
 
@@ -4671,12 +4682,13 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
 
 GC_THRESHOLDS = 10000, 20, 50   # requests make much garbage and few cycles
 
-Command = Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]
 
+def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
+    """Run COMMAND(reactor, stop, *ARGS); 0 when it ends.
 
-def run(command: Command) -> int:
-    """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
-    async def body() -> int:
+    The event `stop` is set at the first SIGINT or SIGTERM; the second ends at once.
+    """
+    async def body() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
         def asked(*_: Any) -> None:
@@ -4694,22 +4706,11 @@ def run(command: Command) -> int:
         gc.freeze()         # what was made so far stays
         gc.set_threshold(*GC_THRESHOLDS)
         try:
-            return await command(reactor, stop)
+            await command(reactor, stop, *args)
         finally:
             await reactor.close()
-    return asyncio.run(body())
-
-
-async def first_of(work: Awaitable[Any], stop: asyncio.Event) -> None:
-    """Wait until WORK fails, which raises, or STOP is set."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
-    finally:
-        for task in tasks:
-            await end_task(task)
+    asyncio.run(body())
+    return 0
 
 
 def client_command(args: argparse.Namespace) -> int:
@@ -4724,7 +4725,7 @@ def client_command(args: argparse.Namespace) -> int:
     token = known_token(args.token, address) if address else ''
     while True:
         try:
-            return run(client_coroutine(args, target, address, token))
+            return run(run_client, args, target, address, token)
         except Refused as e:
             if e.code != 'token' or token or not (address and is_terminal(sys.stderr)):
                 raise
@@ -4759,58 +4760,53 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
             raise UsageError(f'--allow: {e}') from e
 
 
-def client_coroutine(args: argparse.Namespace, target: Target, address: Optional[ServerAddress],
-                     token: str) -> Command:
-    """What `client` runs."""
+async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     target: Target, address: Optional[ServerAddress], token: str) -> None:
+    """Keep the tunnel up until STOP is set."""
     key = load_key(lambda text: say('warning: ' + text))
+    server = None
+    if address is None:
+        server, address = await start_local_server(reactor, target)
+        say('NOT PUBLIC: no server is known, so this URL works on this machine only\n'
+            + USE_SERVER.format(target=args.target))
+    elif address.scheme == 'http' and not is_loopback(address.site):
+        say(f'warning: {address} is not encrypted: whoever is on the way can read all that passes, '
+            'your token and the proof of your name too')
 
-    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
-        server, at = None, address
-        if at is None:
-            server, at = await start_local_server(reactor, target)
-            say('NOT PUBLIC: no server is known, so this URL works on this machine only\n'
-                + USE_SERVER.format(target=args.target))
-        elif at.scheme == 'http' and not is_loopback(at.site):
-            say(f'warning: {at} is not encrypted: whoever is on the way can read all that passes, '
-                'your token and the proof of your name too')
-
-        def accepted() -> None:
-            if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
-                keep_token(str(at), token)
-        terminal = Terminal(target.text, str(at), server is None, reactor.loop.call_later,
-                            as_json=args.json, quiet=args.quiet, first=accepted)
-        client = Client(reactor, at, target, key, terminal, name=args.name,
-                        tcp_port=args.tcp_port or 0, token=token, share=args.share,
-                        rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
-                        once=args.once, tls=tls_to(at, args.ca, not args.pin), pin=args.pin or '',
-                        upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
-                        host_header=args.host_header, release=args.release, trace=args.verbose)
-        probe = reactor.spawn(client.look_for_app())
-        try:
-            await first_of(client.run(), stop)
-        finally:
-            await end_task(probe)
-            await client.stop()
-            if server:
-                await server.stop()
-            terminal.flush()
-        return 0
-    return command
+    def accepted() -> None:
+        if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
+            keep_token(str(address), token)
+    terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
+                        as_json=args.json, quiet=args.quiet, first=accepted)
+    client = Client(reactor, address, target, key, terminal, name=args.name,
+                    tcp_port=args.tcp_port or 0, token=token, share=args.share,
+                    rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
+                    once=args.once, tls=tls_to(address, args.ca, not args.pin), pin=args.pin or '',
+                    upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
+                    host_header=args.host_header, release=args.release, trace=args.verbose)
+    probe = reactor.spawn(client.look_for_app())
+    try:
+        await first_of(client.run(), stop.wait())
+    finally:
+        await end_task(probe)
+        await client.stop()
+        if server:
+            await server.stop()
+        terminal.flush()
 
 
 # The server's side.
 
-class Places(NamedTuple):
-    """Where a server listens, and with which certificate; `pin` is that of a self-signed one."""
-    plain: List[socket.socket]
-    secure: List[socket.socket]
-    admin: List[socket.socket]
-    certificate: Optional[Certificate]
-    pin: str
+Sockets = List[socket.socket]
 
 
-def open_places(args: argparse.Namespace, state: str) -> Places:
-    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError."""
+def open_places(args: argparse.Namespace, state: str) -> Tuple[Sockets, Sockets, Sockets,
+                                                               Optional[Certificate], str]:
+    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError.
+
+    Returns the sockets for http, https and the operator, the certificate, and its SHA256 where it
+    is a self-signed one.
+    """
     local = is_loopback(args.domain)
     certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
     signed = None if certificate or local or args.trust_proxy else self_signed(state, args.domain)
@@ -4821,7 +4817,7 @@ def open_places(args: argparse.Namespace, state: str) -> Places:
     inherited = inherited_sockets()
     plain = inherited.get(args.port) or bind_or_explain(host, args.port)
     admin = (inherited.get(args.admin[1]) or bind_or_explain(*args.admin)) if args.admin else []
-    secure: List[socket.socket] = []
+    secure: Sockets = []
     if certificate:
         try:
             secure = inherited.get(args.tls_port) or bind_or_explain(host, args.tls_port)
@@ -4829,42 +4825,38 @@ def open_places(args: argparse.Namespace, state: str) -> Places:
             if not pin:
                 raise
             certificate, pin = None, ''         # it was only a kindness
-    return Places(plain, secure, admin, certificate, pin)
+    return plain, secure, admin, certificate, pin
 
 
-def server_coroutine(args: argparse.Namespace, tokens: Tokens, leases: Leases, made: str,
-                     state: str, places: Places) -> Command:
-    """What `server` runs."""
-    plain, secure, admin, certificate, pin = places
-
-    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
-        log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
-        server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
-                        rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                        host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
-                        script=stamped_source)
-        server.certificate, server.trace = certificate, log.frame if args.verbose else None
-        port = plain[0].getsockname()[1]
-        if pin:
-            server.plain_port = port
-        elif secure:
-            server.redirects = True
-            server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
-        for sock in plain:
-            await server.listen(sock)
-        for sock in secure:
-            await server.listen(sock, tls=True)
-        for sock in admin:
-            await Admin(server).listen(sock)
-        announce(args, log, port, secure, made, pin, state)
-        log.flush()
-        say_ready()
-        handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
-        log.note('draining; a second Ctrl-C ends at once')
-        await server.stop(handed_over)
-        log.flush()
-        return 0
-    return command
+async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     tokens: Tokens, leases: Leases, made: str, state: str) -> None:
+    """Serve until STOP is set, or a successor does."""
+    plain, secure, admin, certificate, pin = open_places(args, state)
+    log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
+    server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+                    rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
+                    host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
+                    script=stamped_source)
+    server.certificate, server.trace = certificate, log.frame if args.verbose else None
+    port = plain[0].getsockname()[1]
+    if pin:
+        server.plain_port = port
+    elif secure:
+        server.redirects = True
+        server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
+    for sock in plain:
+        await server.listen(sock)
+    for sock in secure:
+        await server.listen(sock, tls=True)
+    for sock in admin:
+        await Admin(server).listen(sock)
+    announce(args, log, port, secure, made, pin, state)
+    log.flush()
+    say_ready()
+    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
+    log.note('draining; a second Ctrl-C ends at once')
+    await server.stop(handed_over)
+    log.flush()
 
 
 def server_command(args: argparse.Namespace) -> int:
@@ -4885,7 +4877,7 @@ def server_command(args: argparse.Namespace) -> int:
     except OSError as e:
         raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
-    return run(server_coroutine(args, tokens, leases, made, state, open_places(args, state)))
+    return run(run_server, args, tokens, leases, made, state)
 
 
 def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
@@ -4903,7 +4895,7 @@ def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[To
     return Tokens([made]), made
 
 
-def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[socket.socket],
+def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: Sockets,
              made: str, pin: str, state: str) -> None:
     """Say that the server listens, and what its users type."""
     tls_port = secure[0].getsockname()[1] if secure else 0
@@ -4930,7 +4922,7 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[s
     log.note(f'clients type: {command}')
 
 
-def bind_or_explain(host: str, port: int) -> List[socket.socket]:
+def bind_or_explain(host: str, port: int) -> Sockets:
     """As bind, with an error that says what to do."""
     try:
         return bind(host, port)
@@ -4956,12 +4948,12 @@ READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
 SUCCESSOR_TIMEOUT = 30.0    # seconds for a successor to say that it is ready
 
 
-def inherited_sockets() -> Dict[int, List[socket.socket]]:
+def inherited_sockets() -> Dict[int, Sockets]:
     """Listening sockets that systemd or a predecessor passed, by their local port."""
     count = os.environ.pop('LISTEN_FDS', '')
     owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
     os.environ.pop('LISTEN_FDNAMES', None)
-    found: Dict[int, List[socket.socket]] = {}
+    found: Dict[int, Sockets] = {}
     if count.isdigit() and owner == str(os.getpid()):
         for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
             try:
@@ -4996,17 +4988,14 @@ def say_ready() -> None:
 
 
 async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: List[socket.socket]) -> bool:
+                      sockets: Sockets) -> bool:
     """Serve until STOP is set, or a successor is ready; was it that?"""
     asked = asyncio.Event()
     if hasattr(signal, 'SIGUSR2'):
         reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
         reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
     while not stop.is_set():
-        waits = [asyncio.ensure_future(event.wait()) for event in (stop, asked)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            await end_task(wait)
+        await first_of(stop.wait(), asked.wait())
         if asked.is_set():
             asked.clear()
             log.note('handing over to a successor')
@@ -5018,7 +5007,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
     return False
 
 
-async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int:
+async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     """Start this program again with SOCKETS; its process id once it serves, else 0."""
     if not own_path():
         return 0        # it came through a pipe, and can't be started again
