@@ -3634,6 +3634,11 @@ def serve_folder(folder: str) -> socket.socket:
             hidden = os.sep + '.' in os.sep + found[len(root):]
             return found if inside and not hidden else os.path.join(root, '.', 'no such file', '')
 
+        def send_header(self, keyword: str, value: str) -> None:
+            super().send_header(keyword, value)
+            if keyword == 'Location':
+                super().send_header('Connection', 'close')      # 3.8 sends no length with it
+
         def list_directory(self, path: Any) -> Any:
             """A page with what may be seen of the folder PATH."""
             try:
