@@ -2403,10 +2403,10 @@ class Access:
         self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
-    def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
+    def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
         """The rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
-        return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
+        return {'allow': [*map(str, allow)], 'auth': [(s, digest_of(s + user)) for s, user in salted]}
 
     def admits_address(self, address: str) -> bool:
         """May a visitor from ADDRESS come in?"""
@@ -3820,20 +3820,13 @@ class Observer(Protocol):
                  size: int, why: str) -> None:
         """One exchange has ended; STATUS 0: nobody waited for its answer.  WHY it failed, or ''."""
 
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed."""
-
 
 class Outcome:
     """What became of one exchange."""
-    __slots__ = ('status', 'body', 'whole', 'seen', 'why')
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.body: Optional[Body] = None
-        self.why = ''               # it failed
-        self.whole = False          # did the answer come to its end?
-        self.seen = b''             # the beginning of a body that is looked at
+    status, why = 0, ''             # of the answer; and why it failed
+    body: Optional[Body] = None
+    whole = False                   # did the answer come to its end?
+    seen = b''                      # the beginning of a body that is looked at
 
     def tap(self, piece: bytes) -> None:
         """PIECE of the body passed."""
@@ -3954,7 +3947,7 @@ class Client:
                  tls: Optional[ssl.SSLContext] = None,
                  upstream_tls: Optional[ssl.SSLContext] = None,
                  pin: str = '', host_header: Optional[str] = None, release: bool = False,
-                 trace: bool = False) -> None:
+                 trace: Optional[Callable[[str, int, int, int], None]] = None) -> None:
         """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
         self.reactor, self.address, self.target = reactor, address, target
         self.url = ''
@@ -4123,8 +4116,7 @@ class Client:
 
     def _new_session(self) -> Session:
         session = Session(self.reactor, on_open=self._crew.give)
-        if self._trace:
-            session.trace = self._observer.frame
+        session.trace = self._trace
         session.on_detached = session.on_goaway = self._changed.set
 
         def closed() -> None:
@@ -4445,9 +4437,8 @@ class ServerLog:
 
     def note(self, text: str) -> None:
         """Something happened."""
-        now = clock()
-        self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else
-                        f'{now} {text}')
+        self._lines.add(json.dumps({'time': clock(), 'message': text}) if self._json else
+                        f'{clock()} {text}')
 
     def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
@@ -4584,8 +4575,6 @@ class tunnel:
         if name is not None:
             check_name(name)
         self._server, self._name, self._token = server, name, token
-        self._loop: Optional[asyncio.AbstractEventLoop] = None
-        self._thread: Optional[threading.Thread] = None
 
     async def __aenter__(self) -> tunnel:
         self._reactor = Reactor(asyncio.get_running_loop())
@@ -4626,12 +4615,10 @@ class tunnel:
             raise
 
     def __exit__(self, *exc: object) -> None:
-        assert self._loop
         asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
         self._end_thread()
 
     def _end_thread(self) -> None:
-        assert self._loop and self._thread
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -4758,11 +4745,6 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
         args.pin = args.pin.replace(':', '').lower()
         if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
             raise UsageError('--pin takes 64 hexadecimal digits, for an https server')
-    for cidr in args.allow:
-        try:
-            ipaddress.ip_network(cidr, strict=False)
-        except ValueError as e:
-            raise UsageError(f'--allow: {e}') from e
 
 
 async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
@@ -4788,7 +4770,8 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
                     rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
                     once=args.once, tls=tls_to(address, args.ca, not args.pin), pin=args.pin or '',
                     upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
-                    host_header=args.host_header, release=args.release, trace=args.verbose)
+                    host_header=args.host_header, release=args.release,
+                    trace=terminal.frame if args.verbose else None)
     probe = reactor.spawn(client.look_for_app())
     try:
         await first_of(client.run(), stop.wait())
@@ -4913,10 +4896,8 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: Socket
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
                  'allow to secure pages only will not work; give one with --cert and --key'
                  + ('. Clients come by TLS all the same: --pin is their check' if pin else ''))
-    scheme, _, authority = visitors.partition('://')
     ports = f'ports {port} and {tls_port}' if secure else f'port {port}'
-    log.note(f'listening on {ports}: tunnels appear at '
-             f'{scheme}://NAME.{authority}')
+    log.note(f'listening on {ports}: tunnels appear at {visitors.replace("://", "://NAME.")}')
     command = f'python3 localtunnel.py client 8000 --server {clients}'
     if pin:
         command += f' --pin {pin}'
@@ -5106,7 +5087,8 @@ def add_client_options(add: Callable[..., Any]) -> None:
     add('--tcp', action='store_true', help='raw TCP instead of HTTP')
     add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
     add('--auth', action='append', default=[], metavar='USER:PASSWORD', help='visitors must log in')
-    add('--allow', action='append', default=[], metavar='CIDR', help='only these visitors')
+    add('--allow', type=network, action='append', default=[], metavar='CIDR',
+        help='only these visitors')
     add('--host-header', metavar='VALUE', help='send VALUE as Host to the app; `rewrite`: the app '
         'believes that it is visited on its own address')
     add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
