@@ -3853,36 +3853,28 @@ def find_proxy(address: ServerAddress) -> str:
 
 
 def connect_through(proxy: str, host: str, port: int) -> socket.socket:
-    """A socket to HOST and PORT through an HTTP PROXY (CONNECT, RFC 9110 9.3.6).  Blocks.
-
-    Raises LocaltunnelError and OSError.
-    """
+    """A socket to HOST and PORT through an HTTP PROXY (CONNECT).  Blocks; LocaltunnelError."""
+    import http.client
     parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
     if parts.scheme != 'http' or not parts.hostname:
         raise LocaltunnelError(f'the proxy {parts.scheme}://{parts.hostname} is not supported; '
                                'HTTPS_PROXY must be http://HOST:PORT')
     where = f'{bracketed(host)}:{port}'
-    lines = [f'CONNECT {where} HTTP/1.1', f'Host: {where}']
+    headers = {'Host': where}
     if parts.username:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
-        lines.append('Proxy-Authorization: Basic ' + base64.b64encode(user.encode()).decode())
-    sock = socket.create_connection((parts.hostname, parts.port or 80), CONNECT_TIMEOUT)
+        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80,
+                                            timeout=CONNECT_TIMEOUT)
+    connection.set_tunnel(bracketed(host), port, headers)
     try:
-        sock.sendall('\r\n'.join(lines).encode() + b'\r\n\r\n')
-        answer = b''
-        while not answer.endswith(b'\r\n\r\n'):
-            byte = sock.recv(1)         # not one more than the head: what follows is the server's
-            if not byte or len(answer) > MAX_HEAD:
-                raise LocaltunnelError(f'the proxy {parts.hostname} gave no proper answer')
-            answer += byte
-        if not re.match(rb'HTTP/1\.[01] 2', answer):
-            said = printable(answer.split(b'\r\n')[0].decode('latin-1'))
-            raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: {said}')
-        sock.setblocking(False)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
+        connection.connect()
+    except (OSError, http.client.HTTPException) as e:
+        connection.close()
+        raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: '
+                               f'{printable(str(e))}') from e
+    connection.sock.setblocking(False)
+    return connection.sock
 
 
 class HostHeader:
