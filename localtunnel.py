@@ -2224,10 +2224,8 @@ class Leases:
 
     def port_of(self, owner: str) -> int:
         """The TCP port that OWNER had before, or 0."""
-        for name, lease in self._leases.items():
-            if lease['owner'] == owner and name.startswith('tcp:'):
-                return int(name[4:])
-        return 0
+        return next((int(name[4:]) for name, lease in self._leases.items()
+                     if lease['owner'] == owner and name.startswith('tcp:')), 0)
 
     def release(self, name: str, owner: str, now: float) -> None:
         """Take NAME back from OWNER, or raise Refused."""
@@ -2266,9 +2264,9 @@ def user_folder(variable: str, default: str) -> str:
     return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
 
 
-def config_folder() -> str:
-    """Where the client keeps its key."""
-    return user_folder('XDG_CONFIG_HOME', '~/.config')
+def config_path(name: str) -> str:
+    """Where the client keeps the file NAME."""
+    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
 
 
 def process_budget() -> int:
@@ -2351,7 +2349,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
             raise UsageError('LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: '
                              'python3 -c "import secrets; print(secrets.token_hex(32))"')
         return bytes.fromhex(given)
-    path = os.path.join(config_folder(), 'key')
+    path = config_path('key')
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         if not os.path.exists(path):
@@ -2406,7 +2404,8 @@ class Access:
     def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
         """The rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
-        return {'allow': [*map(str, allow)], 'auth': [(s, digest_of(s + user)) for s, user in salted]}
+        return {'allow': [str(cidr) for cidr in allow],
+                'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
 
     def admits_address(self, address: str) -> bool:
         """May a visitor from ADDRESS come in?"""
@@ -3531,10 +3530,7 @@ def authority(scheme: str, host: str, port: int) -> str:
 
 
 class Target:
-    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes.
-
-    `authority` is how the app names itself where it is visited without a tunnel.
-    """
+    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
     __slots__ = ('scheme', 'host', 'port', 'path', 'authority', 'local', 'text', 'label')
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
@@ -3703,17 +3699,14 @@ async def echo(connection: Connection) -> None:
 
 async def first_to_answer(hosts: Sequence[str], timeout: float,
                           dial: Callable[[str], Awaitable[Connection]]) -> Connection:
-    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT.
-
-    Raises the most telling failure: that a host refused says the least.
-    """
+    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
     failures: List[Exception] = []
     for host in hosts:
         try:
             return await asyncio.wait_for(dial(host), timeout)
         except (OSError, asyncio.TimeoutError) as e:
             failures.append(e)
-    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # says the least
 
 
 class Upstream:
@@ -4056,16 +4049,14 @@ class Client:
             return connection
         connection = await first_to_answer(
             addresses(address.site), HANDSHAKE_TIMEOUT if proxy else CONNECT_TIMEOUT, dial)
-        self._check_pin(connection)
-        return connection
-
-    def _check_pin(self, connection: Connection) -> None:
         if self._pin:
-            shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
-            if not hmac.compare_digest(digest_of(shown), self._pin):
+            shown = digest_of(
+                connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
+            if not hmac.compare_digest(shown, self._pin):
                 connection.cut_off()
-                raise Refused(495, 'pin', f'{self.address} shows another certificate than that of '
-                              f'--pin: its SHA256 is {digest_of(shown)}', final=True)
+                raise Refused(495, 'pin', f'{address} shows another certificate than that of '
+                              f'--pin: its SHA256 is {shown}', final=True)
+        return connection
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
@@ -4618,14 +4609,13 @@ class tunnel:
 
 # What the client keeps: the tokens that servers accepted, and which server it was last.
 
-def _tokens_path() -> str:
-    return os.path.join(config_folder(), 'tokens.json')
+TOKENS = 'tokens.json'
 
 
 def kept_tokens() -> Dict[str, Any]:
     """{"last": address, "tokens": {address: token}}"""
     try:
-        with open(_tokens_path(), encoding='utf-8') as f:
+        with open(config_path(TOKENS), encoding='utf-8') as f:
             kept = json.load(f)
         return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -4638,9 +4628,9 @@ def keep_token(address: str, token: str) -> None:
     if kept['last'] != address or kept['tokens'].get(address) != token:
         kept['tokens'][address], kept['last'] = token, address
         try:
-            write_secret(_tokens_path(), json.dumps(kept, indent=1).encode())
+            write_secret(config_path(TOKENS), json.dumps(kept, indent=1).encode())
         except OSError as e:
-            say(f'warning: {_tokens_path()} can not be kept: {e.strerror}')
+            say(f'warning: {config_path(TOKENS)} can not be kept: {e.strerror}')
 
 
 def known_server(given: Optional[str]) -> str:
@@ -4668,10 +4658,7 @@ GC_THRESHOLDS = 10000, 20, 50   # requests make much garbage and few cycles
 
 
 def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
-    """Run COMMAND(reactor, stop, *ARGS); 0 when it ends.
-
-    The event `stop` is set at the first SIGINT or SIGTERM; the second ends at once.
-    """
+    """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
     async def body() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
@@ -4784,8 +4771,7 @@ def open_places(args: argparse.Namespace, state: str) -> Tuple[Sockets, Sockets,
                                                                Optional[Certificate], str]:
     """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError.
 
-    Returns the sockets for http, https and the operator, the certificate, and its SHA256 where it
-    is a self-signed one.
+    (for http, for https, for the operator, the certificate, its SHA256 if it is self-signed)
     """
     local = is_loopback(args.domain)
     certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
@@ -4865,8 +4851,7 @@ def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[To
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     if given or args.token_file or args.open or local:
-        free = args.open or (local and not given and not args.token_file)
-        return Tokens(given, args.token_file, free), ''
+        return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
@@ -5027,9 +5012,7 @@ def count(text: str, most: int = 10 ** 9 - 1) -> int:
     return int(text)
 
 
-def port_number(text: str) -> int:
-    """For argparse."""
-    return count(text, 65535)
+port_number = functools.partial(count, most=65535)
 
 
 def number(text: str) -> float:
