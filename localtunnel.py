@@ -2021,7 +2021,7 @@ lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony 
 raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
 
 NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
-DERIVED = re.compile(r'([a-z]+)-([a-z]+)-[a-z2-7]{12}')
+DERIVED = re.compile(f'(?:{"|".join(ADJECTIVES)})-(?:{"|".join(ANIMALS)})-[a-z2-7]{{12}}')
 RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
 
 
@@ -2040,8 +2040,7 @@ def derive_name(site: str, proof: bytes) -> str:
 
 def is_derived(name: str) -> bool:
     """Has NAME the shape that only derive_name gives?"""
-    match = DERIVED.fullmatch(name)
-    return match is not None and match.group(1) in ADJECTIVES and match.group(2) in ANIMALS
+    return DERIVED.fullmatch(name) is not None
 
 
 def check_name(name: str) -> None:
@@ -3839,8 +3838,7 @@ def find_proxy(address: ServerAddress) -> str:
         return ''
     import urllib.request
     proxies = urllib.request.getproxies_environment()
-    bypass = urllib.request.proxy_bypass_environment        # type: ignore[attr-defined]
-    if bypass(address.site, proxies):
+    if urllib.request.proxy_bypass_environment(address.site, proxies):  # type: ignore[attr-defined]
         return ''
     return proxies.get(address.scheme) or proxies.get('all', '')
 
@@ -4287,11 +4285,6 @@ class Client:
 
 LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one write
 
-USE_SERVER = """\
-  with a server:     python3 localtunnel.py client {target} --server https://HOST
-  your own server:   python3 localtunnel.py server --domain DOMAIN   (where it is reachable)"""
-
-
 @functools.lru_cache(maxsize=1)
 def date_and_time(second: int) -> str:
     """SECOND for people; made once, since a busy server writes many lines in it."""
@@ -4353,7 +4346,6 @@ class Terminal:
         self.frame = self._frames.frame
 
     def flush(self) -> None:
-        """Write what is queued."""
         self._lines.flush()
         self._frames.flush()
 
@@ -4419,7 +4411,6 @@ class ServerLog:
         self.flush, self.frame = self._lines.flush, self._lines.frame
 
     def note(self, text: str) -> None:
-        """Something happened."""
         self._lines.add(json.dumps({'time': clock(), 'message': text}) if self._json else
                         f'{clock()} {text}')
 
@@ -4609,13 +4600,10 @@ class tunnel:
 
 # What the client keeps: the tokens that servers accepted, and which server it was last.
 
-TOKENS = 'tokens.json'
-
-
 def kept_tokens() -> Dict[str, Any]:
     """{"last": address, "tokens": {address: token}}"""
     try:
-        with open(config_path(TOKENS), encoding='utf-8') as f:
+        with open(config_path('tokens.json'), encoding='utf-8') as f:
             kept = json.load(f)
         return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -4624,13 +4612,13 @@ def kept_tokens() -> Dict[str, Any]:
 
 def keep_token(address: str, token: str) -> None:
     """Remember that the server at ADDRESS accepted TOKEN."""
-    kept = kept_tokens()
+    kept, path = kept_tokens(), config_path('tokens.json')
     if kept['last'] != address or kept['tokens'].get(address) != token:
         kept['tokens'][address], kept['last'] = token, address
         try:
-            write_secret(config_path(TOKENS), json.dumps(kept, indent=1).encode())
+            write_secret(path, json.dumps(kept, indent=1).encode())
         except OSError as e:
-            say(f'warning: {config_path(TOKENS)} can not be kept: {e.strerror}')
+            say(f'warning: {path} can not be kept: {e.strerror}')
 
 
 def known_server(given: Optional[str]) -> str:
@@ -4654,9 +4642,6 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
 
 # Running until somebody says stop.
 
-GC_THRESHOLDS = 10000, 20, 50   # requests make much garbage and few cycles
-
-
 def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
     async def body() -> None:
@@ -4675,7 +4660,7 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
         if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
             asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # from 3.11 on 256 KiB
         gc.freeze()         # what was made so far stays
-        gc.set_threshold(*GC_THRESHOLDS)
+        gc.set_threshold(10000, 20, 50)     # requests make much garbage and few cycles
         try:
             await command(reactor, stop, *args)
         finally:
@@ -4685,7 +4670,6 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
 
 
 def client_command(args: argparse.Namespace) -> int:
-    """`client TARGET`"""
     tcp = args.tcp or args.tcp_port is not None
     target = parse_target(args.target, tcp)
     if args.server == '':
@@ -4733,8 +4717,10 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     server = None
     if address is None:
         server, address = await start_local_server(reactor, target)
-        say('NOT PUBLIC: no server is known, so this URL works on this machine only\n'
-            + USE_SERVER.format(target=args.target))
+        say('NOT PUBLIC: no server is known, so this URL works on this machine only')
+        say(f'  with a server:     python3 localtunnel.py client {args.target} --server https://HOST')
+        say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
+            '(where it is reachable)')
     elif address.scheme == 'http' and not is_loopback(address.site):
         say(f'warning: {address} is not encrypted: whoever is on the way can read all that passes, '
             'your token and the proof of your name too')
@@ -4826,7 +4812,6 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 
 
 def server_command(args: argparse.Namespace) -> int:
-    """`server`"""
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
     local = is_loopback(args.domain)
@@ -5053,7 +5038,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_client_options(add: Callable[..., Any]) -> None:
-    """Options of `client`."""
     add('target', metavar='TARGET', help='what visitors reach: 8000, ./FOLDER, ... (see below)')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
     add('--name', help='ask for this name; refused is refused')
@@ -5079,7 +5063,6 @@ def add_client_options(add: Callable[..., Any]) -> None:
 
 
 def add_server_options(add: Callable[..., Any]) -> None:
-    """Options of `server`."""
     add('--domain', default='localhost', type=str.lower,
         help='tunnels are NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
