@@ -4962,17 +4962,19 @@ async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     import fcntl
     ours, theirs = os.pipe()
     ready = FIRST_PASSED + len(sockets)
-    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above all numbers that the
-            for fd in (*(s.fileno() for s in sockets), theirs)]     # child puts them at
+    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are to be:
+            for fd in (*(s.fileno() for s in sockets), theirs)]     # none is overwritten before
     try:
         child = os.posix_spawn(
             sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
             {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
             file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i) for i, fd in enumerate(keep)])
     except OSError:
-        child = 0
-    for fd in (theirs, *keep):
-        os.close(fd)
+        os.close(ours)
+        return 0
+    finally:
+        for fd in (theirs, *keep):
+            os.close(fd)
     readable, said = asyncio.Event(), b''
     reactor.loop.add_reader(ours, readable.set)
     try:
@@ -4983,7 +4985,7 @@ async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     finally:
         reactor.loop.remove_reader(ours)
         os.close(ours)
-    if child and not said:
+    if not said:
         os.waitpid(child, 0)
     return child if said else 0
 
