@@ -3530,7 +3530,6 @@ def authority(scheme: str, host: str, port: int) -> str:
 
 class Target:
     """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
-    __slots__ = ('scheme', 'host', 'port', 'path', 'authority', 'local', 'text', 'label')
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
         """SCHEME is http, https, unix, folder, echo or tcp."""
@@ -3574,7 +3573,6 @@ def parse_target(text: str, tcp: bool = False) -> Target:
 
 class ServerAddress:
     """Where the relay is: `site` is the host that the user named, which proofs are made for."""
-    __slots__ = ('scheme', 'site', 'port')
 
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
@@ -3821,7 +3819,6 @@ class Outcome:
     seen = b''                      # the beginning of a body that is looked at
 
     def tap(self, piece: bytes) -> None:
-        """PIECE of the body passed."""
         if len(self.seen) < MAX_PAYLOAD:
             self.seen += piece
 
@@ -3874,7 +3871,6 @@ class HostHeader:
     With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
     passes untouched: the app's own check against forged requests must stay whole.
     """
-    __slots__ = ('_rewrite', '_host', '_own', '_domain')
 
     def __init__(self, target: Target, value: str) -> None:
         self._rewrite = value == 'rewrite'
@@ -4670,13 +4666,13 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
 
 
 def client_command(args: argparse.Namespace) -> int:
-    tcp = args.tcp or args.tcp_port is not None
-    target = parse_target(args.target, tcp)
+    args.tcp = args.tcp or args.tcp_port is not None
+    target = parse_target(args.target, args.tcp)
     if args.server == '':
         raise UsageError('--server is empty; it takes a URL')
     known = known_server(args.server)
     address = ServerAddress(known) if known else None
-    check_client_options(args, address, tcp)
+    check_client_options(args, address)
     token = known_token(args.token, address) if address else ''
     while True:
         try:
@@ -4690,15 +4686,14 @@ def client_command(args: argparse.Namespace) -> int:
                 raise
 
 
-def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress],
-                         tcp: bool) -> None:
+def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
     """Raises UsageError and Refused for what can't be meant."""
     args.name = args.name and args.name.lower()
     if args.release and not (args.name and address):
         raise UsageError('--release gives back the name of --name on the server of --server')
-    if tcp and not address:
+    if args.tcp and not address:
         raise UsageError('--tcp needs a server: name it with --server')
-    if tcp and (args.name or args.auth or args.host_header):
+    if args.tcp and (args.name or args.auth or args.host_header):
         raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
     if args.name:
         check_name(args.name)
@@ -4718,7 +4713,8 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     if address is None:
         server, address = await start_local_server(reactor, target)
         say('NOT PUBLIC: no server is known, so this URL works on this machine only')
-        say(f'  with a server:     python3 localtunnel.py client {args.target} --server https://HOST')
+        say(f'  with a server:     python3 localtunnel.py client {args.target} '
+            '--server https://HOST')
         say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
             '(where it is reachable)')
     elif address.scheme == 'http' and not is_loopback(address.site):
@@ -4814,7 +4810,6 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 def server_command(args: argparse.Namespace) -> int:
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
-    local = is_loopback(args.domain)
     state = (args.state or os.environ.get('STATE_DIRECTORY')        # systemd's
              or user_folder('XDG_STATE_HOME', '~/.local/state'))
     if bool(args.cert) != bool(args.key):
@@ -4823,7 +4818,7 @@ def server_command(args: argparse.Namespace) -> int:
         os.makedirs(state, mode=0o700, exist_ok=True)
         if not os.access(state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
-        tokens, made = server_tokens(args, state, local)
+        tokens, made = server_tokens(args, state)
         leases = Leases(tokens, os.path.join(state, 'leases.json'))
     except OSError as e:
         raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
@@ -4831,11 +4826,11 @@ def server_command(args: argparse.Namespace) -> int:
     return run(run_server, args, tokens, leases, made, state)
 
 
-def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
+def server_tokens(args: argparse.Namespace, state: str) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
-    if given or args.token_file or args.open or local:
+    if given or args.token_file or args.open or is_loopback(args.domain):
         return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(state, 'token')
     if not os.path.exists(path):
