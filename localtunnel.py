@@ -67,7 +67,7 @@ import threading
 import time
 import urllib.parse
 from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
-                    Iterable, List, NamedTuple, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
+                    Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
                     Tuple, Union)
 
 if TYPE_CHECKING:
@@ -2037,7 +2037,7 @@ lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony 
 raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
 
 NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
-DERIVED = re.compile(r'([a-z]+)-([a-z]+)-[a-z2-7]{12}')
+DERIVED = re.compile(f'(?:{"|".join(ADJECTIVES)})-(?:{"|".join(ANIMALS)})-[a-z2-7]{{12}}')
 RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
 
 
@@ -2056,8 +2056,7 @@ def derive_name(site: str, proof: bytes) -> str:
 
 def is_derived(name: str) -> bool:
     """Has NAME the shape that only derive_name gives?"""
-    match = DERIVED.fullmatch(name)
-    return match is not None and match.group(1) in ADJECTIVES and match.group(2) in ANIMALS
+    return DERIVED.fullmatch(name) is not None
 
 
 def check_name(name: str) -> None:
@@ -2073,7 +2072,7 @@ def check_name(name: str) -> None:
 
 
 def digest_of(secret: Union[str, bytes]) -> str:
-    """How a secret is kept: the SHA256 in hexadecimal."""
+    """The SHA256 in hexadecimal: how secrets are kept, and certificates compared (--pin)."""
     data = secret.encode(errors='replace') if isinstance(secret, str) else secret
     return hashlib.sha256(data).hexdigest()
 
@@ -2084,9 +2083,9 @@ def same(one: str, other: str) -> bool:
 
 
 def check_token(token: str) -> str:
-    """TOKEN as it is.  Raises ValueError for one that can't travel in a header field."""
+    """TOKEN as it is.  Raises UsageError for one that can't travel in a header field."""
     if not re.fullmatch('[\x21-\x7e]+', token):
-        raise ValueError('a token is made of printable ASCII characters, without spaces')
+        raise UsageError('a token is made of printable ASCII characters, without spaces')
     return token
 
 
@@ -2127,29 +2126,33 @@ def port_range(text: str) -> range:
     return ports
 
 
+def stamp_of(*paths: str) -> List[Tuple[int, int, int]]:
+    """What is another one once a file of PATHS is; [] where one can't be read."""
+    try:
+        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
+    except OSError:
+        return []
+
+
 class Tokens:
     """The tokens of a server: those given on the command line and those of a file."""
 
     def __init__(self, tokens: Iterable[str] = (), path: Optional[str] = None,
                  open: bool = False) -> None:
         """OPEN lets everybody in.  Raises UsageError for a bad file."""
-        self._open, self._path = open, path
+        self._open, self._path = open, path or ''
         self._given = [Grant('', digest_of(token)) for token in tokens]
         self._filed: List[Grant] = []
-        self._seen: Optional[Tuple[int, int, int]] = None
-        if path:
-            error = self.reload()
-            if error:
-                raise UsageError(error)
+        error = self.reload()
+        if error:
+            raise UsageError(error)
 
     def reload(self) -> Optional[str]:
         """Read the file again; one that can't be read in full is not taken: why not."""
         if not self._path:
             return None
-        self._seen = None
+        self._seen = stamp_of(self._path)
         try:
-            info = os.stat(self._path)
-            self._seen = info.st_mtime_ns, info.st_size, info.st_ino
             with open(self._path, encoding='utf-8') as f:
                 self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
@@ -2159,13 +2162,7 @@ class Tokens:
 
     def changed(self) -> bool:
         """Is the file another one than was read?"""
-        if not self._path:
-            return False
-        try:
-            info = os.stat(self._path)
-        except OSError:
-            return self._seen is not None
-        return (info.st_mtime_ns, info.st_size, info.st_ino) != self._seen
+        return self._path != '' and stamp_of(self._path) != self._seen
 
     @staticmethod
     def _parse(number: int, line: str) -> Grant:
@@ -2175,7 +2172,7 @@ class Tokens:
                              '[tunnels=...] [expires=...]')
         try:
             return Grant(words[0], digest_of(check_token(words[1])), words[2:])
-        except ValueError as e:
+        except (ValueError, UsageError) as e:
             raise ValueError(f'line {number}: {e}') from e
 
     def find(self, token: str, now: float) -> Optional[Grant]:
@@ -2238,13 +2235,10 @@ class Leases:
             self._leases = {n: lease for n, lease in self._leases.items() if self.owner(n, now)}
             if len(self._leases) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
-        self._leases[name] = {'owner': owner, 'token': token, 'used': int(now)}
+        lease = {'owner': owner, 'token': token, 'used': int(now)}
         try:
-            self._save()
+            self._save({**self._leases, name: lease})
         except OSError as e:
-            self._leases[name] = known or {}
-            if not known:
-                del self._leases[name]
             raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
 
     def ports(self) -> List[int]:
@@ -2254,10 +2248,8 @@ class Leases:
 
     def port_of(self, owner: str) -> int:
         """The TCP port that OWNER had before, or 0."""
-        for name, lease in self._leases.items():
-            if lease['owner'] == owner and name.startswith('tcp:'):
-                return int(name[4:])
-        return 0
+        return next((int(name[4:]) for name, lease in self._leases.items()
+                     if lease['owner'] == owner and name.startswith('tcp:')), 0)
 
     def release(self, name: str, owner: str, now: float) -> None:
         """Take NAME back from OWNER, or raise Refused."""
@@ -2267,14 +2259,15 @@ class Leases:
 
     def free(self, name: str) -> bool:
         """Take NAME back from whoever has it; was there anybody?"""
-        if self._leases.pop(name, None) is None:
+        if name not in self._leases:
             return False
-        self._save()
+        self._save({other: self._leases[other] for other in self._leases if other != name})
         return True
 
-    def _save(self) -> None:
+    def _save(self, leases: Dict[str, Dict[str, Any]]) -> None:
         if self._path:
-            write_secret(self._path, json.dumps({'leases': self._leases}, indent=1).encode())
+            write_secret(self._path, json.dumps({'leases': leases}, indent=1).encode())
+        self._leases = leases       # what is not on disk is not given
 
 
 def write_secret(path: str, data: bytes) -> None:
@@ -2288,15 +2281,16 @@ def write_secret(path: str, data: bytes) -> None:
     os.replace(beside, path)
 
 
-def config_folder() -> str:
-    """Where the client keeps its key."""
-    return os.path.join(_base_folder('XDG_CONFIG_HOME', '.config'), 'localtunnel')
+def user_folder(variable: str, default: str) -> str:
+    """Our folder in the one that VARIABLE names, else where the system keeps such things."""
+    usual = {'darwin': '~/Library/Application Support',
+             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
 
 
-def state_folder() -> str:
-    """Where the server keeps leases: systemd's folder, or the user's."""
-    given = os.environ.get('STATE_DIRECTORY')
-    return given or os.path.join(_base_folder('XDG_STATE_HOME', '.local/state'), 'localtunnel')
+def config_path(name: str) -> str:
+    """Where the client keeps the file NAME."""
+    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
 
 
 def process_budget() -> int:
@@ -2315,14 +2309,12 @@ def descriptor_limit() -> int:
     except ImportError:
         return MAX_DESCRIPTORS          # Windows
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if hard == resource.RLIM_INFINITY or hard > MAX_DESCRIPTORS:
-        hard = MAX_DESCRIPTORS
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
     try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), resource.getrlimit(
-            resource.RLIMIT_NOFILE)[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
     except (ValueError, OSError):
         return soft
-    return max(soft, hard)
+    return max(soft, most)
 
 
 def resident_memory() -> int:
@@ -2373,17 +2365,6 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
     return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
 
 
-def _base_folder(variable: str, default: str) -> str:
-    if os.environ.get(variable):
-        return os.environ[variable]
-    home = os.path.expanduser('~')
-    if sys.platform == 'darwin':
-        return os.path.join(home, 'Library', 'Application Support')
-    if sys.platform == 'win32':
-        return os.environ.get('LocalAppData', home)
-    return os.path.join(home, default)
-
-
 def load_key(warn: Callable[[str], None]) -> bytes:
     """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
@@ -2392,13 +2373,18 @@ def load_key(warn: Callable[[str], None]) -> bytes:
             raise UsageError('LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: '
                              'python3 -c "import secrets; print(secrets.token_hex(32))"')
         return bytes.fromhex(given)
-    path = os.path.join(config_folder(), 'key')
+    path = config_path('key')
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         if not os.path.exists(path):
             made = f'{path}.{os.getpid()}'
             write_secret(made, secrets.token_bytes(32))
-            _publish(made, path)
+            with contextlib.suppress(OSError):  # another process was first, or there are no links
+                os.link(made, path)
+            if os.path.exists(path):
+                os.unlink(made)
+            else:
+                os.replace(made, path)
         with open(path, 'rb') as f:
             key = f.read()
     except OSError as e:
@@ -2408,17 +2394,6 @@ def load_key(warn: Callable[[str], None]) -> bytes:
     if len(key) != 32:
         raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
     return key
-
-
-def _publish(made: str, path: str) -> None:
-    """Move MADE to PATH unless another process was first."""
-    try:
-        os.link(made, path)
-        os.unlink(made)
-    except FileExistsError:
-        os.unlink(made)
-    except OSError:         # a file system without hard links
-        os.replace(made, path)
 
 
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
@@ -2450,10 +2425,11 @@ class Access:
         self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
-    def encode(allow: Sequence[str], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
+    def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
         """The rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
-        return {'allow': list(allow), 'auth': [(s, digest_of(s + user)) for s, user in salted]}
+        return {'allow': [str(cidr) for cidr in allow],
+                'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
 
     def admits_address(self, address: str) -> bool:
         """May a visitor from ADDRESS come in?"""
@@ -2482,7 +2458,7 @@ MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until
 
 
 def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
-    """How a server is checked: by the system's authorities and those in the file CA."""
+    """How a server is checked: by the system's authorities and those in the file CA, or not."""
     import ssl
     context = ssl.create_default_context()
     if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
@@ -2497,20 +2473,6 @@ def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
     return context
 
 
-def pinned_tls() -> ssl.SSLContext:
-    """For a server whose certificate is compared with --pin instead."""
-    context = client_tls()
-    context.check_hostname = False
-    import ssl
-    context.verify_mode = ssl.CERT_NONE
-    return context
-
-
-def fingerprint(certificate: bytes) -> str:
-    """What --pin takes: the SHA256 of a certificate in DER form."""
-    return hashlib.sha256(certificate).hexdigest()
-
-
 class Certificate:
     """What a server shows, read again when its files change.
 
@@ -2520,19 +2482,12 @@ class Certificate:
     def __init__(self, cert: str, key: str) -> None:
         """Raises UsageError."""
         self._files = cert, key
-        self._seen = self._stamp()
-        self._current = self._load()
-        self.context = self._load()
+        self._seen = stamp_of(cert, key)
+        self.context = self._current = self._load()
         self.context.sni_callback = self._choose
 
     def _choose(self, connection: Any, name: Any, context: Any) -> None:
         connection.context = self._current
-
-    def _stamp(self) -> List[Tuple[int, int]]:
-        try:
-            return [(os.stat(path).st_mtime_ns, os.stat(path).st_ino) for path in self._files]
-        except OSError:
-            return []
 
     def _load(self) -> ssl.SSLContext:
         import ssl
@@ -2548,11 +2503,11 @@ class Certificate:
 
     def changed(self) -> bool:
         """Are the files others than were read?"""
-        return self._stamp() not in ([], self._seen)
+        return stamp_of(*self._files) not in ([], self._seen)
 
     def reload(self) -> Optional[str]:
         """Read the files again; if they are no good the old ones stay: why."""
-        self._seen = self._stamp()
+        self._seen = stamp_of(*self._files)
         try:
             self._current = self._load()
         except UsageError as e:
@@ -2561,18 +2516,14 @@ class Certificate:
 
 
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
-    """(certificate, key, fingerprint) for sessions, made by openssl in FOLDER; None without it."""
-    import shutil
+    """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
     import ssl
     import subprocess
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
     if not (os.path.exists(cert) and os.path.exists(key)):
-        program = shutil.which('openssl')
-        if not program:
-            return None
         old = os.umask(0o077)
         try:
-            subprocess.run([program, 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
+            subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
                             '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
                             '-keyout', key, '-out', cert], check=True, capture_output=True,
                            timeout=OPENSSL_TIMEOUT)
@@ -2581,7 +2532,7 @@ def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
         finally:
             os.umask(old)
     with open(cert, encoding='ascii') as f:
-        return cert, key, fingerprint(ssl.PEM_cert_to_DER_cert(f.read()))
+        return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
 
 
 def explain_tls(error: BaseException, host: str) -> str:
@@ -3675,37 +3626,30 @@ TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST
 https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
 
 
+def bracketed(host: str) -> str:
+    """HOST as it stands in a URL."""
+    return f'[{host}]' if ':' in host else host
+
+
+def authority(scheme: str, host: str, port: int) -> str:
+    """HOST:PORT as in a URL, or HOST where the port is the usual one."""
+    usual = {'http': 80, 'https': 443}.get(scheme)
+    return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
+
+
 class Target:
     """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
-    __slots__ = ('scheme', 'host', 'port', 'path', 'text', 'label')
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
         """SCHEME is http, https, unix, folder, echo or tcp."""
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
+        self.authority, self.local = authority(scheme, host, port), is_loopback(host)
         if scheme in ('unix', 'folder', 'echo'):
-            where = os.path.abspath(path) if path else ''
             self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
-            self.label = f'{scheme}:{where}'
-            return
-        self.text = self.authority if scheme == 'tcp' else self.authority + path
-        self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
-
-    @property
-    def authority(self) -> str:
-        """HOST:PORT, or HOST where the port is the usual one."""
-        host = bracketed(self.host)
-        usual = {'http': 80, 'https': 443}.get(self.scheme)
-        return host if self.port == usual else f'{host}:{self.port}'
-
-    @property
-    def origin(self) -> str:
-        """How the app names itself where it is visited without a tunnel."""
-        return f'{"https" if self.scheme == "https" else "http"}://{self.authority}'
-
-    @property
-    def local(self) -> bool:
-        """Is the app on this machine?"""
-        return is_loopback(self.host)
+            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
+        else:
+            self.text = self.authority + path
+            self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
 
 
 def parse_target(text: str, tcp: bool = False) -> Target:
@@ -3736,14 +3680,8 @@ def parse_target(text: str, tcp: bool = False) -> Target:
     raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
 
 
-def bracketed(host: str) -> str:
-    """HOST as it stands in a URL."""
-    return f'[{host}]' if ':' in host else host
-
-
 class ServerAddress:
     """Where the relay is: `site` is the host that the user named, which proofs are made for."""
-    __slots__ = ('scheme', 'site', 'port')
 
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
@@ -3755,15 +3693,8 @@ class ServerAddress:
             raise UsageError(f'--server: {text} has a path; a server is a scheme, host and port')
         self.site = site.lower().rstrip('.')
 
-    @property
-    def authority(self) -> str:
-        """HOST or HOST:PORT, as in a URL."""
-        host = bracketed(self.site)
-        default = {'http': 80, 'https': 443}[self.scheme]
-        return host if self.port == default else f'{host}:{self.port}'
-
     def __str__(self) -> str:
-        return f'{self.scheme}://{self.authority}'
+        return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
 
 
 def addresses(host: str) -> List[str]:
@@ -3786,40 +3717,29 @@ def explain(error: BaseException, where: str) -> str:
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 
 
-def serve_locally(target: Target) -> socket.socket:
-    """A connection to a handler of the standard library, in a thread of its own."""
-    ours, theirs = socket.socketpair()
-    handler = folder_handler(target.path) if target.scheme == 'folder' else echo_handler()
+def serve_folder(folder: str) -> socket.socket:
+    """A connection to what serves FOLDER, with listings, in a thread of its own.
 
-    def serve() -> None:
-        try:
-            with theirs:
-                handler(theirs, ('127.0.0.1', 0), None)
-        except OSError:
-            pass        # the visitor went away
-    threading.Thread(target=serve, daemon=True).start()
-    return ours
-
-
-def folder_handler(folder: str) -> Callable[..., Any]:
-    """Serves FOLDER, with listings; nothing outside, and no name that begins with a dot."""
+    Nothing outside is served, and no name that begins with a dot.
+    """
     import http.server
     root = os.path.realpath(folder)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
 
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args, directory=root)
-
         def translate_path(self, path: str) -> str:
             """The file for PATH, or one that does not exist."""
             found = super().translate_path(path)
             real = os.path.realpath(found) if '\0' not in found else ''
             inside = real == root or real.startswith(os.path.join(root, ''))
-            hidden = any(part.startswith('.') for part in os.path.relpath(found, root).split(os.sep)
-                         if part != '.') if inside else True
-            return os.path.join(root, '.', 'no such file', '') if hidden else found
+            hidden = os.sep + '.' in os.sep + found[len(root):]
+            return found if inside and not hidden else os.path.join(root, '.', 'no such file', '')
+
+        def send_header(self, keyword: str, value: str) -> None:
+            super().send_header(keyword, value)
+            if keyword == 'Location':
+                super().send_header('Connection', 'close')      # 3.8 sends no length with it
 
         def list_directory(self, path: Any) -> Any:
             """A page with what may be seen of the folder PATH."""
@@ -3841,52 +3761,58 @@ def folder_handler(folder: str) -> Callable[..., Any]:
 
         def log_message(self, *args: Any) -> None:
             """The tunnel has a log of its own."""
-    return Handler
+
+    def serve() -> None:
+        with theirs, contextlib.suppress(OSError):      # the visitor may go away
+            Handler(theirs, ('127.0.0.1', 0), None, directory=root)     # type: ignore[arg-type]
+    ours, theirs = socket.socketpair()
+    threading.Thread(target=serve, daemon=True).start()
+    return ours
 
 
-def echo_handler() -> Callable[..., Any]:
-    """Answers with the request itself, to see what an app would get."""
-    import http.server
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        protocol_version = 'HTTP/1.1'
-
-        def __getattr__(self, name: str) -> Any:
-            if name.startswith('do_'):
-                return self.echo        # any method will do
-            raise AttributeError(name)
-
-        def echo(self) -> None:
-            """Sends back what came."""
-            body, size = b'', int(self.headers.get('Content-Length') or 0)
-            if self.headers.get('Transfer-Encoding'):       # our own: no extensions, no surprises
-                size = int(self.rfile.readline(), 16)
-                while 0 < size <= MAX_ECHO - len(body):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                    size = int(self.rfile.readline(), 16)
-                while not size and self.rfile.readline() != b'\r\n':
-                    pass
-            if size > MAX_ECHO - len(body):
-                self.close_connection = True
-                return self.send_error(413)
-            body += self.rfile.read(size)
-            page = f'{self.requestline}\r\n{self.headers}'.encode('latin-1', 'replace') + body
-            self.send_response(200)
-            self.send_header('Content-Type', 'text/plain; charset=utf-8')
-            self.send_header('Content-Length', str(len(page)))
-            self.end_headers()
-            if self.command != 'HEAD':
-                self.wfile.write(page)
-
-        def log_message(self, *args: Any) -> None:
-            """The tunnel has a log of its own."""
-    return Handler
+async def read_whole(body: Body, most: int) -> bytes:
+    """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
+    whole = b''
+    while not body.finished and len(whole) <= most:
+        piece = body.take()
+        whole += piece
+        if not (piece or body.finished or await body.stream.more()):
+            body.cut()
+    return whole
 
 
-def most_telling(failures: Sequence[Exception]) -> Exception:
-    """Of what several addresses of one host said: that it refused says the least."""
-    return min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))
+async def echo(connection: Connection) -> None:
+    """Answers requests with themselves, to see what an app would get."""
+    try:
+        while True:
+            head = await read_head(connection, HEAD_TIMEOUT, BODY_IDLE)
+            if head is None:
+                break
+            request = parse_request(head)
+            if b'100-continue' in head.lower():
+                await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+            body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
+            if len(body) > MAX_ECHO:
+                text = f'echo repeats no more than {MAX_ECHO} bytes'
+                await connection.write(error_message(413, text, request, ['Connection: close']))
+                break
+            await connection.write(plain_message(200, 'text/plain; charset=utf-8', head + body,
+                                                 method=request.method))
+        await connection.linger()
+    except (LocaltunnelError, OSError):
+        connection.cut_off()
+
+
+async def first_to_answer(hosts: Sequence[str], timeout: float,
+                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
+    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
+    failures: List[Exception] = []
+    for host in hosts:
+        try:
+            return await asyncio.wait_for(dial(host), timeout)
+        except (OSError, asyncio.TimeoutError) as e:
+            failures.append(e)
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # says the least
 
 
 class Upstream:
@@ -3906,36 +3832,33 @@ class Upstream:
 
     async def connect(self) -> Connection:
         """A fresh connection.  Raises HopFailed."""
-        failures: List[Exception] = []
-        for host in tuple(self._hosts):
-            try:
-                connection = await asyncio.wait_for(self._dial(host), CONNECT_TIMEOUT)
-            except (OSError, asyncio.TimeoutError) as e:
-                failures.append(e)
-                continue
-            if self._hosts[0] != host:
-                self._hosts.reverse()       # the one that answers comes first
-            self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
-            return connection
-        error = most_telling(failures)
-        status = 504 if isinstance(error, asyncio.TimeoutError) else 502
-        raise HopFailed(status, explain(error, self.target.text)) from error
+        try:
+            connection = await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, self._dial)
+        except (OSError, asyncio.TimeoutError) as e:
+            status = 504 if isinstance(e, asyncio.TimeoutError) else 502
+            raise HopFailed(status, explain(e, self.target.text)) from e
+        self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+        return connection
 
     async def _dial(self, host: str) -> Connection:
         loop, target = self._reactor.loop, self.target
+        make = functools.partial(Connection, self._reactor)
         if target.scheme == 'unix':
-            _, connection = await loop.create_unix_connection(self._connection, target.path)
-        elif target.scheme in ('folder', 'echo'):
-            sock = serve_locally(target)
-            _, connection = await loop.create_connection(self._connection, sock=sock)
+            _, connection = await loop.create_unix_connection(make, target.path)
+        elif target.scheme == 'folder':
+            _, connection = await loop.create_connection(make, sock=serve_folder(target.path))
+        elif target.scheme == 'echo':
+            ours, theirs = socket.socketpair()
+            _, app = await loop.create_connection(make, sock=theirs)
+            self._reactor.spawn(echo(app))
+            _, connection = await loop.create_connection(make, sock=ours)
         else:
             _, connection = await loop.create_connection(
-                self._connection, host, target.port, ssl=self._tls,
+                make, host, target.port, ssl=self._tls,
                 server_hostname=target.host if self._tls else None)
+        if self._hosts[0] != host:
+            self._hosts.reverse()       # the one that answers comes first
         return connection
-
-    def _connection(self) -> Connection:
-        return Connection(self._reactor)
 
     def _still_silent(self, connection: Connection) -> None:
         if connection.silent and connection.error is None:
@@ -3996,23 +3919,15 @@ class Observer(Protocol):
                  size: int, why: str) -> None:
         """One exchange has ended; STATUS 0: nobody waited for its answer.  WHY it failed, or ''."""
 
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed."""
-
 
 class Outcome:
     """What became of one exchange."""
-    __slots__ = ('status', 'body', 'whole', 'seen', 'why')
-
-    def __init__(self) -> None:
-        self.status = 0
-        self.body: Optional[Body] = None
-        self.why = ''               # it failed
-        self.whole = False          # did the answer come to its end?
-        self.seen = b''             # the beginning of a body that is looked at
+    status, why = 0, ''             # of the answer; and why it failed
+    body: Optional[Body] = None
+    whole = False                   # did the answer come to its end?
+    seen = b''                      # the beginning of a body that is looked at
 
     def tap(self, piece: bytes) -> None:
-        """PIECE of the body passed."""
         if len(self.seen) < MAX_PAYLOAD:
             self.seen += piece
 
@@ -4029,43 +3944,34 @@ def find_proxy(address: ServerAddress) -> str:
         return ''
     import urllib.request
     proxies = urllib.request.getproxies_environment()
-    bypass = urllib.request.proxy_bypass_environment        # type: ignore[attr-defined]
-    if bypass(address.site, proxies):
+    if urllib.request.proxy_bypass_environment(address.site, proxies):  # type: ignore[attr-defined]
         return ''
     return proxies.get(address.scheme) or proxies.get('all', '')
 
 
 def connect_through(proxy: str, host: str, port: int) -> socket.socket:
-    """A socket to HOST and PORT through an HTTP PROXY (CONNECT, RFC 9110 9.3.6).  Blocks.
-
-    Raises LocaltunnelError and OSError.
-    """
+    """A socket to HOST and PORT through an HTTP PROXY (CONNECT).  Blocks; LocaltunnelError."""
+    import http.client
     parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
     if parts.scheme != 'http' or not parts.hostname:
         raise LocaltunnelError(f'the proxy {parts.scheme}://{parts.hostname} is not supported; '
                                'HTTPS_PROXY must be http://HOST:PORT')
     where = f'{bracketed(host)}:{port}'
-    lines = [f'CONNECT {where} HTTP/1.1', f'Host: {where}']
+    headers = {'Host': where}
     if parts.username:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
-        lines.append('Proxy-Authorization: Basic ' + base64.b64encode(user.encode()).decode())
-    sock = socket.create_connection((parts.hostname, parts.port or 80), CONNECT_TIMEOUT)
+        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
+    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80,
+                                            timeout=CONNECT_TIMEOUT)
+    connection.set_tunnel(bracketed(host), port, headers)
     try:
-        sock.sendall('\r\n'.join(lines).encode() + b'\r\n\r\n')
-        answer = b''
-        while not answer.endswith(b'\r\n\r\n'):
-            byte = sock.recv(1)         # not one more than the head: what follows is the server's
-            if not byte or len(answer) > MAX_HEAD:
-                raise LocaltunnelError(f'the proxy {parts.hostname} gave no proper answer')
-            answer += byte
-        if not re.match(rb'HTTP/1\.[01] 2', answer):
-            said = printable(answer.split(b'\r\n')[0].decode('latin-1'))
-            raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: {said}')
-        sock.setblocking(False)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
+        connection.connect()
+    except (OSError, http.client.HTTPException) as e:
+        connection.close()
+        raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: '
+                               f'{printable(str(e))}') from e
+    connection.sock.setblocking(False)
+    return connection.sock
 
 
 class HostHeader:
@@ -4074,77 +3980,49 @@ class HostHeader:
     With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
     passes untouched: the app's own check against forged requests must stay whole.
     """
-    __slots__ = ('_target', '_value')
 
     def __init__(self, target: Target, value: str) -> None:
-        self._target = target
-        self._value = b'' if value == 'rewrite' else value.encode('latin-1')
+        self._rewrite = value == 'rewrite'
+        self._host = (target.authority if self._rewrite else value).encode('latin-1')
+        scheme = 'https' if target.scheme == 'https' else 'http'
+        self._own = f'{scheme}://{target.authority}'.encode()
+        self._domain = re.compile(rb'(?i);[ \t]*domain=\.?' + re.escape(target.host.encode())
+                                  + rb'(?=[ \t]*(?:;|$))')
 
     def of_request(self, request: Request, block: bytes) -> bytes:
         """The header lines of REQUEST, as the app is to see them."""
-        public, own = self._public(request), self._target.origin.encode()
-        changed = []
-        for line in block.splitlines():
-            name, _, value = line.partition(b':')
-            key, value = name.lower(), value.strip(b' \t')
-            if key == b'host':
-                line = name + b': ' + (self._value or self._target.authority.encode())
-            elif not self._value and key in (b'x-forwarded-host', b'x-forwarded-proto'):
-                continue
-            elif not self._value and key in (b'origin', b'referer'):
-                line = name + b': ' + replaced(value, public, own)
-            changed.append(line + b'\r\n')
-        return b''.join(changed)
+        block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
+        if not self._rewrite:
+            return block
+        block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
+        return replaced(block, rb'origin|referer', self._public(request), self._own)
 
     def of_response(self, request: Request, block: bytes) -> bytes:
         """The header lines of the answer to REQUEST, as the visitor is to see them."""
-        if self._value:
+        if not self._rewrite:
             return block
-        public, own = self._public(request), self._target.origin.encode()
-        changed = []
-        for line in block.splitlines():
-            name, _, value = line.partition(b':')
-            key, value = name.lower(), value.strip(b' \t')
-            if key in (b'location', b'access-control-allow-origin'):
-                line = name + b': ' + replaced(value, own, public)
-            elif key == b'set-cookie':
-                line = re.sub(rb'(?i);[ \t]*domain=\.?' + re.escape(self._target.host.encode())
-                              + rb'(?=[ \t]*(?:;|$))', b'', line)
-            changed.append(line + b'\r\n')
-        return b''.join(changed)
+        block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
+                       block)
+        return replaced(block, rb'location|access-control-allow-origin', self._own,
+                        self._public(request))
 
     @staticmethod
     def _public(request: Request) -> bytes:
         return (request.get(b'x-forwarded-proto') or b'http') + b'://' + request.host
 
 
-def replaced(url: bytes, origin: bytes, other: bytes) -> bytes:
-    """URL with OTHER in place of ORIGIN, where it begins with that origin and no longer one."""
-    rest = url[len(origin):]
-    if url[:len(origin)].lower() == origin and rest[:1] in (b'', b'/', b'?', b'#'):
-        return other + rest
-    return url
+def replaced(block: bytes, names: bytes, origin: bytes, other: bytes) -> bytes:
+    """BLOCK with OTHER for ORIGIN where a field of NAMES begins with that origin, no longer one."""
+    return re.sub(rb'(?im)^((?:%b):[ \t]*)%b(?=[/?#]|[ \t]*\r)' % (names, re.escape(origin)),
+                  lambda m: m.group(1) + other, block)
 
 
-# How development servers answer to a Host or Origin that they do not know: status, words, which.
-STRANGERS = (
-    (403, b'Blocked request. This host', 'Vite'),
-    (403, b'Invalid Host header', 'webpack-dev-server'),
-    (200, b'Invalid Host header', 'webpack-dev-server'),
-    (403, b'Invalid Host/Origin header', 'webpack-dev-server'),
-    (400, b'DisallowedHost', 'Django'),
-    (403, b'Origin checking failed', 'Django'),
-    (403, b'Blocked host', 'Rails'),
-    (403, b'Unauthorized request from', 'Next'),
-)
-
-
-def unknown_host(status: int, body: bytes) -> str:
-    """Which development server says here that it does not know the host; '' for none."""
-    for code, words, server in STRANGERS:
-        if code == status and words in body:
-            return server
-    return ''
+# What development servers say in a 400 or 403 to a Host or Origin that they do not know.
+STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'webpack-dev-server',
+             b'Invalid Host/Origin header': 'webpack-dev-server', b'DisallowedHost': 'Django',
+             b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
+             b'Unauthorized request from': 'Next'}
+STRANGER_IN_200 = len(b'Invalid Host header')       # some say it with status 200, and no more
 
 
 class Client:
@@ -4157,7 +4035,7 @@ class Client:
                  tls: Optional[ssl.SSLContext] = None,
                  upstream_tls: Optional[ssl.SSLContext] = None,
                  pin: str = '', host_header: Optional[str] = None, release: bool = False,
-                 trace: bool = False) -> None:
+                 trace: Optional[Callable[[str, int, int, int], None]] = None) -> None:
         """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
         self.reactor, self.address, self.target = reactor, address, target
         self.url = ''
@@ -4166,7 +4044,7 @@ class Client:
         self._trace, self._tls, self._pin = trace, tls, pin
         self._host_header = HostHeader(target, host_header) if host_header else None
         self._upstream = Upstream(reactor, target, upstream_tls)
-        self._crew = Crew(reactor, self._serve)
+        self._crew = Crew(reactor, self._serve_tcp if target.scheme == 'tcp' else self._serve)
         self._sessions: Set[Session] = set()        # the current one, and those that drain
         self._session: Optional[Session] = None
         self._session_id = ''
@@ -4210,30 +4088,31 @@ class Client:
             self._observer.lost(why, delay)
             await asyncio.sleep(delay)
 
-    async def find_app(self) -> None:
-        """Raises HopFailed where the app can't be reached."""
-        (await self._upstream.connect()).close()
+    async def look_for_app(self) -> None:
+        """A hint where the app is not there yet."""
+        try:
+            (await self._upstream.connect()).close()
+        except HopFailed as e:
+            self._observer.hint(f'{e}; visitors get a 502 page until the app is up')
 
     async def _until_lost(self) -> str:
         """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
         session = self._session
-        while session is not None:
+        assert session is not None
+        while session.connection is not None and session.goaway is None and session.error is None:
             self._changed.clear()
-            if session.goaway is not None:
-                code, text = session.goaway
-                self._session = None
-                if code in (SUPERSEDED, REVOKED):
-                    await self._finish({session})
-                    raise Refused(409 if code == SUPERSEDED else 401,
-                                  'superseded' if code == SUPERSEDED else 'token', text, final=True)
-                return text
-            if session.error is not None:
-                self._session = None
-                return str(session.error)
-            if session.connection is None:
-                return 'the connection to the server broke'
             await self._changed.wait()
-        return 'the session ended'
+        if session.goaway is None and session.error is None:
+            return 'the connection to the server broke'     # and the session may go on
+        self._session = None
+        if session.goaway is None:
+            return str(session.error)
+        code, text = session.goaway
+        if code in (SUPERSEDED, REVOKED):
+            await self._finish({session})
+            raise Refused(409 if code == SUPERSEDED else 401,
+                          'superseded' if code == SUPERSEDED else 'token', text, final=True)
+        return text
 
     async def _connect(self) -> None:
         """One attempt: dial, ask, and go on with the old session or begin a new one."""
@@ -4244,15 +4123,12 @@ class Client:
             connection.cut_off()
             raise
         session, count = self._session, welcome.get('received')
-        resumed = (welcome.get('resume') is not None and session is not None
-                   and isinstance(count, int) and session.can_resume(count))
-        if session is None or not resumed:
+        if (session is None or welcome.get('resume') is None or not isinstance(count, int)
+                or not session.can_resume(count)):
             if session is not None:
                 session.end(Disconnected('the server does not know this session any more'))
-            session = self._new_session()
-            session.attach(connection)
-        else:
-            session.attach(connection, int(count or 0))
+            session, count = self._new_session(), 0
+        session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))
         if self.url:
             self._observer.back()
@@ -4262,35 +4138,32 @@ class Client:
             self._observer.ready(self.url)
 
     async def _dial(self) -> Connection:
-        address = self.address
-        loop, proxy = self.reactor.loop, find_proxy(self.address)
-        failures: List[Exception] = []
-        for host in addresses(address.site):
-            try:
-                where: Dict[str, Any] = {'host': host, 'port': address.port}
-                if proxy:
-                    where = {'sock': await asyncio.wait_for(loop.run_in_executor(
-                        None, connect_through, proxy, host, address.port), HANDSHAKE_TIMEOUT)}
-                _, connection = await asyncio.wait_for(loop.create_connection(
-                    lambda: Connection(self.reactor), ssl=self._tls,
-                    server_hostname=address.site if self._tls else None, **where), CONNECT_TIMEOUT)
-                self._check_pin(connection)
-                return connection
-            except (OSError, asyncio.TimeoutError) as e:
-                failures.append(e)
-        raise most_telling(failures)
+        address, loop = self.address, self.reactor.loop
+        proxy = find_proxy(address)
 
-    def _check_pin(self, connection: Connection) -> None:
+        async def dial(host: str) -> Connection:
+            where: Dict[str, Any] = {'host': host, 'port': address.port}
+            if proxy:
+                where = {'sock': await loop.run_in_executor(
+                    None, connect_through, proxy, host, address.port)}
+            _, connection = await loop.create_connection(
+                lambda: Connection(self.reactor), ssl=self._tls,
+                server_hostname=address.site if self._tls else None, **where)
+            return connection
+        connection = await first_to_answer(
+            addresses(address.site), HANDSHAKE_TIMEOUT if proxy else CONNECT_TIMEOUT, dial)
         if self._pin:
-            shown = connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True)
-            if not hmac.compare_digest(fingerprint(shown), self._pin):
+            shown = digest_of(
+                connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
+            if not hmac.compare_digest(shown, self._pin):
                 connection.cut_off()
-                raise Refused(495, 'pin', f'{self.address} shows another certificate than that of '
-                              f'--pin: its SHA256 is {fingerprint(shown)}', final=True)
+                raise Refused(495, 'pin', f'{address} shows another certificate than that of '
+                              f'--pin: its SHA256 is {shown}', final=True)
+        return connection
 
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
-        hello, host = dict(self._hello), self.address.authority
+        hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self._session is not None:
             self._session.detach()
             hello['resume'] = {'session': self._session_id, 'received': self._session.received}
@@ -4314,14 +4187,9 @@ class Client:
 
     async def _refused(self, connection: Connection, response: Response) -> NoReturn:
         try:
+            connection.idle = HANDSHAKE_TIMEOUT
             body = body_reader(connection, response.body_length(b'GET'))
-            reason = b''
-            while not body.finished and len(reason) < MAX_HEAD:
-                reason += body.take()
-                if not body.finished and not connection.size and (
-                        not await connection.more(HANDSHAKE_TIMEOUT)):
-                    break
-            said = json.loads(reason)
+            said = json.loads(await read_whole(body, MAX_HEAD))
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
@@ -4333,9 +4201,8 @@ class Client:
         raise refused
 
     def _new_session(self) -> Session:
-        session = Session(self.reactor, on_open=self._opened)
-        if self._trace:
-            session.trace = self._observer.frame
+        session = Session(self.reactor, on_open=self._crew.give)
+        session.trace = self._trace
         session.on_detached = session.on_goaway = self._changed.set
 
         def closed() -> None:
@@ -4368,29 +4235,21 @@ class Client:
 
     # One exchange.
 
-    def _opened(self, stream: Stream) -> None:
-        if self.target.scheme == 'tcp':
-            visitor = stream.take(MAX_PAYLOAD)      # OPEN of a TCP stream is the visitor's address
-            self.reactor.spawn(self._serve_tcp(stream, printable(visitor.decode('latin-1'))))
-        else:
-            self._crew.give(stream)
-
-    async def _serve_tcp(self, stream: Stream, visitor: str) -> None:
-        """One stream of raw bytes."""
+    async def _serve_tcp(self, stream: Stream) -> None:
+        """One stream of raw bytes, which opens with the visitor's address."""
         self._exchanges += 1
         number, began = self._exchanges, self.reactor.now()
-        status, why, upstream = 502, '', None
+        visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
+        status, why = 200, ''
         try:
             upstream = await self._upstream.connect()
             stream.on_gone = upstream.cut_off
-            status = 200
             await join(upstream, stream)
-        except (LocaltunnelError, OSError) as e:
-            why = str(e)
+            upstream.close()
+        except HopFailed as e:
+            status, why = e.status, str(e)
             stream.reset(FAILED, why)
         finally:
-            if upstream:
-                upstream.close()
             stream.close()
             self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0,
                                     why)
@@ -4468,11 +4327,14 @@ class Client:
             request.target = self.target.path.encode() + request.target
         return self._host_header.of_request(request, block) if self._host_header else block
 
-    def _hint(self, server: str) -> None:
-        if server:
-            self._hinted = True
-            self._observer.hint(f'{server} does not know the name of this tunnel; start the client '
-                                'with --host-header rewrite, or allow the name in its settings')
+    def _look_for_strangers(self, page: bytes) -> None:
+        """A hint where PAGE says that the app does not know the name of this tunnel."""
+        for words, server in STRANGERS.items():
+            if words in page:
+                self._hinted = True
+                return self._observer.hint(
+                    f'{server} does not know the name of this tunnel; start the client with '
+                    '--host-header rewrite, or allow the name in its settings')
 
     async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
         """Copy a request that is still under way."""
@@ -4504,14 +4366,13 @@ class Client:
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
                                 'hides whether it broke')
-        look = not self._hinted and (response.status in (400, 403)
-                                     or length == len(STRANGERS[1][1]))
+        look = not self._hinted and (response.status in (400, 403) or length == STRANGER_IN_200)
         outcome.body = body_reader(upstream, length)
         await copy_message(encode_response(response, block, length < 0), outcome.body, stream,
                            length < 0, True, outcome.tap if look else None)
         outcome.whole = True
         if look:
-            self._hint(unknown_host(response.status, outcome.seen))
+            self._look_for_strangers(outcome.seen)
         if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
             self._upstream.give(upstream)       # a body may lie there unread: then never
         else:
@@ -4529,21 +4390,15 @@ class Client:
 
 LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one write
 
-USE_SERVER = """\
-  with a server:     python3 localtunnel.py client {target} --server https://HOST
-  your own server:   python3 localtunnel.py server --domain DOMAIN   (where it is reachable)"""
-
-
-_clock = (0, '')
+@functools.lru_cache(maxsize=1)
+def date_and_time(second: int) -> str:
+    """SECOND for people; made once, since a busy server writes many lines in it."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
 
 
 def clock() -> str:
-    """Date and time, made once a second."""
-    global _clock
-    now = int(time.time())
-    if now != _clock[0]:
-        _clock = now, time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(now))
-    return _clock[1]
+    """Date and time, now."""
+    return date_and_time(int(time.time()))
 
 
 class Lines:
@@ -4574,9 +4429,14 @@ class Lines:
             self._lines.clear()
             put(self._stream, text)
 
+    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
+        """A line for a frame of the protocol (--verbose)."""
+        name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
+        self.add(f'{direction} {name} #{stream} {size}')
+
 
 class Terminal:
-    """Tells a user what a client does."""
+    """Tells a user what a client does: an Observer."""
 
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
                  as_json: bool = False, quiet: bool = False,
@@ -4588,23 +4448,20 @@ class Terminal:
         self._plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
         self._frames = Lines(sys.stderr, later)
+        self.frame = self._frames.frame
 
     def flush(self) -> None:
-        """Write what is queued."""
         self._lines.flush()
         self._frames.flush()
 
     def note(self, text: str) -> None:
-        """A line for people."""
         if not self._quiet:
             say(text)
 
     def hint(self, text: str) -> None:
-        """Advice, where somebody may read it."""
         self.note(self._paint('36', 'hint: ', sys.stderr) + text)
 
     def ready(self, url: str) -> None:
-        """Visitors can come."""
         self._first()
         if self._json:
             self._event('open', url=url, target=self._target, server=self._server,
@@ -4617,13 +4474,11 @@ class Terminal:
                 f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
 
     def back(self) -> None:
-        """Visitors can come again."""
         if self._json:
             self._event('back')
         self.note(self._paint('32', 'connected again', sys.stderr))
 
     def lost(self, why: str, seconds: float) -> None:
-        """The server can't be reached."""
         if self._json:
             self._event('lost', reason=why, retry=round(seconds, 1))
         self.note(self._paint('33', why, sys.stderr) + '; trying again '
@@ -4631,7 +4486,6 @@ class Terminal:
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
                  size: int, why: str) -> None:
-        """One exchange has ended."""
         if self._json:
             extra = {'error': why} if why else {}
             self._event('exchange', id=number, method=method, target=target, status=status,
@@ -4643,10 +4497,6 @@ class Terminal:
             self._lines.add(f'{clock()[11:]} #{number} {method} {printable(target)} '
                             f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
                             + (f' {printable(why)}' if why else ''))
-
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed (--verbose)."""
-        self._frames.add(frame_line(direction, kind, stream, size))
 
     def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
         """TEXT in colour for STREAM (stdout), where that is a terminal."""
@@ -4663,13 +4513,11 @@ class ServerLog:
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
         self._json = as_json
         self._lines = Lines(sys.stderr, later)
-        self.flush = self._lines.flush
+        self.flush, self.frame = self._lines.flush, self._lines.frame
 
     def note(self, text: str) -> None:
-        """Something happened."""
-        now = clock()
-        self._lines.add(json.dumps({'time': now, 'message': text}) if self._json else
-                        f'{now} {text}')
+        self._lines.add(json.dumps({'time': clock(), 'message': text}) if self._json else
+                        f'{clock()} {text}')
 
     def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
@@ -4682,21 +4530,12 @@ class ServerLog:
             self._lines.add(f'{clock()} {address} {method} {request.host_name} {printable(path)} '
                             f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
 
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A frame passed (--verbose)."""
-        self._lines.add(frame_line(direction, kind, stream, size))
-
 
 class Silence:
     """A log and an observer who tell nobody."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **words: None
-
-
-def frame_line(direction: str, kind: int, stream: int, size: int) -> str:
-    """One frame of the protocol, for people."""
-    return f'{direction} {KIND_NAMES[kind & ~END]}{" END" if kind & END else ""} #{stream} {size}'
 
 
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
@@ -4740,13 +4579,10 @@ def in_bytes(size: int) -> str:
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
 
-EXIT_FAILURE, EXIT_USAGE, EXIT_NAME, EXIT_TOKEN, EXIT_SUPERSEDED = 1, 2, 3, 4, 5
-EXIT_CODES = {'token': EXIT_TOKEN, 'revoked': EXIT_TOKEN, 'superseded': EXIT_SUPERSEDED,
-              'name_taken': EXIT_NAME, 'bad_name': EXIT_NAME, 'reserved': EXIT_NAME,
-              'too_many_names': EXIT_NAME, 'not_yours': EXIT_NAME, 'port_taken': EXIT_NAME,
-              'bad_port': EXIT_NAME}
-
-_source: List[bytes] = []
+# By what ended the program; all that is not here is a failure, 1.
+EXIT_CODES = {'released': 0, 'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
+              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
+              'superseded': 5}
 
 
 def own_path() -> str:
@@ -4755,26 +4591,23 @@ def own_path() -> str:
     return path if os.path.isfile(path) else ''
 
 
-def own_source() -> Optional[bytes]:
-    """This file, or None where it was read from a pipe that can't be read again."""
-    if not _source:
-        try:
-            if own_path():
-                with open(own_path(), 'rb') as f:
-                    _source.append(f.read())
-            else:
-                sys.stdin.buffer.seek(0)
-                _source.append(sys.stdin.buffer.read())
-        except (OSError, ValueError, AttributeError):
-            return None
-    return _source[0]
+@functools.lru_cache(maxsize=None)
+def own_source() -> bytes:
+    """This file.  Raises where it was read from a pipe, which can't be read again."""
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            return f.read()
+    sys.stdin.buffer.seek(0)
+    return sys.stdin.buffer.read()
 
 
 def stamped_source(address: str) -> Optional[bytes]:
-    """This file with the server's ADDRESS written into it."""
-    source = own_source()
-    return source and re.sub(rb"(?m)^STAMPED_SERVER = .*$",
-                             lambda _: b'STAMPED_SERVER = %a' % address, source, count=1)
+    """This file with the server's ADDRESS written into it, or None where it can't be read."""
+    try:
+        return re.sub(rb"(?m)^STAMPED_SERVER = .*$", lambda _: b'STAMPED_SERVER = %a' % address,
+                      own_source(), count=1)
+    except (OSError, ValueError, AttributeError):
+        return None
 
 
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
@@ -4795,6 +4628,18 @@ async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, 
     raise LocaltunnelError('no port is free on this machine')
 
 
+async def first_of(*work: Awaitable[Any]) -> None:
+    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
+    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            await end_task(task)
+
+
 class tunnel:
     """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
 
@@ -4809,8 +4654,6 @@ class tunnel:
         if name is not None:
             check_name(name)
         self._server, self._name, self._token = server, name, token
-        self._loop: Optional[asyncio.AbstractEventLoop] = None
-        self._thread: Optional[threading.Thread] = None
 
     async def __aenter__(self) -> tunnel:
         self._reactor = Reactor(asyncio.get_running_loop())
@@ -4822,15 +4665,14 @@ class tunnel:
             self._local, address = await start_local_server(self._reactor, self._target)
         self._client = Client(
             self._reactor, address, self._target, load_key(say), Silence(), name=self._name,
-            token=known_token(self._token, address), tls=server_tls(address, None, None),
-            upstream_tls=upstream_tls(self._target, None, False))
+            token=known_token(self._token, address), tls=tls_to(address),
+            upstream_tls=tls_to(self._target, check=not self._target.local))
         self._running = asyncio.ensure_future(self._client.run())
-        welcomed = asyncio.ensure_future(self._client.welcomed.wait())
-        await asyncio.wait({welcomed, self._running}, return_when=asyncio.FIRST_COMPLETED)
-        await end_task(welcomed)
-        if not self._client.url:
+        try:
+            await first_of(asyncio.shield(self._running), self._client.welcomed.wait())
+        except BaseException:
             await self.__aexit__()
-            self._running.result()
+            raise
         self.url = self._client.url
         return self
 
@@ -4852,12 +4694,10 @@ class tunnel:
             raise
 
     def __exit__(self, *exc: object) -> None:
-        assert self._loop
         asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
         self._end_thread()
 
     def _end_thread(self) -> None:
-        assert self._loop and self._thread
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
@@ -4865,14 +4705,10 @@ class tunnel:
 
 # What the client keeps: the tokens that servers accepted, and which server it was last.
 
-def _tokens_path() -> str:
-    return os.path.join(config_folder(), 'tokens.json')
-
-
 def kept_tokens() -> Dict[str, Any]:
     """{"last": address, "tokens": {address: token}}"""
     try:
-        with open(_tokens_path(), encoding='utf-8') as f:
+        with open(config_path('tokens.json'), encoding='utf-8') as f:
             kept = json.load(f)
         return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
     except (OSError, ValueError, KeyError, TypeError):
@@ -4881,13 +4717,13 @@ def kept_tokens() -> Dict[str, Any]:
 
 def keep_token(address: str, token: str) -> None:
     """Remember that the server at ADDRESS accepted TOKEN."""
-    kept = kept_tokens()
+    kept, path = kept_tokens(), config_path('tokens.json')
     if kept['last'] != address or kept['tokens'].get(address) != token:
         kept['tokens'][address], kept['last'] = token, address
         try:
-            write_secret(_tokens_path(), json.dumps(kept, indent=1).encode())
+            write_secret(path, json.dumps(kept, indent=1).encode())
         except OSError as e:
-            say(f'warning: {_tokens_path()} can not be kept: {e.strerror}')
+            say(f'warning: {path} can not be kept: {e.strerror}')
 
 
 def known_server(given: Optional[str]) -> str:
@@ -4900,37 +4736,20 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
     """The token for the server at ADDRESS, or ''.  Raises UsageError."""
     token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
             or str(kept_tokens()['tokens'].get(str(address), '')))
-    try:
-        return check_token(token) if token else ''
-    except ValueError as e:
-        raise UsageError(f'--token: {e}') from e
+    return check_token(token) if token else ''
 
 
-def server_tls(address: ServerAddress, ca: Optional[str],
-               pin: Optional[str]) -> Optional[ssl.SSLContext]:
-    """How the server at ADDRESS is checked; None where it is reached without TLS."""
-    if address.scheme != 'https':
-        return None
-    return pinned_tls() if pin else client_tls(ca)
-
-
-def upstream_tls(target: Target, ca: Optional[str], insecure: bool) -> Optional[ssl.SSLContext]:
-    """How the app is checked; None where it is reached without TLS."""
-    if target.scheme != 'https':
-        return None
-    return client_tls(ca, check=not (insecure or target.local))
+def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
+           check: bool = True) -> Optional[ssl.SSLContext]:
+    """For connections to PLACE; None where they go without TLS."""
+    return client_tls(ca, check) if place.scheme == 'https' else None
 
 
 # Running until somebody says stop.
 
-GC_THRESHOLDS = 10000, 20, 50   # requests make much garbage and few cycles
-
-Command = Callable[[Reactor, asyncio.Event], Coroutine[Any, Any, int]]
-
-
-def run(command: Command) -> int:
+def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
-    async def body() -> int:
+    async def body() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
         def asked(*_: Any) -> None:
@@ -4946,39 +4765,27 @@ def run(command: Command) -> int:
         if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
             asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # from 3.11 on 256 KiB
         gc.freeze()         # what was made so far stays
-        gc.set_threshold(*GC_THRESHOLDS)
+        gc.set_threshold(10000, 20, 50)     # requests make much garbage and few cycles
         try:
-            return await command(reactor, stop)
+            await command(reactor, stop, *args)
         finally:
             await reactor.close()
-    return asyncio.run(body())
-
-
-async def first_of(work: Awaitable[Any], stop: asyncio.Event) -> None:
-    """Wait until WORK fails, which raises, or STOP is set."""
-    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())]
-    try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if tasks[0].done():
-            tasks[0].result()
-    finally:
-        for task in tasks:
-            await end_task(task)
+    asyncio.run(body())
+    return 0
 
 
 def client_command(args: argparse.Namespace) -> int:
-    """`client TARGET`"""
-    tcp = args.tcp or args.tcp_port is not None
-    target = parse_target(args.target, tcp)
+    args.tcp = args.tcp or args.tcp_port is not None
+    target = parse_target(args.target, args.tcp)
     if args.server == '':
         raise UsageError('--server is empty; it takes a URL')
     known = known_server(args.server)
     address = ServerAddress(known) if known else None
-    check_client_options(args, address, tcp)
+    check_client_options(args, address)
     token = known_token(args.token, address) if address else ''
     while True:
         try:
-            return run(client_coroutine(args, target, address, token))
+            return run(run_client, args, target, address, token)
         except Refused as e:
             if e.code != 'token' or token or not (address and is_terminal(sys.stderr)):
                 raise
@@ -4988,15 +4795,14 @@ def client_command(args: argparse.Namespace) -> int:
                 raise
 
 
-def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress],
-                         tcp: bool) -> None:
+def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
     """Raises UsageError and Refused for what can't be meant."""
     args.name = args.name and args.name.lower()
     if args.release and not (args.name and address):
         raise UsageError('--release gives back the name of --name on the server of --server')
-    if tcp and not address:
+    if args.tcp and not address:
         raise UsageError('--tcp needs a server: name it with --server')
-    if tcp and (args.name or args.auth or args.host_header):
+    if args.tcp and (args.name or args.auth or args.host_header):
         raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
     if args.name:
         check_name(args.name)
@@ -5006,74 +4812,59 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
         args.pin = args.pin.replace(':', '').lower()
         if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
             raise UsageError('--pin takes 64 hexadecimal digits, for an https server')
-    for cidr in args.allow:
-        try:
-            ipaddress.ip_network(cidr, strict=False)
-        except ValueError as e:
-            raise UsageError(f'--allow: {e}') from e
 
 
-def client_coroutine(args: argparse.Namespace, target: Target, address: Optional[ServerAddress],
-                     token: str) -> Command:
-    """What `client` runs."""
+async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     target: Target, address: Optional[ServerAddress], token: str) -> None:
+    """Keep the tunnel up until STOP is set."""
     key = load_key(lambda text: say('warning: ' + text))
+    server = None
+    if address is None:
+        server, address = await start_local_server(reactor, target)
+        say('NOT PUBLIC: no server is known, so this URL works on this machine only')
+        say(f'  with a server:     python3 localtunnel.py client {args.target} '
+            '--server https://HOST')
+        say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
+            '(where it is reachable)')
+    elif address.scheme == 'http' and not is_loopback(address.site):
+        say(f'warning: {address} is not encrypted: whoever is on the way can read all that passes, '
+            'your token and the proof of your name too')
 
-    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
-        server, at = None, address
-        if at is None:
-            server, at = await start_local_server(reactor, target)
-            say('NOT PUBLIC: no server is known, so this URL works on this machine only\n'
-                + USE_SERVER.format(target=args.target))
-        elif at.scheme == 'http' and not is_loopback(at.site):
-            say(f'warning: {at} is not encrypted: whoever is on the way can read all that passes, '
-                'your token and the proof of your name too')
-
-        def accepted() -> None:
-            if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
-                keep_token(str(at), token)
-        terminal = Terminal(target.text, str(at), server is None, reactor.loop.call_later,
-                            as_json=args.json, quiet=args.quiet, first=accepted)
-        client = Client(reactor, at, target, key, terminal, name=args.name,
-                        tcp_port=args.tcp_port or 0, token=token, share=args.share,
-                        rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
-                        once=args.once, tls=server_tls(at, args.ca, args.pin), pin=args.pin or '',
-                        upstream_tls=upstream_tls(target, args.ca, args.insecure),
-                        host_header=args.host_header, release=args.release, trace=args.verbose)
-        probe = reactor.spawn(look_for_app(client, terminal))
-        try:
-            await first_of(client.run(), stop)
-        finally:
-            await end_task(probe)
-            await client.stop()
-            if server:
-                await server.stop()
-            terminal.flush()
-        return 0
-    return command
-
-
-async def look_for_app(client: Client, terminal: Terminal) -> None:
-    """Say so where the app is not there yet."""
+    def accepted() -> None:
+        if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
+            keep_token(str(address), token)
+    terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
+                        as_json=args.json, quiet=args.quiet, first=accepted)
+    client = Client(reactor, address, target, key, terminal, name=args.name,
+                    tcp_port=args.tcp_port or 0, token=token, share=args.share,
+                    rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
+                    once=args.once, tls=tls_to(address, args.ca, not args.pin), pin=args.pin or '',
+                    upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
+                    host_header=args.host_header, release=args.release,
+                    trace=terminal.frame if args.verbose else None)
+    probe = reactor.spawn(client.look_for_app())
     try:
-        await client.find_app()
-    except HopFailed as e:
-        terminal.hint(f'{e}; visitors get a 502 page until the app is up')
+        await first_of(client.run(), stop.wait())
+    finally:
+        await end_task(probe)
+        await client.stop()
+        if server:
+            await server.stop()
+        terminal.flush()
 
 
 # The server's side.
 
-class Places(NamedTuple):
-    """Where a server listens, and with which certificate; `pin` is that of a self-signed one."""
-    plain: List[socket.socket]
-    secure: List[socket.socket]
-    admin: List[socket.socket]
-    passed: Dict[int, List[socket.socket]]      # of TCP tunnels of a predecessor
-    certificate: Optional[Certificate]
-    pin: str
+Sockets = List[socket.socket]
 
 
-def open_places(args: argparse.Namespace, state: str) -> Places:
-    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError."""
+def open_places(args: argparse.Namespace, state: str) -> Tuple[
+        Sockets, Sockets, Sockets, Dict[int, Sockets], Optional[Certificate], str]:
+    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError.
+
+    (for http, for https, for the operator, of a predecessor's TCP tunnels by port, the certificate,
+    its SHA256 if it is self-signed)
+    """
     local = is_loopback(args.domain)
     certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
     signed = None if certificate or local or args.trust_proxy else self_signed(state, args.domain)
@@ -5083,11 +4874,12 @@ def open_places(args: argparse.Namespace, state: str) -> Places:
     args.port = args.port if args.port is not None else 8080 if local else 80
     inherited = inherited_sockets()
 
-    def listen(host: str, port: int) -> List[socket.socket]:
+    def listen(host: str, port: int) -> Sockets:
         if not port and inherited:
             port = next(iter(inherited))        # port 0 was given: in the order of what follows
         return inherited.pop(port, None) or bind_or_explain(host, port)
-    plain, secure = listen(host, args.port), []
+    plain = listen(host, args.port)
+    secure: Sockets = []
     if certificate:
         try:
             secure = listen(host, args.tls_port)
@@ -5096,74 +4888,65 @@ def open_places(args: argparse.Namespace, state: str) -> Places:
                 raise
             certificate, pin = None, ''         # it was only a kindness
     admin = listen(*args.admin) if args.admin else []
-    return Places(plain, secure, admin, inherited, certificate, pin)
+    return plain, secure, admin, inherited, certificate, pin
 
 
-def server_coroutine(args: argparse.Namespace, tokens: Tokens, leases: Leases, made: str,
-                     state: str, places: Places) -> Command:
-    """What `server` runs."""
-    plain, secure, admin, passed, certificate, pin = places
-
-    async def command(reactor: Reactor, stop: asyncio.Event) -> int:
-        log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
-        server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
-                        rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                        host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
-                        script=stamped_source, passed=passed)
-        server.certificate, server.trace = certificate, log.frame if args.verbose else None
-        port = plain[0].getsockname()[1]
-        if pin:
-            server.plain_port = port
-        elif secure:
-            server.redirects = True
-            server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
-        for sock in plain:
-            await server.listen(sock)
-        for sock in secure:
-            await server.listen(sock, tls=True)
-        for sock in admin:
-            await Admin(server).listen(sock)
-        announce(args, log, port, secure, made, pin, state)
-        log.flush()
-        say_ready()
-        handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
-        log.note('draining; a second Ctrl-C ends at once')
-        await server.stop(handed_over)
-        log.flush()
-        return 0
-    return command
+async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     tokens: Tokens, leases: Leases, made: str, state: str) -> None:
+    """Serve until STOP is set, or a successor does."""
+    plain, secure, admin, passed, certificate, pin = open_places(args, state)
+    log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
+    server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+                    rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
+                    host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
+                    script=stamped_source, passed=passed)
+    server.certificate, server.trace = certificate, log.frame if args.verbose else None
+    port = plain[0].getsockname()[1]
+    if pin:
+        server.plain_port = port
+    elif secure:
+        server.redirects = True
+        server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
+    for sock in plain:
+        await server.listen(sock)
+    for sock in secure:
+        await server.listen(sock, tls=True)
+    for sock in admin:
+        await Admin(server).listen(sock)
+    announce(args, log, port, secure, made, pin, state)
+    log.flush()
+    say_ready()
+    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
+    log.note('draining; a second Ctrl-C ends at once')
+    await server.stop(handed_over)
+    log.flush()
 
 
 def server_command(args: argparse.Namespace) -> int:
-    """`server`"""
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
-    local = is_loopback(args.domain)
-    state = args.state or state_folder()
+    state = (args.state or os.environ.get('STATE_DIRECTORY')        # systemd's
+             or user_folder('XDG_STATE_HOME', '~/.local/state'))
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
     try:
         os.makedirs(state, mode=0o700, exist_ok=True)
         if not os.access(state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
-        tokens, made = server_tokens(args, state, local)
+        tokens, made = server_tokens(args, state)
         leases = Leases(tokens, os.path.join(state, 'leases.json'))
     except OSError as e:
         raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
-    return run(server_coroutine(args, tokens, leases, made, state, open_places(args, state)))
+    return run(run_server, args, tokens, leases, made, state)
 
 
-def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[Tokens, str]:
+def server_tokens(args: argparse.Namespace, state: str) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
-    try:
-        given = [check_token(token) for token in given]
-    except ValueError as e:
-        raise UsageError(f'--token: {e}') from e
-    if given or args.token_file or args.open or local:
-        free = args.open or (local and not given and not args.token_file)
-        return Tokens(given, args.token_file, free), ''
+    given = [check_token(token) for token in given]
+    if given or args.token_file or args.open or is_loopback(args.domain):
+        return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
@@ -5172,7 +4955,7 @@ def server_tokens(args: argparse.Namespace, state: str, local: bool) -> Tuple[To
     return Tokens([made]), made
 
 
-def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[socket.socket],
+def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: Sockets,
              made: str, pin: str, state: str) -> None:
     """Say that the server listens, and what its users type."""
     tls_port = secure[0].getsockname()[1] if secure else 0
@@ -5185,10 +4968,8 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[s
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
                  'allow to secure pages only will not work; give one with --cert and --key'
                  + ('. Clients come by TLS all the same: --pin is their check' if pin else ''))
-    scheme, _, authority = visitors.partition('://')
     ports = f'ports {port} and {tls_port}' if secure else f'port {port}'
-    log.note(f'listening on {ports}: tunnels appear at '
-             f'{scheme}://NAME.{authority}')
+    log.note(f'listening on {ports}: tunnels appear at {visitors.replace("://", "://NAME.")}')
     command = f'python3 localtunnel.py client 8000 --server {clients}'
     if pin:
         command += f' --pin {pin}'
@@ -5199,7 +4980,7 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: List[s
     log.note(f'clients type: {command}')
 
 
-def bind_or_explain(host: str, port: int) -> List[socket.socket]:
+def bind_or_explain(host: str, port: int) -> Sockets:
     """As bind, with an error that says what to do."""
     try:
         return bind(host, port)
@@ -5225,12 +5006,12 @@ READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
 SUCCESSOR_TIMEOUT = 30.0    # seconds for a successor to say that it is ready
 
 
-def inherited_sockets() -> Dict[int, List[socket.socket]]:
+def inherited_sockets() -> Dict[int, Sockets]:
     """Listening sockets that systemd or a predecessor passed, by their local port."""
     count = os.environ.pop('LISTEN_FDS', '')
     owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
     os.environ.pop('LISTEN_FDNAMES', None)
-    found: Dict[int, List[socket.socket]] = {}
+    found: Dict[int, Sockets] = {}
     if count.isdigit() and owner == str(os.getpid()):
         for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
             try:
@@ -5265,17 +5046,14 @@ def say_ready() -> None:
 
 
 async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: List[socket.socket]) -> bool:
+                      sockets: Sockets) -> bool:
     """Serve until STOP is set, or a successor is ready; was it that?"""
     asked = asyncio.Event()
     if hasattr(signal, 'SIGUSR2'):
         reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
         reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
     while not stop.is_set():
-        waits = [asyncio.ensure_future(event.wait()) for event in (stop, asked)]
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        for wait in waits:
-            await end_task(wait)
+        await first_of(stop.wait(), asked.wait())
         if asked.is_set():
             asked.clear()
             log.note('handing over to a successor')
@@ -5289,28 +5067,33 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
     return False
 
 
-async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int:
+async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     """Start this program again with SOCKETS; its process id once it serves, else 0."""
     if not own_path():
         return 0        # it came through a pipe, and can't be started again
+    import fcntl
     ours, theirs = os.pipe()
-    keep = [os.dup(fd) for fd in (theirs, *(s.fileno() for s in sockets))]
-    child = os.fork()
-    if child == 0:
-        try:
-            become_successor(keep, len(sockets))
-        finally:
-            os._exit(1)
-    for fd in (theirs, *keep):
-        os.close(fd)
-    readable = asyncio.Event()
+    ready = FIRST_PASSED + len(sockets)
+    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are to be:
+            for fd in (*(s.fileno() for s in sockets), theirs)]     # none is overwritten before
+    try:
+        child = os.posix_spawn(
+            sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
+            {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
+            file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i) for i, fd in enumerate(keep)])
+    except OSError:
+        os.close(ours)
+        return 0
+    finally:
+        for fd in (theirs, *keep):
+            os.close(fd)
+    readable, said = asyncio.Event(), b''
     reactor.loop.add_reader(ours, readable.set)
     try:
         await asyncio.wait_for(readable.wait(), SUCCESSOR_TIMEOUT)
         said = os.read(ours, 1)
     except asyncio.TimeoutError:
         os.kill(child, signal.SIGKILL)
-        said = b''
     finally:
         reactor.loop.remove_reader(ours)
         os.close(ours)
@@ -5319,28 +5102,16 @@ async def start_successor(reactor: Reactor, sockets: List[socket.socket]) -> int
     return child if said else 0
 
 
-def become_successor(descriptors: List[int], count: int) -> NoReturn:
-    """In the child: put the sockets where they are expected, and start anew."""
-    highest = max(descriptors) + FIRST_PASSED + count + 1
-    moved = [os.dup2(fd, highest + i) for i, fd in enumerate(descriptors)]
-    for i, fd in enumerate(moved[1:]):
-        os.dup2(fd, FIRST_PASSED + i, inheritable=True)
-    ready = FIRST_PASSED + count
-    os.dup2(moved[0], ready, inheritable=True)
-    os.closerange(ready + 1, highest + len(moved))
-    environment = {**os.environ, 'LISTEN_FDS': str(count), 'LISTEN_PID': str(os.getpid()),
-                   READY_VARIABLE: str(ready)}
-    script = os.path.abspath(own_path())
-    os.execve(sys.executable, [sys.executable, script, *sys.argv[1:]], environment)
-
-
 # The parser.
 
-def port_number(text: str) -> int:
-    """For argparse."""
-    if not re.fullmatch('[0-9]{1,5}', text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f'{text!r} is no port: ports go from 0 to 65535')
+def count(text: str, most: int = 10 ** 9 - 1) -> int:
+    """For argparse: a whole number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
     return int(text)
+
+
+port_number = functools.partial(count, most=65535)
 
 
 def number(text: str) -> float:
@@ -5348,13 +5119,6 @@ def number(text: str) -> float:
     if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
         raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
     return float(text)
-
-
-def count(text: str) -> int:
-    """For argparse: a whole number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number')
-    return int(text)
 
 
 def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
@@ -5388,7 +5152,6 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def add_client_options(add: Callable[..., Any]) -> None:
-    """Options of `client`."""
     add('target', metavar='TARGET', help='what visitors reach: 8000, ./FOLDER, ... (see below)')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
     add('--name', help='ask for this name; refused is refused')
@@ -5397,7 +5160,8 @@ def add_client_options(add: Callable[..., Any]) -> None:
     add('--tcp', action='store_true', help='raw TCP instead of HTTP')
     add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
     add('--auth', action='append', default=[], metavar='USER:PASSWORD', help='visitors must log in')
-    add('--allow', action='append', default=[], metavar='CIDR', help='only these visitors')
+    add('--allow', type=network, action='append', default=[], metavar='CIDR',
+        help='only these visitors')
     add('--host-header', metavar='VALUE', help='send VALUE as Host to the app; `rewrite`: the app '
         'believes that it is visited on its own address')
     add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
@@ -5413,7 +5177,6 @@ def add_client_options(add: Callable[..., Any]) -> None:
 
 
 def add_server_options(add: Callable[..., Any]) -> None:
-    """Options of `server`."""
     add('--domain', default='localhost', type=str.lower,
         help='tunnels are NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
@@ -5452,23 +5215,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     commands = {'client': client_command, 'server': server_command}
     if words and not words[0].startswith('-') and words[0] not in commands:
         say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
-        return EXIT_USAGE
+        return EXIT_CODES['usage']
     try:
         args = make_parser().parse_args(words)
         return commands[args.command](args)
-    except UsageError as e:
-        code, text = EXIT_USAGE, str(e)
-    except Refused as e:
-        if e.code == 'released':
-            say(str(e))
-            return 0
-        code, text = EXIT_CODES.get(e.code, EXIT_FAILURE), str(e)
-    except LocaltunnelError as e:
-        code, text = EXIT_FAILURE, str(e)
     except KeyboardInterrupt:
         return 0
-    say(f'localtunnel.py: {text}')
-    return code
+    except LocaltunnelError as e:
+        say(f'localtunnel.py: {e}')
+        return EXIT_CODES.get('usage' if isinstance(e, UsageError) else getattr(e, 'code', ''), 1)
 
 
 if __name__ == '__main__': sys.exit(main())

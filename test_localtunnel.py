@@ -5254,7 +5254,7 @@ class TlsTest(HostileTest):
     async def asyncSetUp(self):
         await super().asyncSetUp()
         self.made = lt.self_signed(self.folder, 'localhost')
-        self.ssl = lt.pinned_tls()
+        self.ssl = lt.client_tls(check=False)
 
     async def shown(self, peer):
         shown = peer.writer.get_extra_info('ssl_object').getpeercert(binary_form=True)
@@ -5310,7 +5310,7 @@ class TlsTest(HostileTest):
                 bytes(32),
                 self.log,
                 pin=pin,
-                tls=lt.pinned_tls(),
+                tls=lt.client_tls(check=False),
             )
             running = self.background(client.run())
             if good:
