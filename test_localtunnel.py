@@ -4410,8 +4410,7 @@ class Peer:
         """(status, head, body) of an answer."""
         head = await self.reader.readuntil(b'\r\n\r\n')
         length = [
-            line for line in head.lower().split(b'\r\n') if line.startswith(b'content-length:')
-        ]
+            line for line in head.lower().split(b'\r\n') if line.startswith(b'content-length:')]
         body = await self.reader.readexactly(int(length[0][15:])) if length else b''
         return int(head.split()[1]), head, body
 
@@ -4440,14 +4439,8 @@ class HostileTest(unittest.IsolatedAsyncioTestCase):
         self.stack = contextlib.AsyncExitStack()
         self.stack.enter_context(
             unittest.mock.patch.multiple(
-                lt,
-                SWEEP=0.01,
-                LINGER=0.2,
-                HALF_CLOSED=0.01,
-                DRAIN=0.2,
-                PONG_WITHIN=1.0,
-                WRONG_TOKEN=0.01,
-            )
+                lt, SWEEP=0.01, LINGER=0.2, HALF_CLOSED=0.01, DRAIN=0.2, PONG_WITHIN=1.0,
+                WRONG_TOKEN=0.01)
         )
         self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
         self.reactor = lt.Reactor(self.loop)
@@ -4466,8 +4459,7 @@ class HostileTest(unittest.IsolatedAsyncioTestCase):
         self.tokens = tokens or lt.Tokens(open=True)
         options = {'hold': 0.0, 'drain': 0.0, **options}
         self.server = lt.Server(
-            self.reactor, domain, self.tokens, lt.Leases(self.tokens), self.log, **options
-        )
+            self.reactor, domain, self.tokens, lt.Leases(self.tokens), self.log, **options)
         (sock,) = lt.bind('127.0.0.1', 0)
         self.port = sock.getsockname()[1]
         await self.server.listen(sock)
@@ -4509,24 +4501,14 @@ class HostileTest(unittest.IsolatedAsyncioTestCase):
             if raw is not None
             else json.dumps(
                 {
-                    'kind': 'http',
-                    'proof': words.pop('proof', '22' * 32),
-                    'started': 1,
-                    'instance': os.urandom(16).hex(),
-                    **words,
-                }
+                    'kind': 'http', 'proof': words.pop('proof', '22' * 32), 'started': 1,
+                    'instance': os.urandom(16).hex(), **words}
             )
         )
         peer.send(
-            b'GET ',
-            lt.WELL_KNOWN.encode(),
-            b' HTTP/1.1\r\nHost: localhost\r\nConnection: '
-            b'Upgrade\r\nUpgrade: localtunnel/1\r\nAuthorization: Bearer ',
-            token.encode(),
-            b'\r\nLocaltunnel-Hello: ',
-            text.encode(),
-            b'\r\n\r\n',
-        )
+            b'GET ', lt.WELL_KNOWN.encode(), b' HTTP/1.1\r\nHost: localhost\r\nConnection: '
+            b'Upgrade\r\nUpgrade: localtunnel/1\r\nAuthorization: Bearer ', token.encode(),
+            b'\r\nLocaltunnel-Hello: ', text.encode(), b'\r\n\r\n')
         status, head, body = await self.within(peer.head(), 'no answer to a hello')
         if status == 101:
             body = head.split(b'Localtunnel-Welcome: ')[1].split(b'\r\n')[0]
@@ -4540,8 +4522,7 @@ class HostileTest(unittest.IsolatedAsyncioTestCase):
     async def ask(self, host='evil.localhost', fields=b'', path=b'/', port=None, **options):
         peer = await self.dial(port, **options)
         peer.send(
-            b'GET ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n' + fields + b'\r\n'
-        )
+            b'GET ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n' + fields + b'\r\n')
         return peer
 
     async def visit(self, *args, **words):
@@ -4605,13 +4586,9 @@ class FrameTest(HostileTest):
         await self.start()
         await self.good()
         for what, flood in [
-            ('PING', F(lt.PING, 0, U64(0))),
-            ('CREDIT', F(lt.CREDIT, 1, U32(0))),
-            ('CREDIT 0', F(lt.CREDIT, 0, U32(9))),
-            ('RESET', F(lt.RESET, 1, b'\0\0')),
-            ('GOAWAY', F(lt.GOAWAY, 0, WORDS(99, BAD))),
-            ('PONG', F(lt.PONG, 0, U64(0))),
-        ]:
+            ('PING', F(lt.PING, 0, U64(0))), ('CREDIT', F(lt.CREDIT, 1, U32(0))),
+            ('CREDIT 0', F(lt.CREDIT, 0, U32(9))), ('RESET', F(lt.RESET, 1, b'\0\0')),
+            ('GOAWAY', F(lt.GOAWAY, 0, WORDS(99, BAD))), ('PONG', F(lt.PONG, 0, U64(0)))]:
             with self.subTest(what):
                 peer = await self.victim()
                 asked = await self.ask()
@@ -4675,8 +4652,7 @@ class FrameTest(HostileTest):
             await self.eventually(
                 lambda: (
                     [m.session.connection for m in self.server._members()].count(None) == 1
-                    or len(self.server._members()) == 1
-                )
+                    or len(self.server._members()) == 1)
             )
         self.server._members()
 
@@ -4731,49 +4707,17 @@ class HelloTest(HostileTest):
         await self.good()
         await self.victim(auth=[['s', 'd']])
         good = {
-            'kind': 'http',
-            'proof': '22' * 32,
-            'instance': '44' * 16,
-            'started': 1,
-            'name': 'evil',
-        }
+            'kind': 'http', 'proof': '22' * 32, 'instance': '44' * 16, 'started': 1, 'name': 'evil'}
         for change in [
-            {'kind': 7},
-            {'kind': 'udp'},
-            {'proof': 'zz'},
-            {'proof': '22' * 33},
-            {'proof': None},
-            {'proof': ['2']},
-            {'instance': ''},
-            {'instance': {}},
-            {'started': 'x'},
-            {'started': 10**400},
-            {'port': 'x'},
-            {'port': float('inf')},
-            {'port': float('nan')},
-            {'port': [1]},
-            {'name': BAD},
-            {'name': 'x' * 40000},
-            {'name': ['a']},
-            {'name': {}},
-            {'name': '\ud800'},
-            {'name': 'xn--a'},
-            {'name': 'a.b'},
-            {'name': ''},
-            {'resume': 7},
-            {'resume': {'session': 'x'}},
-            {'resume': [1]},
-            {'allow': ['x']},
-            {'allow': 7},
-            {'resume': {'session': 'x', 'received': float('inf')}},
-            {'allow': [BAD]},
-            {'auth': [['a']]},
-            {'auth': 'x'},
-            {'auth': [7]},
-            {'auth': {'a': 'b'}},
-            {'allow': ['::'] * 9000},
-            {'auth': [['', '']] * 5000},
-        ]:
+            {'kind': 7}, {'kind': 'udp'}, {'proof': 'zz'}, {'proof': '22' * 33}, {'proof': None},
+            {'proof': ['2']}, {'instance': ''}, {'instance': {}}, {'started': 'x'},
+            {'started': 10**400}, {'port': 'x'}, {'port': float('inf')}, {'port': float('nan')},
+            {'port': [1]}, {'name': BAD}, {'name': 'x' * 40000}, {'name': ['a']}, {'name': {}},
+            {'name': '\ud800'}, {'name': 'xn--a'}, {'name': 'a.b'}, {'name': ''}, {'resume': 7},
+            {'resume': {'session': 'x'}}, {'resume': [1]}, {'allow': ['x']}, {'allow': 7},
+            {'resume': {'session': 'x', 'received': float('inf')}}, {'allow': [BAD]},
+            {'auth': [['a']]}, {'auth': 'x'}, {'auth': [7]}, {'auth': {'a': 'b'}},
+            {'allow': ['::'] * 9000}, {'auth': [['', '']] * 5000}]:
             with self.subTest(str(change)[:60]):
                 _, status, reason = await self.hello(raw=json.dumps({**good, **change}))
                 self.assertIn(status, (400, 403), reason)
@@ -4810,16 +4754,12 @@ class HelloTest(HostileTest):
         _, _, mine = await self.hello(name='evil', instance='44' * 16)
         (other,) = [m for m in self.server._members() if m.hello.name == 'good']
         for resume in [
-            {'session': other.id, 'received': 0},
-            {'session': mine['session'], 'received': 10**9},
-            {'session': mine['session'], 'received': -1},
-            {'session': '\xfc', 'received': 0},
-            {'session': '', 'received': 0},
-        ]:
+            {'session': other.id, 'received': 0}, {'session': mine['session'], 'received': 10**9},
+            {'session': mine['session'], 'received': -1}, {'session': '\xfc', 'received': 0},
+            {'session': '', 'received': 0}]:
             with self.subTest(str(resume)):
                 _, status, welcome = await self.hello(
-                    name='evil', instance='44' * 16, resume=resume
-                )
+                    name='evil', instance='44' * 16, resume=resume)
                 self.assertEqual((status, welcome['resume']), (101, None))
                 mine = welcome
         await self.others_are_served()
@@ -4869,8 +4809,7 @@ class HelloTest(HostileTest):
             self.assertEqual(status, 101, reason)
             peer.writer.close()
             await self.eventually(
-                lambda: not any(m.session.connection for m in self.server._members())
-            )
+                lambda: not any(m.session.connection for m in self.server._members()))
             for member in self.server._members():
                 member.session.end(lt.Disconnected('gone'))
 
@@ -4887,12 +4826,8 @@ class HelloTest(HostileTest):
         peer, _, _ = await self.hello('A', name='ana')
         bob, _, _ = await self.hello('B', name='bob', proof='55' * 32)
         for bad in [
-            'ana A\nbob',
-            'ana A\nbob B x=y\n',
-            'bob B expires=0001-01-01\nana A ports=z\n',
-            'ana A expires=0001-01-01T00:00:00+23:59\nbob',
-            '\xff\0',
-        ]:
+            'ana A\nbob', 'ana A\nbob B x=y\n', 'bob B expires=0001-01-01\nana A ports=z\n',
+            'ana A expires=0001-01-01T00:00:00+23:59\nbob', '\xff\0']:
             errors = self.server.counters['reload_errors']
             write(bad)
             await self.eventually(lambda: self.server.counters['reload_errors'] > errors)
@@ -4934,13 +4869,8 @@ class ServerTest(HostileTest):
             self.stack.callback(server.close)
         port, target = [s.sockets[0].getsockname()[1] for s in servers]
         client = lt.Client(
-            self.reactor,
-            lt.ServerAddress(f'http://127.0.0.1:{port}'),
-            lt.parse_target(f'127.0.0.1:{target}'),
-            bytes(32),
-            self.log,
-            **options,
-        )
+            self.reactor, lt.ServerAddress(f'http://127.0.0.1:{port}'),
+            lt.parse_target(f'127.0.0.1:{target}'), bytes(32), self.log, **options)
         self.running = self.background(client.run())
         return client
 
@@ -4950,8 +4880,7 @@ class ServerTest(HostileTest):
             b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: localtunnel/1\r\n'
             b'Localtunnel-Welcome: ',
             json.dumps({'url': 'http://x', 'session': 's', 'received': 0, **words}).encode(),
-            b'\r\n\r\n',
-        )
+            b'\r\n\r\n')
 
     async def test_a_malformed_answer_is_told_in_a_sentence(self):
         def refusal(body, status=403):
@@ -4997,9 +4926,7 @@ class ServerTest(HostileTest):
             self.welcome(peer, url='http://' + BAD, session=BAD)
             peer.send(
                 F(lt.OPEN, 1, b'GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n'),
-                F(lt.RESET, 1, WORDS(1, BAD)),
-                F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)),
-            )
+                F(lt.RESET, 1, WORDS(1, BAD)), F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)))
 
         await self.client(behave)
         with self.assertRaises(lt.Refused) as caught:
@@ -5014,16 +4941,12 @@ class ServerTest(HostileTest):
 
     async def test_each_violation_has_its_goodbye(self):
         for words, *frames in [
-            ('OPEN of stream 2', F(lt.OPEN, 2, b'x')),
-            ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
-            ('never opened', F(lt.DATA, 1, b'x')),
-            ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
-            ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))),
-            ('unknown kind', F(99, 1)),
+            ('OPEN of stream 2', F(lt.OPEN, 2, b'x')), ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
+            ('never opened', F(lt.DATA, 1, b'x')), ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
+            ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))), ('unknown kind', F(99, 1)),
             ('DATA without bytes', F(lt.OPEN, 1, ASK), F(lt.DATA, 1)),
             ('bytes after END', F(lt.OPEN | END, 1, ASK), F(lt.DATA, 1, b'x')),
-            ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31))),
-        ]:
+            ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31)))]:
             with self.subTest(words):
                 said = self.loop.create_future()
 
@@ -5083,8 +5006,7 @@ class ServerTest(HostileTest):
             ('open', opener),
             (
                 'rapid reset',
-                [F(lt.OPEN, n, ASK) + F(lt.RESET, n, b'\0\1') for n in range(1, 20001)],
-            ),
+                [F(lt.OPEN, n, ASK) + F(lt.RESET, n, b'\0\1') for n in range(1, 20001)]),
         ]:
             with self.subTest(what):
                 sent = self.loop.create_future()
@@ -5138,26 +5060,17 @@ class HostileVisitorTest(HostileTest):
 
         upgrade = b'Connection: Upgrade\r\nUpgrade: websocket\r\n'
         for fields in [
-            b'',
-            login('ana:wrong'),
-            login('secret'),
-            upgrade,
-            b'Authorization: Basic \xff\r\n',
-            b'Authorization: Basic YW5hOnNlY3JldA==, x\r\n',
-            login('ana:secret') * 2,
-            b'Authorization: Bearer YW5hOnNlY3JldA==\r\n',
-            b'Authorization: Basic\r\n',
-        ]:
+            b'', login('ana:wrong'), login('secret'), upgrade, b'Authorization: Basic \xff\r\n',
+            b'Authorization: Basic YW5hOnNlY3JldA==, x\r\n', login('ana:secret') * 2,
+            b'Authorization: Bearer YW5hOnNlY3JldA==\r\n', b'Authorization: Basic\r\n']:
             with self.subTest(fields):
                 status, head, _ = await self.visit(fields=fields)
                 self.assertIn(
-                    (status, b'WWW-Authenticate: Basic' in head), [(401, True), (400, False)]
-                )
+                    (status, b'WWW-Authenticate: Basic' in head), [(401, True), (400, False)])
         preflight = await self.dial()
         preflight.send(
             b'OPTIONS / HTTP/1.1\r\nHost: evil.localhost\r\nOrigin: http://x\r\n'
-            b'Access-Control-Request-Method: PUT\r\n\r\n'
-        )
+            b'Access-Control-Request-Method: PUT\r\n\r\n')
         self.assertEqual((await self.within(preflight.head()))[0], 401)
         for user in ('ana:secret', 'bob:x'):
             asked = await self.ask(fields=upgrade + login(user))
@@ -5165,10 +5078,8 @@ class HostileVisitorTest(HostileTest):
             self.assertNotIn(b'authorization', head.lower())
             peer.send(
                 F(
-                    lt.DATA,
-                    id,
-                    b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhi',
-                )
+                    lt.DATA, id,
+                    b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhi')
             )
             self.assertIn(b'101', await asked.reader.readuntil(b'hi'))
         self.assertNotIn('secret', self.log.text())
@@ -5180,12 +5091,8 @@ class HostileVisitorTest(HostileTest):
         peer = await self.victim(allow=['203.0.113.0/24'])
         self.background(peer.serve())
         for forwarded, status in [
-            (b'203.0.113.9', 200),
-            (b'203.0.113.9, 127.0.0.2', 200),
-            (b'', 403),
-            (b'203.0.113.9, 198.51.100.1', 403),
-            (b'127.0.0.1', 403),
-        ]:
+            (b'203.0.113.9', 200), (b'203.0.113.9, 127.0.0.2', 200), (b'', 403),
+            (b'203.0.113.9, 198.51.100.1', 403), (b'127.0.0.1', 403)]:
             got = await self.visit(fields=b'X-Forwarded-For: ' + forwarded + b'\r\n')
             self.assertEqual(got[0], status, forwarded)
         await self.visit(fields=b'X-Forwarded-For: fe80::1%\x9b31m 200 forged\r\n')
@@ -5199,13 +5106,7 @@ class HostileVisitorTest(HostileTest):
         await self.start(domain='t.example.com', rate=3.0)
         peer = await self.victim()
         domains = [
-            't.example.com',
-            '.T.Example.com',
-            '"t.example.com"',
-            'example.com',
-            'com',
-            ' .com ',
-        ]
+            't.example.com', '.T.Example.com', '"t.example.com"', 'example.com', 'com', ' .com ']
         lines = [f'Set-Cookie: a={n}; Path=/; DOMAIN={d}; Secure' for n, d in enumerate(domains)]
         kept = ['evil.t.example.com', 'xample.com', '']
         lines += [f'Set-Cookie: kept={n}; domain={d}' for n, d in enumerate(kept)]
@@ -5304,14 +5205,8 @@ class TlsTest(HostileTest):
         await self.good()  # sessions still come
         for pin, good in [(self.made[2], True), ('0' * 64, False)]:
             client = lt.Client(
-                self.reactor,
-                lt.ServerAddress(f'https://localhost:{self.tls_port}'),
-                lt.parse_target('1'),
-                bytes(32),
-                self.log,
-                pin=pin,
-                tls=lt.pinned_tls(),
-            )
+                self.reactor, lt.ServerAddress(f'https://localhost:{self.tls_port}'),
+                lt.parse_target('1'), bytes(32), self.log, pin=pin, tls=lt.pinned_tls())
             running = self.background(client.run())
             if good:
                 await self.within(client.welcomed.wait())
@@ -5327,13 +5222,8 @@ class TlsTest(HostileTest):
 PATTERN = b''.join(hashlib.sha256(b'%d' % i).digest() for i in range(8192)) * 3
 HEAD = 'HTTP/1.1\r\nHost: {}.localhost\r\n'
 QUICK = {
-    'SWEEP': 0.005,
-    'BACKOFF_FIRST': 0.001,
-    'BACKOFF_SOON': 0.02,
-    'LINGER': 0.02,
-    'HALF_CLOSED': 0.02,
-    'DRAIN_LOOK': 0.005,
-}
+    'SWEEP': 0.005, 'BACKOFF_FIRST': 0.001, 'BACKOFF_SOON': 0.02, 'LINGER': 0.02,
+    'HALF_CLOSED': 0.02, 'DRAIN_LOOK': 0.005}
 
 
 async def network_eventually(true, what='it never became true'):
@@ -5349,12 +5239,7 @@ class Relay:
 
     def __init__(self, port, cuts=(), delay=0.0):
         self.to, self.cuts, self.delay, self.pairs, self.passed = (
-            port,
-            list(cuts),
-            delay,
-            [],
-            [0, 0],
-        )
+            port, list(cuts), delay, [], [0, 0])
 
     async def start(self):
         self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
@@ -5371,8 +5256,7 @@ class Relay:
         await asyncio.wait(
             {
                 asyncio.ensure_future(self.pump(*x))
-                for x in ((0, reader, there[1], cut, pair), (1, there[0], writer, cut, pair))
-            }
+                for x in ((0, reader, there[1], cut, pair), (1, there[0], writer, cut, pair))}
         )
         self.pairs.remove(pair)
 
@@ -5427,8 +5311,7 @@ class Network(unittest.TestCase):
                 await self.end()
         self.assertEqual(
             [f for f in self.faults if not isinstance(f.get('exception'), asyncio.CancelledError)],
-            [],
-        )
+            [])
 
     async def end(self):
         for writer in self.writers:
@@ -5441,8 +5324,7 @@ class Network(unittest.TestCase):
             self.relay.cut()
         await network_eventually(
             lambda: (
-                not [x for x in self.reactor.swept if isinstance(x, (lt.Session, lt.Connection))]
-            ),
+                not [x for x in self.reactor.swept if isinstance(x, (lt.Session, lt.Connection))]),
             'a session or connection is left',
         )
         self.assertEqual(self.server._budget.used, 0, 'bytes of a window are left')
@@ -5474,8 +5356,7 @@ class Network(unittest.TestCase):
     async def start_server(self, port=0, **options):
         tokens = lt.Tokens(open=True)
         self.server = lt.Server(
-            self.reactor, 'localhost', tokens, lt.Leases(tokens), lt.Silence(), drain=1, **options
-        )
+            self.reactor, 'localhost', tokens, lt.Leases(tokens), lt.Silence(), drain=1, **options)
         socks = [lt.bind('127.0.0.1', p)[0] for p in (port, 0)]  # for sessions, for visitors
         self.port, self.visitors = [sock.getsockname()[1] for sock in socks]
         for sock in socks:
@@ -5484,8 +5365,7 @@ class Network(unittest.TestCase):
     async def client(self, port=None, wait=True, **options):
         address = lt.ServerAddress(f'http://127.0.0.1:{port or self.port}')
         client = lt.Client(
-            self.reactor, address, self.target, bytes(32), lt.Silence(), name=self.name, **options
-        )
+            self.reactor, address, self.target, bytes(32), lt.Silence(), name=self.name, **options)
         self.clients.append((client, asyncio.ensure_future(client.run())))
         if wait:
             await client.welcomed.wait()
@@ -5518,10 +5398,8 @@ class Network(unittest.TestCase):
                 if path == '/hold':
                     await self.gate.wait()
                 out = (
-                    hashlib.sha256(body).digest()
-                    if body
-                    else PATTERN[: int(path.strip('/hold') or 9)]
-                )
+                    hashlib.sha256(body).digest() if body
+                    else PATTERN[: int(path.strip('/hold') or 9)])
                 writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(out) + out)
                 await writer.drain()
 
@@ -5547,15 +5425,13 @@ class Network(unittest.TestCase):
     async def put(self, size):
         self.assertEqual(
             await self.visit('PUT /up', PATTERN[:size]),
-            (200, hashlib.sha256(PATTERN[:size]).digest()),
-        )
+            (200, hashlib.sha256(PATTERN[:size]).digest()))
 
     async def echo(self, sizes):
         reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors)
         self.writers.append(writer)
         writer.write(
-            f'GET /e {HEAD.format(self.name)}Connection: Upgrade\r\nUpgrade: e\r\n\r\n'.encode()
-        )
+            f'GET /e {HEAD.format(self.name)}Connection: Upgrade\r\nUpgrade: e\r\n\r\n'.encode())
         self.assertIn(b' 101 ', await reader.readuntil(b'\r\n\r\n'))
         at = 0
         for size in sizes:
@@ -5566,13 +5442,9 @@ class Network(unittest.TestCase):
 
     async def mix(self, dice):
         await asyncio.gather(
-            self.get(),
-            self.get(dice.randrange(1, 200000)),
-            self.get(5000),
-            self.put(dice.randrange(1, 200000)),
-            self.put(100),
-            self.echo([dice.choice([1, 300, 20000]) for _ in range(9)]),
-        )
+            self.get(), self.get(dice.randrange(1, 200000)), self.get(5000),
+            self.put(dice.randrange(1, 200000)), self.put(100),
+            self.echo([dice.choice([1, 300, 20000]) for _ in range(9)]))
 
 
 class CutTest(Network):
@@ -5722,18 +5594,14 @@ class AwayTest(Network):
         many = [
             asyncio.ensure_future(self.visit(text, body))
             for text, body in (
-                ('GET /hold', b''),
-                ('PUT /hold', b'x'),
-                ('POST /hold', b'x'),
-                ('PUT /hold', bytes(lt.SMALL_BODY + 1)),
-            )
+                ('GET /hold', b''), ('PUT /hold', b'x'), ('POST /hold', b'x'),
+                ('PUT /hold', bytes(lt.SMALL_BODY + 1)))
         ]
         await network_eventually(lambda: len(self.asked) == 4)
         self.members()[0].session.end(lt.Disconnected('the test ends it'))
         self.gate.set()
         self.assertEqual(
-            [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502]
-        )
+            [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502])
         self.assertEqual(len(self.asked), 6)
 
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
@@ -5867,8 +5735,7 @@ class LeaseFileTest(unittest.TestCase):
                             leases.claim('new', 'proof:1', '', 1e9)
                 again = lt.Leases(tokens, path)
                 self.assertEqual(
-                    (again.owner('old', 1e9), again.owner('new', 1e9)), ('proof:1', None)
-                )
+                    (again.owner('old', 1e9), again.owner('new', 1e9)), ('proof:1', None))
 
 
 # ------------------------------------------------------------------------------------------------
