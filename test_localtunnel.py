@@ -1422,48 +1422,7 @@ class PingTest(SessionTest):
             self.assertIn(frame, seen)
 
 
-OUTSIDE = (     # what a server may not be sent on stream 1, which it opened: frames, a word
-    (((lt.DATA, 2, b'x'),), 'never opened'), (((lt.CREDIT, 9, b'\0\0\0\1'),), 'never opened'),
-    (((lt.RESET, 2, b'\0\0'),), 'never opened'), (((lt.OPEN, 2, b'x'),), 'OPEN'),
-    (((lt.DATA, 0, b'x'),), 'stream 0'),
-    (((lt.DATA | lt.END, 1, b''), (lt.DATA, 1, b'x')), 'END'),
-    (((lt.DATA, 1, bytes(65536)), (lt.DATA, 1, b'x')), 'credit'),
-    (((lt.CREDIT, 1, b'\xff\xff\xff\xff'),), 'credit'),
-    (((lt.PONG, 0, b'\xff' * 8),), 'acknowledged'), (((9, 0, b''),), 'unknown'),
-    (((lt.PING | lt.END, 0, bytes(8)),), 'END'),
-)
-
-
 class ProtocolTest(SessionTest):
-
-    async def test_what_breaks_the_protocol_ends_the_session_with_a_reason(self):
-        for frames, word in OUTSIDE:
-            with self.subTest(word, frames=frames):
-                session, peer = await self.against_raw()
-                stream = session.open()
-                await stream.write(b'hello')
-                await peer.until(lt.OPEN)
-                peer.send(b''.join(F(*frame) for frame in frames))
-                goaway = await peer.until(lt.GOAWAY)
-                code, text = lt.decode_reason(goaway[2])
-                self.assertEqual(code, lt.PROTOCOL_BROKEN)
-                self.assertRegex(text, word)
-                self.assertIsInstance(session.error, lt.ProtocolError)
-                stream.close()
-
-    async def test_a_client_takes_streams_in_order_only(self):
-        for ids in ((2,), (1, 3), (1, 1), (1, 2, 1)):
-            session, peer = await self.against_raw(client=True)
-            peer.send(b''.join(F(lt.OPEN, id, b'x') for id in ids))
-            goaway = await peer.until(lt.GOAWAY)
-            self.assertEqual(lt.decode_reason(goaway[2])[0], lt.PROTOCOL_BROKEN)
-
-    async def test_opening_bytes_count_against_the_credit(self):
-        session, peer = await self.against_raw(client=True)
-        peer.send(F(lt.OPEN, 1, bytes(60000))
-                     + F(lt.DATA, 1, bytes(6000)))
-        goaway = await peer.until(lt.GOAWAY)
-        self.assertRegex(lt.decode_reason(goaway[2])[1], 'credit')
 
     async def test_a_peer_that_asks_and_never_reads_is_given_up(self):
         session, peer = await self.against_raw(client=True, small=20000)
@@ -1479,15 +1438,6 @@ class ProtocolTest(SessionTest):
                 if session.error or session.connection is None:
                     break
             await eventually(lambda: session.connection is None)
-
-    async def test_a_peer_that_never_acknowledges_fills_no_memory(self):
-        session, peer = await self.against_raw(client=True)
-        with self.constant(KEPT_FOR_RESUME=10000, BATCH=1000):
-            for _ in range(2000):
-                peer.send(F(lt.PING, 0, bytes(8)))
-                if not await peer.reader.read(65536):
-                    break
-        self.assertLess(sum(map(len, session._kept)), 20000)
 
     async def test_random_frames_end_in_a_goodbye_and_never_in_another_error(self):
         chance = random.Random(5)
@@ -1629,44 +1579,6 @@ REQUESTS = (        # head, and (method, target, host, length)
      (b"!#$%&'*+-.^_`|~", b'/', b'a', 0)),
 )
 
-BAD_REQUESTS = (    # head, and the status of the refusal
-    (b'GET / HTTP/1.1\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost:\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a, b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a/b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: u@a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a:x\r\n\r\n', 400),
-    (b'GET / HTTP/1.0\r\nHost: a b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost : a\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\n Host: a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nb\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nB: \0\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nB: c\rd\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\nB: c\r\n\r\n', 400),
-    (b'GET  / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\t HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / a HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\x7f HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / http/1.1\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/1.1 \r\nHost: a\r\n\r\n', 400),
-    (b'G(T / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET a HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET * HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / HTTP/1.2\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/2.0\r\nHost: a\r\n\r\n', 505),
-    (b'GET / HTTP/0.9\r\n\r\n', 505), (b'PRI * HTTP/2.0\r\n\r\n', 505),
-    (b'CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n', 501),
-    (b'GET http://b/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET /%b HTTP/1.1\r\nHost: a\r\n\r\n' % (b'x' * 20000), 414),
-    (b'GET / HTTP/1.1\r\nHost: a\r\n' + b'B: c\r\n' * 201 + b'\r\n', 431),
-)
-
-BAD_FRAMING = (     # fields of a request that could be read in two ways
-    b'Content-Length: 1\r\nContent-Length: 1', b'Content-Length: 1, 1', b'Content-Length: -1',
-    b'Content-Length: +1', b'Content-Length: 1_0', b'Content-Length: 0x1', b'Content-Length:',
-    b'Content-Length: 1 1', b'Content-Length: \xb2', b'Content-Length: ' + b'9' * 19,
-    b'Content-Length: 1\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: gzip, chunked',
-    b'Transfer-Encoding: chunked, chunked', b'Transfer-Encoding: identity', b'Transfer-Encoding:',
-    b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: chunked;a',
-    b'Transfer-Encoding: \x0bchunked', b'Transfer-Encoding: "chunked"',
-    b'Transfer-Encoding: chunked,',
-)
-
 RESPONSES = (       # head, method, and (status, reason, length)
     (b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n', b'GET', (200, b' OK', 5)),
     (b'HTTP/1.1 200\r\n\r\n', b'GET', (200, b'', lt.UNTIL_CLOSE)),
@@ -1680,17 +1592,6 @@ RESPONSES = (       # head, method, and (status, reason, length)
     (b'HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n', b'GET', (304, b' Not', 0)),
     (b'HTTP/1.1 100 Continue\r\n\r\n', b'POST', (100, b' Continue', 0)),
     (b'HTTP/1.1 101 Switch\r\n\r\n', b'GET', (101, b' Switch', 0)),
-)
-
-BAD_RESPONSES = (
-    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n', b'HTTP/1.0 200 OK\r\nTransfer-Encoding: '
-    b'chunked\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 20 OK\r\n\r\n',
-    b'HTTP/1.1 099 OK\r\n\r\n',
-    b'HTTP/2 200 OK\r\n\r\n', b'ICY 200 OK\r\n\r\n', b'HTTP/1.1 200 O\0K\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nA : b\r\n\r\n', b'HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n',
-    b'HTTP/1.1  200 OK\r\n\r\n',
 )
 
 
@@ -1708,29 +1609,11 @@ class HeadTest(unittest.TestCase):
                 got = lt.parse_request(head)
                 self.assertEqual((got.method, got.target, got.host, got.body_length()), expected)
 
-    def test_these_requests_are_refused(self):
-        for head, status in BAD_REQUESTS:
-            with self.subTest(head[:60]), self.assertRaises(lt.BadHttp) as caught:
-                lt.parse_request(head).body_length()
-            self.assertEqual(caught.exception.status, status, head[:60])
-
-    def test_a_body_that_could_end_in_two_places_is_refused(self):
-        for fields in BAD_FRAMING:
-            with self.subTest(fields), self.assertRaises(lt.BadHttp):
-                lt.parse_request(b'POST / HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n' % fields).body_length()
-        with self.assertRaises(lt.BadHttp):
-            lt.parse_request(b'POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n').body_length()
-
     def test_these_responses_are_understood(self):
         for head, method, expected in RESPONSES:
             with self.subTest(head):
                 got = lt.parse_response(head)
                 self.assertEqual((got.status, got.reason, got.body_length(method)), expected)
-
-    def test_these_responses_are_refused(self):
-        for head in BAD_RESPONSES:
-            with self.subTest(head), self.assertRaises(lt.BadHttp):
-                lt.parse_response(head).body_length(b'GET')
 
     def test_the_lines_keep_their_order_and_case_and_bytes(self):
         lines = [b'host: a', b'X-B:  two  spaces ', b'x-b:\t\xff', b'Cookie: a', b'COOKIE: b']
@@ -1800,7 +1683,9 @@ class HeadTest(unittest.TestCase):
 
     def test_random_bytes_give_a_head_or_bad_http(self):
         chance = random.Random(7)
-        heads = [head for head, *_ in (*REQUESTS, *BAD_REQUESTS, *RESPONSES)]
+        heads = [head for head, *_ in (*REQUESTS, *RESPONSES)] + BAD_ANSWERS + [
+            case for case in REFUSED.values() if isinstance(case, bytes)]
+        heads = [head for head in heads if len(head) > 20]
         for _ in range(4000):
             head = bytearray(chance.choice(heads)[:500])
             for _ in range(chance.randint(1, 4)):
@@ -1826,14 +1711,18 @@ BODIES = (          # length, bytes, and (body, trailers)
 )
 
 BAD_CHUNKS = (
-    b'\r\n', b'5\nhello\r\n', b'5 \r\nhello\r\n', b'+5\r\nhello\r\n', b'-5\r\n', b'0x5\r\n',
-    b'g\r\n',
-    b'5\r\nhello0\r\n\r\n', b'5\r\nhello\n0\r\n\r\n', b'5\r\nhelloX\r\n', b'1000000000000000\r\n',
-    b'0\r\nA\r\n\r\n', b'0\r\n A: b\r\n\r\n', b'0\r\nA : b\r\n\r\n', b'0\r\nA: b\n\r\n', b'0\r\n\n',
-    b'5;\0\r\nhello\r\n', b'5;a\rb\r\nhello\r\n', b' 5\r\nhello\r\n', b'5\r\nhello\r\r\n',
-    b'5_0\r\n',
-    b'1;' + b'x' * 5000 + b'\r\n',
-)
+    b'0x5\r\nhello\r\n|+5\r\nhello\r\n|-5\r\nhello\r\n|5 \r\nhello\r\n| 5\r\nhello\r\n|'
+    b'5\nhello\r\n|5\rhello\r\n|5\r\r\nhello\r\n|5;\nhello\r\n|5;a\nhello\r\n|'
+    b'5;a\rb\r\nhello\r\n|5;a=\0\r\nhello\r\n|5\0\r\nhello\r\n|5\r\nhello\n|5\r\nhello|'
+    b'5\r\nhelloXX|5\r\nhello\r|5\r\nhello\r\r\n|5\r\nhello\n\n|4\r\nhello\r\n|'
+    b'6\r\nhello\r\n|g\r\nhello\r\n|\r\nhello\r\n|;a\r\nhello\r\n|5,5\r\nhello\r\n|'
+    b'5 5\r\nhello\r\n|0_5\r\nhello\r\n|5h\r\nhello\r\n|5=a\r\nhello\r\n|'
+    b'"5"\r\nhello\r\n|\xef\xbc\x95\r\nhello\r\n|10000000000000005\r\nhello\r\n|'
+    b'FFFFFFFFFFFFFFFF\r\nhello\r\n|-0\r\n\r\n|0\n\n|0\r\n\n|0\n\r\n|0\r\rX|0;\n\r\n|'
+    b'0\r\nX : y\r\n\r\n|0\r\nX: y\n\r\n|0\r\n X: y\r\n\r\n|0\r\nX: y\r\n z\r\n\r\n|'
+    b'0\r\nX\r\n\r\n|0\r\nX: \0\r\n\r\n|0\r\nX: y\rZ: 1\r\n\r\n|'
+    b'0\r\nContent-Length: 5\r\n\r\n|0\r\nTransfer-Encoding: chunked\r\n\r\n|'
+    b'0\r\nHost: other.localhost\r\n\r\n|0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n').split(b'|')
 
 
 class BodyTest(unittest.TestCase):
@@ -1864,7 +1753,7 @@ class BodyTest(unittest.TestCase):
 
     def test_what_is_no_chunk_is_refused_however_it_arrives(self):
         for data in BAD_CHUNKS:
-            for pieces, _ in three_ways(data):
+            for pieces, _ in three_ways(data + EMPTY + SMUGGLED):
                 with self.subTest(data[:20], pieces=len(pieces)), self.assertRaises(lt.BadHttp):
                     self.read(lt.CHUNKED, [*pieces, b''])
 
@@ -2557,33 +2446,21 @@ class VisitorTest(WorldTest):
         self.assertEqual(await visitor.reader.read(), b'')
 
     async def test_the_app_learns_when_the_visitor_is_gone(self):
-        asked, gone = asyncio.Event(), asyncio.Event()
+        for end in (Peer.reset, lambda visitor: visitor.writer.write_eof()):
+            asked, gone = asyncio.Event(), asyncio.Event()
 
-        async def answer(head, reader, writer):
-            asked.set()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
-        _, visitor = await self.through(answer)
-        visitor.ask()
-        await asked.wait()
-        visitor.reset()
-        await gone.wait()
-
-    async def test_the_app_learns_of_a_silent_end_too(self):
-        asked, gone = asyncio.Event(), asyncio.Event()
-
-        async def answer(head, reader, writer):
-            asked.set()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
-        with self.constant(HALF_CLOSED=0.0):
-            _, visitor = await self.through(answer)
-            visitor.ask()
-            await asked.wait()
-            visitor.writer.write_eof()
-            await gone.wait()
+            async def answer(head, reader, writer):
+                asked.set()
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                gone.set()
+            with self.constant(HALF_CLOSED=0.0):
+                _, visitor = await self.through(answer)
+                visitor.ask()
+                await asked.wait()
+                end(visitor)
+                await gone.wait()
+                await self.end_of_the_world()
 
     async def test_a_request_cut_short_is_cut_short_for_the_app(self):
         seen = asyncio.Queue()
@@ -2614,32 +2491,10 @@ class ForwardingTest(WorldTest):
         return app.requests[0].decode('latin-1').replace(visitor.host,
                                                          'HOST').split('\r\n')[:-2]
 
-    async def test_order_and_case_and_bytes_survive(self):
-        lines = await self.forwarded('x-B: 1\nX-a:  2 \nx-b:3\nCookie: a\ncookie: b',
-                                     '/%7e?a=%20&b')
-        self.assertEqual(lines[:7],
-                         ['GET /%7e?a=%20&b HTTP/1.1', 'Host: HOST', 'x-B: 1', 'X-a:  2 ',
-                                     'x-b:3', 'Cookie: a', 'cookie: b'])
-
     async def test_the_app_learns_where_a_request_came_from(self):
         lines = await self.forwarded('')
         self.assertEqual(lines[2:5], ['X-Forwarded-For: 127.0.0.1', 'X-Forwarded-Proto: http',
                                       'X-Forwarded-Host: HOST'])
-
-    async def test_what_a_visitor_claims_about_that_is_dropped(self):
-        lines = await self.forwarded('X-Forwarded-For: 6.6.6.6\nx_forwarded_host: evil\n'
-                                     'Forwarded: for=6\nX-FORWARDED-PORT: 6\n'
-                                     'X-Forwarded_Proto: evil')
-        self.assertNotIn('6.6.6.6', str(lines))
-        self.assertEqual([line for line in lines if 'evil' in line or 'for=6' in line
-                          or ': 6' in line], [])
-
-    async def test_fields_of_one_hop_do_not_pass(self):
-        lines = await self.forwarded('Connection: keep-alive, X-Own\nX-Own: 1\nKeep-Alive: 5\n'
-                                     'TE: gzip\nProxy-Connection: a\nUpgrade: h2c')
-        names = {line.partition(':')[0].lower() for line in lines[1:]}
-        self.assertFalse(names & {'connection', 'x-own', 'keep-alive', 'te', 'proxy-connection',
-                                  'upgrade'})
 
     async def test_a_tunnel_that_leads_to_itself_is_508(self):
         await self.world()
@@ -2655,7 +2510,6 @@ class ForwardingTest(WorldTest):
         self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'),
                          b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\n'
                          b'Set-Cookie: a=b\r\nset-cookie: c=d\r\nContent-Length: 0\r\n\r\n')
-
 
 
 class AdmissionTest(WorldTest):
@@ -2718,40 +2572,12 @@ class AdmissionTest(WorldTest):
         self.assertEqual((await self.refused()).code, 'token')
         self.assertTrue((await self.client(1, token='secret')).url)
 
-    async def test_the_one_who_started_later_takes_over(self):
-        await self.world()
-        first, second = await self.client(1), await self.client(1)
-        with self.assertRaises(lt.Refused) as caught:
-            await first.running
-        self.assertEqual((caught.exception.code, caught.exception.final), ('superseded', True))
-        self.assertFalse(second.running.done())
-
     async def test_the_one_who_started_earlier_does_not_take_it_back(self):
         await self.world()
         await self.client(1)
         with unittest.mock.patch('time.time', return_value=1.0):
             older = self.client(1)
             self.assertEqual((await older).running.exception().code, 'superseded')
-
-    async def test_an_exchange_goes_on_while_another_takes_over(self):
-        asked, go = asyncio.Event(), asyncio.Event()
-
-        async def slow(head, reader, writer):
-            asked.set()
-            await go.wait()
-            writer.write(OK)
-            return True
-        await self.world()
-        app = await self.app(slow)
-        first = await self.client(app)
-        visitor = await self.visitor(first)
-        visitor.ask()
-        await asked.wait()
-        await self.client(app)
-        go.set()
-        self.assertEqual((await visitor.answer())[2], b'hello')
-        with self.assertRaises(lt.Refused):
-            await first.running
 
     async def test_a_refusal_is_a_status_and_a_reason_in_json(self):
         await self.world(tokens=['secret'])
@@ -2986,20 +2812,6 @@ class ExchangeTest(WorldTest):
                          b'hello')
         self.assertEqual((await visitor.get())[2], b'hello')
 
-    async def test_an_upgrade_that_nobody_asked_for_is_502(self):
-        _, visitor = await self.through(b'HTTP/1.1 101 Switching\r\nUpgrade: x\r\n'
-                                        b'Connection: upgrade, close\r\n\r\n')
-        self.assertEqual((await visitor.get())[0], 502)
-
-    async def test_a_body_cut_short_is_cut_short_for_the_visitor(self):
-        for head in (b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\nhalf',
-                     b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n'
-                     b'5\r\nhello\r\n'):
-            _, visitor = await self.through(head)
-            with self.assertRaises((asyncio.IncompleteReadError, ConnectionError, ValueError)):
-                await visitor.get()
-            await self.end_of_the_world()
-
     async def test_one_exchange_that_stalls_delays_none_of_hundreds(self):
         async def by_path(head, reader, writer):
             if b'GET /stall' in head:
@@ -3103,16 +2915,6 @@ class UpstreamTest(WorldTest):
         self.assertEqual(status, 502)
         self.assertIn(f'localhost:{port}'.encode(), body)
 
-    async def test_an_answer_that_is_no_http_is_502(self):
-        for nonsense in (b'SSH-2.0-close\r\n\r\n', b'HTTP/1.1 200 OK\r\nA : close\r\n\r\n',
-                         b'\0close',
-                         b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n'
-                         b'Connection: close\r\n\r\nx'):
-            with self.subTest(nonsense):
-                _, visitor = await self.through(nonsense)
-                self.assertEqual((await visitor.get())[0], 502)
-                await self.end_of_the_world()
-
     async def test_an_app_that_takes_too_long_is_504(self):
         async def never(head, reader, writer):
             await reader.read()
@@ -3156,18 +2958,6 @@ class ComeBackTest(WorldTest):
         go.set()
         self.assertEqual((await visitor.answer())[2], b'hello')
         self.assertIs(self.clients[0]._session, session)
-
-    async def test_a_request_waits_for_a_client_on_its_way_back(self):
-        await self.world(hold=9.0)
-        app = await self.app()
-        client = await self.client(app)
-        visitor = await self.visitor(client)
-        with unittest.mock.patch.object(lt.Client, '_dial', side_effect=OSError('the net is away')):
-            client._session.connection.reset(lt.CANCELLED, '')
-            await eventually(lambda: not self.server._members()[0].session.connection)
-            visitor.ask()
-            await eventually(lambda: self.server._held)
-        self.assertEqual((await visitor.answer())[2], b'hello')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3918,19 +3708,7 @@ for fields in (
         b'Connection: Transfer-Encoding,close|Connection: X-Forwarded-For|'
         b'Connection: x_forwarded_proto|Connection: x\r\nConnection: X-Forwarded-Host').split(b'|'):
     REFUSED['fields %r' % fields] = post(fields + b'\r\n', EMPTY + SMUGGLED)
-for body in (
-        b'0x5\r\nhello\r\n|+5\r\nhello\r\n|-5\r\nhello\r\n|5 \r\nhello\r\n| 5\r\nhello\r\n|'
-        b'5\nhello\r\n|5\rhello\r\n|5\r\r\nhello\r\n|5;\nhello\r\n|5;a\nhello\r\n|'
-        b'5;a\rb\r\nhello\r\n|5;a=\0\r\nhello\r\n|5\0\r\nhello\r\n|5\r\nhello\n|5\r\nhello|'
-        b'5\r\nhelloXX|5\r\nhello\r|5\r\nhello\r\r\n|5\r\nhello\n\n|4\r\nhello\r\n|'
-        b'6\r\nhello\r\n|g\r\nhello\r\n|\r\nhello\r\n|;a\r\nhello\r\n|5,5\r\nhello\r\n|'
-        b'5 5\r\nhello\r\n|0_5\r\nhello\r\n|5h\r\nhello\r\n|5=a\r\nhello\r\n|'
-        b'"5"\r\nhello\r\n|\xef\xbc\x95\r\nhello\r\n|10000000000000005\r\nhello\r\n|'
-        b'FFFFFFFFFFFFFFFF\r\nhello\r\n|-0\r\n\r\n|0\n\n|0\r\n\n|0\n\r\n|0\r\rX|0;\n\r\n|'
-        b'0\r\nX : y\r\n\r\n|0\r\nX: y\n\r\n|0\r\n X: y\r\n\r\n|0\r\nX: y\r\n z\r\n\r\n|'
-        b'0\r\nX\r\n\r\n|0\r\nX: \0\r\n\r\n|0\r\nX: y\rZ: 1\r\n\r\n|'
-        b'0\r\nContent-Length: 5\r\n\r\n|0\r\nTransfer-Encoding: chunked\r\n\r\n|'
-        b'0\r\nHost: other.localhost\r\n\r\n|0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n').split(b'|'):
+for body in BAD_CHUNKS:
     REFUSED['chunks %r' % body[:40]] = chunked(body + EMPTY + SMUGGLED)
 for line in (
         b'GET  / HTTP/1.1|GET /  HTTP/1.1| GET / HTTP/1.1|\tGET / HTTP/1.1|GET / HTTP/1.1 |'
@@ -3958,7 +3736,8 @@ for host in (
 REFUSED.update({
     'chunked in HTTP/1.0': post(b'Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n',
                                 EMPTY + SMUGGLED, b'POST /x HTTP/1.0'),
-    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H),
+    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H), 'HTTP/1.2': get(b'GET / HTTP/1.2'),
+    'a host with a space in HTTP/1.0': get(b'GET / HTTP/1.0', host=b'Host: a b\r\n'),
     'only LF': b'GET / HTTP/1.1\nHost: t.localhost\n\n' + SMUGGLED,
     'only CR': b'GET / HTTP/1.1\rHost: t.localhost\r\r' + SMUGGLED,
     'ends with LF LF': b'GET / HTTP/1.1\r\n' + H[:-2] + b'\n\n' + SMUGGLED,
@@ -4022,8 +3801,9 @@ CHANGED = {         # request: (request line at the app, a field that must be th
     b'\r\n' + get(): (b'GET /x HTTP/1.1', H),
     get(fields=b'Connection: X-Gone, Keep-Alive\r\nX-Gone: 1\r\nKeep-Alive: 5\r\nTE: gzip\r\n'
         b'Proxy-Connection: close\r\nUpgrade: h2c\r\nX: 1\r\n'): (b'GET /x HTTP/1.1', b'X: 1\r\n'),
-    get(fields=b'X-Forwarded-For: 6.6.6.6\r\nX_Forwarded_For: 6.6.6.6\r\nx-forwarded_Proto: z\r\n'
-        b'X-FORWARDED-HOST: z\r\nX_FORWARDED-PORT: 1\r\nForwarded: for=6.6.6.6\r\n'):
+    get(fields=b''.join(name + b': 6.6.6.6\r\n' for name in (
+        b'X-Forwarded-For', b'X_Forwarded_For', b'x-forwarded_Proto', b'X-FORWARDED-HOST',
+        b'X_FORWARDED-PORT', b'Forwarded'))):
     (b'GET /x HTTP/1.1', b'X-Forwarded-For: 127.0.0.1\r\n'),
 }
 GONE = re.compile(
@@ -4638,6 +4418,10 @@ class ServerTest(HostileTest):
             ('OPEN of stream 2', F(lt.OPEN, 2, b'x')), ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
             ('never opened', F(lt.DATA, 1, b'x')), ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
             ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))), ('unknown kind', F(99, 1)),
+            ('OPEN of stream 3', F(lt.OPEN, 1, ASK), F(lt.OPEN, 3, ASK)),
+            ('OPEN of stream 1', F(lt.OPEN, 1, ASK), F(lt.OPEN, 2, ASK), F(lt.OPEN, 1, ASK)),
+            ('more bytes than the credit', F(lt.OPEN, 1, ASK[:-2] + b'A: '.ljust(60000, b'x')),
+             F(lt.DATA, 1, bytes(6000))),
             ('DATA without bytes', F(lt.OPEN, 1, ASK), F(lt.DATA, 1)),
             ('bytes after END', F(lt.OPEN | END, 1, ASK), F(lt.DATA, 1, b'x')),
             ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31)))]:
@@ -5148,11 +4932,6 @@ class AwayTest(Network):
         self.assertEqual(self.asked, [])
         self.relay.to = port
         await asyncio.gather(*many)
-
-    async def test_after_a_goodbye_they_are_503_at_once(self):
-        await self.comes()
-        await self.goes()
-        self.assertEqual((await self.visit('GET /9'))[0], 503)
 
     async def test_one_whose_visitor_has_gone_is_dropped(self):
         port = await self.away()
