@@ -30,7 +30,6 @@ import select
 import shutil
 import signal
 import socket
-import socketserver
 import statistics
 import struct
 import subprocess
@@ -2081,6 +2080,18 @@ class LeaseTest(FolderTest):
                     f.write(text)
                 with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
                     self.leases().owner('app', 6)
+
+    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
+        self.leases().claim('old', 'me', self.TOKEN, 5)
+        for name in ('open', 'fsync', 'replace'):
+            with self.subTest(name):
+                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
+                    leases = self.leases()
+                    for _ in range(2):      # and one that is not on disk is not given
+                        with self.assertRaises((OSError, lt.Refused)):
+                            leases.claim('new', 'me', self.TOKEN, 5)
+                again = self.leases()
+                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
 
 
 class KeyTest(FolderTest):
@@ -4141,11 +4152,8 @@ class FrameTest(HostileTest):
                     peer.send(flood)
                     await asyncio.wait_for(peer.writer.drain(), 0.2)
             await eventually(
-                lambda: (
-                    [m.session.connection for m in self.server._members()].count(None) == 1
-                    or len(self.server._members()) == 1)
-            )
-        self.server._members()
+                lambda: [m.session.connection for m in self.server._members()].count(None) == 1
+                or len(self.server._members()) == 1)
 
     async def test_streams_that_wait_in_line_and_go_leave_nothing(self):
         await self.world()
@@ -4212,21 +4220,8 @@ class HelloTest(HostileTest):
             with self.subTest(str(change)[:60]):
                 _, status, reason = await self.hello(raw=json.dumps({**good, **change}))
                 self.assertIn(status, (400, 403), reason)
-        for raw in [
-            '',
-            '{',
-            DEEP,
-            '{"kind":' + DEEP,
-            'null',
-            '7',
-            '"x"',
-            '[]',
-            'NaN',
-            '9' * 60000,
-            '{}',
-            '\x80',
-            '{"kind": "http"}',
-        ]:
+        for raw in ['', '{', DEEP, '{"kind":' + DEEP, 'null', '7', '"x"', '[]', 'NaN', '9' * 60000,
+                    '{}', '\x80', '{"kind": "http"}']:
             with self.subTest(raw[:20]):
                 self.assertEqual((await self.hello(raw=raw))[1], 400)
         await self.others_are_served()
@@ -4363,32 +4358,17 @@ class ServerTest(HostileTest):
         def welcome(text):
             return f'HTTP/1.1 101 X\r\nLocaltunnel-Welcome: {text}\r\n\r\n'
 
+        async def behave(peer, hello):
+            peer.send(answer.encode('latin-1'))
+            peer.writer.close()
         for answer in [
-            'x',
-            '',
-            'HTTP/1.1 200 OK\r\n\r\n',
-            '\x16\x03\x01',
-            welcome('{'),
-            welcome(DEEP),
-            welcome('[]'),
-            welcome('{"url": 0}'),
-            welcome('\xff'),
-            welcome('9' * 60000),
-            'HTTP/1.1 101 X\r\n\r\n',
-            'HTTP/1.1 100 X\r\n\r\n' * 1001,
-            refusal(DEEP),
-            refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)),
-            refusal('7'),
-            refusal('x' * 100000),
-            refusal(json.dumps({'error': BAD, 'message': [BAD]})),
-            'HTTP/1.1 403 ' + 'x' * 70000,
-        ]:
+            'x', '', 'HTTP/1.1 200 OK\r\n\r\n', '\x16\x03\x01', welcome('{'), welcome(DEEP),
+            welcome('[]'), welcome('{"url": 0}'), welcome('\xff'), welcome('9' * 60000),
+            'HTTP/1.1 101 X\r\n\r\n', 'HTTP/1.1 100 X\r\n\r\n' * 1001, refusal(DEEP),
+            refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)), refusal('7'),
+            refusal('x' * 100000), refusal(json.dumps({'error': BAD, 'message': [BAD]})),
+            'HTTP/1.1 403 ' + 'x' * 70000]:
             with self.subTest(answer[:60]):
-
-                async def behave(peer, hello):
-                    peer.send(answer.encode('latin-1'))
-                    peer.writer.close()
-
                 client = await self.against(behave, once=True)
                 with self.assertRaises(lt.LocaltunnelError) as caught:
                     await client.running
@@ -4445,18 +4425,16 @@ class ServerTest(HostileTest):
                 again = self.loop.create_future()
 
                 async def behave(peer, hello):
-                    if 'resume' in hello and not again.done():
+                    if again.done():
+                        return self.welcome(peer)
+                    if 'resume' in hello:
                         self.welcome(peer, resume=0, received=received)
                         again.set_result(None)
-                        await peer.until(lt.PING)
-                        peer.writer.transport.abort()
-                    elif again.done():
-                        self.welcome(peer)
                     else:
                         self.welcome(peer)
                         peer.send(F(lt.OPEN, 1, ASK))
-                        await peer.until(lt.PING)
-                        peer.writer.transport.abort()
+                    await peer.until(lt.PING)
+                    peer.writer.transport.abort()
 
                 client = await self.against(behave)
                 await eventually(lambda: self.dialled >= 3 or client.running.done())
@@ -4480,12 +4458,8 @@ class ServerTest(HostileTest):
 
     async def test_a_million_streams_and_rapid_resets_stay_within_bounds(self):
         opener = [F(lt.OPEN, n, ASK) for n in range(1, 20001)]
-        for what, flood in [
-            ('open', opener),
-            (
-                'rapid reset',
-                [F(lt.OPEN, n, ASK) + F(lt.RESET, n, b'\0\1') for n in range(1, 20001)]),
-        ]:
+        for what, flood in [('open', opener), ('rapid reset', [
+                one + F(lt.RESET, n, b'\0\1') for n, one in enumerate(opener, 1)])]:
             with self.subTest(what):
                 sent = self.loop.create_future()
 
@@ -5080,22 +5054,6 @@ class FaultTest(Network):
 
     async def test_setting_options(self):
         await self.run_until_none_fails('setsockopt', self.broken)
-
-
-class LeaseFileTest(unittest.TestCase):
-    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
-        for name in ('open', 'fsync', 'replace'):
-            with self.subTest(name=name), tempfile.TemporaryDirectory() as folder:
-                path, tokens = os.path.join(folder, 'leases.json'), lt.Tokens(open=True)
-                lt.Leases(tokens, path).claim('old', 'proof:1', '', 1e9)
-                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
-                    leases = lt.Leases(tokens, path)
-                    for _ in range(2):  # and one that is not on disk is not given
-                        with self.assertRaises((OSError, lt.Refused)):
-                            leases.claim('new', 'proof:1', '', 1e9)
-                again = lt.Leases(tokens, path)
-                self.assertEqual(
-                    (again.owner('old', 1e9), again.owner('new', 1e9)), ('proof:1', None))
 
 
 # ------------------------------------------------------------------------------------------------
