@@ -2375,7 +2375,7 @@ class RouteTest(WorldTest):
         self.assertEqual((await visitor.get())[0], 200)
 
     async def test_a_name_whose_client_said_goodbye_is_away_at_once(self):
-        await self.world()
+        await self.world(hold=1e6)
         client = await self.client(await self.app(), name='app')
         visitor = await self.visitor(client)
         await self.leaves(client)
@@ -4367,7 +4367,8 @@ class ServerTest(HostileTest):
             'HTTP/1.1 101 X\r\n\r\n', 'HTTP/1.1 100 X\r\n\r\n' * 1001, refusal(DEEP),
             refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)), refusal('7'),
             refusal('x' * 100000), refusal(json.dumps({'error': BAD, 'message': [BAD]})),
-            'HTTP/1.1 403 ' + 'x' * 70000]:
+            'HTTP/1.1 403 ' + 'x' * 70000, 'HTTP/1.1 403 X\r\nContent-Length: 9\r\n\r\n{"error":',
+            welcome('{"url": "x", "resume": 5}'), welcome('{"url": 5}')]:
             with self.subTest(answer[:60]):
                 client = await self.against(behave, once=True)
                 with self.assertRaises(lt.LocaltunnelError) as caught:
