@@ -4708,7 +4708,7 @@ class Network(WorldTest):
 
     async def ready(self):
         self.gate = asyncio.Event()
-        await self.world(hold=lt.HELD, drain=1)
+        await self.world(hold=6 * PATIENCE, drain=1)
         self.door = await self.listen()
         self.upstream = await self.app(self.serve)
 
