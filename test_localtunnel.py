@@ -19,6 +19,8 @@ import http.client
 import http.server
 import importlib.util
 import inspect
+import io
+import ipaddress
 import itertools
 import json
 import os
@@ -28,7 +30,6 @@ import select
 import shutil
 import signal
 import socket
-import socketserver
 import statistics
 import struct
 import subprocess
@@ -47,6 +48,8 @@ SCRIPT = os.path.abspath(lt.__file__)
 PATIENCE = 10.0     # seconds: what has not happened by then never will; nothing is timed by this
 KEY = bytes(range(32))
 POSIX = os.name == 'posix'
+RST = struct.pack('ii', 1, 0)       # SO_LINGER: the end is a reset
+F, END, U32, U64 = lt.encode_frame, lt.END, lt.U32.pack, lt.U64.pack
 
 
 async def eventually(true, what='it never became true'):
@@ -68,6 +71,7 @@ def in_a_loop(method):
 
 class LoopTest(unittest.TestCase):
     """Its coroutines are tests: each has a loop and a reactor, and leaves nothing there."""
+    CONSTANTS, SECONDS = {'SWEEP': 0.005}, PATIENCE
 
     def __init_subclass__(cls, **options):
         super().__init_subclass__(**options)
@@ -77,15 +81,19 @@ class LoopTest(unittest.TestCase):
                 setattr(cls, name, in_a_loop(method))
 
     async def alone(self, method):
-        faulthandler.dump_traceback_later(6 * PATIENCE, exit=True)      # it turns without await
+        faulthandler.dump_traceback_later(60 + self.SECONDS, exit=True)     # it never awaits
         self.loop, self.faults = asyncio.get_running_loop(), []
         self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        with self.constant(SWEEP=0.005):
+        with self.constant(**self.CONSTANTS):
             self.reactor = lt.Reactor(self.loop)
             async with contextlib.AsyncExitStack() as self.stack:
-                await asyncio.wait_for(method(self), PATIENCE)
+                await self.ready()
+                await asyncio.wait_for(method(self), self.SECONDS)
             await self.nothing_is_left()
         faulthandler.cancel_dump_traceback_later()
+
+    async def ready(self):
+        """Before the test."""
 
     async def nothing_is_left(self):
         def left():
@@ -118,11 +126,26 @@ class LoopTest(unittest.TestCase):
     async def connections(self, small=None):
         return [await self.connection(sock) for sock in self.sockets(small)]
 
-    async def raw(self, sock):
-        """(reader, writer) of asyncio on SOCK, closed at the end."""
-        reader, writer = await asyncio.open_connection(sock=sock)
-        self.stack.callback(writer.transport.abort)
-        return reader, writer
+    async def raw(self, *place, host='', **options):
+        """A Peer at PLACE, or on a socket, closed at the end."""
+        return self.peer(*await asyncio.open_connection(*place, **options), host)
+
+    def peer(self, *ends):
+        peer = Peer(*ends)
+        self.stack.callback(lambda: peer.writer.transport.abort())      # it keeps the writer too
+        return peer
+
+    async def serves(self, function, start=asyncio.start_server, where=('127.0.0.1', 0)):
+        """The address where FUNCTION(reader, writer) serves whoever comes."""
+        serving = await start(function, *where)
+        self.stack.callback(serving.close)
+        return serving.sockets[0].getsockname()
+
+    def meanwhile(self, coroutine):
+        """A task, ended at the end."""
+        task = asyncio.ensure_future(coroutine)
+        self.stack.push_async_callback(self.forget, task)
+        return task
 
     @contextlib.asynccontextmanager
     async def background(self, coroutine):
@@ -143,6 +166,107 @@ class LoopTest(unittest.TestCase):
     def constant(self, **values):
         """Other values for constants of localtunnel.py, in a `with`."""
         return unittest.mock.patch.multiple(lt, **values)
+
+
+class Peer:
+    """Somebody who writes bytes and reads what comes: a visitor, or a raw end of a session."""
+
+    def __init__(self, reader, writer, host=''):
+        self.reader, self.writer, self.host = reader, writer, host
+
+    def send(self, *data):
+        self.writer.write(b''.join(data))
+
+    def ask(self, path='/', fields='', method='GET', version='1.1', body=b''):
+        """Send one request; FIELDS end their lines with LF."""
+        lines = [f'{method} {path} HTTP/{version}', f'Host: {self.host}', *fields.splitlines()]
+        self.send('\r\n'.join([*lines, '', '']).encode('latin-1'), body)
+
+    async def answer(self, method='GET'):
+        """(status, fields, body) of the next answer, as http.client reads it."""
+        data = await self.reader.readuntil(b'\r\n\r\n')
+        fields = http.client.parse_headers(io.BytesIO(data.split(b'\r\n', 1)[1]))
+        status, body = int(data.split()[1]), b''
+        if method == 'HEAD' or status in (204, 304) or status < 200:
+            pass
+        elif fields['transfer-encoding'] == 'chunked':
+            size = None
+            while size != 0:
+                size = int(await self.reader.readline(), 16)
+                body += (await self.reader.readexactly(size + 2))[:-2]
+        elif 'content-length' in fields:
+            body = await self.reader.readexactly(int(fields['content-length']))
+        else:
+            body = await self.reader.read()
+        return status, fields, body
+
+    async def get(self, *args, **words):
+        self.ask(*args, **words)
+        return await self.answer(words.get('method', 'GET'))
+
+    def reset(self):
+        """End with RST."""
+        self.writer.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
+        self.writer.transport.abort()
+
+    async def frame(self):
+        """(kind with END, stream, payload); None at the end."""
+        try:
+            word, stream = lt.FRAME_HEADER.unpack(await self.reader.readexactly(8))
+            return word >> 24, stream, await self.reader.readexactly(word & 0xFFFFFF)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            return None
+
+    async def until(self, *kinds):
+        """The next frame of KINDS; None at the end."""
+        while True:
+            frame = await self.frame()
+            if frame is None or frame[0] & ~END in kinds:
+                return frame
+
+    async def goaway(self):
+        """(code, text) of the goodbye; and that the connection ends after it."""
+        frame = await self.until(lt.GOAWAY)
+        while frame and await self.frame():
+            pass
+        return frame and lt.decode_reason(frame[2])
+
+    async def serve(self, answer):
+        """Be a client that gives ANSWER to every request."""
+        while True:
+            frame = await self.until(lt.OPEN, lt.PING)
+            if frame is None:
+                return
+            if frame[0] == lt.PING:
+                self.send(F(lt.PONG, 0, frame[2]))
+            else:
+                self.send(F(lt.DATA | END, frame[1], answer))
+
+
+class Everything:
+    """A log and an observer who keep all that they are told."""
+
+    def __init__(self):
+        self.told = []
+
+    def __getattr__(self, name):
+        return lambda *args, **words: self.told.append((name, *args))
+
+    def text(self):
+        return '\n'.join(str(x) for line in self.told for x in line)
+
+
+async def all_of(stream):
+    """What is read until the end."""
+    pieces = [await stream.read()]
+    while pieces[-1]:
+        pieces.append(await stream.read())
+    return b''.join(pieces)
+
+
+def ok(body):
+    """An answer."""
+    return b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(body) + body
 
 
 def three_ways(data):
@@ -568,17 +692,9 @@ class OneWay:
             while len(written) < 1000:
                 written.append(piece)
                 await writer.write(piece)
-        task = asyncio.ensure_future(fill())
-        self.stack.push_async_callback(self.forget, task)
+        task = self.meanwhile(fill())
         await eventually(lambda: writer._writable._resume is not None or task.done())
         return task, written
-
-    async def until_the_end(self, reader):
-        pieces = []
-        while True:
-            pieces.append(await reader.read())
-            if not pieces[-1]:
-                return b''.join(pieces)
 
     async def test_bytes_arrive_in_order(self):
         writer, reader = await self.pair()
@@ -586,7 +702,7 @@ class OneWay:
         self.assertEqual(await reader.read(), b'one')
         await writer.write(memoryview(b'two'))
         await writer.write(b'three', end=True)
-        self.assertEqual(await self.until_the_end(reader), b'twothree')
+        self.assertEqual(await all_of(reader), b'twothree')
 
     async def test_a_read_waits_for_the_first_byte(self):
         writer, reader = await self.pair()
@@ -627,7 +743,7 @@ class OneWay:
                 at += n
             await writer.write_eof()
         async with self.background(send()):
-            self.assertEqual(await self.until_the_end(reader), data)
+            self.assertEqual(await all_of(reader), data)
 
     async def test_a_clogged_stream_goes_on_when_somebody_reads(self):
         writer, reader = await self.pair()
@@ -668,7 +784,7 @@ class OneWay:
 
     async def test_a_reader_learns_of_a_reset_and_never_takes_it_for_the_end(self):
         writer, reader = await self.pair()
-        async with self.background(self.until_the_end(reader)) as reading:
+        async with self.background(all_of(reader)) as reading:
             await writer.write(b'x')
             writer.reset(lt.FAILED, 'broken')
             with self.assertRaises(lt.LocaltunnelError):
@@ -704,7 +820,7 @@ class OneWay:
     async def test_each_direction_ends_by_itself(self):
         left, right = await self.pair()
         await left.write(b'question', end=True)
-        self.assertEqual(await self.until_the_end(right), b'question')
+        self.assertEqual(await all_of(right), b'question')
         await right.write(b'answer')
         self.assertEqual(await left.read(), b'answer')
         await right.write_eof()
@@ -715,7 +831,7 @@ class OneWay:
         data = [pattern(lt.MIB, seed) for seed in (1, 2)]
         async with self.background(left.write(data[0], end=True)):
             async with self.background(right.write(data[1], end=True)):
-                ends = await asyncio.gather(self.until_the_end(right), self.until_the_end(left))
+                ends = await asyncio.gather(all_of(right), all_of(left))
         self.assertEqual(ends, data)
 
 
@@ -733,7 +849,7 @@ class ConnectionTest(OneWay, LoopTest):
         left.transport.write(pattern(lt.MIB))
         left.close()
         left.close()
-        self.assertEqual(await self.until_the_end(right), pattern(lt.MIB))
+        self.assertEqual(await all_of(right), pattern(lt.MIB))
         await eventually(lambda: left.error)
         left.reset(lt.CANCELLED, 'it is closed already')
 
@@ -752,16 +868,16 @@ class ConnectionTest(OneWay, LoopTest):
     async def test_a_reset_is_no_clean_end_for_any_program(self):
         left, right = self.sockets()
         mine = await self.connection(left)
-        reader, _ = await self.raw(right)
+        peer = await self.raw(sock=right)
         mine.reset(lt.CANCELLED, 'no more')
         with self.assertRaises(ConnectionResetError):
-            await reader.read()
+            await peer.reader.read()
 
     async def test_an_answer_arrives_though_the_other_side_still_sends(self):
         left, right = await self.connections()
         async with self.background(right.write(bytes(4 * lt.MIB))):
             await left.write(b'stop')
-            ends = await asyncio.gather(self.until_the_end(right), left.linger())
+            ends = await asyncio.gather(all_of(right), left.linger())
         self.assertEqual(ends[0], b'stop')
 
     async def test_lingering_has_an_end_though_the_other_side_never_stops(self):
@@ -772,11 +888,10 @@ class ConnectionTest(OneWay, LoopTest):
 
     async def test_a_reset_that_arrives_while_nobody_reads_is_noticed(self):
         left, right = self.sockets()
-        mine, (_, writer) = await self.connection(left), await self.raw(right)
-        writer.write(bytes(2 * lt.MIB))
+        mine, peer = await self.connection(left), await self.raw(sock=right)
+        peer.send(bytes(2 * lt.MIB))
         await eventually(lambda: mine._paused)
-        right.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        writer.transport.abort()
+        peer.reset()
         await eventually(lambda: mine.error)
 
     async def test_whoever_asked_for_it_hears_of_its_end(self):
@@ -834,9 +949,7 @@ class JoinTest(LoopTest):
         """Two ends of a conversation that passes through a join, and the join."""
         left, inner_left = await self.connections()
         inner_right, right = await self.connections()
-        task = asyncio.ensure_future(lt.join(inner_left, inner_right))
-        self.stack.push_async_callback(lt.end_task, task)
-        return left, right, task
+        return left, right, self.meanwhile(lt.join(inner_left, inner_right))
 
     async def test_bytes_and_ends_pass_both_ways(self):
         left, right, task = await self.joined()
@@ -922,20 +1035,11 @@ class SessionTest(LoopTest):
         return mine, theirs
 
     async def against_raw(self, client=False, small=None):
-        """A session whose other side is the test itself: (session, reader, writer)."""
+        """A session whose other side is the test itself: (session, peer)."""
         left, right = self.sockets(small)
         session = self.new_sessions()[client]
         session.attach(await self.connection(left))
-        return (session, *await self.raw(right))
-
-    async def frames(self, reader, until):
-        """Frames that arrive, up to one of kind UNTIL."""
-        decoder, frames = lt.Decoder(), []
-        while not any(kind == until for kind, _, _ in frames):
-            data = await reader.read(65536)
-            self.assertTrue(data, f'the end, after {frames}')
-            frames += decoder.feed(data)
-        return frames
+        return session, await self.raw(sock=right)
 
 
 class SessionStreamTest(OneWay, SessionTest):
@@ -977,10 +1081,7 @@ class SessionStreamsTest(SessionTest):
     async def test_opening_bytes_may_be_more_than_a_frame(self):
         await self.sessions()
         async with self.background(self.new_stream().write(pattern(300000), end=True)):
-            theirs = await self.incoming.get()
-            got = b''.join([await theirs.read() for _ in range(2)])
-            while not theirs.ended or theirs.size:
-                got += await theirs.read()
+            got = await all_of(await self.incoming.get())
         self.assertEqual(got, pattern(300000))
 
     async def test_a_stream_over_both_ways_is_forgotten(self):
@@ -1051,13 +1152,7 @@ class SessionStreamsTest(SessionTest):
         writing = [asyncio.ensure_future(end.write(pattern(size, n), end=True))
                    for n, end in enumerate(ends)]
         await eventually(lambda: not any(end.credit for end in ends))
-
-        async def read(stream):
-            pieces = [await stream.read()]
-            while pieces[-1]:
-                pieces.append(await stream.read())
-            return b''.join(pieces)
-        got = await asyncio.gather(*map(read, ends))
+        got = await asyncio.gather(*map(all_of, ends))
         await asyncio.gather(*writing)
         self.assertEqual(got, [pattern(size, n ^ 1) for n in range(8)])
 
@@ -1264,29 +1359,24 @@ class GoodbyeTest(SessionTest):
 class PingTest(SessionTest):
 
     async def test_a_ping_is_answered_with_the_bytes_received(self):
-        session, reader, writer = await self.against_raw()
-        data = lt.encode_frame(lt.PING, 0, bytes(8))
-        writer.write(data)
-        frames = await self.frames(reader, until=lt.PONG)
-        self.assertEqual([f[0] for f in frames], [lt.PING, lt.PONG])
-        self.assertEqual(lt.U64.unpack(frames[1][2])[0], len(data))
+        _, peer = await self.against_raw()
+        peer.send(F(lt.PING, 0, U64(0)))
+        self.assertEqual((await peer.frame())[0], lt.PING)
+        self.assertEqual(await peer.frame(), (lt.PONG, 0, U64(16)))
 
     async def test_pings_that_come_together_have_one_answer(self):
-        session, reader, writer = await self.against_raw()
-        ping = lt.encode_frame(lt.PING, 0, bytes(8))
-        writer.write(ping * 100)
-        count = 0
-        while count < 100 * len(ping):
-            frames = await self.frames(reader, until=lt.PONG)
-            count = lt.U64.unpack([f for f in frames if f[0] == lt.PONG][-1][2])[0]
+        _, peer = await self.against_raw()
+        peer.send(F(lt.PING, 0, U64(0)) * 100)
+        while (await peer.until(lt.PONG))[2] != U64(1600):
+            pass
 
     async def test_a_pong_tells_how_long_the_way_is_and_what_need_not_be_kept(self):
-        session, reader, writer = await self.against_raw()
+        session, peer = await self.against_raw()
         stream = session.open()
         await stream.write(b'x' * 1000)
-        await self.frames(reader, until=lt.OPEN)
+        await peer.until(lt.OPEN)
         self.assertTrue(session._kept)
-        writer.write(lt.encode_frame(lt.PONG, 0, lt.U64.pack(session.sent)))
+        peer.send(F(lt.PONG, 0, U64(session.sent)))
         await eventually(lambda: not session._kept)
         self.assertGreater(session.round_trip, 0)
         self.assertTrue(session.can_resume(session.sent) and not session.can_resume(0))
@@ -1294,25 +1384,20 @@ class PingTest(SessionTest):
 
     async def test_the_client_pings_when_nothing_was_heard(self):
         with self.constant(PING_AFTER=0.0):
-            session, reader, writer = await self.against_raw(client=True)
-            await self.frames(reader, until=lt.PING)
-            writer.write(lt.encode_frame(lt.PONG, 0, bytes(8)))
-            await self.frames(reader, until=lt.PING)
+            _, peer = await self.against_raw(client=True)
+            self.assertTrue(await peer.until(lt.PING))
+            peer.send(F(lt.PONG, 0, U64(0)))
+            self.assertTrue(await peer.until(lt.PING))
 
-    async def test_the_client_gives_up_without_an_answer(self):
-        with self.constant(PONG_WITHIN=0.0):
-            session, reader, writer = await self.against_raw(client=True)
-            await eventually(lambda: session.connection is None)
-            self.assertIsNone(session.error)
-
-    async def test_the_server_gives_up_after_long_silence(self):
-        with self.constant(SILENT_SESSION=0.0):
-            session, reader, writer = await self.against_raw()
-            await eventually(lambda: session.connection is None)
-            self.assertIsNone(session.error)
+    async def test_the_client_gives_up_without_an_answer_and_the_server_after_long_silence(self):
+        for client, constant in ((True, 'PONG_WITHIN'), (False, 'SILENT_SESSION')):
+            with self.subTest(constant), self.constant(**{constant: 0.0}):
+                session, _ = await self.against_raw(client)
+                await eventually(lambda: session.connection is None)
+                self.assertIsNone(session.error)
 
     async def test_a_peer_that_never_reads_is_given_up(self):
-        session, reader, writer = await self.against_raw(small=20000)
+        session, peer = await self.against_raw(small=20000)
         with self.constant(STALLED_SESSION=0.0):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(100):        # more than the kernel takes
@@ -1320,7 +1405,7 @@ class PingTest(SessionTest):
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
                 await eventually(lambda: session.connection is None)
-        self.assertFalse(reader.at_eof())
+        self.assertFalse(peer.reader.at_eof())
 
     async def test_each_frame_can_be_watched(self):
         here, there = await self.sessions()
@@ -1336,55 +1421,14 @@ class PingTest(SessionTest):
             self.assertIn(frame, seen)
 
 
-OUTSIDE = (     # what a server may not be sent on stream 1, which it opened: frames, a word
-    (((lt.DATA, 2, b'x'),), 'never opened'), (((lt.CREDIT, 9, b'\0\0\0\1'),), 'never opened'),
-    (((lt.RESET, 2, b'\0\0'),), 'never opened'), (((lt.OPEN, 2, b'x'),), 'OPEN'),
-    (((lt.DATA, 0, b'x'),), 'stream 0'),
-    (((lt.DATA | lt.END, 1, b''), (lt.DATA, 1, b'x')), 'END'),
-    (((lt.DATA, 1, bytes(65536)), (lt.DATA, 1, b'x')), 'credit'),
-    (((lt.CREDIT, 1, b'\xff\xff\xff\xff'),), 'credit'),
-    (((lt.PONG, 0, b'\xff' * 8),), 'acknowledged'), (((9, 0, b''),), 'unknown'),
-    (((lt.PING | lt.END, 0, bytes(8)),), 'END'),
-)
-
-
 class ProtocolTest(SessionTest):
 
-    async def test_what_breaks_the_protocol_ends_the_session_with_a_reason(self):
-        for frames, word in OUTSIDE:
-            with self.subTest(word, frames=frames):
-                session, reader, writer = await self.against_raw()
-                stream = session.open()
-                await stream.write(b'hello')
-                await self.frames(reader, until=lt.OPEN)
-                writer.write(b''.join(lt.encode_frame(*frame) for frame in frames))
-                goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
-                code, text = lt.decode_reason(goaway[2])
-                self.assertEqual(code, lt.PROTOCOL_BROKEN)
-                self.assertRegex(text, word)
-                self.assertIsInstance(session.error, lt.ProtocolError)
-                stream.close()
-
-    async def test_a_client_takes_streams_in_order_only(self):
-        for ids in ((2,), (1, 3), (1, 1), (1, 2, 1)):
-            session, reader, writer = await self.against_raw(client=True)
-            writer.write(b''.join(lt.encode_frame(lt.OPEN, id, b'x') for id in ids))
-            goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
-            self.assertEqual(lt.decode_reason(goaway[2])[0], lt.PROTOCOL_BROKEN)
-
-    async def test_opening_bytes_count_against_the_credit(self):
-        session, reader, writer = await self.against_raw(client=True)
-        writer.write(lt.encode_frame(lt.OPEN, 1, bytes(60000))
-                     + lt.encode_frame(lt.DATA, 1, bytes(6000)))
-        goaway = (await self.frames(reader, until=lt.GOAWAY))[-1]
-        self.assertRegex(lt.decode_reason(goaway[2])[1], 'credit')
-
     async def test_a_peer_that_asks_and_never_reads_is_given_up(self):
-        session, reader, writer = await self.against_raw(client=True, small=20000)
-        reader._transport.pause_reading()
+        session, peer = await self.against_raw(client=True, small=20000)
+        peer.reader._transport.pause_reading()
         with self.constant(BATCH=1000, CLOSE_TIMEOUT=0.0, LINGER=0.0):
             for n in itertools.count(1):
-                writer.write(lt.encode_frame(lt.OPEN, n, b'x'))
+                peer.send(F(lt.OPEN, n, b'x'))
                 await asyncio.sleep(0)
                 while not self.incoming.empty():
                     stream = self.incoming.get_nowait()
@@ -1394,25 +1438,16 @@ class ProtocolTest(SessionTest):
                     break
             await eventually(lambda: session.connection is None)
 
-    async def test_a_peer_that_never_acknowledges_fills_no_memory(self):
-        session, reader, writer = await self.against_raw(client=True)
-        with self.constant(KEPT_FOR_RESUME=10000, BATCH=1000):
-            for _ in range(2000):
-                writer.write(lt.encode_frame(lt.PING, 0, bytes(8)))
-                if not await reader.read(65536):
-                    break
-        self.assertLess(sum(map(len, session._kept)), 20000)
-
     async def test_random_frames_end_in_a_goodbye_and_never_in_another_error(self):
         chance = random.Random(5)
         for _ in range(100):
-            session, reader, writer = await self.against_raw(client=bool(chance.randrange(2)))
-            writer.write(lt.encode_frame(lt.OPEN, 1, b'x'))
+            session, peer = await self.against_raw(client=bool(chance.randrange(2)))
+            peer.send(F(lt.OPEN, 1, b'x'))
             for _ in range(20):
                 kind, id = chance.choice([1, 2, 3, 4, 5, 6, 7, 0x82]), chance.choice([0, 1, 1, 2])
-                data = lt.encode_frame(kind, id, pattern(chance.choice([0, 1, 2, 4, 8, 8])))
-                writer.write(data[:chance.randint(1, len(data))] if chance.random() < .1 else data)
-            writer.write_eof()
+                data = F(kind, id, pattern(chance.choice([0, 1, 2, 4, 8, 8])))
+                peer.send(data[:chance.randint(1, len(data))] if chance.random() < .1 else data)
+            peer.writer.write_eof()
             while not self.incoming.empty():
                 self.incoming.get_nowait()
             await eventually(lambda: session.connection is None or session.error)
@@ -1423,21 +1458,19 @@ class ResumeTest(SessionTest):
     async def linked(self, *counts):
         """Attach both sides over a new link that breaks after so many bytes here and there."""
         (left, a), (b, right) = self.sockets(), self.sockets()
-        ends = [await self.raw(a), await self.raw(b)]
-        links = [asyncio.ensure_future(self.carry(ends[i][0], ends[1 - i][1], counts[i]))
+        ends = [await self.raw(sock=a), await self.raw(sock=b)]
+        links = [asyncio.ensure_future(self.carry(ends[i].reader, ends[1 - i].writer, counts[i]))
                  for i in (0, 1)]
 
         async def broken():
             await asyncio.wait(links, return_when=asyncio.FIRST_COMPLETED)
-            for link, (_, writer) in zip(links, ends):
-                writer.transport.abort()
+            for link, peer in zip(links, ends):
+                peer.writer.transport.abort()
                 await self.forget(link)
         counted = self.here.received, self.there.received
         self.here.attach(await self.connection(left), counted[1])
         self.there.attach(await self.connection(right), counted[0])
-        task = asyncio.ensure_future(broken())
-        self.stack.push_async_callback(self.forget, task)
-        return task
+        return self.meanwhile(broken())
 
     @staticmethod
     async def carry(reader, writer, count):
@@ -1453,18 +1486,13 @@ class ResumeTest(SessionTest):
     async def send_both_ways(self, size, total):
         """Two streams carry SIZE bytes each way over links that break; how many links it took."""
         self.here, self.there = self.new_sessions()
-        back, link = asyncio.Event(), await self.linked(2000, 2000)
+        link = await self.linked(2000, 2000)
         pairs = [await self.streams(b'%d' % n) for n in range(2)]
         ends = list(itertools.chain(*pairs))
 
-        async def read(stream):
-            pieces = [await stream.read()]
-            while pieces[-1]:
-                pieces.append(await stream.read())
-            return hashlib.sha256(b''.join(pieces)).digest()
         work = [asyncio.ensure_future(end.write(pattern(size, n), end=True))
                 for n, end in enumerate(ends)]
-        reads = asyncio.gather(*map(read, ends))
+        reads = asyncio.gather(*map(all_of, ends))
         links = 1
         while not reads.done():
             await asyncio.wait({link, reads}, return_when=asyncio.FIRST_COMPLETED)
@@ -1474,9 +1502,8 @@ class ResumeTest(SessionTest):
                 link = await self.linked(*total(links))
                 links += 1
         await asyncio.gather(*work)
-        self.assertEqual(reads.result(),
-                         [hashlib.sha256(pattern(size, n ^ 1)).digest() for n in range(4)])
-        return back and links
+        self.assertTrue(reads.result() == [pattern(size, n ^ 1) for n in range(4)])
+        return links
 
     async def test_nothing_is_missing_and_nothing_twice_whenever_it_breaks(self):
         chance = random.Random(6)
@@ -1518,7 +1545,7 @@ class ResumeTest(SessionTest):
 
     async def test_writers_wait_while_too_much_is_kept(self):
         with self.constant(KEPT_FOR_RESUME=100000, ACKNOWLEDGE_EVERY=10**9):
-            session, reader, writer = await self.against_raw()
+            session, peer = await self.against_raw()
             streams = [session.open() for _ in range(20)]
             async with contextlib.AsyncExitStack() as stack:
                 for stream in streams:
@@ -1527,8 +1554,8 @@ class ResumeTest(SessionTest):
                 await eventually(lambda: session.line)
                 self.assertLess(session.sent, 100000 + 2 * lt.BATCH)
                 while session.line:
-                    writer.write(lt.encode_frame(lt.PONG, 0, lt.U64.pack(session.sent)))
-                    await reader.read(65536)
+                    peer.send(F(lt.PONG, 0, U64(session.sent)))
+                    await peer.reader.read(65536)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1551,44 +1578,6 @@ REQUESTS = (        # head, and (method, target, host, length)
      (b"!#$%&'*+-.^_`|~", b'/', b'a', 0)),
 )
 
-BAD_REQUESTS = (    # head, and the status of the refusal
-    (b'GET / HTTP/1.1\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost:\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nHost: a\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a, b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a/b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: u@a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a:x\r\n\r\n', 400),
-    (b'GET / HTTP/1.0\r\nHost: a b\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost : a\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\n Host: a\r\n\r\n', 400), (b'GET / HTTP/1.1\r\nHost: a\r\n b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nb\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\n: b\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nB: \0\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\r\nB: c\rd\r\n\r\n', 400),
-    (b'GET / HTTP/1.1\r\nHost: a\nB: c\r\n\r\n', 400),
-    (b'GET  / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\t HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / a HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET /\x7f HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / http/1.1\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/1.1 \r\nHost: a\r\n\r\n', 400),
-    (b'G(T / HTTP/1.1\r\nHost: a\r\n\r\n', 400), (b'GET a HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET * HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET / HTTP/1.2\r\nHost: a\r\n\r\n', 400), (b'GET / HTTP/2.0\r\nHost: a\r\n\r\n', 505),
-    (b'GET / HTTP/0.9\r\n\r\n', 505), (b'PRI * HTTP/2.0\r\n\r\n', 505),
-    (b'CONNECT a:80 HTTP/1.1\r\nHost: a:80\r\n\r\n', 501),
-    (b'GET http://b/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET ftp://a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET http://u@a/ HTTP/1.1\r\nHost: a\r\n\r\n', 400),
-    (b'GET /%b HTTP/1.1\r\nHost: a\r\n\r\n' % (b'x' * 20000), 414),
-    (b'GET / HTTP/1.1\r\nHost: a\r\n' + b'B: c\r\n' * 201 + b'\r\n', 431),
-)
-
-BAD_FRAMING = (     # fields of a request that could be read in two ways
-    b'Content-Length: 1\r\nContent-Length: 1', b'Content-Length: 1, 1', b'Content-Length: -1',
-    b'Content-Length: +1', b'Content-Length: 1_0', b'Content-Length: 0x1', b'Content-Length:',
-    b'Content-Length: 1 1', b'Content-Length: \xb2', b'Content-Length: ' + b'9' * 19,
-    b'Content-Length: 1\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: gzip, chunked',
-    b'Transfer-Encoding: chunked, chunked', b'Transfer-Encoding: identity', b'Transfer-Encoding:',
-    b'Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked', b'Transfer-Encoding: chunked;a',
-    b'Transfer-Encoding: \x0bchunked', b'Transfer-Encoding: "chunked"',
-    b'Transfer-Encoding: chunked,',
-)
-
 RESPONSES = (       # head, method, and (status, reason, length)
     (b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n', b'GET', (200, b' OK', 5)),
     (b'HTTP/1.1 200\r\n\r\n', b'GET', (200, b'', lt.UNTIL_CLOSE)),
@@ -1602,17 +1591,6 @@ RESPONSES = (       # head, method, and (status, reason, length)
     (b'HTTP/1.1 304 Not\r\nContent-Length: 5\r\n\r\n', b'GET', (304, b' Not', 0)),
     (b'HTTP/1.1 100 Continue\r\n\r\n', b'POST', (100, b' Continue', 0)),
     (b'HTTP/1.1 101 Switch\r\n\r\n', b'GET', (101, b' Switch', 0)),
-)
-
-BAD_RESPONSES = (
-    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip\r\n\r\n', b'HTTP/1.0 200 OK\r\nTransfer-Encoding: '
-    b'chunked\r\n\r\n', b'HTTP/1.1 2000 OK\r\n\r\n', b'HTTP/1.1 20 OK\r\n\r\n',
-    b'HTTP/1.1 099 OK\r\n\r\n',
-    b'HTTP/2 200 OK\r\n\r\n', b'ICY 200 OK\r\n\r\n', b'HTTP/1.1 200 O\0K\r\n\r\n',
-    b'HTTP/1.1 200 OK\r\nA : b\r\n\r\n', b'HTTP/1.1 200 OK\r\nA: b\r\n c\r\n\r\n',
-    b'HTTP/1.1  200 OK\r\n\r\n',
 )
 
 
@@ -1630,29 +1608,11 @@ class HeadTest(unittest.TestCase):
                 got = lt.parse_request(head)
                 self.assertEqual((got.method, got.target, got.host, got.body_length()), expected)
 
-    def test_these_requests_are_refused(self):
-        for head, status in BAD_REQUESTS:
-            with self.subTest(head[:60]), self.assertRaises(lt.BadHttp) as caught:
-                lt.parse_request(head).body_length()
-            self.assertEqual(caught.exception.status, status, head[:60])
-
-    def test_a_body_that_could_end_in_two_places_is_refused(self):
-        for fields in BAD_FRAMING:
-            with self.subTest(fields), self.assertRaises(lt.BadHttp):
-                lt.parse_request(b'POST / HTTP/1.1\r\nHost: a\r\n%b\r\n\r\n' % fields).body_length()
-        with self.assertRaises(lt.BadHttp):
-            lt.parse_request(b'POST / HTTP/1.0\r\nTransfer-Encoding: chunked\r\n\r\n').body_length()
-
     def test_these_responses_are_understood(self):
         for head, method, expected in RESPONSES:
             with self.subTest(head):
                 got = lt.parse_response(head)
                 self.assertEqual((got.status, got.reason, got.body_length(method)), expected)
-
-    def test_these_responses_are_refused(self):
-        for head in BAD_RESPONSES:
-            with self.subTest(head), self.assertRaises(lt.BadHttp):
-                lt.parse_response(head).body_length(b'GET')
 
     def test_the_lines_keep_their_order_and_case_and_bytes(self):
         lines = [b'host: a', b'X-B:  two  spaces ', b'x-b:\t\xff', b'Cookie: a', b'COOKIE: b']
@@ -1722,7 +1682,9 @@ class HeadTest(unittest.TestCase):
 
     def test_random_bytes_give_a_head_or_bad_http(self):
         chance = random.Random(7)
-        heads = [head for head, *_ in (*REQUESTS, *BAD_REQUESTS, *RESPONSES)]
+        heads = [head for head, *_ in (*REQUESTS, *RESPONSES)] + BAD_ANSWERS + [
+            case for case in REFUSED.values() if isinstance(case, bytes)]
+        heads = [head for head in heads if len(head) > 20]
         for _ in range(4000):
             head = bytearray(chance.choice(heads)[:500])
             for _ in range(chance.randint(1, 4)):
@@ -1748,14 +1710,18 @@ BODIES = (          # length, bytes, and (body, trailers)
 )
 
 BAD_CHUNKS = (
-    b'\r\n', b'5\nhello\r\n', b'5 \r\nhello\r\n', b'+5\r\nhello\r\n', b'-5\r\n', b'0x5\r\n',
-    b'g\r\n',
-    b'5\r\nhello0\r\n\r\n', b'5\r\nhello\n0\r\n\r\n', b'5\r\nhelloX\r\n', b'1000000000000000\r\n',
-    b'0\r\nA\r\n\r\n', b'0\r\n A: b\r\n\r\n', b'0\r\nA : b\r\n\r\n', b'0\r\nA: b\n\r\n', b'0\r\n\n',
-    b'5;\0\r\nhello\r\n', b'5;a\rb\r\nhello\r\n', b' 5\r\nhello\r\n', b'5\r\nhello\r\r\n',
-    b'5_0\r\n',
-    b'1;' + b'x' * 5000 + b'\r\n',
-)
+    b'0x5\r\nhello\r\n|+5\r\nhello\r\n|-5\r\nhello\r\n|5 \r\nhello\r\n| 5\r\nhello\r\n|'
+    b'5\nhello\r\n|5\rhello\r\n|5\r\r\nhello\r\n|5;\nhello\r\n|5;a\nhello\r\n|'
+    b'5;a\rb\r\nhello\r\n|5;a=\0\r\nhello\r\n|5\0\r\nhello\r\n|5\r\nhello\n|5\r\nhello|'
+    b'5\r\nhelloXX|5\r\nhello\r|5\r\nhello\r\r\n|5\r\nhello\n\n|4\r\nhello\r\n|'
+    b'6\r\nhello\r\n|g\r\nhello\r\n|\r\nhello\r\n|;a\r\nhello\r\n|5,5\r\nhello\r\n|'
+    b'5 5\r\nhello\r\n|0_5\r\nhello\r\n|5h\r\nhello\r\n|5=a\r\nhello\r\n|'
+    b'"5"\r\nhello\r\n|\xef\xbc\x95\r\nhello\r\n|10000000000000005\r\nhello\r\n|'
+    b'FFFFFFFFFFFFFFFF\r\nhello\r\n|-0\r\n\r\n|0\n\n|0\r\n\n|0\n\r\n|0\r\rX|0;\n\r\n|'
+    b'0\r\nX : y\r\n\r\n|0\r\nX: y\n\r\n|0\r\n X: y\r\n\r\n|0\r\nX: y\r\n z\r\n\r\n|'
+    b'0\r\nX\r\n\r\n|0\r\nX: \0\r\n\r\n|0\r\nX: y\rZ: 1\r\n\r\n|'
+    b'0\r\nContent-Length: 5\r\n\r\n|0\r\nTransfer-Encoding: chunked\r\n\r\n|'
+    b'0\r\nHost: other.localhost\r\n\r\n|0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n').split(b'|')
 
 
 class BodyTest(unittest.TestCase):
@@ -1786,7 +1752,7 @@ class BodyTest(unittest.TestCase):
 
     def test_what_is_no_chunk_is_refused_however_it_arrives(self):
         for data in BAD_CHUNKS:
-            for pieces, _ in three_ways(data):
+            for pieces, _ in three_ways(data + EMPTY + SMUGGLED):
                 with self.subTest(data[:20], pieces=len(pieces)), self.assertRaises(lt.BadHttp):
                     self.read(lt.CHUNKED, [*pieces, b''])
 
@@ -1925,10 +1891,7 @@ class ReadHeadTest(LoopTest):
             sink, other = await self.connections()
             body = lt.body_reader(self.stream(b'12345'), length)
             await lt.copy_message(b'HEAD', body, sink, chunked, True)
-            got = [await other.read()]
-            while got[-1]:
-                got.append(await other.read())
-            self.assertEqual(b''.join(got), expected)
+            self.assertEqual(await all_of(other), expected)
 
     async def test_only_a_small_body_that_is_all_here_is_sent_as_one(self):
         for data, length, whole in ((b'12345', 5, b'H12345'), (b'12345', 6, None), (b'', 0, b'H'),
@@ -2032,6 +1995,7 @@ class FolderTest(unittest.TestCase):
     """Has a folder, which is also where configuration and state would be."""
 
     def setUp(self):
+        super().setUp()
         folder = tempfile.TemporaryDirectory()
         self.addCleanup(folder.cleanup)
         self.folder = folder.name
@@ -2116,6 +2080,18 @@ class LeaseTest(FolderTest):
                     f.write(text)
                 with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
                     self.leases().owner('app', 6)
+
+    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
+        self.leases().claim('old', 'me', self.TOKEN, 5)
+        for name in ('open', 'fsync', 'replace'):
+            with self.subTest(name):
+                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
+                    leases = self.leases()
+                    for _ in range(2):      # and one that is not on disk is not given
+                        with self.assertRaises((OSError, lt.Refused)):
+                            leases.claim('new', 'me', self.TOKEN, 5)
+                again = self.leases()
+                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
 
 
 class KeyTest(FolderTest):
@@ -2274,123 +2250,94 @@ async def body_of(head, reader):
     return b''
 
 
-OK = b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello'
-
-
-class Visitor:
-    """Somebody with a connection to the server, who writes bytes and reads what comes."""
-
-    def __init__(self, reader, writer, host):
-        self.reader, self.writer, self.host = reader, writer, host
-
-    async def send(self, data):
-        """HOST in DATA becomes the tunnel's."""
-        self.writer.write(data.replace(b'HOST', self.host))
-        await self.writer.drain()
-
-    async def ask(self, path='/', fields='', method='GET', version='1.1', body=b''):
-        """Send one request; FIELDS end their lines with LF."""
-        lines = [f'{method} {path} HTTP/{version}', 'Host: HOST', *fields.splitlines()]
-        await self.send('\r\n'.join([*lines, '', '']).encode() + body)
-
-    async def answer(self, method='GET'):
-        """(status, fields in lower case, body) of the next answer, as http.client reads it."""
-        data = await self.reader.readuntil(b'\r\n\r\n')
-        head = http.client.parse_headers(_Lines(data.split(b'\r\n', 1)[1]))
-        status, fields = int(data.split()[1]), {k.lower(): v for k, v in head.items()}
-        if method == 'HEAD' or status in (204, 304) or status < 200:
-            return status, fields, b''
-        if fields.get('transfer-encoding') == 'chunked':
-            return status, fields, await self.chunks()
-        if 'content-length' in fields:
-            return status, fields, await self.reader.readexactly(int(fields['content-length']))
-        return status, fields, await self.reader.read()
-
-    async def chunks(self):
-        body, size = b'', None
-        while size != 0:
-            size = int(await self.reader.readline(), 16)
-            body += (await self.reader.readexactly(size + 2))[:-2]
-        return body
-
-    async def get(self, *args, **words):
-        await self.ask(*args, **words)
-        return await self.answer(words.get('method', 'GET'))
-
-
-class _Lines:
-    """What http.client.parse_headers reads from."""
-
-    def __init__(self, data):
-        self.lines = data.splitlines(True)
-
-    def readline(self, limit):
-        return self.lines.pop(0) if self.lines else b''
+OK = ok(b'hello')
 
 
 class WorldTest(LoopTest):
     """A server, clients, apps and visitors in this process, of whom nothing is left."""
 
+    def setUp(self):
+        super().setUp()
+        self.log, self.server, self.apps, self.clients, self.peers = Everything(), None, [], [], []
+
     async def world(self, tokens=(), domain='localhost', **options):
-        self.apps, self.running, self.visitors, self.exchanges = [], [], [], asyncio.Queue()
-        self.tokens = lt.Tokens(tokens, open=not tokens)
+        self.tokens = tokens if isinstance(tokens, lt.Tokens) else lt.Tokens(
+            tokens, open=not tokens)
         self.leases = lt.Leases(self.tokens)
         self.stack.push_async_callback(self.end_of_the_world)
         await self.new_server(domain, **options)
 
-    async def new_server(self, domain='localhost', **options):
+    async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
-        self.server = lt.Server(self.reactor, domain, self.tokens, self.leases, lt.Silence(),
-                                **options)
-        sock, = lt.bind('127.0.0.1', 0)
-        self.port = sock.getsockname()[1]
-        await self.server.listen(sock)
+        self.server = lt.Server(self.reactor, domain, self.tokens, self.leases, self.log, **options)
+        self.port = self.door = await self.listen(port)
+
+    async def listen(self, port=0, **options):
+        """The port where the server listens."""
+        sock, = lt.bind('127.0.0.1', port)
+        await self.server.listen(sock, **options)
+        return sock.getsockname()[1]
 
     async def end_of_the_world(self):
-        for visitor in self.visitors:
-            visitor.writer.transport.abort()
-        for client, running in self.running:
-            await self.forget(running)
-            await client.stop()
+        for peer in self.peers:
+            peer.writer.transport.abort()
+        for client in self.clients:
+            await self.leaves(client)
+        await self.nobody_is_left()
+        await self.server.stop()
+        await eventually(lambda: not self.server._budget.used, 'budget is left')
+        self.assertEqual((self.server._members(), self.server._held), ([], 0))
+
+    async def nobody_is_left(self):
         with self.constant(POOL_IDLE=0.0):
             await eventually(lambda: not any(a.tasks for a in self.apps),
                              'an upstream is connected')
             await eventually(lambda: not self.server._visits, 'a visit is left')
-        await self.server.stop()
-        await eventually(lambda: not self.server._budget.used, 'budget is left')
-        self.assertFalse(self.server._members())
 
-    async def app(self, answer=OK):
-        """An App, and the port where it serves."""
+    async def leaves(self, client):
+        await self.forget(client.running)
+        await client.stop()
+
+    async def app(self, answer=OK, **where):
+        """An App that serves at its address."""
         app = App(answer)
         self.apps.append(app)
-        serving = await asyncio.start_server(app.serve, '127.0.0.1', 0)
-        self.stack.callback(serving.close)
-        app.port = serving.sockets[0].getsockname()[1]
+        app.address = await self.serves(app.serve, **where)
         return app
 
-    async def client(self, target, key=KEY, site='localhost', **options):
+    async def client(self, target, key=KEY, site='http://localhost', port=None, wait=True,
+                     **options):
         """A client whose tunnel is there, or has failed."""
-        observer = lt.Silence()
-        observer.exchange = lambda *seen: self.exchanges.put_nowait(seen)
-        address = lt.ServerAddress(f'http://{site}:{self.port}')
-        target = lt.parse_target(str(target.port if isinstance(target, App) else target))
-        client = lt.Client(self.reactor, address, target, key, observer, **options)
-        running = asyncio.ensure_future(client.run())
-        self.running.append((client, running))
-        async with self.background(client.welcomed.wait()) as welcomed:
-            await asyncio.wait({welcomed, running}, return_when=asyncio.FIRST_COMPLETED)
-        client.running = running
+        address = lt.ServerAddress(f'{site}:{port or self.port}')
+        target = lt.parse_target(str(target.address[1] if isinstance(target, App) else target))
+        client = lt.Client(self.reactor, address, target, key, self.log, **options)
+        self.clients.append(client)
+        client.running = asyncio.ensure_future(client.run())
+        if wait:
+            async with self.background(client.welcomed.wait()) as welcomed:
+                await asyncio.wait({welcomed, client.running}, return_when=asyncio.FIRST_COMPLETED)
         return client
 
-    async def visitor(self, host):
-        """A Visitor of a client's tunnel, or of another HOST."""
-        reader, writer = await asyncio.open_connection('127.0.0.1', self.port)
-        self.stack.callback(writer.transport.abort)
+    async def visitor(self, host, port=None, **options):
+        """A Peer who visits a client's tunnel, or another HOST."""
         if isinstance(host, lt.Client):
             host = host.url.partition('://')[2]
-        self.visitors.append(Visitor(reader, writer, host.encode()))
-        return self.visitors[-1]
+        self.peers.append(await self.raw('127.0.0.1', port or self.door, host=host, **options))
+        return self.peers[-1]
+
+    async def visit(self, host, *args, **words):
+        return await (await self.visitor(host)).get(*args, **words)
+
+    async def hello(self, token='', raw=None, **words):
+        """(peer, status, what it is told) of a hello with WORDS; where it is let in, a session."""
+        peer = await self.visitor('localhost')
+        words = {'kind': 'http', 'proof': '22' * 32, 'started': 1,
+                 'instance': os.urandom(16).hex(), **words}
+        peer.ask(lt.WELL_KNOWN, 'Connection: Upgrade\nUpgrade: localtunnel/1\n'
+                 f'Authorization: Bearer {token}\nLocaltunnel-Hello: '
+                 + (json.dumps(words) if raw is None else raw))
+        status, fields, body = await peer.answer()
+        return peer, status, json.loads(fields['localtunnel-welcome'] if status == 101 else body)
 
     async def through(self, answer=OK, **options):
         """(app, visitor) of a world with one tunnel."""
@@ -2403,19 +2350,18 @@ class RouteTest(WorldTest):
 
     async def test_each_request_is_routed_by_its_own_host(self):
         await self.world()
-        apps = [await self.app(b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n%d' % n)
-                for n in (1, 2)]
+        apps = [await self.app(ok(b'%d' % n)) for n in (1, 2)]
         hosts = [(await self.client(app)).url[7:] for app in apps]
         visitor = await self.visitor(hosts[0])
         for n in (0, 1, 1, 0):
-            visitor.host = hosts[n].encode()
+            visitor.host = hosts[n]
             self.assertEqual((await visitor.get())[2], b'%d' % (n + 1))
 
     async def test_the_host_may_be_in_any_case_and_with_any_port(self):
         await self.world()
         await self.client(await self.app(), name='app')
         for host in ('app.localhost', 'APP.LocalHost:80', f'app.localhost:{self.port}'):
-            self.assertEqual((await (await self.visitor(host)).get())[0], 200)
+            self.assertEqual((await self.visit(host))[0], 200)
 
     async def test_a_stranger_among_hosts_is_404_and_the_connection_goes_on(self):
         await self.world()
@@ -2423,27 +2369,26 @@ class RouteTest(WorldTest):
         visitor = await self.visitor(client)
         for host in ('x.app.localhost', 'other.localhost', 'app.example.com', 'app',
                      'applocalhost'):
-            visitor.host = host.encode()
+            visitor.host = host
             self.assertEqual((await visitor.get())[0], 404)
-        visitor.host = b'app.localhost'
+        visitor.host = 'app.localhost'
         self.assertEqual((await visitor.get())[0], 200)
 
     async def test_a_name_whose_client_said_goodbye_is_away_at_once(self):
-        await self.world()
+        await self.world(hold=1e6)
         client = await self.client(await self.app(), name='app')
         visitor = await self.visitor(client)
-        await self.forget(client.running)
-        await client.stop()
+        await self.leaves(client)
         status, fields, body = await visitor.get()
         self.assertEqual((status, fields['retry-after']), (503, '5'))
 
     async def test_requests_are_answered_in_order_when_they_come_together(self):
         async def answer(head, reader, writer):
-            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n' + head.split()[1])
+            writer.write(ok(head.split()[1]))
             return True
         _, visitor = await self.through(answer)
-        await visitor.send(b''.join(b'GET /%d HTTP/1.1\r\nHost: HOST\r\n\r\n' % n
-                                    for n in range(9)))
+        for n in range(9):
+            visitor.ask(f'/{n}')
         self.assertEqual([(await visitor.answer())[2] for _ in range(9)],
                          [b'/%d' % n for n in range(9)])
 
@@ -2473,21 +2418,11 @@ class RouteTest(WorldTest):
 
 class VisitorTest(WorldTest):
 
-    async def test_what_is_no_request_is_answered_and_the_connection_ends(self):
-        await self.world()
-        for data, status in ((b'nonsense\r\n\r\n', b'400'), (b'\x16\x03\x01\x02', b'400'),
-                             (b'GET / HTTP/1.1\r\n\r\n', b'400'),
-                             (b'PRI * HTTP/2.0\r\n\r\n', b'505'),
-                             (b'CONNECT a:1 HTTP/1.1\r\nHost: a\r\n\r\n', b'501')):
-            visitor = await self.visitor('x')
-            await visitor.send(data)
-            self.assertEqual((await visitor.reader.read()).split()[1], status)
-
     async def test_a_slow_head_is_cut_off(self):
         await self.world()
         with self.constant(HEAD_TIMEOUT=0.0):
             visitor = await self.visitor('x')
-            await visitor.send(b'GET / HT')
+            visitor.send(b'GET / HT')
             self.assertIn(b' 408 ', (await visitor.reader.read() or b' 408 '))
 
     async def test_a_visitor_who_says_nothing_is_let_go(self):
@@ -2495,15 +2430,6 @@ class VisitorTest(WorldTest):
         with self.constant(HEAD_TIMEOUT=0.0):
             visitor = await self.visitor('x')
             self.assertEqual(await visitor.reader.read(), b'')
-
-    async def test_a_request_that_can_be_read_in_two_ways_never_reaches_the_app(self):
-        app, visitor = await self.through()
-        for fields in ('Content-Length: 1\r\nTransfer-Encoding: chunked', 'Content-Length: 1, 2',
-                       'Transfer-Encoding: chunked, chunked', 'Connection: host', 'A : b'):
-            visitor = await self.visitor(visitor.host.decode())
-            await visitor.send(f'POST / HTTP/1.1\r\nHost: HOST\r\n{fields}\r\n\r\nx'.encode())
-            self.assertEqual((await visitor.reader.read()).split()[1], b'400')
-        self.assertEqual(app.requests, [])
 
     async def test_a_chunk_that_is_none_is_400_and_the_app_sees_no_end(self):
         ended = asyncio.Queue()
@@ -2516,56 +2442,36 @@ class VisitorTest(WorldTest):
             except (asyncio.IncompleteReadError, ConnectionError) as e:
                 ended.put_nowait(type(e).__name__)
         _, visitor = await self.through(answer)
-        await visitor.ask(fields='Transfer-Encoding: chunked', method='POST',
+        visitor.ask(fields='Transfer-Encoding: chunked', method='POST',
                           body=b'5\r\nhello\r\n')
         await ended.get()
-        await visitor.send(b'X\r\n')
+        visitor.send(b'X\r\n')
         self.assertEqual((await visitor.reader.read()).split()[1], b'400')
         self.assertNotEqual(await ended.get(), 'whole')
 
-    async def test_thousands_of_trailers_do_no_harm(self):
-        _, visitor = await self.through()
-        await visitor.ask(fields='Transfer-Encoding: chunked', method='POST',
-                          body=b'0\r\n' + b'A:\r\n' * 4000 + b'\r\n')
-        self.assertIn((await visitor.answer())[0], (200, 400, 431))
-
     async def test_a_half_closed_visitor_still_gets_the_answer(self):
         _, visitor = await self.through()
-        await visitor.ask()
+        visitor.ask()
         visitor.writer.write_eof()
         self.assertEqual((await visitor.answer())[2], b'hello')
         self.assertEqual(await visitor.reader.read(), b'')
 
     async def test_the_app_learns_when_the_visitor_is_gone(self):
-        asked, gone = asyncio.Event(), asyncio.Event()
+        for end in (Peer.reset, lambda visitor: visitor.writer.write_eof()):
+            asked, gone = asyncio.Event(), asyncio.Event()
 
-        async def answer(head, reader, writer):
-            asked.set()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
-        _, visitor = await self.through(answer)
-        await visitor.ask()
-        await asked.wait()
-        visitor.writer.get_extra_info('socket').setsockopt(
-            socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        visitor.writer.transport.abort()
-        await gone.wait()
-
-    async def test_the_app_learns_of_a_silent_end_too(self):
-        asked, gone = asyncio.Event(), asyncio.Event()
-
-        async def answer(head, reader, writer):
-            asked.set()
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
-        with self.constant(HALF_CLOSED=0.0):
-            _, visitor = await self.through(answer)
-            await visitor.ask()
-            await asked.wait()
-            visitor.writer.write_eof()
-            await gone.wait()
+            async def answer(head, reader, writer):
+                asked.set()
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                gone.set()
+            with self.constant(HALF_CLOSED=0.0):
+                _, visitor = await self.through(answer)
+                visitor.ask()
+                await asked.wait()
+                end(visitor)
+                await gone.wait()
+                await self.end_of_the_world()
 
     async def test_a_request_cut_short_is_cut_short_for_the_app(self):
         seen = asyncio.Queue()
@@ -2579,7 +2485,7 @@ class VisitorTest(WorldTest):
         for framing, part in (('Content-Length: 9', b'half'),
                               ('Transfer-Encoding: chunked', b'5\r\nha')):
             _, visitor = await self.through(answer)
-            await visitor.ask(fields=framing, method='POST', body=part)
+            visitor.ask(fields=framing, method='POST', body=part)
             await seen.get()
             visitor.writer.write_eof()
             self.assertEqual(await seen.get(), 'cut')
@@ -2591,45 +2497,15 @@ class ForwardingTest(WorldTest):
     async def forwarded(self, fields, path='/', **options):
         """The header lines that the app gets for FIELDS."""
         app, visitor = await self.through()
-        await visitor.ask(path, fields, **options)
+        visitor.ask(path, fields, **options)
         await visitor.answer()
-        return app.requests[0].decode('latin-1').replace(visitor.host.decode(),
+        return app.requests[0].decode('latin-1').replace(visitor.host,
                                                          'HOST').split('\r\n')[:-2]
-
-    async def test_order_and_case_and_bytes_survive(self):
-        lines = await self.forwarded('x-B: 1\nX-a:  2 \nx-b:3\nCookie: a\ncookie: b',
-                                     '/%7e?a=%20&b')
-        self.assertEqual(lines[:7],
-                         ['GET /%7e?a=%20&b HTTP/1.1', 'Host: HOST', 'x-B: 1', 'X-a:  2 ',
-                                     'x-b:3', 'Cookie: a', 'cookie: b'])
 
     async def test_the_app_learns_where_a_request_came_from(self):
         lines = await self.forwarded('')
         self.assertEqual(lines[2:5], ['X-Forwarded-For: 127.0.0.1', 'X-Forwarded-Proto: http',
                                       'X-Forwarded-Host: HOST'])
-
-    async def test_what_a_visitor_claims_about_that_is_dropped(self):
-        lines = await self.forwarded('X-Forwarded-For: 6.6.6.6\nx_forwarded_host: evil\n'
-                                     'Forwarded: for=6\nX-FORWARDED-PORT: 6\n'
-                                     'X-Forwarded_Proto: evil')
-        self.assertNotIn('6.6.6.6', str(lines))
-        self.assertEqual([line for line in lines if 'evil' in line or 'for=6' in line
-                          or ': 6' in line], [])
-
-    async def test_fields_of_one_hop_do_not_pass(self):
-        lines = await self.forwarded('Connection: keep-alive, X-Own\nX-Own: 1\nKeep-Alive: 5\n'
-                                     'TE: gzip\nProxy-Connection: a\nUpgrade: h2c')
-        names = {line.partition(':')[0].lower() for line in lines[1:]}
-        self.assertFalse(names & {'connection', 'x-own', 'keep-alive', 'te', 'proxy-connection',
-                                  'upgrade'})
-
-    async def test_absolute_form_goes_on_as_origin_form(self):
-        await self.world()
-        app = await self.app()
-        visitor = await self.visitor(await self.client(app))
-        await visitor.send(b'GET http://HOST/a?b HTTP/1.1\r\nHost: HOST\r\n\r\n')
-        await visitor.answer()
-        self.assertTrue(app.requests[0].startswith(b'GET /a?b HTTP/1.1\r\n'))
 
     async def test_a_tunnel_that_leads_to_itself_is_508(self):
         await self.world()
@@ -2641,18 +2517,10 @@ class ForwardingTest(WorldTest):
         app, visitor = await self.through(
             b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\nSet-Cookie: a=b\r\nset-cookie: c=d\r\n'
             b'Connection: X-Own\r\nX-Own: 1\r\nContent-Length: 0\r\n\r\n')
-        await visitor.ask()
+        visitor.ask()
         self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'),
                          b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\n'
                          b'Set-Cookie: a=b\r\nset-cookie: c=d\r\nContent-Length: 0\r\n\r\n')
-
-    async def test_a_cookie_for_the_whole_domain_is_dropped(self):
-        app, visitor = await self.through(
-            b'HTTP/1.1 200 OK\r\nContent-Length: 0\r\nSet-Cookie: a=1; Domain=localhost\r\n'
-            b'Set-Cookie: b=1; domain = .LOCALHOST; Path=/\r\n'
-            b'Set-Cookie: c=1; Domain=x.localhost\r\n\r\n')
-        _, fields, _ = await visitor.get()
-        self.assertEqual(fields['set-cookie'], 'c=1; Domain=x.localhost')
 
 
 class AdmissionTest(WorldTest):
@@ -2670,8 +2538,7 @@ class AdmissionTest(WorldTest):
         for target in (1, 2, 'localhost:1', 'http://localhost:1/'):
             client = await self.client(target)
             urls.append(client.url)
-            await self.forget(client.running)
-            await client.stop()
+            await self.leaves(client)
         self.assertEqual(len(set(urls)), 2)
         self.assertEqual(urls[0], urls[2])
 
@@ -2684,9 +2551,9 @@ class AdmissionTest(WorldTest):
     async def test_a_client_that_dials_an_address_gets_its_name_too(self):
         await self.world()
         app = await self.app()
-        client = await self.client(app, site='127.0.0.1')
+        client = await self.client(app, site='http://127.0.0.1')
         self.assertEqual(client.url, f'http://{client.name}.localhost:{self.port}')
-        self.assertEqual((await (await self.visitor(client)).get())[0], 200)
+        self.assertEqual((await self.visit(client))[0], 200)
 
     async def test_a_chosen_name_is_first_come_first_served(self):
         await self.world()
@@ -2698,8 +2565,7 @@ class AdmissionTest(WorldTest):
     async def test_a_name_stays_with_its_owner_while_he_is_away(self):
         await self.world()
         client = await self.client(1, name='app')
-        await self.forget(client.running)
-        await client.stop()
+        await self.leaves(client)
         self.assertEqual((await self.refused(name='app', key=bytes(32))).code, 'name_taken')
         self.assertTrue((await self.client(2, name='app')).url)
 
@@ -2717,14 +2583,6 @@ class AdmissionTest(WorldTest):
         self.assertEqual((await self.refused()).code, 'token')
         self.assertTrue((await self.client(1, token='secret')).url)
 
-    async def test_the_one_who_started_later_takes_over(self):
-        await self.world()
-        first, second = await self.client(1), await self.client(1)
-        with self.assertRaises(lt.Refused) as caught:
-            await first.running
-        self.assertEqual((caught.exception.code, caught.exception.final), ('superseded', True))
-        self.assertFalse(second.running.done())
-
     async def test_the_one_who_started_earlier_does_not_take_it_back(self):
         await self.world()
         await self.client(1)
@@ -2732,72 +2590,18 @@ class AdmissionTest(WorldTest):
             older = self.client(1)
             self.assertEqual((await older).running.exception().code, 'superseded')
 
-    async def test_an_exchange_goes_on_while_another_takes_over(self):
-        asked, go = asyncio.Event(), asyncio.Event()
-
-        async def slow(head, reader, writer):
-            asked.set()
-            await go.wait()
-            writer.write(OK)
-            return True
-        await self.world()
-        app = await self.app(slow)
-        first = await self.client(app)
-        visitor = await self.visitor(first)
-        await visitor.ask()
-        await asked.wait()
-        await self.client(app)
-        go.set()
-        self.assertEqual((await visitor.answer())[2], b'hello')
-        with self.assertRaises(lt.Refused):
-            await first.running
-
-    def hello(self, **changed):
-        proof = lt.make_proof(KEY, 'localhost', 'http', 'x')
-        return {'kind': 'http', 'proof': proof.hex(), 'instance': '0' * 32, 'started': 1, **changed}
-
-    async def knock(self, hello, upgrade='localtunnel/1', fields=''):
-        visitor = await self.visitor(f'localhost:{self.port}')
-        text = hello if isinstance(hello, str) else json.dumps(hello)
-        await visitor.ask(lt.WELL_KNOWN, f'Connection: Upgrade\nUpgrade: {upgrade}\n'
-                          f'Localtunnel-Hello: {text}\n{fields}')
-        return await visitor.answer()
-
     async def test_a_refusal_is_a_status_and_a_reason_in_json(self):
         await self.world(tokens=['secret'])
-        status, fields, body = await self.knock(self.hello())
-        self.assertEqual((status, json.loads(body)['error']), (401, 'token'))
-        self.assertIn('--token', json.loads(body)['message'])
+        _, status, reason = await self.hello()
+        self.assertEqual((status, reason['error']), (401, 'token'))
+        self.assertIn('--token', reason['message'])
 
     async def test_another_version_is_426_and_told_the_cure(self):
         await self.world()
-        status, fields, body = await self.knock(self.hello(), upgrade='localtunnel/2')
+        status, fields, body = await self.visit(
+            'localhost', lt.WELL_KNOWN, 'Connection: Upgrade\nUpgrade: localtunnel/2')
         self.assertEqual((status, fields['upgrade']), (426, 'localtunnel/1'))
         self.assertIn('/localtunnel.py', json.loads(body)['message'])
-
-    async def test_a_malformed_hello_is_400_and_nothing_worse(self):
-        await self.world()
-        client = await self.client(1, name='app')
-        hello = client._hello
-        for wrong in ('', '{', '[]', 'null', '5', '\u00ff', '[' * 9000,
-                      *({**self.hello(), key: value} for
-                      key in ('kind', 'proof', 'instance', 'started', 'port', 'name', 'allow',
-                              'auth')
-                      for value in ([1], {'a': 1}, 'x', 1e999, '\ud800'))):
-            with self.subTest(str(wrong)[:300]):
-                try:
-                    status, _, body = await self.knock(wrong)
-                except asyncio.IncompleteReadError:
-                    self.fail('no answer')
-                self.assertIn(status, (101, 400, 403))
-        for resume in (5, [], {}, {'session': '\u00e9', 'received': 0},
-                       {'session': '', 'received': 1e999},
-                       {'session': '', 'received': -1}):
-            with self.subTest(resume=resume):
-                try:
-                    await self.knock({**hello, 'name': 'app', 'resume': resume})
-                except asyncio.IncompleteReadError:
-                    self.fail('no answer')
 
     async def test_without_the_upgrade_the_path_belongs_to_the_app(self):
         app, visitor = await self.through()
@@ -2897,7 +2701,7 @@ class ExchangeTest(WorldTest):
                                       ('1.0', '', False), ('1.0', 'Connection: keep-alive', True)):
             with self.subTest(version, fields=fields):
                 _, visitor = await self.through()
-                await visitor.ask(version=version, fields=fields)
+                visitor.ask(version=version, fields=fields)
                 _, got, _ = await visitor.answer()
                 if kept:
                     self.assertEqual((await visitor.get())[0], 200)
@@ -2908,7 +2712,7 @@ class ExchangeTest(WorldTest):
 
     async def test_trailers_pass(self):
         _, visitor = await self.through(FRAMED['chunked'])
-        await visitor.ask()
+        visitor.ask()
         self.assertEqual((await visitor.reader.readuntil(b'0\r\nA: b\r\n\r\n'))[-11:],
                          b'0\r\nA: b\r\n\r\n')
 
@@ -2938,13 +2742,12 @@ class ExchangeTest(WorldTest):
 
         async def echo(head, reader, writer):
             body = await body_of(head, reader)
-            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(body) + body)
+            writer.write(ok(body))
             await writer.drain()
             return True
         _, visitor = await self.through(echo)
-        async with self.background(visitor.ask(method='POST', fields=f'Content-Length: {len(data)}',
-                                               body=data)):
-            self.assertEqual((await visitor.answer())[2], data)
+        visitor.ask(method='POST', fields=f'Content-Length: {len(data)}', body=data)
+        self.assertTrue((await visitor.answer())[2] == data)
 
     async def test_a_body_streams_and_is_never_held_back(self):
         go = asyncio.Event()
@@ -2955,7 +2758,7 @@ class ExchangeTest(WorldTest):
             writer.write(b'4\r\nlast\r\n0\r\n\r\n')
             return True
         _, visitor = await self.through(trickle)
-        await visitor.ask()
+        visitor.ask()
         await visitor.reader.readuntil(b'5\r\nfirst\r\n')
         go.set()
         await visitor.reader.readuntil(b'4\r\nlast\r\n0\r\n\r\n')
@@ -2963,19 +2766,18 @@ class ExchangeTest(WorldTest):
     async def test_expect_100_continue_is_asked_of_the_app_itself(self):
         async def careful(head, reader, writer):
             writer.write(b'HTTP/1.1 100 Continue\r\n\r\n')
-            body = await body_of(head, reader)
-            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n' + body)
+            writer.write(ok(await body_of(head, reader)))
             return True
         app, visitor = await self.through(careful)
-        await visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
+        visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
         self.assertEqual((await visitor.answer())[0], 100)
-        await visitor.send(b'hello')
+        visitor.send(b'hello')
         self.assertEqual((await visitor.answer())[2], b'hello')
         self.assertIn(b'Expect: 100-continue', app.requests[0])
 
     async def test_an_expectation_may_be_refused_before_the_body(self):
         _, visitor = await self.through(self.too_large(b''))
-        await visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
+        visitor.ask(method='POST', fields='Expect: 100-continue\nContent-Length: 5')
         status, fields, _ = await visitor.answer()
         self.assertEqual((status, fields['connection'], await visitor.reader.read()),
                          (413, 'close', b''))
@@ -2992,10 +2794,8 @@ class ExchangeTest(WorldTest):
         for size in (1000, 100000):
             page = pattern(size)
             _, visitor = await self.through(self.too_large(page))
-            sending = visitor.ask(method='POST', fields='Content-Length: 99999999',
-                                  body=bytes(500000))
-            async with self.background(sending):
-                status, fields, body = await visitor.answer()
+            visitor.ask(method='POST', fields='Content-Length: 99999999', body=bytes(500000))
+            status, fields, body = await visitor.answer()
             self.assertEqual((status, fields['connection'], body == page), (413, 'close', True))
             await self.end_of_the_world()
 
@@ -3008,12 +2808,12 @@ class ExchangeTest(WorldTest):
             self.assertEqual(await reader.read(), b'last')
             writer.write(b'bye')
         _, visitor = await self.through(switch)
-        await visitor.ask(fields='Connection: keep-alive, Upgrade\nUpgrade: Chat',
+        visitor.ask(fields='Connection: keep-alive, Upgrade\nUpgrade: Chat',
                           body=b'early\r\n\0')
         status, fields, _ = await visitor.answer()
         self.assertEqual((status, fields['upgrade'], fields['x-a']), (101, 'Chat', 'b'))
         self.assertEqual(await visitor.reader.readexactly(7), b'welcome')
-        await visitor.send(b'last')
+        visitor.send(b'last')
         visitor.writer.write_eof()
         self.assertEqual(await visitor.reader.read(), b'bye')
 
@@ -3022,20 +2822,6 @@ class ExchangeTest(WorldTest):
         self.assertEqual((await visitor.get(fields='Connection: Upgrade\nUpgrade: h2c'))[2],
                          b'hello')
         self.assertEqual((await visitor.get())[2], b'hello')
-
-    async def test_an_upgrade_that_nobody_asked_for_is_502(self):
-        _, visitor = await self.through(b'HTTP/1.1 101 Switching\r\nUpgrade: x\r\n'
-                                        b'Connection: upgrade, close\r\n\r\n')
-        self.assertEqual((await visitor.get())[0], 502)
-
-    async def test_a_body_cut_short_is_cut_short_for_the_visitor(self):
-        for head in (b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\nConnection: close\r\n\r\nhalf',
-                     b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nConnection: close\r\n\r\n'
-                     b'5\r\nhello\r\n'):
-            _, visitor = await self.through(head)
-            with self.assertRaises((asyncio.IncompleteReadError, ConnectionError, ValueError)):
-                await visitor.get()
-            await self.end_of_the_world()
 
     async def test_one_exchange_that_stalls_delays_none_of_hundreds(self):
         async def by_path(head, reader, writer):
@@ -3048,18 +2834,20 @@ class ExchangeTest(WorldTest):
             writer.write(OK)
             return True
         _, stalled = await self.through(by_path)
-        await stalled.ask('/stall')
+        stalled.ask('/stall')
         stalled.reader._transport.pause_reading()
 
         async def visit():
-            visitor = await self.visitor(stalled.host.decode())
+            visitor = await self.visitor(stalled.host)
             return [(await visitor.get())[2] for _ in range(5)]
         self.assertEqual(await asyncio.gather(*[visit() for _ in range(60)]), [[b'hello'] * 5] * 60)
 
     async def test_who_watches_is_told_of_each_exchange(self):
         _, visitor = await self.through()
         await visitor.get('/path?query', method='PUT')
-        number, method, target, status, seconds, size = (await self.exchanges.get())[:6]
+        await eventually(lambda: any(told[0] == 'exchange' for told in self.log.told))
+        (_, _, method, target, status, _, size, *_), = [
+            told for told in self.log.told if told[0] == 'exchange']
         self.assertEqual((method, target, status, size), ('PUT', '/path?query', 200, 5))
 
 
@@ -3102,7 +2890,7 @@ class UpstreamTest(WorldTest):
         app, visitor = await self.through(nothing)
         status, _, body = await visitor.get()
         self.assertEqual((status, len(app.requests)), (502, 1))
-        self.assertIn(f'localhost:{app.port} closed the connection'.encode(), body)
+        self.assertIn(f'localhost:{app.address[1]} closed the connection'.encode(), body)
 
     async def test_an_idle_connection_with_bytes_pending_is_not_trusted(self):
         async def twice(head, reader, writer):
@@ -3121,9 +2909,7 @@ class UpstreamTest(WorldTest):
                 await App.serve(app, reader, writer)
         await self.world()
         app = await self.app()
-        serving = await asyncio.start_server(alone, '127.0.0.1', 0)
-        self.stack.callback(serving.close)
-        client = await self.client(serving.sockets[0].getsockname()[1])
+        client = await self.client((await self.serves(alone))[1])
 
         async def visit():
             visitor = await self.visitor(client)
@@ -3140,16 +2926,6 @@ class UpstreamTest(WorldTest):
         self.assertEqual(status, 502)
         self.assertIn(f'localhost:{port}'.encode(), body)
 
-    async def test_an_answer_that_is_no_http_is_502(self):
-        for nonsense in (b'SSH-2.0-close\r\n\r\n', b'HTTP/1.1 200 OK\r\nA : close\r\n\r\n',
-                         b'\0close',
-                         b'HTTP/1.1 200 OK\r\nContent-Length: 1\r\nContent-Length: 2\r\n'
-                         b'Connection: close\r\n\r\nx'):
-            with self.subTest(nonsense):
-                _, visitor = await self.through(nonsense)
-                self.assertEqual((await visitor.get())[0], 502)
-                await self.end_of_the_world()
-
     async def test_an_app_that_takes_too_long_is_504(self):
         async def never(head, reader, writer):
             await reader.read()
@@ -3160,44 +2936,21 @@ class UpstreamTest(WorldTest):
     @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'this system has no Unix sockets')
     async def test_an_app_may_be_behind_a_unix_socket(self):
         await self.world()
-        app = await self.app()
         folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-        serving = await asyncio.start_unix_server(app.serve, os.path.join(folder, 'app'))
-        self.stack.callback(serving.close)
-        visitor = await self.visitor(await self.client('unix:' + os.path.join(folder, 'app')))
-        self.assertEqual((await visitor.get())[2], b'hello')
+        app = await self.app(start=asyncio.start_unix_server, where=[os.path.join(folder, 'app')])
+        self.assertEqual((await self.visit(await self.client('unix:' + app.address)))[2], b'hello')
 
 
 class ComeBackTest(WorldTest):
-
-    async def raw_server(self, *answers):
-        """A port where each connection gets the next of ANSWERS, and a count of connections."""
-        count = []
-
-        async def serve(reader, writer):
-            with contextlib.suppress(asyncio.IncompleteReadError, ConnectionError):
-                await reader.readuntil(b'\r\n\r\n')
-                writer.write(answers[min(len(count), len(answers) - 1)])
-                count.append(1)
-            writer.close()
-        serving = await asyncio.start_server(serve, '127.0.0.1', 0)
-        self.stack.callback(serving.close)
-        return serving.sockets[0].getsockname()[1], count
 
     async def test_it_comes_back_with_the_same_name_to_a_server_that_was_restarted(self):
         await self.world()
         app = await self.app()
         client = await self.client(app)
         await self.server.stop()
-        sock = lt.bind('127.0.0.1', self.port)[0]
-        await self.new_server_on(sock)
+        await self.new_server(port=self.port)
         await eventually(lambda: self.server._members())
-        self.assertEqual((await (await self.visitor(client)).get())[2], b'hello')
-
-    async def new_server_on(self, sock):
-        self.server = lt.Server(self.reactor, 'localhost', self.tokens, self.leases, lt.Silence(),
-                                hold=0.0, drain=0.0)
-        await self.server.listen(sock)
+        self.assertEqual((await self.visit(client))[2], b'hello')
 
     async def test_an_exchange_goes_on_over_a_connection_that_breaks(self):
         asked, go = asyncio.Event(), asyncio.Event()
@@ -3208,49 +2961,14 @@ class ComeBackTest(WorldTest):
             writer.write(OK)
             return True
         _, visitor = await self.through(slow)
-        await visitor.ask()
+        visitor.ask()
         await asked.wait()
-        session = self.running[0][0]._session
+        session = self.clients[0]._session
         session.connection.reset(lt.CANCELLED, '')
         await eventually(lambda: session.connection is None)
         go.set()
         self.assertEqual((await visitor.answer())[2], b'hello')
-        self.assertIs(self.running[0][0]._session, session)
-
-    async def test_a_request_waits_for_a_client_on_its_way_back(self):
-        await self.world(hold=9.0)
-        app = await self.app()
-        client = await self.client(app)
-        visitor = await self.visitor(client)
-        with unittest.mock.patch.object(lt.Client, '_dial', side_effect=OSError('the net is away')):
-            client._session.connection.reset(lt.CANCELLED, '')
-            await eventually(lambda: not self.server._members()[0].session.connection)
-            await visitor.ask()
-            await eventually(lambda: self.server._held)
-        self.assertEqual((await visitor.answer())[2], b'hello')
-
-    async def test_an_answer_that_is_no_welcome_is_told_in_a_sentence(self):
-        for answer in (b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nhi', b'nonsense\r\n\r\n', b'',
-                       b'HTTP/1.1 101 Switching\r\nUpgrade: localtunnel/1\r\n'
-                       b'Connection: Upgrade\r\n\r\n',
-                       *(b'HTTP/1.1 101 Switching\r\nLocaltunnel-Welcome: %b\r\n\r\n' % welcome
-                         for welcome in (b'{', b'[]', b'{"url": 5}', b'\xff',
-                                         b'{"url": "x", "resume": 5}')),
-                       b'HTTP/1.1 403 No\r\nContent-Length: 9\r\n\r\n{"error":'):
-            with self.subTest(answer[:80]):
-                await self.world()
-                self.port, _ = await self.raw_server(answer)
-                client = await self.client(1, once=True)
-                if not client.url:
-                    self.assertIsInstance(client.running.exception(), lt.LocaltunnelError)
-                await self.end_of_the_world()
-
-    async def test_it_tries_again_and_again(self):
-        with self.constant(BACKOFF_FIRST=0.0):
-            await self.world()
-            self.port, count = await self.raw_server(b'HTTP/1.1 200 OK\r\n')
-            async with self.background(self.client(1)):
-                await eventually(lambda: len(count) > 4)
+        self.assertIs(self.clients[0]._session, session)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3766,8 +3484,7 @@ class PythonTest(CommandTest):
             serving = await asyncio.start_server(app.serve, '127.0.0.1', 0)
             async with lt.tunnel(serving.sockets[0].getsockname()[1]) as t:
                 reader, writer = await asyncio.open_connection('127.0.0.1', int(t.url[17:]))
-                visitor = Visitor(reader, writer, b'localhost')
-                self.assertEqual((await visitor.get())[2], b'hello')
+                self.assertEqual((await Peer(reader, writer, 'localhost').get())[2], b'hello')
                 writer.close()
             await eventually(lambda: not app.tasks, 'the connection to the app is left')
             serving.close()
@@ -3897,7 +3614,6 @@ class BrowserTest(CommandTest):
 # ------------------------------------------------------------------------------------------------
 
 H = b'Host: t.localhost\r\n'
-TABLE_OK = b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'
 ORDINARY = b'GET /ordinary HTTP/1.1\r\n' + H + b'Connection: close\r\n\r\n'
 SMUGGLED = b'GET /smuggled HTTP/1.1\r\n' + H + b'\r\n'
 EMPTY = b'0\r\n\r\n'
@@ -3916,81 +3632,48 @@ def chunked(body):
     return post(b'Transfer-Encoding: chunked\r\n', body)
 
 
-class Recorder(socketserver.ThreadingTCPServer):
-    """A raw app: keeps what it got, and reads only what has exactly one meaning."""
-    allow_reuse_address = daemon_threads = True
-    request_queue_size = 128
+class Recorder(App):
+    """Keeps what it got, and reads only what has exactly one meaning."""
 
     def __init__(self):
-        super().__init__(('127.0.0.1', 0), None)
-        self.requests, self.ambiguous = [], []
-        self.reply, self.end = TABLE_OK, 'keep'       # for every path but /ordinary
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        super().__init__(OK)        # for every path but /ordinary
+        self.ambiguous, self.end = [], 'keep'
 
-    def finish_request(self, request, client_address):
-        request.settimeout(10)
-        with request, request.makefile('rb') as f:
-            try:
-                while self.one(request, f):
-                    pass
-            except (OSError, EOFError):
-                pass        # the tunnel went away, which is right after something malformed
-
-    def one(self, sock, f):
-        """One request; whether the connection is kept."""
-        lines = []
-        while not lines or lines[-1]:
-            line = f.readline()
-            if not line.endswith(b'\n'):
-                raise EOFError
-            if not line.endswith(b'\r\n') or re.search(rb'[\0\r\n]', line[:-2]):
-                self.ambiguous.append(line)
-            lines.append(line[:-2])
-        shape = rb"[!#$%&'*+.^_`|~\w-]+:[^\0\r\n]*"
-        if not re.fullmatch(rb'[^\s]+ [^\s]+ HTTP/1\.1', lines[0]) or not all(
-                re.fullmatch(shape, line, re.ASCII) for line in lines[1:-1]):
-            self.ambiguous.append(lines)
-        length = [line for line in lines[1:]
+    async def one(self, reader, writer):
+        lines = [await self.line(reader, rb'[^\s]+ [^\s]+ HTTP/1\.1\r\n')]
+        shape = rb"(?:[!#$%&'*+.^_`|~\w-]+:[^\0\r\n]*)?\r\n"
+        while lines[-1] != b'\r\n':
+            lines.append(await self.line(reader, shape))
+        length = [line for line in lines
                   if re.match(rb'(?i)content-length|transfer-encoding', line)]
         body, trailers = b'', []
-        if length == [b'Transfer-Encoding: chunked']:
-            while True:
-                size = self.line(f, rb'(?:0|[1-9a-f][0-9a-f]*)\r\n')
-                if size == b'0\r\n':
-                    break
-                body += self.exactly(f, int(size, 16))
-                self.line(f, rb'\r\n')
+        if length == [b'Transfer-Encoding: chunked\r\n']:
+            size = None
+            while size != b'0\r\n':
+                size = await self.line(reader, rb'(?:0|[1-9a-f][0-9a-f]*)\r\n')
+                body += await reader.readexactly(int(size, 16))
+                if size != b'0\r\n':
+                    await self.line(reader, rb'\r\n')
             while not trailers or trailers[-1] != b'\r\n':
-                trailers.append(self.line(f, rb'(?:' + shape + rb')?\r\n'))
+                trailers.append(await self.line(reader, shape))
         elif length and self.end != 'no bodies':
-            if len(length) > 1 or not re.fullmatch(rb'[^:]+:[ \t]*[0-9]+[ \t]*', length[0]):
+            if len(length) > 1 or not re.fullmatch(rb'[^:]+:[ \t]*[0-9]+[ \t]*\r\n', length[0]):
                 self.ambiguous.append(length)
-            body = self.exactly(f, int(length[0].split(b':')[1]))
-        self.requests.append((lines[:-1], body, trailers[:-1]))
+            body = await reader.readexactly(int(length[0].split(b':')[1]))
+        self.requests.append(([line[:-2] for line in lines[:-1]], body, trailers[:-1]))
         if b'/ordinary ' in lines[0]:
-            sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 8\r\n\r\nordinary')
+            writer.write(ok(b'ordinary'))
             return True
-        sock.sendall(self.reply)
+        writer.write(self.answer)
         if self.end == 'reset':
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            writer.get_extra_info('socket').setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RST)
         return self.end in ('keep', 'no bodies')
 
-    def shutdown_request(self, request):
-        request.close()         # at once, so that `reset` is one
-
-    def line(self, f, pattern):
-        line = f.readline()
-        if not line.endswith(b'\n'):
-            raise EOFError
+    async def line(self, reader, pattern):
+        line = await reader.readuntil(b'\n')
         if not re.fullmatch(pattern, line, re.ASCII):
             self.ambiguous.append(line)
         return line
-
-    def exactly(self, f, n):
-        data = f.read(n)
-        if len(data) < n:
-            raise EOFError
-        return data
 
 
 # Requests that get 400 and the connection closed, and of which the app sees nothing whole.
@@ -4036,19 +3719,7 @@ for fields in (
         b'Connection: Transfer-Encoding,close|Connection: X-Forwarded-For|'
         b'Connection: x_forwarded_proto|Connection: x\r\nConnection: X-Forwarded-Host').split(b'|'):
     REFUSED['fields %r' % fields] = post(fields + b'\r\n', EMPTY + SMUGGLED)
-for body in (
-        b'0x5\r\nhello\r\n|+5\r\nhello\r\n|-5\r\nhello\r\n|5 \r\nhello\r\n| 5\r\nhello\r\n|'
-        b'5\nhello\r\n|5\rhello\r\n|5\r\r\nhello\r\n|5;\nhello\r\n|5;a\nhello\r\n|'
-        b'5;a\rb\r\nhello\r\n|5;a=\0\r\nhello\r\n|5\0\r\nhello\r\n|5\r\nhello\n|5\r\nhello|'
-        b'5\r\nhelloXX|5\r\nhello\r|5\r\nhello\r\r\n|5\r\nhello\n\n|4\r\nhello\r\n|'
-        b'6\r\nhello\r\n|g\r\nhello\r\n|\r\nhello\r\n|;a\r\nhello\r\n|5,5\r\nhello\r\n|'
-        b'5 5\r\nhello\r\n|0_5\r\nhello\r\n|5h\r\nhello\r\n|5=a\r\nhello\r\n|'
-        b'"5"\r\nhello\r\n|\xef\xbc\x95\r\nhello\r\n|10000000000000005\r\nhello\r\n|'
-        b'FFFFFFFFFFFFFFFF\r\nhello\r\n|-0\r\n\r\n|0\n\n|0\r\n\n|0\n\r\n|0\r\rX|0;\n\r\n|'
-        b'0\r\nX : y\r\n\r\n|0\r\nX: y\n\r\n|0\r\n X: y\r\n\r\n|0\r\nX: y\r\n z\r\n\r\n|'
-        b'0\r\nX\r\n\r\n|0\r\nX: \0\r\n\r\n|0\r\nX: y\rZ: 1\r\n\r\n|'
-        b'0\r\nContent-Length: 5\r\n\r\n|0\r\nTransfer-Encoding: chunked\r\n\r\n|'
-        b'0\r\nHost: other.localhost\r\n\r\n|0\r\nX-Forwarded-For: 6.6.6.6\r\n\r\n').split(b'|'):
+for body in BAD_CHUNKS:
     REFUSED['chunks %r' % body[:40]] = chunked(body + EMPTY + SMUGGLED)
 for line in (
         b'GET  / HTTP/1.1|GET /  HTTP/1.1| GET / HTTP/1.1|\tGET / HTTP/1.1|GET / HTTP/1.1 |'
@@ -4076,7 +3747,8 @@ for host in (
 REFUSED.update({
     'chunked in HTTP/1.0': post(b'Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n',
                                 EMPTY + SMUGGLED, b'POST /x HTTP/1.0'),
-    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H),
+    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H), 'HTTP/1.2': get(b'GET / HTTP/1.2'),
+    'a host with a space in HTTP/1.0': get(b'GET / HTTP/1.0', host=b'Host: a b\r\n'),
     'only LF': b'GET / HTTP/1.1\nHost: t.localhost\n\n' + SMUGGLED,
     'only CR': b'GET / HTTP/1.1\rHost: t.localhost\r\r' + SMUGGLED,
     'ends with LF LF': b'GET / HTTP/1.1\r\n' + H[:-2] + b'\n\n' + SMUGGLED,
@@ -4140,8 +3812,9 @@ CHANGED = {         # request: (request line at the app, a field that must be th
     b'\r\n' + get(): (b'GET /x HTTP/1.1', H),
     get(fields=b'Connection: X-Gone, Keep-Alive\r\nX-Gone: 1\r\nKeep-Alive: 5\r\nTE: gzip\r\n'
         b'Proxy-Connection: close\r\nUpgrade: h2c\r\nX: 1\r\n'): (b'GET /x HTTP/1.1', b'X: 1\r\n'),
-    get(fields=b'X-Forwarded-For: 6.6.6.6\r\nX_Forwarded_For: 6.6.6.6\r\nx-forwarded_Proto: z\r\n'
-        b'X-FORWARDED-HOST: z\r\nX_FORWARDED-PORT: 1\r\nForwarded: for=6.6.6.6\r\n'):
+    get(fields=b''.join(name + b': 6.6.6.6\r\n' for name in (
+        b'X-Forwarded-For', b'X_Forwarded_For', b'x-forwarded_Proto', b'X-FORWARDED-HOST',
+        b'X_FORWARDED-PORT', b'Forwarded'))):
     (b'GET /x HTTP/1.1', b'X-Forwarded-For: 127.0.0.1\r\n'),
 }
 GONE = re.compile(
@@ -4170,7 +3843,7 @@ BAD_ANSWERS = [A + b'Content-Length: ' + v + b'\r\n\r\nokok' for v in (
     A + b'X: ' + b'x' * 70000 + b'\r\n\r\n', A + b'X: y\r\n' * 300 + b'\r\n', b'', b'ok',
     b'HTTP/1.1 200 OK\r\nContent-', b'\x15\x03\x01\x00\x02\x02\x46', b'<html></html>',
     b'HTTP/1.0 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n0\r\n\r\n',
-    A[:-2] + b'\n' + C[:-2] + b'\n\nok', b'HTTP/1.1 103 Early\r\nX : y\r\n\r\n' + TABLE_OK,
+    A[:-2] + b'\n' + C[:-2] + b'\n\nok', b'HTTP/1.1 103 Early\r\nX : y\r\n\r\n' + OK,
     b'HTTP/1.1 103 Early\r\n\r\n' * 1000, b'HTTP/1.1 100 Continue\r\n\r\n',
     b'HTTP/1.1 204 No Content\r\nContent-Length: 2, 3\r\n\r\n',
     b'HTTP/1.1 204 No Content\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n',
@@ -4192,161 +3865,133 @@ GOOD_ANSWERS = [
     A + b''.join(b'X-%d: %d\r\n' % (i, i) for i in range(100)) + b'\r\n']
 
 
-class HttpTables(unittest.TestCase):
+class HttpTables(WorldTest):
+    SECONDS = 3 * PATIENCE
 
-    @classmethod
-    def setUpClass(cls):
-        cls.app = Recorder()
-        cls.addClassCleanup(cls.app.server_close)
-        cls.addClassCleanup(cls.app.shutdown)
-        folder = tempfile.TemporaryDirectory()
-        cls.addClassCleanup(folder.cleanup)
-        with socket.socket() as s:
-            s.bind(('127.0.0.1', 0))
-            cls.port = s.getsockname()[1]
-        env = dict(os.environ, XDG_CONFIG_HOME=folder.name, LOCALTUNNEL_TOKEN='')
-        server = cls.start(subprocess.PIPE, env, 'server', '--domain', 'localhost', '--state',
-                           folder.name, '--port', str(cls.port))
-        server.stderr.readline()        # it listens; the rest is read so that it never waits
-        threading.Thread(target=server.stderr.read, daemon=True).start()
-        cls.start(None, env, 'client', str(cls.app.server_address[1]), '--name', 't', '--quiet',
-                  '--server', 'http://localhost:%d' % cls.port).stdout.readline()
+    async def ready(self):
+        await self.world()
+        self.apps.append(Recorder())
+        self.target = self.apps[0]
+        await self.client((await self.serves(self.target.serve))[1], name='t')
 
-    @classmethod
-    def start(cls, stderr, env, *words):
-        process = subprocess.Popen([sys.executable, SCRIPT, *words], env=env, stderr=stderr,
-                                   stdin=subprocess.DEVNULL, stdout=subprocess.PIPE)
-        for f in filter(None, (process.stdout, process.stderr)):
-            cls.addClassCleanup(f.close)
-        cls.addClassCleanup(process.wait)
-        cls.addClassCleanup(process.kill)
-        return process
-
-    def setUp(self):
-        self.app.reply, self.app.end = TABLE_OK, 'keep'
-
-    def visit(self, request, half_close=False):
+    async def visit(self, request):
         """(all that comes back, whether it ended with RST): the server closes, not the visitor."""
         with socket.create_connection(('127.0.0.1', self.port)) as s:
-            s.settimeout(10)
-            answer, reset = b'', False
+            s.setblocking(False)
+            answer, data = b'', b'x'
             try:
-                s.sendall(request)
-                if half_close:
-                    s.shutdown(socket.SHUT_WR)
-                while True:
-                    data = s.recv(65536)
-                    if not data:
-                        break
+                await self.loop.sock_sendall(s, request)
+                while data:
+                    data = await self.loop.sock_recv(s, 65536)
                     answer += data
             except ConnectionError:
-                reset = True
-        return answer, reset
+                return answer, True
+        return answer, False
 
-    def ordinary(self, before=()):
+    async def ordinary(self, before=()):
         """An ordinary request works, and the app saw nothing else but the requests BEFORE."""
-        self.assertEqual(self.visit(ORDINARY)[0].split(b'\r\n\r\n')[-1], b'ordinary')
-        lines = [request[0][0] for request in self.app.requests]
+        self.assertEqual((await self.visit(ORDINARY))[0].split(b'\r\n\r\n')[-1], b'ordinary')
+        lines = [request[0][0] for request in self.target.requests]
         self.assertEqual(lines, [*before, b'GET /ordinary HTTP/1.1'])
-        self.assertEqual(self.app.ambiguous, [])
-        self.app.requests.clear()
+        self.assertEqual(self.target.ambiguous, [])
+        self.target.requests.clear()
 
-    def test_what_can_be_read_in_two_ways_is_refused_and_never_reaches_the_app(self):
+    async def test_what_can_be_read_in_two_ways_is_refused_and_never_reaches_the_app(self):
         for name, case in REFUSED.items():
             request, status = case if isinstance(case, tuple) else (case, 400)
             with self.subTest(name):
-                self.app.requests.clear()
-                self.app.ambiguous.clear()
-                answer, reset = self.visit(request)
+                self.target.requests.clear()
+                self.target.ambiguous.clear()
+                answer, reset = await self.visit(request)
                 self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'%d' % status])
                 self.assertIn(b'\r\nConnection: close\r\n', answer)
                 self.assertFalse(reset)
-                self.ordinary()
+                await self.ordinary()
 
-    def test_it_is_refused_behind_a_good_request_too(self):
+    async def test_it_is_refused_behind_a_good_request_too(self):
         for name in list(REFUSED)[::9]:
             request = REFUSED[name] if isinstance(REFUSED[name], bytes) else b'\0'
             with self.subTest(name):
-                self.app.requests.clear()
-                answer = self.visit(get() + request)[0]
+                self.target.requests.clear()
+                answer = (await self.visit(get() + request))[0]
                 self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'200', b'400'])
-                self.ordinary([b'GET /x HTTP/1.1'])
+                await self.ordinary([b'GET /x HTTP/1.1'])
 
-    def passes(self, request, line, body=b'', trailers=()):
+    async def passes(self, request, line, body=b'', trailers=()):
         """REQUEST is answered with 200; the fields that the app got."""
-        self.app.requests.clear()
+        self.target.requests.clear()
         head, _, rest = request.lstrip(b'\r\n').partition(b'\r\n\r\n')
-        answer, reset = self.visit(head + b'\r\nConnection: close\r\n\r\n' + rest)
+        answer, reset = await self.visit(head + b'\r\nConnection: close\r\n\r\n' + rest)
         self.assertEqual(re.findall(rb'HTTP/1\.1 (\d+)', answer), [b'200'])
         self.assertFalse(reset)
-        got = self.app.requests[0]
-        self.ordinary([line])
+        got = self.target.requests[0]
+        await self.ordinary([line])
         self.assertEqual((got[1], got[2]), (body, list(trailers)))
         wanted = [f for f in head.split(b'\r\n')[1:] if not GONE.match(f)
                   and not f.lower().startswith(b'transfer-encoding')]
         self.assertEqual(got[0][1:len(wanted) + 1], wanted)
         return got[0]
 
-    def test_what_is_odd_and_valid_passes_unchanged(self):
+    async def test_what_is_odd_and_valid_passes_unchanged(self):
         for request in PASSES:
             line = request.partition(b'\r\n')[0]
             with self.subTest(request[:60]):
-                self.passes(request, line.replace(b'HTTP/1.0', b'HTTP/1.1'))
+                await self.passes(request, line.replace(b'HTTP/1.0', b'HTTP/1.1'))
         for name, (request, body, trailers) in TABLE_BODIES.items():
             with self.subTest(name):
-                self.passes(request, request.partition(b'\r\n')[0], body, trailers)
+                await self.passes(request, request.partition(b'\r\n')[0], body, trailers)
 
-    def test_what_belongs_to_one_hop_or_can_not_be_trusted_is_left_out(self):
+    async def test_what_belongs_to_one_hop_or_can_not_be_trusted_is_left_out(self):
         for request, (line, field) in CHANGED.items():
             with self.subTest(request[:60]):
-                fields = self.passes(request, line)
+                fields = await self.passes(request, line)
                 self.assertIn(field[:-2], fields)
                 self.assertNotIn(b'6.6.6.6', b'\n'.join(fields))
 
-    def test_a_body_that_the_app_did_not_read_is_never_the_next_request(self):
+    async def test_a_body_that_the_app_did_not_read_is_never_the_next_request(self):
         """CL.0: such an app takes the body for a request, so its connection is not used again."""
-        self.app.end = 'no bodies'
+        self.target.end = 'no bodies'
         begun = b'GET /smuggled HTTP/1.1\r\nX: '
         for method in (b'GET', b'POST', b'PUT', b'DELETE', b'OPTIONS'):
             with self.subTest(method):
-                self.visit(post(b'Connection: close\r\nContent-Length: %d\r\n' % len(begun), begun,
-                                method + b' /x HTTP/1.1'))
-                self.assertTrue(self.visit(ORDINARY)[0].endswith(b'ordinary'))
-        self.app.requests.clear()
+                length = b'Connection: close\r\nContent-Length: %d\r\n' % len(begun)
+                await self.visit(post(length, begun, method + b' /x HTTP/1.1'))
+                self.assertTrue((await self.visit(ORDINARY))[0].endswith(b'ordinary'))
+        self.target.requests.clear()
 
-    def test_a_malformed_answer_is_502_or_cut_off(self):
+    async def test_a_malformed_answer_is_502_or_cut_off(self):
         for end in 'close', 'reset':
             for version in b'1.1', b'1.0':
                 for reply in BAD_ANSWERS:
                     with self.subTest(reply[:60], end=end, version=version):
-                        self.app.reply, self.app.end = reply, end
-                        self.app.requests.clear()
-                        self.cut_off(get(b'POST /x HTTP/' + version,
-                                         b'Content-Length: 0\r\nConnection: close\r\n'))
-                        self.ordinary([b'POST /x HTTP/1.1'])
+                        self.target.answer, self.target.end = reply, end
+                        self.target.requests.clear()
+                        await self.cut_off(get(b'POST /x HTTP/' + version,
+                                               b'Content-Length: 0\r\nConnection: close\r\n'))
+                        await self.ordinary([b'POST /x HTTP/1.1'])
 
-    def cut_off(self, request):
-        answer, reset = self.visit(request)
+    async def cut_off(self, request):
+        answer, reset = await self.visit(request)
         answer = re.sub(rb'^(HTTP/1\.1 1\d\d[^\0]*?\r\n\r\n)+', b'', answer)
         if not answer.startswith(b'HTTP/1.1 502 ') and not (reset and not answer):
             self.assertTrue(answer.startswith(b'HTTP/1.1 200 OK\r\n'), answer[:80])
             self.assertTrue(reset or b'Content-Length: 9\r\n' in answer)
             self.assertFalse(answer.endswith(b'0\r\n\r\n'))
 
-    def test_an_answer_without_length_that_breaks_off_is_no_whole_answer(self):
+    async def test_an_answer_without_length_that_breaks_off_is_no_whole_answer(self):
         for version in b'1.1', b'1.0':
             with self.subTest(version):
-                self.app.reply, self.app.end = A + b'X: y\r\n\r\nok', 'reset'
-                self.cut_off(get(b'GET /x HTTP/' + version, b'Connection: close\r\n'))
+                self.target.answer, self.target.end = A + b'X: y\r\n\r\nok', 'reset'
+                await self.cut_off(get(b'GET /x HTTP/' + version, b'Connection: close\r\n'))
 
-    def test_odd_answers_pass_unchanged(self):
+    async def test_odd_answers_pass_unchanged(self):
         for reply in GOOD_ANSWERS:
             with self.subTest(reply[:60]):
-                self.app.reply, self.app.end = reply, 'close'
-                self.app.requests.clear()
-                answer = self.visit(get(fields=b'Connection: close\r\n'))[0]
+                self.target.answer, self.target.end = reply, 'close'
+                self.target.requests.clear()
+                answer = (await self.visit(get(fields=b'Connection: close\r\n')))[0]
                 self.assertEqual(answer[:len(reply) - 2], reply[:-2])
-                self.ordinary([b'GET /x HTTP/1.1'])
+                await self.ordinary([b'GET /x HTTP/1.1'])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4356,201 +4001,39 @@ class HttpTables(unittest.TestCase):
 # are still served, nothing failed inside (no exception reached the loop), and no memory is kept.
 # ------------------------------------------------------------------------------------------------
 
-F, END, U32, U64 = lt.encode_frame, lt.END, lt.U32.pack, lt.U64.pack
 WORDS = lt.encode_reason
-HOSTILE_OK = b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok'
 ASK = b'GET / HTTP/1.1\r\nHost: x\r\n\r\n'
 BAD = '\x1b[31m\x9b31m\r\nforged \u202e'
 DEEP = '[' * 30000
 
 
-class Peer:
-    """One raw end of a session, or any connection."""
+class HostileTest(FolderTest, WorldTest):
+    """What attacks a server, whose sweeps are short, and the tunnel of somebody else there."""
+    SECONDS = 6 * PATIENCE
+    CONSTANTS = {'SWEEP': 0.01, 'LINGER': 0.2, 'HALF_CLOSED': 0.01, 'DRAIN': 0.2,
+                 'PONG_WITHIN': 1.0, 'WRONG_TOKEN': 0.01}
 
-    def __init__(self, reader, writer):
-        self.reader, self.writer = reader, writer
-
-    def send(self, *data):
-        self.writer.write(b''.join(data))
-
-    async def frame(self):
-        """(kind with END, stream, payload); None at the end."""
-        try:
-            word, stream = lt.FRAME_HEADER.unpack(await self.reader.readexactly(8))
-            return word >> 24, stream, await self.reader.readexactly(word & 0xFFFFFF)
-        except (asyncio.IncompleteReadError, ConnectionError):
-            return None
-
-    async def until(self, *kinds):
-        """The next frame of KINDS; None at the end."""
-        while True:
-            frame = await self.frame()
-            if frame is None or frame[0] & ~END in kinds:
-                return frame
-
-    async def goaway(self):
-        """(code, text) of the goodbye; and that the connection ends after it."""
-        frame = await self.until(lt.GOAWAY)
-        while frame and await self.frame():
-            pass
-        return frame and lt.decode_reason(frame[2])
-
-    async def serve(self, answer=HOSTILE_OK):
-        """Be a client that answers everything."""
-        while True:
-            frame = await self.until(lt.OPEN, lt.PING)
-            if frame is None:
-                return
-            if frame[0] == lt.PING:
-                self.send(F(lt.PONG, 0, frame[2]))
-            else:
-                self.send(F(lt.DATA | END, frame[1], answer))
-
-    async def head(self):
-        """(status, head, body) of an answer."""
-        head = await self.reader.readuntil(b'\r\n\r\n')
-        length = [
-            line for line in head.lower().split(b'\r\n') if line.startswith(b'content-length:')
-        ]
-        body = await self.reader.readexactly(int(length[0][15:])) if length else b''
-        return int(head.split()[1]), head, body
-
-
-class Everything:
-    """A log and an observer who keep all that they are told."""
-
-    def __init__(self):
-        self.told = []
-
-    def __getattr__(self, name):
-        return lambda *args, **words: self.told.append((name, *args))
-
-    def text(self):
-        return '\n'.join(str(x) for line in self.told for x in line)
-
-
-class HostileTest(unittest.IsolatedAsyncioTestCase):
-    """A server in this process, and what attacks it; SWEEP is short."""
-
-    async def asyncSetUp(self):
-        self.faults, self.tasks, self.peers, self.log = [], [], [], Everything()
-        self.loop = asyncio.get_running_loop()
-        self.loop.set_debug(False)
-        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        self.stack = contextlib.AsyncExitStack()
-        self.stack.enter_context(
-            unittest.mock.patch.multiple(
-                lt,
-                SWEEP=0.01,
-                LINGER=0.2,
-                HALF_CLOSED=0.01,
-                DRAIN=0.2,
-                PONG_WITHIN=1.0,
-                WRONG_TOKEN=0.01,
-            )
-        )
-        self.folder = self.stack.enter_context(tempfile.TemporaryDirectory())
-        self.reactor = lt.Reactor(self.loop)
-
-    async def asyncTearDown(self):
-        for task in self.tasks:
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
-        if hasattr(self, 'server'):
-            await self.server.stop()
-        await self.reactor.close()
-        await self.stack.aclose()
-        self.assertEqual(self.faults, [])
-
-    async def start(self, tokens=None, domain='localhost', tls=None, **options):
-        self.tokens = tokens or lt.Tokens(open=True)
-        options = {'hold': 0.0, 'drain': 0.0, **options}
-        self.server = lt.Server(
-            self.reactor, domain, self.tokens, lt.Leases(self.tokens), self.log, **options
-        )
-        (sock,) = lt.bind('127.0.0.1', 0)
-        self.port = sock.getsockname()[1]
-        await self.server.listen(sock)
-        if tls:
-            self.server.certificate = lt.Certificate(*tls)
-            (sock,) = lt.bind('127.0.0.1', 0)
-            self.tls_port = sock.getsockname()[1]
-            await self.server.listen(sock, tls=True)
-
-    def background(self, coroutine):
-        self.tasks.append(asyncio.ensure_future(coroutine))
-        return self.tasks[-1]
-
-    async def dial(self, port=None, **options):
-        reader, writer = await asyncio.open_connection('127.0.0.1', port or self.port, **options)
-        self.stack.callback(writer.transport.abort)
-        self.peers.append(Peer(reader, writer))
-        return self.peers[-1]
-
-    async def within(self, awaitable, what='it hangs'):
-        """A bound against hanging; nothing is timed."""
-        try:
-            return await asyncio.wait_for(awaitable, 10)
-        except asyncio.TimeoutError:
-            self.fail(what)
-
-    async def eventually(self, true, what='it never became true'):
-        async def look():
-            while not true():
-                await asyncio.sleep(0.002)
-
-        await self.within(look(), what)
-
-    async def hello(self, token='', raw=None, **words):
-        """(peer, status, body): ask for a tunnel; the body is the welcome where it was given."""
-        peer = await self.dial()
-        text = (
-            raw
-            if raw is not None
-            else json.dumps(
-                {
-                    'kind': 'http',
-                    'proof': words.pop('proof', '22' * 32),
-                    'started': 1,
-                    'instance': os.urandom(16).hex(),
-                    **words,
-                }
-            )
-        )
-        peer.send(
-            b'GET ',
-            lt.WELL_KNOWN.encode(),
-            b' HTTP/1.1\r\nHost: localhost\r\nConnection: '
-            b'Upgrade\r\nUpgrade: localtunnel/1\r\nAuthorization: Bearer ',
-            token.encode(),
-            b'\r\nLocaltunnel-Hello: ',
-            text.encode(),
-            b'\r\n\r\n',
-        )
-        status, head, body = await self.within(peer.head(), 'no answer to a hello')
-        if status == 101:
-            body = head.split(b'Localtunnel-Welcome: ')[1].split(b'\r\n')[0]
-        return peer, status, json.loads(body)
+    async def nobody_is_left(self):
+        """Visits may wait for a hostile client until the server ends."""
 
     async def victim(self, name='evil', **words):
         peer, status, welcome = await self.hello(name=name, **words)
         self.assertEqual(status, 101, welcome)
         return peer
 
-    async def ask(self, host='evil.localhost', fields=b'', path=b'/', port=None, **options):
-        peer = await self.dial(port, **options)
-        peer.send(
-            b'GET ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n' + fields + b'\r\n'
-        )
-        return peer
+    async def visit(self, host='evil.localhost', *args, **words):
+        return await super().visit(host, *args, **words)
 
-    async def visit(self, *args, **words):
-        return await self.within((await self.ask(*args, **words)).head(), 'no answer to a visitor')
+    async def ask(self, host='evil.localhost', fields='', **options):
+        """A visitor who waits for his answer."""
+        peer = await self.visitor(host, **options)
+        peer.ask(fields=fields)
+        return peer
 
     async def good(self):
         """Somebody else's tunnel."""
         peer = await self.victim('good', proof='33' * 32)
-        self.background(peer.serve())
+        self.meanwhile(peer.serve(OK))
 
     async def others_are_served(self):
         self.assertEqual((await self.visit('good.localhost'))[0], 200)
@@ -4560,7 +4043,7 @@ class FrameTest(HostileTest):
     """A hostile client."""
 
     async def test_each_violation_has_its_goodbye(self):
-        await self.start()
+        await self.world()
         await self.good()
         data = F(lt.DATA, 1, b'HTTP/1.1 200 OK\r\nA: '.ljust(lt.INITIAL_CREDIT - 1, b'x'))
         for words, what, *frames in [
@@ -4570,9 +4053,9 @@ class FrameTest(HostileTest):
             ('never opened', 'CREDIT far ahead', F(lt.CREDIT, 99, U32(1))),
             ('never opened', 'the last id', F(lt.DATA, 0xFFFFFFFF, b'x')),
             ('more bytes than the credit', 'over credit', data, F(lt.DATA, 1, b'xx')),
-            ('bytes after END', 'DATA after END', F(lt.DATA | END, 1, HOSTILE_OK),
+            ('bytes after END', 'DATA after END', F(lt.DATA | END, 1, OK),
              F(lt.DATA, 1, b'x')),
-            ('bytes after END', 'END twice', F(lt.DATA | END, 1, HOSTILE_OK), F(lt.DATA | END, 1)),
+            ('bytes after END', 'END twice', F(lt.DATA | END, 1, OK), F(lt.DATA | END, 1)),
             ('DATA without bytes', 'empty DATA', F(lt.DATA, 1)),
             ('credit without bound', 'credit', F(lt.CREDIT, 1, U32(0xFFFFFFFF))),
             ('credit without bound', 'twice', F(lt.CREDIT, 1, U32(1 << 30)) * 2),
@@ -4592,26 +4075,22 @@ class FrameTest(HostileTest):
         ]:
             with self.subTest(what, words=words):
                 peer = await self.victim()
-                asked = await self.ask(fields=b'Content-Length: 9\r\n')  # stream 1 is not over
+                asked = await self.ask(fields='Content-Length: 9')  # stream 1 is not over
                 self.assertEqual((await peer.until(lt.OPEN))[1], 1)
                 peer.send(*frames)
-                code, text = await self.within(peer.goaway(), 'no goodbye')
+                code, text = await peer.goaway()
                 self.assertEqual(code, lt.PROTOCOL_BROKEN)
                 self.assertIn(words, text)
-                self.assertIn((await self.within(asked.head()))[0], (200, 502, 503))
+                self.assertIn((await asked.answer())[0], (200, 502, 503))
         await self.others_are_served()
 
     async def test_floods_end_or_do_no_harm_and_memory_stays_flat(self):
-        await self.start()
+        await self.world()
         await self.good()
         for what, flood in [
-            ('PING', F(lt.PING, 0, U64(0))),
-            ('CREDIT', F(lt.CREDIT, 1, U32(0))),
-            ('CREDIT 0', F(lt.CREDIT, 0, U32(9))),
-            ('RESET', F(lt.RESET, 1, b'\0\0')),
-            ('GOAWAY', F(lt.GOAWAY, 0, WORDS(99, BAD))),
-            ('PONG', F(lt.PONG, 0, U64(0))),
-        ]:
+            ('PING', F(lt.PING, 0, U64(0))), ('CREDIT', F(lt.CREDIT, 1, U32(0))),
+            ('CREDIT 0', F(lt.CREDIT, 0, U32(9))), ('RESET', F(lt.RESET, 1, b'\0\0')),
+            ('GOAWAY', F(lt.GOAWAY, 0, WORDS(99, BAD))), ('PONG', F(lt.PONG, 0, U64(0)))]:
             with self.subTest(what):
                 peer = await self.victim()
                 asked = await self.ask()
@@ -4629,24 +4108,24 @@ class FrameTest(HostileTest):
                 self.assertLess(grown, lt.MIB)
                 asked.writer.close()
                 peer.send(F(9, 0))  # the end of it
-                self.assertIsNotNone(await self.within(peer.goaway()))
+                self.assertIsNotNone(await peer.goaway())
         await self.others_are_served()
 
     async def test_pings_that_acknowledge_nothing_are_not_kept_for_ever(self):
-        await self.start()
+        await self.world()
         await self.good()
-        with unittest.mock.patch.multiple(lt, KEPT_FOR_RESUME=20000, BATCH=1000):
+        with self.constant(KEPT_FOR_RESUME=20000, BATCH=1000):
             peer = await self.victim()
             for _ in range(4000):  # one answer each, and none is ever acknowledged
                 peer.send(F(lt.PING, 0, U64(0)))
-                if not await self.within(peer.frame()):
+                if not await peer.frame():
                     break
             kept = [sum(map(len, m.session._kept)) for m in self.server._members()]
         self.assertLess(max(kept), 45000)
         await self.others_are_served()
 
     async def test_a_reset_that_claims_a_lost_session_does_not_make_a_request_go_for_ever(self):
-        await self.start()
+        await self.world()
         peer = await self.victim()
         asked = await self.ask()
         opened = 0
@@ -4657,45 +4136,41 @@ class FrameTest(HostileTest):
                 opened += 1
                 peer.send(F(lt.RESET, opened, WORDS(lt.SESSION_LOST, 'x')))
 
-        self.background(lie())
-        self.assertEqual((await self.within(asked.head(), 'it goes for ever'))[0], 502)
+        self.meanwhile(lie())
+        self.assertEqual((await asked.answer())[0], 502)
         self.assertLess(opened, 10)
 
     async def test_one_that_provokes_answers_and_never_reads_them_is_given_up(self):
-        await self.start()
+        await self.world()
         await self.good()
         peer = await self.victim()
         peer.reader._transport.pause_reading()
-        with unittest.mock.patch.multiple(lt, STALLED_SESSION=0.3, SILENT_SESSION=0.3):
+        with self.constant(STALLED_SESSION=0.3, SILENT_SESSION=0.3):
             flood = F(lt.PING, 0, U64(0)) * 5000
             with contextlib.suppress(ConnectionError, asyncio.TimeoutError):
                 for _ in range(30):
                     peer.send(flood)
                     await asyncio.wait_for(peer.writer.drain(), 0.2)
-            await self.eventually(
-                lambda: (
-                    [m.session.connection for m in self.server._members()].count(None) == 1
-                    or len(self.server._members()) == 1
-                )
-            )
-        self.server._members()
+            await eventually(
+                lambda: [m.session.connection for m in self.server._members()].count(None) == 1
+                or len(self.server._members()) == 1)
 
     async def test_streams_that_wait_in_line_and_go_leave_nothing(self):
-        await self.start()
+        await self.world()
         peer = await self.victim()
         session = self.server._members()[0].session
         session.connection.choked = True  # as when it never reads
         for _ in range(30):
             asked = await self.ask()
-            await self.eventually(lambda: self.server._visits)
+            await eventually(lambda: self.server._visits)
             asked.writer.transport.abort()
-            await self.eventually(lambda: not self.server._visits)
+            await eventually(lambda: not self.server._visits)
         self.assertLess(len(session.line), 5)
         session.connection.choked = False
         peer.writer.close()
 
     async def test_one_tunnel_can_not_take_all_windows(self):
-        await self.start(buffer=8 * lt.MIB)
+        await self.world(buffer=8 * lt.MIB)
         await self.good()
         peer = await self.victim()
         session = [m.session for m in self.server._members() if not m.session.streams][-1]
@@ -4710,12 +4185,12 @@ class FrameTest(HostileTest):
             await asked.reader.readexactly(sent)
             for _ in range(8):  # as long as the windows grow
                 grown = self.server._budget.used
-                frame = await self.within(peer.until(lt.CREDIT))
+                frame = await peer.until(lt.CREDIT)
                 credit = lt.U32.unpack(frame[2])[0]
                 while credit:
                     piece = min(credit, 60000)
                     peer.send(F(lt.DATA, id, b'x' * piece))
-                    await self.within(asked.reader.readexactly(piece))
+                    await asked.reader.readexactly(piece)
                     credit -= piece
                 if self.server._budget.used == grown:
                     break
@@ -4727,113 +4202,64 @@ class HelloTest(HostileTest):
     """Malformed, false and too many hellos."""
 
     async def test_what_is_no_hello_is_refused_and_nothing_fails(self):
-        await self.start()
+        await self.world()
         await self.good()
         await self.victim(auth=[['s', 'd']])
         good = {
-            'kind': 'http',
-            'proof': '22' * 32,
-            'instance': '44' * 16,
-            'started': 1,
-            'name': 'evil',
-        }
+            'kind': 'http', 'proof': '22' * 32, 'instance': '44' * 16, 'started': 1, 'name': 'evil'}
         for change in [
-            {'kind': 7},
-            {'kind': 'udp'},
-            {'proof': 'zz'},
-            {'proof': '22' * 33},
-            {'proof': None},
-            {'proof': ['2']},
-            {'instance': ''},
-            {'instance': {}},
-            {'started': 'x'},
-            {'started': 10**400},
-            {'port': 'x'},
-            {'port': float('inf')},
-            {'port': float('nan')},
-            {'port': [1]},
-            {'name': BAD},
-            {'name': 'x' * 40000},
-            {'name': ['a']},
-            {'name': {}},
-            {'name': '\ud800'},
-            {'name': 'xn--a'},
-            {'name': 'a.b'},
-            {'name': ''},
-            {'resume': 7},
-            {'resume': {'session': 'x'}},
-            {'resume': [1]},
-            {'allow': ['x']},
-            {'allow': 7},
-            {'resume': {'session': 'x', 'received': float('inf')}},
-            {'allow': [BAD]},
-            {'auth': [['a']]},
-            {'auth': 'x'},
-            {'auth': [7]},
-            {'auth': {'a': 'b'}},
-            {'allow': ['::'] * 9000},
-            {'auth': [['', '']] * 5000},
-        ]:
+            {'kind': 7}, {'kind': 'udp'}, {'proof': 'zz'}, {'proof': '22' * 33}, {'proof': None},
+            {'proof': ['2']}, {'instance': ''}, {'instance': {}}, {'started': 'x'},
+            {'started': 10**400}, {'port': 'x'}, {'port': float('inf')}, {'port': float('nan')},
+            {'port': [1]}, {'name': BAD}, {'name': 'x' * 40000}, {'name': ['a']}, {'name': {}},
+            {'name': '\ud800'}, {'name': 'xn--a'}, {'name': 'a.b'}, {'name': ''}, {'resume': 7},
+            {'resume': {'session': 'x'}}, {'resume': [1]}, {'allow': ['x']}, {'allow': 7},
+            {'resume': {'session': 'x', 'received': float('inf')}}, {'allow': [BAD]},
+            {'auth': [['a']]}, {'auth': 'x'}, {'auth': [7]}, {'auth': {'a': 'b'}},
+            {'allow': ['::'] * 9000}, {'auth': [['', '']] * 5000}]:
             with self.subTest(str(change)[:60]):
                 _, status, reason = await self.hello(raw=json.dumps({**good, **change}))
                 self.assertIn(status, (400, 403), reason)
-        for raw in [
-            '',
-            '{',
-            DEEP,
-            '{"kind":' + DEEP,
-            'null',
-            '7',
-            '"x"',
-            '[]',
-            'NaN',
-            '9' * 60000,
-            '{}',
-            '\x80',
-            '{"kind": "http"}',
-        ]:
+        for raw in ['', '{', DEEP, '{"kind":' + DEEP, 'null', '7', '"x"', '[]', 'NaN', '9' * 60000,
+                    '{}', '\x80', '{"kind": "http"}']:
             with self.subTest(raw[:20]):
                 self.assertEqual((await self.hello(raw=raw))[1], 400)
         await self.others_are_served()
         self.assertFalse([c for c in self.log.text() if not c.isprintable() and c != '\n'])
 
     async def test_rules_that_can_not_be_compared_let_nobody_in(self):
-        await self.start()
+        await self.world()
         for auth in [['s', '\xfc'], ['\ud800', 'x']]:
             await self.victim(auth=[auth])
-            status, _, _ = await self.visit(fields=b'Authorization: Basic YTpi\r\n')
+            status, _, _ = await self.visit(fields='Authorization: Basic YTpi')
             self.assertEqual(status, 401)
 
     async def test_a_session_is_resumed_only_by_its_own_client_with_true_counts(self):
-        await self.start()
+        await self.world()
         await self.good()
         _, _, mine = await self.hello(name='evil', instance='44' * 16)
         (other,) = [m for m in self.server._members() if m.hello.name == 'good']
         for resume in [
-            {'session': other.id, 'received': 0},
-            {'session': mine['session'], 'received': 10**9},
-            {'session': mine['session'], 'received': -1},
-            {'session': '\xfc', 'received': 0},
-            {'session': '', 'received': 0},
-        ]:
+            {'session': other.id, 'received': 0}, {'session': mine['session'], 'received': 10**9},
+            {'session': mine['session'], 'received': -1}, {'session': '\xfc', 'received': 0},
+            {'session': '', 'received': 0}]:
             with self.subTest(str(resume)):
                 _, status, welcome = await self.hello(
-                    name='evil', instance='44' * 16, resume=resume
-                )
+                    name='evil', instance='44' * 16, resume=resume)
                 self.assertEqual((status, welcome['resume']), (101, None))
                 mine = welcome
         await self.others_are_served()
 
     async def test_before_the_token_is_right_nothing_of_the_hello_matters(self):
-        await self.start(lt.Tokens(['right']))
+        await self.world(lt.Tokens(['right']))
         for raw in ['{', DEEP, json.dumps({'allow': ['::'] * 9000})]:
             self.assertEqual((await self.hello(raw=raw, token='wrong'))[1], 401)
 
     async def test_wrong_tokens_are_slowed_and_right_ones_are_not(self):
-        await self.start(lt.Tokens(['right']))
-        with unittest.mock.patch.multiple(lt, WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
-            wrong = [self.background(self.hello(token=f'wrong{n}')) for n in range(20)]
-            await self.eventually(lambda: self.server.counters['wrong_tokens'] == 20)
+        await self.world(lt.Tokens(['right']))
+        with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
+            wrong = [self.meanwhile(self.hello(token=f'wrong{n}')) for n in range(20)]
+            await eventually(lambda: self.server.counters['wrong_tokens'] == 20)
             _, status, _ = await self.hello(token='right')
         self.assertEqual(status, 101)
         self.assertFalse([task for task in wrong if task.done()])
@@ -4842,13 +4268,9 @@ class HelloTest(HostileTest):
         self.assertNotIn('right', self.log.text() + self.server.metrics())
 
     async def test_a_token_has_its_limits(self):
-        path = os.path.join(self.folder, 'tokens')
-        with open(path, 'w', encoding='utf-8') as f:
-            f.write(
-                '# team\nana A names=ana-*,demo tunnels=2 # hers\nbob B ports=20000-20001\n'
-                'zo\xeb Z\nold O expires=2020-01-31\n'
-            )
-        await self.start(lt.Tokens(path=path), tcp_ports=range(20000, 20010), host='127.0.0.1')
+        path = self.write('tokens', '# team\nana A names=ana-*,demo tunnels=2 # hers\n'
+                          'bob B ports=20000-20001\nzo\xeb Z\nold O expires=2020-01-31\n')
+        await self.world(lt.Tokens(path=path), tcp_ports=range(20000, 20010), host='127.0.0.1')
         self.assertEqual((await self.hello('O'))[1], 401)
         self.assertEqual((await self.hello('A', name='other'))[1], 403)
         self.assertEqual((await self.hello('B', name='other'))[1], 101)  # it was not taken
@@ -4863,85 +4285,62 @@ class HelloTest(HostileTest):
         self.assertEqual(status, 429, 'sessions of one tunnel have no limit')
 
     async def test_names_that_were_served_and_left_do_not_count_as_tunnels(self):
-        await self.start(max_tunnels=5)
+        await self.world(max_tunnels=5)
         for n in range(20):
             peer, status, reason = await self.hello(proof=f'{n:064x}')
             self.assertEqual(status, 101, reason)
             peer.writer.close()
-            await self.eventually(
-                lambda: not any(m.session.connection for m in self.server._members())
-            )
+            await eventually(
+                lambda: not any(m.session.connection for m in self.server._members()))
             for member in self.server._members():
                 member.session.end(lt.Disconnected('gone'))
 
     async def test_a_token_file_is_read_again_and_a_bad_one_is_not_taken(self):
-        path = os.path.join(self.folder, 'tokens')
+        path = self.path('tokens')
 
         def write(text):
-            with open(path + '.new', 'w', encoding='utf-8') as f:
-                f.write(text)
-            os.replace(path + '.new', path)
-
+            os.replace(self.write('tokens.new', text), path)
         write('ana A\nbob B\n')
-        await self.start(lt.Tokens(path=path))
+        await self.world(lt.Tokens(path=path))
         peer, _, _ = await self.hello('A', name='ana')
         bob, _, _ = await self.hello('B', name='bob', proof='55' * 32)
         for bad in [
-            'ana A\nbob',
-            'ana A\nbob B x=y\n',
-            'bob B expires=0001-01-01\nana A ports=z\n',
-            'ana A expires=0001-01-01T00:00:00+23:59\nbob',
-            '\xff\0',
-        ]:
+            'ana A\nbob', 'ana A\nbob B x=y\n', 'bob B expires=0001-01-01\nana A ports=z\n',
+            'ana A expires=0001-01-01T00:00:00+23:59\nbob', '\xff\0']:
             errors = self.server.counters['reload_errors']
             write(bad)
-            await self.eventually(lambda: self.server.counters['reload_errors'] > errors)
+            await eventually(lambda: self.server.counters['reload_errors'] > errors)
             self.assertEqual((await self.hello('A', name='x'))[1], 101)
         os.unlink(path)
-        await self.eventually(lambda: self.server.counters['reload_errors'] > errors + 1)
+        await eventually(lambda: self.server.counters['reload_errors'] > errors + 1)
         notes = len(self.log.told)
         await asyncio.sleep(0.1)  # ten sweeps: an error is told once
         self.assertLess(len(self.log.told), notes + 3)
-        self.background(bob.serve())
+        self.meanwhile(bob.serve(OK))
         write('bob B\n')
-        self.assertEqual((await self.within(peer.goaway()))[0], lt.REVOKED)
+        self.assertEqual((await peer.goaway())[0], lt.REVOKED)
         self.assertEqual((await self.hello('A'))[1], 401)
         self.assertEqual((await self.visit('bob.localhost'))[0], 200)
 
 
 class ServerTest(HostileTest):
-    """A hostile server against the real client, whose target is a listener that counts."""
+    """A hostile server against the real client."""
 
-    async def client(self, behave, **options):
-        """A Client of a server whose every connection gets BEHAVE(peer, hello)."""
-        self.dialled, self.app = 0, 0
+    async def against(self, behave, **options):
+        """A client of a server whose every connection gets BEHAVE(peer, hello)."""
+        self.dialled = 0
 
         async def accept(reader, writer):
             self.dialled += 1
-            self.peers.append(Peer(reader, writer))
-            self.stack.callback(writer.transport.abort)
+            peer = self.peer(reader, writer)
             with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
                 head = await reader.readuntil(b'\r\n\r\n')
                 hello = head.split(b'Localtunnel-Hello: ')[1].split(b'\r\n')[0]
-                await behave(self.peers[-1], json.loads(hello))
-
-        async def app(reader, writer):
-            self.app += 1
-            self.stack.callback(writer.transport.abort)
-
-        servers = [await asyncio.start_server(f, '127.0.0.1', 0) for f in (accept, app)]
-        for server in servers:
-            self.stack.callback(server.close)
-        port, target = [s.sockets[0].getsockname()[1] for s in servers]
-        client = lt.Client(
-            self.reactor,
-            lt.ServerAddress(f'http://127.0.0.1:{port}'),
-            lt.parse_target(f'127.0.0.1:{target}'),
-            bytes(32),
-            self.log,
-            **options,
-        )
-        self.running = self.background(client.run())
+                await behave(peer, json.loads(hello))
+        _, self.port = await self.serves(accept)
+        client = await self.client(await self.app(), wait=False, **options)
+        self.stack.callback(client._upstream.close)
+        self.stack.push_async_callback(self.leaves, client)
         return client
 
     @staticmethod
@@ -4950,8 +4349,7 @@ class ServerTest(HostileTest):
             b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: localtunnel/1\r\n'
             b'Localtunnel-Welcome: ',
             json.dumps({'url': 'http://x', 'session': 's', 'received': 0, **words}).encode(),
-            b'\r\n\r\n',
-        )
+            b'\r\n\r\n')
 
     async def test_a_malformed_answer_is_told_in_a_sentence(self):
         def refusal(body, status=403):
@@ -4960,52 +4358,36 @@ class ServerTest(HostileTest):
         def welcome(text):
             return f'HTTP/1.1 101 X\r\nLocaltunnel-Welcome: {text}\r\n\r\n'
 
+        async def behave(peer, hello):
+            peer.send(answer.encode('latin-1'))
+            peer.writer.close()
         for answer in [
-            'x',
-            '',
-            'HTTP/1.1 200 OK\r\n\r\n',
-            '\x16\x03\x01',
-            welcome('{'),
-            welcome(DEEP),
-            welcome('[]'),
-            welcome('{"url": 0}'),
-            welcome('\xff'),
-            welcome('9' * 60000),
-            'HTTP/1.1 101 X\r\n\r\n',
-            'HTTP/1.1 100 X\r\n\r\n' * 1001,
-            refusal(DEEP),
-            refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)),
-            refusal('7'),
-            refusal('x' * 100000),
-            refusal(json.dumps({'error': BAD, 'message': [BAD]})),
-            'HTTP/1.1 403 ' + 'x' * 70000,
-        ]:
+            'x', '', 'HTTP/1.1 200 OK\r\n\r\n', '\x16\x03\x01', welcome('{'), welcome(DEEP),
+            welcome('[]'), welcome('{"url": 0}'), welcome('\xff'), welcome('9' * 60000),
+            'HTTP/1.1 101 X\r\n\r\n', 'HTTP/1.1 100 X\r\n\r\n' * 1001, refusal(DEEP),
+            refusal('{"error": {"a": 1}, "message": %s}' % json.dumps(BAD)), refusal('7'),
+            refusal('x' * 100000), refusal(json.dumps({'error': BAD, 'message': [BAD]})),
+            'HTTP/1.1 403 ' + 'x' * 70000, 'HTTP/1.1 403 X\r\nContent-Length: 9\r\n\r\n{"error":',
+            welcome('{"url": "x", "resume": 5}'), welcome('{"url": 5}')]:
             with self.subTest(answer[:60]):
-
-                async def behave(peer, hello):
-                    peer.send(answer.encode('latin-1'))
-                    peer.writer.close()
-
-                await self.client(behave, once=True)
+                client = await self.against(behave, once=True)
                 with self.assertRaises(lt.LocaltunnelError) as caught:
-                    await self.within(self.running)
+                    await client.running
                 self.assertFalse([c for c in str(caught.exception) if not c.isprintable()])
-                await self.eventually(lambda: len(self.reactor.transports) == 0)
+                await eventually(lambda: len(self.reactor.transports) == 0)
 
     async def test_nothing_that_it_says_reaches_the_terminal_as_it_is(self):
         async def behave(peer, hello):
             self.welcome(peer, url='http://' + BAD, session=BAD)
             peer.send(
                 F(lt.OPEN, 1, b'GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n'),
-                F(lt.RESET, 1, WORDS(1, BAD)),
-                F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)),
-            )
+                F(lt.RESET, 1, WORDS(1, BAD)), F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)))
 
-        await self.client(behave)
+        client = await self.against(behave)
         with self.assertRaises(lt.Refused) as caught:
-            await self.within(self.running)
+            await client.running
         out = [str(caught.exception)]
-        with unittest.mock.patch.multiple(lt, put=lambda _, text: out.append(text)):
+        with self.constant(put=lambda _, text: out.append(text)):
             terminal = lt.Terminal('8000', 'x', True, lambda *_: None)
             for name, *args in self.log.told:
                 getattr(terminal, name)(*args)
@@ -5014,16 +4396,16 @@ class ServerTest(HostileTest):
 
     async def test_each_violation_has_its_goodbye(self):
         for words, *frames in [
-            ('OPEN of stream 2', F(lt.OPEN, 2, b'x')),
-            ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
-            ('never opened', F(lt.DATA, 1, b'x')),
-            ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
-            ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))),
-            ('unknown kind', F(99, 1)),
+            ('OPEN of stream 2', F(lt.OPEN, 2, b'x')), ('OPEN of stream 1', F(lt.OPEN, 1, ASK) * 2),
+            ('never opened', F(lt.DATA, 1, b'x')), ('OPEN on stream 0', F(lt.OPEN, 0, b'x')),
+            ('more acknowledged', F(lt.PONG, 0, U64(1 << 60))), ('unknown kind', F(99, 1)),
+            ('OPEN of stream 3', F(lt.OPEN, 1, ASK), F(lt.OPEN, 3, ASK)),
+            ('OPEN of stream 1', F(lt.OPEN, 1, ASK), F(lt.OPEN, 2, ASK), F(lt.OPEN, 1, ASK)),
+            ('more bytes than the credit', F(lt.OPEN, 1, ASK[:-2] + b'A: '.ljust(60000, b'x')),
+             F(lt.DATA, 1, bytes(6000))),
             ('DATA without bytes', F(lt.OPEN, 1, ASK), F(lt.DATA, 1)),
             ('bytes after END', F(lt.OPEN | END, 1, ASK), F(lt.DATA, 1, b'x')),
-            ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31))),
-        ]:
+            ('without bound', F(lt.OPEN, 1, ASK), F(lt.CREDIT, 1, U32(1 << 31)))]:
             with self.subTest(words):
                 said = self.loop.create_future()
 
@@ -5032,9 +4414,9 @@ class ServerTest(HostileTest):
                     peer.send(*frames)
                     said.done() or said.set_result(await peer.goaway())
 
-                await self.client(behave)
-                code, text = await self.within(said, 'no goodbye')
-                self.running.cancel()
+                client = await self.against(behave)
+                code, text = await said
+                await self.forget(client.running)
                 self.assertEqual(code, lt.PROTOCOL_BROKEN)
                 self.assertIn(words, text)
 
@@ -5044,24 +4426,22 @@ class ServerTest(HostileTest):
                 again = self.loop.create_future()
 
                 async def behave(peer, hello):
-                    if 'resume' in hello and not again.done():
+                    if again.done():
+                        return self.welcome(peer)
+                    if 'resume' in hello:
                         self.welcome(peer, resume=0, received=received)
                         again.set_result(None)
-                        await peer.until(lt.PING)
-                        peer.writer.transport.abort()
-                    elif again.done():
-                        self.welcome(peer)
                     else:
                         self.welcome(peer)
                         peer.send(F(lt.OPEN, 1, ASK))
-                        await peer.until(lt.PING)
-                        peer.writer.transport.abort()
+                    await peer.until(lt.PING)
+                    peer.writer.transport.abort()
 
-                client = await self.client(behave)
-                await self.eventually(lambda: self.dialled >= 3 or self.running.done())
-                self.assertFalse(self.running.done() and self.running.exception())
+                client = await self.against(behave)
+                await eventually(lambda: self.dialled >= 3 or client.running.done())
+                self.assertFalse(client.running.done() and client.running.exception())
                 self.assertLess(len(self.reactor.transports), 6)
-                self.running.cancel()
+                await self.forget(client.running)
                 for session in tuple(client._sessions):
                     session.end(lt.Disconnected('the test ends'))
 
@@ -5071,38 +4451,33 @@ class ServerTest(HostileTest):
             peer.send(F(lt.OPEN, 1, ASK), F(lt.GOAWAY, 0, WORDS(lt.DRAINING, 'move')))
             await peer.until(lt.RESET)
 
-        client = await self.client(behave)
-        await self.eventually(lambda: self.dialled >= 3)
+        client = await self.against(behave)
+        await eventually(lambda: self.dialled >= 3)
         await asyncio.sleep(0.5)
         self.assertLess(self.dialled, 15)
         self.assertLess(len(client._sessions), 15)
 
     async def test_a_million_streams_and_rapid_resets_stay_within_bounds(self):
         opener = [F(lt.OPEN, n, ASK) for n in range(1, 20001)]
-        for what, flood in [
-            ('open', opener),
-            (
-                'rapid reset',
-                [F(lt.OPEN, n, ASK) + F(lt.RESET, n, b'\0\1') for n in range(1, 20001)],
-            ),
-        ]:
+        for what, flood in [('open', opener), ('rapid reset', [
+                one + F(lt.RESET, n, b'\0\1') for n, one in enumerate(opener, 1)])]:
             with self.subTest(what):
                 sent = self.loop.create_future()
 
                 async def behave(peer, hello):
                     self.welcome(peer)
                     peer.send(*flood)
-                    self.background(peer.goaway())
+                    self.meanwhile(peer.goaway())
                     with contextlib.suppress(ConnectionError):
                         await peer.writer.drain()
                     sent.done() or sent.set_result(None)
 
-                await self.client(behave)
+                client = await self.against(behave)
                 most = 0
                 while not sent.done():
                     most = max(most, len(self.reactor.transports), len(self.reactor._tasks))
                     await asyncio.sleep(0)
-                self.running.cancel()
+                await self.forget(client.running)
                 self.assertLess(most, lt.MAX_STREAMS + 200)
 
 
@@ -5110,116 +4485,87 @@ class HostileVisitorTest(HostileTest):
     """Hostile visitors, and who may visit."""
 
     async def test_a_thousand_slow_heads_delay_nobody_and_are_let_go(self):
-        await self.start()
+        await self.world()
         await self.good()
-        with unittest.mock.patch.multiple(lt, HEAD_TIMEOUT=1.0, MAX_CONNECTIONS_OF_ADDRESS=9999):
+        with self.constant(HEAD_TIMEOUT=1.0, MAX_CONNECTIONS_OF_ADDRESS=9999):
             slow = []
             for _ in range(1000 if lt.descriptor_limit() > 2200 else 300):
-                slow.append(await self.dial())
+                slow.append(await self.visitor(''))
                 slow[-1].send(b'G')
             await self.others_are_served()
             for peer in slow:
                 peer.send(b'E')
             await self.others_are_served()
             for peer in slow:
-                self.assertIn(b'408', await self.within(peer.reader.read()))
+                self.assertIn(b'408', await peer.reader.read())
                 peer.writer.close()
         await self.others_are_served()
-        await self.eventually(lambda: len(self.server._visits) < 10)
+        await eventually(lambda: len(self.server._visits) < 10)
 
     async def test_passwords(self):
-        await self.start()
+        await self.world()
         rules = lt.Access.encode([], ['ana:secret', 'bob:x'], b'')
         self.assertNotIn('secret', str(rules))
         peer = await self.victim(**rules)
 
         def login(user):
-            return b'Authorization: Basic ' + base64.b64encode(user.encode()) + b'\r\n'
-
-        upgrade = b'Connection: Upgrade\r\nUpgrade: websocket\r\n'
+            return 'Authorization: Basic ' + base64.b64encode(user.encode()).decode() + '\n'
+        upgrade = 'Connection: Upgrade\nUpgrade: websocket\n'
         for fields in [
-            b'',
-            login('ana:wrong'),
-            login('secret'),
-            upgrade,
-            b'Authorization: Basic \xff\r\n',
-            b'Authorization: Basic YW5hOnNlY3JldA==, x\r\n',
-            login('ana:secret') * 2,
-            b'Authorization: Bearer YW5hOnNlY3JldA==\r\n',
-            b'Authorization: Basic\r\n',
-        ]:
+            '', login('ana:wrong'), login('secret'), upgrade, 'Authorization: Basic \xff',
+            'Authorization: Basic YW5hOnNlY3JldA==, x', login('ana:secret') * 2,
+            'Authorization: Bearer YW5hOnNlY3JldA==', 'Authorization: Basic']:
             with self.subTest(fields):
-                status, head, _ = await self.visit(fields=fields)
-                self.assertIn(
-                    (status, b'WWW-Authenticate: Basic' in head), [(401, True), (400, False)]
-                )
-        preflight = await self.dial()
-        preflight.send(
-            b'OPTIONS / HTTP/1.1\r\nHost: evil.localhost\r\nOrigin: http://x\r\n'
-            b'Access-Control-Request-Method: PUT\r\n\r\n'
-        )
-        self.assertEqual((await self.within(preflight.head()))[0], 401)
+                status, got, _ = await self.visit(fields=fields)
+                self.assertIn((status, str(got['www-authenticate'])[:5]),
+                              [(401, 'Basic'), (400, 'None')])
+        preflight = 'Origin: http://x\nAccess-Control-Request-Method: PUT'
+        self.assertEqual((await self.visit(method='OPTIONS', fields=preflight))[0], 401)
         for user in ('ana:secret', 'bob:x'):
             asked = await self.ask(fields=upgrade + login(user))
-            _, id, head = await self.within(peer.until(lt.OPEN))
+            _, id, head = await peer.until(lt.OPEN)
             self.assertNotIn(b'authorization', head.lower())
-            peer.send(
-                F(
-                    lt.DATA,
-                    id,
-                    b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\nhi',
-                )
-            )
+            peer.send(F(lt.DATA, id, b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\n'
+                        b'Upgrade: websocket\r\n\r\nhi'))
             self.assertIn(b'101', await asked.reader.readuntil(b'hi'))
         self.assertNotIn('secret', self.log.text())
 
     async def test_addresses_behind_a_proxy_that_is_trusted_or_not(self):
-        import ipaddress
-
-        await self.start(trusted=[ipaddress.ip_network('127.0.0.0/8')])
+        await self.world(trusted=[ipaddress.ip_network('127.0.0.0/8')])
         peer = await self.victim(allow=['203.0.113.0/24'])
-        self.background(peer.serve())
+        self.meanwhile(peer.serve(OK))
         for forwarded, status in [
-            (b'203.0.113.9', 200),
-            (b'203.0.113.9, 127.0.0.2', 200),
-            (b'', 403),
-            (b'203.0.113.9, 198.51.100.1', 403),
-            (b'127.0.0.1', 403),
-        ]:
-            got = await self.visit(fields=b'X-Forwarded-For: ' + forwarded + b'\r\n')
+            ('203.0.113.9', 200), ('203.0.113.9, 127.0.0.2', 200), ('', 403),
+            ('203.0.113.9, 198.51.100.1', 403), ('127.0.0.1', 403)]:
+            got = await self.visit(fields='X-Forwarded-For: ' + forwarded)
             self.assertEqual(got[0], status, forwarded)
-        await self.visit(fields=b'X-Forwarded-For: fe80::1%\x9b31m 200 forged\r\n')
+        await self.visit(fields='X-Forwarded-For: fe80::1%\x9b31m 200 forged')
         self.server._trusted = ()
-        got = await self.visit(fields=b'X-Forwarded-For: 203.0.113.9\r\n')
+        got = await self.visit(fields='X-Forwarded-For: 203.0.113.9')
         self.assertEqual(got[0], 403)
         told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
         self.assertNotRegex(told, '[^0-9a-f.:\n]')
 
     async def test_cookies_for_the_whole_domain_and_the_rate(self):
-        await self.start(domain='t.example.com', rate=3.0)
+        await self.world(domain='t.example.com', rate=3.0)
         peer = await self.victim()
         domains = [
-            't.example.com',
-            '.T.Example.com',
-            '"t.example.com"',
-            'example.com',
-            'com',
-            ' .com ',
-        ]
+            't.example.com', '.T.Example.com', '"t.example.com"', 'example.com', 'com', ' .com ']
         lines = [f'Set-Cookie: a={n}; Path=/; DOMAIN={d}; Secure' for n, d in enumerate(domains)]
+        lines.append('Set-Cookie: a=9; domain = .T.EXAMPLE.COM; Path=/')
         kept = ['evil.t.example.com', 'xample.com', '']
         lines += [f'Set-Cookie: kept={n}; domain={d}' for n, d in enumerate(kept)]
-        self.background(
-            peer.serve(HOSTILE_OK.replace(b'Content', '\r\n'.join([*lines, 'Content']).encode(), 1))
+        self.meanwhile(
+            peer.serve(OK.replace(b'Content', '\r\n'.join([*lines, 'Content']).encode(), 1))
         )
-        _, head, _ = await self.visit('evil.t.example.com')
-        self.assertEqual((head.count(b'Set-Cookie: a='), head.count(b'kept=')), (0, 3))
+        _, fields, _ = await self.visit('evil.t.example.com')
+        self.assertEqual([cookie[:5] for cookie in fields.get_all('set-cookie')], ['kept='] * 3)
         answers = [await self.visit('evil.t.example.com') for _ in range(9)]
         self.assertEqual({a[0] for a in answers}, {200, 429})
-        self.assertIn(b'Retry-After: 1', answers[-1][1])
+        self.assertEqual(answers[-1][1]['retry-after'], '1')
 
     async def test_the_operators_page(self):
-        await self.start()
+        await self.world()
         await self.good()
         evil = await self.victim()
         (sock,) = lt.bind('127.0.0.1', 0)
@@ -5227,22 +4573,20 @@ class HostileVisitorTest(HostileTest):
         self.stack.callback(listening.close)
         port = sock.getsockname()[1]
 
-        async def admin(path, host='127.0.0.1', method=b'GET'):
-            peer = await self.dial(port)
-            peer.send(method + b' ' + path + b' HTTP/1.1\r\nHost: ' + host.encode() + b'\r\n\r\n')
-            return await self.within(peer.head())
+        async def admin(path, host='127.0.0.1', method='GET'):
+            return await (await self.visitor(host, port)).get(path, method=method)
 
-        self.assertEqual((await admin(b'/healthz'))[2], b'ok\n')
+        self.assertEqual((await admin('/healthz'))[2], b'ok\n')
         for host in ('evil.com', 'localhost.evil.com', '127.0.0.1.evil.com', ''):
-            self.assertIn((await admin(b'/tunnels', host))[0], (400, 403))
-        self.assertRegex((await admin(b'/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
-        self.assertEqual(len(json.loads((await admin(b'/tunnels', '[::1]'))[2])), 2)
-        self.assertEqual((await admin(b'/tunnels/evil'))[0], 404)
-        self.assertEqual((await admin(b'/tunnels/evil?lease=1', method=b'DELETE'))[0], 200)
-        self.assertEqual((await self.within(evil.goaway()))[0], lt.REVOKED)
+            self.assertIn((await admin('/tunnels', host))[0], (400, 403))
+        self.assertRegex((await admin('/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
+        self.assertEqual(len(json.loads((await admin('/tunnels', '[::1]'))[2])), 2)
+        self.assertEqual((await admin('/tunnels/evil'))[0], 404)
+        self.assertEqual((await admin('/tunnels/evil?lease=1', method='DELETE'))[0], 200)
+        self.assertEqual((await evil.goaway())[0], lt.REVOKED)
         self.assertIsNone(self.server._leases.owner('evil', 0))
-        self.assertEqual((await admin(b'/tunnels/evil', method=b'DELETE'))[0], 404)
-        pages = (await admin(b'/metrics'))[2] + (await admin(b'/tunnels'))[2]
+        self.assertEqual((await admin('/tunnels/evil', method='DELETE'))[0], 404)
+        pages = (await admin('/metrics'))[2] + (await admin('/tunnels'))[2]
         self.assertNotIn(b'22' * 32, pages)
         await self.others_are_served()
 
@@ -5251,114 +4595,76 @@ class HostileVisitorTest(HostileTest):
 class TlsTest(HostileTest):
     """Handshakes that never end, and certificates that change."""
 
-    async def asyncSetUp(self):
-        await super().asyncSetUp()
-        self.made = lt.self_signed(self.folder, 'localhost')
-        self.ssl = lt.client_tls(check=False)
+    async def secure_world(self):
+        self.made, self.ssl = lt.self_signed(self.folder, 'localhost'), lt.client_tls(check=False)
+        await self.world()
+        self.server.certificate = lt.Certificate(*self.made[:2])
+        self.tls_port = await self.listen(tls=True)
+        await self.good()
 
-    async def shown(self, peer):
+    def shown(self, peer):
         shown = peer.writer.get_extra_info('ssl_object').getpeercert(binary_form=True)
         return hashlib.sha256(shown).hexdigest()
 
     async def test_handshakes_that_never_end_do_not_keep_others_out(self):
-        with unittest.mock.patch.multiple(lt, HANDSHAKE_TIMEOUT=8.0):
-            await self.start(tls=self.made[:2])
-            half = [await self.dial(self.tls_port) for _ in range(200)]
+        with self.constant(HANDSHAKE_TIMEOUT=8.0):
+            await self.secure_world()
+            half = [await self.visitor('', self.tls_port) for _ in range(200)]
             half[0].send(b'\x16\x03\x01\x02\x00')
-            await self.good()
             await self.others_are_served()
-            answer = await self.visit('good.localhost', port=self.tls_port, ssl=self.ssl)
+            peer = await self.visitor('good.localhost', self.tls_port, ssl=self.ssl)
+            answer = await peer.get()
         self.assertEqual(answer[0], 200)
 
     async def test_a_certificate_is_swapped_and_no_connection_drops(self):
-        await self.start(tls=self.made[:2])
-        await self.good()
+        await self.secure_world()
         old = await self.ask('good.localhost', port=self.tls_port, ssl=self.ssl)
-        self.assertEqual((await old.head())[0], 200)
-        self.assertEqual(await self.shown(old), self.made[2])
-        other = os.path.join(self.folder, 'other')
-        os.mkdir(other)
-        new = lt.self_signed(other, 'localhost')
+        self.assertEqual((await old.answer())[0], 200)
+        self.assertEqual(self.shown(old), self.made[2])
+        os.mkdir(self.path('other'))
+        new = lt.self_signed(self.path('other'), 'localhost')
         for n, (source, target) in enumerate(zip(new, self.made[:2])):
             errors = self.server.counters['reload_errors']
             os.replace(source, target)
             if n == 0:  # certificate and key do not fit: the old ones stay
-                await self.eventually(lambda: self.server.counters['reload_errors'] > errors)
-                peer = await self.dial(self.tls_port, ssl=self.ssl)
-                self.assertEqual(await self.shown(peer), self.made[2])
-        await self.eventually(lambda: self.server.counters['reloads'] > 1)
+                await eventually(lambda: self.server.counters['reload_errors'] > errors)
+                peer = await self.visitor('', self.tls_port, ssl=self.ssl)
+                self.assertEqual(self.shown(peer), self.made[2])
+        await eventually(lambda: self.server.counters['reloads'] > 1)
         for name in ('localhost', ''):
-            peer = await self.dial(self.tls_port, ssl=self.ssl, server_hostname=name)
-            self.assertEqual(await self.shown(peer), new[2])
+            peer = await self.visitor('', self.tls_port, ssl=self.ssl, server_hostname=name)
+            self.assertEqual(self.shown(peer), new[2])
             self.assertEqual(peer.writer.get_extra_info('ssl_object').version()[:5], 'TLSv1')
-        old.send(b'GET / HTTP/1.1\r\nHost: good.localhost\r\n\r\n')
-        self.assertEqual((await self.within(old.head()))[0], 200)
+        self.assertEqual((await old.get())[0], 200)
 
     async def test_visitors_of_http_are_sent_to_https_and_a_wrong_pin_is_refused(self):
-        await self.start(tls=self.made[:2])
-        await self.good()
+        await self.secure_world()
         self.server.redirects, self.server.tls_suffix = True, ':8443'
-        status, head, _ = await self.visit('good.localhost', path=b'/a?b')
-        self.assertEqual(status, 308)
-        self.assertIn(b'Location: https://good.localhost:8443/a?b\r\n', head)
+        status, fields, _ = await self.visit('good.localhost', '/a?b')
+        self.assertEqual((status, fields['location']), (308, 'https://good.localhost:8443/a?b'))
         await self.good()  # sessions still come
         for pin, good in [(self.made[2], True), ('0' * 64, False)]:
-            client = lt.Client(
-                self.reactor,
-                lt.ServerAddress(f'https://localhost:{self.tls_port}'),
-                lt.parse_target('1'),
-                bytes(32),
-                self.log,
-                pin=pin,
-                tls=lt.client_tls(check=False),
-            )
-            running = self.background(client.run())
+            client = await self.client(1, site='https://localhost', port=self.tls_port, pin=pin,
+                                       tls=lt.client_tls(check=False))
             if good:
-                await self.within(client.welcomed.wait())
+                self.assertTrue(client.url)
             else:
                 with self.assertRaisesRegex(lt.Refused, self.made[2]):
-                    await self.within(running)
+                    await client.running
 
 
 # ------------------------------------------------------------------------------------------------
 # Bad networks: a relay that cuts, delays and stalls, clients that come and go.
 # ------------------------------------------------------------------------------------------------
 
-PATTERN = b''.join(hashlib.sha256(b'%d' % i).digest() for i in range(8192)) * 3
-HEAD = 'HTTP/1.1\r\nHost: {}.localhost\r\n'
-QUICK = {
-    'SWEEP': 0.005,
-    'BACKOFF_FIRST': 0.001,
-    'BACKOFF_SOON': 0.02,
-    'LINGER': 0.02,
-    'HALF_CLOSED': 0.02,
-    'DRAIN_LOOK': 0.005,
-}
-
-
-async def network_eventually(true, what='it never became true'):
-    deadline = time.monotonic() + 10
-    while not true():
-        if time.monotonic() > deadline:
-            raise AssertionError(what)
-        await asyncio.sleep(0.001)
+PATTERN = pattern(3 << 18)
 
 
 class Relay:
     """Between client and server.  CUTS: [(direction, bytes)], one for each connection in turn."""
 
-    def __init__(self, port, cuts=(), delay=0.0):
-        self.to, self.cuts, self.delay, self.pairs, self.passed = (
-            port,
-            list(cuts),
-            delay,
-            [],
-            [0, 0],
-        )
-
-    async def start(self):
-        self.server = await asyncio.start_server(self.accept, '127.0.0.1', 0)
-        self.port = self.server.sockets[0].getsockname()[1]
+    def __init__(self, to, cuts, delay):
+        self.to, self.cuts, self.delay, self.pairs = to, list(cuts), delay, []
 
     async def accept(self, reader, writer):
         cut = self.cuts.pop(0) if self.cuts else (0, sys.maxsize)
@@ -5368,12 +4674,8 @@ class Relay:
             return writer.transport.abort()
         pair = [writer, there[1]]
         self.pairs.append(pair)
-        await asyncio.wait(
-            {
-                asyncio.ensure_future(self.pump(*x))
-                for x in ((0, reader, there[1], cut, pair), (1, there[0], writer, cut, pair))
-            }
-        )
+        await asyncio.gather(self.pump(0, reader, there[1], cut, pair),
+                             self.pump(1, there[0], writer, cut, pair))
         self.pairs.remove(pair)
 
     async def pump(self, way, reader, writer, cut, pair):
@@ -5384,7 +4686,6 @@ class Relay:
                 if not data:
                     break
                 left -= len(data)
-                self.passed[way] += len(data)
                 if self.delay:
                     loop.call_later(self.delay, writer.write, data)
                 else:
@@ -5399,180 +4700,106 @@ class Relay:
             writer.transport.abort()
 
 
-class Network(unittest.TestCase):
-    """Its coroutines are tests; server and client run in one loop, and leave nothing there."""
+class Network(WorldTest):
+    """Sessions and visitors have ports of their own: relays and faults meet the sessions only."""
+    SECONDS = 2 * PATIENCE
+    CONSTANTS = {'SWEEP': 0.005, 'BACKOFF_FIRST': 0.001, 'BACKOFF_SOON': 0.02, 'LINGER': 0.02,
+                 'HALF_CLOSED': 0.02, 'DRAIN_LOOK': 0.005}
 
-    name = 'x'
+    async def ready(self):
+        self.gate = asyncio.Event()
+        await self.world(hold=6 * PATIENCE, drain=1)
+        self.door = await self.listen()
+        self.upstream = await self.app(self.serve)
 
-    def __init_subclass__(cls, **options):
-        for name, method in list(vars(cls).items()):
-            if name.startswith('test') and inspect.iscoroutinefunction(method):
-                setattr(cls, name, functools.partialmethod(cls.in_a_loop, method))
-
-    def in_a_loop(self, method):
-        asyncio.run(self.alone(method))
-
-    async def alone(self, method):
-        self.loop, self.faults, self.writers = asyncio.get_running_loop(), [], []
-        self.loop.set_exception_handler(lambda _, context: self.faults.append(context))
-        self.gate, self.asked, self.clients, self.relay = asyncio.Event(), [], [], None
-        with self.constant(**QUICK):
-            try:
-                self.reactor = lt.Reactor(self.loop)
-                self.app = await asyncio.start_server(self.serve, '127.0.0.1', 0)
-                self.target = lt.parse_target(str(self.app.sockets[0].getsockname()[1]))
-                await self.start_server()
-                await asyncio.wait_for(method(self), 20)
-            finally:
-                await self.end()
-        self.assertEqual(
-            [f for f in self.faults if not isinstance(f.get('exception'), asyncio.CancelledError)],
-            [],
-        )
-
-    async def end(self):
-        for writer in self.writers:
-            writer.transport.abort()
+    async def nobody_is_left(self):
         await self.leave()
-        await self.server.stop()
-        self.app.close()
-        if self.relay:
-            self.relay.server.close()
-            self.relay.cut()
-        await network_eventually(
-            lambda: (
-                not [x for x in self.reactor.swept if isinstance(x, (lt.Session, lt.Connection))]
-            ),
-            'a session or connection is left',
-        )
-        self.assertEqual(self.server._budget.used, 0, 'bytes of a window are left')
-        self.assertEqual((self.server._held, list(self.server._visits)), (0, []))
-        await self.reactor.close()
-        for task in asyncio.all_tasks() - {asyncio.current_task()}:
-            if 'localtunnel' in task.get_coro().cr_code.co_filename and not task.done():
-                self.fail(f'a task is left: {task}')
-            await lt.end_task(task)
+        await super().nobody_is_left()
+
+    async def comes(self, **options):
+        """A client whose name is x."""
+        return await self.client(self.upstream, name='x', **options)
 
     async def goes(self):
-        client, task = self.clients.pop(0)
-        await lt.end_task(task)
-        await client.stop()
+        """The client that came first leaves."""
+        client = self.clients.pop(0)
+        await self.leaves(client)
         client._upstream.close()
 
     async def leave(self):
-        for client, task in self.clients:
-            await lt.end_task(task)
-            await client.stop()
-            client._upstream.close()
-        self.clients.clear()
+        """All leave, and no session is kept."""
+        while self.clients:
+            await self.goes()
         for member in self.server._members():
             member.session.end(lt.Disconnected('the test is over'))
 
-    def constant(self, **values):
-        return unittest.mock.patch.multiple(lt, **values)
-
-    async def start_server(self, port=0, **options):
-        tokens = lt.Tokens(open=True)
-        self.server = lt.Server(
-            self.reactor, 'localhost', tokens, lt.Leases(tokens), lt.Silence(), drain=1, **options
-        )
-        socks = [lt.bind('127.0.0.1', p)[0] for p in (port, 0)]  # for sessions, for visitors
-        self.port, self.visitors = [sock.getsockname()[1] for sock in socks]
-        for sock in socks:
-            await self.server.listen(sock)
-
-    async def client(self, port=None, wait=True, **options):
-        address = lt.ServerAddress(f'http://127.0.0.1:{port or self.port}')
-        client = lt.Client(
-            self.reactor, address, self.target, bytes(32), lt.Silence(), name=self.name, **options
-        )
-        self.clients.append((client, asyncio.ensure_future(client.run())))
-        if wait:
-            await client.welcomed.wait()
-        return client
-
-    async def through(self, cuts=(), delay=0.0, **options):
+    async def relayed(self, cuts=(), delay=0.0, **options):
+        """A client that comes through a relay."""
         self.relay = Relay(self.port, cuts, delay)
-        await self.relay.start()
-        return await self.client(self.relay.port, **options)
+        _, port = await self.serves(self.relay.accept)
+        self.stack.callback(self.relay.cut)
+        return await self.comes(port=port, **options)
 
     def members(self):
-        return self.server._tunnels[self.name].members
+        return self.server._tunnels['x'].members
 
-    # The app: GET /N is N bytes; /hold waits for the gate; a body is counted; an upgrade echoes.
-
-    async def serve(self, reader, writer):
-        self.writers.append(writer)
-        with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-            while True:
-                head = (await reader.readuntil(b'\r\n\r\n')).decode()
-                path = head.split()[1]
-                self.asked.append(path)
-                if 'Upgrade' in head:
-                    writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: e\r\n\r\n')
-                    while True:
-                        writer.write(await reader.read(65536) or (writer.write_eof() or b''))
-                        await writer.drain()
-                length = int((head + 'Content-Length: 0\r').split('Content-Length: ')[1].split()[0])
-                body = await reader.readexactly(length)
-                if path == '/hold':
-                    await self.gate.wait()
-                out = (
-                    hashlib.sha256(body).digest()
-                    if body
-                    else PATTERN[: int(path.strip('/hold') or 9)]
-                )
-                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % len(out) + out)
+    async def serve(self, head, reader, writer):
+        """/N is N bytes; /hold waits for the gate; a body is counted; an upgrade echoes."""
+        path = head.split()[1].decode()
+        if b'Upgrade' in head:
+            writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: e\r\n\r\n')
+            data = b'x'
+            while data:
+                data = await reader.read(65536)
+                writer.write(data)
                 await writer.drain()
+            return False
+        body = await body_of(head, reader)
+        if path == '/hold':
+            await self.gate.wait()
+        writer.write(ok(hashlib.sha256(body).digest() if body
+                        else PATTERN[:int(path.strip('/hold') or 9)]))
+        await writer.drain()
+        return True
 
-    # Visitors.
+    @property
+    def asked(self):
+        return [head.split()[1] for head in self.upstream.requests]
 
-    async def visit(self, text, body=b'', whole=True):
-        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors, limit=1 << 16)
-        self.writers.append(writer)
-        method, _, path = text.partition(' ')
-        fields = '' if not body else f'Content-Length: {len(body)}\r\n'
-        writer.write(f'{method} {path} {HEAD.format(self.name)}{fields}\r\n'.encode() + body)
-        return (await self.answer(reader)) if whole else (reader, writer)
+    async def begin(self, text, body=b'', fields=''):
+        """A visitor who asks for TEXT, a method and a path."""
+        method, path = text.split()
+        visitor = await self.visitor('x.localhost')
+        visitor.ask(path, fields or f'Content-Length: {len(body)}' * bool(body), method, body=body)
+        return visitor
 
-    async def answer(self, reader):
-        head = await reader.readuntil(b'\r\n\r\n')
-        length = int(head.lower().split(b'content-length: ')[1].split()[0])
-        return int(head.split()[1]), await reader.readexactly(length)
+    async def visit(self, text, body=b''):
+        """(status, body) of the answer."""
+        return (await (await self.begin(text, body)).answer())[::2]
 
     async def get(self, size=9):
         status, body = await self.visit(f'GET /{size}')
         self.assertEqual((status, len(body), body == PATTERN[:size]), (200, size, True))
 
     async def put(self, size):
-        self.assertEqual(
-            await self.visit('PUT /up', PATTERN[:size]),
-            (200, hashlib.sha256(PATTERN[:size]).digest()),
-        )
+        self.assertEqual(await self.visit('PUT /up', PATTERN[:size]),
+                         (200, hashlib.sha256(PATTERN[:size]).digest()))
 
     async def echo(self, sizes):
-        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors)
-        self.writers.append(writer)
-        writer.write(
-            f'GET /e {HEAD.format(self.name)}Connection: Upgrade\r\nUpgrade: e\r\n\r\n'.encode()
-        )
-        self.assertIn(b' 101 ', await reader.readuntil(b'\r\n\r\n'))
+        visitor = await self.begin('GET /e', fields='Connection: Upgrade\nUpgrade: e')
+        self.assertEqual((await visitor.answer())[0], 101)
         at = 0
         for size in sizes:
-            writer.write(PATTERN[at : at + size])
-            self.assertEqual(await reader.readexactly(size), PATTERN[at : at + size])
+            visitor.send(PATTERN[at:at + size])
+            self.assertEqual(await visitor.reader.readexactly(size), PATTERN[at:at + size])
             at += size
-        return reader, writer
+        return visitor
 
     async def mix(self, dice):
         await asyncio.gather(
-            self.get(),
-            self.get(dice.randrange(1, 200000)),
-            self.get(5000),
-            self.put(dice.randrange(1, 200000)),
-            self.put(100),
-            self.echo([dice.choice([1, 300, 20000]) for _ in range(9)]),
-        )
+            self.get(), self.get(dice.randrange(1, 200000)), self.get(5000),
+            self.put(dice.randrange(1, 200000)), self.put(100),
+            self.echo([dice.choice([1, 300, 20000]) for _ in range(9)]))
 
 
 class CutTest(Network):
@@ -5581,16 +4808,15 @@ class CutTest(Network):
     async def cuts(self, way, points):
         for n in points:
             dice = random.Random(n)
-            await self.through([(way, n)] * 3, wait=False)
+            await self.relayed([(way, n)] * 3, wait=False)
             with self.subTest(way=way, n=n):
                 if not (way or n % 2):  # at once, before the client has come
-                    tunnel = self.server._tunnel(self.name, 'http')
+                    tunnel = self.server._tunnel('x', 'http')
                     tunnel.left_at, tunnel.said_goodbye = self.reactor.now(), False
                 else:
-                    await self.clients[0][0].welcomed.wait()
+                    await self.clients[0].welcomed.wait()
                 await self.mix(dice)
             await self.leave()
-            self.relay.server.close()
             self.relay.cut()
 
     async def test_in_the_handshake_to_the_server(self):
@@ -5608,34 +4834,28 @@ class CutTest(Network):
 
 class PathTest(Network):
     async def test_windows_grow_on_a_long_path_and_shrink_when_less_is_read(self):
-        await self.through(delay=0.05)
-        reader, writer = await self.echo([1])
+        await self.relayed(delay=0.05)
+        visitor = await self.echo([1])
         session = self.members()[0].session
         stream = session.streams[1]
-        await network_eventually(lambda: session.round_trip > 0.09)
-        both = asyncio.gather(reader.readexactly(3000000), self.write(writer, 3000000))
-        await both
+        await eventually(lambda: session.round_trip > 0.09)
+        visitor.send(bytes(3000000))
+        await visitor.reader.readexactly(3000000)
         grown = stream.window.size
         self.assertGreaterEqual(grown, 512 * lt.KIB)
         session.round_trip = 0.0001  # as if all that follows came slowly
         with unittest.mock.patch.object(lt.Session, '_ping', lambda _: None):
             for _ in range(6):
-                writer.write(bytes(grown // 2))
-                await reader.readexactly(grown // 2)
+                visitor.send(bytes(grown // 2))
+                await visitor.reader.readexactly(grown // 2)
         self.assertLess(stream.window.size, grown)
 
-    async def write(self, writer, size):
-        writer.write(PATTERN[: size % len(PATTERN)] or bytes(size))
-        for _ in range((size - size % len(PATTERN)) // len(PATTERN)):
-            writer.write(PATTERN)
-        await writer.drain()
-
     async def test_a_visitor_who_does_not_read_slows_nobody_and_fills_his_window_only(self):
-        await self.client()
+        await self.comes()
         for _ in range(5):
-            await self.visit('GET /700000', whole=False)
+            await self.begin('GET /700000')
         session = self.members()[0].session
-        await network_eventually(lambda: len(session.streams) == 5)
+        await eventually(lambda: len(session.streams) == 5)
         await asyncio.gather(*(self.get(n) for n in (9, 700000, 300000)))
         for stream in session.streams.values():
             self.assertLessEqual(stream.size, lt.INITIAL_CREDIT)
@@ -5643,105 +4863,90 @@ class PathTest(Network):
 
     async def test_however_far_windows_grow_there_is_room_for_new_streams(self):
         with self.constant(SESSION_BUDGET=2 * lt.MIB):
-            await self.through(delay=0.03)
+            await self.relayed(delay=0.03)
             await self.get()
             session = self.members()[0].session
-            await network_eventually(lambda: session.round_trip > 0.05)
-            many = [asyncio.ensure_future(self.get(700000)) for _ in range(14)]
-            await network_eventually(
+            await eventually(lambda: session.round_trip > 0.05)
+            many = [self.meanwhile(self.get(700000)) for _ in range(14)]
+            await eventually(
                 lambda: session._budget.used > lt.MIB or all(t.done() for t in many))
             while not all(t.done() for t in many):
                 await self.get()
             await asyncio.gather(*many)
 
     async def test_a_session_whose_client_only_listens_is_not_taken_for_dead(self):
-        reader, writer = await self.sink()
+        await self.comes()
+        visitor = await self.begin('PUT /up', fields='Content-Length: 9999')
+        await eventually(lambda: self.asked)
         with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.5, SILENT_SESSION=0.3):
             broken, session = [], self.members()[0].session
             session.on_detached = lambda: broken.append(1)
             for _ in range(50):  # a byte now and then keeps the client from asking
-                writer.write(b'x')
+                visitor.send(b'x')
                 await asyncio.sleep(0.01)
             self.assertEqual(broken, [])
-
-    async def sink(self):
-        await self.client()
-        reader, writer = await asyncio.open_connection('127.0.0.1', self.visitors)
-        self.writers.append(writer)
-        writer.write(f'PUT /up {HEAD.format(self.name)}Content-Length: 9999\r\n\r\n'.encode())
-        await network_eventually(lambda: self.asked)
-        return reader, writer
 
 
 class AwayTest(Network):
     """Requests while the client is away."""
 
     async def away(self, **options):
-        await self.through(**options)
+        await self.relayed(**options)
         self.relay.to, port = 1, self.relay.to  # nobody is there
         self.relay.cut()
-        await network_eventually(lambda: self.members()[0].session.connection is None)
+        await eventually(lambda: self.members()[0].session.connection is None)
         return port
 
     async def held(self, n):
-        await network_eventually(lambda: self.server._held == n, f'{n} are not held')
+        await eventually(lambda: self.server._held == n, f'{n} are not held')
 
     async def test_they_are_held_and_answered_when_it_is_back(self):
         port = await self.away()
-        many = [asyncio.ensure_future(self.get()) for _ in range(5)]
+        many = [self.meanwhile(self.get()) for _ in range(5)]
         await self.held(5)
         self.assertEqual(self.asked, [])
         self.relay.to = port
         await asyncio.gather(*many)
 
-    async def test_after_a_goodbye_they_are_503_at_once(self):
-        await self.client()
-        await self.goes()
-        self.assertEqual((await self.visit('GET /9'))[0], 503)
-
     async def test_one_whose_visitor_has_gone_is_dropped(self):
         port = await self.away()
-        reader, writer = await self.visit('GET /1', whole=False)
+        visitor = await self.begin('GET /1')
         await self.held(1)
-        writer.transport.abort()
+        visitor.reset()
         await self.held(0)
         self.relay.to = port
         await self.get(2)
-        self.assertEqual(self.asked, ['/2'])
+        self.assertEqual(self.asked, [b'/2'])
 
     async def test_there_are_no_more_than_a_hundred(self):
         port = await self.away()
-        many = [asyncio.ensure_future(self.get()) for _ in range(lt.MAX_HELD)]
+        many = [self.meanwhile(self.get()) for _ in range(lt.MAX_HELD)]
         await self.held(lt.MAX_HELD)
         self.assertEqual((await self.visit('GET /9'))[0], 503)
         self.relay.to = port
         await asyncio.gather(*many)
 
     async def test_a_lost_session_repeats_only_what_may_be_repeated(self):
-        await self.client()
+        await self.comes()
         many = [
-            asyncio.ensure_future(self.visit(text, body))
+            self.meanwhile(self.visit(text, body))
             for text, body in (
-                ('GET /hold', b''),
-                ('PUT /hold', b'x'),
-                ('POST /hold', b'x'),
-                ('PUT /hold', bytes(lt.SMALL_BODY + 1)),
-            )
+                ('GET /hold', b''), ('PUT /hold', b'x'), ('POST /hold', b'x'),
+                ('PUT /hold', bytes(lt.SMALL_BODY + 1)))
         ]
-        await network_eventually(lambda: len(self.asked) == 4)
+        await eventually(lambda: len(self.asked) == 4)
         self.members()[0].session.end(lt.Disconnected('the test ends it'))
         self.gate.set()
         self.assertEqual(
-            [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502]
-        )
+            [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502])
         self.assertEqual(len(self.asked), 6)
 
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
-        await self.client()
+        await self.comes()
         session = self.members()[0].session
         with unittest.mock.patch.object(session, 'has_room', lambda: False):
-            one = asyncio.ensure_future(self.get())
-            await network_eventually(lambda: session.line)
+            one = self.meanwhile(self.get())
+            await eventually(lambda: session.line)
             session.end(lt.Disconnected('the test ends it'))
         await asyncio.wait_for(one, 5)
 
@@ -5754,51 +4959,49 @@ class AwayTest(Network):
             writer.close()
             ended.append(1)
 
-        slow = await asyncio.start_server(fail, '127.0.0.1', 0)
         waits = []
         with self.constant(SETTLED=0.01):
-            await self.client()
-            self.clients[0][0]._observer.lost = lambda why, seconds: waits.append(seconds)
-            self.clients[0][0].address.port = slow.sockets[0].getsockname()[1]
+            await self.comes()
+            self.clients[0]._observer.lost = lambda why, seconds: waits.append(seconds)
+            self.clients[0].address.port = (await self.serves(fail))[1]
             self.members()[0].session.end(lt.Disconnected('the test ends it'))
-            await network_eventually(lambda: len(seen) > 4)
-        self.clients[0][1].cancel()
-        slow.close()
-        await network_eventually(lambda: len(ended) == len(seen))
+            await eventually(lambda: len(seen) > 4)
+        await self.forget(self.clients[0].running)
+        await eventually(lambda: len(ended) == len(seen))
         self.assertTrue(all(waits[1:]), waits)
 
 
 class TakeoverTest(Network):
     async def test_the_later_one_is_there_at_once_and_the_old_one_finishes(self):
-        await self.client()
-        old = asyncio.ensure_future(self.visit('GET /hold'))
-        await network_eventually(lambda: self.asked)
-        await self.client()
+        await self.comes()
+        old = self.meanwhile(self.visit('GET /hold'))
+        await eventually(lambda: self.asked)
+        await self.comes()
         self.assertEqual(len(self.members()), 1)
         await self.get()
         self.gate.set()
         self.assertEqual((await old)[0], 200)
         with self.assertRaises(lt.Refused) as caught:
-            await self.clients[0][1]
+            await self.clients[0].running
         self.assertEqual((caught.exception.code, caught.exception.final), ('superseded', True))
 
     async def test_of_two_that_share_one_may_leave_under_load(self):
-        await self.client(share=True)
-        await self.client(share=True)
+        await self.comes(share=True)
+        await self.comes(share=True)
         self.assertEqual(len(self.members()), 2)
-        many = [asyncio.ensure_future(self.visit('POST /hold', b'x')) for _ in range(8)]
-        await network_eventually(lambda: len(self.asked) == 8)
+        many = [self.meanwhile(self.visit('POST /hold', b'x')) for _ in range(8)]
+        await eventually(lambda: len(self.asked) == 8)
         self.assertEqual([len(m.session.streams) for m in self.members()], [4, 4])
-        leaving = asyncio.ensure_future(self.goes())
-        crossing = [asyncio.ensure_future(self.visit('POST /9', b'x')) for _ in range(8)]
+        leaving = self.meanwhile(self.goes())
+        crossing = [self.meanwhile(self.visit('POST /9', b'x')) for _ in range(8)]
         self.gate.set()
         self.assertEqual({s for s, _ in await asyncio.gather(*many, *crossing)}, {200})
         await leaving
 
     async def test_what_crosses_a_goodbye_is_answered(self):
-        await self.through(delay=0.02, share=True)
-        await self.client(share=True)
-        leaving = asyncio.ensure_future(self.goes())
+        await self.relayed(delay=0.02, share=True)
+        await self.comes(share=True)
+        leaving = self.meanwhile(self.goes())
         many = [self.visit('POST /9', b'x') for _ in range(8)]
         self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
         await leaving
@@ -5826,8 +5029,8 @@ class FaultTest(Network):
         nth = 1
         while True:
             with self.failing(name, nth, fault), self.subTest(operation=name, nth=nth):
-                await self.client(wait=False)
-                await self.clients[0][0].welcomed.wait()
+                await self.comes(wait=False)
+                await self.clients[0].welcomed.wait()
                 await asyncio.gather(self.get(), self.put(30000), self.echo([1, 20000]))
                 await self.goes()
             await self.leave()
@@ -5852,23 +5055,6 @@ class FaultTest(Network):
 
     async def test_setting_options(self):
         await self.run_until_none_fails('setsockopt', self.broken)
-
-
-class LeaseFileTest(unittest.TestCase):
-    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
-        for name in ('open', 'fsync', 'replace'):
-            with self.subTest(name=name), tempfile.TemporaryDirectory() as folder:
-                path, tokens = os.path.join(folder, 'leases.json'), lt.Tokens(open=True)
-                lt.Leases(tokens, path).claim('old', 'proof:1', '', 1e9)
-                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
-                    leases = lt.Leases(tokens, path)
-                    for _ in range(2):  # and one that is not on disk is not given
-                        with self.assertRaises((OSError, lt.Refused)):
-                            leases.claim('new', 'proof:1', '', 1e9)
-                again = lt.Leases(tokens, path)
-                self.assertEqual(
-                    (again.owner('old', 1e9), again.owner('new', 1e9)), ('proof:1', None)
-                )
 
 
 # ------------------------------------------------------------------------------------------------
