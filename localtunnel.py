@@ -357,12 +357,12 @@ class Decoder:
 # How much may be under way on a stream.  Knows no sockets, no clocks; callers bring the time.
 #
 # The receiver promises a window.  The sender never has more under way than was promised.  What has
-# been read is promised again (CREDIT), half a window at a time.  The window doubles when a full one
-# was drained within two round trips, since then the window itself is what limits the speed; it
+# been read is promised again (CREDIT), a quarter of the window at a time.  The window doubles when
+# a full one was drained within two round trips, since then the window itself limits the speed; it
 # halves when a full one took longer than sixteen, by promising less than was read, and is back at
-# its first size when the stream was idle.  So a path that is long and fast gets large windows, and
-# a reader who stalls keeps a small one.  All growth comes
-# from a budget of the session and one of the process; with those used up, windows stay as they are.
+# its first size with the first read after a silence.  So a path that is long and fast gets large
+# windows, and a reader who stalls keeps a small one.  All growth comes from a budget of the session
+# and one of the process, and takes a quarter of what is left at most: others can always grow.
 # ------------------------------------------------------------------------------------------------
 
 MAX_CREDIT = 1 << 31
@@ -378,10 +378,10 @@ class Budget:
     def __init__(self, limit: int, parent: Optional[Budget] = None) -> None:
         self.limit, self.used, self._parent = limit, 0, parent
 
-    def take(self, n: int) -> bool:
-        """Take N bytes, or nothing and say False."""
-        parent = self._parent
-        if self.used + n > self.limit or parent and parent.used + n > parent.limit:
+    def take(self, n: int, leave: int = 0) -> bool:
+        """Take N bytes, where LEAVE more are left for others; or nothing and say False."""
+        parent, least = self._parent, n + leave
+        if self.used + least > self.limit or parent and parent.used + least > parent.limit:
             return False
         self.give(-n)
         return True
@@ -426,7 +426,7 @@ class ReceiveWindow:
         if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
             self._shrink_to(self._floor)
         self._last = now
-        if self._read * 2 < self.size:
+        if self._read * 4 < self.size:
             return 0
         if self._drained >= self.size:
             self._adapt(now - self._since, round_trip)
@@ -446,8 +446,7 @@ class ReceiveWindow:
 
     def _adapt(self, took: float, round_trip: float) -> None:
         if took <= 2 * round_trip:
-            if (self.size * 2 <= MAX_WINDOW and not self._budget.scarce     # new streams need some
-                    and self._budget.take(self.size)):
+            if self.size * 2 <= MAX_WINDOW and self._budget.take(self.size, leave=3 * self.size):
                 self._read += self.size
                 self.size *= 2
         elif took > 16 * round_trip and self.size >= 2 * self._floor:
@@ -1414,13 +1413,12 @@ class Session:
         self.connection = connection
         connection.receiver, connection.on_gone = self._receive, self._lost
         connection.on_eof, connection.on_room = self._lost, self._flush
+        self.reactor.swept.discard(connection)      # nobody waits on it
         connection.give_up_after(STALLED_SESSION)
         self._heard = self._moved = self.reactor.now()
         self._pinged, self.detached_at, self.proven = NEVER, NEVER, False
-        skip = theirs - self._acknowledged
-        for data in self._kept:
-            connection.transport.write(data[skip:])
-            skip = 0
+        if self._kept:
+            connection.transport.write(b''.join(self._kept)[theirs - self._acknowledged:])
         rest = connection.take(sys.maxsize)
         while rest:
             self._receive(memoryview(rest))
@@ -1460,9 +1458,10 @@ class Session:
             if now - self.detached_at > RESUME_WITHIN:
                 self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
-        for stream in [*self.streams.values(), *self.line]:
-            stream._readable.sweep(now)
-            stream._writable.sweep(now)
+        if self.streams or self.line:
+            for stream in [*self.streams.values(), *self.line]:
+                stream._readable.sweep(now)
+                stream._writable.sweep(now)
         pending = self.connection.transport.get_write_buffer_size()
         if pending != self._pending:
             self._pending, self._moved = pending, now
@@ -1471,7 +1470,8 @@ class Session:
         elif (self.pings and self._pinged != NEVER
               and now - max(self._pinged, self._heard) > PONG_WITHIN):
             self._give_up(f'no answer to a ping in {PONG_WITHIN:.0f} s')
-        elif self._pinged == NEVER and (woke_up and self.pings or now - self._heard > PING_AFTER):
+        elif self._pinged == NEVER and (woke_up and self.pings or now - self._heard > (
+                PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN)):
             self._ping()
         elif now - self._heard > SILENT_SESSION:
             self._give_up(f'nothing was heard in {SILENT_SESSION:.0f} s')
@@ -1508,6 +1508,7 @@ class Session:
         """Close the connection so that all that was written arrives."""
         if self.connection is not None and self.connection.receiver is not None:
             self.connection.receiver = self.connection.on_eof = None
+            self.reactor.swept.add(self.connection)
             self.reactor.spawn(self.connection.linger())
 
     def end(self, error: LocaltunnelError) -> None:
@@ -2591,18 +2592,20 @@ class Hello:
 
 class Member:
     """One session of a tunnel, and whose it is."""
-    __slots__ = ('session', 'id', 'hello', 'grant')
+    __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
 
-    def __init__(self, session: Session, hello: Hello, grant: Grant) -> None:
-        self.session, self.hello, self.grant = session, hello, grant
+    def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
+        self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
         self.id = secrets.token_hex(16)
 
 
 class Tunnel:
     """One name (or port) and who serves it."""
 
-    def __init__(self, name: str, kind: str, via: bytes = b'') -> None:
+    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int]) -> None:
+        """SERVED counts the tunnels that each holder has."""
         self.name, self.kind, self.via = name, kind, via
+        self._served, self._holder = served, ''
         self.url = ''
         self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
         self.members: List[Member] = []
@@ -2610,6 +2613,21 @@ class Tunnel:
         self.said_goodbye = False   # did it go on purpose?
         self.held: Set[asyncio.Future[None]] = set()    # requests that wait for a member
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
+
+    def add(self, member: Member) -> None:
+        """MEMBER serves this tunnel, too."""
+        if not self.members:
+            self._holder = member.holder
+            self._served[self._holder] += 1
+        self.members.append(member)
+
+    def remove(self, member: Member) -> None:
+        """MEMBER does not serve it any more."""
+        self.members.remove(member)
+        if not self.members:
+            self._served[self._holder] -= 1
+            if not self._served[self._holder]:
+                del self._served[self._holder]
 
     def pick(self) -> Optional[Member]:
         """The member to send the next request to: the least busy one that is there."""
@@ -2639,7 +2657,7 @@ class Tunnel:
             raise Refused(409, 'superseded', 'a client of yours that was started later serves '
                           f'{self.name}', final=True)
         for old in others:
-            self.members.remove(old)
+            self.remove(old)
             if old.hello.instance == new.instance:
                 old.session.end(Disconnected('the client came back without this session'))
             else:
@@ -2697,7 +2715,7 @@ class Visit:
 
     def _gone(self) -> None:
         if self.waiting and not self.waiting.done():
-            self.waiting.set_result(None)
+            self.waiting.cancel()
         if self.stream:
             self.stream.reset(CANCELLED, 'the visitor went away')
 
@@ -2752,6 +2770,7 @@ class Server:
         self._host, self._tcp_ports, self._trusted, self._only = host, tcp_ports, trusted, only
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
+        self._served: Dict[str, int] = collections.Counter()    # tunnels by token, or address
         self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
         self._visits: Dict[Visit, None] = {}    # who was active least recently first
         self._of_address: Dict[str, int] = collections.Counter()
@@ -2883,7 +2902,7 @@ class Server:
         self._log.note('tokens and certificate were looked at again')
 
     def _revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
-        tunnel.members.remove(member)
+        tunnel.remove(member)
         tunnel.said_goodbye, tunnel.left_at = True, self.reactor.now()
         member.session.leave(REVOKED, why)
         self.reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
@@ -3091,7 +3110,7 @@ class Server:
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
-        return self._tunnels.setdefault(name, Tunnel(name, kind, via))
+        return self._tunnels.setdefault(name, Tunnel(name, kind, via, self._served))
 
     @property
     def _starting(self) -> bool:
@@ -3225,8 +3244,8 @@ class Server:
             self._held -= 1
             tunnel.held.discard(future)
             visit.waiting = None
-        if visit.connection.error:
-            raise visit.connection.error
+        if future.cancelled():
+            raise Disconnected('the visitor went away')
         return future.done()
 
     async def _send_body(self, stream: Stream, head: bytes, body: Body,
@@ -3341,13 +3360,14 @@ class Server:
         resumed = self._resumed(tunnel, hello)
         if resumed:
             return resumed, tunnel, (hello.resume or ('', 0))[1]
-        self._check_limits(tunnel, hello, grant)
+        holder = grant.digest or visit.address      # whose the tunnel is
+        self._check_limits(tunnel, hello, grant, holder)
         tunnel.make_way(hello)
         if hello.kind == 'tcp':
             await self._open_port(tunnel, hello, grant, visit.address)
         else:
             tunnel.url = self._url(visit, name, host)
-        return self._new_member(tunnel, hello, grant), tunnel, None
+        return self._new_member(tunnel, hello, grant, holder), tunnel, None
 
     def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str, address: str) -> str:
         """The name that HELLO gets, leased where it was chosen.  Raises Refused."""
@@ -3476,18 +3496,16 @@ class Server:
                           'in LOCALTUNNEL_TOKEN')
         return grant
 
-    def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> None:
+    def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> None:
         """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
         if len(tunnel.members) >= MAX_MEMBERS and hello.share:
             raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
         if tunnel.members:
             return
-        mine = sum(any(m.grant.digest == grant.digest for m in t.members)
-                   for t in self._tunnels.values())
-        if mine >= grant.tunnels and not self._only:
-            raise Refused(429, 'too_many', f'your token allows {grant.tunnels} tunnels at once; '
-                          'end another one first')
-        if sum(bool(t.members) for t in self._tunnels.values()) >= self._most:
+        if self._served.get(holder, 0) >= grant.tunnels and not is_loopback(holder):
+            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once; end '
+                          'another one first')
+        if sum(self._served.values()) >= self._most:
             raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
 
     def _release(self, name: str, owner: str) -> NoReturn:
@@ -3517,11 +3535,11 @@ class Server:
                 return member
         return None
 
-    def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant) -> Member:
+    def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> Member:
         session = Session(self.reactor, self._budget)
         session.trace = self.trace
-        member = Member(session, hello, grant)
-        tunnel.members.append(member)
+        member = Member(session, hello, grant, holder)
+        tunnel.add(member)
 
         def left() -> None:
             tunnel.said_goodbye = session.goaway is not None
@@ -3531,7 +3549,7 @@ class Server:
             self._bytes_in += session.received
             self._bytes_out += session.sent
             if member in tunnel.members:
-                tunnel.members.remove(member)
+                tunnel.remove(member)
                 left()
                 self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
         session.on_detached = session.on_goaway = left

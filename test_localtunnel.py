@@ -462,11 +462,12 @@ class WindowTest(unittest.TestCase):
         window.arrived(n)
         return sum(window.consumed(part, now, round_trip) for part in (n - n // 2, n // 2))
 
-    def test_credit_comes_back_half_a_window_at_a_time(self):
+    def test_credit_comes_back_a_quarter_of_the_window_at_a_time(self):
         window = self.window()
         window.arrived(100)
-        self.assertEqual([window.consumed(n, 5, .1) for n in (49, 1, 20, 29)], [0, 50, 0, 0])
-        self.assertEqual(window.consumed(1, 9, .1), 50)
+        self.assertEqual([window.consumed(n, 5, .1) for n in (24, 1, 20, 40, 14)],
+                         [0, 25, 0, 60, 0])
+        self.assertEqual(window.consumed(1, 9, .1), 0)
 
     def test_exactly_what_was_promised_may_arrive(self):
         window = self.window()
@@ -507,7 +508,7 @@ class WindowTest(unittest.TestCase):
         self.assertEqual(window.size, 100)
 
     def test_it_grows_no_further_than_the_budget_and_never_stops(self):
-        window = self.window(budget=300)
+        window = self.window(budget=500)        # the next step would take more than a quarter
         self.assertEqual([self.drain(window, 0.0) for _ in range(3)], [200, 200, 200])
         self.assertEqual(self.budget.used, 200)
 
@@ -4878,7 +4879,7 @@ class PathTest(Network):
         await self.comes()
         visitor = await self.begin('PUT /up', fields='Content-Length: 9999')
         await eventually(lambda: self.asked)
-        with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.5, SILENT_SESSION=0.3):
+        with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.1, SILENT_SESSION=0.4):
             broken, session = [], self.members()[0].session
             session.on_detached = lambda: broken.append(1)
             for _ in range(50):  # a byte now and then keeps the client from asking
