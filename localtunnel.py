@@ -2106,16 +2106,17 @@ class Grant:
         self.tunnels, self.expires = MAX_TUNNELS_OF_TOKEN, NEVER
         for word in words:
             key, _, value = word.partition('=')
-            if key == 'names':
+            if key == 'names' and value:
                 self.names = value.lower().split(',')
             elif key == 'ports':
                 self.ports = port_range(value)
-            elif key == 'tunnels':
+            elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
                 self.tunnels = int(value)
-            elif key == 'expires':
+            elif key == 'expires' and re.fullmatch('[0-9T:-]{10,}', value):
                 self.expires = datetime.datetime.fromisoformat(value).timestamp()
-            else:
-                raise ValueError(f'{word!r} is none of names=, ports=, tunnels=, expires=')
+            else:       # the word itself is not repeated: it may be part of a secret
+                raise ValueError('after USER TOKEN come names=GLOB,... ports=A-B tunnels=N '
+                                 'expires=2027-01-31, and no other words')
 
 
 def port_range(text: str) -> range:
@@ -2154,7 +2155,7 @@ class Tokens:
             return None
         self._seen = stamp_of(self._path)
         try:
-            with open(self._path, encoding='utf-8') as f:
+            with open(self._path, encoding='utf-8-sig') as f:
                 self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
         except (OSError, ValueError, OverflowError) as e:
@@ -2541,7 +2542,7 @@ def explain_tls(error: BaseException, host: str) -> str:
     reason = str(getattr(error, 'verify_message', '') or error)
     if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
         return (f'the certificate of {host} is not signed by an authority that this machine knows; '
-                'name the authority with --ca FILE')
+                'name the authority with --ca FILE, or give the --pin that the server printed')
     if 'expired' in reason:
         return f'the certificate of {host} has expired, or the clock of this machine is wrong'
     if 'not yet valid' in reason:
@@ -2602,9 +2603,10 @@ class Member:
 class Tunnel:
     """One name (or port) and who serves it."""
 
-    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int]) -> None:
+    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int],
+                 now: float) -> None:
         """SERVED counts the tunnels that each holder has."""
-        self.name, self.kind, self.via = name, kind, via
+        self.name, self.kind, self.via, self.made_at = name, kind, via, now
         self._served, self._holder = served, ''
         self.url = ''
         self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
@@ -2780,11 +2782,12 @@ class Server:
         self._descriptors = descriptor_limit()
         self._held = self._bytes_in = self._bytes_out = 0
         self.handing_over = False       # is a successor starting, who has read the leases?
-        self._draining = False
+        self.draining = False           # it ends
         self._started = self._beat = reactor.now()
         self._lag = 0.0
         self._listeners: List[asyncio.AbstractServer] = []
         self._accepting: List[asyncio.Task[None]] = []      # the same for TLS
+        self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
         reactor.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
@@ -2800,7 +2803,7 @@ class Server:
         """Accept for TLS, MAX_HANDSHAKES at a time."""
         assert self.certificate
         loop, context = self.reactor.loop, self.certificate.context
-        shaking: Dict[socket.socket, float] = {}        # since when; the oldest first
+        shaking = self._shaking
 
         async def shake_hands(accepted: socket.socket) -> None:
             try:
@@ -2840,21 +2843,25 @@ class Server:
         HANDED_OVER: a successor accepts.  Then idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
-        self._draining = True
-        for listeners in [self._listeners, *(t.listeners for t in self._tunnels.values())]:
-            for listener in listeners:
-                listener.close()
+        self.draining = True
+        listeners = [*self._listeners, *(x for t in self._tunnels.values() for x in t.listeners)]
+        for sock in [sock for x in listeners for sock in getattr(x, 'sockets', None) or ()]:
+            with contextlib.suppress(NotImplementedError):      # Windows
+                self.reactor.loop.remove_reader(sock)
+        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
+        for listener in listeners:
+            listener.close()
         for task in self._accepting:
             await end_task(task)
         for member in self._members():
             member.session.say_goaway(DRAINING, 'the server ends')
-        if not handed_over:
-            self._close_idle()
         deadline = self.reactor.now() + self._drain
-        while self._visits and self.reactor.now() < deadline:
+        while self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
             if not handed_over:
                 self._close_idle()
+            if not (self._visits or self._shaking):
+                break
         for member in self._members():
             member.session.leave(DRAINING, 'the server ends')
         deadline = self.reactor.now() + LINGER
@@ -2888,7 +2895,8 @@ class Server:
                     member.session.end(Disconnected('the client did not come back'))    # others did
                 elif not self._tokens.holds('', member.grant.digest, time.time()):
                     self._revoke(tunnel, member, 'its token is not valid any more')
-            if not (tunnel.members or tunnel.held) and now - tunnel.left_at > KNOWN_AFTER:
+            last = max(tunnel.left_at, tunnel.made_at)
+            if not (tunnel.members or tunnel.held) and now - last > KNOWN_AFTER:
                 del self._tunnels[name]
                 for listener in tunnel.listeners:
                     listener.close()
@@ -3041,7 +3049,7 @@ class Server:
     async def _give_own(self, visit: Visit, request: Request, status: int,
                         message: Callable[[Sequence[str]], bytes]) -> int:
         """Write what MESSAGE makes with the header lines that belong to this hop."""
-        keep = (request.keep_alive and request.body_length() == 0 and not self._draining
+        keep = (request.keep_alive and request.body_length() == 0 and not self.draining
                 and not visit.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
@@ -3109,8 +3117,10 @@ class Server:
         return self._leases.owner(name, time.time()) is not None
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
-        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
-        return self._tunnels.setdefault(name, Tunnel(name, kind, via, self._served))
+        if name not in self._tunnels:
+            via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
+            self._tunnels[name] = Tunnel(name, kind, via, self._served, self.reactor.now())
+        return self._tunnels[name]
 
     @property
     def _starting(self) -> bool:
@@ -3235,14 +3245,22 @@ class Server:
         if tunnel.said_goodbye or not (broke or self._starting) or len(tunnel.held) >= MAX_HELD or (
                 self._held >= MAX_HELD_IN_ALL):
             return False
-        visit.waiting = future = self.reactor.loop.create_future()
-        tunnel.held.add(future)
         self._held += 1
         try:
-            await asyncio.wait({future}, timeout=deadline - self.reactor.now())
+            return await self._wait(visit, deadline - self.reactor.now(), tunnel.held)
         finally:
             self._held -= 1
-            tunnel.held.discard(future)
+
+    async def _wait(self, visit: Visit, seconds: float,
+                    among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
+        """Let VISIT wait, AMONG those who may be woken: was it?  Raises where it goes away."""
+        among = among if among is not None else set()
+        visit.waiting = future = self.reactor.loop.create_future()
+        among.add(future)
+        try:
+            await asyncio.wait({future}, timeout=seconds)
+        finally:
+            among.discard(future)
             visit.waiting = None
         if future.cancelled():
             raise Disconnected('the visitor went away')
@@ -3274,7 +3292,7 @@ class Server:
             return await self._upgrade(visit, request, response, stream)
         length = response.body_length(request.method)
         chunked = length < 0 and request.minor == b'1'
-        keep = (request.keep_alive and (length >= 0 or chunked) and not self._draining
+        keep = (request.keep_alive and (length >= 0 or chunked) and not self.draining
                 and body.finished)
         block = self._own_cookies(response)
         if not keep:
@@ -3324,7 +3342,7 @@ class Server:
             self.counters['refused_' + e.code] += 1
             self._log.note(f'a client at {visit.address} was refused: {e.code}')
             if e.code == 'token' and visit.address in self._wrong:
-                await asyncio.sleep(self._wrong[visit.address] - self.reactor.now())
+                await self._wait(visit, self._wrong[visit.address] - self.reactor.now())
             reason = {'error': e.code, 'message': str(e), 'final': e.final}
             body = json.dumps(reason).encode() + b'\n'
             extra = ['Connection: close']
@@ -3349,7 +3367,7 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visit.scheme}://{self.domain}/localtunnel.py')
-        if self._draining or self.handing_over:
+        if self.draining or self.handing_over:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         grant = self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
@@ -3587,11 +3605,13 @@ class Admin:
             connection.close()
 
     def _answer(self, request: Request) -> bytes:
-        path, _, query = request.target.decode('latin-1').partition('?')
         close = ['Connection: close']
+        path, _, query = request.target.decode('latin-1').partition('?')
         host = request.host_name
         if host != 'localhost' and not is_address(host):        # DNS rebinding
             return error_message(403, 'use the address or localhost', request, close)
+        if path == '/healthz' and self._server.draining:
+            return error_message(503, 'the server ends', request, close)
         if path.startswith('/tunnels/') and request.method == b'DELETE':
             done = self._server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1')
             return (plain_message(200, 'text/plain', b'ended\n', close) if done else
@@ -4211,6 +4231,9 @@ class Client:
             refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
                               bool(said.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
+            if 300 <= response.status < 400 and self.address.scheme == 'http':
+                raise Refused(response.status, 'no_upgrade', f'{self.address} sends to another '
+                              f'place; try --server https://{self.address.site}') from None
             raise Refused(
                 response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
                 'of opening a session: is it a localtunnel server? A proxy in front must pass '
@@ -4801,16 +4824,27 @@ def client_command(args: argparse.Namespace) -> int:
     address = ServerAddress(known) if known else None
     check_client_options(args, address)
     token = known_token(args.token, address) if address else ''
-    while True:
-        try:
-            return run(run_client, args, target, address, token)
-        except Refused as e:
-            if e.code != 'token' or token or not (address and is_terminal(sys.stderr)):
-                raise
-            import getpass
-            token = getpass.getpass(f'token for {address}: ')
-            if not token:
-                raise
+    try:
+        return run(run_client, args, target, address, token)
+    except Refused as e:
+        given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
+        if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
+            raise
+        say(str(e))
+        token = ask_for_token(address)
+        if not token:
+            raise
+    return run(run_client, args, target, address, token)
+
+
+def ask_for_token(address: ServerAddress) -> str:
+    """What the user types; '' for nothing.  Raises UsageError."""
+    import getpass
+    try:
+        token = getpass.getpass(f'token for {address}: ').strip()
+    except EOFError:
+        return ''
+    return check_token(token) if token else ''
 
 
 def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
@@ -4929,12 +4963,16 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
         await server.listen(sock)
     for sock in secure:
         await server.listen(sock, tls=True)
-    for sock in admin:
-        await Admin(server).listen(sock)
+    operator = [await Admin(server).listen(sock) for sock in admin]
+    for port_left in sorted(set(passed) - set(args.tcp_ports)):
+        log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
+                 '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
     announce(args, log, port, secure, made, pin, state)
     log.flush()
     say_ready()
     handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
+    for listener in operator if handed_over else ():
+        listener.close()        # what is asked from now on is for the successor
     log.note('draining; a second Ctrl-C ends at once')
     await server.stop(handed_over)
     log.flush()
@@ -4968,8 +5006,11 @@ def server_tokens(args: argparse.Namespace, state: str) -> Tuple[Tokens, str]:
     path = os.path.join(state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
-    with open(path, encoding='ascii') as f:
-        made = f.read().strip()
+    try:
+        with open(path, encoding='ascii') as f:
+            made = check_token(f.read().strip())
+    except (ValueError, UsageError) as e:
+        raise UsageError(f'{path} holds no token; remove it, and a new one is made') from e
     return Tokens([made]), made
 
 
@@ -5074,6 +5115,9 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
         await first_of(stop.wait(), asked.wait())
         if asked.is_set():
             asked.clear()
+            if os.getpid() == 1:
+                log.note('error: process 1 of a container can not hand over; restart the container')
+                continue
             log.note('handing over to a successor')
             server.handing_over = True
             child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
