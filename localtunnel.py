@@ -5123,6 +5123,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
             child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
             server.handing_over = False
             if child:
+                log.note(f'process {child} serves from now on')
                 notify_systemd(f'MAINPID={child}\nREADY=1')
                 return True
             log.note('error: the successor did not start; this server goes on')

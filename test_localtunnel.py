@@ -11,6 +11,7 @@ nobody sleeps until something is ready, and every test ends with no task, stream
 import ast
 import asyncio
 import base64
+import collections
 import contextlib
 import faulthandler
 import functools
@@ -1196,6 +1197,29 @@ class SessionStreamsTest(SessionTest):
         self.assertEqual([mine.window.size for mine, _ in pairs], [65536, 65536, lt.SMALL_CREDIT])
         await pairs[2][1].write(pattern(3 * lt.SMALL_CREDIT)[:lt.SMALL_CREDIT])
         self.assertEqual(pairs[2][1].credit, 0)
+
+    async def test_a_window_is_announced_with_the_stream_that_it_is_of(self):
+        here, there = await self.sessions()
+        half = here._budget.limit // 2
+        first = here.open()
+        here._budget.take(half)
+        second = here.open()
+        here._budget.give(half)
+        for stream, size in ((first, lt.INITIAL_CREDIT), (second, lt.SMALL_CREDIT)):
+            self.assertEqual(stream.window.size, size)
+            await stream.write(b'x')
+            await eventually(lambda: stream.id in there.streams)
+            self.assertEqual(there.streams[stream.id].credit, size)
+            stream.close()
+
+    async def test_a_session_that_stays_alone_ends(self):
+        here, there = await self.sessions()
+        mine, theirs = await self.streams()
+        with self.constant(RESUME_WITHIN=0.0):
+            here.detach()
+            await eventually(lambda: here.error and there.error)
+        with self.assertRaises(lt.StreamReset):
+            await mine.read()
 
     async def test_with_the_budget_out_there_is_no_stream(self):
         with self.constant(SESSION_BUDGET=lt.INITIAL_CREDIT):
@@ -2578,6 +2602,52 @@ class AdmissionTest(WorldTest):
             await first.running
         self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
 
+    async def test_whoever_may_not_replace_one_member_replaces_none(self):
+        await self.world()
+        old, new = {'share': True, 'started': 1.0}, {'share': True, 'started': 9.0}
+        members = [await self.hello(name='app', **words) for words in (old, new)]
+        self.assertEqual([status for _, status, _ in members], [101, 101])
+        _, status, told = await self.hello(name='app', started=5.0)
+        self.assertEqual((status, told['error']), (409, 'superseded'))
+        self.assertEqual(len(self.server._members()), 2)
+
+    async def test_strangers_have_their_limits_by_address(self):
+        await self.world()
+        with self.constant(MAX_LEASES=2), unittest.mock.patch('localtunnel.is_loopback',
+                                                              lambda _: False):
+            told = [(await self.hello(name=f'n{n}', proof=f'{n}{n}' * 32))[1:] for n in range(3)]
+        self.assertEqual([status for status, _ in told], [101, 101, 429])
+        self.assertEqual(told[2][1]['error'], 'too_many_names')
+        with self.constant(MAX_LEASES_IN_ALL=2):
+            _, status, told = await self.hello(name='n3', proof='44' * 32)
+        self.assertEqual((status, told['error']), (503, 'full'))
+
+    async def test_the_tunnels_of_each_holder_are_counted_as_they_come_and_go(self):
+        await self.world(tokens=['one', 'two'])
+        first, *_ = await self.hello('one', name='a')
+        await self.hello('one', name='a', share=True, instance='44' * 16)
+        await self.hello('two', name='b', proof='33' * 32)
+        self.assertEqual(sorted(self.server._served.values()), [1, 1])
+        self.server.end_tunnel('a', False)
+        self.assertEqual(list(self.server._served), [lt.digest_of('two')])
+
+    async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
+        socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
+        ports = [sock.getsockname()[1] for sock in socks]
+        for sock in socks:
+            sock.close()
+        await self.world(tcp_ports=ports, host='127.0.0.1')
+        given = []
+        for n in range(3):
+            self.leases._leases.get(f'tcp:{given[0]}' if n else '', {})['used'] = n  # the oldest
+            _, status, told = await self.hello(kind='tcp', proof=f'{n}{n}' * 32)
+            given.append(int(told['url'].rpartition(':')[2]))
+            if n < 2:
+                self.server._members()[0].session.end(lt.Disconnected('it left'))
+        self.assertEqual(given, [*sorted(ports, key=given.index), given[0]])
+        self.assertEqual((await self.hello(kind='tcp', proof='44' * 32))[1], 101)
+        self.assertEqual((await self.hello(kind='tcp', proof='55' * 32))[1], 409)
+
     async def test_a_wrong_token_or_none_is_refused(self):
         await self.world(tokens=['secret'])
         self.assertEqual((await self.refused(token='wrong')).code, 'token')
@@ -3278,6 +3348,48 @@ class TwoProcessesTest(CommandTest):
         self.assertEqual(self.relay.ends(), 0)
         client.says('trying again')
         self.assertIsNone(client.process.poll())
+
+
+@unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs SIGUSR2')
+class HandOverTest(CommandTest):
+    """One server after the other, on the same port, while visitors come."""
+
+    def test_nobody_notices_that_another_process_serves(self):
+        tcp, = lt.bind('127.0.0.1', 0)
+        port = tcp.getsockname()[1]
+        tcp.close()
+        site = self.server('--tcp-ports', f'{port}-{port}', '--drain', '1')
+        app, server = self.app('hi'), self.relay
+        url = self.start('client', app.port, '--server', site, '--name', 'app').url()
+        self.start('client', app.port, '--server', site, '--tcp').url()
+        answers, stop = collections.Counter(), threading.Event()
+
+        def visit(where):
+            while not stop.is_set():
+                try:
+                    answers[where, fetch(where)[0]] += 1
+                except OSError as e:
+                    answers[where, repr(e)] += 1
+        raw = f'http://localhost:{port}'
+        threads = [threading.Thread(target=visit, args=[where]) for where in (url, raw) * 2]
+        for thread in threads:
+            thread.start()
+        try:
+            pid = server.process.pid
+            for _ in range(3):
+                os.kill(pid, signal.SIGUSR2)
+                pid = int(server.says(rf'process (?!{pid} )(\d+) serves').group(1))
+                server.lines['err'].clear()
+                goal = {where: answers[where, 200] + 9 for where in (url, raw)}
+                while any(answers[where, 200] < n for where, n in goal.items()):
+                    self.assertLessEqual(set(answers), {(url, 200), (raw, 200)}, answers)
+                    time.sleep(0.01)
+        finally:
+            stop.set()
+            for thread in threads:
+                thread.join()
+            os.kill(pid, signal.SIGTERM)
+        self.assertEqual(set(answers), {(url, 200), (raw, 200)}, answers)
 
 
 class ExitCodeTest(CommandTest):
@@ -4064,6 +4176,8 @@ class FrameTest(HostileTest):
             ('more acknowledged than was sent', 'PING', F(lt.PING, 0, U64(2**64 - 1))),
             ('a frame of 65537 bytes', 'too long', F(lt.DATA, 1, b'x' * 65537)),
             ('unknown kind 0', 'kind 0', F(0, 1)),
+            ('unknown kind 0', 'kind 0 with bytes', F(0, 1, b'xyz')),
+            ('unknown kind 0', 'kind 0 with END', F(lt.END, 1, bytes(8))),
             ('unknown kind 8', 'kind 8', F(8, 1)),
             ('END on RESET', 'a flag', F(lt.RESET | END, 1, b'\0\0')),
             ('END on PING', 'a flag', F(lt.PING | END, 0, U64(0))),
@@ -4537,7 +4651,9 @@ class HostileVisitorTest(HostileTest):
         self.meanwhile(peer.serve(OK))
         for forwarded, status in [
             ('203.0.113.9', 200), ('203.0.113.9, 127.0.0.2', 200), ('', 403),
-            ('203.0.113.9, 198.51.100.1', 403), ('127.0.0.1', 403)]:
+            ('203.0.113.9, 198.51.100.1', 403), ('127.0.0.1', 403), ('203.0.113.9:5555', 200),
+            ('6.6.6.6, 203.0.113.9:5555', 200), ('203.0.113.9, nonsense', 403),
+            ('203.0.113.9, [2001:db8::1]:80', 403), (',' * 9999, 403)]:
             got = await self.visit(fields='X-Forwarded-For: ' + forwarded)
             self.assertEqual(got[0], status, forwarded)
         await self.visit(fields='X-Forwarded-For: fe80::1%\x9b31m 200 forged')
@@ -4547,13 +4663,38 @@ class HostileVisitorTest(HostileTest):
         told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
         self.assertNotRegex(told, '[^0-9a-f.:\n]')
 
+    async def test_who_finds_no_room_is_told_so_and_may_try_anew(self):
+        await self.world()
+        await self.good()
+        first = await self.visitor('good.localhost')
+        with self.constant(MAX_CONNECTIONS_OF_ADDRESS=1), unittest.mock.patch(
+                'localtunnel.is_loopback', lambda _: False):
+            self.assertEqual((await first.get())[0], 200)
+            status, fields, _ = await self.visit('good.localhost')
+            self.assertEqual((status, fields['connection']), (429, 'close'))
+            self.assertEqual((await first.get())[0], 200)
+
+    async def test_a_request_does_not_go_on_to_a_client_with_other_rules(self):
+        await self.world(hold=9.0)
+        first = await self.victim(proof='44' * 32)
+        asked = await self.ask()
+        await first.until(lt.OPEN)
+        rules = lt.Access.encode([], ['me:secret'], b'key')
+        first.writer.transport.abort()
+        await self.victim(proof='44' * 32, **rules)
+        status, _, body = await asked.answer()
+        self.assertEqual(status, 502)
+        self.assertIn(b'other rules', body)
+
     async def test_cookies_for_the_whole_domain_and_the_rate(self):
         await self.world(domain='t.example.com', rate=3.0)
         peer = await self.victim()
         domains = [
             't.example.com', '.T.Example.com', '"t.example.com"', 'example.com', 'com', ' .com ']
         lines = [f'Set-Cookie: a={n}; Path=/; DOMAIN={d}; Secure' for n, d in enumerate(domains)]
-        lines.append('Set-Cookie: a=9; domain = .T.EXAMPLE.COM; Path=/')
+        lines += ['Set-Cookie: a=9; domain = .T.EXAMPLE.COM; Path=/',
+                  'Set-Cookie: a=8; Domain=t.example.com',
+                  'Set-Cookie: a=7; Domain=other.org; Domain=t.example.com; Secure']
         kept = ['evil.t.example.com', 'xample.com', '']
         lines += [f'Set-Cookie: kept={n}; domain={d}' for n, d in enumerate(kept)]
         self.meanwhile(
@@ -4911,10 +5052,16 @@ class AwayTest(Network):
 
     async def test_one_whose_visitor_has_gone_is_dropped(self):
         port = await self.away()
-        visitor = await self.begin('GET /1')
-        await self.held(1)
-        visitor.reset()
-        await self.held(0)
+        for leave in ('reset', 'ends'):
+            visitor = await self.begin('GET /1')
+            await self.held(1)
+            if leave == 'reset':
+                visitor.reset()
+            else:
+                with self.constant(HALF_CLOSED=0.01):       # a FIN may be half a close
+                    visitor.writer.write_eof()
+                    await self.held(0)
+            await self.held(0)
         self.relay.to = port
         await self.get(2)
         self.assertEqual(self.asked, [b'/2'])
