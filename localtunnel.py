@@ -2784,7 +2784,7 @@ class Server:
         self.handing_over = False       # is a successor starting, who has read the leases?
         self.draining = False           # it ends
         self._started = self._beat = reactor.now()
-        self._lag = 0.0
+        self._lag = self._look_at = 0.0     # seconds; when tunnels are looked at again
         self._listeners: List[asyncio.AbstractServer] = []
         self._accepting: List[asyncio.Task[None]] = []      # the same for TLS
         self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
@@ -2885,6 +2885,9 @@ class Server:
         self._lag, self._beat = max(0.0, now - self._beat - SWEEP), now
         if self._tokens.changed() or (self.certificate and self.certificate.changed()):
             self.reload()
+        elif now < self._look_at:
+            return
+        self._look_at = now + 4 * SWEEP     # there may be thousands of tunnels
         self._wrong = {a: until for a, until in self._wrong.items() if until > now}
         while self._passed and not self._starting:      # nobody came back for it
             for sock in self._passed.popitem()[1]:
