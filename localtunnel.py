@@ -1072,8 +1072,7 @@ class Stream(ByteStream):
         """Give everything back; a stream that is not over is reset."""
         if not self._closed:
             self._closed = True
-            if not (self.ended and self._end_sent):
-                self.reset(DONE, 'done')
+            self.reset(DONE, 'done')
             self.on_gone = None
             self.window.close()
 
@@ -1771,8 +1770,9 @@ def encode_request(request: Request, block: bytes, length: int) -> bytes:
 
 def encode_response(response: Response, block: bytes, chunked: bool = False) -> bytes:
     """The head that goes on: the header lines in BLOCK, and what belongs to this hop."""
-    if response.status in (101, 426) and response.get(b'upgrade'):
-        block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % response.get(b'upgrade')
+    upgrade = response.get(b'upgrade') if response.status in (101, 426) else b''
+    if upgrade:
+        block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % upgrade
     if chunked:
         block += b'Transfer-Encoding: chunked\r\n'
     return b'HTTP/1.1 %d%b\r\n%b\r\n' % (response.status, response.reason, block)
