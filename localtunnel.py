@@ -2580,8 +2580,8 @@ class Hello:
             self.port = int(hello.get('port') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
-            self.resume = hello.get('resume') and (
-                str(hello['resume']['session']), int(hello['resume']['received']))
+            resume = hello.get('resume') or {'session': '', 'received': 0}      # of none
+            self.resume = str(resume['session']), int(resume['received'])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
                 RecursionError) as e:
             raise Refused(400, 'bad_hello', f'Localtunnel-Hello is malformed: {e!r}'[:200]) from e
@@ -3366,7 +3366,9 @@ class Server:
         return TAKEN
 
     async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
-        """The member that a session request becomes, and where it resumes.  Raises Refused."""
+        """The member that a session request becomes, and of how many bytes its client knows; None
+        where the session is new to it.  Raises Refused.
+        """
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visit.scheme}://{self.domain}/localtunnel.py')
@@ -3380,7 +3382,7 @@ class Server:
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
-            return resumed, tunnel, (hello.resume or ('', 0))[1]
+            return resumed
         holder = grant.digest or visit.address      # whose the tunnel is
         self._check_limits(tunnel, hello, grant, holder)
         tunnel.make_way(hello)
@@ -3546,14 +3548,19 @@ class Server:
             port = ''
         return f'{scheme}://{"localhost" if self._only else name + "." + self.domain}{port}'
 
-    def _resumed(self, tunnel: Tunnel, hello: Hello) -> Optional[Member]:
-        """The member whose session goes on, where the client asks for it and nothing is missing."""
+    @staticmethod
+    def _resumed(tunnel: Tunnel, hello: Hello) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+        """As _admit, where a session of this client goes on, since nothing is missing; else None.
+
+        One whose welcome was lost goes on too: all that was sent is sent again.
+        """
         for member in tunnel.members:
-            if (hello.resume and same(member.id, hello.resume[0])
-                    and member.hello.instance == hello.instance
-                    and member.session.can_resume(hello.resume[1])):
+            id, received = hello.resume
+            theirs = received if same(member.id, id) else None
+            if (member.hello.instance == hello.instance and member.session.can_resume(theirs or 0)
+                    and (theirs is not None or not member.session.received)):
                 member.session.detach()
-                return member
+                return member, tunnel, theirs
         return None
 
     def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> Member:
@@ -4205,7 +4212,7 @@ class Client:
     async def _ask(self, connection: Connection) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
-        if self._session is not None:
+        if self._session is not None and self._session.error is None:
             self._session.detach()
             hello['resume'] = {'session': self._session_id, 'received': self._session.received}
         if not is_address(self.address.site):
