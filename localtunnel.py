@@ -179,6 +179,16 @@ BACKLOG = 1024                  # connections that wait to be accepted
 class LocaltunnelError(Exception):
     """Anything that goes wrong here and is told to somebody."""
 
+    def again(self) -> LocaltunnelError:
+        """The same to be raised, where this one is kept.
+
+        One that is raised holds on to all that ran, by its traceback; where that holds the error,
+        too, megabytes stay until the collector comes.
+        """
+        error = self.__class__.__new__(self.__class__, *self.args)
+        error.__dict__.update(self.__dict__)
+        return error
+
 
 class UsageError(LocaltunnelError):
     """What the user typed can't be done; exit code 2."""
@@ -504,6 +514,7 @@ class Signal:
             return
         self._resume, self.deadline = None, NEVER
         resume(self)
+        del resume      # a traceback may keep this frame, and it the task
 
     def sweep(self, now: float) -> None:
         """End the wait when its deadline has passed."""
@@ -519,8 +530,11 @@ class Signal:
 
     def result(self) -> None:
         error, self._error = self._error, None
-        if error is not None:
-            raise error
+        try:
+            if error is not None:
+                raise error
+        finally:
+            error = None        # or it would hold itself, see LocaltunnelError.again
 
     def cancel(self, msg: Any = None) -> bool:
         self._error = asyncio.CancelledError()
@@ -647,6 +661,11 @@ class ByteStream:
         self._readable.set()
         self._writable.set()
 
+    def check(self) -> None:
+        """Raise what broke the stream, if something did."""
+        if self.error is not None:
+            raise self.error.again()
+
     # The side that reads.
 
     async def more(self, timeout: Optional[float] = None) -> bool:
@@ -659,8 +678,7 @@ class ByteStream:
         while self.size == size:
             if self.ended:
                 return False
-            if self.error is not None:
-                raise self.error
+            self.check()
             self._readable.deadline = deadline
             await self._readable
         return True
@@ -807,8 +825,9 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if exc is not None and not self.secure and self.receiver is None:
             self._read_last_words()
         self.fail(Disconnected(f'the connection broke: {exc}' if exc else 'the connection ended'))
-        if self.on_gone:
-            self.on_gone()
+        on_gone, self.on_gone, self.on_eof = self.on_gone, None, None
+        if on_gone:
+            on_gone()
 
     def _read_last_words(self) -> None:
         """A write failed; what the other side said before may still be in the kernel."""
@@ -856,21 +875,18 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                 self.transport.resume_reading()
 
     async def write(self, data: Buffer, end: bool = False) -> None:
-        if self.error is not None:
-            raise self.error
+        self.check()
         self.transport.write(data)
         while self.choked:
             self._writable.deadline = self.reactor.now() + self.idle
             await self._writable
-            if self.error is not None:
-                raise self.error
+            self.check()
         if end:
             await self.write_eof()
 
     async def write_eof(self) -> None:
         """Half close; on TLS, which can't, the connection is closed."""
-        if self.error is not None:
-            raise self.error
+        self.check()
         if self.transport.can_write_eof():
             self.transport.write_eof()
         else:
@@ -973,8 +989,8 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
     try:
         await asyncio.gather(*tasks)
     finally:
-        for task in tasks:
-            await end_task(task)
+        while tasks:
+            await end_task(tasks.pop())
 
 
 async def pipe(source: ByteStream, sink: ByteStream) -> None:
@@ -1026,8 +1042,7 @@ class Stream(ByteStream):
     async def write(self, data: Buffer, end: bool = False) -> None:
         rest = data
         while True:
-            if self.error is not None:
-                raise self.error
+            self.check()
             n = min(len(rest), MAX_PAYLOAD, self.credit)
             if not n and rest:
                 pass                                    # CREDIT will wake us
@@ -1040,8 +1055,7 @@ class Stream(ByteStream):
                 continue
             else:
                 self.session.stand_in_line(self)
-                if self.error is not None:
-                    raise self.error
+                self.check()
             self._writable.deadline = self.reactor.now() + self.idle
             await self._writable
 
@@ -3041,23 +3055,22 @@ class Server:
             self._check_access(visit, request, tunnel, member.hello.access)
             return await self._exchange(visit, request, tunnel, member)
         except HopFailed as e:
-            failed = e      # `e` ends here, and what follows is called later
-            return await self._give_own(visit, request, failed.status, lambda more: error_message(
-                failed.status, str(failed), request, [*failed.extra, *more]))
+            return await self._give_own(visit, request, e.status, functools.partial(
+                error_message, e.status, str(e), request), e.extra)
         finally:
             self.counters[visit.status] += 1
             self._log.access(visit.address, request, visit.status, self.reactor.now() - began,
                              visit.answer.taken if visit.answer else 0)
 
     async def _give_own(self, visit: Visit, request: Request, status: int,
-                        message: Callable[[Sequence[str]], bytes]) -> int:
-        """Write what MESSAGE makes with the header lines that belong to this hop."""
+                        message: Callable[[Sequence[str]], bytes], extra: Sequence[str]) -> int:
+        """Write what MESSAGE makes of EXTRA and the header lines that belong to this hop."""
         keep = (request.keep_alive and request.body_length() == 0 and not self.draining
                 and not visit.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
         visit.status, visit.unread = status, not keep
-        await visit.connection.write(message(more))
+        await visit.connection.write(message([*extra, *more]))
         return KEEP if keep else CLOSE
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
@@ -3075,7 +3088,7 @@ class Server:
     def _route(self, visit: Visit, request: Request) -> Optional[Tunnel]:
         """The tunnel that REQUEST may pass; None for the server itself.  Raises HopFailed."""
         if visit.refusal:
-            raise visit.refusal
+            raise visit.refusal.again()
         if self.redirects and visit.scheme == 'http':
             where = (f'https://{request.host_name}{self.tls_suffix}'
                      + request.target.decode('latin-1'))
@@ -3146,8 +3159,8 @@ class Server:
                 raise HopFailed(404, 'this server was started from a pipe, so it has no copy of '
                                 'itself to hand out')
             form, page = 'text/x-python; charset=utf-8', script
-        return await self._give_own(visit, request, 200, lambda more: plain_message(
-            200, form, page, [*PAGE_HEADERS, *more], request.method))
+        return await self._give_own(visit, request, 200, lambda extra: plain_message(
+            200, form, page, extra, request.method), PAGE_HEADERS)
 
     # One exchange.
 
@@ -3233,8 +3246,7 @@ class Server:
             self._held += 1
             await asyncio.sleep(ROOM_LOOK)
             self._held -= 1
-            if visit.connection.error:
-                raise visit.connection.error
+            visit.connection.check()
             member = tunnel.pick()
             stream = member.session.open() if member else None
             if stream:
@@ -3485,7 +3497,7 @@ class Server:
         self._enter(visit)
         try:
             if visit.refusal:
-                raise visit.refusal
+                raise visit.refusal.again()
             member = await self._present(visit, tunnel)
             if not member.hello.access.admits_address(visit.address):
                 raise Disconnected(f'{visit.address} may not visit this tunnel')
@@ -4344,8 +4356,7 @@ class Client:
             stream.on_gone = upstream.cut_off
             sending = None
             try:
-                if stream.error is not None:
-                    raise stream.error
+                stream.check()
                 if whole is not None:
                     await upstream.write(whole)
                 else:
