@@ -2158,22 +2158,27 @@ class Tokens:
         """OPEN lets everybody in.  Raises UsageError for a bad file."""
         self._open, self._path = open, path or ''
         self._given = [Grant('', digest_of(token)) for token in tokens]
-        self._filed: List[Grant] = []
+        self._grants: Sequence[Grant] = ()
+        self._until: Dict[str, float] = {}      # when the last token of a digest, or user, expires
         error = self.reload()
         if error:
             raise UsageError(error)
 
     def reload(self) -> Optional[str]:
         """Read the file again; one that can't be read in full is not taken: why not."""
-        if not self._path:
-            return None
-        self._seen = stamp_of(self._path)
-        try:
-            with open(self._path, encoding='utf-8-sig') as f:
-                self._filed = [self._parse(number, line) for number, line in enumerate(f, 1)
+        grants = list(self._given)
+        if self._path:
+            self._seen = stamp_of(self._path)
+            try:
+                with open(self._path, encoding='utf-8-sig') as f:
+                    grants += [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
-        except (OSError, ValueError, OverflowError) as e:
-            return f'the token file {self._path} was not taken: {e}'
+            except (OSError, ValueError, OverflowError) as e:
+                return f'the token file {self._path} was not taken: {e}'
+        self._grants, self._until = grants, {}
+        for grant in grants:
+            for key in (grant.digest, f'user:{grant.user}'):
+                self._until[key] = max(grant.expires, self._until.get(key, 0.0))
         return None
 
     def changed(self) -> bool:
@@ -2194,16 +2199,14 @@ class Tokens:
     def find(self, token: str, now: float) -> Optional[Grant]:
         """What TOKEN allows; None for a wrong one.  Takes the same time for all of them."""
         digest, found = digest_of(token), None
-        for grant in [*self._given, *self._filed]:
+        for grant in self._grants:
             if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
                 found = grant
         return found or (Grant('', '') if self._open else None)
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Is the token with DIGEST, or one of the user who is OWNER, still valid?"""
-        return self._open or any(
-            grant.digest == digest or (grant.user and owner == f'user:{grant.user}')
-            for grant in [*self._given, *self._filed] if now < grant.expires)
+        return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
 class Leases:
