@@ -5208,6 +5208,12 @@ class TakeoverTest(Network):
         await leaving
 
 
+def port_of(name):
+    """The port in what the method NAME of a socket says; None where there is none."""
+    with contextlib.suppress(OSError, IndexError):
+        return name()[1]
+
+
 class FaultTest(Network):
     """The Nth call on a socket of the session fails, N = 1, 2, ... until a run has no fault."""
 
@@ -5216,17 +5222,15 @@ class FaultTest(Network):
         original, self.calls = getattr(socket.socket, name), 0
 
         def call(sock, *args):
-            try:
-                ours = self.port in (sock.getsockname()[1], sock.getpeername()[1])
-            except (OSError, IndexError):
-                ours = False
+            ours = self.port in (port_of(sock.getsockname), port_of(sock.getpeername),
+                                 *(a[1] for a in args if name == 'connect'))
             self.calls += ours
             return fault() if ours and self.calls == nth else original(sock, *args)
 
         with unittest.mock.patch.object(socket.socket, name, call):
             yield
 
-    async def run_until_none_fails(self, name, fault, step=1):
+    async def run_until_none_fails(self, name, fault):
         nth = 1
         while True:
             with self.failing(name, nth, fault), self.subTest(operation=name, nth=nth):
@@ -5237,10 +5241,19 @@ class FaultTest(Network):
             await self.leave()
             if self.calls < nth:
                 return self.assertGreater(nth, 1)
-            nth += step
+            nth += 1
 
     def broken(self):
         raise ConnectionResetError(104, 'the test broke it')
+
+    def aborted(self):
+        raise ConnectionAbortedError(103, 'it had gone before it was accepted')
+
+    async def test_connecting(self):
+        await self.run_until_none_fails('connect', self.broken)
+
+    async def test_accepting(self):
+        await self.run_until_none_fails('accept', self.aborted)
 
     async def test_sending(self):
         await self.run_until_none_fails('send', self.broken)
