@@ -3718,9 +3718,11 @@ class Target:
 def parse_target(text: str, tcp: bool = False) -> Target:
     """What the user typed as TARGET, for a raw TCP tunnel or an HTTP one.  Raises UsageError."""
     scheme = 'tcp' if tcp else 'http'
+    if tcp and ('/' in text or text == 'echo'):
+        raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
     if re.fullmatch('[0-9]+', text):
         return Target(scheme, 'localhost', _port(text))
-    if '://' in text and not tcp:
+    if '://' in text:
         scheme, host, port, path = split_url(text, ('http', 'https'))
         if '?' in path:
             raise UsageError(f'{text} has a query; a target is only a place, and perhaps a path')
@@ -3729,9 +3731,9 @@ def parse_target(text: str, tcp: bool = False) -> Target:
         if not hasattr(socket, 'AF_UNIX'):
             raise UsageError('this system has no Unix sockets; use a port')
         return Target('unix', path=text[5:])
-    if text == 'echo' and not tcp:
+    if text == 'echo':
         return Target('echo')
-    if not tcp and (os.path.isdir(text) or '/' in text or '\\' in text):
+    if os.path.isdir(text) and not tcp or '/' in text or '\\' in text:
         if not os.path.isdir(text):
             raise UsageError(f'there is no folder {text}')
         return Target('folder', path=text)
@@ -4882,6 +4884,8 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
         raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
     if args.name:
         check_name(args.name)
+    if args.host_header is not None and not re.fullmatch('[\x21-\x7e]+', args.host_header):
+        raise UsageError('--host-header takes `rewrite`, or a host in ASCII characters')
     if any(':' not in user for user in args.auth):
         raise UsageError('--auth takes USER:PASSWORD')
     if args.pin is not None:
