@@ -4457,15 +4457,10 @@ class Client:
 
 LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one write
 
-@functools.lru_cache(maxsize=1)
-def date_and_time(second: int) -> str:
-    """SECOND for people; made once, since a busy server writes many lines in it."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
-
 
 def clock() -> str:
     """Date and time, now."""
-    return date_and_time(int(time.time()))
+    return time.strftime('%Y-%m-%d %H:%M:%S')
 
 
 class Lines:
