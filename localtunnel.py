@@ -5158,34 +5158,31 @@ async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     if not own_path():
         return 0        # it came through a pipe, and can't be started again
     import fcntl
-    ours, theirs = os.pipe()
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
     ready = FIRST_PASSED + len(sockets)
-    keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are to be:
-            for fd in (*(s.fileno() for s in sockets), theirs)]     # none is overwritten before
-    try:
-        child = os.posix_spawn(
-            sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
-            {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
-            file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i) for i, fd in enumerate(keep)])
-    except OSError:
-        os.close(ours)
-        return 0
-    finally:
-        for fd in (theirs, *keep):
-            os.close(fd)
-    readable, said = asyncio.Event(), b''
-    reactor.loop.add_reader(ours, readable.set)
-    try:
-        await asyncio.wait_for(readable.wait(), SUCCESSOR_TIMEOUT)
-        said = os.read(ours, 1)
-    except asyncio.TimeoutError:
-        os.kill(child, signal.SIGKILL)
-    finally:
-        reactor.loop.remove_reader(ours)
-        os.close(ours)
-    if not said:
-        os.waitpid(child, 0)
-    return child if said else 0
+    with ours:
+        with theirs:
+            keep = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, ready + 1)     # above where they are
+                    for sock in (*sockets, theirs)]         # to be: none is overwritten before
+        try:
+            child = os.posix_spawn(
+                sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
+                {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i)
+                              for i, fd in enumerate(keep)])
+        except OSError:
+            return 0
+        finally:
+            for fd in keep:
+                os.close(fd)
+        try:
+            if await asyncio.wait_for(reactor.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT):
+                return child
+        except asyncio.TimeoutError:
+            os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return 0
 
 
 # The parser.
