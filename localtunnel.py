@@ -4718,32 +4718,26 @@ class tunnel:
         self._server, self._name, self._token = server, name, token
 
     async def __aenter__(self) -> tunnel:
-        self._reactor = Reactor(asyncio.get_running_loop())
-        self._local: Optional[Server] = None
-        known = known_server(self._server)
-        if known:
-            address = ServerAddress(known)
-        else:
-            self._local, address = await start_local_server(self._reactor, self._target)
-        self._client = Client(
-            self._reactor, address, self._target, load_key(say), Silence(), name=self._name,
-            token=known_token(self._token, address), tls=tls_to(address),
-            upstream_tls=tls_to(self._target, check=not self._target.local))
-        self._running = asyncio.ensure_future(self._client.run())
-        try:
-            await first_of(asyncio.shield(self._running), self._client.welcomed.wait())
-        except BaseException:
-            await self.__aexit__()
-            raise
-        self.url = self._client.url
+        target, address = self._target, known_server(self._server)
+        async with contextlib.AsyncExitStack() as stack:
+            reactor = Reactor(asyncio.get_running_loop())
+            stack.push_async_callback(reactor.close)
+            if address is None:
+                server, address = await start_local_server(reactor, target)
+                stack.push_async_callback(server.stop)
+            client = Client(reactor, address, target, load_key(say), Silence(), name=self._name,
+                            token=known_token(self._token, address), tls=tls_to(address),
+                            upstream_tls=tls_to(target, check=not target.local))
+            stack.push_async_callback(client.stop)
+            running = asyncio.ensure_future(client.run())
+            stack.push_async_callback(end_task, running)
+            await first_of(asyncio.shield(running), client.welcomed.wait())
+            self.url = client.url
+            self._stack = stack.pop_all()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await end_task(self._running)
-        await self._client.stop()
-        if self._local:
-            await self._local.stop()
-        await self._reactor.close()
+        await self._stack.aclose()
 
     def __enter__(self) -> tunnel:
         self._loop = asyncio.new_event_loop()
@@ -4788,10 +4782,11 @@ def keep_token(address: str, token: str) -> None:
             say(f'warning: {path} can not be kept: {e.strerror}')
 
 
-def known_server(given: Optional[str]) -> str:
-    """The server to use: as GIVEN, of the environment, stamped into this file, or the last one."""
-    return (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
-            or str(kept_tokens()['last']))
+def known_server(given: Optional[str]) -> Optional[ServerAddress]:
+    """The server to use: GIVEN, of the environment, stamped into this file, the last one; None."""
+    known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+             or str(kept_tokens()['last']))
+    return ServerAddress(known) if known else None
 
 
 def known_token(given: Optional[str], address: ServerAddress) -> str:
@@ -4841,8 +4836,7 @@ def client_command(args: argparse.Namespace) -> int:
     target = parse_target(args.target, args.tcp)
     if args.server == '':
         raise UsageError('--server is empty; it takes a URL')
-    known = known_server(args.server)
-    address = ServerAddress(known) if known else None
+    address = known_server(args.server)
     check_client_options(args, address)
     token = known_token(args.token, address) if address else ''
     try:
