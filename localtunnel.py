@@ -3616,40 +3616,38 @@ class Admin:
         self._server.reactor.spawn(self._serve(connection))
 
     async def _serve(self, connection: Connection) -> None:
+        request, close = None, ['Connection: close']
         try:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
-            if head:
-                request = parse_request(head)
-                await connection.write(self._answer(request))
-                await connection.linger()
-        except BadHttp as e:
-            connection.transport.write(error_message(e.status, str(e)))
+            request = parse_request(head or b'')
+            form, page = self._page(request)
+            answer = plain_message(200, form, page.encode(), close, request.method)
+        except (BadHttp, HopFailed) as e:
+            answer = error_message(e.status, str(e), request, close)
         except (LocaltunnelError, OSError):
-            pass        # it went away
-        finally:
-            connection.close()
+            return connection.close()       # it went away
+        connection.transport.write(answer)
+        await connection.linger()
 
-    def _answer(self, request: Request) -> bytes:
-        close = ['Connection: close']
+    def _page(self, request: Request) -> Tuple[str, str]:
+        """(content type, text) for REQUEST.  Raises HopFailed."""
+        server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
-        host = request.host_name
-        if host != 'localhost' and not is_address(host):        # DNS rebinding
-            return error_message(403, 'use the address or localhost', request, close)
-        if path == '/healthz' and self._server.draining:
-            return error_message(503, 'the server ends', request, close)
-        if path.startswith('/tunnels/') and request.method == b'DELETE':
-            done = self._server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1')
-            return (plain_message(200, 'text/plain', b'ended\n', close) if done else
-                    error_message(404, 'there is no such tunnel', request, close))
-        pages: Dict[str, Tuple[str, Callable[[], str]]] = {
-            '/healthz': ('text/plain', lambda: 'ok\n'),
-            '/metrics': ('text/plain; version=0.0.4', self._server.metrics),
-            '/tunnels': ('application/json', lambda: json.dumps(self._server.tunnels()) + '\n')}
-        if path not in pages or request.method not in (b'GET', b'HEAD'):
-            return error_message(404, 'there are /healthz, /metrics, /tunnels and '
-                                 'DELETE /tunnels/NAME', request, close)
-        form, page = pages[path]
-        return plain_message(200, form, page().encode(), close, request.method)
+        if request.host_name != 'localhost' and not is_address(request.host_name):
+            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
+        if path == '/healthz' and server.draining:
+            raise HopFailed(503, 'the server ends')
+        if path == '/healthz' and reads:
+            return 'text/plain', 'ok\n'
+        if path == '/metrics' and reads:
+            return 'text/plain; version=0.0.4', server.metrics()
+        if path == '/tunnels' and reads:
+            return 'application/json', json.dumps(server.tunnels()) + '\n'
+        if not path.startswith('/tunnels/') or request.method != b'DELETE':
+            raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
+        if not server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1'):
+            raise HopFailed(404, 'there is no such tunnel')
+        return 'text/plain', 'ended\n'
 
 
 PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
