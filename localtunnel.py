@@ -4843,21 +4843,14 @@ def client_command(args: argparse.Namespace) -> int:
         given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
         if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
             raise
+        import getpass
         say(str(e))
-        token = ask_for_token(address)
+        token = ''
+        with contextlib.suppress(EOFError):
+            token = getpass.getpass(f'token for {address}: ').strip()
         if not token:
             raise
-    return run(run_client, args, target, address, token)
-
-
-def ask_for_token(address: ServerAddress) -> str:
-    """What the user types; '' for nothing.  Raises UsageError."""
-    import getpass
-    try:
-        token = getpass.getpass(f'token for {address}: ').strip()
-    except EOFError:
-        return ''
-    return check_token(token) if token else ''
+    return run(run_client, args, target, address, check_token(token))
 
 
 def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
