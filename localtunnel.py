@@ -4918,55 +4918,42 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 Sockets = List[socket.socket]
 
 
-def open_places(args: argparse.Namespace, state: str) -> Tuple[
-        Sockets, Sockets, Sockets, Dict[int, Sockets], Optional[Certificate], str]:
-    """Bind what the options ask for, or take it from a predecessor.  Raises LocaltunnelError.
+def choose_certificate(args: argparse.Namespace) -> Tuple[Optional[Certificate], str]:
+    """What the server shows; with its SHA256 where it is one of our own, for sessions only."""
+    if args.cert:
+        return Certificate(args.cert, args.key), ''
+    if is_loopback(args.domain) or args.trust_proxy:
+        return None, ''
+    made = self_signed(args.state, args.domain)
+    return (Certificate(*made[:2]), made[2]) if made else (None, '')
 
-    (for http, for https, for the operator, of a predecessor's TCP tunnels by port, the certificate,
-    its SHA256 if it is self-signed)
-    """
-    local = is_loopback(args.domain)
-    certificate, pin = Certificate(args.cert, args.key) if args.cert else None, ''
-    signed = None if certificate or local or args.trust_proxy else self_signed(state, args.domain)
-    if signed:
-        certificate, pin = Certificate(*signed[:2]), signed[2]
-    host = args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
-    args.port = args.port if args.port is not None else 8080 if local else 80
-    inherited = inherited_sockets()
 
-    def listen(host: str, port: int) -> Sockets:
-        if not port and inherited:
-            port = next(iter(inherited))        # port 0 was given: in the order of what follows
-        return inherited.pop(port, None) or bind_or_explain(host, port)
-    plain = listen(host, args.port)
-    secure: Sockets = []
+async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     tokens: Tokens, leases: Leases, made: str) -> None:
+    """Serve until STOP is set, or a successor does."""
+    passed = inherited_sockets()
+    certificate, pin = choose_certificate(args)
+    plain, secure = listen(passed, args.bind, args.port), []
     if certificate:
         try:
-            secure = listen(host, args.tls_port)
+            secure = listen(passed, args.bind, args.tls_port)
         except LocaltunnelError:
             if not pin:
                 raise
             certificate, pin = None, ''         # it was only a kindness
-    admin = listen(*args.admin) if args.admin else []
-    return plain, secure, admin, inherited, certificate, pin
-
-
-async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
-                     tokens: Tokens, leases: Leases, made: str, state: str) -> None:
-    """Serve until STOP is set, or a successor does."""
-    plain, secure, admin, passed, certificate, pin = open_places(args, state)
+    admin = listen(passed, *args.admin) if args.admin else []
     log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
     server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
                     host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
                     script=stamped_source, passed=passed)
     server.certificate, server.trace = certificate, log.frame if args.verbose else None
-    port = plain[0].getsockname()[1]
+    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
     if pin:
         server.plain_port = port
     elif secure:
         server.redirects = True
-        server.tls_suffix = '' if args.tls_port == 443 else f':{secure[0].getsockname()[1]}'
+        server.tls_suffix = '' if tls_port == 443 else f':{tls_port}'
     for sock in plain:
         await server.listen(sock)
     for sock in secure:
@@ -4975,7 +4962,7 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     for port_left in sorted(set(passed) - set(args.tcp_ports)):
         log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
-    announce(args, log, port, secure, made, pin, state)
+    announce(args, log, port, tls_port, made, pin)
     log.flush()
     say_ready()
     handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
@@ -4989,29 +4976,32 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 def server_command(args: argparse.Namespace) -> int:
     if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
-    state = (args.state or os.environ.get('STATE_DIRECTORY')        # systemd's
-             or user_folder('XDG_STATE_HOME', '~/.local/state'))
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
+    local = is_loopback(args.domain)
+    args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
+    args.port = args.port if args.port is not None else 8080 if local else 80
+    args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's
+                  or user_folder('XDG_STATE_HOME', '~/.local/state'))
     try:
-        os.makedirs(state, mode=0o700, exist_ok=True)
-        if not os.access(state, os.W_OK):
+        os.makedirs(args.state, mode=0o700, exist_ok=True)
+        if not os.access(args.state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
-        tokens, made = server_tokens(args, state)
-        leases = Leases(tokens, os.path.join(state, 'leases.json'))
+        tokens, made = server_tokens(args)
+        leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
     except OSError as e:
-        raise UsageError(f'the state folder {state} can not be used: {e.strerror}; '
+        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
-    return run(run_server, args, tokens, leases, made, state)
+    return run(run_server, args, tokens, leases, made)
 
 
-def server_tokens(args: argparse.Namespace, state: str) -> Tuple[Tokens, str]:
+def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     if given or args.token_file or args.open or is_loopback(args.domain):
         return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
-    path = os.path.join(state, 'token')
+    path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
     try:
@@ -5022,20 +5012,19 @@ def server_tokens(args: argparse.Namespace, state: str) -> Tuple[Tokens, str]:
     return Tokens([made]), made
 
 
-def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: Sockets,
-             made: str, pin: str, state: str) -> None:
+def announce(args: argparse.Namespace, log: ServerLog, port: int, tls_port: int, made: str,
+             pin: str) -> None:
     """Say that the server listens, and what its users type."""
-    tls_port = secure[0].getsockname()[1] if secure else 0
-    http = f'http://{args.domain}' + (f':{port}' if port != 80 else '')
-    https = f'https://{args.domain}' + (f':{tls_port}' if tls_port != 443 else '')
-    visitors, clients = https if secure and not pin else http, https if secure else http
+    http = 'http://' + authority('http', args.domain, port)
+    https = 'https://' + authority('https', args.domain, tls_port)
+    visitors, clients = https if tls_port and not pin else http, https if tls_port else http
     if args.trust_proxy:
         visitors = clients = f'https://{args.domain}'
     if not is_loopback(args.domain) and visitors == http:
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
                  'allow to secure pages only will not work; give one with --cert and --key'
                  + ('. Clients come by TLS all the same: --pin is their check' if pin else ''))
-    ports = f'ports {port} and {tls_port}' if secure else f'port {port}'
+    ports = f'ports {port} and {tls_port}' if tls_port else f'port {port}'
     log.note(f'listening on {ports}: tunnels appear at {visitors.replace("://", "://NAME.")}')
     command = f'python3 localtunnel.py client 8000 --server {clients}'
     if pin:
@@ -5043,14 +5032,19 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, secure: Socket
     if made and is_terminal(sys.stderr):
         command += f' --token {made}'
     elif made:
-        log.note(f'clients need the token in {os.path.join(state, "token")}')
+        log.note(f'clients need the token in {os.path.join(args.state, "token")}')
     log.note(f'clients type: {command}')
 
 
-def bind_or_explain(host: str, port: int) -> Sockets:
-    """As bind, with an error that says what to do."""
+def listen(passed: Dict[int, Sockets], host: str, port: int) -> Sockets:
+    """Bind, or take from PASSED (port 0: the next), what listens on PORT.
+
+    Raises LocaltunnelError, which says what to do.
+    """
+    if passed and not port:
+        port = next(iter(passed))
     try:
-        return bind(host, port)
+        return passed.pop(port, None) or bind(host, port)
     except OSError as e:
         cure = 'choose another one with --port or --tls-port'
         if e.errno == errno.EACCES:
