@@ -67,8 +67,7 @@ import threading
 import time
 import urllib.parse
 from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
-                    Iterable, List, NoReturn, Optional, Protocol, Sequence, Set, TextIO,
-                    Tuple, Union)
+                    Iterable, List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 if TYPE_CHECKING:
     import ssl      # imported where TLS is used: it costs a tenth of the time to start
@@ -2748,8 +2747,8 @@ class Visit:
             self._gone()
 
 
-class Log(Protocol):
-    """Who is told what a server does."""
+class Log:
+    """Who is told what a server does; this one tells nobody."""
 
     def note(self, text: str) -> None:
         """Something happened."""
@@ -3960,8 +3959,8 @@ class Upstream:
             self._idle.pop(0)[0].close()
 
 
-class Observer(Protocol):
-    """Who is told what a client does."""
+class Observer:
+    """Who is told what a client does; this one tells nobody."""
 
     def ready(self, url: str) -> None:
         """Visitors can come, the first time."""
@@ -4495,8 +4494,8 @@ class Lines:
         self.add(f'{direction} {name} #{stream} {size}')
 
 
-class Terminal:
-    """Tells a user what a client does: an Observer."""
+class Terminal(Observer):
+    """Tells a user what a client does."""
 
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
                  as_json: bool = False, quiet: bool = False,
@@ -4567,7 +4566,7 @@ class Terminal:
         self._lines.add(json.dumps({'event': event, **values}))
 
 
-class ServerLog:
+class ServerLog(Log):
     """Tells an operator what a server does, in lines of text or JSON on stderr."""
 
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
@@ -4589,13 +4588,6 @@ class ServerLog:
         else:
             self._lines.add(f'{clock()} {address} {method} {request.host_name} {printable(path)} '
                             f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
-
-
-class Silence:
-    """A log and an observer who tell nobody."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **words: None
 
 
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
@@ -4673,7 +4665,7 @@ def stamped_source(address: str) -> Optional[bytes]:
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
     """A server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
-    server = Server(reactor, 'localhost', tokens, Leases(tokens), Silence(), script=stamped_source,
+    server = Server(reactor, 'localhost', tokens, Leases(tokens), Log(), script=stamped_source,
                     only=True, drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -4723,7 +4715,7 @@ class tunnel:
             if address is None:
                 server, address = await start_local_server(reactor, target)
                 stack.push_async_callback(server.stop)
-            client = Client(reactor, address, target, load_key(say), Silence(), name=self._name,
+            client = Client(reactor, address, target, load_key(say), Observer(), name=self._name,
                             token=known_token(self._token, address), tls=tls_to(address),
                             upstream_tls=tls_to(target, check=not target.local))
             stack.push_async_callback(client.stop)

@@ -5609,7 +5609,7 @@ class Bench:
         before = resident(pid)
         reactor = lt.Reactor(asyncio.get_running_loop())
         address, target = lt.ServerAddress(address), lt.parse_target('1')
-        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.Silence())
+        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.Observer())
                    for _ in range(TUNNELS)]
         tasks = [reactor.spawn(client.run()) for client in clients]
         for client in clients:
