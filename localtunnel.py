@@ -4550,9 +4550,7 @@ class Terminal(Observer):
             self._event('exchange', id=number, method=method, target=target, status=status,
                         ms=round(seconds * 1000, 1), bytes=size, **extra)
         elif not self._quiet:
-            shown = str(status or 'gone')
-            if self._tty:
-                shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), shown)
+            shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
             self._lines.add(f'{clock()[11:]} #{number} {method} {printable(target)} '
                             f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
                             + (f' {printable(why)}' if why else ''))
