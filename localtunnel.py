@@ -4471,7 +4471,7 @@ class Lines:
 
     def add(self, text: str) -> None:
         """One more line; the first after a silence is written at once."""
-        self._lines.append(text)
+        self._lines.append(text + '\n')
         if not self._waiting:
             self._write()
 
@@ -4483,10 +4483,8 @@ class Lines:
 
     def flush(self) -> None:
         """Write what is queued."""
-        if self._lines:
-            text = '\n'.join(self._lines) + '\n'
-            self._lines.clear()
-            put(self._stream, text)
+        put(self._stream, ''.join(self._lines))
+        self._lines.clear()
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
         """A line for a frame of the protocol (--verbose)."""
