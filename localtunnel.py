@@ -147,6 +147,8 @@ OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
 WRONG_TOKEN = 0.5               # each wrong token makes its address wait so much longer
 MOST_WRONG_TOKEN = 10.0
 QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
+SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
+LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
 SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
@@ -159,7 +161,7 @@ MAX_HELD_IN_ALL = 1000
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
-MAX_DESCRIPTORS = 1 << 20        # more than one event loop can look after
+MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
 MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
@@ -4452,9 +4454,6 @@ class Client:
 # is the URL alone, and everything else goes to stderr; with --json it has one object a line.
 # ------------------------------------------------------------------------------------------------
 
-LINES_TOGETHER = 0.05       # seconds: log lines of a busy tunnel leave in one write
-
-
 def clock() -> str:
     """Date and time, now."""
     return time.strftime('%Y-%m-%d %H:%M:%S')
@@ -5052,7 +5051,6 @@ def listen(passed: Dict[int, Sockets], host: str, port: int) -> Sockets:
 
 FIRST_PASSED = 3            # SD_LISTEN_FDS_START
 READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
-SUCCESSOR_TIMEOUT = 30.0    # seconds for a successor to say that it is ready
 
 
 def inherited_sockets() -> Dict[int, Sockets]:
