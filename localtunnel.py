@@ -4590,12 +4590,10 @@ STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
 
 def put(stream: Optional[TextIO], text: str) -> None:
     """Write TEXT at once; a reader who went away, or was never there, is no error."""
-    try:
-        if stream is not None:
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
             stream.write(text)
             stream.flush()
-    except (OSError, ValueError):
-        pass
 
 
 def is_terminal(stream: Optional[TextIO]) -> bool:
