@@ -2365,12 +2365,6 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
-def _port(text: str) -> int:
-    if not 0 < int(text[:6]) < 65536:
-        raise UsageError(f'{text} is no port: ports go from 1 to 65535')
-    return int(text)
-
-
 def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
     """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
     try:
@@ -3720,7 +3714,7 @@ def parse_target(text: str, tcp: bool = False) -> Target:
     if tcp and ('/' in text or text == 'echo'):
         raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
     if re.fullmatch('[0-9]+', text):
-        return Target(scheme, 'localhost', _port(text))
+        text = 'localhost:' + text
     if '://' in text:
         scheme, host, port, path = split_url(text, ('http', 'https'))
         if '?' in path:
@@ -3736,12 +3730,14 @@ def parse_target(text: str, tcp: bool = False) -> Target:
         if not os.path.isdir(text):
             raise UsageError(f'there is no folder {text}')
         return Target('folder', path=text)
-    host, colon, number = text.rpartition(':')
-    if ':' in host and host[:1] != '[':
+    host, _, number = text.rpartition(':')
+    if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
         raise UsageError(f'{text!r} is no target: an IPv6 address stands in brackets, [::1]:8000')
-    if colon and re.fullmatch(HOST_NAME, host.strip('[]')) and re.fullmatch('[0-9]+', number):
-        return Target(scheme, host.strip('[]').lower(), _port(number))
-    raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+    if not re.fullmatch(HOST_NAME, host.strip('[]')) or not re.fullmatch('[0-9]+', number):
+        raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+    if not 0 < int(number[:6]) < 65536:
+        raise UsageError(f'{number} is no port: ports go from 1 to 65535')
+    return Target(scheme, host.strip('[]').lower(), int(number))
 
 
 class ServerAddress:
