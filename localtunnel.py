@@ -4836,7 +4836,6 @@ def client_command(args: argparse.Namespace) -> int:
 
 def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
     """Raises UsageError and Refused for what can't be meant."""
-    args.name = args.name and args.name.lower()
     if args.release and not (args.name and address):
         raise UsageError('--release gives back the name of --name on the server of --server')
     if args.tcp and not address:
@@ -5196,7 +5195,7 @@ def make_parser() -> argparse.ArgumentParser:
 def add_client_options(add: Callable[..., Any]) -> None:
     add('target', metavar='TARGET', help='what visitors reach: 8000, ./FOLDER, ... (see below)')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
-    add('--name', help='ask for this name; refused is refused')
+    add('--name', type=str.lower, help='ask for this name; refused is refused')
     add('--release', action='store_true', help='with --name: give the name back')
     add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
     add('--tcp', action='store_true', help='raw TCP instead of HTTP')
