@@ -2105,6 +2105,15 @@ def check_token(token: str) -> str:
     return token
 
 
+def port_range(text: str) -> range:
+    """A-B, both included, or A.  Raises ValueError."""
+    first, _, last = text.partition('-')
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(f'{text} is no range of ports')
+    return ports
+
+
 class Grant:
     """What one token allows; `user` is '' where it was given without a user's name.
 
@@ -2132,15 +2141,6 @@ class Grant:
             else:       # the word itself is not repeated: it may be part of a secret
                 raise ValueError('after USER TOKEN come names=GLOB,... ports=A-B tunnels=N '
                                  'expires=2027-01-31, and no other words')
-
-
-def port_range(text: str) -> range:
-    """A-B, both included, or A.  Raises ValueError."""
-    first, _, last = text.partition('-')
-    ports = range(int(first), int(last or first) + 1)
-    if not ports or ports[0] < 1 or ports[-1] > 65535:
-        raise ValueError(f'{text} is no range of ports')
-    return ports
 
 
 def stamp_of(*paths: str) -> List[Tuple[int, int, int]]:
@@ -2208,6 +2208,17 @@ class Tokens:
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Is the token with DIGEST, or one of the user who is OWNER, still valid?"""
         return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
+
+
+def write_secret(path: str, data: bytes) -> None:
+    """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
+    beside = f'{path}.{os.getpid()}.new'
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with open(handle, 'wb') as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(beside, path)
 
 
 class Leases:
@@ -2290,17 +2301,6 @@ class Leases:
         self._leases = leases       # what is not on disk is not given
 
 
-def write_secret(path: str, data: bytes) -> None:
-    """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
-    beside = f'{path}.{os.getpid()}.new'
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(handle, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
-
-
 def user_folder(variable: str, default: str) -> str:
     """Our folder in the one that VARIABLE names, else where the system keeps such things."""
     usual = {'darwin': '~/Library/Application Support',
@@ -2346,6 +2346,17 @@ def resident_memory() -> int:
         return 0
 
 
+def bracketed(host: str) -> str:
+    """HOST as it stands in a URL."""
+    return f'[{host}]' if ':' in host else host
+
+
+def authority(scheme: str, host: str, port: int) -> str:
+    """HOST:PORT as in a URL, or HOST where the port is the usual one."""
+    usual = {'http': 80, 'https': 443}.get(scheme)
+    return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
+
+
 def is_address(host: str) -> bool:
     """Is HOST, as it stands in a URL, an IP address?"""
     try:
@@ -2355,28 +2366,11 @@ def is_address(host: str) -> bool:
     return '%' not in host       # a zone may hold any character
 
 
-HOST_NAME = r'[A-Za-z0-9._~:-]+'
-
-
 def is_loopback(host: str) -> bool:
     """Does HOST name this machine and no other?"""
     if is_address(host):
         return ipaddress.ip_address(host).is_loopback
     return host == 'localhost' or host.endswith('.localhost')
-
-
-def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
-    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as e:
-        raise UsageError(f'{text} is no URL: {e}') from e
-    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
-            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
-        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
-    path = parts.path + ('?' + parts.query if parts.query else '')
-    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
 
 
 def load_key(warn: Callable[[str], None]) -> bytes:
@@ -2741,6 +2735,30 @@ class Visit:
     def _waited_enough(self, stream: Optional[Stream]) -> None:
         if stream is self.stream and not self.begun:
             self._gone()
+
+
+PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
+
+LANDING_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>localtunnel</title>
+<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
+padding: 0 1em; color: #333 }} pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
+pre {{ background: #2a2a2a }} }}</style>
+<h1>localtunnel</h1>
+<p>This server gives the program on your machine's port 8000 a public URL:</p>
+<pre>curl -fsSLO {address}/localtunnel.py
+python3 localtunnel.py client 8000</pre>
+<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
+<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
+</html>
+"""
+
+
+def landing_page(address: str) -> bytes:
+    """The page on the bare domain of a server that is reached at ADDRESS."""
+    return LANDING_PAGE.format(address=html.escape(address)).encode()
 
 
 class Log:
@@ -3645,30 +3663,6 @@ class Admin:
         return 'text/plain', 'ended\n'
 
 
-PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
-
-LANDING_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>localtunnel</title>
-<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
-padding: 0 1em; color: #333 }} pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
-pre {{ background: #2a2a2a }} }}</style>
-<h1>localtunnel</h1>
-<p>This server gives the program on your machine's port 8000 a public URL:</p>
-<pre>curl -fsSLO {address}/localtunnel.py
-python3 localtunnel.py client 8000</pre>
-<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
-<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
-</html>
-"""
-
-
-def landing_page(address: str) -> bytes:
-    """The page on the bare domain of a server that is reached at ADDRESS."""
-    return LANDING_PAGE.format(address=html.escape(address)).encode()
-
-
 # ------------------------------------------------------------------------------------------------
 # 10. Client
 #
@@ -3682,15 +3676,21 @@ TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST
 https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
 
 
-def bracketed(host: str) -> str:
-    """HOST as it stands in a URL."""
-    return f'[{host}]' if ':' in host else host
+HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
-def authority(scheme: str, host: str, port: int) -> str:
-    """HOST:PORT as in a URL, or HOST where the port is the usual one."""
-    usual = {'http': 80, 'https': 443}.get(scheme)
-    return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
+def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
+    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise UsageError(f'{text} is no URL: {e}') from e
+    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
+            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
+        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
+    path = parts.path + ('?' + parts.query if parts.query else '')
+    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
 
 
 class Target:
@@ -4034,6 +4034,12 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
     return connection.sock
 
 
+def replaced(block: bytes, names: bytes, origin: bytes, other: bytes) -> bytes:
+    """BLOCK with OTHER for ORIGIN where a field of NAMES begins with that origin, no longer one."""
+    return re.sub(rb'(?im)^((?:%b):[ \t]*)%b(?=[/?#]|[ \t]*\r)' % (names, re.escape(origin)),
+                  lambda m: m.group(1) + other, block)
+
+
 class HostHeader:
     """What the app is told of its own address (--host-header): another Host, or all of `rewrite`.
 
@@ -4069,12 +4075,6 @@ class HostHeader:
     @staticmethod
     def _public(request: Request) -> bytes:
         return (request.get(b'x-forwarded-proto') or b'http') + b'://' + request.host
-
-
-def replaced(block: bytes, names: bytes, origin: bytes, other: bytes) -> bytes:
-    """BLOCK with OTHER for ORIGIN where a field of NAMES begins with that origin, no longer one."""
-    return re.sub(rb'(?im)^((?:%b):[ \t]*)%b(?=[/?#]|[ \t]*\r)' % (names, re.escape(origin)),
-                  lambda m: m.group(1) + other, block)
 
 
 # What development servers say in a 400 or 403 to a Host or Origin that they do not know.
@@ -4450,9 +4450,39 @@ class Client:
 # is the URL alone, and everything else goes to stderr; with --json it has one object a line.
 # ------------------------------------------------------------------------------------------------
 
+def put(stream: Optional[TextIO], text: str) -> None:
+    """Write TEXT at once; a reader who went away, or was never there, is no error."""
+    if stream is not None:
+        with contextlib.suppress(OSError, ValueError):
+            stream.write(text)
+            stream.flush()
+
+
+def is_terminal(stream: Optional[TextIO]) -> bool:
+    """Does a person look at STREAM?"""
+    return stream is not None and not stream.closed and stream.isatty()
+
+
+def say(text: str) -> None:
+    """A line on stderr."""
+    put(sys.stderr, text + '\n')
+
+
 def clock() -> str:
     """Date and time, now."""
     return time.strftime('%Y-%m-%d %H:%M:%S')
+
+
+def milliseconds(seconds: float) -> str:
+    """SECONDS for people."""
+    return f'{seconds * 1000:.0f}ms' if seconds < 10 else f'{seconds:.1f}s'
+
+
+def in_bytes(size: int) -> str:
+    """SIZE in bytes, for people."""
+    if size < 1e6:
+        return f'{size}B' if size < 1e3 else f'{size / 1e3:.1f}kB'
+    return f'{size / 1e6:.1f}MB' if size < 1e9 else f'{size / 1e9:.1f}GB'
 
 
 class Lines:
@@ -4485,6 +4515,9 @@ class Lines:
         """A line for a frame of the protocol (--verbose)."""
         name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
         self.add(f'{direction} {name} #{stream} {size}')
+
+
+STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
 
 
 class Terminal(Observer):
@@ -4581,39 +4614,6 @@ class ServerLog(Log):
                             f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
 
 
-STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
-
-
-def put(stream: Optional[TextIO], text: str) -> None:
-    """Write TEXT at once; a reader who went away, or was never there, is no error."""
-    if stream is not None:
-        with contextlib.suppress(OSError, ValueError):
-            stream.write(text)
-            stream.flush()
-
-
-def is_terminal(stream: Optional[TextIO]) -> bool:
-    """Does a person look at STREAM?"""
-    return stream is not None and not stream.closed and stream.isatty()
-
-
-def say(text: str) -> None:
-    """A line on stderr."""
-    put(sys.stderr, text + '\n')
-
-
-def milliseconds(seconds: float) -> str:
-    """SECONDS for people."""
-    return f'{seconds * 1000:.0f}ms' if seconds < 10 else f'{seconds:.1f}s'
-
-
-def in_bytes(size: int) -> str:
-    """SIZE in bytes, for people."""
-    if size < 1e6:
-        return f'{size}B' if size < 1e3 else f'{size / 1e3:.1f}kB'
-    return f'{size / 1e6:.1f}MB' if size < 1e9 else f'{size / 1e9:.1f}GB'
-
-
 # ------------------------------------------------------------------------------------------------
 # 12. Command line
 #
@@ -4681,6 +4681,49 @@ async def first_of(*work: Awaitable[Any]) -> None:
             await end_task(task)
 
 
+# What the client keeps: the tokens that servers accepted, and which server it was last.
+
+def kept_tokens() -> Dict[str, Any]:
+    """{"last": address, "tokens": {address: token}}"""
+    try:
+        with open(config_path('tokens.json'), encoding='utf-8') as f:
+            kept = json.load(f)
+        return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {'last': '', 'tokens': {}}
+
+
+def keep_token(address: str, token: str) -> None:
+    """Remember that the server at ADDRESS accepted TOKEN."""
+    kept, path = kept_tokens(), config_path('tokens.json')
+    if kept['last'] != address or kept['tokens'].get(address) != token:
+        kept['tokens'][address], kept['last'] = token, address
+        try:
+            write_secret(path, json.dumps(kept, indent=1).encode())
+        except OSError as e:
+            say(f'warning: {path} can not be kept: {e.strerror}')
+
+
+def known_server(given: Optional[str]) -> Optional[ServerAddress]:
+    """The server to use: GIVEN, of the environment, stamped into this file, the last one; None."""
+    known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
+             or str(kept_tokens()['last']))
+    return ServerAddress(known) if known else None
+
+
+def known_token(given: Optional[str], address: ServerAddress) -> str:
+    """The token for the server at ADDRESS, or ''.  Raises UsageError."""
+    token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
+            or str(kept_tokens()['tokens'].get(str(address), '')))
+    return check_token(token) if token else ''
+
+
+def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
+           check: bool = True) -> Optional[ssl.SSLContext]:
+    """For connections to PLACE; None where they go without TLS."""
+    return client_tls(ca, check) if place.scheme == 'https' else None
+
+
 class tunnel:
     """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
 
@@ -4738,49 +4781,6 @@ class tunnel:
         self._loop.close()
 
 
-# What the client keeps: the tokens that servers accepted, and which server it was last.
-
-def kept_tokens() -> Dict[str, Any]:
-    """{"last": address, "tokens": {address: token}}"""
-    try:
-        with open(config_path('tokens.json'), encoding='utf-8') as f:
-            kept = json.load(f)
-        return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return {'last': '', 'tokens': {}}
-
-
-def keep_token(address: str, token: str) -> None:
-    """Remember that the server at ADDRESS accepted TOKEN."""
-    kept, path = kept_tokens(), config_path('tokens.json')
-    if kept['last'] != address or kept['tokens'].get(address) != token:
-        kept['tokens'][address], kept['last'] = token, address
-        try:
-            write_secret(path, json.dumps(kept, indent=1).encode())
-        except OSError as e:
-            say(f'warning: {path} can not be kept: {e.strerror}')
-
-
-def known_server(given: Optional[str]) -> Optional[ServerAddress]:
-    """The server to use: GIVEN, of the environment, stamped into this file, the last one; None."""
-    known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
-             or str(kept_tokens()['last']))
-    return ServerAddress(known) if known else None
-
-
-def known_token(given: Optional[str], address: ServerAddress) -> str:
-    """The token for the server at ADDRESS, or ''.  Raises UsageError."""
-    token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
-            or str(kept_tokens()['tokens'].get(str(address), '')))
-    return check_token(token) if token else ''
-
-
-def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
-           check: bool = True) -> Optional[ssl.SSLContext]:
-    """For connections to PLACE; None where they go without TLS."""
-    return client_tls(ca, check) if place.scheme == 'https' else None
-
-
 # Running until somebody says stop.
 
 def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
@@ -4808,30 +4808,6 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
             await reactor.close()
     asyncio.run(body())
     return 0
-
-
-def client_command(args: argparse.Namespace) -> int:
-    args.tcp = args.tcp or args.tcp_port is not None
-    target = parse_target(args.target, args.tcp)
-    if args.server == '':
-        raise UsageError('--server is empty; it takes a URL')
-    address = known_server(args.server)
-    check_client_options(args, address)
-    token = known_token(args.token, address) if address else ''
-    try:
-        return run(run_client, args, target, address, token)
-    except Refused as e:
-        given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
-        if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
-            raise
-        import getpass
-        say(str(e))
-        token = ''
-        with contextlib.suppress(EOFError):
-            token = getpass.getpass(f'token for {address}: ').strip()
-        if not token:
-            raise
-    return run(run_client, args, target, address, check_token(token))
 
 
 def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
@@ -4893,6 +4869,30 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
         terminal.flush()
 
 
+def client_command(args: argparse.Namespace) -> int:
+    args.tcp = args.tcp or args.tcp_port is not None
+    target = parse_target(args.target, args.tcp)
+    if args.server == '':
+        raise UsageError('--server is empty; it takes a URL')
+    address = known_server(args.server)
+    check_client_options(args, address)
+    token = known_token(args.token, address) if address else ''
+    try:
+        return run(run_client, args, target, address, token)
+    except Refused as e:
+        given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
+        if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
+            raise
+        import getpass
+        say(str(e))
+        token = ''
+        with contextlib.suppress(EOFError):
+            token = getpass.getpass(f'token for {address}: ').strip()
+        if not token:
+            raise
+    return run(run_client, args, target, address, check_token(token))
+
+
 # The server's side.
 
 Sockets = List[socket.socket]
@@ -4906,73 +4906,6 @@ def choose_certificate(args: argparse.Namespace) -> Tuple[Optional[Certificate],
         return None, ''
     made = self_signed(args.state, args.domain)
     return (Certificate(*made[:2]), made[2]) if made else (None, '')
-
-
-async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
-                     tokens: Tokens, leases: Leases, made: str) -> None:
-    """Serve until STOP is set, or a successor does."""
-    passed = inherited_sockets()
-    certificate, pin = choose_certificate(args)
-    plain, secure = listen(passed, args.bind, args.port), []
-    if certificate:
-        try:
-            secure = listen(passed, args.bind, args.tls_port)
-        except LocaltunnelError:
-            if not pin:
-                raise
-            certificate, pin = None, ''         # it was only a kindness
-    admin = listen(passed, *args.admin) if args.admin else []
-    log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
-    server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
-                    rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                    host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
-                    script=stamped_source, passed=passed)
-    server.certificate, server.trace = certificate, log.frame if args.verbose else None
-    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
-    if pin:
-        server.plain_port = port
-    elif secure:
-        server.redirects = True
-        server.tls_suffix = '' if tls_port == 443 else f':{tls_port}'
-    for sock in plain:
-        await server.listen(sock)
-    for sock in secure:
-        await server.listen(sock, tls=True)
-    operator = [await Admin(server).listen(sock) for sock in admin]
-    for port_left in sorted(set(passed) - set(args.tcp_ports)):
-        log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
-                 '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
-    announce(args, log, port, tls_port, made, pin)
-    log.flush()
-    say_ready()
-    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
-    for listener in operator if handed_over else ():
-        listener.close()        # what is asked from now on is for the successor
-    log.note('draining; a second Ctrl-C ends at once')
-    await server.stop(handed_over)
-    log.flush()
-
-
-def server_command(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
-        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
-    if bool(args.cert) != bool(args.key):
-        raise UsageError('--cert and --key go together')
-    local = is_loopback(args.domain)
-    args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
-    args.port = args.port if args.port is not None else 8080 if local else 80
-    args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's
-                  or user_folder('XDG_STATE_HOME', '~/.local/state'))
-    try:
-        os.makedirs(args.state, mode=0o700, exist_ok=True)
-        if not os.access(args.state, os.W_OK):
-            raise PermissionError(errno.EACCES, 'Permission denied')
-        tokens, made = server_tokens(args)
-        leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
-    except OSError as e:
-        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
-                         'name another one with --state') from e
-    return run(run_server, args, tokens, leases, made)
 
 
 def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
@@ -5085,32 +5018,6 @@ def say_ready() -> None:
         notify_systemd('READY=1')
 
 
-async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: Sockets) -> bool:
-    """Serve until STOP is set, or a successor is ready; was it that?"""
-    asked = asyncio.Event()
-    if hasattr(signal, 'SIGUSR2'):
-        reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
-        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
-    while not stop.is_set():
-        await first_of(stop.wait(), asked.wait())
-        if asked.is_set():
-            asked.clear()
-            if os.getpid() == 1:
-                log.note('error: process 1 of a container can not hand over; restart the container')
-                continue
-            log.note('handing over to a successor')
-            server.handing_over = True
-            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
-            server.handing_over = False
-            if child:
-                log.note(f'process {child} serves from now on')
-                notify_systemd(f'MAINPID={child}\nREADY=1')
-                return True
-            log.note('error: the successor did not start; this server goes on')
-    return False
-
-
 async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     """Start this program again with SOCKETS; its process id once it serves, else 0."""
     if not own_path():
@@ -5143,6 +5050,101 @@ async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
     return 0
 
 
+async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
+                      sockets: Sockets) -> bool:
+    """Serve until STOP is set, or a successor is ready; was it that?"""
+    asked = asyncio.Event()
+    if hasattr(signal, 'SIGUSR2'):
+        reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
+        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
+    while not stop.is_set():
+        await first_of(stop.wait(), asked.wait())
+        if asked.is_set():
+            asked.clear()
+            if os.getpid() == 1:
+                log.note('error: process 1 of a container can not hand over; restart the container')
+                continue
+            log.note('handing over to a successor')
+            server.handing_over = True
+            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
+            server.handing_over = False
+            if child:
+                log.note(f'process {child} serves from now on')
+                notify_systemd(f'MAINPID={child}\nREADY=1')
+                return True
+            log.note('error: the successor did not start; this server goes on')
+    return False
+
+
+# The server, from its start to its end.
+
+async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+                     tokens: Tokens, leases: Leases, made: str) -> None:
+    """Serve until STOP is set, or a successor does."""
+    passed = inherited_sockets()
+    certificate, pin = choose_certificate(args)
+    plain, secure = listen(passed, args.bind, args.port), []
+    if certificate:
+        try:
+            secure = listen(passed, args.bind, args.tls_port)
+        except LocaltunnelError:
+            if not pin:
+                raise
+            certificate, pin = None, ''         # it was only a kindness
+    admin = listen(passed, *args.admin) if args.admin else []
+    log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
+    server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+                    rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
+                    host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
+                    script=stamped_source, passed=passed)
+    server.certificate, server.trace = certificate, log.frame if args.verbose else None
+    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
+    if pin:
+        server.plain_port = port
+    elif secure:
+        server.redirects = True
+        server.tls_suffix = '' if tls_port == 443 else f':{tls_port}'
+    for sock in plain:
+        await server.listen(sock)
+    for sock in secure:
+        await server.listen(sock, tls=True)
+    operator = [await Admin(server).listen(sock) for sock in admin]
+    for port_left in sorted(set(passed) - set(args.tcp_ports)):
+        log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
+                 '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
+    announce(args, log, port, tls_port, made, pin)
+    log.flush()
+    say_ready()
+    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
+    for listener in operator if handed_over else ():
+        listener.close()        # what is asked from now on is for the successor
+    log.note('draining; a second Ctrl-C ends at once')
+    await server.stop(handed_over)
+    log.flush()
+
+
+def server_command(args: argparse.Namespace) -> int:
+    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
+        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
+    if bool(args.cert) != bool(args.key):
+        raise UsageError('--cert and --key go together')
+    local = is_loopback(args.domain)
+    args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
+    args.port = args.port if args.port is not None else 8080 if local else 80
+    args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's
+                  or user_folder('XDG_STATE_HOME', '~/.local/state'))
+    try:
+        os.makedirs(args.state, mode=0o700, exist_ok=True)
+        if not os.access(args.state, os.W_OK):
+            raise PermissionError(errno.EACCES, 'Permission denied')
+        tokens, made = server_tokens(args)
+        leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
+    except OSError as e:
+        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
+                         'name another one with --state') from e
+    return run(run_server, args, tokens, leases, made)
+
+
 # The parser.
 
 def count(text: str, most: int = 10 ** 9 - 1) -> int:
@@ -5171,25 +5173,6 @@ def place(text: str) -> Tuple[str, int]:
     """For argparse: [HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
     return host.strip('[]') or '127.0.0.1', port_number(port)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """All that a user can type."""
-    parser = argparse.ArgumentParser(
-        prog='localtunnel.py',
-        description='Puts a local program on the internet under a friendly URL.',
-        epilog='localtunnel.py client --help and server --help show the options of each.')
-    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
-    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
-    add_client_options(commands.add_parser(
-        'client', help='give a local program a public URL', epilog=TARGET_FORMS + '. Secrets in '
-        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep '
-        'them out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, '
-        '4 token refused, 5 superseded.').add_argument)
-    add_server_options(commands.add_parser('server', help='run the relay', epilog=(
-        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM '
-        'and SIGINT drain, the second one ends at once.')).add_argument)
-    return parser
 
 
 def add_client_options(add: Callable[..., Any]) -> None:
@@ -5245,6 +5228,25 @@ def add_server_options(add: Callable[..., Any]) -> None:
     add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
     add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All that a user can type."""
+    parser = argparse.ArgumentParser(
+        prog='localtunnel.py',
+        description='Puts a local program on the internet under a friendly URL.',
+        epilog='localtunnel.py client --help and server --help show the options of each.')
+    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
+    add_client_options(commands.add_parser(
+        'client', help='give a local program a public URL', epilog=TARGET_FORMS + '. Secrets in '
+        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep '
+        'them out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, '
+        '4 token refused, 5 superseded.').add_argument)
+    add_server_options(commands.add_parser('server', help='run the relay', epilog=(
+        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM '
+        'and SIGINT drain, the second one ends at once.')).add_argument)
+    return parser
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
