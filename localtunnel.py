@@ -4532,12 +4532,7 @@ class Terminal(Observer):
         self._tty = is_terminal(sys.stdout)
         self._plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
-        self._frames = Lines(sys.stderr, later)
-        self.frame = self._frames.frame
-
-    def flush(self) -> None:
-        self._lines.flush()
-        self._frames.flush()
+        self.flush = self._lines.flush
 
     def note(self, text: str) -> None:
         if not self._quiet:
@@ -4559,13 +4554,11 @@ class Terminal(Observer):
                 f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
 
     def back(self) -> None:
-        if self._json:
-            self._event('back')
+        self._event('back')
         self.note(self._paint('32', 'connected again', sys.stderr))
 
     def lost(self, why: str, seconds: float) -> None:
-        if self._json:
-            self._event('lost', reason=why, retry=round(seconds, 1))
+        self._event('lost', reason=why, retry=round(seconds, 1))
         self.note(self._paint('33', why, sys.stderr) + '; trying again '
                   + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
 
@@ -4587,7 +4580,9 @@ class Terminal(Observer):
             f'\x1b[{code}m{text}\x1b[0m')
 
     def _event(self, event: str, **values: Any) -> None:
-        self._lines.add(json.dumps({'event': event, **values}))
+        """A line for scripts, if they are who looks."""
+        if self._json:
+            self._lines.add(json.dumps({'event': event, **values}))
 
 
 class ServerLog(Log):
@@ -4849,6 +4844,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     def accepted() -> None:
         if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
             keep_token(str(address), token)
+    frames = Lines(sys.stderr, reactor.loop.call_later)
     terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
                         as_json=args.json, quiet=args.quiet, first=accepted)
     client = Client(reactor, address, target, key, terminal, name=args.name,
@@ -4857,7 +4853,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
                     once=args.once, tls=tls_to(address, args.ca, not args.pin), pin=args.pin or '',
                     upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
                     host_header=args.host_header, release=args.release,
-                    trace=terminal.frame if args.verbose else None)
+                    trace=frames.frame if args.verbose else None)
     probe = reactor.spawn(client.look_for_app())
     try:
         await first_of(client.run(), stop.wait())
@@ -4867,6 +4863,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
         if server:
             await server.stop()
         terminal.flush()
+        frames.flush()
 
 
 def client_command(args: argparse.Namespace) -> int:
