@@ -3686,7 +3686,7 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
         host, port = parts.hostname, parts.port
     except ValueError as e:
         raise UsageError(f'{text} is no URL: {e}') from e
-    if (parts.scheme not in schemes or not host or parts.username or parts.fragment
+    if (parts.scheme not in schemes or not host or port == 0 or parts.username or parts.fragment
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
         raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
     path = parts.path + ('?' + parts.query if parts.query else '')

@@ -2714,8 +2714,8 @@ class AddressTest(unittest.TestCase):
         for text in ('', 'app', 'app:', ':80', 'app:x'):
             with self.subTest(text), self.assertRaisesRegex(lt.UsageError, 'HOST:PORT'):
                 lt.parse_target(text)
-        for text in ('0', '65536', '99999999999', 'localhost:0', 'ftp://a', 'http://', 'http://u@a',
-                     'http://a:99999', 'http://[::1'):
+        for text in ('0', '65536', '99999999999', 'localhost:0', 'http://a:0', 'ftp://a', 'http://',
+                     'http://u@a', 'http://a:99999', 'http://[::1'):
             with self.subTest(text), self.assertRaises(lt.UsageError):
                 lt.parse_target(text)
 
