@@ -5126,8 +5126,10 @@ def server_command(args: argparse.Namespace) -> int:
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
     local = is_loopback(args.domain)
-    args.bind = args.bind if args.bind is not None else 'localhost' if local else ''
-    args.port = args.port if args.port is not None else 8080 if local else 80
+    if args.bind is None:
+        args.bind = 'localhost' if local else ''
+    if args.port is None:
+        args.port = 8080 if local else 80
     args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's
                   or user_folder('XDG_STATE_HOME', '~/.local/state'))
     try:
