@@ -589,7 +589,6 @@ class Reactor:
             for transport in tuple(self.transports):
                 transport.abort()
             await asyncio.sleep(0)      # asyncio closes them in the next turn
-        self._timer.cancel()
 
 
 class Crew:
@@ -789,12 +788,10 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self.transport.set_write_buffer_limits(UNSENT_LOW)      # asyncio's are 512 KiB
         sock = transport.get_extra_info('socket')
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            try:
+            with contextlib.suppress(OSError):      # it has been reset: macOS says so here
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
-            except OSError:
-                pass        # it has been reset: macOS says so here
         self.reactor.swept.add(self)
         self.reactor.transports.add(self.transport)
         if self.arrived:
@@ -833,14 +830,12 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
     def _read_last_words(self) -> None:
         """A write failed; what the other side said before may still be in the kernel."""
         sock = self.transport.get_extra_info('socket')
-        try:
+        with contextlib.suppress(OSError):      # that was all
             while os.name == 'posix' and self.size <= DISCARDED:
                 data = os.read(sock.fileno(), READ_SIZE)
                 if not data:
                     break
                 self.feed(data)
-        except OSError:
-            pass        # that was all
 
     def pause_writing(self) -> None:
         self.choked = True
@@ -898,10 +893,9 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             return      # it is over
         sock = self.transport.get_extra_info('socket')
         if sock is not None and sock.family != getattr(socket, 'AF_UNIX', None):
-            try:        # zero seconds of linger: what goes out is RST, not FIN
+            with contextlib.suppress(OSError):      # it is closed already
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-            except OSError:
-                pass        # it is closed already
+                # zero seconds of linger: what goes out is RST, not FIN
         self.transport.abort()
 
     def cut_off(self) -> None:
@@ -918,17 +912,15 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         """Let the system end the connection when nothing is acknowledged, where it can."""
         sock = self.transport.get_extra_info('socket')
         if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family != socket.AF_UNIX:
-            try:
+            with contextlib.suppress(OSError):      # it is closed already
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
-            except OSError:
-                pass        # the same
 
     async def linger(self) -> None:
         """Close so that an answer to a peer that still sends arrives.
 
         Closing at once would answer what it sends with RST, which destroys what is in flight.
         """
-        try:
+        with contextlib.suppress(LocaltunnelError, OSError):    # it is gone, or was not in time
             if self.transport.can_write_eof():
                 self.transport.write_eof()
             deadline, discarded = self.reactor.now() + LINGER, 0
@@ -936,8 +928,6 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                 if not self.size and not await self.more(deadline - self.reactor.now()):
                     break
                 discarded += len(self.take(READ_SIZE))
-        except (LocaltunnelError, OSError):
-            pass        # it is gone, or was not in time
         self.close()
 
 
@@ -3049,11 +3039,9 @@ class Server:
 
     async def _last_words(self, connection: Connection, status: int, text: str) -> None:
         """Tell a visitor whose request is no good, so that it arrives."""
-        try:
+        with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
             await connection.write(error_message(status, text, None, ['Connection: close']))
             await connection.linger()
-        except (LocaltunnelError, OSError):
-            pass        # it did not wait for it
 
     async def _answer(self, visit: Visit, request: Request) -> int:
         """Answer one request; KEEP, CLOSE or TAKEN says what becomes of the connection."""
