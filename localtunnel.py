@@ -751,14 +751,15 @@ class ByteStream:
 
 class Connection(ByteStream, asyncio.BufferedProtocol):
     """One socket, with or without TLS."""
-    __slots__ = ('transport', 'arrived', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
+    __slots__ = ('transport', 'serve', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
                  'secure', 'silent', '_paused', '_close_by', '_pending', '__weakref__')
 
     def __init__(self, reactor: Reactor,
-                 arrived: Optional[Callable[[Connection], None]] = None) -> None:
+                 serve: Optional[Callable[[Connection], Coroutine[Any, Any, None]]] = None) -> None:
+        """SERVE becomes a task as soon as it is connected."""
         super().__init__(reactor)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
-        self.arrived = arrived
+        self.serve = serve
         self.receiver: Optional[Callable[[memoryview], None]] = None    # takes all bytes instead
         self.on_gone: Optional[Callable[[], None]] = None
         self.on_eof: Optional[Callable[[], None]] = None
@@ -794,8 +795,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
         self.reactor.swept.add(self)
         self.reactor.transports.add(self.transport)
-        if self.arrived:
-            self.arrived(self)
+        if self.serve:
+            self.reactor.spawn(self.serve(self))
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self.reactor.buffer
@@ -2852,10 +2853,7 @@ class Server:
             self.reactor.spawn(shake_hands(accepted))
 
     def _connection(self) -> Connection:
-        return Connection(self.reactor, self._arrived)
-
-    def _arrived(self, connection: Connection) -> None:
-        self.reactor.spawn(self._serve(connection))
+        return Connection(self.reactor, self._serve)
 
     async def stop(self, handed_over: bool = False) -> None:
         """Drain: accept no more, send the clients elsewhere, let what runs come to its end.
@@ -3462,7 +3460,7 @@ class Server:
                 raise
             for sock in sockets:
                 tunnel.listeners.append(await self.reactor.loop.create_server(
-                    lambda: Connection(self.reactor, lambda c: self._tcp_arrived(tunnel, c)),
+                    lambda: Connection(self.reactor, functools.partial(self._serve_tcp, tunnel)),
                     sock=sock, backlog=BACKLOG))
             tunnel.url = f'tcp://{self.domain}:{port}'
             return
@@ -3491,9 +3489,6 @@ class Server:
                 while tunnel.listeners:
                     tunnel.listeners.pop().close()
         return self._leases.free(f'tcp:{port}')
-
-    def _tcp_arrived(self, tunnel: Tunnel, connection: Connection) -> None:
-        self.reactor.spawn(self._serve_tcp(tunnel, connection))
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
@@ -3611,10 +3606,7 @@ class Admin:
         """Answer on SOCK, which is bound."""
         reactor = self._server.reactor
         return await reactor.loop.create_server(
-            lambda: Connection(reactor, self._arrived), sock=sock)
-
-    def _arrived(self, connection: Connection) -> None:
-        self._server.reactor.spawn(self._serve(connection))
+            lambda: Connection(reactor, self._serve), sock=sock)
 
     async def _serve(self, connection: Connection) -> None:
         request, close = None, ['Connection: close']
