@@ -940,23 +940,13 @@ def bind(host: str, port: int) -> List[socket.socket]:
         for address in hosts:
             family = socket.AF_INET6 if ':' in address else socket.AF_INET
             try:
-                sock = socket.socket(family, socket.SOCK_STREAM)
-            except OSError:
-                continue        # this machine has no IPv6
-            bound.append(sock)
-            if os.name == 'posix':
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                sock.bind((address, port))
+                bound.append(socket.create_server((address, port), family=family, backlog=BACKLOG))
             except OSError as e:
-                if len(hosts) == 1 or family == socket.AF_INET or e.errno != errno.EADDRNOTAVAIL:
+                last = not bound and address == hosts[-1]
+                if last or e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                bound.pop().close()     # it has IPv6, but no address
-                continue
-            sock.listen(BACKLOG)
-            port = sock.getsockname()[1]
+                continue        # this machine has no IPv6, or no address of it
+            port = bound[-1].getsockname()[1]
         return bound
     except OSError:
         for sock in bound:
@@ -4940,7 +4930,7 @@ def listen(passed: Dict[int, Sockets], host: str, port: int) -> Sockets:
         if e.errno == errno.EACCES:
             cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
                     f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
-        elif e.errno == errno.EADDRNOTAVAIL or isinstance(e, socket.gaierror):
+        elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
             cure = 'it is no address of this machine; --bind takes one that is'
         elif e.errno == errno.EADDRINUSE:
             cure = f'another program listens there; end it, or {cure}'
