@@ -1135,9 +1135,9 @@ class Session:
         self.error: Optional[LocaltunnelError] = None       # why it is over
         self.detached_at = NEVER
         self.on_open = on_open
-        self.on_detached: Callable[[], None] = self._nothing
-        self.on_goaway: Callable[[], None] = self._nothing
-        self.on_closed: Callable[[], None] = self._nothing
+        self.on_detached: Callable[[], None] = lambda: None
+        self.on_goaway: Callable[[], None] = lambda: None
+        self.on_closed: Callable[[], None] = lambda: None
         self.trace: Optional[Callable[[str, int, int, int], None]] = None
         self.pings = on_open is not None        # the client's side keeps the session alive
         self._budget = Budget(SESSION_BUDGET, budget)
@@ -1163,9 +1163,6 @@ class Session:
         self._pinged_at = 0
         self._confirmed, self._goodbye = 0, NEVER   # what has arrived there; and all we had to say
         reactor.swept.add(self)
-
-    def _nothing(self) -> None:
-        pass
 
     # Streams.
 
@@ -1357,7 +1354,9 @@ class Session:
             if stream:
                 stream.over(StreamReset(*decode_reason(payload)))
         elif kind == GOAWAY:
-            self._goaway_arrived(*decode_reason(payload))
+            if self.goaway is None:
+                self.goaway = decode_reason(payload)
+                self.on_goaway()
         else:
             self._acknowledge(U64.unpack(payload)[0])
             if kind == PING:
@@ -1395,11 +1394,6 @@ class Session:
         if not had_room:
             self._schedule()
 
-    def _goaway_arrived(self, code: int, text: str) -> None:
-        if self.goaway is None:
-            self.goaway = code, text
-            self.on_goaway()
-
     # The connection: attached, lost, replaced.
 
     def attach(self, connection: Connection, theirs: int = 0) -> None:
@@ -1433,11 +1427,12 @@ class Session:
             connection.reset(CANCELLED, 'given up')
             self.detached_at = self.reactor.now()
 
-    def _lost(self) -> None:
+    def _lost(self, why: str = 'the session ended') -> None:
+        """The connection is gone, or of no use any more."""
         if self.connection is not None:
             self.detach()
             if self.goaway is not None or self.leaving:
-                self.end(Disconnected('the session ended'))
+                self.end(Disconnected(why))
             else:
                 self.on_detached()
 
@@ -1461,22 +1456,15 @@ class Session:
         if pending != self._pending:
             self._pending, self._moved = pending, now
         if pending and now - self._moved > STALLED_SESSION:
-            self._give_up(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
+            self._lost(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
         elif (self.pings and self._pinged != NEVER
               and now - max(self._pinged, self._heard) > PONG_WITHIN):
-            self._give_up(f'no answer to a ping in {PONG_WITHIN:.0f} s')
+            self._lost(f'no answer to a ping in {PONG_WITHIN:.0f} s')
         elif self._pinged == NEVER and (woke_up and self.pings or now - self._heard > (
                 PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN)):
             self._ping()
         elif now - self._heard > SILENT_SESSION:
-            self._give_up(f'nothing was heard in {SILENT_SESSION:.0f} s')
-
-    def _give_up(self, why: str) -> None:
-        self.detach()
-        if self.leaving:
-            self.end(Disconnected(why))
-        else:
-            self.on_detached()
+            self._lost(f'nothing was heard in {SILENT_SESSION:.0f} s')
 
     # The end.
 
