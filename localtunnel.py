@@ -2241,15 +2241,11 @@ class Leases:
         except OSError as e:
             raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
 
-    def ports(self) -> List[int]:
-        """Leased TCP ports, those first that were used least recently."""
-        names = sorted(self._leases, key=lambda name: int(self._leases[name]['used']))
-        return [int(name[4:]) for name in names if name.startswith('tcp:')]
-
-    def port_of(self, owner: str) -> int:
-        """The TCP port that OWNER had before, or 0."""
-        return next((int(name[4:]) for name, lease in self._leases.items()
-                     if lease['owner'] == owner and name.startswith('tcp:')), 0)
+    def ports(self, owner: Optional[str] = None) -> List[int]:
+        """Leased TCP ports, of OWNER or all, those first that were used least recently."""
+        found = sorted((int(lease['used']), int(name[4:])) for name, lease in self._leases.items()
+                       if name.startswith('tcp:') and owner in (None, lease['owner']))
+        return [port for _, port in found]
 
     def release(self, name: str, owner: str, now: float) -> None:
         """Take NAME back from OWNER, or raise Refused."""
@@ -2915,13 +2911,14 @@ class Server:
         self.reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
         self._log.note(f'{tunnel.url}: {why}')
 
-    def end_tunnel(self, name: str, lease: bool) -> bool:
+    def end_tunnel(self, name: str, lease: bool = False,
+                   why: str = 'the operator of the server ended this tunnel') -> bool:
         """The kill switch: end what serves NAME, with LEASE free it too; was there anything?"""
         tunnel = self._tunnels.get(name)
         members = tuple(tunnel.members) if tunnel else ()
         for member in members:
             assert tunnel
-            self._revoke(tunnel, member, 'the operator of the server ended this tunnel')
+            self._revoke(tunnel, member, why)
         freed = lease and (self._give_up_port(int(tunnel.url.rpartition(':')[2]))
                            if tunnel and tunnel.kind == 'tcp' and tunnel.url else
                            self._leases.free(name))
@@ -2945,18 +2942,16 @@ class Server:
                   'visitors': len(self._visits), 'held_requests': self._held,
                   'window_bytes': self._budget.used, 'event_loop_lag_seconds': round(self._lag, 6),
                   'memory_bytes': resident_memory()}
-        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}'
+        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
                  for name, value in gauges.items()]
-        lines += ['# TYPE localtunnel_bytes_total counter',
-                  f'localtunnel_bytes_total{{direction="in"}} {bytes_in}',
-                  f'localtunnel_bytes_total{{direction="out"}} {bytes_out}',
-                  '# TYPE localtunnel_requests_total counter']
-        lines += [f'localtunnel_requests_total{{status="{key}"}} {n}'
-                  for key, n in sorted(self.counters.items(), key=str) if isinstance(key, int)]
-        lines.append('# TYPE localtunnel_events_total counter')
-        lines += [f'localtunnel_events_total{{event="{key}"}} {n}'
-                  for key, n in sorted(self.counters.items(), key=str) if isinstance(key, str)]
-        return '\n'.join(lines) + '\n'
+        counted = sorted(self.counters.items(), key=str)
+        for name, label, values in (
+                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
+                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
+                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
+            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
+            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
+        return ''.join(lines)
 
     def _members(self) -> List[Member]:
         return [member for tunnel in self._tunnels.values() for member in tunnel.members]
@@ -3105,12 +3100,9 @@ class Server:
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return None
         if parent == self.domain and self._held < MAX_HELD_IN_ALL and (
-                self._leased(name) or (is_derived(name) and self._starting)):
+                self._leases.owner(name, time.time()) or (is_derived(name) and self._starting)):
             return self._tunnel(name, 'http')
         raise HopFailed(404, f'there is no tunnel at {host}')
-
-    def _leased(self, name: str) -> bool:
-        return self._leases.owner(name, time.time()) is not None
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         if name not in self._tunnels:
@@ -3449,7 +3441,7 @@ class Server:
                    now: float) -> Iterable[int]:
         """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
         start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
-        wanted = [hello.port] if hello.port else [self._leases.port_of(owner), *allowed[start:],
+        wanted = [hello.port] if hello.port else [*self._leases.ports(owner), *allowed[start:],
                                                   *allowed[:start]]
         for port in wanted:
             if port in allowed and self._leases.owner(f'tcp:{port}', now) in (None, owner):
@@ -3522,10 +3514,7 @@ class Server:
 
     def _release(self, name: str, owner: str) -> NoReturn:
         self._leases.release(name, owner, time.time())
-        tunnel = self._tunnels.get(name)
-        for member in tuple(tunnel.members) if tunnel else ():
-            assert tunnel
-            self._revoke(tunnel, member, f'the name {name} was given back')
+        self.end_tunnel(name, why=f'the name {name} was given back')
         raise Refused(200, 'released', f'the name {name} was given back')
 
     def _url(self, visit: Visit, name: str, host: str) -> str:
