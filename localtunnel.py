@@ -1964,16 +1964,19 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
 
 # Pages.
 
-ERROR_PAGE = """<!doctype html>
+PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{status} {phrase}</title>
-<style>body {{ font: 16px/1.5 system-ui, sans-serif; margin: 15vh auto; max-width: 36em;
+<title>{title}</title>
+<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
 padding: 0 1em; color: #333 }} h1 {{ font-size: 1.4em }} p {{ overflow-wrap: anywhere }}
-small {{ color: #777 }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }} }}</style>
-<h1>{status} {phrase}</h1><p>{text}</p><small>localtunnel</small></html>
+pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
+@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
+pre {{ background: #2a2a2a }} }}</style>
+<h1>{title}</h1>{text}</html>
 """
-PAGE_POLICY = "default-src 'none'; style-src 'unsafe-inline'"     # no script, no other host
+PAGE_HEADERS = [      # no script, no other host
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
+    'X-Content-Type-Options: nosniff']
 
 
 def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[str] = (),
@@ -1991,8 +1994,9 @@ def error_message(status: int, text: str, request: Optional[Request] = None,
     phrase = http.HTTPStatus(status).phrase
     if b'text/html' in accept:
         form = 'text/html; charset=utf-8'
-        page = ERROR_PAGE.format(status=status, phrase=phrase, text=html.escape(text))
-        extra = [f'Content-Security-Policy: {PAGE_POLICY}', *extra]
+        page = PAGE.format(title=f'{status} {phrase}', text=f'<p>{html.escape(text)}</p>'
+                           '<small>localtunnel</small>')
+        extra = [*PAGE_HEADERS, *extra]
     elif b'json' in accept:
         form = 'application/json'
         page = json.dumps({'error': phrase, 'status': status, 'message': text}) + '\n'
@@ -2702,28 +2706,19 @@ class Visit:
             self._gone()
 
 
-PAGE_HEADERS = [f'Content-Security-Policy: {PAGE_POLICY}', 'X-Content-Type-Options: nosniff']
-
-LANDING_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>localtunnel</title>
-<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
-padding: 0 1em; color: #333 }} pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
-pre {{ background: #2a2a2a }} }}</style>
-<h1>localtunnel</h1>
+LANDING = """
 <p>This server gives the program on your machine's port 8000 a public URL:</p>
 <pre>curl -fsSLO {address}/localtunnel.py
 python3 localtunnel.py client 8000</pre>
 <p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
 <pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
-</html>
 """
 
 
 def landing_page(address: str) -> bytes:
     """The page on the bare domain of a server that is reached at ADDRESS."""
-    return LANDING_PAGE.format(address=html.escape(address)).encode()
+    text = LANDING.format(address=html.escape(address))
+    return PAGE.format(title='localtunnel', text=text).encode()
 
 
 class Log:
