@@ -297,6 +297,11 @@ def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
     return FRAME_HEADER.pack(kind << 24 | len(payload), stream) + payload
 
 
+def printable(text: str) -> str:
+    """TEXT from the network, safe for a terminal and a log: one line, no control characters."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
+
+
 def encode_reason(code: int, text: str) -> bytes:
     """The payload of RESET and GOAWAY."""
     return REASON_CODE.pack(code) + text.encode()[:500]
@@ -306,11 +311,6 @@ def decode_reason(payload: bytes) -> Tuple[int, str]:
     """(code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
     text = payload[2:].decode(errors='replace')
     return REASON_CODE.unpack_from(payload)[0], printable(text)
-
-
-def printable(text: str) -> str:
-    """TEXT from the network, safe for a terminal and a log: one line, no control characters."""
-    return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
 class Decoder:
@@ -1623,6 +1623,25 @@ class Head:
         return block
 
 
+def chunked_only(head: Head) -> int:
+    """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
+    if head.fields[b'transfer-encoding'] != b'chunked':
+        raise BadHttp(400, 'a Transfer-Encoding other than one chunked')
+    if b'content-length' in head.fields:
+        raise BadHttp(400, 'Transfer-Encoding beside Content-Length')
+    if head.minor == b'0':
+        raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
+    return CHUNKED
+
+
+def content_length(head: Head) -> int:
+    """The one Content-Length of HEAD."""
+    value = head.fields[b'content-length']
+    if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
+        raise BadHttp(400, 'Content-Length is not one number')
+    return int(value)
+
+
 class Request(Head):
     """A request head.  `target` is in origin form or '*'.
 
@@ -1697,25 +1716,6 @@ def check_upgrade(request: Request, response: Response) -> None:
     """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
     if not request.upgrade or not response.get(b'upgrade'):
         raise BadHttp(502, 'it changed to a protocol that nobody asked for')
-
-
-def chunked_only(head: Head) -> int:
-    """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
-    if head.fields[b'transfer-encoding'] != b'chunked':
-        raise BadHttp(400, 'a Transfer-Encoding other than one chunked')
-    if b'content-length' in head.fields:
-        raise BadHttp(400, 'Transfer-Encoding beside Content-Length')
-    if head.minor == b'0':
-        raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
-    return CHUNKED
-
-
-def content_length(head: Head) -> int:
-    """The one Content-Length of HEAD."""
-    value = head.fields[b'content-length']
-    if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
-        raise BadHttp(400, 'Content-Length is not one number')
-    return int(value)
 
 
 def parse_request(head: bytes) -> Request:
@@ -1873,6 +1873,21 @@ def whole_message(head: bytes, body: Body) -> Optional[bytes]:
     return head
 
 
+def check_partial_head(data: bytes, seen: int, limit: int) -> None:
+    """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
+    if data[:2] == b'\r\n':        # see parse_request
+        data, seen = data[2:] or b'\r', max(0, seen - 2)
+    line_end = data.find(b'\n', 0, MAX_LINE)
+    if len(data) >= limit or (line_end < 0 and len(data) >= MAX_LINE):
+        raise BadHttp(414 if line_end < 0 else 431, f'a message head of more than {limit} bytes')
+    if data[0] in b'\x16\x80':
+        raise BadHttp(400, 'TLS is not spoken on this port: use http')
+    if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
+        raise BadHttp(400, 'a line that begins with white space, or does not end with CR LF')
+    if 0 <= line_end and seen <= line_end and not _FIRST_LINE.match(data):
+        parse_request(data[:line_end + 1] + b'\r\n')      # says what is wrong with it
+
+
 # The thin shell.
 
 async def read_head(stream: ByteStream, timeout: float, idle: float,
@@ -1899,21 +1914,6 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
         data = stream.peek()
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
     return stream.take(at + 4)
-
-
-def check_partial_head(data: bytes, seen: int, limit: int) -> None:
-    """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
-    if data[:2] == b'\r\n':        # see parse_request
-        data, seen = data[2:] or b'\r', max(0, seen - 2)
-    line_end = data.find(b'\n', 0, MAX_LINE)
-    if len(data) >= limit or (line_end < 0 and len(data) >= MAX_LINE):
-        raise BadHttp(414 if line_end < 0 else 431, f'a message head of more than {limit} bytes')
-    if data[0] in b'\x16\x80':
-        raise BadHttp(400, 'TLS is not spoken on this port: use http')
-    if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
-        raise BadHttp(400, 'a line that begins with white space, or does not end with CR LF')
-    if 0 <= line_end and seen <= line_end and not _FIRST_LINE.match(data):
-        parse_request(data[:line_end + 1] + b'\r\n')      # says what is wrong with it
 
 
 async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float) -> Response:
