@@ -5403,6 +5403,17 @@ class HouseTest(unittest.TestCase):
                  name in room.uses() if where.get(name, 0) > i]
         self.assertEqual(wrong, [])
 
+    def test_no_name_is_used_before_it_is_defined(self):
+        where = {}
+        for statement in self.tree.body:
+            one = Room('')
+            one.add(statement)
+            for name in one.names:
+                where.setdefault(name, statement.lineno)
+        wrong = [f'line {line}: {name} of line {where[name]}' for room in self.rooms
+                 for line, name in room.uses() if where.get(name, 0) > line]
+        self.assertEqual(wrong, [])
+
     def test_no_room_uses_what_it_must_not_know(self):
         wrong = [f'line {line}: {room.title} uses {name}' for room in self.rooms
                  for line, name in room.uses() if name in NOT_KNOWN.get(room.title, ())]
