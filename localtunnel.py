@@ -118,8 +118,9 @@ HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks 
 KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
 BODY_IDLE = 3600.0              # without a byte in either direction of a body
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
-CONNECT_TIMEOUT = 10.0          # to reach the app, or the server
+CONNECT_TIMEOUT = 10.0          # to reach the app
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
+FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
 CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many are under way
 LINGER = 2.0                    # for an answer to arrive before its connection is closed
 IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
@@ -159,6 +160,7 @@ MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind on
 MAX_HELD = 100                  # requests that wait for one tunnel's client
 MAX_HELD_IN_ALL = 1000
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
+MAX_AWAY = 10000                # names remembered as known after their last client went
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
 MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
@@ -843,9 +845,9 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.choked = False
-        self.reactor.loop.call_soon(self._writable.set)     # asyncio's transport must end first
+        self.reactor.loop.call_soon(self._writable.set)     # asyncio's write must end first
         if self.on_room:
-            self.on_room()
+            self.reactor.loop.call_soon(self.on_room)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at the deadlines; the reactor calls this now and then."""
@@ -1006,6 +1008,13 @@ async def join(left: ByteStream, right: ByteStream) -> None:
 # A session survives its connection: each side keeps what the other has not acknowledged (the counts
 # in PING and PONG), and a new connection goes on at the byte where the other side stopped counting.
 # ------------------------------------------------------------------------------------------------
+
+class SessionLost(StreamReset):
+    """The session of a stream is over, as this side knows: the other could claim it, too."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(SESSION_LOST, text)
+
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
@@ -1184,7 +1193,7 @@ class Session:
     def number(self, stream: Stream) -> int:
         """The id of a stream that is about to be opened.  Raises StreamReset."""
         if self.error is not None:
-            raise StreamReset(SESSION_LOST, str(self.error))
+            raise SessionLost(str(self.error))
         if stream.window.size != self._our_window:      # said here, so that it is said of this one
             self._our_window = stream.window.size
             self.send(CREDIT, 0, U32.pack(self._our_window))
@@ -1210,7 +1219,7 @@ class Session:
     def stand_in_line(self, stream: Stream) -> None:
         """STREAM will be woken when it is its turn."""
         if self.error is not None:
-            stream.fail(StreamReset(SESSION_LOST, str(self.error)))
+            stream.fail(SessionLost(str(self.error)))
         else:
             self.line[stream] = None
 
@@ -1501,7 +1510,7 @@ class Session:
         self.error = error
         self.reactor.swept.discard(self)
         self.close()
-        lost = StreamReset(SESSION_LOST, str(error))
+        lost = SessionLost(str(error))
         for stream in [*self.streams.values(), *self.line]:
             stream.over(lost)
         self._kept.clear()
@@ -2542,7 +2551,7 @@ def explain_tls(error: BaseException, host: str) -> str:
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume')
+                 'rules', 'access', 'resume', 'attempt')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -2552,7 +2561,7 @@ class Hello:
             self.proof = bytes.fromhex(hello['proof'])
             self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
             self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
-            self.port = int(hello.get('port') or 0)
+            self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
             resume = hello.get('resume') or {'session': '', 'received': 0}      # of none
@@ -2578,10 +2587,9 @@ class Member:
 class Tunnel:
     """One name (or port) and who serves it."""
 
-    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int],
-                 now: float) -> None:
+    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int]) -> None:
         """SERVED counts the tunnels that each holder has."""
-        self.name, self.kind, self.via, self.made_at = name, kind, via, now
+        self.name, self.kind, self.via = name, kind, via
         self._served, self._holder = served, ''
         self.url = ''
         self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
@@ -2630,7 +2638,7 @@ class Tunnel:
         others = [old for old in self.members if old.hello.instance == new.instance or not (
             old.hello.share and new.share and old.hello.rules == new.rules)]
         if any(old.hello.started > new.started for old in others
-               if old.hello.instance != new.instance):
+               if old.hello.instance != new.instance and old.session.connection is not None):
             raise Refused(409, 'superseded', 'a client of yours that was started later serves '
                           f'{self.name}', final=True)
         for old in others:
@@ -2647,7 +2655,7 @@ class Tunnel:
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'forwarded', 'trusted', 'refusal',
-                 'stream', 'begun', 'unread', 'waiting', 'status', 'answer')
+                 'stream', 'begun', 'unread', 'repeatable', 'waiting', 'status', 'answer')
 
     def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
         self.connection = connection
@@ -2659,6 +2667,7 @@ class Visit:
         self.stream: Optional[Stream] = None
         self.begun = False          # has the answer begun?
         self.unread = False         # was the answer there before the request had been read?
+        self.repeatable = False     # may its request go again?
         self.waiting: Optional[asyncio.Future[None]] = None
         self.status = 0             # of the answer, and its body: for the log
         self.answer: Optional[Body] = None
@@ -2770,6 +2779,7 @@ class Server:
         self._claims_since = 0.0
         self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
         self._descriptors = descriptor_limit()
+        self._listening = 0             # sockets of TCP tunnels
         self._held = self._bytes_in = self._bytes_out = 0
         self.handing_over = False       # is a successor starting, who has read the leases?
         self.draining = False           # it ends
@@ -2842,6 +2852,10 @@ class Server:
             await end_task(task)
         for member in self._members():
             member.session.say_goaway(DRAINING, 'the server ends')
+            if member.session.connection is None:       # nor can it come back
+                member.session.end(Disconnected('the server ends'))
+        for tunnel in tuple(self._tunnels.values()):
+            tunnel.wake()       # nobody comes
         deadline = self.reactor.now() + self._drain
         while self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
@@ -2856,6 +2870,13 @@ class Server:
             await asyncio.sleep(DRAIN_LOOK)
         for member in self._members():
             member.session.end(Disconnected('the server ended'))
+
+    async def settle(self) -> None:
+        """Wait a moment for clients whose connection broke: their streams are here."""
+        deadline = self.reactor.now() + LINGER
+        while self.reactor.now() < deadline and any(
+                member.session.connection is None for member in self._members()):
+            await asyncio.sleep(DRAIN_LOOK)
 
     def tcp_sockets(self) -> List[socket.socket]:
         """What TCP tunnels listen on, for a successor."""
@@ -2879,17 +2900,28 @@ class Server:
         while self._passed and not self._starting:      # nobody came back for it
             for sock in self._passed.popitem()[1]:
                 sock.close()
-        for name, tunnel in tuple(self._tunnels.items()):
+        away: List[Tunnel] = []
+        for tunnel in tuple(self._tunnels.values()):
             for member in tuple(tunnel.members):
                 if now - member.session.detached_at > self._hold and tunnel.pick():
-                    member.session.end(Disconnected('the client did not come back'))    # others did
+                    self._move_on(member.session)
                 elif not self._tokens.holds('', member.grant.digest, time.time()):
                     self._revoke(tunnel, member, 'its token is not valid any more')
-            last = max(tunnel.left_at, tunnel.made_at)
-            if not (tunnel.members or tunnel.held) and now - last > KNOWN_AFTER:
-                del self._tunnels[name]
-                for listener in tunnel.listeners:
-                    listener.close()
+            if not (tunnel.members or tunnel.held):
+                away.append(tunnel)
+        away.sort(key=lambda tunnel: -tunnel.left_at)
+        for place, tunnel in enumerate(away):
+            if place >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
+                self._tunnels.pop(tunnel.name, None)
+                self._close_port(tunnel)
+
+    def _move_on(self, session: Session) -> None:
+        """What waits on SESSION and may be repeated goes to another client; the rest stays."""
+        for visit in tuple(self._visits):
+            stream = visit.stream
+            if stream and stream.session is session and visit.repeatable and not visit.begun:
+                session.send_reset(stream, CANCELLED, 'another client does it')
+                stream.fail(SessionLost('its client did not come back'))
 
     def reload(self) -> None:
         """Read tokens and certificate again."""
@@ -2961,11 +2993,15 @@ class Server:
         self._visits[visit] = None
         self._of_address[visit.peer] += 1
         visit.refusal = self._no_room(visit.peer)
-        if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS * 3 // 4:
+        if self._spare() < SPARE_DESCRIPTORS // 4:
             idle = (v for v in self._visits if v is not visit and not (v.stream or v.waiting))
             out = next(idle, visit)
             del self._visits[out]       # the next one must not choose it again
             out.connection.reset(CANCELLED, 'too many connections')
+
+    def _spare(self) -> int:
+        """How many more descriptors there may be."""
+        return self._descriptors - len(self.reactor.transports) - self._listening
 
     def _leave(self, visit: Visit) -> None:
         self._visits.pop(visit, None)
@@ -3045,7 +3081,7 @@ class Server:
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
         """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
-        if len(self._visits) + len(self._tunnels) > self._descriptors - SPARE_DESCRIPTORS:
+        if self._spare() < SPARE_DESCRIPTORS:
             return HopFailed(503, 'the server has too many connections; try again soon',
                              f'Retry-After: {RETRY_AFTER}')
         if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
@@ -3094,16 +3130,15 @@ class Server:
             return next(iter(self._tunnels.values()), None)
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return None
-        if parent == self.domain and self._held < MAX_HELD_IN_ALL and (
+        if parent == self.domain and name not in self._tunnels and (
                 self._leases.owner(name, time.time()) or (is_derived(name) and self._starting)):
             return self._tunnel(name, 'http')
         raise HopFailed(404, f'there is no tunnel at {host}')
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
-        if name not in self._tunnels:
-            via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
-            self._tunnels[name] = Tunnel(name, kind, via, self._served, self.reactor.now())
-        return self._tunnels[name]
+        """The tunnel of NAME; a new one is entered once somebody serves it, or waits for it."""
+        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
+        return self._tunnels.get(name) or Tunnel(name, kind, via, self._served)
 
     @property
     def _starting(self) -> bool:
@@ -3138,6 +3173,7 @@ class Server:
         block = self._forwarded_block(visit, request, tunnel, member.hello.access)
         head, body = encode_request(request, block, length), body_reader(visit.connection, length)
         whole = whole_message(head, body)
+        visit.repeatable = whole is not None and request.method in IDEMPOTENT
         while True:
             stream = member.session.open() or await self._wait_for_room(visit, tunnel)
             visit.begin(stream)
@@ -3150,8 +3186,7 @@ class Server:
                 return await self._give_answer(visit, request, stream, body, sending)
             except StreamReset as e:
                 self._explain_reset(e, visit, sending)
-                if (whole is None or request.method not in IDEMPOTENT or e.code != SESSION_LOST
-                        or stream.session.error is None):     # a RESET may only claim it
+                if not (visit.repeatable and isinstance(e, SessionLost)):
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
                 rules, member = member.hello.rules, await self._present(visit, tunnel)
                 if member.hello.rules != rules:
@@ -3224,14 +3259,17 @@ class Server:
     async def _hold_request(self, visit: Visit, tunnel: Tunnel, deadline: float) -> bool:
         """Wait for a client that is expected back; was there one?"""
         broke = self.reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
-        if tunnel.said_goodbye or not (broke or self._starting) or len(tunnel.held) >= MAX_HELD or (
-                self._held >= MAX_HELD_IN_ALL):
+        if (tunnel.said_goodbye or not (broke or self._starting) or self.draining
+                or len(tunnel.held) >= MAX_HELD or self._held >= MAX_HELD_IN_ALL):
             return False
         self._held += 1
+        self._tunnels.setdefault(tunnel.name, tunnel)
         try:
             return await self._wait(visit, deadline - self.reactor.now(), tunnel.held)
         finally:
             self._held -= 1
+            if not tunnel.held and tunnel.left_at == -NEVER and not tunnel.members:
+                self._tunnels.pop(tunnel.name, None)        # it never was
 
     async def _wait(self, visit: Visit, seconds: float,
                     among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
@@ -3351,8 +3389,6 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visit.scheme}://{self.domain}/localtunnel.py')
-        if self.draining or self.handing_over:
-            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         grant = self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
@@ -3362,14 +3398,23 @@ class Server:
         resumed = self._resumed(tunnel, hello)
         if resumed:
             return resumed
+        if self.draining or self.handing_over:
+            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         holder = grant.digest or visit.address      # whose the tunnel is
         self._check_limits(tunnel, hello, grant, holder)
         tunnel.make_way(hello)
-        if hello.kind == 'tcp':
-            await self._open_port(tunnel, hello, grant, visit.address)
-        else:
+        sockets: Sequence[socket.socket] = ()
+        if hello.kind == 'http':
             tunnel.url = self._url(visit, name, host)
-        return self._new_member(tunnel, hello, grant, holder), tunnel, None
+        elif not tunnel.url:
+            sockets = self._bind_port(tunnel, hello, grant, visit.address)
+        member = self._new_member(tunnel, hello, grant, holder)
+        self._tunnels[name] = tunnel
+        for sock in sockets:
+            tunnel.listeners.append(await self.reactor.loop.create_server(
+                lambda: Connection(self.reactor, functools.partial(self._serve_tcp, tunnel)),
+                sock=sock, backlog=BACKLOG))
+        return member, tunnel, None
 
     def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str, address: str) -> str:
         """The name that HELLO gets, leased where it was chosen.  Raises Refused."""
@@ -3401,10 +3446,9 @@ class Server:
             self._claims[address] += 1
         self._leases.claim(key, owner, grant.digest, now)
 
-    async def _open_port(self, tunnel: Tunnel, hello: Hello, grant: Grant, address: str) -> None:
-        """Accept visitors of a TCP tunnel: on the port asked for, on the old one, or a free one."""
-        if tunnel.listeners:
-            return
+    def _bind_port(self, tunnel: Tunnel, hello: Hello, grant: Grant,
+                   address: str) -> Sequence[socket.socket]:
+        """Sockets for a TCP tunnel: on the port asked for, on the old one, or a free one."""
         owner, now = f'proof:{digest_of(hello.proof)}', time.time()
         if hello.port and grant.user:
             owner = f'user:{grant.user}'
@@ -3423,12 +3467,9 @@ class Server:
                 for sock in sockets:
                     sock.close()
                 raise
-            for sock in sockets:
-                tunnel.listeners.append(await self.reactor.loop.create_server(
-                    lambda: Connection(self.reactor, functools.partial(self._serve_tcp, tunnel)),
-                    sock=sock, backlog=BACKLOG))
             tunnel.url = f'tcp://{self.domain}:{port}'
-            return
+            self._listening += len(sockets)
+            return sockets
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
                       if hello.port else 'no port for raw TCP is free on this server')
 
@@ -3451,9 +3492,14 @@ class Server:
             if tunnel.url.endswith(f':{port}') and tunnel.kind == 'tcp':
                 if tunnel.members:
                     return False
-                while tunnel.listeners:
-                    tunnel.listeners.pop().close()
+                self._close_port(tunnel)
         return self._leases.free(f'tcp:{port}')
+
+    def _close_port(self, tunnel: Tunnel) -> None:
+        for listener in tunnel.listeners:
+            listener.close()
+        self._listening -= len(tunnel.listeners)
+        tunnel.listeners, tunnel.url = [], ''
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
@@ -3527,14 +3573,19 @@ class Server:
 
         One whose welcome was lost goes on too: all that was sent is sent again.
         """
-        for member in tunnel.members:
-            id, received = hello.resume
-            theirs = received if same(member.id, id) else None
-            if (member.hello.instance == hello.instance and member.session.can_resume(theirs or 0)
-                    and (theirs is not None or not member.session.received)):
-                member.session.detach()
-                return member, tunnel, theirs
-        return None
+        member = next((m for m in tunnel.members if m.hello.instance == hello.instance), None)
+        if member is None:
+            return None
+        if hello.attempt < member.hello.attempt:
+            raise Refused(409, 'stale', 'a later attempt of this client has come before this one')
+        id, received = hello.resume
+        theirs = received if same(member.id, id) else None
+        session = member.session
+        if not session.can_resume(theirs or 0) or (theirs is None and session.received):
+            return None
+        session.detach()
+        member.hello.attempt = hello.attempt
+        return member, tunnel, theirs
 
     def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> Member:
         session = Session(self.reactor, self._budget)
@@ -3543,7 +3594,8 @@ class Server:
         tunnel.add(member)
 
         def left() -> None:
-            tunnel.said_goodbye = session.goaway is not None
+            tunnel.said_goodbye = session.goaway is not None and all(
+                other.session.goaway is not None for other in tunnel.members)
             tunnel.left_at = self.reactor.now()
 
         def closed() -> None:
@@ -3706,8 +3758,10 @@ def addresses(host: str) -> List[str]:
 
 def explain(error: BaseException, where: str) -> str:
     """One sentence for why WHERE can't be reached."""
-    if isinstance(error, (asyncio.TimeoutError, TimeoutError)):
+    if isinstance(error, (Overdue, asyncio.TimeoutError, TimeoutError)):
         return f'{where} does not answer'
+    if isinstance(error, LocaltunnelError):
+        return str(error)
     if isinstance(error, ConnectionRefusedError):
         return f'nothing listens on {where}'
     if isinstance(error, socket.gaierror):
@@ -4051,7 +4105,7 @@ class Client:
         self._session: Optional[Session] = None
         self._session_id = ''
         self._changed = asyncio.Event()
-        self._exchanges = 0
+        self._exchanges = self._attempts = 0
         self._hinted = host_header is not None
         kind = 'tcp' if target.scheme == 'tcp' else 'http'
         label = f'={name or tcp_port}' if name or tcp_port else target.label
@@ -4069,7 +4123,8 @@ class Client:
         while True:
             began = NEVER
             try:
-                await self._connect()
+                hasty = self.url and self.reactor.now() - lost < HELD
+                await self._connect(FIRST_ATTEMPTS if hasty else HANDSHAKE_TIMEOUT)
                 began = self.reactor.now()
                 why = await self._until_lost()
             except Refused as e:
@@ -4077,7 +4132,7 @@ class Client:
                     raise
                 why = str(e)
             except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
-                why = str(e) if isinstance(e, LocaltunnelError) else explain(e, str(self.address))
+                why = explain(e, str(self.address))
             if self._once:
                 raise LocaltunnelError(why)
             now = self.reactor.now()
@@ -4116,11 +4171,11 @@ class Client:
                           'superseded' if code == SUPERSEDED else 'token', text, final=True)
         return text
 
-    async def _connect(self) -> None:
+    async def _connect(self, timeout: float) -> None:
         """One attempt: dial, ask, and go on with the old session or begin a new one."""
-        connection = await self._dial()
+        connection = await self._dial(timeout)
         try:
-            welcome = await self._ask(connection)
+            welcome = await self._ask(connection, timeout)
         except BaseException:
             connection.cut_off()
             raise
@@ -4139,7 +4194,7 @@ class Client:
             self.welcomed.set()
             self._observer.ready(self.url)
 
-    async def _dial(self) -> Connection:
+    async def _dial(self, timeout: float) -> Connection:
         address, loop = self.address, self.reactor.loop
         proxy = find_proxy(address)
 
@@ -4153,7 +4208,7 @@ class Client:
                 server_hostname=address.site if self._tls else None, **where)
             return connection
         connection = await first_to_answer(
-            addresses(address.site), HANDSHAKE_TIMEOUT if proxy else CONNECT_TIMEOUT, dial)
+            addresses(address.site), timeout, dial)
         if self._pin:
             shown = digest_of(
                 connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
@@ -4163,9 +4218,11 @@ class Client:
                               f'--pin: its SHA256 is {shown}', final=True)
         return connection
 
-    async def _ask(self, connection: Connection) -> Dict[str, Any]:
+    async def _ask(self, connection: Connection, timeout: float) -> Dict[str, Any]:
         """Ask for the tunnel; the server's welcome.  Raises Refused."""
-        hello, host = dict(self._hello), str(self.address).partition('://')[2]
+        self._attempts += 1
+        hello = {**self._hello, 'attempt': self._attempts}
+        host = str(self.address).partition('://')[2]
         if self._session is not None and self._session.error is None:
             self._session.detach()
             hello['resume'] = {'session': self._session_id, 'received': self._session.received}
@@ -4176,7 +4233,7 @@ class Client:
         if self._token:
             lines.append(f'Authorization: Bearer {self._token}')
         await connection.write('\r\n'.join(lines).encode() + b'\r\n\r\n')
-        response = await read_final(connection, None, HANDSHAKE_TIMEOUT)
+        response = await read_final(connection, None, timeout)
         if response.status != 101:
             await self._refused(connection, response)
         try:
@@ -5004,6 +5061,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
                 log.note('error: process 1 of a container can not hand over; restart the container')
                 continue
             log.note('handing over to a successor')
+            await server.settle()
             server.handing_over = True
             child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
             server.handing_over = False

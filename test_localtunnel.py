@@ -2649,6 +2649,51 @@ class AdmissionTest(WorldTest):
         self.assertEqual((await self.hello(kind='tcp', proof='44' * 32))[1], 101)
         self.assertEqual((await self.hello(kind='tcp', proof='55' * 32))[1], 409)
 
+    async def test_two_that_ask_for_a_port_at_the_same_time_get_the_same_one(self):
+        await self.world(tcp_ports=range(20000, 20010), host='127.0.0.1')
+        for instances in ('44', '44'), ('55', '66'):
+            told = await asyncio.gather(*(
+                self.hello(kind='tcp', proof='77' * 32, instance=i * 16) for i in instances))
+            self.assertEqual({t['url'] for _, _, t in told}, {told[0][2]['url']}, told)
+        self.assertEqual(len(self.leases._leases), 1)
+
+    async def test_what_is_refused_and_what_is_guessed_is_not_remembered(self):
+        await self.world(tokens=['one'], hold=PATIENCE)
+        for n in range(5):
+            _, status, told = await self.hello('one', kind='tcp', proof=f'{n}{n}' * 32)
+            self.assertEqual((status, told['error']), (403, 'bad_port'))
+        derived = 'calm-otter-' + 'a' * 12
+        guess = await self.visitor(f'{derived}.localhost')
+        guess.ask('/')
+        await eventually(lambda: self.server._tunnels)      # it waits for a client
+        guess.reset()
+        await eventually(lambda: not self.server._tunnels)
+
+    async def test_names_whose_clients_went_are_remembered_up_to_a_number(self):
+        await self.world()
+        with self.constant(MAX_AWAY=2, SWEEP=0.0):
+            for name in 'abcd':
+                await self.hello(name=name)
+                self.server._members()[0].session.end(lt.Disconnected('it left'))
+            self.server.sweep(self.reactor.now(), False)
+        self.assertEqual(list(self.server._tunnels), ['c', 'd'])
+
+    async def test_an_attempt_that_comes_late_replaces_no_later_one(self):
+        await self.world()
+        _, _, told = await self.hello(name='a', instance='44' * 16, attempt=2)
+        self.server._members()[0].session.received = 1      # the client was there
+        for words in {}, {'resume': {'session': told['session'], 'received': 0}}:
+            _, status, reason = await self.hello(name='a', instance='44' * 16, attempt=1, **words)
+            self.assertEqual((status, reason['error']), (409, 'stale'))
+        self.assertIsNotNone(self.server._members()[0].session.connection)
+
+    async def test_of_two_clients_the_one_that_is_not_there_gives_way(self):
+        await self.world()
+        peer, *_ = await self.hello(name='a', started=9.0)
+        peer.reset()
+        await eventually(lambda: self.server._members()[0].session.connection is None)
+        self.assertEqual((await self.hello(name='a', started=5.0))[1], 101)
+
     async def test_a_wrong_token_or_none_is_refused(self):
         await self.world(tokens=['secret'])
         self.assertEqual((await self.refused(token='wrong')).code, 'token')
@@ -4954,7 +4999,7 @@ class CutTest(Network):
             await self.relayed([(way, n)] * 3, wait=False)
             with self.subTest(way=way, n=n):
                 if n % 2 == 0:  # at once, before the client has come
-                    tunnel = self.server._tunnel('x', 'http')
+                    tunnel = self.server._tunnels['x'] = self.server._tunnel('x', 'http')
                     tunnel.left_at, tunnel.said_goodbye = self.reactor.now(), False
                 else:
                     await self.clients[0].welcomed.wait()
@@ -5127,6 +5172,27 @@ class AwayTest(Network):
         self.relay.to = port
         await asyncio.gather(*many)
 
+    async def test_an_attempt_that_nobody_answers_does_not_take_all_the_time(self):
+        async def swallow(reader, writer):
+            swallowed.append(writer)
+            await reader.read()
+
+        swallowed, (_, port) = [], await self.serves(swallow)
+        right = await self.away()
+        with self.constant(FIRST_ATTEMPTS=0.05):
+            self.relay.to = port
+            await eventually(lambda: swallowed)
+            self.relay.to = right
+            await self.get()
+        self.assertIn('does not answer', self.log.text())
+
+    async def test_once_the_server_ends_nothing_waits_for_a_client(self):
+        await self.away()
+        many = [self.meanwhile(self.visit('GET /9'))]
+        await self.held(1)
+        await self.server.stop()
+        self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {503})
+
     async def test_a_lost_session_repeats_only_what_may_be_repeated(self):
         await self.comes()
         many = [
@@ -5198,6 +5264,34 @@ class TakeoverTest(Network):
         self.gate.set()
         self.assertEqual({s for s, _ in await asyncio.gather(*many, *crossing)}, {200})
         await leaving
+
+    async def test_of_two_that_share_one_may_leave_while_the_other_is_on_its_way_back(self):
+        await self.relayed(share=True)
+        await self.comes(share=True)
+        port, self.relay.to = self.relay.to, 1
+        self.relay.cut()
+        await eventually(lambda: self.members()[0].session.connection is None)
+        client = self.clients.pop()
+        await self.leaves(client)
+        client._upstream.close()
+        many = [self.meanwhile(self.visit('POST /9', b'x')) for _ in range(3)]
+        await eventually(lambda: self.server._held == 3)
+        self.relay.to = port
+        self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
+
+    async def test_of_two_that_share_one_may_be_away_for_long(self):
+        await self.relayed(share=True)
+        many = [self.meanwhile(self.visit(text, b'x')) for text in ('POST /hold', 'PUT /hold')]
+        await eventually(lambda: len(self.asked) == 2)
+        await self.comes(share=True)
+        port, self.relay.to, self.server._hold = self.relay.to, 1, 0.0
+        self.relay.cut()
+        await eventually(lambda: len(self.asked) == 3)      # what may be repeated goes elsewhere
+        self.assertEqual(self.asked.count(b'/hold'), 3)
+        self.relay.to = port
+        self.gate.set()
+        self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
+        self.assertEqual(len(self.asked), 3)
 
     async def test_what_crosses_a_goodbye_is_answered(self):
         await self.relayed(delay=0.02, share=True)
