@@ -139,6 +139,7 @@ KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', 
 DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts; each is shortened by chance
 BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
+SETTLE = 5.0                    # before a hand-over: clients who are away try every 2 s at first
 SETTLED = 1.0                   # a connection that lasted so long resets the backoff
 RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
 DRAIN_LOOK = 0.05               # between looks whether all has finished
@@ -2873,7 +2874,7 @@ class Server:
 
     async def settle(self) -> None:
         """Wait a moment for clients whose connection broke: their streams are here."""
-        deadline = self.reactor.now() + LINGER
+        deadline = self.reactor.now() + SETTLE
         while self.reactor.now() < deadline and any(
                 member.session.connection is None for member in self._members()):
             await asyncio.sleep(DRAIN_LOOK)
