@@ -104,10 +104,11 @@ MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a pe
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
 TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
-MAX_HEAD = 64 * KIB             # a message head: nginx takes 32 KiB, Node 16
-MAX_VISITOR_HEAD = 63 * KIB     # leaves room for what the server adds: X-Forwarded-*, Via
+MAX_HEAD = 64 * KIB             # a message head inside a tunnel
+OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, Node 16
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
-MAX_FIELDS = 200                # header fields: Apache takes 100
+OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
+MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
@@ -1536,20 +1537,21 @@ MAX_LENGTH_DIGITS = 18      # what fits in 63 bits
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = rb'[\t\x20-\x7e\x80-\xff]*'
 _FIELDS = rb'((?:' + _TOKEN + rb':' + _VALUE + rb'\r\n)*)\r\n'
-_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([\x21-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n' + _FIELDS)
+_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([!"\x24-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n' + _FIELDS)
 _RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)\r\n' + _FIELDS)
-_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9])\.([0-9])\r\n')
+_REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9]\.[0-9])\r\n')
 _FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
 _TRAILERS = re.compile(_FIELDS)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
 EMPTY_LINE = b'', b'\r', b'\r\n'        # or what has come of one
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
-_HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?')
+_HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
 # Of a block in lower case with LF in front: what is looked at, and what speaks for a proxy.
 _KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgrade|te|keep-alive'
                     rb'|via|proxy-connection|accept|authorization|x-forwarded-for|x-forwarded-proto'
-                    rb'|localtunnel-hello|localtunnel-welcome|set-cookie):'
+                    rb'|x-forwarded-host|localtunnel-hello|localtunnel-welcome|set-cookie|date'
+                    rb'|max-forwards):'
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
 _FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
@@ -1564,7 +1566,7 @@ CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # What routing, framing and trust rest on is no trailer (RFC 9110 6.5.1): apps may merge trailers.
 NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|forwarded|via'
-                        rb'|authorization|cookie|x[-_]forwarded[-_][^:]*):')
+                        rb'|authorization|cookie|set-cookie|x[-_]forwarded[-_][^:]*):')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
 
 
@@ -1588,8 +1590,6 @@ class Head:
         self.connection: Sequence[bytes] = ()
         if b'connection' in self.fields:
             self.connection = [word.strip() for word in self.fields[b'connection'].split(b',')]
-        if block.count(b'\n') > MAX_FIELDS:
-            raise BadHttp(431, f'more than {MAX_FIELDS} header fields')
 
     def get(self, name: bytes) -> bytes:
         """The value of a known field as it came; b'' where there is none."""
@@ -1666,7 +1666,7 @@ class Request(Head):
         self.host, self.host_name, self.upgrade = self.fields.get(b'host', b''), '', b''
         match = _HOST.fullmatch(self.host)
         if match:
-            self.host_name = match.group(1).decode()
+            self.host_name = match.group(1).decode().rstrip('.')
         elif minor == b'1' or b'host' in self.fields:
             raise BadHttp(400, 'Host is missing, malformed or there twice')
         if b'upgrade' in self.connection and minor == b'1':
@@ -1680,8 +1680,11 @@ class Request(Head):
         match = _ABSOLUTE.fullmatch(self.target)
         if not match or match.group(1).lower() not in (b'http', b'https'):
             raise BadHttp(400, 'the request target is no path and no http URL')
-        if match.group(2).lower() != self.host:
-            raise BadHttp(400, 'the request target and Host name different hosts')
+        if match.group(2).lower() != self.host:     # HTTP/1.0 may name it in the target alone
+            named = _HOST.fullmatch(match.group(2).lower())
+            if self.host or not named:
+                raise BadHttp(400, 'the request target and Host name different hosts')
+            self.host, self.host_name = named.group(), named.group(1).decode().rstrip('.')
         self.target = match.group(3)
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
@@ -1724,7 +1727,9 @@ class Response(Head):
 
 def check_upgrade(request: Request, response: Response) -> None:
     """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
-    if not request.upgrade or not response.get(b'upgrade'):
+    asked, got = ({word.strip() for word in head.fields.get(b'upgrade', b'').split(b',')}
+                  for head in (request, response))
+    if not request.upgrade or not got <= asked:
         raise BadHttp(502, 'it changed to a protocol that nobody asked for')
 
 
@@ -1736,8 +1741,10 @@ def parse_request(head: bytes) -> Request:
             raise BadHttp(414, f'a request line of more than {MAX_LINE} bytes')
         return Request(*match.groups())
     line = _REQUEST_LINE.match(head)
-    if line and line.group(3) != b'1':
+    if line and line.group(3) not in (b'1.0', b'1.1'):
         raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
+    if line and b'#' in line.group(2):
+        raise BadHttp(400, 'a request target with a fragment (#)')
     if head.startswith(b'\r\n'):       # one empty line before it is ignored (RFC 9112 2.2)
         return parse_request(head[2:])
     if head.startswith(b'PRI * HTTP/2.0\r\n'):
@@ -1769,7 +1776,7 @@ def encode_response(response: Response, block: bytes, chunked: bool = False) -> 
         block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % upgrade
     if chunked:
         block += b'Transfer-Encoding: chunked\r\n'
-    return b'HTTP/1.1 %d%b\r\n%b\r\n' % (response.status, response.reason, block)
+    return b'HTTP/1.1 %d%b\r\n%b\r\n' % (response.status, response.reason or b' ', block)
 
 
 # Bodies.  `take` gives bytes that are here, b'' where more is needed; `taken` counts them, and
@@ -1855,8 +1862,8 @@ class ChunkedBody:
         if not _TRAILERS.fullmatch(line + b'\r\n') or NO_TRAILER.match(line.lower()):
             raise BadHttp(400, 'a malformed trailer, or a field that must not be one')
         self.trailers += line
-        if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > MAX_FIELDS:
-            raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {MAX_FIELDS} fields')
+        if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > OUTER_FIELDS:
+            raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {OUTER_FIELDS} fields')
         return 'trailer'
 
     def cut(self) -> None:
@@ -1889,7 +1896,8 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
         data, seen = data[2:] or b'\r', max(0, seen - 2)
     line_end = data.find(b'\n', 0, MAX_LINE)
     if len(data) >= limit or (line_end < 0 and len(data) >= MAX_LINE):
-        raise BadHttp(414 if line_end < 0 else 431, f'a message head of more than {limit} bytes')
+        raise (BadHttp(414, f'a request line of more than {MAX_LINE} bytes') if line_end < 0 else
+               BadHttp(431, f'a message head of more than {limit} bytes'))
     if data[0] in b'\x16\x80':
         raise BadHttp(400, 'TLS is not spoken on this port: use http')
     if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
@@ -1901,12 +1909,14 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
 # The thin shell.
 
 async def read_head(stream: ByteStream, timeout: float, idle: float,
-                    limit: int = MAX_HEAD) -> Optional[bytes]:
+                    inside: bool = False) -> Optional[bytes]:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
 
-    It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  Raises BadHttp,
-    Overdue, Incomplete, or what broke the stream.
+    It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  INSIDE a tunnel it
+    may be larger, since the other end has added to it.  Raises BadHttp, Overdue, Incomplete, or
+    what broke the stream.
     """
+    limit, fields = (MAX_HEAD, MAX_FIELDS) if inside else (OUTER_HEAD, OUTER_FIELDS)
     if not stream.size and not await stream.more(idle):
         return None
     data, seen = stream.peek(), 0
@@ -1923,16 +1933,19 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
             raise Incomplete('the connection ended inside a message head')
         data = stream.peek()
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
+    if data.count(b'\n', 0, at) > fields:
+        raise BadHttp(431, f'more than {fields} header fields')
     return stream.take(at + 4)
 
 
-async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float) -> Response:
+async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float,
+                     inside: bool = False) -> Response:
     """The final response head of SOURCE, which may begin within TIMEOUT; 1xx heads go to SINK.
 
     Raises what read_head raises, and Incomplete where SOURCE ends without an answer.
     """
     for _ in range(MAX_INTERIM):
-        head = await read_head(source, HEAD_TIMEOUT, timeout)
+        head = await read_head(source, HEAD_TIMEOUT, timeout, inside)
         if head is None:
             raise Incomplete('the connection ended without an answer')
         response = parse_response(head)
@@ -2655,13 +2668,15 @@ class Tunnel:
 
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
-    __slots__ = ('connection', 'peer', 'address', 'scheme', 'forwarded', 'trusted', 'refusal',
-                 'stream', 'begun', 'unread', 'repeatable', 'waiting', 'status', 'answer')
+    __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'forwarded', 'trusted',
+                 'refusal', 'stream', 'begun', 'unread', 'repeatable', 'waiting', 'status',
+                 'answer')
 
     def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
         self.connection = connection
         self.peer = self.address = connection.peer
         self.scheme = 'https' if connection.secure else 'http'
+        self.host = b''             # what a trusted proxy says was the visitor's Host
         self.trusted = trusted if within(self.peer, trusted) else ()
         self.refusal: Optional[HopFailed] = None        # there was no room for this connection
         self.forwarded = self._forwarded([self.peer])
@@ -2687,6 +2702,8 @@ class Visit:
         self.address = outside[-1] if outside else chain[0]
         proto = request.fields.get(b'x-forwarded-proto', b'')
         self.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
+        host = request.fields.get(b'x-forwarded-host', b'')
+        self.host = host if _HOST.fullmatch(host) else b''
         self.forwarded = self._forwarded(chain)
 
     def _forwarded(self, chain: Sequence[str]) -> bytes:
@@ -2741,6 +2758,15 @@ class Log:
                size: int) -> None:
         """A request was answered; STATUS 0: it was not."""
 
+
+@functools.lru_cache(maxsize=1)
+def date_line(second: int) -> str:
+    """A Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
+    import email.utils
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}'
+
+
+URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
 
 KEEP, CLOSE, TAKEN = range(3)       # what becomes of a visitor's connection after a request
 
@@ -3017,7 +3043,7 @@ class Server:
         after, idle = CLOSE, HEAD_TIMEOUT
         try:
             while True:
-                head = await read_head(connection, HEAD_TIMEOUT, idle, MAX_VISITOR_HEAD)
+                head = await read_head(connection, HEAD_TIMEOUT, idle)
                 if head is None:
                     break
                 after = await self._answer(visit, parse_request(head))
@@ -3043,7 +3069,8 @@ class Server:
     async def _last_words(self, connection: Connection, status: int, text: str) -> None:
         """Tell a visitor whose request is no good, so that it arrives."""
         with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
-            await connection.write(error_message(status, text, None, ['Connection: close']))
+            await connection.write(error_message(status, text, None, [
+                'Connection: close', date_line(int(time.time()))]))
             await connection.linger()
 
     async def _answer(self, visit: Visit, request: Request) -> int:
@@ -3077,7 +3104,7 @@ class Server:
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
         visit.status, visit.unread = status, not keep
-        await visit.connection.write(message([*extra, *more]))
+        await visit.connection.write(message([*extra, *more, date_line(int(time.time()))]))
         return KEEP if keep else CLOSE
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
@@ -3096,11 +3123,12 @@ class Server:
         """The tunnel that REQUEST may pass; None for the server itself.  Raises HopFailed."""
         if visit.refusal:
             raise visit.refusal.again()
-        if self.redirects and visit.scheme == 'http':
-            where = (f'https://{request.host_name}{self.tls_suffix}'
-                     + request.target.decode('latin-1'))
-            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
         name, _, parent = request.host_name.partition('.')
+        if (self.redirects and visit.scheme == 'http' and request.target != b'*'
+                and self.domain in (parent, request.host_name)):
+            where = (f'https://{request.host_name}{self.tls_suffix}'
+                     + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
+            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
         tunnel = self._tunnels.get(name) if parent == self.domain else None
         if tunnel is None or tunnel.kind != 'http' or self._only:
             tunnel = self._find(name, parent, request.host_name)
@@ -3134,11 +3162,12 @@ class Server:
         if parent == self.domain and name not in self._tunnels and (
                 self._leases.owner(name, time.time()) or (is_derived(name) and self._starting)):
             return self._tunnel(name, 'http')
-        raise HopFailed(404, f'there is no tunnel at {host}')
+        raise HopFailed(404, f'there is no tunnel at {host}' if host else
+                        'the request names no host')
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         """The tunnel of NAME; a new one is entered once somebody serves it, or waits for it."""
-        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
+        via = f'{name}.{self.domain} (localtunnel)'.encode()
         return self._tunnels.get(name) or Tunnel(name, kind, via, self._served)
 
     @property
@@ -3219,16 +3248,28 @@ class Server:
     def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel,
                          access: Access) -> bytes:
         """The header lines of REQUEST as they go on."""
-        names, via = request.hop_by_hop(), tunnel.via
+        names, via = request.hop_by_hop(), b'1.%b %b' % (request.minor, tunnel.via)
         names.update(request.forwarded())
         if access.users:
             names.add(b'authorization')
         if b'via' in request.fields:
             names.add(b'via')
             via = request.get(b'via') + b', ' + via
-        block = b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n' % (
-            request.without(names), visit.forwarded, request.host, via)
-        return block if request.host else b'Host: %b\r\n%b' % (self.domain.encode(), block)
+        more = b''
+        if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
+            names.add(b'max-forwards')
+            more = b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards'])
+        if b'host' not in request.fields:
+            more += b'Host: %b\r\n' % (request.host or self.domain.encode())
+        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
+            request.without(names), visit.forwarded, visit.host or request.host, via, more)
+
+    @staticmethod
+    def _hops_left(value: bytes) -> int:
+        """What Max-Forwards of VALUE becomes here.  Raises HopFailed (RFC 9110 7.6.2)."""
+        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
+            raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
+        return int(value) - 1
 
     async def _present(self, visit: Visit, tunnel: Tunnel) -> Member:
         """Wait for a client of TUNNEL that is on its way.  Raises HopFailed."""
@@ -3306,7 +3347,8 @@ class Server:
                            sending: Optional[asyncio.Task[Any]]) -> int:
         """The answer from STREAM to the visitor."""
         visitor = visit.connection
-        response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER)
+        response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER,
+                                    inside=True)
         if response.status == 101:
             if sending:
                 await asyncio.wait({sending})       # two readers of one stream are one too many
@@ -3320,6 +3362,8 @@ class Server:
             block += b'Connection: close\r\n'
         elif request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
+        if b'date' not in response.fields:
+            block += b'%b\r\n' % date_line(int(time.time())).encode()
         visit.begun, visit.status = True, response.status
         visit.answer = body_reader(stream, length)
         await copy_message(encode_response(response, block, chunked), visit.answer, visitor,
@@ -3368,7 +3412,7 @@ class Server:
             body = json.dumps(reason).encode() + b'\n'
             extra = ['Connection: close']
             if e.status == 426:
-                extra.append(f'Upgrade: {PROTOCOL}')
+                extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
             await visit.connection.write(plain_message(e.status, 'application/json', body, extra))
             return CLOSE
         session, connection = member.session, visit.connection
@@ -3389,11 +3433,10 @@ class Server:
         """
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
-                          f'it: {visit.scheme}://{self.domain}/localtunnel.py')
+                          f'it: {self._url(visit, self.domain, request.host)}/localtunnel.py')
         grant = self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        host = request.host.decode()
         name = self._name_for(hello, owner, grant, request.host_name, visit.address)
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
@@ -3406,7 +3449,8 @@ class Server:
         tunnel.make_way(hello)
         sockets: Sequence[socket.socket] = ()
         if hello.kind == 'http':
-            tunnel.url = self._url(visit, name, host)
+            public = 'localhost' if self._only else f'{name}.{self.domain}'
+            tunnel.url = self._url(visit, public, request.host)
         elif not tunnel.url:
             sockets = self._bind_port(tunnel, hello, grant, visit.address)
         member = self._new_member(tunnel, hello, grant, holder)
@@ -3559,14 +3603,13 @@ class Server:
         self.end_tunnel(name, why=f'the name {name} was given back')
         raise Refused(200, 'released', f'the name {name} was given back')
 
-    def _url(self, visit: Visit, name: str, host: str) -> str:
-        """The public URL, with the scheme and port by which the client reached this server."""
-        scheme, port = visit.scheme, host[host.rindex(':'):] if re.search(r':[0-9]+$', host) else ''
+    def _url(self, visit: Visit, name: str, host: bytes) -> str:
+        """The URL of NAME, with the scheme and port by which HOST here was reached."""
         if self.plain_port:
-            scheme, port = 'http', f':{self.plain_port}'
-        if port == {'http': ':80', 'https': ':443'}[scheme]:
-            port = ''
-        return f'{scheme}://{"localhost" if self._only else name + "." + self.domain}{port}'
+            return f'http://{authority("http", name, self.plain_port)}'
+        port = host.rpartition(b':')[2]
+        return f'{visit.scheme}://' + (authority(visit.scheme, name, int(port)) if port.isdigit()
+                                       else name)
 
     @staticmethod
     def _resumed(tunnel: Tunnel, hello: Hello) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
@@ -4323,7 +4366,7 @@ class Client:
         number, began = self._exchanges, self.reactor.now()
         method, target, outcome = '?', '?', Outcome()
         try:
-            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, inside=True)
             if head is None:
                 raise Incomplete('a stream without a request')
             request = parse_request(head)

@@ -1591,7 +1591,7 @@ class ResumeTest(SessionTest):
 REQUESTS = (        # head, and (method, target, host, length)
     (b'GET / HTTP/1.1\r\nHost: a\r\n\r\n', (b'GET', b'/', b'a', 0)),
     (b'GET / HTTP/1.0\r\n\r\n', (b'GET', b'/', b'', 0)),
-    (b'get /a?b#c HTTP/1.1\r\nHOST:A.b:80 \r\n\r\n', (b'get', b'/a?b#c', b'a.b:80', 0)),
+    (b'get /a?b/c HTTP/1.1\r\nHOST:A.b:80 \r\n\r\n', (b'get', b'/a?b/c', b'a.b:80', 0)),
     (b'OPTIONS * HTTP/1.1\r\nHost: [::1]:8080\r\n\r\n', (b'OPTIONS', b'*', b'[::1]:8080', 0)),
     (b'POST /\xc3\xa9 HTTP/1.1\r\nHost: a\r\nContent-Length: 007\r\n\r\n',
      (b'POST', b'/\xc3\xa9', b'a', 7)),
@@ -2542,11 +2542,37 @@ class ForwardingTest(WorldTest):
     async def test_fields_of_the_answer_survive_too(self):
         app, visitor = await self.through(
             b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\nSet-Cookie: a=b\r\nset-cookie: c=d\r\n'
-            b'Connection: X-Own\r\nX-Own: 1\r\nContent-Length: 0\r\n\r\n')
+            b'date: x\r\nConnection: X-Own\r\nX-Own: 1\r\nContent-Length: 0\r\n\r\n')
         visitor.ask()
         self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'),
                          b'HTTP/1.1 200 Fine Indeed\r\nx-B: 1\r\n'
-                         b'Set-Cookie: a=b\r\nset-cookie: c=d\r\nContent-Length: 0\r\n\r\n')
+                         b'Set-Cookie: a=b\r\nset-cookie: c=d\r\ndate: x\r\n'
+                         b'Content-Length: 0\r\n\r\n')
+
+    async def test_what_an_answer_must_have_and_has_not_is_added(self):
+        _, visitor = await self.through(b'HTTP/1.1 200\r\nContent-Length: 0\r\n\r\n')
+        with unittest.mock.patch('time.time', return_value=784111777.0):
+            visitor.ask()
+            self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'),
+                             b'HTTP/1.1 200 \r\nContent-Length: 0\r\n'
+                             b'Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n')
+
+    async def test_what_a_trace_may_pass_is_counted(self):
+        app, visitor = await self.through()
+        for given, status in ('7', 200), ('0', 501), ('x', 501), ('', 501):
+            visitor.ask(fields=f'Max-Forwards: {given}', method='TRACE')
+            self.assertEqual((await visitor.answer())[0], status)
+        self.assertIn(b'Max-Forwards: 6\r\n', app.requests[0])
+        self.assertEqual(len(app.requests), 1)
+
+    async def test_two_hundred_fields_pass_with_those_that_are_added_and_no_more(self):
+        fields = [f'a{n}: b' for n in range(lt.OUTER_FIELDS)]
+        reply = '\r\n'.join(['HTTP/1.1 200 OK', *fields[1:], 'Content-Length: 0', '', ''])
+        _, visitor = await self.through(reply.encode())
+        for given, status in (fields[1:], b'200'), (fields, b'431'):    # and Host
+            visitor.ask(fields='\n'.join(given))
+            head = await visitor.reader.readuntil(b'\r\n\r\n')
+            self.assertEqual(head.split()[1], status)
 
 
 class AdmissionTest(WorldTest):
@@ -3906,7 +3932,7 @@ for host in (
 REFUSED.update({
     'chunked in HTTP/1.0': post(b'Transfer-Encoding: chunked\r\nConnection: keep-alive\r\n',
                                 EMPTY + SMUGGLED, b'POST /x HTTP/1.0'),
-    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H), 'HTTP/1.2': get(b'GET / HTTP/1.2'),
+    'two hosts in HTTP/1.0': get(b'GET / HTTP/1.0', H), 'a fragment': get(b'GET /a#b HTTP/1.1'),
     'a host with a space in HTTP/1.0': get(b'GET / HTTP/1.0', host=b'Host: a b\r\n'),
     'only LF': b'GET / HTTP/1.1\nHost: t.localhost\n\n' + SMUGGLED,
     'only CR': b'GET / HTTP/1.1\rHost: t.localhost\r\r' + SMUGGLED,
@@ -3956,7 +3982,7 @@ PASSES = [get(line) for line in (
     b'BREW /pot HTTP/1.1', b'get / HTTP/1.1', b"!#$%&'*+-.^_`|~ / HTTP/1.1", b'TRACE / HTTP/1.1',
     b'OPTIONS * HTTP/1.1', b'GET // HTTP/1.1', b'GET //other.localhost/ HTTP/1.1',
     b'GET /../%2e%2e/%00%zz% HTTP/1.1', b'GET /\x80\xff\xc3\xa9 HTTP/1.1',
-    b'GET /"<>[]^`{|}\\ HTTP/1.1', b'GET /?a=http://b/?c#d HTTP/1.1',
+    b'GET /"<>[]^`{|}\\ HTTP/1.1', b'GET /?a=http://b/?c HTTP/1.1',
     b'GET /' + b'u' * 8000 + b' HTTP/1.1', b'GET / HTTP/1.0')] + [get(fields=f) for f in (
         b'X-A: 1\r\nx-a: 2\r\nX-B:\r\nX-A:3\r\nx-b:  \t two  words \t\r\n',
         b'X: caf\xe9 \xe2\x82\xac \xff\x80\r\n', b'X: a:b "c\\" (d), ;\t e\r\n',
@@ -4016,7 +4042,7 @@ BAD_ANSWERS = [A + b'Content-Length: ' + v + b'\r\n\r\nokok' for v in (
     A + b'Content-Length: 9\r\n\r\n', A + b'Content-Length: 9\r\n\r\nok']
 
 GOOD_ANSWERS = [
-    b'HTTP/1.1 200\r\nX: y\r\n\r\n',
+    b'HTTP/1.1 200 \r\nX: y\r\n\r\n',
     b'HTTP/1.1 200 \r\n\r\n', b'HTTP/1.1 299 caf\xe9 \t(x)\r\n\r\n',
     b'HTTP/1.1 599 Odd\r\n\r\n', b'HTTP/1.1 404 Not Found\r\nx-A: 1\r\nX-a:2\r\nX-B:\r\n\r\n',
     A + b'Set-Cookie: a=1\r\nSET-cookie: b=2; Path=/\r\nSet-Cookie: a=3\r\n\r\n',
@@ -4709,6 +4735,16 @@ class HostileVisitorTest(HostileTest):
         told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
         self.assertNotRegex(told, '[^0-9a-f.:\n]')
 
+    async def test_the_host_that_a_proxy_saw_is_believed_where_the_proxy_is(self):
+        app, visitor = await self.through()
+        host = visitor.host.encode()
+        for trusted, given, seen in (('127.0.0.0/8', 'a.example', b'a.example'),
+                                     ('127.0.0.0/8', 'a b', host), ('8.8.8.8', 'a.example', host)):
+            self.server._trusted = [ipaddress.ip_network(trusted)]
+            peer = await self.visitor(visitor.host)
+            await peer.get(fields=f'X-Forwarded-Host: {given}')
+            self.assertIn(b'X-Forwarded-Host: %b\r\n' % seen, app.requests[-1])
+
     async def test_who_finds_no_room_is_told_so_and_may_try_anew(self):
         await self.world()
         await self.good()
@@ -4828,8 +4864,15 @@ class TlsTest(HostileTest):
     async def test_visitors_of_http_are_sent_to_https_and_a_wrong_pin_is_refused(self):
         await self.secure_world()
         self.server.redirects, self.server.tls_suffix = True, ':8443'
-        status, fields, _ = await self.visit('good.localhost', '/a?b')
-        self.assertEqual((status, fields['location']), (308, 'https://good.localhost:8443/a?b'))
+        for target in '/a?b', '/%C3%A4%22':
+            status, fields, _ = await self.visit('good.localhost', target)
+            self.assertEqual((status, fields['location']),
+                             (308, f'https://good.localhost:8443{target}'))
+        visitor = await self.visitor('good.localhost')
+        visitor.send(b'GET /\xc3\xa4" HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        _, fields, _ = await visitor.answer()
+        self.assertEqual(fields['location'], 'https://localhost:8443/%C3%A4%22')
+        self.assertEqual((await self.visit('example.com'))[0], 404)
         await self.good()  # sessions still come
         for pin, good in [(self.made[2], True), ('0' * 64, False)]:
             client = await self.client(1, site='https://localhost', port=self.tls_port, pin=pin,
