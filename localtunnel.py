@@ -3737,7 +3737,8 @@ class Target:
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
         """SCHEME is http, https, unix, folder, echo or tcp."""
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
-        self.authority, self.local = authority(scheme, host, port), is_loopback(host)
+        self.authority = authority(scheme, host, port) if port else host
+        self.local = is_loopback(host)
         if scheme in ('unix', 'folder', 'echo'):
             self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
             self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
@@ -4052,16 +4053,21 @@ def find_proxy(address: ServerAddress) -> str:
 def connect_through(proxy: str, host: str, port: int) -> socket.socket:
     """A socket to HOST and PORT through an HTTP PROXY (CONNECT).  Blocks; LocaltunnelError."""
     import http.client
-    parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
-    if parts.scheme != 'http' or not parts.hostname:
-        raise LocaltunnelError(f'the proxy {parts.scheme}://{parts.hostname} is not supported; '
-                               'HTTPS_PROXY must be http://HOST:PORT')
+    try:
+        parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
+        proxy_port = parts.port or 80
+        if parts.scheme != 'http' or not parts.hostname:
+            raise ValueError
+    except ValueError:
+        raise LocaltunnelError('the proxy that HTTPS_PROXY or ALL_PROXY names can not be used; '
+                               'it must be http://HOST:PORT') from None
     where = f'{bracketed(host)}:{port}'
     headers = {'Host': where}
     if parts.username:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
-        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(user.encode()).decode()
-    connection = http.client.HTTPConnection(parts.hostname, parts.port or 80,
+        headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(
+            user.encode(errors='surrogateescape')).decode()
+    connection = http.client.HTTPConnection(parts.hostname, proxy_port,
                                             timeout=CONNECT_TIMEOUT)
     connection.set_tunnel(bracketed(host), port, headers)
     try:
@@ -4140,7 +4146,8 @@ class Client:
         self.reactor, self.address, self.target = reactor, address, target
         self.url = ''
         self.welcomed = asyncio.Event()
-        self._observer, self._token, self._timeout, self._once = observer, token, timeout, once
+        self.once = once            # end with an error where the connection fails?
+        self._observer, self._token, self._timeout = observer, token, timeout
         self._trace, self._tls, self._pin = trace, tls, pin
         self._host_header = HostHeader(target, host_header) if host_header else None
         self._upstream = Upstream(reactor, target, upstream_tls)
@@ -4172,12 +4179,12 @@ class Client:
                 began = self.reactor.now()
                 why = await self._until_lost()
             except Refused as e:
-                if e.final or self._once or not (self.url or e.status == 503):
+                if e.final or self.once or not (self.url or e.status == 503):
                     raise
                 why = str(e)
             except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
                 why = explain(e, str(self.address))
-            if self._once:
+            if self.once:
                 raise LocaltunnelError(why)
             now = self.reactor.now()
             if now - began > SETTLED:
@@ -4194,7 +4201,7 @@ class Client:
         try:
             (await self._upstream.connect()).close()
         except HopFailed as e:
-            self._observer.hint(f'{e}; visitors get a 502 page until the app is up')
+            self._observer.hint(f'{e}; visitors are told so until the app is up')
 
     async def _until_lost(self) -> str:
         """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
@@ -4589,7 +4596,7 @@ class Terminal(Observer):
         if self._json:
             self._event('open', url=url, target=self._target, server=self._server,
                         public=self._public)
-        elif not self._tty:
+        elif self._quiet or not self._tty:
             put(sys.stdout, url + '\n')
             self.note(f'{url} -> {self._target} (server {self._server})')
         else:
@@ -4598,12 +4605,12 @@ class Terminal(Observer):
 
     def back(self) -> None:
         self._event('back')
-        self.note(self._paint('32', 'connected again', sys.stderr))
+        say(self._paint('32', 'connected again', sys.stderr))
 
     def lost(self, why: str, seconds: float) -> None:
         self._event('lost', reason=why, retry=round(seconds, 1))
-        self.note(self._paint('33', why, sys.stderr) + '; trying again '
-                  + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
+        say(self._paint('33', why, sys.stderr) + '; trying again '
+            + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
 
     def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
                  size: int, why: str) -> None:
@@ -4744,6 +4751,8 @@ def keep_token(address: str, token: str) -> None:
 
 def known_server(given: Optional[str]) -> Optional[ServerAddress]:
     """The server to use: GIVEN, of the environment, stamped into this file, the last one; None."""
+    if given == '':
+        raise UsageError('the server is an empty text; it takes a URL')
     known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
              or str(kept_tokens()['last']))
     return ServerAddress(known) if known else None
@@ -4786,13 +4795,13 @@ class tunnel:
                 server, address = await start_local_server(reactor, target)
                 stack.push_async_callback(server.stop)
             client = Client(reactor, address, target, load_key(say), Observer(), name=self._name,
-                            token=known_token(self._token, address), tls=tls_to(address),
+                            token=known_token(self._token, address), tls=tls_to(address), once=True,
                             upstream_tls=tls_to(target, check=not target.local))
             stack.push_async_callback(client.stop)
             running = asyncio.ensure_future(client.run())
             stack.push_async_callback(end_task, running)
             await first_of(asyncio.shield(running), client.welcomed.wait())
-            self.url = client.url
+            self.url, client.once = client.url, False      # from now on it comes back
             self._stack = stack.pop_all()
         return self
 
@@ -4858,8 +4867,8 @@ def check_client_options(args: argparse.Namespace, address: Optional[ServerAddre
         raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
     if args.name:
         check_name(args.name)
-    if args.host_header is not None and not re.fullmatch('[\x21-\x7e]+', args.host_header):
-        raise UsageError('--host-header takes `rewrite`, or a host in ASCII characters')
+    if args.host_header and not re.fullmatch(r'[A-Za-z0-9._~:\[\]-]+', args.host_header):
+        raise UsageError('--host-header takes `rewrite`, or a host, perhaps with a port')
     if any(':' not in user for user in args.auth):
         raise UsageError('--auth takes USER:PASSWORD')
     if args.pin is not None:
@@ -4912,8 +4921,6 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 def client_command(args: argparse.Namespace) -> int:
     args.tcp = args.tcp or args.tcp_port is not None
     target = parse_target(args.target, args.tcp)
-    if args.server == '':
-        raise UsageError('--server is empty; it takes a URL')
     address = known_server(args.server)
     check_client_options(args, address)
     token = known_token(args.token, address) if address else ''
@@ -4952,7 +4959,8 @@ def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
-    if given or args.token_file or args.open or is_loopback(args.domain):
+    local = is_loopback(args.domain) and is_loopback(args.bind)
+    if given or args.token_file or args.open or local:
         return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
@@ -4999,7 +5007,7 @@ def listen(passed: Dict[int, Sockets], host: str, port: int) -> Sockets:
     try:
         return passed.pop(port, None) or bind(host, port)
     except OSError as e:
-        cure = 'choose another one with --port or --tls-port'
+        cure = 'choose another one with --port, --tls-port or --admin'
         if e.errno == errno.EACCES:
             cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
                     f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
@@ -5165,7 +5173,7 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 
 
 def server_command(args: argparse.Namespace) -> int:
-    if not re.fullmatch(r'[a-z0-9]([a-z0-9.-]*[a-z0-9])?', args.domain) or is_address(args.domain):
+    if not all(map(NAME.fullmatch, args.domain.split('.'))) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
     if bool(args.cert) != bool(args.key):
         raise UsageError('--cert and --key go together')
@@ -5303,7 +5311,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
         return EXIT_CODES['usage']
     try:
+        if any(re.search('[\ud800-\udfff]', word) for word in words):
+            raise UsageError('what was typed is no valid UTF-8')
         args = make_parser().parse_args(words)
+        for name, value in vars(args).items():
+            if value == '' or (isinstance(value, list) and '' in value):
+                raise UsageError(f'{name.replace("_", "-")} is empty; is a variable not set?')
         return commands[args.command](args)
     except KeyboardInterrupt:
         return 0

@@ -3292,6 +3292,10 @@ class TerminalTest(CommandTest):
         self.assertEqual(client.interrupt(), 0)
         self.assertEqual((len(client.lines['out']), client.lines['err']), (1, []))
 
+    def test_quiet_still_says_what_is_wrong(self):
+        client = self.start('client', 1, '--server', f'localhost:{self.unused_port()}', '--quiet')
+        client.says('nothing listens')
+
 
 class LineForPeopleTest(unittest.TestCase):
 
@@ -3483,6 +3487,32 @@ class ExitCodeTest(CommandTest):
         self.ended(2, 'client', word='TARGET')
         self.ended(2, 'server', '--port', 'x', word='--port')
         self.ended(2, 'server', '--cert', 'x', word='--key')
+
+    def test_what_can_not_be_meant_is_2(self):
+        to = ['--server', 'localhost:1', '--once']
+        for words, said in (
+                (['client', 'unix:/x', '--tcp', *to], 'no target for raw TCP'),
+                (['client', 'echo', '--tcp', *to], 'no target for raw TCP'),
+                (['client', '[::1', *to], 'in brackets'),
+                (['client', 'http://localhost:0', *to], 'no URL'),
+                (['client', '1', '--server', 'localhost:0'], 'no URL'),
+                (['client', 'echo', '--host-header', 'a\r\nX: 1', *to], 'rewrite'),
+                (['client', 'echo', '--host-header', '\u65e5', *to], 'rewrite'),
+                (['client', 'echo', '--auth', '\udcff:a', *to], 'UTF-8'),
+                (['client', '1', '--token', '', *to], 'token is empty'),
+                (['server', '--bind', ''], 'bind is empty'),
+                (['server', '--domain', 'x..de'], 'no domain')):
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
+                self.assertEqual(lt.main(words), 2)
+            self.assertIn(said, told.getvalue())
+
+    def test_a_proxy_that_is_none_is_1(self):
+        for proxy in 'http://[bad', 'http://a:99999', 'socks5://a', 'http://':
+            with self.subTest(proxy), unittest.mock.patch.dict(os.environ, ALL_PROXY=proxy):
+                with contextlib.redirect_stderr(io.StringIO()) as told:
+                    self.assertEqual(
+                        lt.main(['client', '1', '--server', 'https://a.example', '--once']), 1)
+                self.assertIn('http://HOST:PORT', told.getvalue())
 
     def test_a_name_that_is_refused_is_3(self):
         self.ended(3, 'client', 1, '--server', 'localhost:1', '--name', 'www', word='reserved')
@@ -3688,6 +3718,10 @@ class PythonTest(CommandTest):
             self.fail('it was not refused')
         with self.assertRaises(lt.UsageError):
             lt.tunnel('nonsense')
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'nothing listens'):
+            lt.tunnel(1, server=f'localhost:{self.unused_port()}').__enter__()
+        with self.assertRaisesRegex(lt.UsageError, 'empty'):
+            lt.tunnel(1, server='').__enter__()
 
     def test_an_error_inside_passes(self):
         with self.assertRaises(ZeroDivisionError), lt.tunnel(self.app().port):
