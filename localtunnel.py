@@ -682,7 +682,8 @@ class ByteStream:
         while self.size == size:
             if self.ended:
                 return False
-            self.check()
+            if self.error is not None:
+                self.check()
             self._readable.deadline = deadline
             await self._readable
         return True
@@ -876,7 +877,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                 self.transport.resume_reading()
 
     async def write(self, data: Buffer, end: bool = False) -> None:
-        self.check()
+        if self.error is not None:
+            self.check()
         self.transport.write(data)
         while self.choked:
             self._writable.deadline = self.reactor.now() + self.idle
@@ -1035,7 +1037,8 @@ class Stream(ByteStream):
     async def write(self, data: Buffer, end: bool = False) -> None:
         rest = data
         while True:
-            self.check()
+            if self.error is not None:
+                self.check()
             n = min(len(rest), MAX_PAYLOAD, self.credit)
             if not n and rest:
                 pass                                    # CREDIT will wake us
@@ -1550,7 +1553,7 @@ _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
 # Of a block in lower case with LF in front: what is looked at, and what speaks for a proxy.
 _KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgrade|te|keep-alive'
                     rb'|via|proxy-connection|accept|authorization|x-forwarded-for|x-forwarded-proto'
-                    rb'|x-forwarded-host|localtunnel-hello|localtunnel-welcome|set-cookie|date'
+                    rb'|x-forwarded-host|localtunnel-hello|localtunnel-welcome|set-cookie'
                     rb'|max-forwards):'
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
 _FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
@@ -1597,6 +1600,10 @@ class Head:
             return b''
         return b', '.join(self.block[m.start(2) - 1:m.end(2) - 1]
                           for m in _KNOWN.finditer(self._lower) if m.group(1) == name)
+
+    def has(self, name: bytes) -> bool:
+        """Is there a field of this NAME, which need not be a known one?"""
+        return b'\n%b:' % name in self._lower
 
     @property
     def keep_alive(self) -> bool:
@@ -3362,7 +3369,7 @@ class Server:
             block += b'Connection: close\r\n'
         elif request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
-        if b'date' not in response.fields:
+        if not response.has(b'date'):
             block += b'%b\r\n' % date_line(int(time.time())).encode()
         visit.begun, visit.status = True, response.status
         visit.answer = body_reader(stream, length)
@@ -4580,7 +4587,8 @@ class Terminal(Observer):
         self._target, self._server, self._public, self._first = target, server, public, first
         self._json, self._quiet = as_json, quiet
         self._tty = is_terminal(sys.stdout)
-        self._plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
+        plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
+        self._coloured = [] if plain else list(filter(is_terminal, (sys.stdout, sys.stderr)))
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
         self.flush = self._lines.flush
 
@@ -4626,8 +4634,8 @@ class Terminal(Observer):
 
     def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
         """TEXT in colour for STREAM (stdout), where that is a terminal."""
-        return text if self._plain or not is_terminal(stream or sys.stdout) else (
-            f'\x1b[{code}m{text}\x1b[0m')
+        coloured = (stream or sys.stdout) in self._coloured
+        return f'\x1b[{code}m{text}\x1b[0m' if coloured else text
 
     def _event(self, event: str, **values: Any) -> None:
         """A line for scripts, if they are who looks."""
