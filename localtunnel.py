@@ -1462,6 +1462,9 @@ class Session:
             if now - self.detached_at > RESUME_WITHIN:
                 self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
+        if not (self.streams or self.line or self._pending or woke_up) and (
+                now - self._heard < PONG_WITHIN):
+            return      # nothing can be due: there may be thousands of such sessions
         if self.streams or self.line:
             for stream in [*self.streams.values(), *self.line]:
                 stream._readable.sweep(now)
