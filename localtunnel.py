@@ -124,6 +124,7 @@ HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcom
 FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
 CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many are under way
 LINGER = 2.0                    # for an answer to arrive before its connection is closed
+LONG_PATH = 0.03                # of a round trip: other towns; windows grow faster there
 IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
 HALF_CLOSED = 2.0               # for an answer to begin after the visitor's FIN
 CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
@@ -287,7 +288,7 @@ KIND_NAMES = {OPEN: 'OPEN', DATA: 'DATA', RESET: 'RESET', CREDIT: 'CREDIT',
 # Codes of RESET.
 DONE, CANCELLED, INCOMPLETE, SESSION_LOST, OVERLOADED, OVERDUE, FAILED = range(7)
 # Codes of GOAWAY.
-DRAINING, SUPERSEDED, REVOKED, PROTOCOL_BROKEN, SILENT = range(5)
+DRAINING, SUPERSEDED, REVOKED, PROTOCOL_BROKEN = range(4)
 
 FRAME_HEADER = struct.Struct('>II')
 U32, U64, REASON_CODE = struct.Struct('>I'), struct.Struct('>Q'), struct.Struct('>H')
@@ -372,12 +373,13 @@ class Decoder:
 # How much may be under way on a stream.  Knows no sockets, no clocks; callers bring the time.
 #
 # The receiver promises a window.  The sender never has more under way than was promised.  What has
-# been read is promised again (CREDIT), a quarter of the window at a time.  The window doubles when
-# a full one was drained within two round trips, since then the window itself limits the speed; it
-# halves when a full one took longer than sixteen, by promising less than was read, and is back at
-# its first size with the first read after a silence.  So a path that is long and fast gets large
-# windows, and a reader who stalls keeps a small one.  All growth comes from a budget of the session
-# and one of the process, and takes a quarter of what is left at most: others can always grow.
+# been read is promised again (CREDIT), a quarter of the window at a time.  A window doubles when a
+# full one was drained within two round trips, since then the window itself limits the speed; a
+# small one grows fourfold where a round trip takes long.  It halves when a full one took longer
+# than sixteen, by promising less than was read, and is back at its first size with the first read
+# after a silence.  So a path that is long and fast gets large windows, and a reader who stalls
+# keeps a small one.  All growth comes from a budget of the session and one of the process, and
+# takes a quarter of what is left at most: others can always grow.
 # ------------------------------------------------------------------------------------------------
 
 MAX_CREDIT = 1 << 31
@@ -426,7 +428,7 @@ class ReceiveWindow:
         self.size = self._floor = self._promised = size
         self._budget = budget
         self._read = self._drained = 0
-        self._since = self._last = 0.0
+        self._since = self._last = -NEVER
 
     def arrived(self, n: int) -> None:
         """N bytes came.  Raises ProtocolError where they were not promised."""
@@ -440,6 +442,7 @@ class ReceiveWindow:
         self._drained += n
         if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
             self._shrink_to(self._floor)
+            self._drained, self._since = self._read, now
         self._last = now
         if self._read * 4 < self.size:
             return 0
@@ -461,9 +464,10 @@ class ReceiveWindow:
 
     def _adapt(self, took: float, round_trip: float) -> None:
         if took <= 2 * round_trip:
-            if self.size * 2 <= MAX_WINDOW and self._budget.take(self.size, leave=3 * self.size):
-                self._read += self.size
-                self.size *= 2
+            more = 3 * self.size if round_trip > LONG_PATH and self.size < MIB else self.size
+            if self.size + more <= MAX_WINDOW and self._budget.take(more, leave=3 * more):
+                self._read += more
+                self.size += more
         elif took > 16 * round_trip and self.size >= 2 * self._floor:
             self._shrink_to(self.size // 2)
 
@@ -1013,6 +1017,9 @@ async def join(left: ByteStream, right: ByteStream) -> None:
 # in PING and PONG), and a new connection goes on at the byte where the other side stopped counting.
 # ------------------------------------------------------------------------------------------------
 
+Trace = Callable[[str, int, int, int], None]    # told direction, kind, stream, payload bytes
+
+
 class SessionLost(StreamReset):
     """The session of a stream is over, as this side knows: the other could claim it, too."""
 
@@ -1152,7 +1159,7 @@ class Session:
         self.on_detached: Callable[[], None] = lambda: None
         self.on_goaway: Callable[[], None] = lambda: None
         self.on_closed: Callable[[], None] = lambda: None
-        self.trace: Optional[Callable[[str, int, int, int], None]] = None
+        self.trace: Optional[Trace] = None
         self.pings = on_open is not None        # the client's side keeps the session alive
         self._budget = Budget(SESSION_BUDGET, budget)
         self._their_window = self._our_window = INITIAL_CREDIT
@@ -1682,9 +1689,9 @@ class Request(Head):
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = self.get(b'upgrade')
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
-            self._from_absolute_form()
+            self._check_target()
 
-    def _from_absolute_form(self) -> None:
+    def _check_target(self) -> None:
         if self.method == b'CONNECT':
             raise BadHttp(501, 'CONNECT is for proxies; this is a server')
         match = _ABSOLUTE.fullmatch(self.target)
@@ -2273,10 +2280,7 @@ class Leases:
             if len(self._leases) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
         lease = {'owner': owner, 'token': token, 'used': int(now)}
-        try:
-            self._save({**self._leases, name: lease})
-        except OSError as e:
-            raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
+        self._save({**self._leases, name: lease})
 
     def ports(self, owner: Optional[str] = None) -> List[int]:
         """Leased TCP ports, of OWNER or all, those first that were used least recently."""
@@ -2298,9 +2302,12 @@ class Leases:
         return True
 
     def _save(self, leases: Dict[str, Dict[str, Any]]) -> None:
-        if self._path:
-            write_secret(self._path, json.dumps({'leases': leases}, indent=1).encode())
-        self._leases = leases       # what is not on disk is not given
+        try:
+            if self._path:
+                write_secret(self._path, json.dumps({'leases': leases}, indent=1).encode())
+        except OSError as e:        # what is not on disk is not given
+            raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
+        self._leases = leases
 
 
 def user_folder(variable: str, default: str) -> str:
@@ -2315,47 +2322,17 @@ def config_path(name: str) -> str:
     return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
 
 
-def process_budget() -> int:
-    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
-    try:
-        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError):
-        return LEAST_BUDGET         # Windows does not tell
-    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
-
-
-def descriptor_limit() -> int:
-    """How many files and sockets the process may have: the limit is raised as far as it goes."""
-    try:
-        import resource
-    except ImportError:
-        return MAX_DESCRIPTORS          # Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    except (ValueError, OSError):
-        return soft
-    return max(soft, most)
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        with open('/proc/self/statm', encoding='ascii') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except (OSError, ValueError):
-        return 0
-
-
 def bracketed(host: str) -> str:
     """HOST as it stands in a URL."""
     return f'[{host}]' if ':' in host else host
 
 
+USUAL_PORTS = {'http': 80, 'https': 443}
+
+
 def authority(scheme: str, host: str, port: int) -> str:
     """HOST:PORT as in a URL, or HOST where the port is the usual one."""
-    usual = {'http': 80, 'https': 443}.get(scheme)
+    usual = USUAL_PORTS.get(scheme)
     return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
 
 
@@ -2571,6 +2548,39 @@ def explain_tls(error: BaseException, host: str) -> str:
 # our protocol becomes a session; everything else belongs to a visitor, and every single request is
 # routed by its own Host.
 # ------------------------------------------------------------------------------------------------
+
+def process_budget() -> int:
+    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
+    try:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError):
+        return LEAST_BUDGET         # Windows does not tell
+    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
+
+
+def descriptor_limit() -> int:
+    """How many files and sockets the process may have: the limit is raised as far as it goes."""
+    try:
+        import resource
+    except ImportError:
+        return MAX_DESCRIPTORS          # Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    except (ValueError, OSError):
+        return soft
+    return max(soft, most)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError):
+        return 0
+
 
 class Hello:
     """What a client says of itself, checked."""
@@ -2797,7 +2807,7 @@ class Server:
         one tunnel there is.
         """
         self.reactor, self.domain = reactor, domain.lower()
-        self.trace: Optional[Callable[[str, int, int, int], None]] = None
+        self.trace: Optional[Trace] = None
         self.certificate: Optional[Certificate] = None
         self.redirects = False          # are visitors of http sent to https?
         self.tls_suffix = ''            # the port there, where it is not the usual one
@@ -2962,11 +2972,13 @@ class Server:
 
     def reload(self) -> None:
         """Read tokens and certificate again."""
-        for error in (self._tokens.reload(), self.certificate and self.certificate.reload()):
+        sources: List[Tuple[str, Union[Tokens, Certificate]]] = [('tokens', self._tokens)]
+        if self.certificate:
+            sources.append(('certificate', self.certificate))
+        for what, source in sources:
+            error = source.reload()
             self.counters['reload_errors' if error else 'reloads'] += 1
-            if error:
-                self._log.note(f'error: {error}')
-        self._log.note('tokens and certificate were looked at again')
+            self._log.note(f'error: {error}' if error else f'{what} read again')
 
     def _revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         tunnel.remove(member)
@@ -3683,7 +3695,7 @@ class Admin:
             request = parse_request(head or b'')
             form, page = self._page(request)
             answer = plain_message(200, form, page.encode(), close, request.method)
-        except (BadHttp, HopFailed) as e:
+        except (BadHttp, HopFailed, Refused) as e:
             answer = error_message(e.status, str(e), request, close)
         except (LocaltunnelError, OSError):
             return connection.close()       # it went away
@@ -3738,7 +3750,7 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
         raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
     path = parts.path + ('?' + parts.query if parts.query else '')
-    return parts.scheme, host, port or {'http': 80, 'https': 443}[parts.scheme], path
+    return parts.scheme, host, port or USUAL_PORTS[parts.scheme], path
 
 
 class Target:
@@ -4151,7 +4163,7 @@ class Client:
                  tls: Optional[ssl.SSLContext] = None,
                  upstream_tls: Optional[ssl.SSLContext] = None,
                  pin: str = '', host_header: Optional[str] = None, release: bool = False,
-                 trace: Optional[Callable[[str, int, int, int], None]] = None) -> None:
+                 trace: Optional[Trace] = None) -> None:
         """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
         self.reactor, self.address, self.target = reactor, address, target
         self.url = ''
