@@ -827,6 +827,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         return not self.secure      # TLS has no half close in asyncio: there it is the end
 
     def connection_lost(self, exc: Optional[BaseException]) -> None:
+        if exc is not None:
+            exc.with_traceback(None)    # of a write that failed: it holds who wrote, and so itself
         self.reactor.swept.discard(self)
         self.reactor.transports.discard(self.transport)
         self.choked = False
@@ -3459,13 +3461,15 @@ class Server:
         grant = self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        name = self._name_for(hello, owner, grant, request.host_name, visit.address)
+        name = self._name_for(hello, request.host_name)
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
             return resumed
         if self.draining or self.handing_over:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
+        if hello.name is not None:
+            self._take_name(name, hello, owner, grant, visit.address)
         holder = grant.digest or visit.address      # whose the tunnel is
         self._check_limits(tunnel, hello, grant, holder)
         tunnel.make_way(hello)
@@ -3483,19 +3487,22 @@ class Server:
                 sock=sock, backlog=BACKLOG))
         return member, tunnel, None
 
-    def _name_for(self, hello: Hello, owner: str, grant: Grant, host: str, address: str) -> str:
-        """The name that HELLO gets, leased where it was chosen.  Raises Refused."""
+    @staticmethod
+    def _name_for(hello: Hello, host: str) -> str:
+        """The name that HELLO asks for, or that its proof gives.  Raises Refused."""
         if hello.name is None:
             first, _, parent = host.partition('.')
             return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof)
-        name = str(hello.name)
-        check_name(name)
+        check_name(hello.name)
+        return str(hello.name)
+
+    def _take_name(self, name: str, hello: Hello, owner: str, grant: Grant, address: str) -> None:
+        """Lease a chosen NAME to OWNER, or give it back.  Raises Refused."""
         if not any(fnmatch.fnmatchcase(name, g) for g in grant.names):
             raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
         if hello.release:
             self._release(name, owner)
         self._claim(name, owner, grant, address)
-        return name
 
     def _claim(self, key: str, owner: str, grant: Grant, address: str) -> None:
         """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.

@@ -2728,6 +2728,20 @@ class AdmissionTest(WorldTest):
             self.assertEqual((status, reason['error']), (409, 'stale'))
         self.assertIsNotNone(self.server._members()[0].session.connection)
 
+    async def test_during_a_hand_over_sessions_go_on_and_nothing_new_begins(self):
+        await self.world()
+        words = {'name': 'a', 'instance': '44' * 16}
+        _, _, told = await self.hello(**words)
+        self.server._members()[0].session.received = 1      # the client was there
+        self.server.handing_over = True
+        for name in 'b', None:
+            _, status, reason = await self.hello(name=name)
+            self.assertEqual((status, reason['error']), (503, 'draining'))
+        self.assertEqual(list(self.leases._leases), ['a'])
+        resume = {'session': told['session'], 'received': self.server._members()[0].session.sent}
+        _, status, again = await self.hello(resume=resume, **words)
+        self.assertEqual((status, again['session']), (101, told['session']))
+
     async def test_of_two_clients_the_one_that_is_not_there_gives_way(self):
         await self.world()
         peer, *_ = await self.hello(name='a', started=9.0)
