@@ -472,10 +472,11 @@ class ReceiveWindow:
             self._shrink_to(self.size // 2)
 
     def _shrink_to(self, size: int) -> None:
-        less = max(0, self.size - size)
-        self.size -= less
-        self._read -= less
-        self._budget.give(less)
+        less = self.size - size
+        if less > 0:
+            self.size -= less
+            self._read -= less
+            self._budget.give(less)
 
     def close(self) -> None:
         """Bring the window back to the budget; once."""
@@ -1952,7 +1953,7 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
             raise Incomplete('the connection ended inside a message head')
         data = stream.peek()
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
-    if data.count(b'\n', 0, at) > fields:
+    if at > 4 * fields and data.count(b'\n', 0, at) > fields:      # each takes 4 bytes at least
         raise BadHttp(431, f'more than {fields} header fields')
     return stream.take(at + 4)
 
@@ -3157,7 +3158,7 @@ class Server:
         if tunnel is None or tunnel.kind != 'http' or self._only:
             tunnel = self._find(name, parent, request.host_name)
         if tunnel is not None:
-            if tunnel.via in request.fields.get(b'via', b''):
+            if b'via' in request.fields and tunnel.via[3:] in request.fields[b'via']:
                 raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
                                 'before: the tunnel leads to itself')
             if self._rate and not tunnel.may_ask(self.reactor.now(), self._rate):
@@ -3191,7 +3192,7 @@ class Server:
 
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         """The tunnel of NAME; a new one is entered once somebody serves it, or waits for it."""
-        via = f'{name}.{self.domain} (localtunnel)'.encode()
+        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
         return self._tunnels.get(name) or Tunnel(name, kind, via, self._served)
 
     @property
@@ -3272,7 +3273,8 @@ class Server:
     def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel,
                          access: Access) -> bytes:
         """The header lines of REQUEST as they go on."""
-        names, via = request.hop_by_hop(), b'1.%b %b' % (request.minor, tunnel.via)
+        names = request.hop_by_hop()
+        via = tunnel.via if request.minor == b'1' else b'1.0' + tunnel.via[3:]
         names.update(request.forwarded())
         if access.users:
             names.add(b'authorization')
@@ -4575,7 +4577,7 @@ class Lines:
 
     def add(self, text: str) -> None:
         """One more line; the first after a silence is written at once."""
-        self._lines.append(text + '\n')
+        self._lines.append(text)
         if not self._waiting:
             self._write()
 
@@ -4587,7 +4589,7 @@ class Lines:
 
     def flush(self) -> None:
         """Write what is queued."""
-        put(self._stream, ''.join(self._lines))
+        put(self._stream, '\n'.join([*self._lines, '']))
         self._lines.clear()
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
