@@ -5133,8 +5133,8 @@ class PathTest(Network):
         session = self.members()[0].session
         stream = session.streams[1]
         await eventually(lambda: session.round_trip > 0.09)
-        visitor.send(bytes(700000))
-        await visitor.reader.readexactly(700000)
+        visitor.send(bytes(3000000))
+        await visitor.reader.readexactly(3000000)
         grown = stream.window.size
         self.assertGreaterEqual(grown, 512 * lt.KIB)
         session.round_trip = 0.0001  # as if all that follows came slowly
