@@ -671,7 +671,7 @@ class ByteStream:
         self._writable.set()
 
     def check(self) -> None:
-        """Raise what broke the stream, if something did."""
+        """Raise what broke the stream, if something did; the hot path looks itself first."""
         if self.error is not None:
             raise self.error.again()
 
@@ -908,8 +908,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         sock = self.transport.get_extra_info('socket')
         if sock is not None and sock.family != getattr(socket, 'AF_UNIX', None):
             with contextlib.suppress(OSError):      # it is closed already
+                # Zero seconds of linger: what goes out is RST, not FIN.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-                # zero seconds of linger: what goes out is RST, not FIN
         self.transport.abort()
 
     def cut_off(self) -> None:
@@ -1475,10 +1475,9 @@ class Session:
         if not (self.streams or self.line or self._pending or woke_up) and (
                 now - self._heard < PONG_WITHIN):
             return      # nothing can be due: there may be thousands of such sessions
-        if self.streams or self.line:
-            for stream in [*self.streams.values(), *self.line]:
-                stream._readable.sweep(now)
-                stream._writable.sweep(now)
+        for stream in [*self.streams.values(), *self.line]:
+            stream._readable.sweep(now)
+            stream._writable.sweep(now)
         pending = self.connection.transport.get_write_buffer_size()
         if pending != self._pending:
             self._pending, self._moved = pending, now
@@ -1749,7 +1748,7 @@ def check_upgrade(request: Request, response: Response) -> None:
     """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
     asked, got = ({word.strip() for word in head.fields.get(b'upgrade', b'').split(b',')}
                   for head in (request, response))
-    if not request.upgrade or not got <= asked:
+    if not request.upgrade or b'' in got or not got <= asked:
         raise BadHttp(502, 'it changed to a protocol that nobody asked for')
 
 
