@@ -2842,7 +2842,9 @@ class Server:
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound; with TLS by the certificate."""
         if tls:
-            self._accepting.append(self.reactor.spawn(self._accept_tls(sock)))
+            accepting = self.reactor.spawn(self._accept_tls(sock))
+            accepting.add_done_callback(lambda _: sock.close())
+            self._accepting.append(accepting)
         else:
             self._listeners.append(await self.reactor.loop.create_server(
                 self._connection, sock=sock, backlog=ACCEPTED_TOGETHER))
