@@ -1570,6 +1570,7 @@ _KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgra
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
 _FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
+_AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
 _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t\r\n]*)')
 MAX_NOMINATED = 20          # names in Connection
 
@@ -3111,9 +3112,7 @@ class Server:
             tunnel = self._route(visit, request)
             if tunnel is None:
                 return await self._own_page(visit, request)
-            member = tunnel.pick() or await self._present(visit, tunnel)
-            self._check_access(visit, request, tunnel, member.hello.access)
-            return await self._exchange(visit, request, tunnel, member)
+            return await self._exchange(visit, request, tunnel)
         except HopFailed as e:
             return await self._give_own(visit, request, e.status, functools.partial(
                 error_message, e.status, str(e), request), e.extra)
@@ -3167,15 +3166,6 @@ class Server:
                                 'Retry-After: 1')
         return tunnel
 
-    @staticmethod
-    def _check_access(visit: Visit, request: Request, tunnel: Tunnel, access: Access) -> None:
-        """Raises HopFailed where the rules of TUNNEL keep this visitor out."""
-        if not access.admits_address(visit.address):
-            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
-        if access.users and not access.admits_user(request.get(b'authorization')):
-            raise HopFailed(401, 'this tunnel wants a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
-
     def _find(self, name: str, parent: str, host: str) -> Optional[Tunnel]:
         """A tunnel at HOST that is not there now, or the only one there is.
 
@@ -3222,21 +3212,23 @@ class Server:
 
     # One exchange.
 
-    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel,
-                        member: Member) -> int:
+    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel) -> int:
         """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
         length = request.body_length()
-        block = self._forwarded_block(visit, request, tunnel, member.hello.access)
-        head, body = encode_request(request, block, length), body_reader(visit.connection, length)
-        whole = whole_message(head, body)
+        block = self._forwarded_block(visit, request, tunnel)
+        body = body_reader(visit.connection, length)
+        whole = whole_message(b'', body)
         visit.repeatable = whole is not None and request.method in IDEMPOTENT
         while True:
-            stream = member.session.open() or await self._wait_for_room(visit, tunnel)
+            access, stream = (self._open(visit, tunnel, request)
+                              or await self._wait_to_open(visit, tunnel, request))
             visit.begin(stream)
             sending = None
             try:
+                head = encode_request(
+                    request, _AUTHORIZATION.sub(b'', block) if access.users else block, length)
                 if whole is not None:
-                    await stream.write(whole, end=not request.upgrade)
+                    await stream.write(head + whole, end=not request.upgrade)
                 else:
                     sending = self.reactor.spawn(self._send_body(stream, head, body, request))
                 return await self._give_answer(visit, request, stream, body, sending)
@@ -3244,9 +3236,6 @@ class Server:
                 self._explain_reset(e, visit, sending)
                 if not (visit.repeatable and isinstance(e, SessionLost)):
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
-                rules, member = member.hello.rules, await self._present(visit, tunnel)
-                if member.hello.rules != rules:
-                    raise HopFailed(502, 'the tunnel failed, and came back with other rules') from e
             except (BadHttp, Incomplete, Overdue) as e:
                 if visit.begun:
                     raise Disconnected(str(e)) from e
@@ -3271,14 +3260,11 @@ class Server:
         if fault:
             raise fault
 
-    def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel,
-                         access: Access) -> bytes:
+    def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel) -> bytes:
         """The header lines of REQUEST as they go on."""
         names = request.hop_by_hop()
         via = tunnel.via if request.minor == b'1' else b'1.0' + tunnel.via[3:]
         names.update(request.forwarded())
-        if access.users:
-            names.add(b'authorization')
         if b'via' in request.fields:
             names.add(b'via')
             via = request.get(b'via') + b', ' + via
@@ -3298,32 +3284,51 @@ class Server:
             raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
         return int(value) - 1
 
-    async def _present(self, visit: Visit, tunnel: Tunnel) -> Member:
-        """Wait for a client of TUNNEL that is on its way.  Raises HopFailed."""
-        member, deadline = tunnel.pick(), self.reactor.now() + self._hold
-        while member is None and self.reactor.now() < deadline:     # it may be lost again at once
-            if not await self._hold_request(visit, tunnel, deadline):
-                break
-            member = tunnel.pick()
-        if member is None:
-            raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
-                            f'Retry-After: {RETRY_AFTER}')
-        return member
+    @staticmethod
+    def _open(visit: Visit, tunnel: Tunnel,
+              request: Optional[Request] = None) -> Optional[Tuple[Access, Stream]]:
+        """A stream to the member that will serve VISIT, if there is one with room.
 
-    async def _wait_for_room(self, visit: Visit, tunnel: Tunnel) -> Stream:
-        """A stream of TUNNEL as soon as others have ended.  Raises HopFailed."""
+        Its rules are asked here and nowhere else, at the last moment: each member, and each that
+        comes while a request waits, may have others.  Raises HopFailed where they keep it out.
+        """
+        member = tunnel.pick()
+        if member is None:
+            return None
+        access = member.hello.access
+        if not access.admits_address(visit.address):
+            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
+        if request and access.users and not access.admits_user(request.get(b'authorization')):
+            raise HopFailed(401, 'this tunnel wants a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
+        stream = member.session.open()
+        return (access, stream) if stream else None
+
+    async def _wait_to_open(self, visit: Visit, tunnel: Tunnel,
+                            request: Optional[Request] = None) -> Tuple[Access, Stream]:
+        """The same once a client is there, and others have made room.  Raises HopFailed."""
+        await self._present(visit, tunnel)
         deadline = self.reactor.now() + ROOM_WITHIN
-        while self.reactor.now() < deadline and self._held < MAX_HELD_IN_ALL:
+        while True:
+            opened = self._open(visit, tunnel, request)
+            if opened:
+                return opened
+            if self.reactor.now() >= deadline or self._held >= MAX_HELD_IN_ALL:
+                raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
+                                f'Retry-After: {RETRY_AFTER}')
             self._held += 1
             await asyncio.sleep(ROOM_LOOK)
             self._held -= 1
             visit.connection.check()
-            member = tunnel.pick()
-            stream = member.session.open() if member else None
-            if stream:
-                return stream
-        raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
-                        f'Retry-After: {RETRY_AFTER}')
+
+    async def _present(self, visit: Visit, tunnel: Tunnel) -> None:
+        """Wait for a client of TUNNEL that is on its way.  Raises HopFailed."""
+        deadline = self.reactor.now() + self._hold
+        while tunnel.pick() is None:        # it may be lost again at once
+            if (self.reactor.now() >= deadline
+                    or not await self._hold_request(visit, tunnel, deadline)):
+                raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
+                                f'Retry-After: {RETRY_AFTER}')
 
     async def _hold_request(self, visit: Visit, tunnel: Tunnel, deadline: float) -> bool:
         """Wait for a client that is expected back; was there one?"""
@@ -3585,10 +3590,7 @@ class Server:
         try:
             if visit.refusal:
                 raise visit.refusal.again()
-            member = await self._present(visit, tunnel)
-            if not member.hello.access.admits_address(visit.address):
-                raise Disconnected(f'{visit.address} may not visit this tunnel')
-            stream = member.session.open() or await self._wait_for_room(visit, tunnel)
+            _, stream = self._open(visit, tunnel) or await self._wait_to_open(visit, tunnel)
             visit.begin(stream)
             visit.begun = True          # a half close is only that
             await stream.write(visit.address.encode())

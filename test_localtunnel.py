@@ -4828,17 +4828,52 @@ class HostileVisitorTest(HostileTest):
             self.assertEqual((status, fields['connection']), (429, 'close'))
             self.assertEqual((await first.get())[0], 200)
 
-    async def test_a_request_does_not_go_on_to_a_client_with_other_rules(self):
+    async def test_a_request_that_goes_again_is_asked_by_the_rules_of_who_serves_then(self):
         await self.world(hold=9.0)
-        first = await self.victim(proof='44' * 32)
-        asked = await self.ask()
-        await first.until(lt.OPEN)
-        rules = lt.Access.encode([], ['me:secret'], b'key')
-        first.writer.transport.abort()
-        await self.victim(proof='44' * 32, **rules)
-        status, _, body = await asked.answer()
-        self.assertEqual(status, 502)
-        self.assertIn(b'other rules', body)
+        for login, status in ('', 401), ('Authorization: Basic bWU6c2VjcmV0', 200):
+            first = await self.victim(proof='44' * 32)
+            asked = await self.ask(fields=login)
+            self.assertIn(login.encode(), (await first.until(lt.OPEN))[2])
+            first.writer.transport.abort()
+            other = await self.victim(proof='44' * 32,
+                                      **lt.Access.encode([], ['me:secret'], b'key'))
+            if login:
+                _, id, head = await other.until(lt.OPEN)
+                self.assertNotIn(b'Authorization', head)
+                other.send(F(lt.DATA | END, id, OK))
+            self.assertEqual((await asked.answer())[0], status)
+
+    async def test_whoever_waited_for_room_is_asked_by_the_rules_of_who_serves_then(self):
+        with socket.create_server(('127.0.0.1', 0)) as free:
+            ports = free.getsockname()[1],
+        await self.world(tcp_ports=ports, host='127.0.0.1')
+        rules = lt.Access.encode(['192.0.2.1'], [], b'')
+        with self.constant(MAX_STREAMS=1, ROOM_WITHIN=PATIENCE, ROOM_LOOK=0.01):
+            for kind, port, ask, refused in (
+                    ('http', self.port, ASK.replace(b' x', b' evil.localhost'), b'HTTP/1.1 403'),
+                    ('tcp', ports[0], b'', b'')):
+                words = {'kind': kind, 'name': 'evil' if kind == 'http' else None}
+                first = (await self.hello(**words))[0]
+                visitors = []
+                for _ in range(2):
+                    visitors.append(await self.visitor('', port))
+                    visitors[-1].send(ask)
+                await first.until(lt.OPEN)
+                await eventually(lambda: self.server._held == 1)
+                other, status, _ = await self.hello(**words, **rules)
+                self.assertEqual(status, 101)
+                self.meanwhile(other.serve(OK))
+                told = [asyncio.ensure_future(self.told(visitor)) for visitor in visitors]
+                done, (waiting,) = await asyncio.wait(told, return_when=asyncio.FIRST_COMPLETED)
+                self.assertEqual([task.result() for task in done], [refused])
+                await self.forget(waiting)
+
+    @staticmethod
+    async def told(visitor):
+        """The first bytes of an answer; none for a reset."""
+        with contextlib.suppress(ConnectionResetError):
+            return await visitor.reader.read(12)
+        return b''
 
     async def test_cookies_for_the_whole_domain_and_the_rate(self):
         await self.world(domain='t.example.com', rate=3.0)
