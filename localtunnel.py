@@ -2355,6 +2355,14 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
+def is_rebound(host: str) -> bool:
+    """May HOST be a stranger's name, which he leads to an address of this machine (DNS rebinding)?
+
+    His pages in a browser here would then read what this machine tells itself.
+    """
+    return not (is_address(host) or is_loopback(host))
+
+
 def load_key(warn: Callable[[str], None]) -> bytes:
     """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
@@ -2806,8 +2814,8 @@ class Server:
                  ) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
         HOST is where TCP_PORTS are bound; those in PASSED are bound already.  TRUSTED are proxies
-        in front.  SCRIPT gives this file with an address stamped in.  ONLY: any Host reaches the
-        one tunnel there is.
+        in front.  SCRIPT gives this file with an address stamped in.  ONLY: any Host that
+        means this machine reaches the one tunnel there is.
         """
         self.reactor, self.domain = reactor, domain.lower()
         self.trace: Optional[Trace] = None
@@ -3172,6 +3180,9 @@ class Server:
         None for the server itself.  Raises HopFailed.
         """
         if self._only:
+            if is_rebound(host):
+                raise HopFailed(403, f'this server is for its own machine: visit localhost or its '
+                                f'address, not {host or "no host"}')
             return next(iter(self._tunnels.values()), None)
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return None
@@ -3718,8 +3729,8 @@ class Admin:
         """(content type, text) for REQUEST.  Raises HopFailed."""
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
-        if request.host_name != 'localhost' and not is_address(request.host_name):
-            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
+        if is_rebound(request.host_name):
+            raise HopFailed(403, 'use the address or localhost')
         if path == '/healthz' and server.draining:
             raise HopFailed(503, 'the server ends')
         if path == '/healthz' and reads:

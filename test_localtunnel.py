@@ -3360,11 +3360,11 @@ class FreshMachineTest(CommandTest):
         self.assertIn('--server', '\n'.join(client.lines['err'][1:3]))
         self.assertEqual(client.lines['out'], [url])
 
-    def test_any_host_reaches_its_only_tunnel(self):
+    def test_any_host_that_means_this_machine_reaches_its_only_tunnel(self):
         client = self.start('client', self.app().port)
         port = client.url()[17:]
-        for host in ('127.0.0.1', 'x.localhost', 'a.b'):
-            self.assertEqual(fetch(client.url(), Host=f'{host}:{port}')[0], 200)
+        for host, status in ('127.0.0.1', 200), ('x.localhost', 200), ('a.b', 403):
+            self.assertEqual(fetch(client.url(), Host=f'{host}:{port}')[0], status)
 
     def test_without_an_app_there_is_a_hint_and_a_page_until_it_is_up(self):
         port = self.unused_port()
@@ -3740,6 +3740,18 @@ class PythonTest(CommandTest):
             serving.close()
             await eventually(lambda: len(asyncio.all_tasks()) == 1, 'a task is left')
         asyncio.run(use())
+
+    def test_the_local_server_is_visited_by_names_of_this_machine_only(self):
+        with lt.tunnel(self.app().port) as t:
+            port = t.url[17:]
+            for host, status in (
+                    (f'localhost:{port}', 200), ('LOCALHOST.', 200), ('any.localhost', 200),
+                    (f'127.0.0.1:{port}', 200), (f'[::1]:{port}', 200), ('192.0.2.1', 200),
+                    ('evil.example', 403), (f'localhost.evil.example:{port}', 403),
+                    ('127.0.0.1.evil.example', 403), ('notlocalhost', 403), ('1.2.3.4.5', 403)):
+                for name in 'X-Forwarded-Host', 'X-Original-Host', 'Forwarded':
+                    got, page = fetch(t.url, '/', Host=host, **{name: 'localhost'})
+                    self.assertEqual((got, page == b'app /'), (status, status == 200), host)
 
     def test_a_server_and_a_name_may_be_given(self):
         address = self.server('--token', 'secret')
