@@ -1562,16 +1562,26 @@ EMPTY_LINE = b'', b'\r', b'\r\n'        # or what has come of one
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
-# Of a block in lower case with LF in front: what is looked at, and what speaks for a proxy.
-_KNOWN = re.compile(rb'\n(host|content-length|transfer-encoding|connection|upgrade|te|keep-alive'
-                    rb'|via|proxy-connection|accept|authorization|x-forwarded-for|x-forwarded-proto'
-                    rb'|x-forwarded-host|localtunnel-hello|localtunnel-welcome|set-cookie'
-                    rb'|max-forwards):'
+# Of a block in lower case with LF in front: what is looked at, and what no visitor may say.
+_KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
+                    rb'|via|accept|authorization|(?:www|proxy)-authenticate'
+                    rb'|proxy-(?:connection|authorization)|x-forwarded-(?:for|proto|host)'
+                    rb'|localtunnel-(?:hello|welcome)|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
-_FORWARDED = re.compile(rb'\n(x[-_]forwarded[-_][^:]*|forwarded):')
+# Here `_` is whatever CGI and its heirs take for one, a hyphen or another sign, and `~` the same
+# without the hyphen: then the app would see a second field of that name.
+UNTRUSTED = (
+    rb'x_(?:forwarded(?:_[^:]*)?|(?:cluster_)?client_ip|real_ip|rewrite_url'
+    rb'|original_(?:host|ur[il]|forwarded_[^:]*))|f(?:orwarded(?:_for)?|(?:ast)?ly_client_ip)'
+    rb'|c(?:f_connecting_ip(?:v6)?|lient_ip|ontent~length)|t(?:rue_client_ip|ransfer~encoding)'
+    rb'|proxy|localtunnel_[^:]*|http2_settings'
+).replace(b'_', rb'[^a-z0-9:]').replace(b'~', rb'[^a-z0-9:-]')
+_UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
 _AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
 _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t\r\n]*)')
+# Later requests in HTTP/2, or in HTTP inside TLS, would pass by all that is checked here.
+_HTTP_AGAIN = re.compile(rb'(?i)(?:^|,)[ \t]*(?:h2|http/|tls/)[^,]*')
 MAX_NOMINATED = 20          # names in Connection
 
 # These belong to one hop (RFC 9110 7.6.1).
@@ -1581,8 +1591,8 @@ CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
 # A Connection that names one of these would take away what routing and framing rest on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # What routing, framing and trust rest on is no trailer (RFC 9110 6.5.1): apps may merge trailers.
-NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|forwarded|via'
-                        rb'|authorization|cookie|set-cookie|x[-_]forwarded[-_][^:]*):')
+NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|via|authorization'
+                        rb'|cookie|set-cookie|' + UNTRUSTED + rb'):')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
 
 
@@ -1637,9 +1647,9 @@ class Head:
             raise BadHttp(400, f'Connection names more than {MAX_NOMINATED} fields')
         return names
 
-    def forwarded(self) -> List[bytes]:
-        """Names of the fields by which a proxy says what it saw."""
-        return _FORWARDED.findall(self._lower) if b'forwarded' in self._lower else []
+    def untrusted(self) -> List[bytes]:
+        """Names of the fields here that only a proxy may send: an app could believe them."""
+        return _UNTRUSTED.findall(self._lower)
 
     def without(self, names: Iterable[bytes]) -> bytes:
         """The block without the lines of NAMES."""
@@ -1676,7 +1686,8 @@ class Request(Head):
     """A request head.  `target` is in origin form or '*'.
 
     `host` is its Host in lower case, `host_name` the same without port, as text.
-    `upgrade` is the protocol that the sender would like to change to, or b'' (RFC 9110 7.8).
+    `upgrade` is the protocol that the sender would like to change to (RFC 9110 7.8); b'' where
+    there is none but HTTP itself.
     """
     __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
 
@@ -1690,7 +1701,7 @@ class Request(Head):
         elif minor == b'1' or b'host' in self.fields:
             raise BadHttp(400, 'Host is missing, malformed or there twice')
         if b'upgrade' in self.connection and minor == b'1':
-            self.upgrade = self.get(b'upgrade')
+            self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
             self._check_target()
 
@@ -1745,10 +1756,21 @@ class Response(Head):
         return self.without(names)
 
 
+def logs_in(request: Request, response: Response) -> bool:
+    """Is this part of a login that may hold for all that comes on the connection?"""
+    asked, told = request.fields, response.fields
+    if not (b'authorization' in asked or b'www-authenticate' in told
+            or b'proxy-authorization' in asked or b'proxy-authenticate' in told):
+        return False
+    return any(scheme in value for fields in (asked, told) for name, value in fields.items()
+               if name.endswith((b'authorization', b'authenticate'))
+               for scheme in (b'ntlm', b'negotiate'))
+
+
 def check_upgrade(request: Request, response: Response) -> None:
     """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
-    asked, got = ({word.strip() for word in head.fields.get(b'upgrade', b'').split(b',')}
-                  for head in (request, response))
+    asked, got = ({word.strip() for word in value.lower().split(b',')}
+                  for value in (request.upgrade, response.get(b'upgrade')))
     if not request.upgrade or b'' in got or not got <= asked:
         raise BadHttp(502, 'it changed to a protocol that nobody asked for')
 
@@ -3275,7 +3297,7 @@ class Server:
         """The header lines of REQUEST as they go on."""
         names = request.hop_by_hop()
         via = tunnel.via if request.minor == b'1' else b'1.0' + tunnel.via[3:]
-        names.update(request.forwarded())
+        names.update(request.untrusted())
         if b'via' in request.fields:
             names.add(b'via')
             via = request.get(b'via') + b', ' + via
@@ -4530,8 +4552,10 @@ class Client:
         outcome.whole = True
         if look:
             self._look_for_strangers(outcome.seen)
-        if response.keep_alive and length != UNTIL_CLOSE and not request.body_length():
-            self._upstream.give(upstream)       # a body may lie there unread: then never
+        if (response.keep_alive and length != UNTIL_CLOSE
+                and not request.body_length()       # or a body may lie there unread
+                and not logs_in(request, response)):
+            self._upstream.give(upstream)
         else:
             upstream.close()
 

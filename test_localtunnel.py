@@ -1676,10 +1676,10 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(got.without([b'a', b'b', b'c', b'aa', b'x']), b'')
         self.assertEqual(got.without([]), block)
 
-    def test_what_speaks_for_a_proxy_is_found(self):
+    def test_what_only_a_proxy_may_send_is_found(self):
         got = request('X-Forwarded-For: a\nx_forwarded_host: b\nForwarded: c\nX-Forward: d\n'
                       'Not-Forwarded: e\nX-Forwarded-For: f')
-        self.assertEqual(set(got.forwarded()),
+        self.assertEqual(set(got.untrusted()),
                          {b'x-forwarded-for', b'x_forwarded_host', b'forwarded'})
 
     def test_a_value_keeps_its_case_and_a_list_may_come_in_several_lines(self):
@@ -1713,6 +1713,21 @@ class HeadTest(unittest.TestCase):
         self.assertEqual(request(fields).upgrade, b'WebSocket')
         self.assertEqual(request(fields, 'GET / HTTP/1.0').upgrade, b'')
         self.assertEqual(request('Upgrade: WebSocket').upgrade, b'')
+
+    def test_nobody_changes_to_http_again_whose_requests_would_pass_unseen(self):
+        for given, passed in (
+                ('h2c', ''), ('H2C', ''), ('h2', ''), ('h2c-14', ''), ('HTTP/2.0', ''),
+                ('TLS/1.0, HTTP/1.1', ''), ('h2c, websocket', 'websocket'),
+                ('websocket ,\th2c', 'websocket'), (',,h2c , ,', ''), ('a, h2c, b/2', 'a, b/2'),
+                ('websocket', 'websocket'), ('SPDY/3.1', 'SPDY/3.1'), ('xh2', 'xh2'),
+                ('tailscale-control-protocol', 'tailscale-control-protocol')):
+            with self.subTest(given):
+                got = request(f'Connection: Upgrade\nUpgrade: {given}')
+                self.assertEqual(got.upgrade, passed.encode())
+                if 'h2c' in given.lower():
+                    with self.assertRaises(lt.BadHttp):
+                        lt.check_upgrade(got, lt.parse_response(
+                            b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n'))
 
     def test_what_goes_on_says_its_own_framing(self):
         got = request('Connection: upgrade\nUpgrade: x\nTransfer-Encoding: chunked')
@@ -3001,6 +3016,16 @@ class ExchangeTest(WorldTest):
                          b'hello')
         self.assertEqual((await visitor.get())[2], b'hello')
 
+    async def test_an_app_that_changes_to_h2c_all_the_same_is_refused(self):
+        async def switch(head, reader, writer):
+            self.assertNotIn(b'h2c', head)
+            writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n')
+            await reader.read()
+        _, visitor = await self.through(switch)
+        status, _, _ = await visitor.get(
+            fields='Connection: Upgrade, HTTP2-Settings\nUpgrade: h2c\nHTTP2-Settings: x')
+        self.assertEqual(status, 502)
+
     async def test_one_exchange_that_stalls_delays_none_of_hundreds(self):
         async def by_path(head, reader, writer):
             if b'GET /stall' in head:
@@ -3035,6 +3060,25 @@ class UpstreamTest(WorldTest):
         app, visitor = await self.through()
         for _ in range(5):
             await visitor.get()
+        self.assertEqual(app.connections, 1)
+
+    async def test_one_that_carries_somebodys_login_is_never_used_again(self):
+        for asked, field in (('', 'WWW-Authenticate: NTLM'),
+                             ('', 'WWW-Authenticate: Basic\r\nwww-authenticate: negotiate'),
+                             ('', 'Proxy-Authenticate: Negotiate'),
+                             ('Authorization: ntlm TlRM', 'X: y'),
+                             ('Authorization: NEGOTIATE YII=', 'X: y'),
+                             ('Proxy-Authorization: NTLM TlRM', 'X: y')):
+            with self.subTest(asked=asked, field=field):
+                app, visitor = await self.through(
+                    OK.replace(b'Content', field.encode() + b'\r\nContent', 1))
+                for _ in range(2):
+                    self.assertEqual((await visitor.get(fields=asked))[0], 200)
+                self.assertEqual(app.connections, 2)
+                await self.end_of_the_world()
+        app, visitor = await self.through(OK.replace(b'Con', b'WWW-Authenticate: Basic\r\nCon', 1))
+        for _ in range(2):
+            await visitor.get(fields='Authorization: Bearer x')
         self.assertEqual(app.connections, 1)
 
     async def test_a_post_is_always_sent_on_a_fresh_one(self):
@@ -4070,6 +4114,9 @@ PASSES = [get(line) for line in (
         b"!#$%&'*+-.^_`|~09: 1\r\n", b'X: ' + b'x' * 20000 + b'\r\n',
         b''.join(b'X-%d: %d\r\n' % (i, i) for i in range(100)), b'Cookie: a=1\r\nCookie: b=2\r\n',
         b'Content-Encoding: chunked\r\n', b'X-Transfer-Encoding: chunked\r\n',
+        b'X-Forward: 1\r\nNot-Forwarded: 1\r\nX-Realip: 1\r\nClient: 1\r\nProxies: 1\r\n'
+        b'ContentLength: 1\r\nX-Original: 1\r\nX-Localtunnel-A: 1\r\n'
+        b'X-HTTP-Method-Override: PUT\r\nContent_Type: x\r\nX_A: 1\r\nRemote-User: x\r\n',
         b'Expect: nothing\r\n', b'Range: bytes=0-\r\nIf-None-Match: "x", W/"y"\r\n')]
 CHANGED = {         # request: (request line at the app, a field that must be there)
     get(b'GET http://t.localhost/a?b HTTP/1.1'): (b'GET /a?b HTTP/1.1', H),
@@ -4080,11 +4127,19 @@ CHANGED = {         # request: (request line at the app, a field that must be th
         b'Proxy-Connection: close\r\nUpgrade: h2c\r\nX: 1\r\n'): (b'GET /x HTTP/1.1', b'X: 1\r\n'),
     get(fields=b''.join(name + b': 6.6.6.6\r\n' for name in (
         b'X-Forwarded-For', b'X_Forwarded_For', b'x-forwarded_Proto', b'X-FORWARDED-HOST',
-        b'X_FORWARDED-PORT', b'Forwarded'))):
+        b'X_FORWARDED-PORT', b'Forwarded', b'X!Forwarded!For', b'x.forwarded.for', b'X-Forwarded',
+        b'X~forwarded|For', b'Forwarded-For', b'X-Real-IP', b'x_real_ip', b'True-Client-IP',
+        b'CF-Connecting-IP', b'cf-connecting_ipv6', b'Client-IP', b'X-Client-IP', b'Proxy',
+        b'X-Cluster-Client-IP', b'Fastly-Client-IP', b'Fly-Client-IP', b'X-Original-Host',
+        b'X-Original-Forwarded-For', b'X-Original-URL', b'X-Rewrite-URL', b'pROXY',
+        b'Localtunnel-User', b'localtunnel_failed', b'HTTP2-Settings', b'Content_Length',
+        b'content.LENGTH', b'Transfer_Encoding', b'Transfer!Encoding'))):
     (b'GET /x HTTP/1.1', b'X-Forwarded-For: 127.0.0.1\r\n'),
+    get(fields=b'Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: x\r\n'
+        b'X: 1\r\n'): (b'GET /x HTTP/1.1', b'X: 1\r\n'),
 }
-GONE = re.compile(
-    rb'(?i)x-gone|keep-alive|te:|proxy-|upgrade|connection|(x.)?forwarded|.*6\.6\.6\.6')
+GONE = re.compile(rb'(?i)x-gone|keep-alive|te:|proxy-|upgrade|connection|(x.)?forwarded|http2'
+                  rb'|.*6\.6\.6\.6')
 
 # Answers of an app that become 502, or are cut off where their head had gone.
 
