@@ -109,6 +109,7 @@ OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, No
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
 OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
 MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
+SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
@@ -158,6 +159,9 @@ WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine s
 
 # Counts.
 BURST = 8                       # frames that leave together: the other side begins meanwhile
+FRAMES_TOGETHER = 128           # of one session in a turn of the event loop: then others come
+STEPS_TOGETHER = 512            # of one chunked body, three for each chunk: the same
+MANY_PIECES = 16                # unread on a stream: from here on their size is looked at
 IDLE_WORKERS = 256              # tasks kept for the next stream
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_HELD = 100                  # requests that wait for one tunnel's client
@@ -329,12 +333,15 @@ class Decoder:
         self._rest = b''
 
     def feed(self, data: Buffer) -> List[Frame]:
-        """The frames that DATA completes.  Raises ProtocolError, after which it must not be fed."""
+        """The frames that DATA completes, at most FRAMES_TOGETHER: then there may be more.
+
+        Raises ProtocolError, after which it must not be fed.
+        """
         if self._rest:
             data = self._rest + bytes(data)
         frames: List[Frame] = []
         at, end = 0, len(data)
-        while end - at >= 8:
+        while end - at >= 8 and len(frames) < FRAMES_TOGETHER:
             word, stream = FRAME_HEADER.unpack_from(data, at)
             length = word & 0xffffff
             if length > MAX_PAYLOAD:
@@ -492,6 +499,8 @@ class ReceiveWindow:
 #
 # Backpressure is in `await write()` alone: it returns when there is room for more.
 # What arrives runs the task that waits for it at once (Signal), not in the next turn of the loop.
+# So a loop whose next input may be here already, by an outsider's choice, has to give the others
+# their turn: `await asyncio.sleep(0)`.
 # ------------------------------------------------------------------------------------------------
 
 class Signal:
@@ -654,7 +663,10 @@ class ByteStream:
 
     def feed(self, data: bytes) -> None:
         """DATA arrived."""
-        self._chunks.append(data)
+        chunks = self._chunks
+        if chunks and len(chunks) > MANY_PIECES and self.size < len(chunks) * SMALL_PIECE:
+            self.peek()     # a piece of one byte takes 40, and as long to write as a large one
+        chunks.append(data)
         self.size += len(data)
         self._readable.set()
 
@@ -1168,6 +1180,7 @@ class Session:
         self._their_window = self._our_window = INITIAL_CREDIT
         self._last_id = 0
         self._decoder = Decoder()
+        self._catching_up = False   # will what the decoder still holds be looked at?
         self._out: List[Buffer] = []            # this turn's frames
         self._out_size = 0
         self._flushing = False      # is this turn's end awaited?
@@ -1336,13 +1349,14 @@ class Session:
 
     # Frames in.
 
-    def _receive(self, data: memoryview) -> None:
+    def _receive(self, data: Buffer) -> None:
         self._heard = self.reactor.now()
         self.received += len(data)
         waiting, self._flushing = self._flushing, True      # what this read causes leaves after it
         try:
             try:
-                for kind, id, payload in self._decoder.feed(data):
+                frames = self._decoder.feed(data)
+                for kind, id, payload in frames:
                     if self.error is not None:
                         return
                     if self.trace:
@@ -1355,8 +1369,23 @@ class Session:
                 raise ProtocolError('answers pile up and are not read')
             if self.sent - self._acknowledged > KEPT_FOR_RESUME + 2 * BATCH:
                 raise ProtocolError('nothing is acknowledged')
+            if len(frames) == FRAMES_TOGETHER and not self._catching_up:
+                self._fall_behind()
         except ProtocolError as e:
             self._break(e)
+
+    def _fall_behind(self) -> None:
+        """One read may hold 30,000 frames: others come in between, and no more is read."""
+        self._catching_up = True
+        if self.connection is not None:
+            self.connection.transport.pause_reading()
+        self.reactor.loop.call_soon(self._catch_up, self.connection)
+
+    def _catch_up(self, connection: Optional[Connection]) -> None:
+        self._catching_up = False
+        if connection is not None and connection.transport in self.reactor.transports:
+            connection.transport.resume_reading()
+        self._receive(b'')
 
     def _dispatch(self, kind: int, id: int, payload: bytes) -> None:
         if kind & ~END == DATA:
@@ -1583,6 +1612,7 @@ _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t\r\n]*)')
 # Later requests in HTTP/2, or in HTTP inside TLS, would pass by all that is checked here.
 _HTTP_AGAIN = re.compile(rb'(?i)(?:^|,)[ \t]*(?:h2|http/|tls/)[^,]*')
 MAX_NOMINATED = 20          # names in Connection
+MAX_WORDS = 100             # of a field that is a list: not even empty ones are without bound
 
 # These belong to one hop (RFC 9110 7.6.1).
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
@@ -1615,7 +1645,10 @@ class Head:
                            for name in self.fields}
         self.connection: Sequence[bytes] = ()
         if b'connection' in self.fields:
-            self.connection = [word.strip() for word in self.fields[b'connection'].split(b',')]
+            words = self.fields[b'connection'].split(b',', MAX_WORDS)
+            if len(words) > MAX_WORDS:
+                raise BadHttp(400, f'Connection has more than {MAX_WORDS} words')
+            self.connection = [word.strip() for word in words]
 
     def get(self, name: bytes) -> bytes:
         """The value of a known field as it came; b'' where there is none."""
@@ -1769,7 +1802,7 @@ def logs_in(request: Request, response: Response) -> bool:
 
 def check_upgrade(request: Request, response: Response) -> None:
     """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
-    asked, got = ({word.strip() for word in value.lower().split(b',')}
+    asked, got = ({word.strip() for word in value.lower().split(b',', MAX_WORDS)}
                   for value in (request.upgrade, response.get(b'upgrade')))
     if not request.upgrade or b'' in got or not got <= asked:
         raise BadHttp(502, 'it changed to a protocol that nobody asked for')
@@ -1822,15 +1855,17 @@ def encode_response(response: Response, block: bytes, chunked: bool = False) -> 
 
 
 # Bodies.  `take` gives bytes that are here, b'' where more is needed; `taken` counts them, and
-# `finished` says that all have been.  `cut`: the stream ended.
+# `finished` says that all have been.  `busy`: it took long, though more is here.  `cut`: the stream
+# ended.
 
 class LengthBody:
     """So many bytes."""
-    __slots__ = ('stream', 'left', 'taken', 'finished')
+    __slots__ = ('stream', 'left', 'taken', 'finished', 'busy')
     trailers = b''
 
     def __init__(self, stream: ByteStream, left: int) -> None:
         self.stream, self.left, self.taken, self.finished = stream, left, 0, not left
+        self.busy = False
 
     def take(self) -> bytes:
         piece = self.stream.take(self.left)
@@ -1846,11 +1881,11 @@ class LengthBody:
 
 class CloseBody:
     """Everything until the stream ends."""
-    __slots__ = ('stream', 'taken', 'finished')
+    __slots__ = ('stream', 'taken', 'finished', 'busy')
     trailers = b''
 
     def __init__(self, stream: ByteStream) -> None:
-        self.stream, self.taken, self.finished = stream, 0, False
+        self.stream, self.taken, self.finished, self.busy = stream, 0, False, False
 
     def take(self) -> bytes:
         piece = self.stream.take(READ_SIZE)
@@ -1862,32 +1897,43 @@ class CloseBody:
 
 
 class ChunkedBody:
-    """Chunks; their extensions are dropped, the trailers kept."""
-    __slots__ = ('stream', 'taken', 'finished', 'trailers', '_left', '_state')
+    """Chunks; their extensions are dropped, the trailers kept.
+
+    Those that are here are taken together: where one ends has no meaning, but costs much.
+    """
+    __slots__ = ('stream', 'taken', 'finished', 'trailers', 'busy', '_left', '_state')
     LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
 
     def __init__(self, stream: ByteStream) -> None:
-        self.stream, self.taken, self.finished = stream, 0, False
+        self.stream, self.taken, self.finished, self.busy = stream, 0, False, False
         self.trailers = b''
         self._left = 0              # bytes of this chunk
         self._state = 'size'
 
     def take(self) -> bytes:
         """Raises BadHttp."""
-        while not self.finished:
+        pieces: List[bytes] = []
+        size = steps = 0
+        while not self.finished and size < MAX_PAYLOAD and steps < STEPS_TOGETHER:
+            steps += 1
             if self._state == 'data':
                 piece = self.stream.take(self._left)
-                self.taken += len(piece)
+                if not piece:
+                    break
+                pieces.append(piece)
+                size += len(piece)
                 self._left -= len(piece)
                 if not self._left:
                     self._state = 'data end'
-                return piece
+                continue
             line = self.stream.take_line(self.LIMITS[self._state])
             if line is None:
                 break
             self._state = self._after(line)
             self.finished = self._state == 'end'
-        return b''
+        self.taken += size
+        self.busy = steps == STEPS_TOGETHER
+        return b''.join(pieces)
 
     def _after(self, line: bytes) -> str:
         """The state after LINE."""
@@ -1996,6 +2042,8 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
         if sink is not None:
             block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie'})
             await sink.write(encode_response(response, block))
+        if source.size:
+            await asyncio.sleep(0)
     raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
 
 
@@ -2014,11 +2062,14 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
                 tap(piece)
             out += [b'%x\r\n' % len(piece), piece, b'\r\n'] if chunked else [piece]
             size += len(piece)
-            if size < MAX_PAYLOAD:
+            if size < MAX_PAYLOAD and not body.busy:
                 continue
         if size:
-            await sink.write(b''.join(out))
-            out, size = [], 0           # and more may have come meanwhile
+            data, out, size = b''.join(out), [], 0
+            del piece
+            await sink.write(data)      # it may take long, and this is all that is held meanwhile
+            if body.busy:
+                await asyncio.sleep(0)
         elif not (body.finished or await body.stream.more()):
             body.cut()
     if chunked:
@@ -2745,7 +2796,8 @@ class Visit:
     def look_behind(self, request: Request) -> None:
         """Where the peer is a trusted proxy: whom and what it saw."""
         chain = [self.peer]
-        for entry in reversed(request.get(b'x-forwarded-for').split(b',')[-MAX_PROXIES:]):
+        said = request.get(b'x-forwarded-for').rsplit(b',', MAX_PROXIES)
+        for entry in reversed(said[-MAX_PROXIES:]):
             match = _FORWARDED_FOR.fullmatch(entry.strip())
             address = (match.group(1) or match.group(2)).decode() if match else ''
             if not is_address(address):
@@ -3109,6 +3161,8 @@ class Server:
                 if visit in self._visits:
                     self._visits[visit] = self._visits.pop(visit)       # the last to be idle
                 idle = KEEP_ALIVE
+                if connection.size:     # pipelined
+                    await asyncio.sleep(0)
             if after == CLOSE and (visit.unread or connection.size):
                 await connection.linger()
         except BadHttp as e:
@@ -3525,7 +3579,8 @@ class Server:
         for sock in sockets:
             tunnel.listeners.append(await self.reactor.loop.create_server(
                 lambda: Connection(self.reactor, functools.partial(self._serve_tcp, tunnel)),
-                sock=sock, backlog=BACKLOG))
+                sock=sock, backlog=ACCEPTED_TOGETHER))
+            sock.listen(BACKLOG)        # as in listen
         return member, tunnel, None
 
     @staticmethod
@@ -3940,13 +3995,13 @@ def serve_folder(folder: str) -> socket.socket:
 
 async def read_whole(body: Body, most: int) -> bytes:
     """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
-    whole = b''
+    whole = bytearray()
     while not body.finished and len(whole) <= most:
         piece = body.take()
         whole += piece
         if not (piece or body.finished or await body.stream.more()):
             body.cut()
-    return whole
+    return bytes(whole)
 
 
 async def echo(connection: Connection) -> None:

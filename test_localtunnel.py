@@ -165,6 +165,14 @@ class LoopTest(unittest.TestCase):
             await asyncio.wait({task}, timeout=0.05)
         task.cancelled() or task.exception()
 
+    async def most_in_a_turn(self, count, all):
+        """How far COUNT() gets at most in one turn of the loop, on its way to ALL."""
+        most = last = 0
+        while last < all:
+            await asyncio.sleep(0)
+            most, last = max(most, count() - last), count()
+        return most
+
     def constant(self, **values):
         """Other values for constants of localtunnel.py, in a `with`."""
         return unittest.mock.patch.multiple(lt, **values)
@@ -953,6 +961,15 @@ class LineTest(unittest.TestCase):
             self.assertEqual((stream.take_line(9), stream.take_line(9)), (b'ab\n', None))
             self.assertEqual((stream.peek(), stream.size), (b'cd', 2))
 
+    def test_many_small_pieces_become_a_few(self):
+        stream = self.stream(*[b'%d' % (i % 10) for i in range(5000)])
+        self.assertLessEqual(len(stream._chunks), lt.MANY_PIECES + 1)
+        self.assertEqual(b''.join(iter(lambda: stream.take(7), b'')), b'0123456789' * 500)
+
+    def test_large_pieces_stay_as_they_are(self):
+        pieces = [bytes([i]) * lt.SMALL_PIECE for i in range(3 * lt.MANY_PIECES)]
+        self.assertEqual(list(self.stream(*pieces)._chunks), pieces)
+
     def test_a_line_may_have_as_many_bytes_as_its_limit_and_no_more(self):
         self.assertEqual(self.stream(b'ab\n').take_line(3), b'ab\n')
         self.assertIsNone(self.stream(b'ab').take_line(3))
@@ -1481,6 +1498,26 @@ class ProtocolTest(SessionTest):
                     break
             await eventually(lambda: session.connection is None)
 
+    async def test_thousands_of_tiny_frames_let_others_come_in_between(self):
+        session, peer = await self.against_raw()
+        seen = []
+        session.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
+        peer.send(F(lt.CREDIT, 0, lt.U32.pack(lt.SMALL_CREDIT)) * 3000)
+        most = await self.most_in_a_turn(lambda: len(seen), 3000)
+        self.assertLessEqual(most, lt.FRAMES_TOGETHER)
+        peer.send(F(lt.PING, 0, lt.U64.pack(0)))        # and it reads on
+        self.assertEqual((await peer.until(lt.PONG))[0], lt.PONG)
+
+    async def test_frames_that_came_before_the_connection_broke_are_looked_at(self):
+        session, peer = await self.against_raw()
+        seen = []
+        session.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
+        peer.send(F(lt.CREDIT, 0, lt.U32.pack(lt.SMALL_CREDIT)) * 3000)
+        await eventually(lambda: seen)
+        session.detach()
+        expected = session.received - session.received % 12
+        await eventually(lambda: len(seen) * 12 == expected)
+
     async def test_random_frames_end_in_a_goodbye_and_never_in_another_error(self):
         chance = random.Random(5)
         for _ in range(100):
@@ -1708,6 +1745,13 @@ class HeadTest(unittest.TestCase):
             with self.subTest(version, fields=fields):
                 self.assertIs(request(fields, f'GET / HTTP/{version}').keep_alive, keeps)
 
+    def test_connection_has_no_more_words_than_can_be_looked_at(self):
+        self.assertEqual(len(request(f'Connection: {"," * (lt.MAX_WORDS - 1)}').connection),
+                         lt.MAX_WORDS)
+        for fields in (f'Connection: {"," * lt.MAX_WORDS}', 'Connection: ,\n' * lt.MAX_WORDS):
+            with self.assertRaises(lt.BadHttp):
+                request(fields)
+
     def test_an_upgrade_must_be_named_by_connection_and_of_1_1(self):
         fields = 'Connection: keep-alive, Upgrade\nUpgrade: WebSocket'
         self.assertEqual(request(fields).upgrade, b'WebSocket')
@@ -1835,6 +1879,17 @@ class BodyTest(unittest.TestCase):
         with contextlib.suppress(lt.BadHttp):
             self.read(lt.CHUNKED, [b'1\r\nx\r\n' * 5000 + b'0\r\n' + b'A: b\r\n' * 5000 + b'\r\n'])
 
+    def test_small_chunks_that_are_here_are_taken_together(self):
+        stream, body = self.reader(lt.CHUNKED)
+        stream.feed(b'1\r\na\r\n' * 50 + b'2\r\nb')
+        self.assertEqual((body.take(), body.take(), body.busy), (b'a' * 50 + b'b', b'', False))
+
+    def test_a_body_of_many_chunks_gives_them_some_at_a_time(self):
+        stream, body = self.reader(lt.CHUNKED)
+        stream.feed(b'1\r\na\r\n' * 5000)
+        self.assertLess(len(body.take()), 1000)
+        self.assertTrue(body.busy)
+
     def test_trailers_have_a_limit(self):
         with self.assertRaises(lt.BadHttp):
             self.read(lt.CHUNKED, [b'0\r\n'] + [b'A: %b\r\n' % (b'x' * 9000)] * 9)
@@ -1941,6 +1996,23 @@ class ReadHeadTest(LoopTest):
     async def test_interim_answers_have_an_end(self):
         with self.constant(MAX_INTERIM=20), self.assertRaises(lt.BadHttp):
             await lt.read_final(self.stream(b'HTTP/1.1 100 Continue\r\n\r\n' * 100), None, 9.0)
+
+    async def test_interim_answers_let_others_come_in_between(self):
+        source = self.stream(b'HTTP/1.1 102 Processing\r\n\r\n' * 500
+                             + b'HTTP/1.1 200 OK\r\n\r\n')
+        sink = unittest.mock.Mock(write=unittest.mock.AsyncMock())
+        async with self.background(lt.read_final(source, sink, 9.0)):
+            most = await self.most_in_a_turn(lambda: sink.write.await_count, 500)
+        self.assertLessEqual(most, 1)
+
+    async def test_tiny_chunks_leave_in_larger_ones_and_let_others_come_in_between(self):
+        source, (sink, other) = self.stream(b'1\r\na\r\n' * 20000 + b'0\r\n\r\n'), (
+            await self.connections())
+        body = lt.body_reader(source, lt.CHUNKED)
+        async with self.background(lt.copy_message(b'', body, sink, True, True)):
+            most = await self.most_in_a_turn(lambda: body.taken, 20000)
+        self.assertLessEqual(most, lt.STEPS_TOGETHER)
+        self.assertLess(len(await all_of(other)), 25000)
 
     async def test_a_message_is_copied_in_the_framing_of_its_next_hop(self):
         for length, chunked, expected in ((5, False, b'HEAD12345'),
@@ -2510,6 +2582,13 @@ class VisitorTest(WorldTest):
         visitor.send(b'X\r\n')
         self.assertEqual((await visitor.reader.read()).split()[1], b'400')
         self.assertNotEqual(await ended.get(), 'whole')
+
+    async def test_pipelined_requests_let_others_come_in_between(self):
+        await self.world()
+        visitor = await self.visitor('localhost')
+        visitor.send(b'HEAD / HTTP/1.1\r\nHost: localhost\r\n\r\n' * 300)
+        self.assertLessEqual(
+            await self.most_in_a_turn(lambda: self.server.counters[200], 300), 1)
 
     async def test_a_half_closed_visitor_still_gets_the_answer(self):
         _, visitor = await self.through()
