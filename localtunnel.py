@@ -1608,7 +1608,9 @@ UNTRUSTED = (
 _UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
 _AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
-_COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t"]*\.?([^;" \t\r\n]*)')
+# A cookie's Domain; and one that every browser reads as it stands: not by IDNA, %74 or any quotes.
+_COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
+_PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
 # Later requests in HTTP/2, or in HTTP inside TLS, would pass by all that is checked here.
 _HTTP_AGAIN = re.compile(rb'(?i)(?:^|,)[ \t]*(?:h2|http/|tls/)[^,]*')
 MAX_NOMINATED = 20          # names in Connection
@@ -2040,7 +2042,8 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
         if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
-            block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie'})
+            block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie',
+                                      b'clear-site-data'})
             await sink.write(encode_response(response, block))
         if source.size:
             await asyncio.sleep(0)
@@ -3500,21 +3503,28 @@ class Server:
     def _own_cookies(self, response: Response) -> bytes:
         """The header lines of RESPONSE as they go on.
 
-        Without the cookies for this server's domain or above: tenants share that site.
+        Without cookies for this server's domain or above, and without the word to delete all that
+        are there: tenants share that site.
         """
         block = response.forwarded_block()
-        if b'set-cookie' not in response.fields:
+        if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
             return block
         own = []
         for line in block.splitlines(keepends=True):
             name, _, value = line.lower().partition(b':')
-            if name == b'set-cookie' and any(
-                    domain and f'.{self.domain}'.endswith('.' + domain.decode('latin-1'))
-                    for domain in _COOKIE_DOMAIN.findall(value)):
+            if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
                 self._log.note('a cookie for the whole domain was dropped: tenants share it')
+            elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
+                self._log.note('a Clear-Site-Data was dropped: tenants share the cookies')
             else:
                 own.append(line)
         return b''.join(own)
+
+    def _is_shared(self, domain: bytes) -> bool:
+        """May a browser read DOMAIN, of a cookie, as this server's domain or above?"""
+        plain = _PLAIN_DOMAIN.fullmatch(domain)
+        return bool(domain) and (plain is None or f'.{self.domain}'.endswith(
+            '.' + plain.group(1).decode()))
 
     # One session.
 

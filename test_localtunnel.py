@@ -5025,18 +5025,28 @@ class HostileVisitorTest(HostileTest):
         await self.world(domain='t.example.com', rate=3.0)
         peer = await self.victim()
         domains = [
-            't.example.com', '.T.Example.com', '"t.example.com"', 'example.com', 'com', ' .com ']
+            't.example.com', '.T.Example.com', '"t.example.com"', 'example.com', 'com', ' .com ',
+            '\uff54.example.com', 't\u3002example.com', '\uff45xample.com', 't.e\xadxample.com',
+            '%74.example.com', 't%2eexample.com', '%EF%BD%94.example.com', 't.example.com.', '.',
+            '..t.example.com', 't.xn--example-.com', "'t.example.com'", 't.example.com:80',
+            't.example.com/', 't. example.com', 'x@t.example.com', '=t.example.com', '*.com',
+            't.example.com\t', '\tt.example.com', 't.example.com\xa0']
         lines = [f'Set-Cookie: a={n}; Path=/; DOMAIN={d}; Secure' for n, d in enumerate(domains)]
         lines += ['Set-Cookie: a=9; domain = .T.EXAMPLE.COM; Path=/',
+                  'Set-Cookie: a=6; Domain=; domain=t.example.com', 'Set-Cookie: ;Domain=com',
+                  'Set-Cookie: a=";\tDomain\t=\tt.example.com;"',
+                  'Clear-Site-Data: "cache", "cookies"', 'clear-site-data:"*"',
                   'Set-Cookie: a=8; Domain=t.example.com',
                   'Set-Cookie: a=7; Domain=other.org; Domain=t.example.com; Secure']
-        kept = ['evil.t.example.com', 'xample.com', '']
+        kept = ['evil.t.example.com', 'xample.com', '', '.evil.t.example.com', 'a_b-c.xn--p1ai']
         lines += [f'Set-Cookie: kept={n}; domain={d}' for n, d in enumerate(kept)]
+        lines += ['Set-Cookie: kept=Domain=t.example.com', 'Clear-Site-Data: "cache", "storage"']
         self.meanwhile(
             peer.serve(OK.replace(b'Content', '\r\n'.join([*lines, 'Content']).encode(), 1))
         )
         _, fields, _ = await self.visit('evil.t.example.com')
-        self.assertEqual([cookie[:5] for cookie in fields.get_all('set-cookie')], ['kept='] * 3)
+        self.assertEqual([cookie[:5] for cookie in fields.get_all('set-cookie')], ['kept='] * 6)
+        self.assertEqual(fields.get_all('clear-site-data'), ['"cache", "storage"'])
         answers = [await self.visit('evil.t.example.com') for _ in range(9)]
         self.assertEqual({a[0] for a in answers}, {200, 429})
         self.assertEqual(answers[-1][1]['retry-after'], '1')
