@@ -2420,17 +2420,13 @@ class WorldTest(LoopTest):
         self.assertEqual((self.server._members(), self.server._held), ([], 0))
 
     async def nobody_is_left(self):
-        await self.no_app_is_connected()
+        await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
         await eventually(lambda: not self.server._visits, 'a visit is left')
-
-    async def no_app_is_connected(self):
-        with self.constant(POOL_IDLE=0.0):
-            await eventually(lambda: not any(a.tasks for a in self.apps),
-                             'an upstream is connected')
 
     async def leaves(self, client):
         await self.forget(client.running)
         await client.stop()
+        client._upstream.close()        # and nobody waits until its idle connections are old
 
     async def app(self, answer=OK, **where):
         """An App that serves at its address."""
@@ -4415,7 +4411,6 @@ class HostileTest(FolderTest, WorldTest):
 
     async def nobody_is_left(self):
         """Visits may wait for a hostile client until the server ends."""
-        await self.no_app_is_connected()
 
     async def victim(self, name='evil', **words):
         peer, status, welcome = await self.hello(name=name, **words)
@@ -4742,7 +4737,6 @@ class ServerTest(HostileTest):
                 await behave(peer, json.loads(hello))
         _, self.port = await self.serves(accept)
         client = await self.client(await self.app(), wait=False, **options)
-        self.stack.callback(client._upstream.close)
         self.stack.push_async_callback(self.leaves, client)
         return client
 
@@ -5194,7 +5188,8 @@ class Relay:
                     await writer.drain()
         for end in pair if left <= 0 else ():  # what was let through before arrives
             end.close()
-        loop.call_later(self.delay, writer.close)
+        await asyncio.sleep(self.delay)
+        writer.close()
 
     def cut(self):
         for writer in [w for pair in self.pairs for w in pair]:
@@ -5223,9 +5218,7 @@ class Network(WorldTest):
 
     async def goes(self):
         """The client that came first leaves."""
-        client = self.clients.pop(0)
-        await self.leaves(client)
-        client._upstream.close()
+        await self.leaves(self.clients.pop(0))
 
     async def leave(self):
         """All leave, and no session is kept."""
@@ -5585,9 +5578,7 @@ class TakeoverTest(Network):
         port, self.relay.to = self.relay.to, 1
         self.relay.cut()
         await eventually(lambda: self.members()[0].session.connection is None)
-        client = self.clients.pop()
-        await self.leaves(client)
-        client._upstream.close()
+        await self.leaves(self.clients.pop())
         many = [self.meanwhile(self.visit('POST /9', b'x')) for _ in range(3)]
         await eventually(lambda: self.server._held == 3)
         self.relay.to = port
