@@ -32,6 +32,7 @@ import select
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -2436,10 +2437,11 @@ class WorldTest(LoopTest):
         return app
 
     async def client(self, target, key=KEY, site='http://localhost', port=None, wait=True,
-                     **options):
+                     tcp=False, **options):
         """A client whose tunnel is there, or has failed."""
         address = lt.ServerAddress(f'{site}:{port or self.port}')
-        target = lt.parse_target(str(target.address[1] if isinstance(target, App) else target))
+        target = target.address[1] if isinstance(target, App) else target
+        target = lt.parse_target(str(target), tcp)
         client = lt.Client(self.reactor, address, target, key, self.log, **options)
         self.clients.append(client)
         client.running = asyncio.ensure_future(client.run())
@@ -3236,6 +3238,412 @@ class UpstreamTest(WorldTest):
         folder = self.stack.enter_context(tempfile.TemporaryDirectory())
         app = await self.app(start=asyncio.start_unix_server, where=[os.path.join(folder, 'app')])
         self.assertEqual((await self.visit(await self.client('unix:' + app.address)))[2], b'hello')
+
+
+class HostHeaderTest(WorldTest):
+    """With --host-header the app believes that it is visited where it listens."""
+
+    async def rewritten(self, answer=OK, value='rewrite'):
+        """(app, visitor, the app's own origin, the public one) of a tunnel with --host-header."""
+        app, visitor = await self.through(answer, host_header=value)
+        return app, visitor, f'http://localhost:{app.address[1]}', f'http://{visitor.host}'
+
+    async def test_the_app_sees_its_own_host_and_nothing_of_the_public_one(self):
+        app, visitor, own, _ = await self.rewritten()
+        await visitor.get(fields='X-Forwarded-Host: a.example\nX-Forwarded-Proto: https\nX: y')
+        lines = app.requests[0].decode().split('\r\n')[1:-2]
+        self.assertEqual(lines, ['Host: ' + own[7:], 'X: y', 'X-Forwarded-For: 127.0.0.1',
+                                 f'Via: 1.1 {visitor.host.partition(":")[0]} (localtunnel)'])
+
+    async def test_origin_and_referer_are_rewritten_where_they_are_the_tunnels_own(self):
+        app, visitor, own, public = await self.rewritten()
+        for name, given, seen in (
+                ('Origin', public, own), ('ORIGIN', public.upper(), own),
+                ('Referer', public, own), ('Referer', public + '/a?b', own + '/a?b'),
+                ('Origin', 'null', 'null'), ('Origin', own, own),
+                ('Origin', 'https://evil.example', 'https://evil.example'),
+                ('Origin', public + '.evil.example', public + '.evil.example'),
+                ('Origin', public + '0', public + '0'),
+                ('Origin', public.replace('http', 'https'), public.replace('http', 'https')),
+                ('Referer', 'http://evil.example/?' + public, 'http://evil.example/?' + public),
+                ('Referer', public + '@evil.example/', public + '@evil.example/'),
+                ('X-Origin', public, public)):
+            with self.subTest(name, given=given):
+                await visitor.get(fields=f'{name}: {given}')
+                self.assertIn(f'\r\n{name}: {seen}\r\n'.encode(), app.requests[-1])
+
+    async def test_the_apps_own_check_against_forged_requests_stays_whole(self):
+        async def check(head, reader, writer):      # as Django does it, and many others
+            host, origin = (re.search(b'\r\n%b: (.*)\r' % name, head).group(1)
+                            for name in (b'Host', b'Origin'))
+            writer.write(ok(b'done') if origin == b'http://' + host else
+                         b'HTTP/1.1 403 Forged\r\nContent-Length: 0\r\n\r\n')
+            return True
+        for value in 'rewrite', None:
+            _, visitor, own, public = await self.rewritten(check, value)
+            for origin, status in (
+                    (public, 200), ('null', 403), ('http://evil.example', 403),
+                    (own, 200 if value else 403), (public + '.evil.example', 403)):
+                with self.subTest(value, origin=origin):
+                    got = await visitor.get(method='POST', fields=f'Origin: {origin}')
+                    self.assertEqual(got[0], status)
+            await self.end_of_the_world()
+
+    async def test_another_value_is_sent_as_host_and_changes_nothing_else(self):
+        app, visitor, own, public = await self.rewritten(value='app.test:81')
+        await visitor.get(fields=f'Origin: {public}')
+        lines = app.requests[0].decode().split('\r\n')[1:-2]
+        self.assertEqual(lines[:2], ['Host: app.test:81', f'Origin: {public}'])
+        self.assertIn(f'X-Forwarded-Host: {visitor.host}', lines)
+
+    async def test_the_visitor_sees_the_public_address_and_nothing_of_the_apps_own(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 302 Found\r\nContent-Length: 0\r\n%b\r\n\r\n' % sent.encode())
+            return True
+        _, visitor, own, public = await self.rewritten(answer)
+        for name, value, wanted in (
+                ('Location', own, public), ('Location', own + '/a?b', public + '/a?b'),
+                ('Location', '/a', '/a'), ('Location', own + '0/', own + '0/'),
+                ('Location', 'http://evil.example/' + own, 'http://evil.example/' + own),
+                ('Access-Control-Allow-Origin', own, public),
+                ('Access-Control-Allow-Origin', '*', '*'),
+                ('Access-Control-Allow-Origin', 'http://other.example', 'http://other.example'),
+                ('Set-Cookie', 'a=b; Domain=localhost; Path=/', 'a=b; Path=/'),
+                ('Set-Cookie', 'a=b; Secure; domain=.LocalHost', 'a=b; Secure'),
+                ('Set-Cookie', 'a=localhost; Domain=x.example', 'a=localhost; Domain=x.example'),
+                ('X-Location', own, own)):
+            with self.subTest(name, value=value):
+                sent = f'{name}: {value}'
+                _, fields, _ = await visitor.get()
+                self.assertEqual(fields[name], wanted)
+
+    async def test_without_it_nothing_is_rewritten(self):
+        app, visitor, own, public = await self.rewritten(
+            b'HTTP/1.1 302 Found\r\nLocation: http://localhost/\r\nContent-Length: 0\r\n\r\n', None)
+        _, fields, _ = await visitor.get(fields=f'Origin: {public}\nReferer: {public}/')
+        self.assertEqual(fields['location'], 'http://localhost/')
+        for line in (f'Host: {visitor.host}', f'Origin: {public}', f'Referer: {public}/'):
+            self.assertIn(f'\r\n{line}\r\n'.encode(), app.requests[0])
+
+
+class HintTest(WorldTest):
+    """Development servers refuse a Host that they do not know: the user is told the cure."""
+
+    async def hints(self, status, page, **options):
+        """What the user is told where the app answers with STATUS and PAGE, twice."""
+        head = f'HTTP/1.1 {status} X\r\nContent-Length: {len(page)}\r\n\r\n'
+        _, visitor = await self.through((head + page).encode(), **options)
+        for _ in range(2):
+            self.assertEqual((await visitor.get())[::2], (status, page.encode()))
+        await self.end_of_the_world()
+        hints = [told[1] for told in self.log.told if told[0] == 'hint']
+        self.log.told.clear()
+        return hints
+
+    async def test_each_is_recognised_by_its_words_and_told_once(self):
+        for status, page, server in (
+                (403, 'Blocked request. This host ("x") is not allowed.', 'Vite'),
+                (403, 'Invalid Host/Origin header', 'webpack-dev-server'),
+                (200, 'Invalid Host header', 'webpack-dev-server'),
+                (400, '<title>DisallowedHost at /</title>', 'Django'),
+                (403, 'Origin checking failed - http://x does not match', 'Django'),
+                (403, '<h1>Blocked hosts: x</h1>', 'Rails'),
+                (403, 'x' * 9000 + 'Unauthorized request from x', 'Next')):
+            with self.subTest(page[-40:]):
+                hint, = await self.hints(status, page)
+                self.assertIn(server, hint)
+                self.assertIn('--host-header rewrite', hint)
+
+    async def test_pages_that_only_say_such_words_and_users_who_know_get_none(self):
+        self.assertEqual(await self.hints(200, 'Blocked request. This host is blue.'), [])
+        self.assertEqual(await self.hints(404, 'Unauthorized request from you'), [])
+        self.assertEqual(await self.hints(403, 'Forbidden'), [])
+        self.assertEqual(await self.hints(403, 'Blocked hosts: x', host_header='rewrite'), [])
+
+
+class FolderTargetTest(FolderTest, WorldTest):
+    """A folder as target: what is in it, and no way out of it."""
+
+    async def ready(self):
+        for folder in ('served', 'served/sub', 'served/.git', 'served-too', 'outside'):
+            os.mkdir(self.path(folder))
+        for name in ('served/page.html', 'served/sub/a.txt', 'served/<b>&.txt'):
+            self.write(name, 'it is seen')
+        for name in ('served/.env', 'served/.git/config', 'served/sub/.key', 'served-too/x',
+                     'outside/x', 'x'):
+            self.write(name, 'SECRET')
+        await self.world()
+        self.visitor_there = await self.visitor(await self.client(self.path('served')))
+
+    async def page(self, path, method='GET'):
+        """(status, body) of the answer to a request for PATH."""
+        return (await self.visitor_there.get(path, method=method))[::2]
+
+    async def test_files_are_served_under_their_names(self):
+        for path in ('/page.html', '/sub/a.txt', '/page.html?query', '/sub/../page.html',
+                     '/%3Cb%3E%26.txt'):
+            self.assertEqual(await self.page(path), (200, b'it is seen'), path)
+        self.assertEqual((await self.page('/none.txt'))[0], 404)
+        self.assertEqual(await self.page('/page.html', 'HEAD'), (200, b''))
+
+    async def test_a_folder_is_listed_without_what_is_hidden(self):
+        status, body = await self.page('/')
+        self.assertEqual(status, 200)
+        for name in (b'page.html', b'sub/', b'&lt;b&gt;&amp;.txt'):
+            self.assertIn(b'>' + name + b'<', body)
+        self.assertNotRegex(body, rb'\.env|\.git|<b>')
+
+    async def test_names_that_begin_with_a_dot_are_not_served(self):
+        for path in ('/.env', '/.git/config', '/.git/', '/sub/.key', '/%2eenv', '/sub/..%2f.env',
+                     '/./.env', '//.env'):
+            await self.not_seen(path)
+
+    async def test_no_path_leads_out_of_the_folder(self):
+        for path in ('/../x', '/%2e%2e/x', '/..%2fx', '/sub/../../x', '/../served-too/x',
+                     '/sub/%2e%2e/%2e%2e/served-too/x', '/..\\x', '/..%5cx', '/%00/../x',
+                     '/' + self.path('x'), '//' + self.path('x')):
+            await self.not_seen(path)
+
+    @unittest.skipUnless(POSIX, 'for systems with symbolic links')
+    async def test_a_link_is_followed_inside_the_folder_only(self):
+        for name, to in (('in', 'page.html'), ('file', '../x'), ('folder', '../outside'),
+                         ('beside', '../served-too'), ('far', self.path('x')), ('up', '..'),
+                         ('sub/two', '../file'), ('dot.txt', '.env')):
+            os.symlink(to, self.path('served', name))
+        self.assertEqual(await self.page('/in'), (200, b'it is seen'))
+        for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two'):
+            await self.not_seen(path)
+
+    async def test_nothing_can_be_changed(self):
+        for method in ('PUT', 'POST', 'DELETE'):
+            status, _ = await self.page('/page.html', method)
+            self.assertIn(status, (405, 501))
+            self.visitor_there = await self.visitor(self.clients[0])
+        self.assertEqual(await self.page('/page.html'), (200, b'it is seen'))
+
+    async def not_seen(self, path):
+        with self.subTest(path):
+            status, body = await self.page(path)
+            self.assertIn(status, (400, 404))
+            self.assertNotIn(b'SECRET', body)
+
+
+class TargetTest(FolderTest, WorldTest):
+    """The other targets: what is asked arrives there, and how."""
+
+    async def test_echo_answers_with_the_request_that_an_app_would_get(self):
+        await self.world()
+        visitor = await self.visitor(await self.client('echo'))
+        for method, framing, body in (
+                ('GET', '', b''), ('PUT', 'Content-Length: 5', b'hello'),
+                ('POST', 'Transfer-Encoding: chunked', b'5\r\nhello\r\n0\r\n\r\n')):
+            visitor.ask('/a?b', f'X: y\n{framing}', method, body=body)
+            status, _, page = await visitor.answer()
+            self.assertEqual((status, page.partition(b'\r\n\r\n')[2]), (200, b'hello' * bool(body)))
+            self.assertTrue(page.startswith(
+                f'{method} /a?b HTTP/1.1\r\nHost: {visitor.host}\r\nX: y\r\n'.encode()))
+            self.assertIn(b'\r\nX-Forwarded-For: 127.0.0.1\r\n', page)
+
+    async def test_echo_repeats_a_mebibyte_and_no_more(self):
+        await self.world()
+        client = await self.client('echo')
+        for more, wanted in (0, 200), (1, 413):
+            visitor = await self.visitor(client)
+            body = pattern(lt.MAX_ECHO + more)
+            visitor.ask(fields=f'Content-Length: {len(body)}', method='PUT', body=body)
+            status, _, page = await visitor.answer()
+            self.assertEqual(status, wanted)
+            self.assertEqual(page.endswith(body), status == 200)
+            self.assertEqual(b'no more than 1048576 bytes' in page, status == 413)
+
+    async def test_a_path_of_the_target_stands_before_that_of_each_request(self):
+        await self.world()
+        app = await self.app()
+        visitor = await self.visitor(await self.client(f'http://localhost:{app.address[1]}/base/'))
+        for asked, seen in (('/', '/base/'), ('/a?b', '/base/a?b'), ('//a', '/base//a'),
+                            (f'http://{visitor.host}/a', '/base/a'), ('*', '*')):
+            await visitor.get(asked, method='OPTIONS' if asked == '*' else 'GET')
+            self.assertEqual(app.requests[-1].split()[1].decode(), seen)
+
+    async def secure_app(self):
+        """The URL of an app with TLS."""
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*files)
+        app = await self.app(start=functools.partial(asyncio.start_server, ssl=context))
+        return f'https://localhost:{app.address[1]}'
+
+    async def test_an_app_may_have_tls_of_its_own(self):
+        await self.world()
+        url = await self.secure_app()
+        for ca in (dict(check=False), dict(ca=self.path('cert.pem'))):
+            client = await self.client(url, upstream_tls=lt.client_tls(**ca))
+            visitor = await self.visitor(client)
+            self.assertEqual((await visitor.get())[::2], (200, b'hello'))
+            body = pattern(100000)
+            await visitor.get(method='PUT', fields=f'Content-Length: {len(body)}', body=body)
+            self.assertTrue(self.apps[0].requests[-1].endswith(body))
+            await self.leaves(client)
+
+    async def test_one_whose_certificate_is_checked_and_wrong_is_502_with_the_reason(self):
+        await self.world()
+        client = await self.client(await self.secure_app(), upstream_tls=lt.client_tls())
+        status, _, page = await self.visit(client)
+        self.assertEqual(status, 502)
+        self.assertIn(b'not signed by an authority', page)
+        self.assertEqual(self.apps[0].requests, [])
+
+
+class RawTcpTest(WorldTest):
+    """Raw TCP: bytes, ends and resets pass as they are, each way by itself."""
+
+    async def raw_visitor(self, port):
+        """A visitor of a raw TCP tunnel to PORT."""
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            public = sock.getsockname()[1]
+        await self.world(tcp_ports=[public], host='127.0.0.1')
+        client = await self.client(port, tcp=True)
+        self.assertEqual(client.url, f'tcp://localhost:{public}')
+        return await self.visitor('', public)
+
+    async def raw_through(self, app):
+        """The same, to APP(reader, writer)."""
+        return await self.raw_visitor((await self.serves(app))[1])
+
+    async def test_bytes_pass_both_ways_and_a_half_close_ends_one_way_only(self):
+        there, back = pattern(3 << 20, 1), pattern(3 << 20, 2)
+        for first in 'visitor', 'app':
+            def sends(peer, data):
+                peer.writer.write(data)
+                peer.writer.write_eof()
+
+            async def app(reader, writer):
+                with contextlib.closing(writer):
+                    peer = Peer(reader, writer)
+                    if first == 'app':
+                        sends(peer, back)
+                    got.append(hashlib.sha256(await reader.read()).hexdigest())
+                    if first == 'visitor':
+                        sends(peer, back)
+                    await writer.drain()
+            with self.subTest(first + ' ends first'):
+                got = []
+                visitor = await self.raw_through(app)
+                if first == 'visitor':
+                    sends(visitor, there)
+                got.append(hashlib.sha256(await visitor.reader.read()).hexdigest())
+                if first == 'app':
+                    self.assertEqual(len(got), 1)       # its own way is still open
+                    sends(visitor, there)
+                await eventually(lambda: len(got) == 2)
+                self.assertEqual(set(got), {hashlib.sha256(data).hexdigest()
+                                            for data in (there, back)})
+                await self.end_of_the_world()
+
+    async def test_a_reset_of_either_side_is_a_reset_of_the_other(self):
+        for resets in 'visitor', 'app':
+            async def app(reader, writer):
+                peer = Peer(reader, writer)
+                await reader.readexactly(5)
+                if resets == 'app':
+                    return peer.reset()
+                with contextlib.closing(writer):
+                    asked.set()
+                    try:
+                        seen.set_result(await reader.read())
+                    except ConnectionError as e:
+                        seen.set_result(e)
+            with self.subTest(resets):
+                asked, seen = asyncio.Event(), self.loop.create_future()
+                visitor = await self.raw_through(app)
+                visitor.send(b'hello')
+                if resets == 'app':
+                    with self.assertRaises(ConnectionResetError):
+                        await visitor.reader.read()
+                else:
+                    await asked.wait()
+                    visitor.reset()
+                    self.assertIsInstance(await seen, ConnectionResetError)
+                await self.end_of_the_world()
+
+    async def test_with_nobody_there_the_visitor_is_cut_off_and_the_user_told(self):
+        with socket.socket() as reserved:
+            reserved.bind(('127.0.0.1', 0))
+            visitor = await self.raw_visitor(reserved.getsockname()[1])
+            with self.assertRaises(ConnectionResetError):
+                await visitor.reader.read()
+        await eventually(lambda: 'nothing listens on localhost' in self.log.text())
+
+
+class OutgoingProxyTest(FolderTest, WorldTest):
+    """The way to the server leads through an HTTP proxy, by CONNECT."""
+    CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05}
+
+    async def proxy(self, login=''):
+        """An address of a proxy that wants LOGIN; it knows where *.example is."""
+        self.connects = []
+
+        async def serve(reader, writer):
+            head = await reader.readuntil(b'\r\n\r\n')
+            self.connects.append(head.split()[1].decode())
+            wanted = b'Basic ' + base64.b64encode(login.encode())
+            with contextlib.closing(writer):
+                if login and b'\r\nProxy-Authorization: %b\r\n' % wanted not in head:
+                    return writer.write(b'HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n')
+                there = await asyncio.open_connection('127.0.0.1', head.split()[1].split(b':')[1])
+                writer.write(b'HTTP/1.1 200 Go on\r\n\r\n')
+                with contextlib.closing(there[1]):
+                    await first_of_both(pump(reader, there[1]), pump(there[0], writer))
+
+        async def pump(reader, writer):
+            with contextlib.suppress(ConnectionError):
+                data = await reader.read(65536)
+                while data:
+                    writer.write(data)
+                    await writer.drain()
+                    data = await reader.read(65536)
+
+        async def first_of_both(*ways):
+            await asyncio.wait([asyncio.ensure_future(way) for way in ways],
+                               return_when=asyncio.FIRST_COMPLETED)
+        return '127.0.0.1:%d' % (await self.serves(serve))[1]
+
+    async def test_a_session_goes_through_it_with_its_login(self):
+        await self.world(domain='t.example')
+        app, proxy = await self.app(), await self.proxy('ana:p@ss')
+        os.environ['ALL_PROXY'] = f'http://ana:p%40ss@{proxy}'
+        client = await self.client(app, site='http://t.example')
+        self.assertEqual((await self.visit(client))[2], b'hello')
+        self.assertEqual(self.connects, [f't.example:{self.port}'])
+
+    async def test_with_tls_inside(self):
+        await self.world(domain='t.example')
+        self.server.certificate = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                                 self.write('key.pem', PRIVATE_KEY))
+        port, app = await self.listen(tls=True), await self.app()
+        os.environ['HTTPS_PROXY'] = 'http://' + await self.proxy()
+        client = await self.client(app, site='https://t.example', port=port,
+                                   tls=lt.client_tls(check=False))
+        self.assertEqual((await self.visit(client))[2], b'hello')
+        self.assertEqual(self.connects, [f't.example:{port}'])
+
+    async def test_a_wrong_login_is_told(self):
+        await self.world(domain='t.example')
+        os.environ['ALL_PROXY'] = 'http://ana:wrong@' + await self.proxy('ana:p@ss')
+        client = await self.client(1, site='http://t.example', once=True)
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'gives no way to t.example.*407'):
+            await client.running
+
+    async def test_what_no_proxy_names_is_dialled_itself(self):
+        await self.world()
+        os.environ['ALL_PROXY'] = 'http://' + await self.proxy()
+        for site, names, through in (('0.0.0.0', '', 1), ('0.0.0.0', '0.0.0.0', 0),
+                                     ('0.0.0.0', '*', 0), ('localhost', '', 0)):
+            with self.subTest(site, no_proxy=names):
+                os.environ['NO_PROXY'] = names
+                self.connects.clear()
+                await self.leaves(await self.client(1, site=f'http://{site}'))
+                self.assertEqual(len(self.connects), through)
 
 
 class ComeBackTest(WorldTest):
@@ -5347,6 +5755,7 @@ class PathTest(Network):
         await self.comes()
         session = self.members()[0].session
         await eventually(lambda: session.proven)    # before, a path may be a long one
+        session.round_trip = 0.0001     # this one is short, however busy the machine is
         for _ in range(5):
             await self.begin('GET /700000')
         await eventually(lambda: len(session.streams) == 5)
