@@ -127,7 +127,7 @@ CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many ar
 LINGER = 2.0                    # for an answer to arrive before its connection is closed
 LONG_PATH = 0.03                # of a round trip: other towns; windows grow faster there
 IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
-HALF_CLOSED = 2.0               # for an answer to begin after the visitor's FIN
+HALF_CLOSED = 2.0               # without a byte of an answer after the visitor's FIN: it is gone
 CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
 POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
 UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
@@ -2834,11 +2834,18 @@ class Visit:
     def _half_closed(self) -> None:
         if self.stream or self.waiting:
             loop = self.connection.reactor.loop
-            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream)
+            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream, self._taken())
 
-    def _waited_enough(self, stream: Optional[Stream]) -> None:
-        if stream is self.stream and not self.begun:
+    def _taken(self) -> int:
+        return self.answer.taken if self.answer else 0
+
+    def _waited_enough(self, stream: Optional[Stream], taken: int) -> None:
+        if stream is not self.stream or self.status == 101:
+            return      # the exchange is over, or a half close is only that
+        if self._taken() == taken and not self.connection.choked:
             self._gone()
+        else:
+            self._half_closed()
 
 
 LANDING = """
@@ -3690,7 +3697,7 @@ class Server:
                 raise visit.refusal.again()
             _, stream = self._open(visit, tunnel) or await self._wait_to_open(visit, tunnel)
             visit.begin(stream)
-            visit.begun = True          # a half close is only that
+            visit.status = 101          # as after an upgrade
             await stream.write(visit.address.encode())
             await join(connection, stream)
         except (LocaltunnelError, OSError) as e:

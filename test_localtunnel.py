@@ -2612,6 +2612,47 @@ class VisitorTest(WorldTest):
                 await gone.wait()
                 await self.end_of_the_world()
 
+    async def test_the_app_learns_that_nobody_is_left_for_an_answer_that_is_idle(self):
+        gone = asyncio.Event()
+
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n')
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            gone.set()
+        with self.constant(HALF_CLOSED=0.01):
+            _, visitor = await self.through(answer)
+            visitor.ask()
+            await visitor.reader.readuntil(b'data: 1\n\n')
+            visitor.writer.write_eof()
+            await gone.wait()
+
+    async def test_after_half_a_close_an_answer_goes_on_as_long_as_bytes_flow(self):
+        connection, _ = await self.connections()
+        for taken, choked, status, stays in ((5, False, 200, False), (6, False, 200, True),
+                                             (5, True, 200, True), (5, False, 101, True)):
+            visit = lt.Visit(connection)
+            visit.stream = stream = unittest.mock.Mock()
+            visit.answer, visit.status = unittest.mock.Mock(taken=taken), status
+            connection.choked = choked
+            visit._waited_enough(stream, 5)
+            self.assertIs(stream.reset.called, not stays)
+            visit.stream = None
+        connection.choked = False
+
+    async def test_an_upgrade_outlives_half_a_close(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n')
+            self.assertEqual(await reader.read(), b'bye')
+            writer.write(b'well')
+        with self.constant(HALF_CLOSED=0.0):
+            _, visitor = await self.through(answer)
+            visitor.ask(fields='Connection: Upgrade\nUpgrade: x')
+            await visitor.reader.readuntil(b'\r\n\r\n')
+            visitor.send(b'bye')
+            visitor.writer.write_eof()
+            self.assertEqual(await visitor.reader.read(), b'well')
+
     async def test_a_request_cut_short_is_cut_short_for_the_app(self):
         seen = asyncio.Queue()
 
