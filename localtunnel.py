@@ -5247,6 +5247,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
     if hasattr(signal, 'SIGUSR2'):
         reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
         reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
+    say_ready()         # only now: a signal without its handler would end this process
     while not stop.is_set():
         await first_of(stop.wait(), asked.wait())
         if asked.is_set():
@@ -5305,7 +5306,6 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
     announce(args, log, port, tls_port, made, pin)
     log.flush()
-    say_ready()
     handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
     for listener in operator if handed_over else ():
         listener.close()        # what is asked from now on is for the successor

@@ -3726,7 +3726,10 @@ class Program:
 
     def __init__(self, *args, script=(SCRIPT,), terminal=False, **options):
         self.lines, self.changed = {'out': [], 'err': []}, threading.Condition()
+        self.rest = {'out': b'', 'err': b''}            # of a line that has not ended
         self.terminal, theirs = os.openpty() if terminal else (None, subprocess.PIPE)
+        if terminal:        # of its own: getpass would else ask at that of the tests
+            options = {'stdin': theirs, 'start_new_session': True, **options}
         self.process = subprocess.Popen(
             [sys.executable, *script, *map(str, args)], stdout=theirs,
             stderr=theirs if terminal else subprocess.PIPE,
@@ -3742,20 +3745,33 @@ class Program:
             thread.start()
 
     def _read(self, name, pipe):
-        with contextlib.suppress(OSError), pipe:        # a terminal ends with an error
-            for line in pipe:
-                with self.changed:
-                    self.lines[name].append(line.decode(errors='replace').rstrip('\r\n'))
-                    self.changed.notify_all()
+        data = b'x'
+        with pipe:
+            while data:
+                try:
+                    data = os.read(pipe.fileno(), 65536)
+                except OSError:
+                    data = b''                          # a terminal ends with an error
+                self._keep(name, data)
         with self.changed:
             self.open -= 1
+            self.changed.notify_all()
+
+    def _keep(self, name, data):
+        """Keep the lines in DATA; what does not end one, such as a prompt, may go on."""
+        *whole, rest = (self.rest[name] + data).split(b'\n')
+        if not data and rest:
+            whole, rest = [rest], b''
+        with self.changed:
+            self.lines[name] += [line.decode(errors='replace').rstrip('\r') for line in whole]
+            self.rest[name] = rest
             self.changed.notify_all()
 
     def says(self, pattern, where='err'):
         """The first match of PATTERN in a line there, once it is said."""
         def found():
-            return next(filter(None, (re.search(pattern, line) for line in self.lines[where])),
-                        None)
+            lines = [*self.lines[where], self.rest[where].decode(errors='replace')]
+            return next(filter(None, (re.search(pattern, line) for line in lines)), None)
         with self.changed:
             self.changed.wait_for(lambda: found() or not self.open, 3 * PATIENCE)
             match = found()
@@ -3763,9 +3779,13 @@ class Program:
             raise AssertionError(f'{pattern!r} was not said: {self.lines}')
         return match
 
+    def type(self, text):
+        """What a person types at the terminal."""
+        os.write(self.terminal, text.encode())
+
     def url(self):
         """The URL, which is the first line on stdout."""
-        self.says('', 'out')
+        self.says('.', 'out')
         return self.lines['out'][0]
 
     def port(self):
@@ -3791,17 +3811,47 @@ class Program:
 
 
 class LocalApp:
-    """A web app on a port of this machine, in threads: it answers with a text and the path."""
+    """A web app on a port of this machine, in threads: it answers with a text and the path.
+
+    What is posted is answered with its hash, an upgrade echoes, /slow waits for `go` half-way.
+    """
 
     def __init__(self, text='app', port=0):
+        self.go = go = threading.Event()
+
         class Handler(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
-                page = f'{text} {self.path}'.encode()
+                if 'Upgrade' in self.headers:
+                    return self.echo()
+                if self.path == '/slow':
+                    return self.in_pieces()
+                self.answer(f'{text} {self.path}'.encode())
+
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers['Content-Length']))
+                self.answer(hashlib.sha256(body).hexdigest().encode())
+
+            def answer(self, page):
                 self.send_response(200)
                 self.send_header('Content-Type', 'text/html')
                 self.send_header('Content-Length', str(len(page)))
                 self.end_headers()
                 self.wfile.write(page)
+
+            def echo(self):
+                self.wfile.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
+                data = b'x'
+                while data:
+                    data = self.rfile.read1(65536)
+                    self.wfile.write(data)
+                self.close_connection = True
+
+            def in_pieces(self):
+                self.wfile.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
+                                 b'5\r\nfirst\r\n')
+                go.wait(3 * PATIENCE)
+                self.wfile.write(b'4\r\nlast\r\n0\r\n\r\n')
+                self.close_connection = True
 
             def log_message(self, *args):
                 pass
@@ -3817,15 +3867,35 @@ class LocalApp:
         self.server.server_close()
 
 
-def fetch(url, path='/', method='GET', **fields):
+def fetch(url, path='/', method='GET', body=None, **fields):
     """(status, body) of a request to URL, whose host is not looked up."""
     host = url.partition('://')[2].rstrip('/')
     connection = http.client.HTTPConnection('127.0.0.1', int(host.rpartition(':')[2]),
                                             timeout=3 * PATIENCE)
     with contextlib.closing(connection):
-        connection.request(method, path, headers={'Host': host, **fields})
+        connection.request(method, path, body, {'Host': host, **fields})
         answer = connection.getresponse()
         return answer.status, answer.read()
+
+
+def open_and_read(path):
+    with open(path, 'rb') as f:
+        return f.read()
+
+
+def fcntl_dup(fd):
+    """A copy of FD above those that are taken in the child."""
+    import fcntl
+    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+
+
+def until(true):
+    """Wait until TRUE() is, where nothing tells."""
+    deadline = time.monotonic() + 3 * PATIENCE
+    while not true():
+        if time.monotonic() > deadline:
+            raise AssertionError('it never became true')
+        time.sleep(0.01)
 
 
 class CommandTest(FolderTest):
@@ -3849,6 +3919,13 @@ class CommandTest(FolderTest):
     def another_user(self):
         """Whoever starts now has another key."""
         os.environ['LOCALTUNNEL_KEY'] = os.urandom(32).hex()
+
+    @staticmethod
+    def free_port():
+        """A port that another program can have."""
+        with socket.socket() as sock:
+            sock.bind(('127.0.0.1', 0))
+            return sock.getsockname()[1]
 
     def unused_port(self):
         """A port where nobody answers during the test."""
@@ -4273,11 +4350,6 @@ class HandedOutTest(CommandTest):
         self.assertIn(f"STAMPED_SERVER = '{address}'".encode(), self.script(address))
 
 
-def open_and_read(path):
-    with open(path, 'rb') as f:
-        return f.read()
-
-
 class PythonTest(CommandTest):
 
     def test_with_gives_a_url_while_it_lasts(self):
@@ -4356,6 +4428,341 @@ class PythonTest(CommandTest):
                 self.assertEqual(len({app.port, first.url, second.url}), 3)
 
 
+@unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+class TokenPromptTest(CommandTest):
+    """A server wants a token, and none was given."""
+
+    def asked(self, *args):
+        """A client on a terminal, which asks for the token."""
+        client = self.start('client', self.app().port, *args, terminal=True)
+        client.says(r'token for http://localhost:\d+: $', 'out')
+        return client
+
+    def test_a_terminal_is_asked_once_and_the_answer_kept_for_this_user_alone(self):
+        address = self.server('--token', 'right')
+        client = self.asked('--server', address)
+        client.type('right\n')
+        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
+        self.assertEqual(fetch(url), (200, b'app /'))
+        self.assertEqual(client.interrupt(), 0)
+        self.assertNotIn('right', '\n'.join(client.lines['out']))
+        kept = self.path('config', 'localtunnel', 'tokens.json')
+        self.assertEqual(os.stat(kept).st_mode & 0o777, 0o600)
+        for args in ('--server', address), ():      # which is the last one then
+            client = self.start('client', 1, *args)
+            self.assertIn(address[17:], client.url())
+            client.interrupt()
+
+    def test_a_wrong_answer_is_4_and_not_kept(self):
+        address = self.server('--token', 'right')
+        for answer in 'wrong\n', '\n':
+            client = self.asked('--server', address)
+            client.type(answer)
+            self.assertEqual(client.ends(), 4)
+        self.assertFalse(os.path.exists(self.path('config', 'localtunnel', 'tokens.json')))
+
+    def test_a_kept_token_that_is_refused_is_asked_for_again(self):
+        first = self.server('--token', 'old')
+        client = self.asked('--server', first)
+        client.type('old\n')
+        client.says('localhost:', 'out')
+        client.says(' -> ', 'out')
+        client.interrupt()
+        self.relay.interrupt()
+        self.relay = self.start('server', '--port', first.rpartition(':')[2], '--token', 'new')
+        self.relay.port()
+        client = self.asked('--server', first)
+        client.type('new\n')
+        client.says(' -> ', 'out')
+        client.interrupt()
+        self.start('client', 1).url()
+
+
+@unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'needs SIGHUP')
+class ReloadTest(CommandTest):
+    """SIGHUP: files are read again, even those whose stamps are as they were."""
+
+    def replace(self, path, text):
+        """Write TEXT into the file at PATH so that its size, time and number stay."""
+        stamp = os.stat(path)
+        with open(path, 'r+', encoding='ascii') as f:
+            f.write(text.ljust(stamp.st_size, '\n'))
+        os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+        self.assertEqual(os.stat(path).st_size, stamp.st_size)
+
+    def test_a_token_that_was_taken_out_ends_its_sessions_and_a_new_one_is_right(self):
+        path = self.write('tokens', 'ana first\n')
+        address = self.server('--token-file', path)
+        client = self.start('client', 1, '--server', address, '--token', 'first')
+        client.url()
+        self.replace(path, 'ana other\n')
+        self.relay.process.send_signal(signal.SIGHUP)
+        self.assertEqual(client.ends(), 4)
+        self.start('client', 1, '--server', address, '--token', 'other').url()
+
+    def test_a_new_certificate_is_shown(self):
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+        files = [self.write('cert.pem', CERTIFICATE + '\n' * 4000),
+                 self.write('key.pem', PRIVATE_KEY + '\n' * 4000)]
+        relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
+                           '--key', files[1])
+        where = '127.0.0.1', int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
+        shown = ssl.get_server_certificate(where)
+        self.assertEqual(shown, CERTIFICATE)
+        os.mkdir(self.path('new'))
+        for path, made in zip(files, lt.self_signed(self.path('new'), 'localhost')):
+            self.replace(path, open_and_read(made).decode())
+        relay.process.send_signal(signal.SIGHUP)
+        until(lambda: ssl.get_server_certificate(where) != shown)
+
+
+# What systemd does with a socket unit: it passes its sockets from descriptor 3 on.
+AS_SYSTEMD = """
+import os, sys
+descriptors = [int(word) for word in sys.argv[1].split(',')]
+for place, descriptor in enumerate(descriptors, 3):
+    os.dup2(descriptor, place)
+os.environ.update(LISTEN_FDS=str(len(descriptors)), LISTEN_FDNAMES='localtunnel.socket',
+                  LISTEN_PID=str(os.getpid() + int(sys.argv[2])))
+os.execv(sys.executable, [sys.executable, *sys.argv[3:]])
+"""
+
+
+@unittest.skipUnless(POSIX, 'this system has no Unix sockets')
+class SystemdTest(CommandTest):
+    """Started by what passes sockets and wants to be told when the server is ready."""
+
+    def setUp(self):
+        super().setUp()
+        self.sock, = lt.bind('127.0.0.1', 0)
+        self.port = self.sock.getsockname()[1]
+        self.notified = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.notified.settimeout(3 * PATIENCE)
+        for sock in self.sock, self.notified:
+            self.addCleanup(sock.close)
+
+    def activated(self, *args, other_process=0, notify='notify'):
+        """A server that was passed the socket."""
+        os.environ['NOTIFY_SOCKET'] = notify if notify[0] == '@' else self.path(notify)
+        self.notified.bind(os.environ['NOTIFY_SOCKET'].replace('@', '\0'))
+        copy = fcntl_dup(self.sock.fileno())
+        self.addCleanup(os.close, copy)
+        return self.start('server', *args, pass_fds=[copy],
+                          script=('-c', AS_SYSTEMD, str(copy), str(other_process), SCRIPT))
+
+    def test_who_came_before_it_started_is_answered_and_systemd_is_told_when_it_is_ready(self):
+        with socket.create_connection(('127.0.0.1', self.port)) as early:
+            early.sendall(b'GET / HTTP/1.0\r\nHost: localhost\r\n\r\n')
+            relay = self.activated('--port', self.port)
+            self.assertEqual(self.notified.recv(100), b'READY=1')
+            self.assertTrue(early.makefile('rb').read().startswith(b'HTTP/1.1 200 '))
+        self.assertEqual(relay.port(), self.port)
+        self.assertEqual(relay.interrupt(), 0)
+
+    @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs SIGUSR2')
+    def test_a_successor_is_told_to_systemd_as_the_main_process(self):
+        relay = self.activated('--port', self.port)
+        self.assertEqual(self.notified.recv(100), b'READY=1')
+        relay.process.send_signal(signal.SIGUSR2)
+        told = self.notified.recv(100)
+        pid = int(re.fullmatch(rb'MAINPID=(\d+)\nREADY=1', told).group(1))
+        try:
+            self.assertEqual(relay.process.wait(3 * PATIENCE), 0)
+            self.assertEqual(fetch(f'http://localhost:{self.port}')[0], 200)
+        finally:
+            os.kill(pid, signal.SIGTERM)
+
+    def test_sockets_that_were_passed_to_another_process_are_not_taken(self):
+        relay = self.activated('--port', 0, other_process=1)
+        self.assertEqual(self.notified.recv(100), b'READY=1')
+        self.assertNotEqual(relay.port(), self.port)
+
+    def test_a_socket_that_nobody_asked_for_is_told(self):
+        relay = self.activated('--port', self.port, '--admin', self.free_port())
+        relay.port()
+        relay.interrupt()
+        self.assertNotIn('warning', '\n'.join(relay.lines['err']))
+        self.notified = self.sock       # bound already; nobody is told any more
+        del os.environ['NOTIFY_SOCKET']
+        copy = fcntl_dup(self.sock.fileno())
+        self.addCleanup(os.close, copy)
+        relay = self.start('server', '--port', self.free_port(), pass_fds=[copy],
+                           script=('-c', AS_SYSTEMD, str(copy), '0', SCRIPT))
+        relay.says(f'a socket was passed that listens on port {self.port}')
+
+    @unittest.skipUnless(sys.platform == 'linux', 'only Linux has abstract names')
+    def test_an_abstract_name_is_told_too(self):
+        self.activated('--port', self.port, notify=f'@localtunnel-test-{os.getpid()}')
+        self.assertEqual(self.notified.recv(100), b'READY=1')
+
+
+class LogFormatTest(CommandTest):
+
+    def test_all_that_a_server_says_is_json_and_no_query_is_in_it(self):
+        address = self.server_of_json()
+        client = self.start('client', self.app().port, '--server', address, '--json')
+        client.says('"open"', 'out')
+        url = json.loads(client.lines['out'][0])['url']
+        fetch(url, '/a/b?secret')
+        client.says('"exchange"', 'out')
+        self.relay.says('"path"')
+        self.relay.interrupt()
+        client.says('"lost"', 'out')
+        client.interrupt()
+        lines = [json.loads(line) for line in self.relay.lines['err']]
+        self.assertTrue(all({'time', 'message'} == set(line) or 'path' in line for line in lines))
+        entry, = [line for line in lines if 'path' in line]
+        self.assertRegex(entry.pop('time'), r'^\d{4}-\d\d-\d\d.\d\d:\d\d:\d\d')
+        self.assertGreaterEqual(entry.pop('ms'), 0)
+        self.assertEqual(entry, {
+            'visitor': '127.0.0.1', 'method': 'GET', 'host': url[7:].partition(':')[0],
+            'path': '/a/b', 'status': 200, 'bytes': len('app /a/b?secret')})
+        self.assertNotIn('secret', str(lines))
+
+    def server_of_json(self):
+        self.relay = self.start('server', '--port', 0, '--log-format', 'json')
+        return f'http://localhost:{self.relay.port()}'
+
+
+class RealProxyTest(CommandTest):
+    """Behind real proxies, with the words of README."""
+
+    def recipe(self, language, *changes):
+        """What README says in LANGUAGE, with the ports and files of this test."""
+        text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
+        text = re.search(f'```{language}\n(.*?)```', text, re.DOTALL).group(1)
+        for old, new in changes:
+            self.assertIn(old, text)
+            text = text.replace(old, str(new))
+        return text
+
+    def setUp(self):
+        super().setUp()
+        self.relay = self.start('server', '--bind', '127.0.0.1', '--port', 0,
+                                '--trust-proxy', '127.0.0.1')
+        self.ports = [self.free_port() for _ in range(2)]
+        self.pem = self.write('both.pem', CERTIFICATE + PRIVATE_KEY)
+
+    def runs(self, name, *args):
+        """Start the program NAME; it is there once it answers on both ports."""
+        program = shutil.which(name, path=os.environ['PATH'] + ':/usr/sbin:/usr/local/sbin')
+        if not program:
+            missing(self, name)
+        with open(self.path('said'), 'wb') as said:
+            process = subprocess.Popen([program, *args], stdout=said, stderr=said)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        for port in self.ports:
+            until(lambda: self.answers(port) or process.poll() is not None)
+        self.assertIsNone(process.poll(), open_and_read(self.path('said')))
+
+    @staticmethod
+    def answers(port):
+        with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
+            return True
+
+    def test_nginx(self):
+        port, tls_port = self.ports
+        text = self.recipe(
+            'nginx', ('server 127.0.0.1:8080;', f'server 127.0.0.1:{self.relay.port()};'),
+            ('listen [::]:80;', ''), ('listen [::]:443 ssl;', ''),
+            ('listen 80;', f'listen 127.0.0.1:{port};'),
+            ('listen 443 ssl;', f'listen 127.0.0.1:{tls_port} ssl;'),
+            ('t.example.com', 'localhost'), ('/etc/localtunnel/cert.pem', self.pem),
+            ('/etc/localtunnel/key.pem', self.pem))
+        places = ''.join(f'{kind}_temp_path {self.path(kind)};\n' for kind in (
+            'client_body', 'proxy', 'fastcgi', 'uwsgi', 'scgi'))
+        path = self.write('nginx.conf', f'''
+            daemon off; worker_processes 1; error_log stderr; pid {self.path('pid')};
+            events {{}}
+            http {{ access_log off; {places} {text} }}''')
+        self.runs('nginx', '-e', 'stderr', '-p', self.folder, '-c', path)
+        self.all_of_it_passes()
+
+    def test_haproxy(self):
+        port, tls_port = self.ports
+        path = self.write('haproxy.cfg', self.recipe(
+            'haproxy', ('bind :80,[::]:80 v6only', f'bind 127.0.0.1:{port}'),
+            ('bind :443,[::]:443 v6only', f'bind 127.0.0.1:{tls_port}'),
+            ('/etc/haproxy/t.example.com.pem', self.pem),
+            ('server localtunnel 127.0.0.1:8080',
+             f'server localtunnel 127.0.0.1:{self.relay.port()}')))
+        self.runs('haproxy', '-db', '-f', path)
+        self.all_of_it_passes()
+
+    def all_of_it_passes(self):
+        port, tls_port = self.ports
+        app = self.app()
+        url = self.start('client', app.port, '--server', f'http://localhost:{port}').url()
+        self.assertRegex(url, rf'^http://[a-z0-9-]+\.localhost:{port}$')
+        with self.subTest('a request'):
+            self.assertEqual(fetch(url, '/x'), (200, b'app /x'))
+        with self.subTest('a large body'):
+            body = pattern(1 << 20)
+            self.assertEqual(fetch(url, '/x', 'POST', body),
+                             (200, hashlib.sha256(body).hexdigest().encode()))
+        with self.subTest('an upgrade'), self.asks(url, '/x', 'Connection: Upgrade\r\n'
+                                                   'Upgrade: echo\r\n') as visitor:
+            self.assertIn(b' 101 ', visitor.readline())
+            while visitor.readline() != b'\r\n':
+                pass
+            for message in b'hello', b'world':
+                visitor.write(message)
+                visitor.flush()
+                self.assertEqual(visitor.read(5), message)
+        with self.subTest('an answer that comes in pieces'), self.asks(url, '/slow') as visitor:
+            while visitor.readline() != b'first\r\n':
+                pass
+            app.go.set()
+            self.assertTrue(visitor.read().endswith(b'last\r\n0\r\n\r\n'))
+        with self.subTest('what the app learns of a visitor with TLS'):
+            client = self.start('client', 'echo', '--server', f'https://localhost:{tls_port}',
+                                '--ca', self.write('ca.pem', CERTIFICATE))
+            host = client.url().partition('https://')[2]
+            with socket.create_connection(('127.0.0.1', tls_port)) as sock:
+                with lt.client_tls(check=False).wrap_socket(sock) as secure:
+                    secure.sendall(f'GET /x HTTP/1.1\r\nHost: {host}\r\nX-Forwarded-For: 6.6.6.6'
+                                   '\r\nConnection: close\r\n\r\n'.encode())
+                    page = secure.makefile('rb').read().decode()
+            for line in ('For: 127.0.0.1, 127.0.0.1', 'Proto: https', f'Host: {host}'):
+                self.assertIn(f'\r\nX-Forwarded-{line}\r\n'.lower(), page.lower())
+            self.assertNotIn('6.6.6.6', page)
+
+    def asks(self, url, path, fields=''):
+        """A file of a connection on which PATH was asked for."""
+        sock = socket.create_connection(('127.0.0.1', self.ports[0]), 3 * PATIENCE)
+        sock.sendall(f'GET {path} HTTP/1.1\r\nHost: {url[7:]}\r\n'
+                     f'{fields or "Connection: close" + chr(13) + chr(10)}\r\n'.encode())
+        self.addCleanup(sock.close)
+        return sock.makefile('rwb')
+
+
+@unittest.skipUnless(POSIX, 'for systems with a shell')
+class CurlTest(CommandTest):
+
+    def test_readmes_pipe_opens_a_tunnel_that_curl_visits(self):
+        curl = shutil.which('curl')
+        if not curl:
+            missing(self, 'curl')
+        app, address = self.app(), self.server()
+        text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
+        line, = re.findall(r'^curl .*\| python3 - client 8000$', text, re.MULTILINE)
+        line = line.replace('https://t.example.com', address).replace('8000', str(app.port))
+        os.symlink(sys.executable, self.path('python3'))
+        os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
+        client = self.start(line, start_new_session=True, script=(
+            '-c', 'import os, sys; os.execvp("sh", ["sh", "-c", sys.argv[1]])'))
+        host = client.url()[len('http://'):]
+        said = subprocess.run(
+            [curl, '-sS', '--resolve', f'{host}:127.0.0.1', f'http://{host}/from-curl'],
+            stdout=subprocess.PIPE, timeout=3 * PATIENCE, check=True).stdout
+        self.assertEqual(said, b'app /from-curl')
+        os.killpg(client.process.pid, signal.SIGINT)
+        client.ends()
+        self.assertNotIn('Traceback', '\n'.join(client.lines['err']))
+
+
 class Browser:
     """Chromium without a window, spoken to over its DevTools pipe."""
 
@@ -4413,12 +4820,6 @@ class Browser:
         self.process.wait()
         os.close(self.to)
         os.close(self.back)
-
-
-def fcntl_dup(fd):
-    """A copy of FD above those that are taken in the child."""
-    import fcntl
-    return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
 
 
 @unittest.skipUnless(POSIX, 'for systems with descriptors')
