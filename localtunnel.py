@@ -112,12 +112,14 @@ MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* a
 SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
+PAGE_PART = 16 * KIB            # of a page of ours in one write: one who stalls holds no more
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
 DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
 
 # Seconds.
 HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
 KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
+PAGE_STALLED = 20.0             # for a part of a page of ours to be read: they are not worth more
 BODY_IDLE = 3600.0              # without a byte in either direction of a body
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
 CONNECT_TIMEOUT = 10.0          # to reach the app
@@ -2098,12 +2100,18 @@ PAGE_HEADERS = [      # no script, no other host
     'X-Content-Type-Options: nosniff']
 
 
+def plain_head(status: int, content_type: str, length: int, extra: Sequence[str] = ()) -> bytes:
+    """The head of a response of our own; EXTRA are header lines."""
+    head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
+            f'Content-Length: {length}', 'Cache-Control: no-store', *extra]
+    return '\r\n'.join(head).encode() + b'\r\n\r\n'
+
+
 def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[str] = (),
                   method: bytes = b'GET') -> bytes:
-    """A whole response of our own, as the answer to METHOD; EXTRA are header lines."""
-    head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
-            f'Content-Length: {len(body)}', 'Cache-Control: no-store', *extra]
-    return '\r\n'.join(head).encode() + b'\r\n\r\n' + (b'' if method == b'HEAD' else body)
+    """A whole response of our own, as the answer to METHOD."""
+    head = plain_head(status, content_type, len(body), extra)
+    return head if method == b'HEAD' else head + body
 
 
 def error_message(status: int, text: str, request: Optional[Request] = None,
@@ -2122,6 +2130,23 @@ def error_message(status: int, text: str, request: Optional[Request] = None,
     else:
         form, page = 'text/plain; charset=utf-8', f'{status} {phrase}: {text}\n'
     return plain_message(status, form, page.encode(), extra, request.method if request else b'GET')
+
+
+async def write_own(connection: Connection, *message: bytes) -> None:
+    """Write a MESSAGE of our own part by part, as it is read.
+
+    Nobody counts what it takes, so a reader who stalls must hold little, and not for long.
+    """
+    connection.transport.set_write_buffer_limits(0)     # one part has left before the next
+    usual, connection.idle = connection.idle, PAGE_STALLED
+    try:
+        for piece in message:
+            for at in range(0, len(piece), PAGE_PART):
+                await connection.write(memoryview(piece)[at:at + PAGE_PART])
+    except Overdue as e:
+        raise Disconnected('our answer was not read in time') from e
+    finally:
+        connection.idle = usual
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2893,13 +2918,13 @@ class Server:
                  log: Log, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, host: str = '',
                  tcp_ports: Sequence[int] = (), trusted: Networks = (),
-                 script: Optional[Callable[[str], Optional[bytes]]] = None,
+                 script: Optional[Callable[[str], Optional[Sequence[bytes]]]] = None,
                  only: bool = False, passed: Optional[Dict[int, List[socket.socket]]] = None
                  ) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
         HOST is where TCP_PORTS are bound; those in PASSED are bound already.  TRUSTED are proxies
-        in front.  SCRIPT gives this file with an address stamped in.  ONLY: any Host that
-        means this machine reaches the one tunnel there is.
+        in front.  SCRIPT gives this file in pieces, with an address stamped in.  ONLY: any Host
+        that means this machine reaches the one tunnel there is.
         """
         self.reactor, self.domain = reactor, domain.lower()
         self.trace: Optional[Trace] = None
@@ -3190,7 +3215,7 @@ class Server:
     async def _last_words(self, connection: Connection, status: int, text: str) -> None:
         """Tell a visitor whose request is no good, so that it arrives."""
         with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
-            await connection.write(error_message(status, text, None, [
+            await write_own(connection, error_message(status, text, None, [
                 'Connection: close', date_line(int(time.time()))]))
             await connection.linger()
 
@@ -3216,14 +3241,17 @@ class Server:
                              visit.answer.taken if visit.answer else 0)
 
     async def _give_own(self, visit: Visit, request: Request, status: int,
-                        message: Callable[[Sequence[str]], bytes], extra: Sequence[str]) -> int:
-        """Write what MESSAGE makes of EXTRA and the header lines that belong to this hop."""
+                        message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
+                        page: Iterable[bytes] = ()) -> int:
+        """Write what MESSAGE makes of EXTRA and the header lines that belong to this hop, and PAGE.
+        """
         keep = (request.keep_alive and request.body_length() == 0 and not self.draining
                 and not visit.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
         visit.status, visit.unread = status, not keep
-        await visit.connection.write(message([*extra, *more, date_line(int(time.time()))]))
+        await write_own(visit.connection, message([*extra, *more, date_line(int(time.time()))]),
+                        *page)
         return KEEP if keep else CLOSE
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
@@ -3296,16 +3324,17 @@ class Server:
             raise HopFailed(404, 'there is no such page here')
         if request.method not in (b'GET', b'HEAD'):
             raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
-        if path == b'/':
-            form, page = 'text/html; charset=utf-8', landing_page(address)
-        else:
+        form = 'text/html; charset=utf-8'
+        page: Sequence[bytes] = [landing_page(address)]
+        if path != b'/':
             script = self._script(address) if self._script else None
             if script is None:
                 raise HopFailed(404, 'this server was started from a pipe, so it has no copy of '
                                 'itself to hand out')
             form, page = 'text/x-python; charset=utf-8', script
-        return await self._give_own(visit, request, 200, lambda extra: plain_message(
-            200, form, page, extra, request.method), PAGE_HEADERS)
+        head = functools.partial(plain_head, 200, form, sum(map(len, page)))
+        return await self._give_own(visit, request, 200, head, PAGE_HEADERS,
+                                    page if request.method == b'GET' else ())
 
     # One exchange.
 
@@ -3549,7 +3578,8 @@ class Server:
             extra = ['Connection: close']
             if e.status == 426:
                 extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
-            await visit.connection.write(plain_message(e.status, 'application/json', body, extra))
+            await write_own(visit.connection,
+                            plain_message(e.status, 'application/json', body, extra))
             return CLOSE
         session, connection = member.session, visit.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
@@ -4034,10 +4064,12 @@ async def echo(connection: Connection) -> None:
             body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
             if len(body) > MAX_ECHO:
                 text = f'echo repeats no more than {MAX_ECHO} bytes'
-                await connection.write(error_message(413, text, request, ['Connection: close']))
+                await write_own(connection,
+                                error_message(413, text, request, ['Connection: close']))
                 break
-            await connection.write(plain_message(200, 'text/plain; charset=utf-8', head + body,
-                                                 method=request.method))
+            answer = plain_head(200, 'text/plain; charset=utf-8', len(head) + len(body))
+            await write_own(connection, answer,
+                            *(head, body) if request.method != b'HEAD' else ())
         await connection.linger()
     except (LocaltunnelError, OSError):
         connection.cut_off()
@@ -4820,20 +4852,28 @@ def own_path() -> str:
 
 
 @functools.lru_cache(maxsize=None)
-def own_source() -> bytes:
-    """This file.  Raises where it was read from a pipe, which can't be read again."""
+def own_source() -> List[bytes]:
+    """This file: what stands before and after the stamp.
+
+    Raises where it was read from a pipe, which can't be read again.
+    """
     if own_path():
         with open(own_path(), 'rb') as f:
-            return f.read()
-    sys.stdin.buffer.seek(0)
-    return sys.stdin.buffer.read()
+            source = f.read()
+    else:
+        sys.stdin.buffer.seek(0)
+        source = sys.stdin.buffer.read()
+    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
 
 
-def stamped_source(address: str) -> Optional[bytes]:
-    """This file with the server's ADDRESS written into it, or None where it can't be read."""
+def stamped_source(address: str) -> Optional[Sequence[bytes]]:
+    """This file in pieces, with the server's ADDRESS written into it; None where it can't be read.
+
+    The large pieces are the same for all: visitors choose what address they see.
+    """
     try:
-        return re.sub(rb"(?m)^STAMPED_SERVER = .*$", lambda _: b'STAMPED_SERVER = %a' % address,
-                      own_source(), count=1)
+        before, after = own_source()
+        return before, b'STAMPED_SERVER = %a' % address, after
     except (OSError, ValueError, AttributeError):
         return None
 

@@ -2006,6 +2006,23 @@ class ReadHeadTest(LoopTest):
             most = await self.most_in_a_turn(lambda: sink.write.await_count, 500)
         self.assertLessEqual(most, 1)
 
+    async def test_what_is_ours_waits_in_small_parts_for_a_reader_and_not_for_long(self):
+        connection, _ = await self.connections(small=4096)
+        page = bytes(lt.MIB)
+        with self.constant(PAGE_STALLED=0.05), self.assertRaises(lt.Disconnected):
+            await lt.write_own(connection, b'head', page)
+        self.assertLessEqual(connection.transport.get_write_buffer_size(), lt.PAGE_PART)
+        self.assertEqual(connection.idle, lt.BODY_IDLE)
+
+    async def test_what_is_ours_arrives_whole(self):
+        connection, other = await self.connections(small=4096)
+        page = pattern(300000)
+        async with self.background(lt.write_own(connection, b'head', page)):
+            got = b''
+            while len(got) < 300004:
+                got += await other.read()
+        self.assertEqual(got, b'head' + page)
+
     async def test_tiny_chunks_leave_in_larger_ones_and_let_others_come_in_between(self):
         source, (sink, other) = self.stream(b'1\r\na\r\n' * 20000 + b'0\r\n\r\n'), (
             await self.connections())
@@ -2525,7 +2542,7 @@ class RouteTest(WorldTest):
                          [b'/%d' % n for n in range(9)])
 
     async def test_the_landing_page_shows_what_to_type(self):
-        await self.world(script=lambda address: b'script of ' + address.encode())
+        await self.world(script=lambda address: [b'script of ', address.encode()])
         visitor = await self.visitor(f'localhost:{self.port}')
         status, fields, body = await visitor.get()
         self.assertEqual(status, 200)
@@ -2580,6 +2597,21 @@ class VisitorTest(WorldTest):
         visitor.send(b'X\r\n')
         self.assertEqual((await visitor.reader.read()).split()[1], b'400')
         self.assertNotEqual(await ended.get(), 'whole')
+
+    async def test_a_visitor_who_does_not_read_our_pages_is_let_go(self):
+        await self.world(script=lambda address: [bytes(20 * lt.MIB)])
+        with self.constant(PAGE_STALLED=0.02):
+            visitor = await self.visitor('localhost')
+            visitor.reader._transport.pause_reading()
+            visitor.ask('/localtunnel.py')
+            await eventually(lambda: self.server._visits)
+            await eventually(lambda: not self.server._visits)
+
+    async def test_a_page_is_the_same_bytes_for_all_who_read_it(self):
+        one, other = lt.stamped_source('http://a'), lt.stamped_source('http://b')
+        self.assertIs(one[0], other[0])
+        self.assertIs(one[2], other[2])
+        self.assertEqual(one[1], b"STAMPED_SERVER = 'http://a'")
 
     async def test_pipelined_requests_let_others_come_in_between(self):
         await self.world()
