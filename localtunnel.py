@@ -3901,13 +3901,18 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
 
 
 class Target:
-    """What a tunnel leads to.  `label` is its full spelling, from which the derived name comes."""
+    """What a tunnel leads to.
+
+    `label` is its full spelling, from which the derived name comes; `base` is the path that stands
+    before that of every request.
+    """
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
         """SCHEME is http, https, unix, folder, echo or tcp."""
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
         self.authority = authority(scheme, host, port) if port else host
         self.local = is_loopback(host)
+        self.base = path.encode() if scheme in ('http', 'https') else b''
         if scheme in ('unix', 'folder', 'echo'):
             self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
             self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
@@ -4251,21 +4256,40 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
     return connection.sock
 
 
-def replaced(block: bytes, names: bytes, origin: bytes, other: bytes) -> bytes:
-    """BLOCK with OTHER for ORIGIN where a field of NAMES begins with that origin, no longer one."""
-    return re.sub(rb'(?im)^((?:%b):[ \t]*)%b(?=[/?#]|[ \t]*\r)' % (names, re.escape(origin)),
-                  lambda m: m.group(1) + other, block)
+def leads_out(path: bytes) -> bool:
+    """Do dot segments lead PATH above its beginning, however an app may read it?
+
+    Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
+    """
+    depth, path = 0, urllib.parse.unquote_to_bytes(path.partition(b'?')[0])
+    for segment in re.findall(rb'[^/\\]+', re.sub(rb'[;?#\0][^/\\]*', b'', path)):
+        segment = segment.strip()
+        depth += -1 if segment == b'..' else segment not in (b'', b'.')
+        if depth < 0:
+            return True
+    return False
+
+
+URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # of an origin, or of a path that is a whole one
+
+
+def replaced(block: bytes, names: bytes, old: bytes, new: bytes) -> bytes:
+    """BLOCK with NEW for the pattern OLD where a URL begins with it, in the fields of NAMES."""
+    start = rb'(^(?i:refresh):[^=]*=[ \t"\']*|^[^:]*:[ \t]*|<)'
+    return re.sub(rb'(?im)^(?:%b):[^\r]*' % names, lambda line: re.sub(
+        start + old, lambda m: m.group(1) + new, line.group()), block)
 
 
 class HostHeader:
-    """What the app is told of its own address (--host-header): another Host, or all of `rewrite`.
+    """What app and visitor are told of each other's address (--host-header), and of a base path.
 
     With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
-    passes untouched: the app's own check against forged requests must stay whole.
+    passes untouched: the app's own check against forged requests must stay whole.  Of the base path
+    visitors see nothing: to them what is below it is the whole site.
     """
 
     def __init__(self, target: Target, value: str) -> None:
-        self._rewrite = value == 'rewrite'
+        self._rewrite, self._base = value == 'rewrite', target.base
         self._host = (target.authority if self._rewrite else value).encode('latin-1')
         scheme = 'https' if target.scheme == 'https' else 'http'
         self._own = f'{scheme}://{target.authority}'.encode()
@@ -4273,21 +4297,49 @@ class HostHeader:
                                   + rb'(?=[ \t]*(?:;|$))')
 
     def of_request(self, request: Request, block: bytes) -> bytes:
-        """The header lines of REQUEST, as the app is to see them."""
-        block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
-        if not self._rewrite:
-            return block
-        block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
-        return replaced(block, rb'origin|referer', self._public(request), self._own)
+        """The header lines of REQUEST, as the app is to see them.  Raises HopFailed."""
+        if self._host:
+            block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
+        public = self._public(request)
+        old = b'(?i:%b)' % re.escape(public) + URL_END
+        if self._rewrite:
+            block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
+            block = replaced(block, rb'(?:sec-websocket-)?origin', old, self._own)
+        if self._rewrite or self._base:
+            own = (self._own if self._rewrite else public) + self._base
+            block = replaced(block, rb'referer|destination|if', old, own)
+            if self._base:
+                block = replaced(block, rb'destination|if', rb'(?=/(?!/))', self._base)
+                self._check_destination(block, own)
+        return block
+
+    def _check_destination(self, block: bytes, own: bytes) -> None:
+        """MOVE and COPY must not lead out of the base path either.  Raises HopFailed."""
+        for url in re.findall(rb'(?im)^destination:[ \t]*([^\r]*)', block):
+            inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
+                              url)
+            if not inside or leads_out(inside.group(1)):
+                raise HopFailed(400, f'Destination leads out of {self._base.decode()}')
 
     def of_response(self, request: Request, block: bytes) -> bytes:
         """The header lines of the answer to REQUEST, as the visitor is to see them."""
-        if not self._rewrite:
-            return block
-        block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
-                       block)
-        return replaced(block, rb'location|access-control-allow-origin', self._own,
-                        self._public(request))
+        public, own, base = self._public(request), re.escape(self._own), re.escape(self._base)
+        if self._rewrite:
+            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
+                           block)
+            block = replaced(block, rb'access-control-allow-origin', b'(?i:%b)' % own + URL_END,
+                             public)
+        if base:        # an app that was told https may say http all the same
+            own += rb'|(?:https?:)?//' + re.escape(request.host)
+            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: re.sub(
+                rb'(;[ \t]*(?i:path)[ \t]*=[ \t]*)%b(?:/|(?=[ \t]*(?:;|$)))' % base, rb'\1/',
+                m.group()), block)
+        if self._rewrite or base:
+            names = rb'(?:content-)?location|refresh|link'
+            block = replaced(block, names, b'(?i:%b)%b%b' % (own, base, URL_END), public)
+        if base:        # `//` would begin another host
+            block = replaced(block, names, rb'%b(?:[/\\]+|%b)' % (base, URL_END), b'/')
+        return block
 
     @staticmethod
     def _public(request: Request) -> bytes:
@@ -4320,7 +4372,8 @@ class Client:
         self.once = once            # end with an error where the connection fails?
         self._observer, self._token, self._timeout = observer, token, timeout
         self._trace, self._tls, self._pin = trace, tls, pin
-        self._host_header = HostHeader(target, host_header) if host_header else None
+        self._host_header = (HostHeader(target, host_header or '')
+                             if host_header or target.base else None)
         self._upstream = Upstream(reactor, target, upstream_tls)
         self._crew = Crew(reactor, self._serve_tcp if target.scheme == 'tcp' else self._serve)
         self._sessions: Set[Session] = set()        # the current one, and those that drain
@@ -4606,8 +4659,10 @@ class Client:
     def _forwarded_block(self, request: Request) -> bytes:
         """The header lines of REQUEST as they go on."""
         block = request.without(request.hop_by_hop())
-        if self.target.path and self.target.scheme in ('http', 'https') and request.target != b'*':
-            request.target = self.target.path.encode() + request.target
+        if self.target.base and request.target != b'*':
+            if leads_out(request.target):
+                raise HopFailed(400, f'this path leads out of {self.target.path}')
+            request.target = self.target.base + request.target
         return self._host_header.of_request(request, block) if self._host_header else block
 
     def _look_for_strangers(self, page: bytes) -> None:

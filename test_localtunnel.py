@@ -3719,6 +3719,129 @@ class OutgoingProxyTest(FolderTest, WorldTest):
                 self.assertEqual(len(self.connects), through)
 
 
+OUT = (         # of a base path, in some reading of an app
+    '/..', '/../secret', '/%2e%2e/', '/..%2f', '/.%2E/x', '/a/../..', '/a//../../x', '/a/%2e%2e/..',
+    '/..\\x', '/%2e%2e%5cx', '/a\\..\\..', '/..;/x', '/..;a=b/x', '/..%3bx', '/..%00/x', '/..%20/x',
+    '/./../x', '//..', '/;/../x', '/..?q', '/..%3fq', '/a/b/../../../c/d/e', '/%2f../x')
+INSIDE = ('/', '/a/../b', '/a/b/../../c', '/...', '/..a', '/a..', '/.', '/a/./b', '/?../..',
+          '/x?a=/../../..', '//', '/%2e', '/a%2f..', '/a;..', '/%252e%252e/x', '/.well-known/x')
+# Fields of a request and of an answer: with `rewrite` and no base path, with a base path and with
+# both.  $ is the tunnel's public address, @ the app's own.
+ADDRESSES = (
+    (('Origin: $', 'Origin: @', 'Origin: $', 'Origin: @'),
+     ('origin:$', 'origin:@', 'origin:$', 'origin:@'),
+     ('Sec-WebSocket-Origin: $', 'Sec-WebSocket-Origin: @', 'Sec-WebSocket-Origin: $',
+      'Sec-WebSocket-Origin: @'),
+     ('Referer: $/a?b=$', 'Referer: @/a?b=$', 'Referer: $/base/a?b=$', 'Referer: @/base/a?b=$'),
+     ('Destination: $/d', 'Destination: @/d', 'Destination: $/base/d', 'Destination: @/base/d'),
+     ('Destination: /d', 'Destination: /d', 'Destination: /base/d', 'Destination: /base/d'),
+     ('If: <$/x> (<urn:y>) <$> (["$/z"]) </w> (Not <DAV:no>)',
+      'If: <@/x> (<urn:y>) <@> (["$/z"]) </w> (Not <DAV:no>)',
+      'If: <$/base/x> (<urn:y>) <$/base> (["$/z"]) </base/w> (Not <DAV:no>)',
+      'If: <@/base/x> (<urn:y>) <@/base> (["$/z"]) </base/w> (Not <DAV:no>)')),
+    (('Location: @/base/a', 'Location: $/base/a', 'Location: $/a', 'Location: $/a'),
+     ('Location: @/base', 'Location: $/base', 'Location: $', 'Location: $'),
+     ('Location: $/base?a', 'Location: $/base?a', 'Location: $?a', 'Location: $?a'),
+     ('Location: /base/a?u=/base/b', 'Location: /base/a?u=/base/b', 'Location: /a?u=/base/b',
+      'Location: /a?u=/base/b'),
+     ('Location: /base', 'Location: /base', 'Location: /', 'Location: /'),
+     ('Location: /base//evil.example', 'Location: /base//evil.example', 'Location: /evil.example',
+      'Location: /evil.example'),
+     ('Location: /base/\\evil.example', 'Location: /base/\\evil.example',
+      'Location: /evil.example', 'Location: /evil.example'),
+     ('Location: //x.t.example/base/a', 'Location: //x.t.example/base/a', 'Location: $/a',
+      'Location: $/a'),
+     ('content-location:/base/a', 'content-location:/base/a', 'content-location:/a',
+      'content-location:/a'),
+     ('Refresh: 5; url=@/base/a', 'Refresh: 5; url=$/base/a', 'Refresh: 5; url=$/a',
+      'Refresh: 5; url=$/a'),
+     ('Link: <@/base/a>; rel=x, </base/b>', 'Link: <$/base/a>; rel=x, </base/b>',
+      'Link: <$/a>; rel=x, </b>', 'Link: <$/a>; rel=x, </b>'),
+     ('Access-Control-Allow-Origin: @', 'Access-Control-Allow-Origin: $',
+      'Access-Control-Allow-Origin: @', 'Access-Control-Allow-Origin: $'),
+     ('Set-Cookie: a=/base/; Path=/base/x; Domain=localhost',
+      'Set-Cookie: a=/base/; Path=/base/x', 'Set-Cookie: a=/base/; Path=/x; Domain=localhost',
+      'Set-Cookie: a=/base/; Path=/x'),
+     ('Set-Cookie: a=b; path=/base; Secure', 'Set-Cookie: a=b; path=/base; Secure',
+      'Set-Cookie: a=b; path=/; Secure', 'Set-Cookie: a=b; path=/; Secure')))
+STRANGE = (      # what names no address of this tunnel or of its app passes as it is
+    ('Origin: http://evil.example', 'Origin: null', 'Origin: $.evil.example',
+     'Origin: https://x.t.example', 'Referer: http://evil.example/$', 'Referer: $x/', 'X-Url: $/a',
+     'If: (<urn:x> ["y"])'),
+    ('Location: http://idp.example/?to=@/base/a', 'Location: @x/base/a', 'Location: a',
+     'Location: //evil.example/base/', 'Location: /basement', 'Location: ?/base/a',
+     'Link: <http://x.example/base/a>', 'Refresh: 5', 'X-Url: @/base/a',
+     'Set-Cookie: a=b; Path=/basement', 'Set-Cookie: a=b; Domain=xlocalhost'))
+
+
+class BasePathTest(WorldTest):
+    """A target with a path is the whole site, and every field that carries an address says so."""
+
+    async def at(self, base, **options):
+        """(app, visitor) of a world whose target is an app's BASE."""
+        await self.world(domain='t.example')
+        app = await self.app()
+        await self.client(f'http://localhost:{app.address[1]}{base}', name='x', **options)
+        return app, await self.visitor('x.t.example')
+
+    async def test_addresses_of_app_and_visitor_become_each_other(self):
+        ways = ('', 'rewrite'), ('/base', None), ('/base', 'rewrite')
+        for number, (base, value) in enumerate(ways, 1):
+            app, visitor = await self.at(base, host_header=value)
+            names = {'$': 'http://x.t.example', '@': f'http://localhost:{app.address[1]}'}
+
+            def meant(line):
+                return re.sub('[$@]', lambda m: names[m.group()], line)
+            for given, asked in ((case[0], case[number]) for case in self.cases(0)):
+                with self.subTest(given, base=base, value=value):
+                    self.assertEqual((await visitor.get('/d', meant(given)))[0], 200)
+                    self.assertIn(meant(asked).encode(), app.requests[-1].split(b'\r\n'))
+                    self.assertTrue(app.requests[-1].startswith(f'GET {base}/d '.encode()))
+            for given, told in ((case[0], case[number]) for case in self.cases(1)):
+                with self.subTest(given, base=base, value=value):
+                    app.answer = OK.replace(b'Content-', meant(given).encode()
+                                            + b'\r\nContent-', 1)
+                    visitor.ask('/d')
+                    head = await visitor.reader.readuntil(b'\r\n\r\n')
+                    await visitor.reader.readexactly(5)
+                    self.assertIn(meant(told).encode(), head.split(b'\r\n'))
+            await self.end_of_the_world()
+
+    @staticmethod
+    def cases(direction):
+        return (*ADDRESSES[direction], *((line,) * 4 for line in STRANGE[direction]))
+
+    async def test_a_base_path_is_a_boundary(self):
+        app, visitor = await self.at('/base')
+        for path in OUT:
+            with self.subTest(path):
+                self.assertEqual((await visitor.get(path))[0], 400)
+        self.assertEqual(app.requests, [])
+        for path in INSIDE:
+            with self.subTest(path):
+                self.assertEqual((await visitor.get(path))[0], 200)
+                self.assertEqual(app.requests[-1].split()[1], b'/base' + path.encode())
+
+    async def test_without_a_base_path_every_path_passes_as_it_is(self):
+        app, visitor = await self.at('')
+        for path in (*OUT, *INSIDE):
+            self.assertEqual((await visitor.get(path))[0], 200)
+            self.assertEqual(app.requests[-1].split()[1], path.encode())
+
+    async def test_a_destination_stays_within_the_base_path(self):
+        for value in None, 'rewrite':
+            app, visitor = await self.at('/base', host_header=value)
+            own = f'http://localhost:{app.address[1]}'
+            for url in (*OUT, *map('http://x.t.example'.__add__, OUT), own + '/secret', own,
+                        own + '/basement', own + '/base/../x', 'http://evil.example/x', '//x/y',
+                        'x', ''):
+                with self.subTest(url, value=value):
+                    status, _, _ = await visitor.get(method='MOVE', fields=f'Destination: {url}')
+                    self.assertEqual(status, 400)
+            self.assertEqual(app.requests, [])
+            await self.end_of_the_world()
+
+
 class ComeBackTest(WorldTest):
 
     async def test_it_comes_back_with_the_same_name_to_a_server_that_was_restarted(self):
