@@ -29,10 +29,11 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    1 Constants and errors    5 Session               9 Server
-    2 Wire                    6 HTTP/1.1             10 Client
-    3 Credit                  7 Names and tokens     11 Terminal
-    4 Byte streams            8 Certificates         12 Command line
+    1 Constants and errors    6 HTTP/1.1             11 Client
+    2 Wire                    7 Names and tokens     12 Terminal
+    3 Credit                  8 Certificates         13 Command line
+    4 Byte streams            9 Exchange
+    5 Session                10 Server
 """
 
 from __future__ import annotations
@@ -707,7 +708,7 @@ class ByteStream:
             await self._readable
         return True
 
-    def take(self, limit: int) -> bytes:
+    def take(self, limit: float) -> bytes:
         """Bytes that are here, at most LIMIT; b'' where there are none."""
         if not self.size:
             return b''
@@ -718,8 +719,9 @@ class ByteStream:
             self._chunks.popleft()
             self._at = 0
         else:
-            piece, left = chunk[at:at + limit], limit
-            self._at = at + limit
+            left = int(limit)
+            piece = chunk[at:at + left]
+            self._at = at + left
         self.size -= left
         self.consumed(left)
         return piece
@@ -1858,20 +1860,21 @@ def encode_response(response: Response, block: bytes, chunked: bool = False) -> 
     return b'HTTP/1.1 %d%b\r\n%b\r\n' % (response.status, response.reason or b' ', block)
 
 
-# Bodies.  `take` gives bytes that are here, b'' where more is needed; `taken` counts them, and
-# `finished` says that all have been.  `busy`: it took long, though more is here.  `cut`: the stream
-# ended.
+class Body:
+    """A message body that arrives on `stream`: LEFT bytes, or all until the stream ends (NEVER).
 
-class LengthBody:
-    """So many bytes."""
+    `take` gives what is here, b'' where more is needed; `taken` counts it, and `finished` says that
+    this was all.  `busy`: taking took long, though more is here.
+    """
     __slots__ = ('stream', 'left', 'taken', 'finished', 'busy')
     trailers = b''
 
-    def __init__(self, stream: ByteStream, left: int) -> None:
+    def __init__(self, stream: ByteStream, left: float) -> None:
         self.stream, self.left, self.taken, self.finished = stream, left, 0, not left
         self.busy = False
 
     def take(self) -> bytes:
+        """Raises BadHttp, where chunks are malformed."""
         piece = self.stream.take(self.left)
         n = len(piece)
         self.taken += n
@@ -1880,54 +1883,38 @@ class LengthBody:
         return piece
 
     def cut(self) -> None:
-        raise Incomplete(f'{self.left} bytes are missing')
-
-
-class CloseBody:
-    """Everything until the stream ends."""
-    __slots__ = ('stream', 'taken', 'finished', 'busy')
-    trailers = b''
-
-    def __init__(self, stream: ByteStream) -> None:
-        self.stream, self.taken, self.finished, self.busy = stream, 0, False, False
-
-    def take(self) -> bytes:
-        piece = self.stream.take(READ_SIZE)
-        self.taken += len(piece)
-        return piece
-
-    def cut(self) -> None:
+        """The stream has ended.  Raises Incomplete where the body has not."""
+        if self.left != NEVER:
+            raise Incomplete(f'{self.left} bytes are missing')
         self.finished = True
 
 
-class ChunkedBody:
+class ChunkedBody(Body):
     """Chunks; their extensions are dropped, the trailers kept.
 
     Those that are here are taken together: where one ends has no meaning, but costs much.
     """
-    __slots__ = ('stream', 'taken', 'finished', 'trailers', 'busy', '_left', '_state')
+    __slots__ = ('trailers', '_state')
     LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
 
     def __init__(self, stream: ByteStream) -> None:
-        self.stream, self.taken, self.finished, self.busy = stream, 0, False, False
+        super().__init__(stream, NEVER)
         self.trailers = b''
-        self._left = 0              # bytes of this chunk
-        self._state = 'size'
+        self._state = 'size'        # and then `left` is what is left of this chunk
 
     def take(self) -> bytes:
-        """Raises BadHttp."""
         pieces: List[bytes] = []
         size = steps = 0
         while not self.finished and size < MAX_PAYLOAD and steps < STEPS_TOGETHER:
             steps += 1
             if self._state == 'data':
-                piece = self.stream.take(self._left)
+                piece = self.stream.take(self.left)
                 if not piece:
                     break
                 pieces.append(piece)
                 size += len(piece)
-                self._left -= len(piece)
-                if not self._left:
+                self.left -= len(piece)
+                if not self.left:
                     self._state = 'data end'
                 continue
             line = self.stream.take_line(self.LIMITS[self._state])
@@ -1945,8 +1932,8 @@ class ChunkedBody:
             match = _CHUNK_LINE.fullmatch(line)
             if not match:
                 raise BadHttp(400, 'a malformed chunk size')
-            self._left = int(match.group(1), 16)
-            return 'data' if self._left else 'trailer'
+            self.left = int(match.group(1), 16)
+            return 'data' if self.left else 'trailer'
         if line == b'\r\n':
             return 'size' if self._state == 'data end' else 'end'
         if self._state == 'data end':
@@ -1962,24 +1949,20 @@ class ChunkedBody:
         raise Incomplete('the last chunk is missing')
 
 
-Body = Union[LengthBody, ChunkedBody, CloseBody]
-
-
 def body_reader(stream: ByteStream, length: int) -> Body:
     """What reads a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
-    if length >= 0:
-        return LengthBody(stream, length)
-    return ChunkedBody(stream) if length == CHUNKED else CloseBody(stream)
+    return ChunkedBody(stream) if length == CHUNKED else Body(
+        stream, NEVER if length == UNTIL_CLOSE else length)
 
 
-def whole_message(head: bytes, body: Body) -> Optional[bytes]:
-    """HEAD with the whole body, where it is small and all here; else None, and nothing is taken."""
-    if not body.finished:
-        if not isinstance(body, LengthBody) or body.left > min(body.stream.size, SMALL_BODY):
-            return None
-        while not body.finished:
-            head += body.take()
-    return head
+def whole_body(body: Body) -> Optional[bytes]:
+    """All of BODY, where it is small and all here; else None, and nothing is taken."""
+    if isinstance(body, ChunkedBody) or body.left > min(body.stream.size, SMALL_BODY):
+        return None
+    pieces = []
+    while not body.finished:
+        pieces.append(body.take())
+    return b''.join(pieces)
 
 
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
@@ -2652,7 +2635,121 @@ def explain_tls(error: BaseException, host: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Server
+# 9. Exchange
+#
+# One request and its response, the same at both ends of a tunnel.  Knows no tunnels, no connections
+# to apps, and not who watches.
+#
+#            near                   far
+#   server   visitor's connection   stream
+#   client   stream                 app's connection
+# ------------------------------------------------------------------------------------------------
+
+class Record:
+    """What observers are told of: here of a stream that ended before it said what it wants."""
+    __slots__ = ('number', 'visitor', 'method', 'host', 'target', 'status', 'why', 'began')
+    size = 0                            # bytes of the response's body
+
+    def __init__(self, number: int, began: float, method: str = '?', target: str = '?') -> None:
+        self.number, self.began = number, began
+        self.method, self.target = method, target
+        self.visitor = self.host = ''
+        self.status = 0                 # of the response, once that has begun
+        self.why = ''                   # what went wrong
+
+
+class Exchange(Record):
+    """One request and its response."""
+    __slots__ = ('near', 'far', 'request', 'length', 'body', 'whole', 'answer', 'keep', 'fault',
+                 'sending')
+
+    def __init__(self, near: ByteStream, request: Request, number: int = 0,
+                 visitor: str = '') -> None:
+        """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
+        self.number, self.visitor, self.began = number, visitor, near.reactor.now()
+        self.method, self.host = request.method.decode(), request.host_name
+        self.target = request.target.decode('latin-1')
+        self.near, self.far = near, near        # FAR is known once the request goes on
+        self.request, self.length = request, request.body_length()
+        self.body = body = body_reader(near, self.length)
+        self.whole = b'' if body.finished else whole_body(body)     # None: it has to be streamed
+        self.answer: Optional[Body] = None      # the body of the response, once that has begun
+        self.status, self.why = 0, ''
+        self.keep = False                       # the connection may carry another request
+        self.fault: Optional[BadHttp] = None    # what is malformed in the body of the request
+        self.sending: Optional[asyncio.Task[None]] = None   # while the request is streamed
+
+    @property
+    def size(self) -> int:          # type: ignore[override]
+        return self.answer.taken if self.answer else 0
+
+    @property
+    def repeatable(self) -> bool:
+        """True if the request may be sent once more, as long as no response has begun."""
+        return self.whole is not None and self.request.method in IDEMPOTENT
+
+    def send(self, far: ByteStream, block: bytes, end: bool) -> Awaitable[None]:
+        """Pass the request on to FAR, with the header lines in BLOCK.  END: nothing follows it.
+
+        To be awaited.  What has to be streamed goes on meanwhile.
+        """
+        self.far = far
+        head = encode_request(self.request, block, self.length)
+        if self.whole is not None:
+            return far.write(head + self.whole, end)
+        self.sending = self.near.reactor.spawn(self._stream(head, end))
+        return asyncio.sleep(0)
+
+    async def _stream(self, head: bytes, end: bool) -> None:
+        far = self.far
+        try:
+            await copy_message(head, self.body, far, self.length == CHUNKED, end)
+        except (LocaltunnelError, OSError) as e:
+            self.fault = e if isinstance(e, BadHttp) else None
+            if far.error is None:       # cut short here, cut short there
+                far.reset(INCOMPLETE if self.fault else CANCELLED, f'the request broke off: {e}')
+
+    def respond(self, response: Response, length: int, block: bytes, end: bool,
+                tap: Optional[Callable[[bytes], None]] = None) -> Awaitable[None]:
+        """Pass RESPONSE back with the header lines in BLOCK, and its body of LENGTH.
+
+        To be awaited.  END: nothing follows it.  TAP is shown the body.
+        """
+        if response.status == 101:
+            return self._upgrade(response, block)
+        self.status = response.status
+        self.answer = body_reader(self.far, length)
+        chunked = length < 0 and self.request.minor == b'1'
+        return copy_message(encode_response(response, block, chunked), self.answer, self.near,
+                            chunked, end, tap)
+
+    async def _upgrade(self, response: Response, block: bytes) -> None:
+        check_upgrade(self.request, response)
+        if self.sending:
+            await asyncio.wait({self.sending})      # two readers of one stream are one too many
+        self.status = 101
+        await self.near.write(encode_response(response, block))
+        await join(self.near, self.far)
+
+    async def stop_sending(self) -> None:
+        """The rest of the request is not wanted."""
+        if self.sending:
+            await end_task(self.sending)
+            self.sending = None
+
+
+class Observer:
+    """Who is told what happens at one end; this one tells nobody."""
+
+    def note(self, text: str) -> None:
+        """Something to know."""
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        """EXCHANGE has ended, after SECONDS."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Server
 #
 # Sessions in, visitors in.  Knows no frames and nothing of the client.
 #
@@ -2800,9 +2897,8 @@ class Tunnel:
 
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
-    __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'forwarded', 'trusted',
-                 'refusal', 'stream', 'begun', 'unread', 'repeatable', 'waiting', 'status',
-                 'answer')
+    __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
+                 'refusal', 'stream', 'exchange', 'waiting')
 
     def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
         self.connection = connection
@@ -2811,14 +2907,10 @@ class Visit:
         self.host = b''             # what a trusted proxy says was the visitor's Host
         self.trusted = trusted if within(self.peer, trusted) else ()
         self.refusal: Optional[HopFailed] = None        # there was no room for this connection
-        self.forwarded = self._forwarded([self.peer])
-        self.stream: Optional[Stream] = None
-        self.begun = False          # has the answer begun?
-        self.unread = False         # was the answer there before the request had been read?
-        self.repeatable = False     # may its request go again?
-        self.waiting: Optional[asyncio.Future[None]] = None
-        self.status = 0             # of the answer, and its body: for the log
-        self.answer: Optional[Body] = None
+        self.x_forwarded = self._x_forwarded([self.peer])
+        self.stream: Optional[Stream] = None            # by which it is served now
+        self.exchange: Optional[Exchange] = None        # the one that runs; none for raw TCP
+        self.waiting: Optional[asyncio.Future[None]] = None     # for a client
         connection.on_gone, connection.on_eof = self._gone, self._half_closed
 
     def look_behind(self, request: Request) -> None:
@@ -2837,16 +2929,16 @@ class Visit:
         self.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
         host = request.fields.get(b'x-forwarded-host', b'')
         self.host = host if _HOST.fullmatch(host) else b''
-        self.forwarded = self._forwarded(chain)
+        self.x_forwarded = self._x_forwarded(chain)
 
-    def _forwarded(self, chain: Sequence[str]) -> bytes:
+    def _x_forwarded(self, chain: Sequence[str]) -> bytes:
         """The header lines about who asks."""
         return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
                 f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
     def begin(self, stream: Stream) -> None:
         """An exchange begins on STREAM."""
-        self.stream, self.begun = stream, False
+        self.stream = stream
         if self.connection.ended:
             self._half_closed()
 
@@ -2857,17 +2949,14 @@ class Visit:
             self.stream.reset(CANCELLED, 'the visitor went away')
 
     def _half_closed(self) -> None:
-        if self.stream or self.waiting:
+        if self.exchange and (self.stream or self.waiting):     # in raw TCP it is only that
             loop = self.connection.reactor.loop
-            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream, self._taken())
-
-    def _taken(self) -> int:
-        return self.answer.taken if self.answer else 0
+            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream, self.exchange.size)
 
     def _waited_enough(self, stream: Optional[Stream], taken: int) -> None:
-        if stream is not self.stream or self.status == 101:
+        if stream is not self.stream or not self.exchange or self.exchange.status == 101:
             return      # the exchange is over, or a half close is only that
-        if self._taken() == taken and not self.connection.choked:
+        if self.exchange.size == taken and not self.connection.choked:
             self._gone()
         else:
             self._half_closed()
@@ -2888,17 +2977,6 @@ def landing_page(address: str) -> bytes:
     return PAGE.format(title='localtunnel', text=text).encode()
 
 
-class Log:
-    """Who is told what a server does; this one tells nobody."""
-
-    def note(self, text: str) -> None:
-        """Something happened."""
-
-    def access(self, address: str, request: Request, status: int, seconds: float,
-               size: int) -> None:
-        """A request was answered; STATUS 0: it was not."""
-
-
 @functools.lru_cache(maxsize=1)
 def date_line(second: int) -> str:
     """A Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
@@ -2908,14 +2986,12 @@ def date_line(second: int) -> str:
 
 URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
 
-KEEP, CLOSE, TAKEN = range(3)       # what becomes of a visitor's connection after a request
-
 
 class Server:
     """The relay."""
 
     def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
-                 log: Log, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
+                 log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, host: str = '',
                  tcp_ports: Sequence[int] = (), trusted: Networks = (),
                  script: Optional[Callable[[str], Optional[Sequence[bytes]]]] = None,
@@ -3088,7 +3164,9 @@ class Server:
         """What waits on SESSION and may be repeated goes to another client; the rest stays."""
         for visit in tuple(self._visits):
             stream = visit.stream
-            if stream and stream.session is session and visit.repeatable and not visit.begun:
+            exchange = visit.exchange
+            if stream and stream.session is session and exchange and (
+                    exchange.repeatable and not exchange.status):
                 session.send_reset(stream, CANCELLED, 'another client does it')
                 stream.fail(SessionLost('its client did not come back'))
 
@@ -3184,22 +3262,31 @@ class Server:
         """Answer the requests of one connection, one after the other."""
         visit = Visit(connection, self._trusted)
         self._enter(visit)
-        after, idle = CLOSE, HEAD_TIMEOUT
+        idle, taken = HEAD_TIMEOUT, False
         try:
             while True:
                 head = await read_head(connection, HEAD_TIMEOUT, idle)
                 if head is None:
                     break
-                after = await self._answer(visit, parse_request(head))
-                if after != KEEP:
+                request = parse_request(head)
+                if visit.trusted:
+                    visit.look_behind(request)
+                if request.upgrade.startswith(b'localtunnel/') and (
+                        request.target == WELL_KNOWN.encode()):
+                    taken = await self._begin_session(visit, request)
                     break
+                visit.exchange = exchange = Exchange(connection, request, 0, visit.address)
+                await self._answer(visit, exchange)
+                if not exchange.keep:
+                    if not exchange.body.finished or connection.size:
+                        await connection.linger()
+                    break
+                visit.exchange = None
                 if visit in self._visits:
                     self._visits[visit] = self._visits.pop(visit)       # the last to be idle
                 idle = KEEP_ALIVE
                 if connection.size:     # pipelined
                     await asyncio.sleep(0)
-            if after == CLOSE and (visit.unread or connection.size):
-                await connection.linger()
         except BadHttp as e:
             await self._last_words(connection, e.status, str(e))
         except Overdue:
@@ -3209,7 +3296,7 @@ class Server:
             connection.cut_off()
         finally:
             self._leave(visit)
-            if after != TAKEN:
+            if not taken:
                 connection.close()
 
     async def _last_words(self, connection: Connection, status: int, text: str) -> None:
@@ -3219,40 +3306,36 @@ class Server:
                 'Connection: close', date_line(int(time.time()))]))
             await connection.linger()
 
-    async def _answer(self, visit: Visit, request: Request) -> int:
-        """Answer one request; KEEP, CLOSE or TAKEN says what becomes of the connection."""
-        if visit.trusted:
-            visit.look_behind(request)
-        if request.upgrade and request.target == WELL_KNOWN.encode() and (
-                request.upgrade.startswith(b'localtunnel/')):
-            return await self._begin_session(visit, request)
-        began, visit.status, visit.answer = self.reactor.now(), 0, None
+    async def _answer(self, visit: Visit, exchange: Exchange) -> None:
+        """Answer one request; a step that can't go on raises HopFailed, which says why."""
+        request = exchange.request
         try:
             tunnel = self._route(visit, request)
             if tunnel is None:
-                return await self._own_page(visit, request)
-            return await self._exchange(visit, request, tunnel)
+                await self._own_page(visit, exchange)
+            else:
+                await self._forward(visit, exchange, tunnel)
         except HopFailed as e:
-            return await self._give_own(visit, request, e.status, functools.partial(
+            exchange.why = str(e)
+            await self._give_own(visit, exchange, e.status, functools.partial(
                 error_message, e.status, str(e), request), e.extra)
         finally:
-            self.counters[visit.status] += 1
-            self._log.access(visit.address, request, visit.status, self.reactor.now() - began,
-                             visit.answer.taken if visit.answer else 0)
+            self.counters[exchange.status] += 1
+            self._log.exchange(exchange, self.reactor.now() - exchange.began)
 
-    async def _give_own(self, visit: Visit, request: Request, status: int,
+    async def _give_own(self, visit: Visit, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
-                        page: Iterable[bytes] = ()) -> int:
+                        page: Iterable[bytes] = ()) -> None:
         """Write what MESSAGE makes of EXTRA and the header lines that belong to this hop, and PAGE.
         """
-        keep = (request.keep_alive and request.body_length() == 0 and not self.draining
-                and not visit.refusal)
+        request = exchange.request
+        exchange.status = status
+        exchange.keep = keep = (request.keep_alive and exchange.length == 0 and not self.draining
+                                and not visit.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
-        visit.status, visit.unread = status, not keep
         await write_own(visit.connection, message([*extra, *more, date_line(int(time.time()))]),
                         *page)
-        return KEEP if keep else CLOSE
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
         """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
@@ -3316,8 +3399,9 @@ class Server:
         """May clients be on their way back to a server that was restarted?"""
         return self.reactor.now() - self._started < self._hold
 
-    async def _own_page(self, visit: Visit, request: Request) -> int:
+    async def _own_page(self, visit: Visit, exchange: Exchange) -> None:
         """What the server shows under its own name: the landing page and the script."""
+        request = exchange.request
         path = request.target.partition(b'?')[0]
         address = f'{visit.scheme}://{request.host.decode()}'
         if path not in (b'/', b'/localtunnel.py'):
@@ -3333,37 +3417,35 @@ class Server:
                                 'itself to hand out')
             form, page = 'text/x-python; charset=utf-8', script
         head = functools.partial(plain_head, 200, form, sum(map(len, page)))
-        return await self._give_own(visit, request, 200, head, PAGE_HEADERS,
-                                    page if request.method == b'GET' else ())
+        await self._give_own(visit, exchange, 200, head, PAGE_HEADERS,
+                             page if request.method == b'GET' else ())
 
     # One exchange.
 
-    async def _exchange(self, visit: Visit, request: Request, tunnel: Tunnel) -> int:
-        """REQUEST goes through TUNNEL; it goes again where a lost session did no harm."""
-        length = request.body_length()
-        block = self._forwarded_block(visit, request, tunnel)
-        body = body_reader(visit.connection, length)
-        whole = whole_message(b'', body)
-        visit.repeatable = whole is not None and request.method in IDEMPOTENT
+    async def _forward(self, visit: Visit, exchange: Exchange, tunnel: Tunnel) -> None:
+        """The request through TUNNEL, the response back; again where a lost session did no harm."""
+        request, lines = exchange.request, self._request_lines(visit, exchange.request, tunnel)
+        interim = exchange.near if request.minor == b'1' else None
         while True:
             access, stream = (self._open(visit, tunnel, request)
                               or await self._wait_to_open(visit, tunnel, request))
             visit.begin(stream)
-            sending = None
             try:
-                head = encode_request(
-                    request, _AUTHORIZATION.sub(b'', block) if access.users else block, length)
-                if whole is not None:
-                    await stream.write(head + whole, end=not request.upgrade)
-                else:
-                    sending = self.reactor.spawn(self._send_body(stream, head, body, request))
-                return await self._give_answer(visit, request, stream, body, sending)
+                ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
+                await exchange.send(stream, ours, end=not request.upgrade)
+                response = await read_final(stream, interim, NEVER, inside=True)
+                length = response.body_length(request.method)
+                return await exchange.respond(
+                    response, length, self._answer_lines(exchange, response, length), end=False)
             except StreamReset as e:
-                self._explain_reset(e, visit, sending)
-                if not (visit.repeatable and isinstance(e, SessionLost)):
+                if exchange.status or e.code == CANCELLED:
+                    raise Disconnected(str(exchange.fault or e)) from e
+                if exchange.fault:
+                    raise exchange.fault from e
+                if not (exchange.repeatable and isinstance(e, SessionLost)):
                     raise HopFailed(502, f'the tunnel failed: {e}') from e
             except (BadHttp, Incomplete, Overdue) as e:
-                if visit.begun:
+                if exchange.status:
                     raise Disconnected(str(e)) from e
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'the client of {tunnel.name} took too long') from e
@@ -3371,22 +3453,11 @@ class Server:
                                 f'{e}') from e
             finally:
                 visit.stream = None
-                if sending:
-                    await end_task(sending)
-                visit.unread = not body.finished
+                if exchange.sending:
+                    await exchange.stop_sending()
                 stream.close()
 
-    @staticmethod
-    def _explain_reset(e: StreamReset, visit: Visit,
-                       sending: Optional[asyncio.Task[Optional[BadHttp]]]) -> None:
-        """Raise what lies behind the reset of a stream, unless it may just go again."""
-        fault = sending.result() if sending and sending.done() else None
-        if visit.begun or e.code == CANCELLED:
-            raise Disconnected(str(fault or e)) from e
-        if fault:
-            raise fault
-
-    def _forwarded_block(self, visit: Visit, request: Request, tunnel: Tunnel) -> bytes:
+    def _request_lines(self, visit: Visit, request: Request, tunnel: Tunnel) -> bytes:
         """The header lines of REQUEST as they go on."""
         names = request.hop_by_hop()
         via = tunnel.via if request.minor == b'1' else b'1.0' + tunnel.via[3:]
@@ -3401,7 +3472,7 @@ class Server:
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self.domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.without(names), visit.forwarded, visit.host or request.host, via, more)
+            request.without(names), visit.x_forwarded, visit.host or request.host, via, more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:
@@ -3486,55 +3557,21 @@ class Server:
             raise Disconnected('the visitor went away')
         return future.done()
 
-    async def _send_body(self, stream: Stream, head: bytes, body: Body,
-                         request: Request) -> Optional[BadHttp]:
-        """Copy a request that is still under way; a malformed body is returned as its fault."""
-        try:
-            chunked = isinstance(body, ChunkedBody)
-            await copy_message(head, body, stream, chunked, not request.upgrade)
-        except BadHttp as e:
-            stream.reset(INCOMPLETE, f'the request is malformed: {e}')
-            return e
-        except StreamReset:
-            pass        # whoever reads the answer learns it too
-        except (LocaltunnelError, OSError) as e:
-            stream.reset(CANCELLED, f'the visitor went away: {e}')
-        return None
-
-    async def _give_answer(self, visit: Visit, request: Request, stream: Stream, body: Body,
-                           sending: Optional[asyncio.Task[Any]]) -> int:
-        """The answer from STREAM to the visitor."""
-        visitor = visit.connection
-        response = await read_final(stream, visitor if request.minor == b'1' else None, NEVER,
-                                    inside=True)
-        if response.status == 101:
-            if sending:
-                await asyncio.wait({sending})       # two readers of one stream are one too many
-            return await self._upgrade(visit, request, response, stream)
-        length = response.body_length(request.method)
-        chunked = length < 0 and request.minor == b'1'
-        keep = (request.keep_alive and (length >= 0 or chunked) and not self.draining
-                and body.finished)
+    def _answer_lines(self, exchange: Exchange, response: Response, length: int) -> bytes:
+        """The header lines of RESPONSE as they go on; decides what becomes of the connection."""
         block = self._own_cookies(response)
-        if not keep:
+        if response.status == 101:
+            return block
+        request = exchange.request
+        exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
+                         and (length >= 0 or request.minor == b'1'))
+        if not exchange.keep:
             block += b'Connection: close\r\n'
         elif request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
         if not response.has(b'date'):
             block += b'%b\r\n' % date_line(int(time.time())).encode()
-        visit.begun, visit.status = True, response.status
-        visit.answer = body_reader(stream, length)
-        await copy_message(encode_response(response, block, chunked), visit.answer, visitor,
-                           chunked, False)
-        return KEEP if keep else CLOSE
-
-    async def _upgrade(self, visit: Visit, request: Request, response: Response,
-                       stream: Stream) -> int:
-        check_upgrade(request, response)
-        visit.begun, visit.status = True, 101
-        await visit.connection.write(encode_response(response, self._own_cookies(response)))
-        await join(visit.connection, stream)
-        return CLOSE
+        return block
 
     def _own_cookies(self, response: Response) -> bytes:
         """The header lines of RESPONSE as they go on.
@@ -3564,8 +3601,8 @@ class Server:
 
     # One session.
 
-    async def _begin_session(self, visit: Visit, request: Request) -> int:
-        """Admit a client, or answer with the reason why not."""
+    async def _begin_session(self, visit: Visit, request: Request) -> bool:
+        """Admit a client, or answer with the reason why not; True if the connection is its now."""
         try:
             member, tunnel, theirs = await self._admit(visit, request)
         except Refused as e:
@@ -3580,7 +3617,7 @@ class Server:
                 extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
             await write_own(visit.connection,
                             plain_message(e.status, 'application/json', body, extra))
-            return CLOSE
+            return False
         session, connection = member.session, visit.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
                               'received': session.received})
@@ -3591,7 +3628,7 @@ class Server:
         tunnel.said_goodbye = False
         tunnel.wake()
         self._log.note(f'{tunnel.url} is served by a client at {visit.address}')
-        return TAKEN
+        return True
 
     async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
         """The member that a session request becomes, and of how many bytes its client knows; None
@@ -3727,7 +3764,6 @@ class Server:
                 raise visit.refusal.again()
             _, stream = self._open(visit, tunnel) or await self._wait_to_open(visit, tunnel)
             visit.begin(stream)
-            visit.status = 101          # as after an upgrade
             await stream.write(visit.address.encode())
             await join(connection, stream)
         except (LocaltunnelError, OSError) as e:
@@ -3871,7 +3907,7 @@ class Admin:
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Client
+# 11. Client
 #
 # Dials the server, and again; serves what comes out of the session from the app.  Knows no frames,
 # nothing of the server's inside, and not who watches: what happens is told to an observer.
@@ -4174,8 +4210,8 @@ class Upstream:
             self._idle.pop(0)[0].close()
 
 
-class Observer:
-    """Who is told what a client does; this one tells nobody."""
+class ClientObserver(Observer):
+    """Who is told what a client does."""
 
     def ready(self, url: str) -> None:
         """Visitors can come, the first time."""
@@ -4191,23 +4227,6 @@ class Observer:
 
     def hint(self, text: str) -> None:
         """Advice for the user."""
-
-    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
-                 size: int, why: str) -> None:
-        """One exchange has ended; STATUS 0: nobody waited for its answer.  WHY it failed, or ''."""
-
-
-class Outcome:
-    """What became of one exchange."""
-    status, why = 0, ''             # of the answer; and why it failed
-    body: Optional[Body] = None
-    whole = False                   # did the answer come to its end?
-    seen = b''                      # the beginning of a body that is looked at
-
-    def tap(self, piece: bytes) -> None:
-        if len(self.seen) < MAX_PAYLOAD:
-            self.seen += piece
-
 
 def backoff(attempt: int, soon: bool) -> float:
     """Seconds before ATTEMPT, shortened by chance so that many clients do not come at once."""
@@ -4358,7 +4377,7 @@ class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
     def __init__(self, reactor: Reactor, address: ServerAddress, target: Target, key: bytes,
-                 observer: Observer, *, name: Optional[str] = None, tcp_port: int = 0,
+                 observer: ClientObserver, *, name: Optional[str] = None, tcp_port: int = 0,
                  token: str = '', rules: Optional[Dict[str, Any]] = None, share: bool = False,
                  timeout: float = RESPONSE_TIMEOUT, once: bool = False,
                  tls: Optional[ssl.SSLContext] = None,
@@ -4575,72 +4594,59 @@ class Client:
     async def _serve_tcp(self, stream: Stream) -> None:
         """One stream of raw bytes, which opens with the visitor's address."""
         self._exchanges += 1
-        number, began = self._exchanges, self.reactor.now()
         visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
-        status, why = 200, ''
+        record = Record(self._exchanges, self.reactor.now(), 'TCP', visitor)
         try:
             upstream = await self._upstream.connect()
             stream.on_gone = upstream.cut_off
+            record.status = 200
             await join(upstream, stream)
             upstream.close()
         except HopFailed as e:
-            status, why = e.status, str(e)
-            stream.reset(FAILED, why)
+            record.status, record.why = e.status, str(e)
+            stream.reset(FAILED, record.why)
         finally:
             stream.close()
-            self._observer.exchange(number, 'TCP', visitor, status, self.reactor.now() - began, 0,
-                                    why)
+            self._observer.exchange(record, self.reactor.now() - record.began)
 
     async def _serve(self, stream: Stream) -> None:
         """One stream from its head to its end."""
         self._exchanges += 1
-        number, began = self._exchanges, self.reactor.now()
-        method, target, outcome = '?', '?', Outcome()
+        record = Record(self._exchanges, self.reactor.now())
         try:
             head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, inside=True)
             if head is None:
                 raise Incomplete('a stream without a request')
-            request = parse_request(head)
-            method, target = request.method.decode(), request.target.decode('latin-1')
+            record = exchange = Exchange(stream, parse_request(head), self._exchanges)
             try:
-                await self._exchange(stream, request, outcome)
+                await self._forward(stream, exchange)
             except HopFailed as e:
-                outcome.status, outcome.why = e.status, str(e)
-                await stream.write(error_message(e.status, str(e), request), end=True)
+                exchange.status, exchange.why = e.status, str(e)
+                await stream.write(error_message(e.status, str(e), exchange.request), end=True)
         except (LocaltunnelError, OSError) as e:
-            outcome.why = f'cut short: {stream.error or e}'
+            record.why = f'cut short: {stream.error or e}'
             stream.reset(FAILED, str(e))
         finally:
             stream.close()
-            self._observer.exchange(number, method, target, outcome.status,
-                                    self.reactor.now() - began,
-                                    outcome.body.taken if outcome.body else 0, outcome.why)
+            self._observer.exchange(record, self.reactor.now() - record.began)
 
-    async def _exchange(self, stream: Stream, request: Request, outcome: Outcome) -> None:
-        """REQUEST goes to the app; it goes again where a connection had been closed meanwhile."""
-        length = request.body_length()
-        block = self._forwarded_block(request)
-        head, body = encode_request(request, block, length), body_reader(stream, length)
-        whole = whole_message(head, body)
-        again = whole is not None and request.method in IDEMPOTENT and not request.upgrade
+    async def _forward(self, stream: Stream, exchange: Exchange) -> None:
+        """The request to the app, the response back; again where its connection had been closed."""
+        request, lines = exchange.request, self._request_lines(exchange.request)
+        reused = self._upstream.take() if exchange.repeatable and not request.upgrade else None
         while True:
-            reused = self._upstream.take() if again else None
-            again = False       # once more, then on a fresh one
             upstream = reused or await self._upstream.connect()
-            stream.on_gone = upstream.cut_off
-            sending = None
+            stream.on_gone, whole = upstream.cut_off, False
             try:
                 stream.check()
-                if whole is not None:
-                    await upstream.write(whole)
-                else:
-                    sending = self.reactor.spawn(self._send_body(upstream, head, body))
+                await exchange.send(upstream, lines, end=False)
                 response = await read_final(upstream, stream, self._timeout)
-                return await self._give_answer(stream, request, upstream, response, sending,
-                                               outcome)
+                await self._respond(exchange, response)
+                whole = True
+                return self._give_back(upstream, exchange)
             except (Disconnected, BadHttp) as e:
-                if stream.error is not None or outcome.status:
-                    raise       # the answer has begun, or nobody waits for it
+                if stream.error is not None or exchange.status:
+                    raise       # the response has begun, or nobody waits for it
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'{self.target.text} took too long') from e
                 if isinstance(e, BadHttp):
@@ -4649,14 +4655,15 @@ class Client:
                 if reused is None or not upstream.silent:
                     raise HopFailed(502, f'{self.target.text} closed the connection without an '
                                     'answer') from e
+                reused = None       # once more, on a fresh one
             finally:
                 stream.on_gone = None
-                if sending:
-                    await end_task(sending)
-                if not outcome.whole:
+                if exchange.sending:
+                    await exchange.stop_sending()
+                if not whole:
                     upstream.cut_off()
 
-    def _forwarded_block(self, request: Request) -> bytes:
+    def _request_lines(self, request: Request) -> bytes:
         """The header lines of REQUEST as they go on."""
         block = request.without(request.hop_by_hop())
         if self.target.base and request.target != b'*':
@@ -4665,62 +4672,47 @@ class Client:
             request.target = self.target.base + request.target
         return self._host_header.of_request(request, block) if self._host_header else block
 
-    def _look_for_strangers(self, page: bytes) -> None:
-        """A hint where PAGE says that the app does not know the name of this tunnel."""
+    async def _look_for_strangers(self, exchange: Exchange, response: Response, length: int,
+                                  block: bytes) -> None:
+        """Pass RESPONSE on; a hint where it says that the app does not know this tunnel's name."""
+        seen = bytearray()
+
+        def look(piece: bytes) -> None:
+            if len(seen) < MAX_PAYLOAD:
+                seen.extend(piece)
+        await exchange.respond(response, length, block, True, look)
         for words, server in STRANGERS.items():
-            if words in page:
+            if words in seen:
                 self._hinted = True
                 return self._observer.hint(
                     f'{server} does not know the name of this tunnel; start the client with '
                     '--host-header rewrite, or allow the name in its settings')
 
-    async def _send_body(self, upstream: Connection, head: bytes, body: Body) -> None:
-        """Copy a request that is still under way."""
-        try:
-            await copy_message(head, body, upstream, isinstance(body, ChunkedBody), False)
-        except Incomplete:
-            upstream.cut_off()       # cut short here, cut short there
-        except (LocaltunnelError, OSError):
-            pass        # whoever reads the answer learns it too
-
-    async def _give_answer(self, stream: Stream, request: Request, upstream: Connection,
-                           response: Response, sending: Optional[asyncio.Task[Any]],
-                           outcome: Outcome) -> None:
-        """The answer from the app to STREAM."""
-        block = response.forwarded_block()
+    def _respond(self, exchange: Exchange, response: Response) -> Awaitable[None]:
+        """Pass RESPONSE on, and look at it on the way; to be awaited."""
+        request, block = exchange.request, response.forwarded_block()
         if self._host_header:
             block = self._host_header.of_response(request, block)
-        if response.status == 101:
-            check_upgrade(request, response)
-            if sending:
-                await asyncio.wait({sending})       # two readers of one stream are one too many
-            outcome.status = 101
-            await stream.write(encode_response(response, block))
-            await join(upstream, stream)
-            outcome.whole = True
-            return upstream.close()
         length = response.body_length(request.method)
-        outcome.status = response.status
+        exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
+                         and not exchange.length        # or a body may lie there unread
+                         and not logs_in(request, response))
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
                                 'hides whether it broke')
-        look = not self._hinted and (response.status in (400, 403) or length == STRANGER_IN_200)
-        outcome.body = body_reader(upstream, length)
-        await copy_message(encode_response(response, block, length < 0), outcome.body, stream,
-                           length < 0, True, outcome.tap if look else None)
-        outcome.whole = True
-        if look:
-            self._look_for_strangers(outcome.seen)
-        if (response.keep_alive and length != UNTIL_CLOSE
-                and not request.body_length()       # or a body may lie there unread
-                and not logs_in(request, response)):
+        if not self._hinted and (response.status in (400, 403) or length == STRANGER_IN_200):
+            return self._look_for_strangers(exchange, response, length, block)
+        return exchange.respond(response, length, block, end=True)
+
+    def _give_back(self, upstream: Connection, exchange: Exchange) -> None:
+        if exchange.keep:
             self._upstream.give(upstream)
         else:
             upstream.close()
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Terminal
+# 12. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -4798,7 +4790,7 @@ class Lines:
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
 
 
-class Terminal(Observer):
+class Terminal(ClientObserver):
     """Tells a user what a client does."""
 
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
@@ -4841,16 +4833,17 @@ class Terminal(Observer):
         say(self._paint('33', why, sys.stderr) + '; trying again '
             + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
 
-    def exchange(self, number: int, method: str, target: str, status: int, seconds: float,
-                 size: int, why: str) -> None:
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        number, status, why = exchange.number, exchange.status, exchange.why
         if self._json:
             extra = {'error': why} if why else {}
-            self._event('exchange', id=number, method=method, target=target, status=status,
-                        ms=round(seconds * 1000, 1), bytes=size, **extra)
+            self._event('exchange', id=number, method=exchange.method, target=exchange.target,
+                        status=status, ms=round(seconds * 1000, 1), bytes=exchange.size, **extra)
         elif not self._quiet:
             shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
-            self._lines.add(f'{clock()[11:]} #{number} {method} {printable(target)} '
-                            f'{shown} {milliseconds(seconds)} {in_bytes(size)}'
+            self._lines.add(f'{clock()[11:]} #{number} {exchange.method} '
+                            f'{printable(exchange.target)} '
+                            f'{shown} {milliseconds(seconds)} {in_bytes(exchange.size)}'
                             + (f' {printable(why)}' if why else ''))
 
     def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
@@ -4864,7 +4857,7 @@ class Terminal(Observer):
             self._lines.add(json.dumps({'event': event, **values}))
 
 
-class ServerLog(Log):
+class ServerLog(Observer):
     """Tells an operator what a server does, in lines of text or JSON on stderr."""
 
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
@@ -4876,20 +4869,22 @@ class ServerLog(Log):
         self._lines.add(json.dumps({'time': clock(), 'message': text}) if self._json else
                         f'{clock()} {text}')
 
-    def access(self, address: str, request: Any, status: int, seconds: float, size: int) -> None:
+    def exchange(self, exchange: Record, seconds: float) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
-        method, path = request.method.decode(), request.target.partition(b'?')[0].decode('latin-1')
+        path, host = exchange.target.partition('?')[0], exchange.host
         if self._json:
             self._lines.add(json.dumps({
-                'time': clock(), 'visitor': address, 'method': method, 'host': request.host_name,
-                'path': path, 'status': status, 'ms': round(seconds * 1000, 1), 'bytes': size}))
+                'time': clock(), 'visitor': exchange.visitor, 'method': exchange.method,
+                'host': host, 'path': path, 'status': exchange.status,
+                'ms': round(seconds * 1000, 1), 'bytes': exchange.size}))
         else:
-            self._lines.add(f'{clock()} {address} {method} {request.host_name} {printable(path)} '
-                            f'{status or "gone"} {seconds * 1000:.0f}ms {size}B')
+            self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host} '
+                            f'{printable(path)} {exchange.status or "gone"} '
+                            f'{seconds * 1000:.0f}ms {exchange.size}B')
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 #
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
@@ -4936,7 +4931,7 @@ def stamped_source(address: str) -> Optional[Sequence[bytes]]:
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
     """A server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
-    server = Server(reactor, 'localhost', tokens, Leases(tokens), Log(), script=stamped_source,
+    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), script=stamped_source,
                     only=True, drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -5031,8 +5026,9 @@ class tunnel:
             if address is None:
                 server, address = await start_local_server(reactor, target)
                 stack.push_async_callback(server.stop)
-            client = Client(reactor, address, target, load_key(say), Observer(), name=self._name,
-                            token=known_token(self._token, address), tls=tls_to(address), once=True,
+            client = Client(reactor, address, target, load_key(say), ClientObserver(),
+                            name=self._name, token=known_token(self._token, address),
+                            tls=tls_to(address), once=True,
                             upstream_tls=tls_to(target, check=not target.local))
             stack.push_async_callback(client.stop)
             running = asyncio.ensure_future(client.run())

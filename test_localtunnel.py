@@ -2042,10 +2042,10 @@ class ReadHeadTest(LoopTest):
             self.assertEqual(await all_of(other), expected)
 
     async def test_only_a_small_body_that_is_all_here_is_sent_as_one(self):
-        for data, length, whole in ((b'12345', 5, b'H12345'), (b'12345', 6, None), (b'', 0, b'H'),
+        for data, length, whole in ((b'12345', 5, b'12345'), (b'12345', 6, None),
                                     (b'0\r\n\r\n', lt.CHUNKED, None), (bytes(20000), 20000, None)):
             stream = self.stream(data)
-            self.assertEqual(lt.whole_message(b'H', lt.body_reader(stream, length)), whole)
+            self.assertEqual(lt.whole_body(lt.body_reader(stream, length)), whole)
             self.assertEqual(stream.size, 0 if whole else len(data))
 
 
@@ -2352,7 +2352,14 @@ class CertificateTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 9. Server
+# 9. Exchange
+# ------------------------------------------------------------------------------------------------
+
+# One request and its response are tried end to end, in the rooms of server and client.
+
+
+# ------------------------------------------------------------------------------------------------
+# 10. Server
 # ------------------------------------------------------------------------------------------------
 
 class App:
@@ -2665,7 +2672,7 @@ class VisitorTest(WorldTest):
                                              (5, True, 200, True), (5, False, 101, True)):
             visit = lt.Visit(connection)
             visit.stream = stream = unittest.mock.Mock()
-            visit.answer, visit.status = unittest.mock.Mock(taken=taken), status
+            visit.exchange = unittest.mock.Mock(size=taken, status=status)
             connection.choked = choked
             visit._waited_enough(stream, 5)
             self.assertIs(stream.reset.called, not stays)
@@ -2953,7 +2960,7 @@ class AdmissionTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Client
+# 11. Client
 # ------------------------------------------------------------------------------------------------
 
 TARGETS = (     # what is typed, and (scheme, host, port, path, label)
@@ -3198,10 +3205,12 @@ class ExchangeTest(WorldTest):
     async def test_who_watches_is_told_of_each_exchange(self):
         _, visitor = await self.through()
         await visitor.get('/path?query', method='PUT')
-        await eventually(lambda: any(told[0] == 'exchange' for told in self.log.told))
-        (_, _, method, target, status, _, size, *_), = [
-            told for told in self.log.told if told[0] == 'exchange']
-        self.assertEqual((method, target, status, size), ('PUT', '/path?query', 200, 5))
+        def records():      # of both ends
+            return [told[1] for told in self.log.told if told[0] == 'exchange']
+        await eventually(lambda: len(records()) == 2)
+        for record in records():
+            self.assertEqual((record.method, record.target, record.status, record.size),
+                             ('PUT', '/path?query', 200, 5))
 
 
 class UpstreamTest(WorldTest):
@@ -3873,7 +3882,7 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Terminal
+# 12. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -4142,7 +4151,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Command line
+# 13. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -7027,7 +7036,7 @@ class Bench:
         before = resident(pid)
         reactor = lt.Reactor(asyncio.get_running_loop())
         address, target = lt.ServerAddress(address), lt.parse_target('1')
-        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.Observer())
+        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.ClientObserver())
                    for _ in range(TUNNELS)]
         tasks = [reactor.spawn(client.run()) for client in clients]
         for client in clients:
