@@ -6,6 +6,26 @@
 
 The rooms are those of localtunnel.py, in the same order.  Sockets are real and of the loopback;
 nobody sleeps until something is ready, and every test ends with no task, stream or socket left.
+
+Contents
+    1 Constants and errors    what the constants promise to each other
+    2 Wire                    each frame's bytes, and bytes that are not a frame
+    3 Credit                  windows that grow and shrink, within their budgets
+    4 Byte streams            one contract for TCP, Unix sockets and both sides of a session
+    5 Session                 streams, resets, goodbyes, pings, and coming back without a loss
+    6 HTTP/1.1                heads and bodies, however their bytes arrive
+    7 Names and tokens        what a name is, who owns it, and the files that remember it
+    8 Certificates            what TLS complains of
+    9 Exchange                one request and its response: tried in the two rooms below
+   10 Server                  who is routed where, who may serve a name, what is passed on
+   11 Client                  exchanges from visitor to app, and all kinds of targets and ways
+   12 Terminal                what a person sees
+   13 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+    A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
+    B Hostile peers           clients, servers and visitors who attack
+    C Bad networks            connections that are cut at every byte, slow paths, failing calls
+    D House rules             what the source itself must be
+    E Benchmark               speed beside a direct connection
 """
 
 import ast
@@ -336,7 +356,8 @@ CODEC = (       # frame, and its bytes
 )
 
 BROKEN = (      # bytes that are no frame, and a word of the complaint
-    ('00000000 00000001', 'unknown'), ('08000000 00000001', 'unknown'),
+    ('00000000 00000001', 'unknown'), ('00000003 00000001 787878', 'unknown'),
+    ('08000000 00000001', 'unknown'),
     ('7f000000 00000000', 'unknown'), ('80000000 00000001', 'unknown'),
     ('83000002 00000001 0000', 'END'), ('84000004 00000001 00000001', 'END'),
     ('85000008 00000000 0000000000000000', 'END'), ('87000002 00000000 0000', 'END'),
@@ -4441,6 +4462,16 @@ class HttpsTest(CommandTest):
                 secure.sendall(f'GET /x HTTP/1.0\r\nHost: {host}\r\n\r\n'.encode())
                 self.assertTrue(secure.makefile('rb').read().endswith(b'app /x'))
 
+    @unittest.skipUnless(sys.platform == 'linux', '0.0.0.0 is no way to this machine elsewhere')
+    def test_the_certificate_of_an_https_app_is_checked_unless_it_is_here_or_insecure(self):
+        port, address = self.secure_server(), self.server()
+        for host, args, status in (         # the app is a relay, which says 508 to a relay
+                ('localhost', (), 508), ('0.0.0.0', (), 502), ('0.0.0.0', ('--insecure',), 508),
+                ('0.0.0.0', ('--ca', self.path('cert.pem')), 502)):     # it has another name
+            with self.subTest(host, args=args):
+                client = self.start('client', f'https://{host}:{port}', '--server', address, *args)
+                self.assertEqual(fetch(client.url(), '/x')[0], status)
+
     def test_a_certificate_that_nobody_knows_is_told_with_the_cure(self):
         port = self.secure_server()
         client = self.start('client', 1, '--server', f'https://localhost:{port}', '--once')
@@ -5006,7 +5037,9 @@ class BrowserTest(CommandTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# What HTTP may not be: tables of raw requests and responses, each sent through a real tunnel.
+# A. HTTP tables
+#
+# Raw requests and answers, right and wrong, each sent through a real tunnel.
 #
 # The requests come from the words of RFC 9112 and 9110 and from the published smuggling techniques
 # (CL.TE, TE.CL, TE.TE, CL.0, TE.0, TERM.EXT, EXT.TERM, chunk spills, trailer merging).
@@ -5405,7 +5438,9 @@ class HttpTables(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# Hostile peers: clients against the real server, servers against the real client, raw frames.
+# B. Hostile peers
+#
+# Clients against the real server, servers against the real client, raw frames.
 #
 # Each attack has a bound and an answer (GOAWAY with the reason, or a refusal); afterwards others
 # are still served, nothing failed inside (no exception reached the loop), and no memory is kept.
@@ -5466,24 +5501,11 @@ class FrameTest(HostileTest):
             ('bytes after END', 'DATA after END', F(lt.DATA | END, 1, OK),
              F(lt.DATA, 1, b'x')),
             ('bytes after END', 'END twice', F(lt.DATA | END, 1, OK), F(lt.DATA | END, 1)),
-            ('DATA without bytes', 'empty DATA', F(lt.DATA, 1)),
             ('credit without bound', 'credit', F(lt.CREDIT, 1, U32(0xFFFFFFFF))),
             ('credit without bound', 'twice', F(lt.CREDIT, 1, U32(1 << 30)) * 2),
             ('more acknowledged than was sent', 'PONG', F(lt.PONG, 0, U64(1 << 40))),
             ('more acknowledged than was sent', 'PING', F(lt.PING, 0, U64(2**64 - 1))),
-            ('a frame of 65537 bytes', 'too long', F(lt.DATA, 1, b'x' * 65537)),
-            ('unknown kind 0', 'kind 0', F(0, 1)),
-            ('unknown kind 0', 'kind 0 with bytes', F(0, 1, b'xyz')),
-            ('unknown kind 0', 'kind 0 with END', F(lt.END, 1, bytes(8))),
-            ('unknown kind 8', 'kind 8', F(8, 1)),
-            ('END on RESET', 'a flag', F(lt.RESET | END, 1, b'\0\0')),
-            ('END on PING', 'a flag', F(lt.PING | END, 0, U64(0))),
-            ('END on CREDIT', 'a flag', F(lt.CREDIT | END, 1, U32(1))),
-            ('PING on stream 1', 'a stream', F(lt.PING, 1, U64(0))),
-            ('DATA on stream 0', 'no stream', F(lt.DATA, 0, b'x')),
-            ('CREDIT of 3 bytes', 'a short one', F(lt.CREDIT, 1, b'xxx')),
-            ('RESET without a code', 'none', F(lt.RESET, 1, b'\0')),
-            ('GOAWAY without a code', 'none', F(lt.GOAWAY, 0)),
+            ('unknown kind 0', 'as all of BROKEN', F(0, 1)),
         ]:
             with self.subTest(what, words=words):
                 peer = await self.victim()
@@ -6163,7 +6185,9 @@ class TlsTest(HostileTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# Bad networks: a relay that cuts, delays and stalls, clients that come and go.
+# C. Bad networks
+#
+# A relay that cuts, delays and stalls, clients that come and go.
 # ------------------------------------------------------------------------------------------------
 
 PATTERN = pattern(3 << 18)
@@ -6688,10 +6712,10 @@ class FaultTest(Network):
 
 
 # ------------------------------------------------------------------------------------------------
-# House rules
+# D. House rules
 # ------------------------------------------------------------------------------------------------
 
-BANNER = re.compile(r'# -{96}\n# ([0-9]+\. .+|[A-Z].+)\n')
+BANNER = re.compile(r'# -{96}\n# (([0-9]+|[A-Z])\. .+)\n')
 
 # What a room must not know beside all later rooms: names, some of modules.
 FRAMES = {'encode_frame', 'Decoder', 'FRAME_HEADER', 'OPEN', 'DATA', 'RESET', 'CREDIT', 'PING',
@@ -6808,8 +6832,12 @@ class HouseTest(unittest.TestCase):
 
     def test_both_files_have_the_same_rooms_in_the_same_order(self):
         here = BANNER.findall(open_and_read(os.path.abspath(__file__)).decode())
-        there = BANNER.findall(self.source)
-        self.assertEqual([banner for banner in here if banner[0].isdigit()], there)
+        self.assertEqual([part for part in here if part[1].isdigit()], BANNER.findall(self.source))
+
+    def test_the_contents_of_the_tests_are_their_parts(self):
+        listed = re.findall(r'(?m)^ +([0-9]+|[A-Z]) (\S.*?)  +\S', __doc__.partition('Contents')[2])
+        here = BANNER.findall(open_and_read(os.path.abspath(__file__)).decode())
+        self.assertEqual(['. '.join(item) for item in listed], [banner for banner, _ in here])
 
     def test_no_room_uses_a_name_of_a_later_one(self):
         where = {name: i for i,
@@ -6837,7 +6865,7 @@ class HouseTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# Benchmark
+# E. Benchmark
 # ------------------------------------------------------------------------------------------------
 
 SECONDS, ENDLESS, TUNNELS = 4, 10 ** 13, 200
