@@ -136,6 +136,7 @@ POOL_IDLE = 4.0                 # an idle upstream connection is used again: Nod
 UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
 PING_AFTER = 8.0                # of silence, by the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
+ANSWER = 2.0                    # the same where another client of the owner wants to serve
 SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
 STALLED_SESSION = 20.0          # without progress of a write
 RESUME_WITHIN = 60.0            # a session without connection is kept so long
@@ -174,10 +175,13 @@ MAX_AWAY = 10000                # names remembered as known after their last cli
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
 MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
-SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others
+SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; of few: half
+OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
 MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
+MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye again and again
+MAX_TEXT = 500                  # characters, or bytes, that the other side may have us show
 MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
 MAX_LEASES_IN_ALL = 10000       # each change writes them all
 DAY = 86400
@@ -316,12 +320,12 @@ def printable(text: str) -> str:
 
 def encode_reason(code: int, text: str) -> bytes:
     """The payload of RESET and GOAWAY."""
-    return REASON_CODE.pack(code) + text.encode()[:500]
+    return REASON_CODE.pack(code) + text.encode()[:MAX_TEXT]
 
 
 def decode_reason(payload: bytes) -> Tuple[int, str]:
     """(code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
-    text = payload[2:].decode(errors='replace')
+    text = payload[2:MAX_TEXT + 2].decode(errors='replace')
     return REASON_CODE.unpack_from(payload)[0], printable(text)
 
 
@@ -1322,7 +1326,7 @@ class Session:
                 self._goodbye = self.sent
                 self._ping()
             elif self._confirmed >= self._goodbye:
-                self.close()
+                self.close(arrived=True)
 
     def _take_control(self) -> None:
         """Put what was merged in front of this turn's frames, but RESET behind them."""
@@ -1499,6 +1503,15 @@ class Session:
         self._asked_at = self.sent
         self.send(PING, 0, U64.pack(self.received))
 
+    async def answers(self, within: float) -> None:
+        """Give the connection up unless something is heard WITHIN so many seconds."""
+        asked = self.reactor.now()
+        self._ping()
+        while self.connection is not None and self._heard < asked:
+            if self.reactor.now() - asked > within:
+                return self._lost(f'no answer to a ping in {within:.0f} s')
+            await asyncio.sleep(DRAIN_LOOK)
+
     def sweep(self, now: float, woke_up: bool) -> None:
         """Liveness: ping when nothing was heard, give the connection up when nothing answers."""
         if self.connection is None:
@@ -1546,12 +1559,16 @@ class Session:
         self._flush()
         self.end(error)
 
-    def close(self) -> None:
-        """Close the connection so that all that was written arrives."""
-        if self.connection is not None and self.connection.receiver is not None:
-            self.connection.receiver = self.connection.on_eof = None
-            self.reactor.swept.add(self.connection)
-            self.reactor.spawn(self.connection.linger())
+    def close(self, arrived: bool = False) -> None:
+        """Close the connection so that all that was written arrives, if it has not ARRIVED yet."""
+        connection = self.connection
+        if connection is not None and connection.receiver is not None:
+            connection.receiver = connection.on_eof = None
+            self.reactor.swept.add(connection)
+            if arrived:
+                connection.close()
+            else:
+                self.reactor.spawn(connection.linger())
 
     def end(self, error: LocaltunnelError) -> None:
         """It is over: what still runs is told so.  Happens once."""
@@ -2876,15 +2893,23 @@ class Tunnel:
             if not future.done():
                 future.set_result(None)
 
+    def beside(self, new: Hello) -> List[Member]:
+        """The members that can't serve together with NEW."""
+        return [old for old in self.members if old.hello.instance == new.instance or not (
+            old.hello.share and new.share and old.hello.rules == new.rules)]
+
+    def before(self, new: Hello) -> List[Member]:
+        """The members that NEW may not replace: they are there, and were started later."""
+        return [old for old in self.beside(new) if old.hello.started > new.started
+                and old.hello.instance != new.instance and old.session.connection is not None]
+
     def make_way(self, new: Hello) -> None:
         """End the members that NEW replaces; one that it may not replace raises Refused."""
-        others = [old for old in self.members if old.hello.instance == new.instance or not (
-            old.hello.share and new.share and old.hello.rules == new.rules)]
-        if any(old.hello.started > new.started for old in others
-               if old.hello.instance != new.instance and old.session.connection is not None):
-            raise Refused(409, 'superseded', 'a client of yours that was started later serves '
-                          f'{self.name}', final=True)
-        for old in others:
+        if self.before(new):
+            raise Refused(409, 'superseded', f'a client of yours serves {self.name}, and was '
+                          'started later by its clock; end it, or set both clocks right',
+                          final=True)
+        for old in self.beside(new):
             self.remove(old)
             if old.hello.instance == new.instance:
                 old.session.end(Disconnected('the client came back without this session'))
@@ -3242,7 +3267,7 @@ class Server:
         self._visits[visit] = None
         self._of_address[visit.peer] += 1
         visit.refusal = self._no_room(visit.peer)
-        if self._spare() < SPARE_DESCRIPTORS // 4:
+        if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
             idle = (v for v in self._visits if v is not visit and not (v.stream or v.waiting))
             out = next(idle, visit)
             del self._visits[out]       # the next one must not choose it again
@@ -3339,7 +3364,7 @@ class Server:
 
     def _no_room(self, peer: str) -> Optional[HopFailed]:
         """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
-        if self._spare() < SPARE_DESCRIPTORS:
+        if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
             return HopFailed(503, 'the server has too many connections; try again soon',
                              f'Retry-After: {RETRY_AFTER}')
         if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
@@ -3641,6 +3666,10 @@ class Server:
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         name = self._name_for(hello, request.host_name)
+        if hello.name is None or self._leases.owner(name, time.time()) == owner:
+            there = self._tunnel(name, hello.kind).before(hello)
+            await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
+            visit.connection.check()
         tunnel = self._tunnel(name, hello.kind)
         resumed = self._resumed(tunnel, hello)
         if resumed:
@@ -4395,7 +4424,8 @@ class Client:
                              if host_header or target.base else None)
         self._upstream = Upstream(reactor, target, upstream_tls)
         self._crew = Crew(reactor, self._serve_tcp if target.scheme == 'tcp' else self._serve)
-        self._sessions: Set[Session] = set()        # the current one, and those that drain
+        self._sessions: Dict[Session, None] = {}    # the current one last; the others drain
+        self._budget = Budget(2 * SESSION_BUDGET)   # of them all
         self._session: Optional[Session] = None
         self._session_id = ''
         self._changed = asyncio.Event()
@@ -4422,7 +4452,8 @@ class Client:
                 began = self.reactor.now()
                 why = await self._until_lost()
             except Refused as e:
-                if e.final or self.once or not (self.url or e.status == 503):
+                ahead = e.code == 'superseded' and not self.url     # a clock is: this one is new
+                if self.once or not ahead and (e.final or not (self.url or e.status == 503)):
                     raise
                 why = str(e)
             except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
@@ -4468,11 +4499,15 @@ class Client:
     async def _connect(self, timeout: float) -> None:
         """One attempt: dial, ask, and go on with the old session or begin a new one."""
         connection = await self._dial(timeout)
+        overdue = self.reactor.loop.call_later(         # it may say something now and then
+            timeout, connection.fail, Overdue('the welcome did not come in time'))
         try:
             welcome = await self._ask(connection, timeout)
         except BaseException:
             connection.cut_off()
             raise
+        finally:
+            overdue.cancel()
         session, count = self._session, welcome.get('received')
         if (session is None or welcome.get('resume') is None or not isinstance(count, int)
                 or not session.can_resume(count)):
@@ -4480,11 +4515,11 @@ class Client:
                 session.end(Disconnected('the server does not know this session any more'))
             session, count = self._new_session(), 0
         session.attach(connection, count)
-        self._session_id = str(welcome.get('session', ''))
+        self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
         if self.url:
             self._observer.back()
         else:
-            self.url = printable(str(welcome.get('url')))
+            self.url = printable(str(welcome.get('url'))[:MAX_TEXT])
             self.welcomed.set()
             self._observer.ready(self.url)
 
@@ -4543,8 +4578,10 @@ class Client:
             connection.idle = HANDSHAKE_TIMEOUT
             body = body_reader(connection, response.body_length(b'GET'))
             said = json.loads(await read_whole(body, MAX_HEAD))
-            refused = Refused(response.status, str(said['error']), printable(str(said['message'])),
-                              bool(said.get('final')))
+            if said['error'] == 'released' and not self._hello['release']:
+                raise ValueError        # that would be success, and nobody asked for it
+            refused = Refused(response.status, str(said['error']),
+                              printable(str(said['message'])[:MAX_TEXT]), bool(said.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
             if 300 <= response.status < 400 and self.address.scheme == 'http':
                 raise Refused(response.status, 'no_upgrade', f'{self.address} sends to another '
@@ -4557,15 +4594,17 @@ class Client:
         raise refused
 
     def _new_session(self) -> Session:
-        session = Session(self.reactor, on_open=self._crew.give)
+        for old in tuple(self._sessions)[:-MAX_DRAINING]:
+            old.end(Disconnected('too many sessions were to drain'))
+        session = Session(self.reactor, self._budget, self._crew.give)
         session.trace = self._trace
         session.on_detached = session.on_goaway = self._changed.set
 
         def closed() -> None:
-            self._sessions.discard(session)
+            self._sessions.pop(session, None)
             self._changed.set()
         session.on_closed = closed
-        self._sessions.add(session)
+        self._sessions[session] = None
         self._session = session
         return session
 
