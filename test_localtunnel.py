@@ -1392,6 +1392,13 @@ class GoodbyeTest(SessionTest):
             (there if back else here).leave(lt.DRAINING, '')
             await over.wait()
 
+    async def test_nothing_lingers_once_the_other_side_has_all(self):
+        here, there = await self.sessions()
+        with unittest.mock.patch.object(lt.Connection, 'linger') as linger:
+            here.leave(lt.DRAINING, 'done')
+            await eventually(lambda: here.error and there.error or linger.called)
+        linger.assert_not_called()
+
     async def test_the_end_of_a_session_resets_its_streams(self):
         here, _ = await self.sessions()
         mine, theirs = await self.streams()
@@ -5877,7 +5884,8 @@ class ServerTest(HostileTest):
                 async def behave(peer, hello):
                     self.welcome(peer)
                     peer.send(*frames)
-                    said.done() or said.set_result(await peer.goaway())
+                    goodbye = await peer.goaway()
+                    said.done() or said.set_result(goodbye)
 
                 client = await self.against(behave)
                 code, text = await said
