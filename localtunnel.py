@@ -664,7 +664,7 @@ class ByteStream:
         self._chunks: Deque[bytes] = collections.deque()
         self._at = 0                # so much of the first chunk has been read
         self._readable = Signal(reactor.loop)
-        self._writable = Signal(reactor.loop)
+        self._writable: Optional[Signal] = None     # made when a writer waits the first time
 
     # The side that brings the bytes.
 
@@ -687,7 +687,7 @@ class ByteStream:
         if self.error is None:
             self.error = error
         self._readable.set()
-        self._writable.set()
+        self.room()
 
     def check(self) -> None:
         """Raise what broke the stream, if something did; the hot path looks itself first."""
@@ -765,6 +765,23 @@ class ByteStream:
         """A message head must fit in what may arrive unread."""
 
     # The side that writes.
+
+    def room(self) -> None:
+        """Wake a writer that waits."""
+        if self._writable is not None:
+            self._writable.set()
+
+    async def _wait_for_room(self) -> None:
+        if self._writable is None:
+            self._writable = Signal(self.reactor.loop)
+        self._writable.deadline = self.reactor.now() + self.idle
+        await self._writable
+
+    def end_waits(self, now: float) -> None:
+        """End the waits whose deadline has passed."""
+        self._readable.sweep(now)
+        if self._writable is not None:
+            self._writable.sweep(now)
 
     async def write(self, data: Buffer, end: bool = False) -> None:
         """Send DATA, and with END nothing after it; returns when there is room for more."""
@@ -875,14 +892,13 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.choked = False
-        self.reactor.loop.call_soon(self._writable.set)     # asyncio's write must end first
+        self.reactor.loop.call_soon(self.room)      # asyncio's write must end first
         if self.on_room:
             self.reactor.loop.call_soon(self.on_room)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at the deadlines; the reactor calls this now and then."""
-        self._readable.sweep(now)
-        self._writable.sweep(now)
+        self.end_waits(now)
         if now >= self._close_by:
             pending = self.transport.get_write_buffer_size()
             if 0 < pending < self._pending:
@@ -908,8 +924,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self.check()
         self.transport.write(data)
         while self.choked:
-            self._writable.deadline = self.reactor.now() + self.idle
-            await self._writable
+            await self._wait_for_room()
             self.check()
         if end:
             await self.write_eof()
@@ -1082,8 +1097,7 @@ class Stream(ByteStream):
             else:
                 self.session.stand_in_line(self)
                 self.check()
-            self._writable.deadline = self.reactor.now() + self.idle
-            await self._writable
+            await self._wait_for_room()
 
     async def write_eof(self) -> None:
         if not self._end_sent:
@@ -1148,7 +1162,7 @@ class Stream(ByteStream):
         self.credit += n
         if self.credit > MAX_CREDIT:
             raise ProtocolError('credit without bound')
-        self._writable.set()
+        self.room()
 
     def over(self, error: LocaltunnelError) -> None:
         """RESET, or the session ended.  An answer that has come whole stays readable."""
@@ -1353,7 +1367,7 @@ class Session:
             stream = next(iter(self.line))
             del self.line[stream]
             stream.granted = True
-            stream._writable.set()
+            stream.room()
 
     # Frames in.
 
@@ -1522,8 +1536,7 @@ class Session:
                 now - self._heard < PONG_WITHIN):
             return      # nothing can be due: there may be thousands of such sessions
         for stream in [*self.streams.values(), *self.line]:
-            stream._readable.sweep(now)
-            stream._writable.sweep(now)
+            stream.end_waits(now)
         pending = self.connection.transport.get_write_buffer_size()
         if pending != self._pending:
             self._pending, self._moved = pending, now
@@ -1692,7 +1705,7 @@ class Head:
 
     def hop_by_hop(self) -> Set[bytes]:
         """Names of the fields here that must not go on.  Raises BadHttp."""
-        names = set(HOP_BY_HOP.intersection(self.fields))
+        names = {*HOP_BY_HOP.intersection(self.fields)}
         for word in self.connection:
             if word not in CONNECTION_OPTIONS:
                 if NOT_NOMINATED.match(word):
@@ -2012,12 +2025,12 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
     if not stream.size and not await stream.more(idle):
         return None
     data, seen = stream.peek(), 0
-    at = data.find(b'\r\n\r\n', 0, limit)
-    deadline = stream.reactor.now() + timeout
+    at, deadline = data.find(b'\r\n\r\n', 0, limit), NEVER
     while at < 0:
         check_partial_head(data, seen, limit)
         if not seen:
             stream.widen()
+            deadline = stream.reactor.now() + timeout
         seen = len(data)
         if not await stream.more(max(0.0, deadline - stream.reactor.now())):
             if data in EMPTY_LINE:
@@ -4777,9 +4790,15 @@ def say(text: str) -> None:
     put(sys.stderr, text + '\n')
 
 
+@functools.lru_cache(maxsize=1)
+def clock_at(second: int) -> str:
+    """Date and time of SECOND, in Unix seconds: a busy log asks a thousand times a second."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
+
+
 def clock() -> str:
     """Date and time, now."""
-    return time.strftime('%Y-%m-%d %H:%M:%S')
+    return clock_at(int(time.time()))
 
 
 def milliseconds(seconds: float) -> str:

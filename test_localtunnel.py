@@ -741,7 +741,7 @@ class OneWay:
                 written.append(piece)
                 await writer.write(piece)
         task = self.meanwhile(fill())
-        await eventually(lambda: writer._writable._resume is not None or task.done())
+        await eventually(lambda: writer._writable and writer._writable._resume or task.done())
         return task, written
 
     async def test_bytes_arrive_in_order(self):
