@@ -1627,9 +1627,10 @@ _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
 # Of a block in lower case with LF in front: what is looked at, and what no visitor may say.
 _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
-                    rb'|via|accept|authorization|(?:www|proxy)-authenticate'
-                    rb'|proxy-(?:connection|authorization)|x-forwarded-(?:for|proto|host)'
-                    rb'|localtunnel-(?:hello|welcome)|set-cookie|clear-site-data|max-forwards):'
+                    rb'|via|accept|authorization|www-authenticate'
+                    rb'|proxy-(?:connection|auth(?:orization|enticate))'
+                    rb'|x-forwarded-(?:for|proto|host)|localtunnel-(?:hello|welcome)'
+                    rb'|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
 # Here `_` is whatever CGI and its heirs take for one, a hyphen or another sign, and `~` the same
 # without the hyphen: then the app would see a second field of that name.
