@@ -138,6 +138,7 @@ PING_AFTER = 8.0                # of silence, by the client: NAT tables forget a
 PONG_WITHIN = 6.0               # or the connection is given up
 ANSWER = 2.0                    # the same where another client of the owner wants to serve
 SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
+UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of an answer
 STALLED_SESSION = 20.0          # without progress of a write
 RESUME_WITHIN = 60.0            # a session without connection is kept so long
 HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
@@ -1067,13 +1068,15 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'id', 'credit', 'window', 'granted', 'on_gone', '_end_sent', '_closed')
+    __slots__ = ('session', 'id', 'credit', 'window', 'granted', 'on_gone', 'owner', '_end_sent',
+                 '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
         super().__init__(session.reactor)
         self.session, self.window, self.credit, self.id = session, window, credit, id
         self.granted = False        # is it this stream's turn to write?
         self.on_gone: Optional[Callable[[], None]] = None
+        self.owner: Any = None      # whose it is, for who looks through a session's streams
         self._end_sent = self._closed = False
 
     def __repr__(self) -> str:
@@ -1127,7 +1130,7 @@ class Stream(ByteStream):
         if not self._closed:
             self._closed = True
             self.reset(DONE, 'done')
-            self.on_gone = None
+            self.on_gone = self.owner = None
             self.window.close()
 
     def consumed(self, n: int) -> None:
@@ -1216,7 +1219,7 @@ class Session:
         self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
         self.sent = 0
         self._acknowledged = self._asked_at = 0
-        self._heard = self._moved = reactor.now()
+        self.heard = self._moved = reactor.now()
         self._pending = 0           # bytes written that the kernel had not taken at the last sweep
         self._pinged = NEVER
         self._pinged_at = 0
@@ -1372,7 +1375,7 @@ class Session:
     # Frames in.
 
     def _receive(self, data: Buffer) -> None:
-        self._heard = self.reactor.now()
+        self.heard = self.reactor.now()
         self.received += len(data)
         waiting, self._flushing = self._flushing, True      # what this read causes leaves after it
         try:
@@ -1438,7 +1441,7 @@ class Session:
                 self._pong_due = True
                 self._schedule()
             elif self._pinged != NEVER and self._confirmed >= self._pinged_at:
-                self.round_trip, self._pinged = self._heard - self._pinged, NEVER
+                self.round_trip, self._pinged = self.heard - self._pinged, NEVER
                 self.proven = True
 
     def _find(self, id: int) -> Optional[Stream]:
@@ -1479,7 +1482,7 @@ class Session:
         connection.on_eof, connection.on_room = self._lost, self._flush
         self.reactor.swept.discard(connection)      # nobody waits on it
         connection.give_up_after(STALLED_SESSION)
-        self._heard = self._moved = self.reactor.now()
+        self.heard = self._moved = self.reactor.now()
         self._pinged, self.detached_at, self.proven = NEVER, NEVER, False
         if self._kept:
             connection.transport.write(b''.join(self._kept)[theirs - self._acknowledged:])
@@ -1521,7 +1524,7 @@ class Session:
         """Give the connection up unless something is heard WITHIN so many seconds."""
         asked = self.reactor.now()
         self._ping()
-        while self.connection is not None and self._heard < asked:
+        while self.connection is not None and self.heard < asked:
             if self.reactor.now() - asked > within:
                 return self._lost(f'no answer to a ping in {within:.0f} s')
             await asyncio.sleep(DRAIN_LOOK)
@@ -1533,7 +1536,7 @@ class Session:
                 self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
         if not (self.streams or self.line or self._pending or woke_up) and (
-                now - self._heard < PONG_WITHIN):
+                now - self.heard < PONG_WITHIN):
             return      # nothing can be due: there may be thousands of such sessions
         for stream in [*self.streams.values(), *self.line]:
             stream.end_waits(now)
@@ -1543,12 +1546,12 @@ class Session:
         if pending and now - self._moved > STALLED_SESSION:
             self._lost(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
         elif (self.pings and self._pinged != NEVER
-              and now - max(self._pinged, self._heard) > PONG_WITHIN):
+              and now - max(self._pinged, self.heard) > PONG_WITHIN):
             self._lost(f'no answer to a ping in {PONG_WITHIN:.0f} s')
-        elif self._pinged == NEVER and (woke_up and self.pings or now - self._heard > (
+        elif self._pinged == NEVER and (woke_up and self.pings or now - self.heard > (
                 PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN)):
             self._ping()
-        elif now - self._heard > SILENT_SESSION:
+        elif now - self.heard > SILENT_SESSION:
             self._lost(f'nothing was heard in {SILENT_SESSION:.0f} s')
 
     # The end.
@@ -2977,7 +2980,7 @@ class Visit:
 
     def begin(self, stream: Stream) -> None:
         """An exchange begins on STREAM."""
-        self.stream = stream
+        self.stream, stream.owner = stream, self
         if self.connection.ended:
             self._half_closed()
 
@@ -3187,9 +3190,9 @@ class Server:
         away: List[Tunnel] = []
         for tunnel in tuple(self._tunnels.values()):
             for member in tuple(tunnel.members):
-                if now - member.session.detached_at > self._hold and tunnel.pick():
-                    self._move_on(member.session)
-                elif not self._tokens.holds('', member.grant.digest, time.time()):
+                if member.session.connection is None:
+                    self._move_on(member.session, tunnel, now)
+                if not self._tokens.holds('', member.grant.digest, time.time()):
                     self._revoke(tunnel, member, 'its token is not valid any more')
             if not (tunnel.members or tunnel.held):
                 away.append(tunnel)
@@ -3199,15 +3202,22 @@ class Server:
                 self._tunnels.pop(tunnel.name, None)
                 self._close_port(tunnel)
 
-    def _move_on(self, session: Session) -> None:
-        """What waits on SESSION and may be repeated goes to another client; the rest stays."""
-        for visit in tuple(self._visits):
-            stream = visit.stream
-            exchange = visit.exchange
-            if stream and stream.session is session and exchange and (
-                    exchange.repeatable and not exchange.status):
-                session.send_reset(stream, CANCELLED, 'another client does it')
-                stream.fail(SessionLost('its client did not come back'))
+    def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
+        """Requests without an answer wait for SESSION, which is away, no longer than they must.
+
+        Those that may be repeated go to another client, and after UNANSWERED all have their end.
+        """
+        moves = now - session.detached_at > self._hold and tunnel.pick() is not None
+        overdue = now - session.heard > UNANSWERED
+        for stream in [*session.streams.values(), *session.line] if moves or overdue else ():
+            exchange = stream.owner and stream.owner.exchange
+            if not exchange or exchange.status:
+                continue
+            goes = moves and exchange.repeatable
+            if goes or overdue:
+                session.send_reset(stream, CANCELLED, 'nobody waits for it any more')
+                stream.fail(SessionLost('its client did not come back') if goes else
+                            Overdue('its client was silent for too long'))
 
     def reload(self) -> None:
         """Read tokens and certificate again."""

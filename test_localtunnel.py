@@ -6984,6 +6984,26 @@ class AwayTest(Network):
             [status for status, _ in await asyncio.gather(*many)], [200, 200, 502, 502])
         self.assertEqual(len(self.asked), 6)
 
+    async def test_a_visitor_without_a_byte_of_an_answer_does_not_wait_for_a_frozen_client(self):
+        class Unseen(dict):
+            def __iter__(self):
+                raise AssertionError('all visits of the server are looked at')
+        await self.relayed()
+        self.server._visits = Unseen()
+        begun = await self.echo([9])
+        many = [self.meanwhile(self.visit(text, body)) for text, body in (
+            ('GET /hold', b''), ('PUT /hold', b'x'), ('POST /hold', b'x'))]
+        await eventually(lambda: len(self.asked) == 4)
+        port, self.relay.to = self.relay.to, 1
+        with self.constant(UNANSWERED=0.0):
+            self.relay.cut()
+            self.assertEqual([status for status, _ in await asyncio.gather(*many)], [504] * 3)
+        self.relay.to = port
+        begun.send(b'still there')
+        self.assertEqual(await begun.reader.readexactly(11), b'still there')
+        self.server._visits = dict(self.server._visits.items())
+        self.gate.set()
+
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
         await self.comes()
         session = self.members()[0].session
