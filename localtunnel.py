@@ -2473,14 +2473,6 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
-def is_rebound(host: str) -> bool:
-    """May HOST be a stranger's name, which he leads to an address of this machine (DNS rebinding)?
-
-    His pages in a browser here would then read what this machine tells itself.
-    """
-    return not (is_address(host) or is_loopback(host))
-
-
 def load_key(warn: Callable[[str], None]) -> bytes:
     """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
@@ -3426,7 +3418,8 @@ class Server:
         None for the server itself.  Raises HopFailed.
         """
         if self._only:
-            if is_rebound(host):
+            # A stranger's name that leads here would let his pages read the app (DNS rebinding).
+            if not (is_address(host) or is_loopback(host)):
                 raise HopFailed(403, f'this server is for its own machine: visit localhost or its '
                                 f'address, not {host or "no host"}')
             return next(iter(self._tunnels.values()), None)
@@ -3942,8 +3935,8 @@ class Admin:
         """(content type, text) for REQUEST.  Raises HopFailed."""
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
-        if is_rebound(request.host_name):
-            raise HopFailed(403, 'use the address or localhost')
+        if request.host_name != 'localhost' and not is_address(request.host_name):
+            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
         if path == '/healthz' and server.draining:
             raise HopFailed(503, 'the server ends')
         if path == '/healthz' and reads:
@@ -4329,7 +4322,7 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
 
 
 def leads_out(path: bytes) -> bool:
-    """Do dot segments lead PATH above its beginning, however an app may read it?
+    """Do dot segments lead PATH above its beginning, in some app's reading?
 
     Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
     """
@@ -4402,7 +4395,8 @@ class HostHeader:
             block = replaced(block, rb'access-control-allow-origin', b'(?i:%b)' % own + URL_END,
                              public)
         if base:        # an app that was told https may say http all the same
-            own += rb'|(?:https?:)?//' + re.escape(request.host)
+            hosts = re.escape(request.host), re.escape(public.partition(b'//')[2])
+            own += rb'|(?:https?:)?//(?:%b|%b)' % hosts
             block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: re.sub(
                 rb'(;[ \t]*(?i:path)[ \t]*=[ \t]*)%b(?:/|(?=[ \t]*(?:;|$)))' % base, rb'\1/',
                 m.group()), block)
@@ -4415,7 +4409,9 @@ class HostHeader:
 
     @staticmethod
     def _public(request: Request) -> bytes:
-        return (request.get(b'x-forwarded-proto') or b'http') + b'://' + request.host
+        """Where the visitor is, as the server says."""
+        return (request.get(b'x-forwarded-proto') or b'http') + b'://' + (
+            request.get(b'x-forwarded-host') or request.host)
 
 
 # What development servers say in a 400 or 403 to a Host or Origin that they do not know.

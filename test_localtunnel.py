@@ -3923,6 +3923,23 @@ class BasePathTest(WorldTest):
                     self.assertIn(meant(told).encode(), head.split(b'\r\n'))
             await self.end_of_the_world()
 
+    async def test_behind_a_trusted_proxy_the_public_address_is_the_one_that_it_saw(self):
+        for base, value in ('', 'rewrite'), ('/base', None), ('/base', 'rewrite'):
+            app, visitor = await self.at(base, host_header=value)
+            self.server._trusted = [ipaddress.ip_network('127.0.0.0/8')]
+            visitor = await self.visitor('x.t.example')
+            own = f'http://localhost:{app.address[1]}' if value else 'https://shop.example'
+            for host in 'localhost:%d' % app.address[1], 'shop.example', 'x.t.example':
+                location = f'Location: http://{host}{base}/a\r\nContent'
+                app.answer = OK.replace(b'Content', location.encode(), 1)
+                _, fields, _ = await visitor.get(
+                    fields='X-Forwarded-Proto: https\nX-Forwarded-Host: shop.example\n'
+                    'Referer: https://shop.example/b')
+                self.assertIn(f'Referer: {own}{base}/b\r\n'.encode(), app.requests[-1])
+                if base or 'localhost' in host:
+                    self.assertEqual(fields['location'], 'https://shop.example/a')
+            await self.end_of_the_world()
+
     @staticmethod
     def cases(direction):
         return (*ADDRESSES[direction], *((line,) * 4 for line in STRANGE[direction]))
