@@ -56,6 +56,7 @@ import http
 import io
 import ipaddress
 import json
+import logging
 import os
 import random
 import re
@@ -116,6 +117,7 @@ SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be 
 PAGE_PART = 16 * KIB            # of a page of ours in one write: one who stalls holds no more
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
 DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
+MAX_UNWRITTEN = 1 * MIB         # of log and events that nobody reads: then lines are dropped
 
 # Seconds.
 HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
@@ -159,6 +161,7 @@ MOST_WRONG_TOKEN = 10.0
 QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
 SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
 LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
+LAST_LINES = 1.0                # at the end, for a slow reader to take what was written for it
 SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
 WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
@@ -4779,12 +4782,84 @@ class Client:
 # is the URL alone, and everything else goes to stderr; with --json it has one object a line.
 # ------------------------------------------------------------------------------------------------
 
-def put(stream: Optional[TextIO], text: str) -> None:
-    """Write TEXT at once; a reader who went away, or was never there, is no error."""
-    if stream is not None:
-        with contextlib.suppress(OSError, ValueError):
-            stream.write(text)
-            stream.flush()
+def dropped_lines(count: int) -> str:
+    """What stands where COUNT lines are missing."""
+    return f'... {count} lines dropped: the reader of this log is too slow'
+
+
+class Writer:
+    """Writes in a thread of its own, so that a reader who stalls holds nobody up.
+
+    Once too much is unread, lines are dropped until the reader has caught up, and then counted.
+    """
+
+    def __init__(self) -> None:
+        self.failed = False
+        self._queue: Deque[Tuple[TextIO, Union[str, Callable[[int], str]]]] = collections.deque()
+        self._unwritten = self._dropped = 0         # characters; lines
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def put(self, stream: TextIO, text: str, dropped: Callable[[int], str]) -> None:
+        """Write TEXT soon, or let DROPPED say how many lines are missing."""
+        with self._changed:
+            if self._dropped or self._unwritten > MAX_UNWRITTEN:
+                if not self._dropped:
+                    self._queue.append((stream, dropped))
+                self._dropped += text.count('\n')
+            else:
+                self._queue.append((stream, text))
+                self._unwritten += len(text)
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                stream, text = self._queue.popleft()
+                if not isinstance(text, str):
+                    text, self._dropped = text(self._dropped) + '\n', 0
+                    self._unwritten += len(text)
+            try:
+                stream.write(text)
+                stream.flush()
+            except (OSError, ValueError):       # the reader went away, or the disk is full
+                self.failed = True
+            with self._changed:
+                self._unwritten -= len(text)
+                self._changed.notify_all()
+
+    def finish(self, timeout: float) -> bool:
+        """Wait until all is written: was it?"""
+        with self._changed:
+            return self._changed.wait_for(lambda: not (self._unwritten or self._dropped),
+                                          timeout) and not self.failed
+
+
+WRITERS: Dict[Tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
+
+
+def put(stream: Optional[TextIO], text: str,
+        dropped: Callable[[int], str] = dropped_lines) -> None:
+    """Write TEXT soon; a reader who went away, or was never there, is no error."""
+    if stream is None:
+        return
+    with contextlib.suppress(ValueError):       # it was closed
+        try:
+            status = os.fstat(stream.fileno())
+        except OSError:
+            stream.write(text)      # to memory
+            return
+        place = status.st_dev, status.st_ino or stream.fileno()     # Windows numbers no pipes
+        if place not in WRITERS:
+            WRITERS[place] = Writer()
+        WRITERS[place].put(stream, text, dropped)
+
+
+def finish_writing() -> bool:
+    """Wait for a moment until all has left: did it?"""
+    deadline = time.monotonic() + LAST_LINES
+    return all([writer.finish(deadline - time.monotonic()) for writer in WRITERS.values()])
 
 
 def is_terminal(stream: Optional[TextIO]) -> bool:
@@ -4801,6 +4876,13 @@ def say(text: str) -> None:
 def clock_at(second: int) -> str:
     """Date and time of SECOND, in Unix seconds: a busy log asks a thousand times a second."""
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
+
+
+class Complaints(logging.Handler):
+    """What asyncio has to say; by itself it would wait for the reader."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
 
 
 def clock() -> str:
@@ -4823,9 +4905,10 @@ def in_bytes(size: int) -> str:
 class Lines:
     """Lines for one stream; those of the same moment leave in one write."""
 
-    def __init__(self, stream: TextIO, later: Callable[..., Any]) -> None:
-        """LATER is called as later(seconds, function)."""
-        self._stream, self._later = stream, later
+    def __init__(self, stream: TextIO, later: Callable[..., Any],
+                 dropped: Callable[[int], str] = dropped_lines) -> None:
+        """LATER is called as later(seconds, function); DROPPED says how many lines are missing."""
+        self._stream, self._later, self._dropped = stream, later, dropped
         self._lines: List[str] = []
         self._waiting = False
 
@@ -4843,7 +4926,7 @@ class Lines:
 
     def flush(self) -> None:
         """Write what is queued."""
-        put(self._stream, '\n'.join([*self._lines, '']))
+        put(self._stream, '\n'.join([*self._lines, '']), self._dropped)
         self._lines.clear()
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
@@ -4867,7 +4950,8 @@ class Terminal(ClientObserver):
         self._tty = is_terminal(sys.stdout)
         plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
         self._coloured = [] if plain else list(filter(is_terminal, (sys.stdout, sys.stderr)))
-        self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later)
+        self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later,
+                            self._missing if as_json else dropped_lines)
         self.flush = self._lines.flush
 
     def note(self, text: str) -> None:
@@ -4916,6 +5000,10 @@ class Terminal(ClientObserver):
         coloured = (stream or sys.stdout) in self._coloured
         return f'\x1b[{code}m{text}\x1b[0m' if coloured else text
 
+    @staticmethod
+    def _missing(count: int) -> str:
+        return json.dumps({'event': 'dropped', 'lines': count})
+
     def _event(self, event: str, **values: Any) -> None:
         """A line for scripts, if they are who looks."""
         if self._json:
@@ -4927,12 +5015,15 @@ class ServerLog(Observer):
 
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
         self._json = as_json
-        self._lines = Lines(sys.stderr, later)
+        self._lines = Lines(sys.stderr, later, lambda count: self._entry(dropped_lines(count)))
         self.flush, self.frame = self._lines.flush, self._lines.frame
 
     def note(self, text: str) -> None:
-        self._lines.add(json.dumps({'time': clock(), 'message': text}) if self._json else
-                        f'{clock()} {text}')
+        self._lines.add(self._entry(text))
+
+    def _entry(self, text: str) -> str:
+        return (json.dumps({'time': clock(), 'message': text}) if self._json else
+                f'{clock()} {text}')
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """A request was answered.  Of its target the query is left out: it may hold secrets."""
@@ -5143,6 +5234,7 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
             except NotImplementedError:         # Windows
                 signal.signal(number, asked)
         reactor = Reactor(loop)
+        logging.getLogger('asyncio').handlers = [Complaints()]
         if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
             asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # from 3.11 on 256 KiB
         gc.freeze()         # what was made so far stays
@@ -5229,10 +5321,9 @@ def client_command(args: argparse.Namespace) -> int:
         if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
             raise
         import getpass
-        say(str(e))
         token = ''
         with contextlib.suppress(EOFError):
-            token = getpass.getpass(f'token for {address}: ').strip()
+            token = getpass.getpass(f'{e}\ntoken for {address}: ').strip()
         if not token:
             raise
     return run(run_client, args, target, address, check_token(token))
@@ -5579,9 +5670,16 @@ def add_server_options(add: Callable[..., Any]) -> None:
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
 
+class Parser(argparse.ArgumentParser):
+    """Its help goes the way of all other output."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        put(file or sys.stderr, message)
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All that a user can type."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog='localtunnel.py',
         description='Puts a local program on the internet under a friendly URL.',
         epilog='localtunnel.py client --help and server --help show the options of each.')
@@ -5598,12 +5696,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'):
-            stream.reconfigure(errors='backslashreplace')
+def command(words: Sequence[str]) -> int:
+    """Do what WORDS say; returns the exit code."""
     commands = {'client': client_command, 'server': server_command}
     if words and not words[0].startswith('-') and words[0] not in commands:
         say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
@@ -5621,6 +5715,19 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except LocaltunnelError as e:
         say(f'localtunnel.py: {e}')
         return EXIT_CODES.get('usage' if isinstance(e, UsageError) else getattr(e, 'code', ''), 1)
+    except SystemExit as e:         # of argparse
+        return int(e.code or 0)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """The command line; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'):
+            stream.reconfigure(errors='backslashreplace')
+    code = command(list(sys.argv[1:] if argv is None else argv))
+    if not finish_writing():
+        os._exit(code)      # Python would try again, wait for the reader, and end with 120
+    return code
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -45,6 +45,7 @@ import io
 import ipaddress
 import itertools
 import json
+import logging
 import os
 import random
 import re
@@ -4263,6 +4264,89 @@ class TerminalTest(CommandTest):
     def test_quiet_still_says_what_is_wrong(self):
         client = self.start('client', 1, '--server', f'localhost:{self.unused_port()}', '--quiet')
         client.says('nothing listens')
+
+
+class SlowReaderTest(CommandTest):
+
+    def setUp(self):
+        super().setUp()
+        writers = unittest.mock.patch.dict(lt.WRITERS, clear=True)
+        writers.start()
+        self.addCleanup(writers.stop)
+
+    def unread(self):
+        """A pipe that nobody has read so far: (where it is read, where it is written)."""
+        reading, writing = (open(end, mode) for end, mode in zip(os.pipe(), 'rw'))
+
+        def close():
+            reading.close()     # first: who writes still waits for it
+            with contextlib.suppress(OSError):
+                writing.close()
+        self.addCleanup(close)
+        return reading, writing
+
+    def test_lines_that_nobody_reads_are_dropped_and_counted(self):
+        for as_json in (False, True):
+            log = lt.ServerLog(lambda *_: None, as_json)
+            reader, log._lines._stream = self.unread()
+            for _ in range(3 * lt.MAX_UNWRITTEN // 1000):
+                log.note('x' * 1000)
+                log.flush()             # it never waits
+            read, missing = 0, None
+            while missing is None:
+                line = reader.readline()
+                read += 'xxx' in line
+                missing = re.search(r'\.\.\. (\d+) lines dropped: the reader', line)
+            self.assertEqual(read + int(missing.group(1)), 3 * lt.MAX_UNWRITTEN // 1000)
+            self.assertEqual('"message"' in line, as_json)
+            log.note('and it goes on')
+            log.flush()
+            self.assertIn('and it goes on', reader.readline())
+
+    def test_a_program_that_reads_json_is_told_what_is_missing(self):
+        with unittest.mock.patch.object(sys, 'stdout', self.unread()[1]):
+            terminal = lt.Terminal('8000', 'https://a.example', True, lambda *_: None, as_json=True)
+        self.assertEqual(json.loads(terminal._lines._dropped(7)), {'event': 'dropped', 'lines': 7})
+
+    @unittest.skipUnless(POSIX, 'this system has no SIGTERM')
+    def test_a_reader_who_stalls_stops_neither_end(self):
+        unread = {'stderr': subprocess.PIPE, 'stdout': subprocess.PIPE}
+        port, processes = self.unused_port(), []
+        self.reserved.close()
+        for words in (('server', '--port', port),
+                      ('client', 'echo', '--server', f'localhost:{port}', '--verbose')):
+            process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], **unread)
+            self.addCleanup(process.communicate)
+            self.addCleanup(process.kill)
+            processes.append(process)
+        url = process.stdout.readline().decode().strip()
+        host = url.partition('://')[2]
+        connection = http.client.HTTPConnection('127.0.0.1', port, timeout=3 * PATIENCE)
+        with contextlib.closing(connection):
+            for _ in range(200):        # 1.6 MB of log; a pipe holds 64 KiB
+                connection.request('GET', '/' + 'x' * 8000, headers={'Host': host})
+                self.assertEqual(connection.getresponse().read()[:7], b'GET /xx')
+        for process in reversed(processes):
+            process.terminate()
+            self.assertEqual(process.wait(3 * PATIENCE), 0)
+
+    @unittest.skipUnless(os.path.exists('/dev/full'), 'this system has no /dev/full')
+    def test_a_full_disk_changes_no_exit_code(self):
+        for words, code in ((['--version'], 0), (['client', '--help'], 0), (['client'], 2),
+                            (['client', '1', '--server', f'localhost:{self.unused_port()}',
+                              '--once'], 1)):
+            with open('/dev/full', 'w') as full, self.subTest(words):
+                done = subprocess.run([sys.executable, SCRIPT, *words], stdout=full, stderr=full,
+                                      timeout=3 * PATIENCE)
+                self.assertEqual(done.returncode, code)
+
+    def test_what_asyncio_complains_of_waits_for_nobody(self):
+        reader, writing = self.unread()
+        with unittest.mock.patch.object(sys, 'stderr', writing):
+            record = logging.LogRecord('asyncio', logging.ERROR, '', 0, 'a task failed', (), None)
+            for _ in range(2 * lt.MAX_UNWRITTEN // 14):
+                lt.Complaints().emit(record)
+        self.assertEqual(reader.readline(), 'a task failed\n')
 
 
 class LineForPeopleTest(unittest.TestCase):
