@@ -63,16 +63,14 @@ import re
 import secrets
 import signal
 import socket
+import ssl
 import struct
 import sys
 import threading
 import time
 import urllib.parse
-from typing import (TYPE_CHECKING, Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator,
-                    Iterable, List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
-
-if TYPE_CHECKING:
-    import ssl      # imported where TLS is used: it costs a tenth of the time to start
+from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator,
+                    List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -2570,7 +2568,6 @@ MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until
 
 def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
     """How a server is checked: by the system's authorities and those in the file CA, or not."""
-    import ssl
     context = ssl.create_default_context()
     if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
         context.load_verify_locations(MACOS_AUTHORITIES)
@@ -2601,7 +2598,6 @@ class Certificate:
         connection.context = self._current
 
     def _load(self) -> ssl.SSLContext:
-        import ssl
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(['http/1.1'])
@@ -2628,7 +2624,6 @@ class Certificate:
 
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
     """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
-    import ssl
     import subprocess
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
     if not (os.path.exists(cert) and os.path.exists(key)):
@@ -2973,6 +2968,11 @@ class Visit:
         return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
                 f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
+    @property
+    def idle(self) -> bool:
+        """True if nothing is under way for this visitor."""
+        return self.stream is None and self.waiting is None
+
     def begin(self, stream: Stream) -> None:
         """An exchange begins on STREAM."""
         self.stream, stream.owner = stream, self
@@ -2997,6 +2997,72 @@ class Visit:
             self._gone()
         else:
             self._half_closed()
+
+
+class Visitors:
+    """All visitors' connections: who is there, from where, and whether there is room for more."""
+
+    def __init__(self, reactor: Reactor, trusted: Networks) -> None:
+        """TRUSTED are the addresses of proxies in front."""
+        self._reactor, self._trusted = reactor, trusted
+        self._here: Dict[Visit, None] = {}      # who was active least recently first
+        self._of_address: Dict[str, int] = collections.Counter()    # connections of each
+        self._descriptors = descriptor_limit()
+        self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
+
+    def __iter__(self) -> Iterator[Visit]:
+        return iter(tuple(self._here))
+
+    def __len__(self) -> int:
+        return len(self._here)
+
+    def enter(self, connection: Connection) -> Visit:
+        """A visitor came on CONNECTION; near the limit the one idle for longest has to go.
+
+        Never let accept() run out of descriptors: asyncio would try again and log without end.
+        """
+        visit = Visit(connection, self._trusted)
+        self._here[visit] = None
+        self._of_address[visit.peer] += 1
+        visit.refusal = self._no_room(visit.peer)
+        if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
+            idle = (v for v in self._here if v is not visit and v.idle)
+            out = next(idle, visit)
+            del self._here[out]         # the next one must not choose it again
+            out.connection.reset(CANCELLED, 'too many connections')
+        return visit
+
+    def active(self, visit: Visit) -> None:
+        """VISIT has been served: it is the last to have to go."""
+        if visit in self._here:
+            self._here[visit] = self._here.pop(visit)
+
+    def leave(self, visit: Visit) -> None:
+        """The connection of VISIT ends."""
+        self._here.pop(visit, None)
+        self._of_address[visit.peer] -= 1
+        if not self._of_address[visit.peer]:
+            del self._of_address[visit.peer]
+
+    def close_idle(self) -> None:
+        """Close the connections on which nothing is under way."""
+        for visit in self:
+            if visit.idle and not visit.connection.size:
+                visit.connection.close()
+
+    def _spare(self) -> int:
+        """How many more descriptors there may be."""
+        return self._descriptors - len(self._reactor.transports) - self.listening
+
+    def _no_room(self, peer: str) -> Optional[HopFailed]:
+        """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
+        if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
+            return HopFailed(503, 'the server has too many connections; try again soon',
+                             f'Retry-After: {RETRY_AFTER}')
+        if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
+                and not within(peer, self._trusted)):
+            return HopFailed(429, f'{peer} has too many connections', 'Retry-After: 1')
+        return None
 
 
 LANDING = """
@@ -3048,18 +3114,15 @@ class Server:
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
         self._tokens, self._leases, self._log, self._script = tokens, leases, log, script
         self._hold, self._drain, self._rate, self._most = hold, drain, rate, max_tunnels
-        self._host, self._tcp_ports, self._trusted, self._only = host, tcp_ports, trusted, only
+        self._host, self._tcp_ports, self._only = host, tcp_ports, only
+        self.visitors = Visitors(reactor, trusted)
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
         self._served: Dict[str, int] = collections.Counter()    # tunnels by token, or address
         self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
-        self._visits: Dict[Visit, None] = {}    # who was active least recently first
-        self._of_address: Dict[str, int] = collections.Counter()
         self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
         self._claims_since = 0.0
         self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
-        self._descriptors = descriptor_limit()
-        self._listening = 0             # sockets of TCP tunnels
         self._held = self._bytes_in = self._bytes_out = 0
         self.handing_over = False       # is a successor starting, who has read the leases?
         self.draining = False           # it ends
@@ -3142,8 +3205,8 @@ class Server:
         while self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
             if not handed_over:
-                self._close_idle()
-            if not (self._visits or self._shaking):
+                self.visitors.close_idle()
+            if not (self.visitors or self._shaking):
                 break
         for member in self._members():
             member.session.leave(DRAINING, 'the server ends')
@@ -3164,11 +3227,6 @@ class Server:
         """What TCP tunnels listen on, for a successor."""
         listeners = [listener for t in self._tunnels.values() for listener in t.listeners]
         return [sock for listener in listeners for sock in getattr(listener, 'sockets', ())]
-
-    def _close_idle(self) -> None:
-        for visit in tuple(self._visits):
-            if not (visit.stream or visit.waiting or visit.connection.size):
-                visit.connection.close()
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at what changes by itself: files, tokens, names that nobody serves."""
@@ -3259,7 +3317,7 @@ class Server:
         bytes_out = self._bytes_out + sum(s.sent for s in sessions)
         gauges = {'tunnels': sum(bool(t.members) for t in self._tunnels.values()),
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
-                  'visitors': len(self._visits), 'held_requests': self._held,
+                  'visitors': len(self.visitors), 'held_requests': self._held,
                   'window_bytes': self._budget.used, 'event_loop_lag_seconds': round(self._lag, 6),
                   'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
@@ -3278,34 +3336,9 @@ class Server:
 
     # One connection.
 
-    def _enter(self, visit: Visit) -> None:
-        """A visitor came; near the limit the one who has been idle for longest has to go.
-
-        It must never come to accept() failing: asyncio then tells so a thousand times a second.
-        """
-        self._visits[visit] = None
-        self._of_address[visit.peer] += 1
-        visit.refusal = self._no_room(visit.peer)
-        if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
-            idle = (v for v in self._visits if v is not visit and not (v.stream or v.waiting))
-            out = next(idle, visit)
-            del self._visits[out]       # the next one must not choose it again
-            out.connection.reset(CANCELLED, 'too many connections')
-
-    def _spare(self) -> int:
-        """How many more descriptors there may be."""
-        return self._descriptors - len(self.reactor.transports) - self._listening
-
-    def _leave(self, visit: Visit) -> None:
-        self._visits.pop(visit, None)
-        self._of_address[visit.peer] -= 1
-        if not self._of_address[visit.peer]:
-            del self._of_address[visit.peer]
-
     async def _serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
-        visit = Visit(connection, self._trusted)
-        self._enter(visit)
+        visit = self.visitors.enter(connection)
         idle, taken = HEAD_TIMEOUT, False
         try:
             while True:
@@ -3326,8 +3359,7 @@ class Server:
                         await connection.linger()
                     break
                 visit.exchange = None
-                if visit in self._visits:
-                    self._visits[visit] = self._visits.pop(visit)       # the last to be idle
+                self.visitors.active(visit)
                 idle = KEEP_ALIVE
                 if connection.size:     # pipelined
                     await asyncio.sleep(0)
@@ -3339,7 +3371,7 @@ class Server:
         except (LocaltunnelError, OSError):
             connection.cut_off()
         finally:
-            self._leave(visit)
+            self.visitors.leave(visit)
             if not taken:
                 connection.close()
 
@@ -3380,16 +3412,6 @@ class Server:
             'Connection: keep-alive' if keep else 'Connection: close']
         await write_own(visit.connection, message([*extra, *more, date_line(int(time.time()))]),
                         *page)
-
-    def _no_room(self, peer: str) -> Optional[HopFailed]:
-        """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
-        if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
-            return HopFailed(503, 'the server has too many connections; try again soon',
-                             f'Retry-After: {RETRY_AFTER}')
-        if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
-                and not within(peer, self._trusted)):
-            return HopFailed(429, f'{peer} has too many connections', 'Retry-After: 1')
-        return None
 
     # Routes.
 
@@ -3771,7 +3793,7 @@ class Server:
                     sock.close()
                 raise
             tunnel.url = f'tcp://{self.domain}:{port}'
-            self._listening += len(sockets)
+            self.visitors.listening += len(sockets)
             return sockets
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
                       if hello.port else 'no port for raw TCP is free on this server')
@@ -3801,13 +3823,12 @@ class Server:
     def _close_port(self, tunnel: Tunnel) -> None:
         for listener in tunnel.listeners:
             listener.close()
-        self._listening -= len(tunnel.listeners)
+        self.visitors.listening -= len(tunnel.listeners)
         tunnel.listeners, tunnel.url = [], ''
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
-        visit, stream, began = Visit(connection), None, self.reactor.now()
-        self._enter(visit)
+        visit, stream, began = self.visitors.enter(connection), None, self.reactor.now()
         try:
             if visit.refusal:
                 raise visit.refusal.again()
@@ -3818,7 +3839,7 @@ class Server:
         except (LocaltunnelError, OSError) as e:
             connection.reset(CANCELLED, str(e))
         finally:
-            self._leave(visit)
+            self.visitors.leave(visit)
             connection.close()
             if stream:
                 stream.close()
@@ -4072,7 +4093,7 @@ def explain(error: BaseException, where: str) -> str:
         return f'the host of {where} can not be found: {error.strerror}'
     if isinstance(error, FileNotFoundError):
         return f'{where} does not exist'
-    if 'ssl' in sys.modules and isinstance(error, sys.modules['ssl'].SSLError):
+    if isinstance(error, ssl.SSLError):
         return explain_tls(error, where)
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 

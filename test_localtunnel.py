@@ -2522,7 +2522,7 @@ class WorldTest(LoopTest):
 
     async def nobody_is_left(self):
         await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
-        await eventually(lambda: not self.server._visits, 'a visit is left')
+        await eventually(lambda: not self.server.visitors, 'a visit is left')
 
     async def leaves(self, client):
         await self.forget(client.running)
@@ -2687,8 +2687,8 @@ class VisitorTest(WorldTest):
             visitor = await self.visitor('localhost')
             visitor.reader._transport.pause_reading()
             visitor.ask('/localtunnel.py')
-            await eventually(lambda: self.server._visits)
-            await eventually(lambda: not self.server._visits)
+            await eventually(lambda: self.server.visitors)
+            await eventually(lambda: not self.server.visitors)
 
     async def test_a_page_is_the_same_bytes_for_all_who_read_it(self):
         one, other = lt.stamped_source('http://a'), lt.stamped_source('http://b')
@@ -3927,7 +3927,7 @@ class BasePathTest(WorldTest):
     async def test_behind_a_trusted_proxy_the_public_address_is_the_one_that_it_saw(self):
         for base, value in ('', 'rewrite'), ('/base', None), ('/base', 'rewrite'):
             app, visitor = await self.at(base, host_header=value)
-            self.server._trusted = [ipaddress.ip_network('127.0.0.0/8')]
+            self.server.visitors._trusted = [ipaddress.ip_network('127.0.0.0/8')]
             visitor = await self.visitor('x.t.example')
             own = f'http://localhost:{app.address[1]}' if value else 'https://shop.example'
             for host in 'localhost:%d' % app.address[1], 'shop.example', 'x.t.example':
@@ -6065,9 +6065,9 @@ class FrameTest(HostileTest):
         session.connection.choked = True  # as when it never reads
         for _ in range(30):
             asked = await self.ask()
-            await eventually(lambda: self.server._visits)
+            await eventually(lambda: self.server.visitors)
             asked.writer.transport.abort()
-            await eventually(lambda: not self.server._visits)
+            await eventually(lambda: not self.server.visitors)
         self.assertLess(len(session.line), 5)
         session.connection.choked = False
         peer.writer.close()
@@ -6455,7 +6455,7 @@ class HostileVisitorTest(HostileTest):
                 self.assertIn(b'408', await peer.reader.read())
                 peer.writer.close()
         await self.others_are_served()
-        await eventually(lambda: len(self.server._visits) < 10)
+        await eventually(lambda: len(self.server.visitors) < 10)
 
     async def test_passwords(self):
         await self.world()
@@ -6497,7 +6497,7 @@ class HostileVisitorTest(HostileTest):
             got = await self.visit(fields='X-Forwarded-For: ' + forwarded)
             self.assertEqual(got[0], status, forwarded)
         await self.visit(fields='X-Forwarded-For: fe80::1%\x9b31m 200 forged')
-        self.server._trusted = ()
+        self.server.visitors._trusted = ()
         got = await self.visit(fields='X-Forwarded-For: 203.0.113.9')
         self.assertEqual(got[0], 403)
         told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
@@ -6508,7 +6508,7 @@ class HostileVisitorTest(HostileTest):
         host = visitor.host.encode()
         for trusted, given, seen in (('127.0.0.0/8', 'a.example', b'a.example'),
                                      ('127.0.0.0/8', 'a b', host), ('8.8.8.8', 'a.example', host)):
-            self.server._trusted = [ipaddress.ip_network(trusted)]
+            self.server.visitors._trusted = [ipaddress.ip_network(trusted)]
             peer = await self.visitor(visitor.host)
             await peer.get(fields=f'X-Forwarded-Host: {given}')
             self.assertIn(b'X-Forwarded-Host: %b\r\n' % seen, app.requests[-1])
@@ -6517,12 +6517,12 @@ class HostileVisitorTest(HostileTest):
         await self.world()
         await self.good()
         for limit in (100, 128, 150, 200):
-            self.server._descriptors = limit
+            self.server.visitors._descriptors = limit
             many = [await self.visitor('good.localhost') for _ in range(limit // 4)]
             for one in many:
                 self.assertEqual((await one.get())[0], 200, limit)
                 one.writer.close()
-            await eventually(lambda: not self.server._visits)
+            await eventually(lambda: not self.server.visitors)
 
     async def test_who_finds_no_room_is_told_so_and_may_try_anew(self):
         await self.world()
@@ -6962,7 +6962,8 @@ class GarbageTest(Network):
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
             await visit()
-            await eventually(lambda: not (self.server._visits or self.members()[0].session.streams))
+            await eventually(
+                lambda: not (self.server.visitors or self.members()[0].session.streams))
             gc.collect()
             return {type(o).__name__ for o in gc.garbage if type(o).__module__ == lt.__name__}
         finally:
@@ -7090,7 +7091,7 @@ class AwayTest(Network):
             def __iter__(self):
                 raise AssertionError('all visits of the server are looked at')
         await self.relayed()
-        self.server._visits = Unseen()
+        self.server.visitors._here = Unseen()
         begun = await self.echo([9])
         many = [self.meanwhile(self.visit(text, body)) for text, body in (
             ('GET /hold', b''), ('PUT /hold', b'x'), ('POST /hold', b'x'))]
@@ -7102,7 +7103,7 @@ class AwayTest(Network):
         self.relay.to = port
         begun.send(b'still there')
         self.assertEqual(await begun.reader.readexactly(11), b'still there')
-        self.server._visits = dict(self.server._visits.items())
+        self.server.visitors._here = dict(self.server.visitors._here.items())
         self.gate.set()
 
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
