@@ -1686,10 +1686,11 @@ class Head:
                            for name in self.fields}
         self.connection: Sequence[bytes] = ()
         if b'connection' in self.fields:
-            words = self.fields[b'connection'].split(b',', MAX_WORDS)
-            if len(words) > MAX_WORDS:
+            self.connection = self.fields[b'connection'].split(b',', MAX_WORDS)
+            if len(self.connection) > MAX_WORDS:
                 raise BadHttp(400, f'Connection has more than {MAX_WORDS} words')
-            self.connection = [word.strip() for word in words]
+            if len(self.connection) > 1:
+                self.connection = [word.strip() for word in self.connection]
 
     def get(self, name: bytes) -> bytes:
         """The value of a known field as it came; b'' where there is none."""
