@@ -798,13 +798,16 @@ class ByteStream:
         raise NotImplementedError
 
 
+Serve = Callable[['Connection'], Coroutine[Any, Any, None]]     # what a connection is given to
+
+
 class Connection(ByteStream, asyncio.BufferedProtocol):
     """One socket, with or without TLS."""
     __slots__ = ('transport', 'serve', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
                  'secure', 'silent', '_paused', '_close_by', '_pending', '__weakref__')
 
     def __init__(self, reactor: Reactor,
-                 serve: Optional[Callable[[Connection], Coroutine[Any, Any, None]]] = None) -> None:
+                 serve: Optional[Serve] = None) -> None:
         """SERVE becomes a task as soon as it is connected."""
         super().__init__(reactor)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
@@ -3091,6 +3094,89 @@ def date_line(second: int) -> str:
 URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
 
 
+class Doors:
+    """What a server listens on, and the TLS handshakes that are under way."""
+
+    def __init__(self, reactor: Reactor, log: Observer,
+                 counters: Dict[Union[str, int], int]) -> None:
+        self._reactor, self._log, self._counters = reactor, log, counters
+        self._plain: Set[asyncio.AbstractServer] = set()
+        self._secure: List[asyncio.Task[None]] = []
+        self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
+
+    @property
+    def busy(self) -> bool:
+        """True while somebody who was let in has yet to be served."""
+        return bool(self._shaking)
+
+    async def open(self, sock: socket.socket, serve: Serve,
+                   context: Optional[ssl.SSLContext] = None) -> Optional[asyncio.AbstractServer]:
+        """Let SERVE have each connection to SOCK, which is bound; with CONTEXT after a handshake.
+
+        What is returned can be closed alone.
+        """
+        make = functools.partial(Connection, self._reactor, serve)
+        if context:
+            task = self._reactor.spawn(self._accept(sock, make, context))
+            task.add_done_callback(lambda _: sock.close())
+            self._secure.append(task)
+            return None
+        door = await self._reactor.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
+        sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
+        self._plain.add(door)
+        return door
+
+    def close_one(self, door: asyncio.AbstractServer) -> None:
+        """Listen no longer there."""
+        door.close()
+        self._plain.discard(door)
+
+    async def close(self) -> None:
+        """Let nobody in any more, and lose nobody who came before."""
+        for sock in self.sockets():
+            with contextlib.suppress(NotImplementedError):      # Windows
+                self._reactor.loop.remove_reader(sock)
+        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
+        for door in self._plain:
+            door.close()
+        for task in self._secure:
+            await end_task(task)
+
+    def sockets(self) -> List[socket.socket]:
+        """Those without TLS that are listened on."""
+        return [sock for door in self._plain for sock in getattr(door, 'sockets', None) or ()]
+
+    async def _accept(self, sock: socket.socket, make: Callable[[], Connection],
+                      context: ssl.SSLContext) -> None:
+        """Accept for TLS, MAX_HANDSHAKES at a time."""
+        loop, shaking = self._reactor.loop, self._shaking
+
+        async def shake_hands(accepted: socket.socket) -> None:
+            try:
+                await loop.connect_accepted_socket(make, accepted, ssl=context,
+                                                   ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+            except OSError:
+                self._counters['handshakes_failed'] += 1
+            finally:
+                del shaking[accepted]
+        sock.setblocking(False)
+        while True:
+            while len(shaking) >= MAX_HANDSHAKES:       # those who had their second go
+                for old, since in tuple(shaking.items()):
+                    if self._reactor.now() - since >= CROWDED_HANDSHAKE:
+                        with contextlib.suppress(OSError):
+                            old.shutdown(socket.SHUT_RDWR)
+                await asyncio.sleep(DRAIN_LOOK)
+            try:
+                accepted, _ = await loop.sock_accept(sock)
+            except OSError as e:
+                self._log.note(f'accepting fails: {e}')
+                await asyncio.sleep(SWEEP)
+                continue
+            shaking[accepted] = self._reactor.now()
+            self._reactor.spawn(shake_hands(accepted))
+
+
 class Server:
     """The relay."""
 
@@ -3129,56 +3215,13 @@ class Server:
         self.draining = False           # it ends
         self._started = self._beat = reactor.now()
         self._lag = self._look_at = 0.0     # seconds; when tunnels are looked at again
-        self._listeners: List[asyncio.AbstractServer] = []
-        self._accepting: List[asyncio.Task[None]] = []      # the same for TLS
-        self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
+        self.doors = Doors(reactor, log, self.counters)
         reactor.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound; with TLS by the certificate."""
-        if tls:
-            accepting = self.reactor.spawn(self._accept_tls(sock))
-            accepting.add_done_callback(lambda _: sock.close())
-            self._accepting.append(accepting)
-        else:
-            self._listeners.append(await self.reactor.loop.create_server(
-                self._connection, sock=sock, backlog=ACCEPTED_TOGETHER))
-            sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
-
-    async def _accept_tls(self, sock: socket.socket) -> None:
-        """Accept for TLS, MAX_HANDSHAKES at a time."""
-        assert self.certificate
-        loop, context = self.reactor.loop, self.certificate.context
-        shaking = self._shaking
-
-        async def shake_hands(accepted: socket.socket) -> None:
-            try:
-                await loop.connect_accepted_socket(
-                    self._connection, accepted, ssl=context,
-                    ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
-            except OSError:
-                self.counters['handshakes_failed'] += 1
-            finally:
-                del shaking[accepted]
-        sock.setblocking(False)
-        while True:
-            while len(shaking) >= MAX_HANDSHAKES:       # those who had their second go
-                for old, since in tuple(shaking.items()):
-                    if self.reactor.now() - since >= CROWDED_HANDSHAKE:
-                        with contextlib.suppress(OSError):
-                            old.shutdown(socket.SHUT_RDWR)
-                await asyncio.sleep(DRAIN_LOOK)
-            try:
-                accepted, _ = await loop.sock_accept(sock)
-            except OSError as e:
-                self._log.note(f'accepting fails: {e}')
-                await asyncio.sleep(SWEEP)
-                continue
-            shaking[accepted] = self.reactor.now()
-            self.reactor.spawn(shake_hands(accepted))
-
-    def _connection(self) -> Connection:
-        return Connection(self.reactor, self._serve)
+        context = self.certificate.context if tls and self.certificate else None
+        await self.doors.open(sock, self._serve, context)
 
     async def stop(self, handed_over: bool = False) -> None:
         """Drain: accept no more, send the clients elsewhere, let what runs come to its end.
@@ -3187,15 +3230,7 @@ class Server:
         answered here, with `Connection: close`.
         """
         self.draining = True
-        listeners = [*self._listeners, *(x for t in self._tunnels.values() for x in t.listeners)]
-        for sock in [sock for x in listeners for sock in getattr(x, 'sockets', None) or ()]:
-            with contextlib.suppress(NotImplementedError):      # Windows
-                self.reactor.loop.remove_reader(sock)
-        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
-        for listener in listeners:
-            listener.close()
-        for task in self._accepting:
-            await end_task(task)
+        await self.doors.close()
         for member in self._members():
             member.session.say_goaway(DRAINING, 'the server ends')
             if member.session.connection is None:       # nor can it come back
@@ -3207,7 +3242,7 @@ class Server:
             await asyncio.sleep(DRAIN_LOOK)
             if not handed_over:
                 self.visitors.close_idle()
-            if not (self.visitors or self._shaking):
+            if not (self.visitors or self.doors.busy):
                 break
         for member in self._members():
             member.session.leave(DRAINING, 'the server ends')
@@ -3733,10 +3768,8 @@ class Server:
         member = self._new_member(tunnel, hello, grant, holder)
         self._tunnels[name] = tunnel
         for sock in sockets:
-            tunnel.listeners.append(await self.reactor.loop.create_server(
-                lambda: Connection(self.reactor, functools.partial(self._serve_tcp, tunnel)),
-                sock=sock, backlog=ACCEPTED_TOGETHER))
-            sock.listen(BACKLOG)        # as in listen
+            door = await self.doors.open(sock, functools.partial(self._serve_tcp, tunnel))
+            tunnel.listeners += [door] if door else []
         return member, tunnel, None
 
     @staticmethod
@@ -3822,8 +3855,8 @@ class Server:
         return self._leases.free(f'tcp:{port}')
 
     def _close_port(self, tunnel: Tunnel) -> None:
-        for listener in tunnel.listeners:
-            listener.close()
+        for door in tunnel.listeners:
+            self.doors.close_one(door)
         self.visitors.listening -= len(tunnel.listeners)
         tunnel.listeners, tunnel.url = [], ''
 
