@@ -64,13 +64,14 @@ import secrets
 import signal
 import socket
 import ssl
+import stat
 import struct
 import sys
 import threading
 import time
 import urllib.parse
-from typing import (Any, Awaitable, Callable, Coroutine, Deque, Dict, Generator, Iterable, Iterator,
-                    List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
+from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Deque, Dict, Generator, Iterable,
+                    Iterator, List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -4132,16 +4133,123 @@ def explain(error: BaseException, where: str) -> str:
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 
 
-def serve_folder(folder: str) -> socket.socket:
-    """A connection to what serves FOLDER, with listings, in a thread of its own.
+# What browsers insist on, whatever the table of this system says.
+CONTENT_TYPES = dict(word.split('=') for word in """.html=text/html .htm=text/html .css=text/css
+.js=text/javascript .mjs=text/javascript .txt=text/plain .md=text/markdown .csv=text/csv
+.json=application/json .map=application/json .webmanifest=application/manifest+json
+.wasm=application/wasm .xml=application/xml .pdf=application/pdf .svg=image/svg+xml .png=image/png
+.jpg=image/jpeg .jpeg=image/jpeg .gif=image/gif .webp=image/webp .avif=image/avif
+.ico=image/x-icon .woff=font/woff .woff2=font/woff2 .ttf=font/ttf .otf=font/otf .mp4=video/mp4
+.m4v=video/mp4 .webm=video/webm .mov=video/quicktime .ts=video/mp2t .mp3=audio/mpeg .m4a=audio/mp4
+.ogg=audio/ogg .wav=audio/wav .m3u8=application/vnd.apple.mpegurl""".split())
+_RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 
-    Nothing outside is served, and no name that begins with a dot.
+
+def open_inside(root: str, path: str) -> Optional[BinaryIO]:
+    """The regular file PATH, where what was opened lies in ROOT and no part of it has a dot first.
+
+    None for anything else; to open a FIFO must not wait for who writes to it.
     """
+    try:
+        f = open(path, 'rb', opener=lambda name, flags: os.open(
+            name, flags | getattr(os, 'O_NONBLOCK', 0)))
+    except (OSError, ValueError):
+        return None
+    real, status = os.path.realpath(path), os.fstat(f.fileno())
+    with contextlib.suppress(OSError):      # it is gone
+        if (real.startswith(os.path.join(root, '')) and os.sep + '.' not in real[len(root):]
+                and stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(real))):
+            return f
+    f.close()
+    return None
+
+
+def precondition(fields: Any, etag: str, modified: float) -> int:
+    """304 or 412 where FIELDS ask not to send a file MODIFIED then, else 200 (RFC 9110 13)."""
+    import email.utils
+
+    def since(name: str) -> float:
+        """When the date in the field NAME was."""
+        with contextlib.suppress(TypeError, ValueError, OverflowError):
+            return email.utils.mktime_tz(email.utils.parsedate_tz(fields[name]))
+        return NEVER if name == 'If-Unmodified-Since' else -NEVER       # no date
+
+    def named(name: str) -> bool:
+        """Does the field NAME list this file?  If-Match takes no weak tags (RFC 9110 13.1.1)."""
+        tags = {tag.strip() for tag in fields[name].split(',')}
+        return bool(tags & ({etag, '*'} if name == 'If-Match' else {etag, f'W/{etag}', '*'}))
+    if (not named('If-Match') if 'If-Match' in fields else
+            modified > since('If-Unmodified-Since')):
+        return 412
+    if 'If-None-Match' in fields:
+        return 304 if named('If-None-Match') else 200
+    return 304 if modified <= since('If-Modified-Since') else 200
+
+
+def part_of(fields: Any, size: int, validators: Sequence[str]) -> Optional[Tuple[int, int]]:
+    """(first byte, end) of the one range that is asked for; None: all; nothing: none of it."""
+    match = _RANGE.fullmatch(fields.get('Range', ''))
+    if not match or fields.get('If-Range', validators[0]) not in validators:
+        return None
+    first, last = match.groups()
+    if not first:
+        if not last or int(last) and not size:
+            return None
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):
+        return None
+    return int(first), min(size, int(last) + 1 if last else size)
+
+
+def send_file(handler: Any, f: BinaryIO) -> Optional[BinaryIO]:
+    """Send the head for F; what is then to be copied, of which HANDLER has `left` bytes to send."""
+    status, fields = os.fstat(f.fileno()), handler.headers
+    size, modified = status.st_size, handler.date_time_string(status.st_mtime)
+    etag, first = f'"{status.st_mtime_ns:x}-{size:x}"', 0
+    code, handler.left = precondition(fields, etag, int(status.st_mtime)), size
+    part = part_of(fields, size, (etag, modified)) if (
+        code == 200 and handler.command == 'GET') else None
+    if part:
+        first, handler.left = part[0], part[1] - part[0]
+        code = 206 if handler.left > 0 else 416
+    handler.send_response(code)
+    if code in (412, 416):
+        handler.left = 0
+    elif code != 304:
+        handler.send_header('Content-Type', handler.guess_type(f.name))
+    if part:
+        handler.send_header('Content-Range', f'bytes {first}-{part[1] - 1}/{size}' if
+                            code == 206 else f'bytes */{size}')
+    if code != 304:
+        handler.send_header('Content-Length', str(handler.left))
+    for name, value in (('ETag', etag), ('Last-Modified', modified), ('Accept-Ranges', 'bytes')):
+        handler.send_header(name, value)
+    handler.end_headers()
+    if code in (200, 206):
+        f.seek(first)
+        return f
+    f.close()
+    return None
+
+
+def listing(folder: str, path: str) -> bytes:
+    """A page with what may be seen of FOLDER, which is asked for as PATH.  Raises OSError."""
+    names = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
+    names = [n + '/' if os.path.isdir(os.path.join(folder, n)) else n for n in names]
+    items = ''.join(f'<li><a href="{urllib.parse.quote("./" + n, errors="surrogatepass")}">'
+                    f'{html.escape(n)}</a>\n' for n in names)
+    title = html.escape(urllib.parse.unquote(path))
+    return (f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
+            f'<ul>\n{items}</ul>\n').encode('utf-8', 'surrogateescape')
+
+
+def folder_handler(root: str) -> Any:
+    """A class that serves the folder ROOT: nothing outside, no name that begins with a dot."""
     import http.server
-    root = os.path.realpath(folder)
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
+        extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **CONTENT_TYPES}
 
         def translate_path(self, path: str) -> str:
             """The file for PATH, or one that does not exist."""
@@ -4151,36 +4259,58 @@ def serve_folder(folder: str) -> socket.socket:
             hidden = os.sep + '.' in os.sep + found[len(root):]
             return found if inside and not hidden else os.path.join(root, '.', 'no such file', '')
 
-        def send_header(self, keyword: str, value: str) -> None:
-            super().send_header(keyword, value)
-            if keyword == 'Location':
-                super().send_header('Connection', 'close')      # 3.8 sends no length with it
+        def send_head(self) -> Any:
+            """The head of the answer; what is to be copied after it, of which `left` bytes."""
+            found, (path, mark, query) = self.translate_path(self.path), self.path.partition('?')
+            if os.path.isdir(found) and not path.endswith('/'):
+                return self.send_whole(301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
+            if os.path.isdir(found):
+                pages = [os.path.join(found, name) for name in ('index.html', 'index.htm')]
+                page = next(filter(os.path.lexists, pages), None)
+                if page is None:
+                    try:
+                        return self.send_whole(200, listing(found, path),
+                                               Content_Type='text/html; charset=utf-8')
+                    except OSError:
+                        return self.send_error(404, 'No permission to list directory')
+                found = page
+            f = open_inside(root, found)
+            return send_file(self, f) if f else self.send_error(404, 'File not found')
 
-        def list_directory(self, path: Any) -> Any:
-            """A page with what may be seen of the folder PATH."""
-            try:
-                names = sorted(n for n in os.listdir(path) if not n.startswith('.'))
-            except OSError:
-                return self.send_error(404, 'No permission to list directory')
-            names = [n + '/' if os.path.isdir(os.path.join(path, n)) else n for n in names]
-            items = ''.join(f'<li><a href="{urllib.parse.quote("./" + n, errors="surrogatepass")}">'
-                            f'{html.escape(n)}</a>\n' for n in names)
-            title = html.escape(urllib.parse.unquote(self.path.partition('?')[0]))
-            page = (f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
-                    f'<ul>\n{items}</ul>\n').encode('utf-8', 'surrogateescape')
-            self.send_response(200)
-            self.send_header('Content-Type', 'text/html; charset=utf-8')
-            self.send_header('Content-Length', str(len(page)))
+        def send_whole(self, code: int, page: bytes, **fields: str) -> BinaryIO:
+            self.left = len(page)
+            self.send_response(code)
+            for name, value in {**fields, 'Content_Length': str(self.left)}.items():
+                self.send_header(name.replace('_', '-'), value)
             self.end_headers()
             return io.BytesIO(page)
 
+        def copyfile(self, source: Any, outputfile: Any) -> None:
+            """What was promised and no more, though the file grows; less ends the connection."""
+            while self.left:
+                piece = source.read(min(self.left, MAX_PAYLOAD))
+                if not piece:
+                    raise ConnectionError('the file became shorter')
+                outputfile.write(piece)
+                self.left -= len(piece)
+
+        def guess_type(self, path: Any) -> str:
+            form = super().guess_type(path)
+            return form + '; charset=utf-8' if form.startswith('text/') else form
+
         def log_message(self, *args: Any) -> None:
             """The tunnel has a log of its own."""
+    return Handler
+
+
+def serve_folder(folder: str) -> socket.socket:
+    """A connection to what serves FOLDER, with listings, in a thread of its own."""
+    root = os.path.realpath(folder)
+    handler, (ours, theirs) = folder_handler(root), socket.socketpair()
 
     def serve() -> None:
         with theirs, contextlib.suppress(OSError):      # the visitor may go away
-            Handler(theirs, ('127.0.0.1', 0), None, directory=root)     # type: ignore[arg-type]
-    ours, theirs = socket.socketpair()
+            handler(theirs, ('127.0.0.1', 0), None, directory=root)
     threading.Thread(target=serve, daemon=True).start()
     return ours
 

@@ -3321,6 +3321,114 @@ class ExchangeTest(WorldTest):
                              ('PUT', '/path?query', 200, 5))
 
 
+@unittest.skipUnless(POSIX, 'this system has no FIFOs')
+class FolderFilesTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        self.site = self.path('site')
+        os.mkdir(self.site)
+        self.write('site/film.mp4', '0123456789')
+
+    def ask(self, path, method='GET', **fields):
+        """(status, header fields, body) of an answer of the folder."""
+        with contextlib.closing(lt.serve_folder(self.site)) as sock:
+            sock.settimeout(PATIENCE)
+            lines = [f'{name.replace("_", "-")}: {value}\r\n' for name, value in fields.items()]
+            sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: a\r\n{"".join(lines)}\r\n'.encode())
+            answer = http.client.HTTPResponse(sock, method=method)
+            answer.begin()
+            body = answer.read()
+            answer.close()
+            return answer.status, answer.headers, body
+
+    def test_what_is_opened_is_judged_and_not_its_name(self):
+        self.write('secret', 'secret')
+        self.write('site/.env', 'secret')
+        for number, make in enumerate((
+                lambda path: os.symlink(self.path('secret'), path),
+                lambda path: os.symlink(self.path('site', '.env'), path),
+                lambda path: os.symlink('/dev/zero', path), os.mkfifo,
+                lambda path: os.symlink('nowhere', path), os.mkdir)):
+            for name in ('index.html', 'index.htm', 'page.html'):
+                folder = self.path('site', f'{number}-{name}')
+                os.mkdir(folder)
+                make(os.path.join(folder, name))
+                path = f'/{number}-{name}/' + (name if name == 'page.html' else '')
+                with self.subTest(path):
+                    status, _, body = self.ask(path)
+                    self.assertIn(status, (404, 301))
+                    self.assertNotIn(b'secret', body)
+        os.symlink('film.mp4', self.path('site', 'link.mp4'))
+        self.assertEqual(self.ask('/link.mp4')[2], b'0123456789')
+
+    def test_a_folder_without_its_slash_is_sent_there_and_nowhere_else(self):
+        os.mkdir(self.path('site', 'a'))
+        for path, place in (('/a', '/a/'), ('/a?b=1', '/a/?b=1'), ('//a', '/a/')):
+            status, fields, _ = self.ask(path)
+            self.assertEqual((status, fields['Location'], fields['Content-Length']),
+                             (301, place, '0'))
+
+    def test_single_ranges_are_served(self):
+        for asked, status, content, body in (
+                ('bytes=0-0', 206, 'bytes 0-0/10', b'0'),
+                ('bytes=4-', 206, 'bytes 4-9/10', b'456789'),
+                ('BYTES=8-99', 206, 'bytes 8-9/10', b'89'),
+                ('bytes=-3', 206, 'bytes 7-9/10', b'789'),
+                ('bytes=-99', 206, 'bytes 0-9/10', b'0123456789'),
+                ('bytes=10-', 416, 'bytes */10', b''), ('bytes=-0', 416, 'bytes */10', b''),
+                *((word, 200, None, b'0123456789') for word in (
+                    'bytes=5-4', 'bytes=-', 'bytes=0-1,3-4', 'lines=0-1', 'bytes=a-', 'bytes=1'))):
+            with self.subTest(asked):
+                got = self.ask('/film.mp4', Range=asked)
+                self.assertEqual((got[0], got[1]['Content-Range'], got[2]), (status, content, body))
+                self.assertEqual(got[1]['Content-Length'], str(len(body)))
+                self.assertEqual(got[1]['Accept-Ranges'], 'bytes')
+        status, fields, _ = self.ask('/film.mp4', 'HEAD', Range='bytes=0-0')
+        self.assertEqual((status, fields['Content-Length']), (200, '10'))
+        self.write('site/empty', '')
+        self.assertEqual(self.ask('/empty', Range='bytes=-1')[0], 200)
+
+    def test_conditions_are_heeded(self):
+        fields = self.ask('/film.mp4')[1]
+        tag, date = fields['ETag'], fields['Last-Modified']
+        early, late = 'Thu, 01 Jan 1970 00:00:00 GMT', 'Fri, 01 Jan 2100 00:00:00 GMT'
+        for conditions, status in (
+                ({'If_None_Match': tag}, 304), ({'If_None_Match': f'"x", W/{tag}'}, 304),
+                ({'If_None_Match': '*'}, 304), ({'If_None_Match': '"x"'}, 200),
+                ({'If_None_Match': '"x"', 'If_Modified_Since': late}, 200),
+                ({'If_Modified_Since': date}, 304), ({'If_Modified_Since': early}, 200),
+                ({'If_Modified_Since': 'soon'}, 200),
+                ({'If_Match': tag}, 200), ({'If_Match': '*'}, 200), ({'If_Match': '"x"'}, 412),
+                ({'If_Match': f'W/{tag}'}, 412), ({'If_Unmodified_Since': early}, 412),
+                ({'If_Unmodified_Since': date}, 200), ({'If_Unmodified_Since': 'soon'}, 200),
+                *(({'Range': 'bytes=1-2', 'If_Range': value}, code) for value, code in (
+                    (tag, 206), (date, 206), (f'W/{tag}', 200), ('"x"', 200), (early, 200)))):
+            with self.subTest(conditions):
+                got, fields, body = self.ask('/film.mp4', **conditions)
+                self.assertEqual((got, fields['ETag']), (status, tag))
+                self.assertEqual(len(body), {200: 10, 206: 2}.get(status, 0))
+
+    def test_types_do_not_come_from_the_system(self):
+        script = 'text/javascript; charset=utf-8'
+        for name, form in (('a.mjs', script), ('a.JS', script), ('a.wasm', 'application/wasm'),
+                           ('a.webp', 'image/webp'), ('a.avif', 'image/avif'),
+                           ('a.woff2', 'font/woff2'), ('a.m4v', 'video/mp4'),
+                           ('a.ts', 'video/mp2t'), ('a.md', 'text/markdown; charset=utf-8'),
+                           ('a.json', 'application/json'), ('a', 'application/octet-stream')):
+            self.write('site/' + name, '')
+            self.assertEqual(self.ask('/' + name)[1]['Content-Type'], form)
+
+    def test_a_file_that_grows_or_shrinks_does_not_break_the_framing(self):
+        handler = lt.folder_handler(self.site)
+        copy = handler.__new__(handler)
+        copy.left, sink = 3, io.BytesIO()
+        copy.copyfile(io.BytesIO(b'12345'), sink)
+        self.assertEqual(sink.getvalue(), b'123')
+        copy.left = 3
+        self.assertRaises(ConnectionError, copy.copyfile, io.BytesIO(b'12'), sink)
+
+
 class UpstreamTest(WorldTest):
 
     async def test_connections_to_the_app_are_used_again(self):
