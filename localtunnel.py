@@ -2160,7 +2160,8 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 
     Nobody counts what it takes, so a reader who stalls must hold little, and not for long.
     """
-    connection.transport.set_write_buffer_limits(0)     # one part has left before the next
+    # One part has left before the next; not 0, by which TLS never goes on.
+    connection.transport.set_write_buffer_limits(1)
     usual, connection.idle = connection.idle, PAGE_STALLED
     try:
         for piece in message:

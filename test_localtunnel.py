@@ -6815,6 +6815,21 @@ class TlsTest(HostileTest):
                 with self.assertRaisesRegex(lt.Refused, self.made[2]):
                     await client.running
 
+    async def test_thousands_of_tiny_frames_and_a_large_page_pass_over_tls(self):
+        await self.secure_world()
+        peer = await self.visitor('localhost', self.tls_port, ssl=self.ssl)
+        hello = {'kind': 'http', 'proof': '33' * 32, 'started': 1, 'instance': '44' * 16}
+        peer.ask(lt.WELL_KNOWN, 'Connection: Upgrade\nUpgrade: localtunnel/1\n'
+                 f'Localtunnel-Hello: {json.dumps(hello)}')
+        self.assertEqual((await peer.answer())[0], 101)
+        peer.send(F(lt.CREDIT, 0, lt.U32.pack(lt.SMALL_CREDIT)) * 30000,
+                  F(lt.PING, 0, lt.U64.pack(0)))
+        pong = await peer.until(lt.PONG)
+        self.assertEqual(lt.U64.unpack(pong[2])[0], 30000 * 12 + 16)
+        self.server._script = lambda address: [pattern(300000)]
+        visitor = await self.visitor('localhost', self.tls_port, ssl=self.ssl)
+        self.assertEqual((await visitor.get('/localtunnel.py'))[2], pattern(300000))
+
     async def test_a_server_that_has_ended_listens_nowhere(self):
         await self.secure_world()
         await self.server.stop()
