@@ -1408,13 +1408,15 @@ class Session:
         """One read may hold 30,000 frames: others come in between, and no more is read."""
         self._catching_up = True
         if self.connection is not None:
-            self.connection.transport.pause_reading()
+            with contextlib.suppress(AttributeError):   # before Python 3.11 TLS that has just ended
+                self.connection.transport.pause_reading()
         self.reactor.loop.call_soon(self._catch_up, self.connection)
 
     def _catch_up(self, connection: Optional[Connection]) -> None:
         self._catching_up = False
-        if connection is not None and connection.transport in self.reactor.transports:
-            connection.transport.resume_reading()
+        if connection is not None:
+            with contextlib.suppress(AttributeError):       # see above
+                connection.transport.resume_reading()
         self._receive(b'')
 
     def _dispatch(self, kind: int, id: int, payload: bytes) -> None:
@@ -2160,8 +2162,9 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 
     Nobody counts what it takes, so a reader who stalls must hold little, and not for long.
     """
-    # One part has left before the next; not 0, by which TLS never goes on.
-    connection.transport.set_write_buffer_limits(1)
+    with contextlib.suppress(AttributeError):       # before Python 3.11 TLS that has just ended
+        # One part has left before the next; not 0, by which TLS never goes on.
+        connection.transport.set_write_buffer_limits(1)
     usual, connection.idle = connection.idle, PAGE_STALLED
     try:
         for piece in message:
