@@ -155,8 +155,8 @@ DRAIN_LOOK = 0.05               # between looks whether all has finished
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
 ROOM_LOOK = 0.1                 # between looks whether they have
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
-WRONG_TOKEN = 0.5               # each wrong token makes its address wait so much longer
-MOST_WRONG_TOKEN = 10.0
+WRONG_TOKEN = 0.5               # after a wrong token the next one of its address waits so long
+MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
 QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
 SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
 LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
@@ -2356,13 +2356,18 @@ class Tokens:
 
 def write_secret(path: str, data: bytes) -> None:
     """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
-    beside = f'{path}.{os.getpid()}.new'
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with open(handle, 'wb') as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(beside, path)
+    beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(handle, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
 
 
 class Leases:
@@ -2379,11 +2384,18 @@ class Leases:
             try:
                 with open(path, encoding='ascii') as f:
                     self._leases = json.load(f)['leases']
-                for lease in self._leases.values():
-                    str(lease['owner']), str(lease['token']), int(lease['used'])
-            except (ValueError, KeyError, TypeError, AttributeError) as e:
+                for name, lease in self._leases.items():
+                    self._check(name, lease['owner'], lease['token'], lease['used'])
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
                 raise UsageError(f'{path} is damaged ({e}); repair it, or move it away to begin '
                                  'without leases') from e
+
+    @staticmethod
+    def _check(name: str, owner: object, token: object, used: object) -> None:
+        """Raises ValueError for what `claim` would not have written."""
+        if not (isinstance(owner, str) and isinstance(token, str) and type(used) is int
+                and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)):
+            raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token or date')
 
     def owner(self, name: str, now: float) -> Optional[str]:
         """Whose NAME is, or None."""
@@ -2483,6 +2495,14 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
+def block_of(address: str) -> str:
+    """ADDRESS as limits count it: of IPv6 everybody has 2**64 (a /64), so those are one."""
+    if ':' not in address or is_loopback(address):
+        return address
+    ip = ipaddress.IPv6Address(address.partition('%')[0])
+    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+
+
 def load_key(warn: Callable[[str], None]) -> bytes:
     """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
@@ -2495,7 +2515,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         if not os.path.exists(path):
-            made = f'{path}.{os.getpid()}'
+            made = f'{path}.{secrets.token_hex(8)}'
             write_secret(made, secrets.token_bytes(32))
             with contextlib.suppress(OSError):  # another process was first, or there are no links
                 os.link(made, path)
@@ -2860,12 +2880,18 @@ class Member:
         self.id = secrets.token_hex(16)
 
 
+def tunnel_key(name: str, kind: str) -> str:
+    """Where the tunnel of NAME is found: one proof may have a tunnel of each kind."""
+    return name if kind == 'http' else f'{kind}:{name}'
+
+
 class Tunnel:
     """One name (or port) and who serves it."""
 
     def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int]) -> None:
         """SERVED counts the tunnels that each holder has."""
         self.name, self.kind, self.via = name, kind, via
+        self.key = tunnel_key(name, kind)
         self._served, self._holder = served, ''
         self.url = ''
         self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
@@ -3210,6 +3236,7 @@ class Server:
         self.visitors = Visitors(reactor, trusted)
         self._budget = Budget(buffer or process_budget())
         self._tunnels: Dict[str, Tunnel] = {}
+        self._at_port: Dict[int, Tunnel] = {}       # those of raw TCP
         self._served: Dict[str, int] = collections.Counter()    # tunnels by token, or address
         self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
         self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
@@ -3293,7 +3320,7 @@ class Server:
         away.sort(key=lambda tunnel: -tunnel.left_at)
         for place, tunnel in enumerate(away):
             if place >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
-                self._tunnels.pop(tunnel.name, None)
+                self._tunnels.pop(tunnel.key, None)
                 self._close_port(tunnel)
 
     def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
@@ -3333,15 +3360,14 @@ class Server:
     def end_tunnel(self, name: str, lease: bool = False,
                    why: str = 'the operator of the server ended this tunnel') -> bool:
         """The kill switch: end what serves NAME, with LEASE free it too; was there anything?"""
-        tunnel = self._tunnels.get(name)
-        members = tuple(tunnel.members) if tunnel else ()
-        for member in members:
-            assert tunnel
-            self._revoke(tunnel, member, why)
-        freed = lease and (self._give_up_port(int(tunnel.url.rpartition(':')[2]))
-                           if tunnel and tunnel.kind == 'tcp' and tunnel.url else
-                           self._leases.free(name))
-        return freed or bool(members)
+        found = lease and self._leases.free(name)
+        for tunnel in [self._tunnels.get(tunnel_key(name, kind)) for kind in ('http', 'tcp')]:
+            for member in tuple(tunnel.members) if tunnel else ():
+                found = True
+                self._revoke(tunnel, member, why)       # type: ignore[arg-type]
+            if lease and tunnel and tunnel.kind == 'tcp' and tunnel.url:
+                found |= self._give_up_port(int(tunnel.url.rpartition(':')[2]))
+        return found
 
     def tunnels(self) -> List[Dict[str, Any]]:
         """What is served, for the operator."""
@@ -3500,7 +3526,7 @@ class Server:
     def _tunnel(self, name: str, kind: str) -> Tunnel:
         """The tunnel of NAME; a new one is entered once somebody serves it, or waits for it."""
         via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
-        return self._tunnels.get(name) or Tunnel(name, kind, via, self._served)
+        return self._tunnels.get(tunnel_key(name, kind)) or Tunnel(name, kind, via, self._served)
 
     @property
     def _starting(self) -> bool:
@@ -3642,13 +3668,13 @@ class Server:
                 or len(tunnel.held) >= MAX_HELD or self._held >= MAX_HELD_IN_ALL):
             return False
         self._held += 1
-        self._tunnels.setdefault(tunnel.name, tunnel)
+        self._tunnels.setdefault(tunnel.key, tunnel)
         try:
             return await self._wait(visit, deadline - self.reactor.now(), tunnel.held)
         finally:
             self._held -= 1
             if not tunnel.held and tunnel.left_at == -NEVER and not tunnel.members:
-                self._tunnels.pop(tunnel.name, None)        # it never was
+                self._tunnels.pop(tunnel.key, None)        # it never was
 
     async def _wait(self, visit: Visit, seconds: float,
                     among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
@@ -3716,11 +3742,11 @@ class Server:
         except Refused as e:
             self.counters['refused_' + e.code] += 1
             self._log.note(f'a client at {visit.address} was refused: {e.code}')
-            if e.code == 'token' and visit.address in self._wrong:
-                await self._wait(visit, self._wrong[visit.address] - self.reactor.now())
             reason = {'error': e.code, 'message': str(e), 'final': e.final}
             body = json.dumps(reason).encode() + b'\n'
             extra = ['Connection: close']
+            if e.status == 429:
+                extra.append(f'Retry-After: {RETRY_AFTER}')
             if e.status == 426:
                 extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
             await write_own(visit.connection,
@@ -3745,7 +3771,12 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {self._url(visit, self.domain, request.host)}/localtunnel.py')
-        grant = self._grant(request, visit)
+        if (self.certificate and visit.scheme == 'http' and not visit.trusted
+                and not is_loopback(visit.peer)):
+            raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
+                          'and proofs are secrets: say --server https://HOST, with the --pin that '
+                          'it printed if it has no certificate of an authority')
+        grant = await self._grant(request, visit)
         hello = Hello(request.get(b'localtunnel-hello'))
         owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         name = self._name_for(hello, request.host_name)
@@ -3754,15 +3785,18 @@ class Server:
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
             visit.connection.check()
         tunnel = self._tunnel(name, hello.kind)
-        resumed = self._resumed(tunnel, hello)
+        self._check_name(name, hello, grant)
+        resumed = self._resumed(tunnel, hello, grant)
         if resumed:
             return resumed
         if self.draining or self.handing_over:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
-        if hello.name is not None:
-            self._take_name(name, hello, owner, grant, visit.address)
-        holder = grant.digest or visit.address      # whose the tunnel is
+        if hello.name is not None and hello.release:
+            self._release(name, owner)
+        holder = grant.digest or block_of(visit.address)        # whose the tunnel is
         self._check_limits(tunnel, hello, grant, holder)
+        if hello.name is not None:      # now that nothing speaks against it: the lease stays
+            self._claim(name, owner, grant, visit.address)
         tunnel.make_way(hello)
         sockets: Sequence[socket.socket] = ()
         if hello.kind == 'http':
@@ -3771,7 +3805,7 @@ class Server:
         elif not tunnel.url:
             sockets = self._bind_port(tunnel, hello, grant, visit.address)
         member = self._new_member(tunnel, hello, grant, holder)
-        self._tunnels[name] = tunnel
+        self._tunnels[tunnel.key] = tunnel
         for sock in sockets:
             door = await self.doors.open(sock, functools.partial(self._serve_tcp, tunnel))
             tunnel.listeners += [door] if door else []
@@ -3786,29 +3820,29 @@ class Server:
         check_name(hello.name)
         return str(hello.name)
 
-    def _take_name(self, name: str, hello: Hello, owner: str, grant: Grant, address: str) -> None:
-        """Lease a chosen NAME to OWNER, or give it back.  Raises Refused."""
-        if not any(fnmatch.fnmatchcase(name, g) for g in grant.names):
+    @staticmethod
+    def _check_name(name: str, hello: Hello, grant: Grant) -> None:
+        """Raises Refused for a chosen NAME that GRANT does not allow (any more)."""
+        if hello.name is not None and not any(fnmatch.fnmatchcase(name, g) for g in grant.names):
             raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
-        if hello.release:
-            self._release(name, owner)
-        self._claim(name, owner, grant, address)
 
     def _claim(self, key: str, owner: str, grant: Grant, address: str) -> None:
         """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.
 
         Whoever comes without a token can make up owners, but not addresses.
         """
-        now = time.time()
-        stranger = not grant.digest and not is_loopback(address)
-        if stranger and self._leases.owner(key, now) is None:
+        now, block = time.time(), block_of(address)
+        new = (not grant.digest and not is_loopback(address)
+               and self._leases.owner(key, now) is None)
+        if new:
             if now - self._claims_since > DAY:
                 self._claims_since, self._claims = now, collections.Counter()
-            if self._claims[address] >= MAX_LEASES:
+            if self._claims[block] >= MAX_LEASES:
                 raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} new names '
                               'today; take one of those, or come again tomorrow')
-            self._claims[address] += 1
         self._leases.claim(key, owner, grant.digest, now)
+        if new:
+            self._claims[block] += 1
 
     def _bind_port(self, tunnel: Tunnel, hello: Hello, grant: Grant,
                    address: str) -> Sequence[socket.socket]:
@@ -3831,7 +3865,7 @@ class Server:
                 for sock in sockets:
                     sock.close()
                 raise
-            tunnel.url = f'tcp://{self.domain}:{port}'
+            tunnel.url, self._at_port[port] = f'tcp://{self.domain}:{port}', tunnel
             self.visitors.listening += len(sockets)
             return sockets
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
@@ -3840,29 +3874,31 @@ class Server:
     def _ports_for(self, hello: Hello, owner: str, allowed: Sequence[int],
                    now: float) -> Iterable[int]:
         """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
-        start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
+        start, may = int.from_bytes(hello.proof[:4], 'big') % len(allowed), frozenset(allowed)
         wanted = [hello.port] if hello.port else [*self._leases.ports(owner), *allowed[start:],
                                                   *allowed[:start]]
         for port in wanted:
-            if port in allowed and self._leases.owner(f'tcp:{port}', now) in (None, owner):
+            if port in may and self._leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
         for port in self._leases.ports() if not hello.port else []:
-            if port in allowed and self._give_up_port(port):
+            if port in may and self._give_up_port(port):
                 yield port
 
     def _give_up_port(self, port: int) -> bool:
         """Free the PORT of a TCP tunnel that nobody serves; was it free?"""
-        for tunnel in self._tunnels.values():
-            if tunnel.url.endswith(f':{port}') and tunnel.kind == 'tcp':
-                if tunnel.members:
-                    return False
-                self._close_port(tunnel)
+        tunnel = self._at_port.get(port)
+        if tunnel is not None:
+            if tunnel.members:
+                return False
+            self._close_port(tunnel)
         return self._leases.free(f'tcp:{port}')
 
     def _close_port(self, tunnel: Tunnel) -> None:
         for door in tunnel.listeners:
             self.doors.close_one(door)
         self.visitors.listening -= len(tunnel.listeners)
+        if tunnel.kind == 'tcp' and tunnel.url:
+            self._at_port.pop(int(tunnel.url.rpartition(':')[2]), None)
         tunnel.listeners, tunnel.url = [], ''
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
@@ -3884,16 +3920,26 @@ class Server:
                 stream.close()
             self._log.note(f'{visit.address} TCP {tunnel.url} {self.reactor.now() - began:.1f}s')
 
-    def _grant(self, request: Request, visit: Visit) -> Grant:
-        """What the client's token allows.  Raises Refused; wrong ones are counted."""
+    async def _grant(self, request: Request, visit: Visit) -> Grant:
+        """What the client's token allows.  Raises Refused.
+
+        Where a wrong one has come, whoever comes next from there waits before theirs is looked at:
+        so a guess takes its time, however it is sent.
+        """
         scheme, _, given = request.get(b'authorization').partition(b' ')
         token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
+        block, now = block_of(visit.address), self.reactor.now()
+        turn = self._wrong.get(block, now)
+        if token and turn > now:
+            if turn > now + MOST_WRONG_TOKEN:
+                raise Refused(429, 'too_many', f'wrong tokens came from {visit.address}; try again '
+                              f'in {int(turn - now) + 1} seconds')
+            self._wrong[block] = turn + WRONG_TOKEN
+            await self._wait(visit, turn - now)
         grant = self._tokens.find(token, time.time())
         if grant is None:
-            now = self.reactor.now()
             if token:
-                until = max(now, self._wrong.get(visit.address, now)) + WRONG_TOKEN
-                self._wrong[visit.address] = min(until, now + MOST_WRONG_TOKEN)
+                self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
                 self.counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired'
                           if token else 'the server wants a token: give it with --token TOKEN or '
@@ -3926,7 +3972,8 @@ class Server:
                                        else name)
 
     @staticmethod
-    def _resumed(tunnel: Tunnel, hello: Hello) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+    def _resumed(tunnel: Tunnel, hello: Hello,
+                 grant: Grant) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
         """As _admit, where a session of this client goes on, since nothing is missing; else None.
 
         One whose welcome was lost goes on too: all that was sent is sent again.
@@ -3941,8 +3988,11 @@ class Server:
         session = member.session
         if not session.can_resume(theirs or 0) or (theirs is None and session.received):
             return None
+        if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
+                grant.user, grant.digest):
+            return None         # somebody else's session: whoever asks begins one of their own
         session.detach()
-        member.hello.attempt = hello.attempt
+        member.hello.attempt, member.grant = hello.attempt, grant
         return member, tunnel, theirs
 
     def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> Member:
@@ -5337,8 +5387,18 @@ def known_server(given: Optional[str]) -> Optional[ServerAddress]:
 
 def known_token(given: Optional[str], address: ServerAddress) -> str:
     """The token for the server at ADDRESS, or ''.  Raises UsageError."""
-    token = (given or os.environ.get('LOCALTUNNEL_TOKEN')
-            or str(kept_tokens()['tokens'].get(str(address), '')))
+    token, meant = os.environ.get('LOCALTUNNEL_TOKEN'), os.environ.get('LOCALTUNNEL_SERVER')
+    if token and not given and not is_loopback(address.site) and (
+            meant or address.scheme == 'http') and not (
+            meant and str(ServerAddress(meant)) == str(address)):
+        what = f'{address}, which LOCALTUNNEL_SERVER does not name'
+        if address.scheme == 'http':
+            say(f'warning: LOCALTUNNEL_TOKEN is not sent in clear to {what}; set it, or give '
+                '--token')
+            token = ''
+        else:
+            say(f'warning: LOCALTUNNEL_TOKEN goes to {what}')
+    token = given or token or str(kept_tokens()['tokens'].get(str(address), ''))
     return check_token(token) if token else ''
 
 

@@ -2298,12 +2298,24 @@ class LeaseTest(FolderTest):
 
     def test_a_damaged_file_is_an_error_that_names_it(self):
         for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
-                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}'):
+                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}', '[' * 100000,
+                     *('{"leases": {"%s": {"owner": "o", "token": "t", "used": %s}}}' % pair
+                       for pair in (('app', '"5"'), ('app', '1e999'), ('app', 'true'),
+                                    ('app', '-1'), ('tcp:x', '5'), ('a b', '5')))):
             with self.subTest(text):
                 with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
                     f.write(text)
                 with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
                     self.leases().owner('app', 6)
+
+    @unittest.skipUnless(POSIX, 'needs symbolic links')
+    def test_a_link_that_was_planted_beside_it_is_not_followed(self):
+        for name in f'leases.json.{os.getpid()}.new', 'leases.json':
+            os.symlink(self.write('theirs', 'theirs'), self.path(name))
+        os.unlink(self.path('leases.json'))
+        self.leases().claim('app', 'me', self.TOKEN, 5)
+        with open(self.path('theirs')) as f:
+            self.assertEqual(f.read(), 'theirs')
 
     def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
         self.leases().claim('old', 'me', self.TOKEN, 5)
@@ -2918,6 +2930,30 @@ class AdmissionTest(WorldTest):
         with self.constant(MAX_LEASES_IN_ALL=2):
             _, status, told = await self.hello(name='n3', proof='44' * 32)
         self.assertEqual((status, told['error']), (503, 'full'))
+
+    async def test_a_client_that_is_refused_by_a_limit_leaves_no_lease_behind(self):
+        await self.world(max_tunnels=1)
+        self.assertEqual((await self.hello(name='one'))[1], 101)
+        self.assertEqual((await self.hello(name='two'))[1], 429)
+        self.assertEqual(list(self.leases._leases), ['one'])
+
+    async def test_one_proof_has_a_tunnel_of_each_kind_and_the_operator_ends_both(self):
+        sock, = lt.bind('127.0.0.1', 0)
+        port = sock.getsockname()[1]
+        sock.close()
+        await self.world(tcp_ports=[port], host='127.0.0.1')
+        for kind in 'http', 'tcp':
+            self.assertEqual((await self.hello(kind=kind))[1], 101)
+        names = {tunnel['name'] for tunnel in self.server.tunnels()}
+        self.assertEqual((len(names), len(self.server._members())), (1, 2))
+        self.assertTrue(self.server.end_tunnel(names.pop(), True))
+        self.assertEqual((self.server._members(), self.leases._leases), ([], {}))
+
+    def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
+        for address, block in {'192.0.2.1': '192.0.2.1', '2001:db8::1': '2001:db8::/64',
+                               '2001:db8::ffff:2%eth0': '2001:db8::/64', '::1': '::1', '': '',
+                               '::ffff:192.0.2.1': '192.0.2.1'}.items():
+            self.assertEqual(lt.block_of(address), block)
 
     async def test_the_tunnels_of_each_holder_are_counted_as_they_come_and_go(self):
         await self.world(tokens=['one', 'two'])
@@ -6270,17 +6306,51 @@ class HelloTest(HostileTest):
         for raw in ['{', DEEP, json.dumps({'allow': ['::'] * 9000})]:
             self.assertEqual((await self.hello(raw=raw, token='wrong'))[1], 401)
 
-    async def test_wrong_tokens_are_slowed_and_right_ones_are_not(self):
+    async def test_after_a_wrong_token_the_next_waits_before_it_is_looked_at(self):
         await self.world(lt.Tokens(['right']))
         with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
-            wrong = [self.meanwhile(self.hello(token=f'wrong{n}')) for n in range(20)]
-            await eventually(lambda: self.server.counters['wrong_tokens'] == 20)
-            _, status, _ = await self.hello(token='right')
-        self.assertEqual(status, 101)
-        self.assertFalse([task for task in wrong if task.done()])
-        self.assertLessEqual(max(self.server._wrong.values()), self.reactor.now() + 60)
+            self.assertEqual((await self.hello(token='wrong1'))[1], 401)
+            waiting = [self.meanwhile(self.hello(token=token)) for token in ('wrong2', 'right')]
+            await eventually(lambda: max(self.server._wrong.values(), default=0)
+                             > self.reactor.now() + 60)
+            for token in 'wrong3', 'right':     # nor does it help to dial anew
+                _, status, told = await self.hello(token=token)
+                self.assertEqual((status, told['error']), (429, 'too_many'))
+        self.assertFalse([task for task in waiting if task.done()])
+        self.assertEqual(self.server.counters['wrong_tokens'], 1)
+        for peer in self.peers[1:3]:
+            peer.reset()
         self.assertNotIn('wrong1', self.log.text() + self.server.metrics())
+        self.server._wrong = dict.fromkeys(self.server._wrong, self.reactor.now() + 0.01)
+        self.assertEqual((await self.hello(token='right'))[1], 101)
         self.assertNotIn('right', self.log.text() + self.server.metrics())
+
+    async def test_a_session_in_clear_is_refused_where_there_is_a_certificate(self):
+        await self.world()
+        self.server.certificate = unittest.mock.Mock(changed=lambda: False)
+        self.assertEqual((await self.hello())[1], 101)      # this machine may
+        with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
+            _, status, told = await self.hello()
+        self.assertEqual((status, told['error']), (403, 'https'))
+        self.server.certificate = None
+
+    async def test_a_session_goes_on_only_with_the_proof_and_the_token_it_began_with(self):
+        path = self.write('tokens', 'ana A\nana B\n')
+        await self.world(lt.Tokens(path=path))
+        words = {'name': 'app', 'instance': '44' * 16, 'started': 1.0}
+
+        async def resumed(token, **more):
+            _, status, told = await self.hello(token, **{**words, **more})
+            return status, told.get('resume')
+        self.assertEqual(await resumed('A'), (101, None))
+        for token, proof, goes_on in ('A', '22', 0), ('B', '22', None), ('B', '33', None):
+            resume = {'session': self.server._members()[0].id, 'received': 0}
+            self.assertEqual(await resumed(token, proof=proof * 32, resume=resume),
+                             (101, goes_on))
+        self.write('tokens', 'ana B names=other\n')
+        self.server._tokens.reload()
+        resume = {'session': self.server._members()[0].id, 'received': 0}
+        self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
 
     async def test_a_token_has_its_limits(self):
         path = self.write('tokens', '# team\nana A names=ana-*,demo tunnels=2 # hers\n'
