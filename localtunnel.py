@@ -2710,6 +2710,9 @@ class Record:
         self.status = 0                 # of the response, once that has begun
         self.why = ''                   # what went wrong
 
+    def __repr__(self) -> str:
+        return f'<#{self.number} {self.method} {self.target} {self.status} {self.why}>'
+
 
 class Exchange(Record):
     """One request and its response."""
@@ -3021,17 +3024,22 @@ class Visit:
             self.stream.reset(CANCELLED, 'the visitor went away')
 
     def _half_closed(self) -> None:
-        if self.exchange and (self.stream or self.waiting):     # in raw TCP it is only that
-            loop = self.connection.reactor.loop
-            loop.call_later(HALF_CLOSED, self._waited_enough, self.stream, self.exchange.size)
+        if not self.idle:
+            self.connection.reactor.loop.call_later(
+                HALF_CLOSED, self._waited_enough, self.stream, self._taken())
+
+    def _taken(self) -> int:
+        return self.exchange.size if self.exchange else 0
 
     def _waited_enough(self, stream: Optional[Stream], taken: int) -> None:
-        if stream is not self.stream or not self.exchange or self.exchange.status == 101:
+        upgraded = self.exchange is None or self.exchange.status == 101     # or raw TCP
+        if stream is not self.stream or (stream and upgraded):
             return      # the exchange is over, or a half close is only that
-        if self.exchange.size == taken and not self.connection.choked:
+        if self._taken() == taken and not self.connection.choked:
             self._gone()
         else:
             self._half_closed()
+
 
 
 class Visitors:
