@@ -110,6 +110,8 @@ OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, No
 MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
 OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
 MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
+RESPONSE_HEAD = UNREAD_HIGH     # of a response inside a tunnel: debug bars send 100 kB
+RESPONSE_FIELDS = 516           # and some apps set hundreds of cookies
 SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
@@ -471,12 +473,14 @@ class ReceiveWindow:
         self._promised += credit
         return credit
 
-    def widen(self) -> int:
-        """Grow until a whole head fits, even without budget: how many to promise for it."""
-        n = max(0, MAX_HEAD - self.size)
+    def widen(self, size: int) -> int:
+        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
+        n = max(0, size - self.size)
+        if not self._budget.take(n):
+            n = max(0, MAX_HEAD - self.size)
+            self._budget.give(-n)
         self.size += n
         self._promised += n
-        self._budget.give(-n)
         return n
 
     def _adapt(self, took: float, round_trip: float) -> None:
@@ -764,8 +768,8 @@ class ByteStream:
     def consumed(self, n: int) -> None:
         """N bytes were read: room for others."""
 
-    def widen(self) -> None:
-        """A message head must fit in what may arrive unread."""
+    def widen(self, size: int) -> None:
+        """A message head of SIZE bytes must fit in what may arrive unread."""
 
     # The side that writes.
 
@@ -1144,8 +1148,8 @@ class Stream(ByteStream):
             if credit:
                 self.session.send_credit(self, credit)
 
-    def widen(self) -> None:
-        credit = self.window.widen()
+    def widen(self, size: int) -> None:
+        credit = self.window.widen(size)
         if credit and not self.ended:
             self.session.send_credit(self, credit)
 
@@ -2026,14 +2030,12 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
 # The thin shell.
 
 async def read_head(stream: ByteStream, timeout: float, idle: float,
-                    inside: bool = False) -> Optional[bytes]:
+                    limit: int = OUTER_HEAD, fields: int = OUTER_FIELDS) -> Optional[bytes]:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
 
-    It may begin within IDLE seconds, and has TIMEOUT from its first byte on.  INSIDE a tunnel it
-    may be larger, since the other end has added to it.  Raises BadHttp, Overdue, Incomplete, or
-    what broke the stream.
+    It may begin within IDLE seconds, and has TIMEOUT from its first byte on, LIMIT bytes, and
+    header FIELDS.  Raises BadHttp, Overdue, Incomplete, or what broke the stream.
     """
-    limit, fields = (MAX_HEAD, MAX_FIELDS) if inside else (OUTER_HEAD, OUTER_FIELDS)
     if not stream.size and not await stream.more(idle):
         return None
     data, seen = stream.peek(), 0
@@ -2041,7 +2043,7 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
     while at < 0:
         check_partial_head(data, seen, limit)
         if not seen:
-            stream.widen()
+            stream.widen(limit)
             deadline = stream.reactor.now() + timeout
         seen = len(data)
         if not await stream.more(max(0.0, deadline - stream.reactor.now())):
@@ -2059,10 +2061,13 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
                      inside: bool = False) -> Response:
     """The final response head of SOURCE, which may begin within TIMEOUT; 1xx heads go to SINK.
 
-    Raises what read_head raises, and Incomplete where SOURCE ends without an answer.
+    INSIDE a tunnel it may be larger, since the other end has added to it.  Raises what read_head
+    raises, and Incomplete where SOURCE ends without an answer.
     """
+    limits = (RESPONSE_HEAD, RESPONSE_FIELDS) if inside else (RESPONSE_HEAD - KIB,
+                                                              RESPONSE_FIELDS - 16)
     for _ in range(MAX_INTERIM):
-        head = await read_head(source, HEAD_TIMEOUT, timeout, inside)
+        head = await read_head(source, HEAD_TIMEOUT, timeout, *limits)
         if head is None:
             raise Incomplete('the connection ended without an answer')
         response = parse_response(head)
@@ -2221,7 +2226,10 @@ def is_derived(name: str) -> bool:
 
 def check_name(name: str) -> None:
     """Raises Refused unless somebody may ask for NAME."""
-    if not NAME.fullmatch(name) or name.startswith('xn--'):
+    if name.startswith('xn--'):
+        raise Refused(403, 'bad_name', f'{name!r} cannot be a name: browsers show names that begin '
+                      'with xn-- in other letters, which may look like those of another name')
+    if not NAME.fullmatch(name):
         raise Refused(403, 'bad_name', f'{name!r} can not be a name: use a to z, 0 to 9 and '
                       'hyphens, at most 63 of them, no hyphen at either end')
     if name in RESERVED:
@@ -4558,17 +4566,24 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
         headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(
             user.encode(errors='surrogateescape')).decode()
-    connection = http.client.HTTPConnection(parts.hostname, proxy_port,
-                                            timeout=CONNECT_TIMEOUT)
-    connection.set_tunnel(bracketed(host), port, headers)
-    try:
-        connection.connect()
-    except (OSError, http.client.HTTPException) as e:
-        connection.close()
-        raise LocaltunnelError(f'the proxy {parts.hostname} gives no way to {where}: '
-                               f'{printable(str(e))}') from e
-    connection.sock.setblocking(False)
-    return connection.sock
+    no_way = f'the proxy {parts.hostname} gives no way to {where}: '
+    connection = http.client.HTTPConnection(parts.hostname, proxy_port, timeout=CONNECT_TIMEOUT)
+    with contextlib.closing(connection), contextlib.ExitStack() as failed:
+        try:
+            connection.request('CONNECT', where, headers=headers)
+            sock: socket.socket = failed.enter_context(connection.sock.dup())
+            answer = connection.getresponse()       # which may close its own socket
+        except (OSError, http.client.HTTPException) as e:
+            raise LocaltunnelError(no_way + printable(str(e))) from e
+        if answer.status // 100 != 2:
+            schemes = ', '.join(value.split(' ')[0] for value in
+                                answer.headers.get_all('Proxy-Authenticate', []))
+            raise LocaltunnelError(no_way + printable(f'{answer.status} {answer.reason}' + (
+                f'; it wants {schemes}, and this program knows only Basic, with '
+                'http://USER:PASSWORD@HOST:PORT' if schemes else ''))[:500])
+        failed.pop_all()
+    sock.setblocking(False)
+    return sock
 
 
 def leads_out(path: bytes) -> bool:
@@ -4668,8 +4683,22 @@ class HostHeader:
 STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'webpack-dev-server',
              b'Invalid Host/Origin header': 'webpack-dev-server', b'DisallowedHost': 'Django',
              b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
-             b'Unauthorized request from': 'Next'}
+             b'Unauthorized request from': 'Next', b'403 : Forbidden': 'Jupyter',
+             b'Cross origin websockets not allowed': 'Jupyter or another Tornado app'}
 STRANGER_IN_200 = len(b'Invalid Host header')       # some say it with status 200, and no more
+# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
+WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
+                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
+
+
+def not_http(said: bytes, where: str) -> str:
+    """One sentence where what WHERE said is no HTTP, else ''."""
+    if said[:1] in (b'\x15', b'\x16'):
+        return f'{where} speaks TLS; the target is then https://{where}'
+    if not said or said[:5] == b'HTTP/'[:len(said)]:
+        return ''
+    line = printable(said[:60].splitlines()[0].decode('latin-1'))
+    return f'{where} does not speak HTTP: it says {line!r}'
 
 
 class Client:
@@ -4923,7 +4952,7 @@ class Client:
         self._exchanges += 1
         record = Record(self._exchanges, self.reactor.now())
         try:
-            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, inside=True)
+            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
             if head is None:
                 raise Incomplete('a stream without a request')
             record = exchange = Exchange(stream, parse_request(head), self._exchanges)
@@ -4958,8 +4987,12 @@ class Client:
                     raise       # the response has begun, or nobody waits for it
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'{self.target.text} took too long') from e
+                strange = not_http(upstream.peek(), self.target.text)
+                if strange:
+                    raise HopFailed(502, strange) from e
                 if isinstance(e, BadHttp):
-                    raise HopFailed(502, f'the answer of {self.target.text} is malformed: '
+                    fault = 'too large' if e.status == 431 else 'malformed'
+                    raise HopFailed(502, f'the answer of {self.target.text} is {fault}: '
                                     f'{e}') from e
                 if reused is None or not upstream.silent:
                     raise HopFailed(502, f'{self.target.text} closed the connection without an '
@@ -4990,6 +5023,10 @@ class Client:
             if len(seen) < MAX_PAYLOAD:
                 seen.extend(piece)
         await exchange.respond(response, length, block, True, look)
+        if WANTS_TLS.search(seen):
+            self._hinted = True
+            return self._observer.hint(f'{self.target.text} speaks TLS; the target is then '
+                                       f'https://{self.target.text}')
         for words, server in STRANGERS.items():
             if words in seen:
                 self._hinted = True

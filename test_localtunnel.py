@@ -2159,6 +2159,10 @@ class NameTest(unittest.TestCase):
     def name(self, site='example.com', label='http://localhost:8000', key=KEY, kind='http'):
         return lt.derive_name(site, lt.make_proof(key, site, kind, label))
 
+    def test_what_is_said_of_a_name_for_other_letters_is_true(self):
+        with self.assertRaisesRegex(lt.Refused, 'xn-- in other letters'):
+            lt.check_name('xn--caf-dma')
+
     def test_a_derived_name_is_the_same_for_ever(self):
         self.assertEqual(lt.make_proof(KEY, 'example.com', 'http', 'http://localhost:8000').hex(),
                          '200c309527466473c2165850be6fe1444b74ddafc746efd45da500a3939518be')
@@ -3911,6 +3915,56 @@ class RawTcpTest(WorldTest):
             for told in self.log.told))
 
 
+class StrangeAnswerTest(WorldTest):
+    """What an app may answer, and what is said of an answer that can't be passed on."""
+
+    async def test_large_heads_of_real_apps_pass(self):
+        for fields in (b'Set-Cookie: a=b\r\n' * 250, b'X-Debug: ' + b'x' * 100000 + b'\r\n',
+                       (b'X-Debug: ' + b'x' * 400 + b'\r\n') * 250, b'X: y\r\n' * 490):
+            _, visitor = await self.through(
+                b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n' + fields + b'\r\nhello')
+            visitor.ask(fields='Connection: close')
+            head, _, body = (await visitor.reader.read()).partition(b'\r\n\r\n')
+            self.assertIn(fields, head + b'\r\n')
+            self.assertEqual(body, b'hello')
+            await self.end_of_the_world()
+
+    async def test_what_is_said_of_an_answer_names_the_fault(self):
+        for said, told in (
+                (b'SSH-2.0-OpenSSH_9.2\r\n', "does not speak HTTP: it says 'SSH-2.0-OpenSSH_9.2'"),
+                (b'220 mail\x1b[2J ESMTP\r\n', "does not speak HTTP: it says '220 mail?[2J ESMTP'"),
+                (b'\x15\x03\x01\x00\x02\x02\x46', 'speaks TLS; the target is then https://local'),
+                (b'x' * 20000, "does not speak HTTP: it says '" + 'x' * 60 + "'"),
+                (b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 501 + b'\r\n',
+                 'is too large: more than 500 header fields'),
+                (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 140000 + b'\r\n\r\n',
+                 'is too large: a message head of more than 130048 bytes'),
+                (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is malformed'),
+                (b'', 'closed the connection without an answer')):
+            with self.subTest(said[:20]):
+                async def answer(head, reader, writer, said=said):
+                    writer.write(said)
+                    await writer.drain()
+                _, visitor = await self.through(answer)
+                status, _, body = await visitor.get()
+                self.assertEqual(status, 502)
+                self.assertIn(told, body.decode())
+                await self.end_of_the_world()
+
+    async def test_a_hint_says_what_an_app_wants(self):
+        for status, page, told in (
+                (400, b'The plain HTTP request was sent to HTTPS port', 'https://localhost'),
+                (400, b'Client sent an HTTP request to an HTTPS server.', 'https://localhost'),
+                (403, b'<h1>403 : Forbidden</h1>', 'Jupyter does not know the name'),
+                (403, b'Cross origin websockets not allowed', '--host-header rewrite')):
+            _, visitor = await self.through(b'HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b' % (
+                status, len(page), page))
+            await visitor.get()
+            self.assertIn(told, ''.join(x[1] for x in self.log.told if x[0] == 'hint'))
+            await self.end_of_the_world()
+            self.log.told.clear()
+
+
 class OutgoingProxyTest(FolderTest, WorldTest):
     """The way to the server leads through an HTTP proxy, by CONNECT."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05}
@@ -3925,7 +3979,9 @@ class OutgoingProxyTest(FolderTest, WorldTest):
             wanted = b'Basic ' + base64.b64encode(login.encode())
             with contextlib.closing(writer):
                 if login and b'\r\nProxy-Authorization: %b\r\n' % wanted not in head:
-                    return writer.write(b'HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n\r\n')
+                    return writer.write(b'HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n'
+                                        b'Proxy-Authenticate: Negotiate\r\n'
+                                        b'Proxy-Authenticate: Basic realm="a"\r\n\r\n')
                 there = await asyncio.open_connection('127.0.0.1', head.split()[1].split(b':')[1])
                 writer.write(b'HTTP/1.1 200 Go on\r\n\r\n')
                 with contextlib.closing(there[1]):
@@ -3967,7 +4023,8 @@ class OutgoingProxyTest(FolderTest, WorldTest):
         await self.world(domain='t.example')
         os.environ['ALL_PROXY'] = 'http://ana:wrong@' + await self.proxy('ana:p@ss')
         client = await self.client(1, site='http://t.example', once=True)
-        with self.assertRaisesRegex(lt.LocaltunnelError, 'gives no way to t.example.*407'):
+        with self.assertRaisesRegex(lt.LocaltunnelError,
+                                    'no way to t.example.*407.*wants Negotiate, Basic,'):
             await client.running
 
     async def test_what_no_proxy_names_is_dialled_itself(self):
@@ -5906,8 +5963,8 @@ BAD_ANSWERS = {
                                      + b'Transfer-Encoding: chunked\r\n\r\n',
     'a malformed 103': b'HTTP/1.1 103 Early\r\nX : y\r\n\r\n' + OK,
     'a thousand 103': b'HTTP/1.1 103 Early\r\n\r\n' * 1000,
-    'a field of 70 KB': A + b'X: ' + b'x' * 70000 + b'\r\n\r\n',
-    '300 fields': A + b'X: y\r\n' * 300 + b'\r\n',
+    'a field of 140 KB': A + b'X: ' + b'x' * 140000 + b'\r\n\r\n',
+    '600 fields': A + b'X: y\r\n' * 600 + b'\r\n',
     '5000 trailers': T + b'0\r\n' + b'X:\r\n' * 5000 + b'\r\n',
     'no byte of nine': A + b'Content-Length: 9\r\n\r\n',
     'two bytes of nine': A + b'Content-Length: 9\r\n\r\nok',
