@@ -2187,7 +2187,11 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 # Who may have which name.  Knows no sockets and no clocks: callers bring `now`, in Unix seconds.
 #
 # A derived name comes from a proof, which only the user's key can make and any server can check
-# without a record: nobody else can ever get it.  A chosen name is first come, first served, then
+# without a record: nobody else can ever get it.  Both that go into it are free to choose, so it is
+# its length that protects: of 112 bits, one of 10,000 known names costs 2**98 hashes.  A slower
+# one would add a few bits, and cost a server most when all its clients come back at once.
+# Keys that were made before (not with LONG_NAMES in front) keep their names of 72 bits for ever.
+# A chosen name is first come, first served, then
 # leased to its owner.  Secrets are compared in constant time and kept as hashes.
 # ------------------------------------------------------------------------------------------------
 
@@ -2202,7 +2206,9 @@ lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony 
 raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
 
 NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
-DERIVED = re.compile(f'(?:{"|".join(ADJECTIVES)})-(?:{"|".join(ANIMALS)})-[a-z2-7]{{12}}')
+DERIVED = re.compile(f'(?:{"|".join(ADJECTIVES)})-(?:{"|".join(ANIMALS)})-[a-z2-7]{{12}}'
+                     '(?:[a-z2-7]{8})?')
+LONG_NAMES = b'lt-key2\0'       # a key of 32 bytes that begins so has names of 20 digits
 RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
 
 
@@ -2212,10 +2218,15 @@ def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
     return hmac.new(key, message, hashlib.sha256).digest()
 
 
-def derive_name(site: str, proof: bytes) -> str:
-    """The name that belongs to PROOF at SITE: two words of 6 bits and 12 digits of 5."""
+def make_key() -> bytes:
+    """A new key; programs from before LONG_NAMES take it, too."""
+    return LONG_NAMES + secrets.token_bytes(24)
+
+
+def derive_name(site: str, proof: bytes, long: bool = False) -> str:
+    """The name that belongs to PROOF at SITE: two words of 6 bits and 12 digits of 5, LONG 20."""
     digest = hashlib.sha256(b'localtunnel/1 name\0' + site.encode() + b'\0' + proof).digest()
-    digits = base64.b32encode(digest[2:12])[:12].decode().lower()
+    digits = base64.b32encode(digest[2:17])[:20 if long else 12].decode().lower()
     return f'{ADJECTIVES[digest[0] % 64]}-{ANIMALS[digest[1] % 64]}-{digits}'
 
 
@@ -2516,15 +2527,16 @@ def load_key(warn: Callable[[str], None]) -> bytes:
     given = os.environ.get('LOCALTUNNEL_KEY')
     if given:
         if not re.fullmatch('[0-9a-fA-F]{64}', given):
-            raise UsageError('LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: '
-                             'python3 -c "import secrets; print(secrets.token_hex(32))"')
+            raise UsageError(
+                'LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: python3 -c '
+                f'"import secrets; print(\'{LONG_NAMES.hex()}\' + secrets.token_hex(24))"')
         return bytes.fromhex(given)
     path = config_path('key')
     try:
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         if not os.path.exists(path):
             made = f'{path}.{secrets.token_hex(8)}'
-            write_secret(made, secrets.token_bytes(32))
+            write_secret(made, make_key())
             with contextlib.suppress(OSError):  # another process was first, or there are no links
                 os.link(made, path)
             if os.path.exists(path):
@@ -2536,7 +2548,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
     except OSError as e:
         warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
              'LOCALTUNNEL_KEY gives a key where there is no disk')
-        return secrets.token_bytes(32)
+        return make_key()
     if len(key) != 32:
         raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
     return key
@@ -2857,7 +2869,7 @@ def resident_memory() -> int:
 
 class Hello:
     """What a client says of itself, checked."""
-    __slots__ = ('kind', 'name', 'proof', 'instance', 'started', 'share', 'port', 'release',
+    __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
                  'rules', 'access', 'resume', 'attempt')
 
     def __init__(self, text: bytes) -> None:
@@ -2868,6 +2880,7 @@ class Hello:
             self.proof = bytes.fromhex(hello['proof'])
             self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
             self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
+            self.long = bool(hello.get('long'))
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
@@ -3832,7 +3845,8 @@ class Server:
         """The name that HELLO asks for, or that its proof gives.  Raises Refused."""
         if hello.name is None:
             first, _, parent = host.partition('.')
-            return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof)
+            return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof,
+                               hello.long)
         check_name(hello.name)
         return str(hello.name)
 
@@ -4733,10 +4747,11 @@ class Client:
         kind = 'tcp' if target.scheme == 'tcp' else 'http'
         label = f'={name or tcp_port}' if name or tcp_port else target.label
         proof = make_proof(key, address.site, kind, label)
-        self.name = name or derive_name(address.site, proof)
+        long = key.startswith(LONG_NAMES)
+        self.name = name or derive_name(address.site, proof, long)
         self._hello = {'kind': kind, 'name': name, 'port': tcp_port, 'proof': proof.hex(),
-                       'instance': secrets.token_hex(16), 'started': time.time(), 'share': share,
-                       'release': release, **(rules or {})}
+                       'long': long, 'instance': secrets.token_hex(16), 'started': time.time(),
+                       'share': share, 'release': release, **(rules or {})}
 
     # Sessions: the loop, and the single attempt.
 

@@ -2180,6 +2180,16 @@ class NameTest(unittest.TestCase):
     def test_it_has_at_least_72_bits(self):
         self.assertEqual(len(set(lt.ADJECTIVES)) * len(set(lt.ANIMALS)) * 32 ** 12, 2 ** 72)
 
+    def test_one_of_a_new_key_has_112_bits_and_an_old_key_keeps_its_name(self):
+        proof = lt.make_proof(KEY, 'example.com', 'http', 'http://localhost:8000')
+        self.assertEqual(lt.derive_name('example.com', proof, True),
+                         'light-finch-oym232culvso' + lt.derive_name('example.com', proof, True)[-8:])
+        for n in range(200):
+            key = lt.make_key()
+            name = lt.derive_name('a', lt.make_proof(key, 'a', 'http', ''), True)
+            self.assertRegex(name, '^[a-z]+-[a-z]+-[a-z2-7]{20}$')
+            self.assertTrue(len(key) == 32 and lt.is_derived(name))
+
     def test_all_its_bits_come_from_the_hash(self):
         names = [self.name(label=str(n)).split('-') for n in range(2000)]
         self.assertEqual([len({name[i] for name in names}) for i in (0, 1)], [64, 64])
@@ -2884,6 +2894,19 @@ class AdmissionTest(WorldTest):
         client = await self.client(1)
         self.assertEqual(client.url, f'http://{client.name}.localhost:{self.port}')
         self.assertTrue(lt.is_derived(client.name))
+
+    async def test_a_new_key_has_a_longer_name_and_a_server_of_before_gives_it_one_as_well(self):
+        await self.world()
+        app, key = await self.app(), lt.make_key()
+        client = await self.client(app, key=key)
+        self.assertRegex(client.url, '^http://[a-z]+-[a-z]+-[a-z2-7]{20}[.]localhost:')
+        self.assertEqual(client.url, f'http://{client.name}.localhost:{self.port}')
+        self.assertEqual((await self.visit(client))[0], 200)
+        before = lt.derive_name
+        with unittest.mock.patch.object(lt, 'derive_name', lambda site, proof, _: before(
+                site, proof)), self.subTest('a server that knows no long names'):
+            old = await self.client(app, key=lt.make_key())
+        self.assertEqual((await self.visit(old))[0], 200)
 
     async def test_a_client_that_dials_an_address_gets_its_name_too(self):
         await self.world()
