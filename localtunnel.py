@@ -4708,7 +4708,7 @@ WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking pla
 def not_http(said: bytes, where: str) -> str:
     """One sentence where what WHERE said is no HTTP, else ''."""
     if said[:1] in (b'\x15', b'\x16'):
-        return f'{where} speaks TLS; the target is then https://{where}'
+        return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
     if not said or said[:5] == b'HTTP/'[:len(said)]:
         return ''
     line = printable(said[:60].splitlines()[0].decode('latin-1'))
@@ -4876,7 +4876,11 @@ class Client:
         if self._token:
             lines.append(f'Authorization: Bearer {self._token}')
         await connection.write('\r\n'.join(lines).encode() + b'\r\n\r\n')
-        response = await read_final(connection, None, timeout)
+        try:
+            response = await read_final(connection, None, timeout)
+        except (BadHttp, Incomplete) as e:
+            raise Disconnected(not_http(connection.peek(), str(self.address)) or
+                               f'{self.address} is no localtunnel server: {e}') from e
         if response.status != 101:
             await self._refused(connection, response)
         try:
@@ -5010,8 +5014,10 @@ class Client:
                     raise HopFailed(502, f'the answer of {self.target.text} is {fault}: '
                                     f'{e}') from e
                 if reused is None or not upstream.silent:
+                    cure = (f'; if it speaks TLS, use https://{self.target.text}'
+                            if upstream.silent and self.target.scheme == 'http' else '')
                     raise HopFailed(502, f'{self.target.text} closed the connection without an '
-                                    'answer') from e
+                                    f'answer{cure}') from e
                 reused = None       # once more, on a fresh one
             finally:
                 stream.on_gone = None
@@ -5040,7 +5046,7 @@ class Client:
         await exchange.respond(response, length, block, True, look)
         if WANTS_TLS.search(seen):
             self._hinted = True
-            return self._observer.hint(f'{self.target.text} speaks TLS; the target is then '
+            return self._observer.hint(f'{self.target.text} speaks TLS: use '
                                        f'https://{self.target.text}')
         for words, server in STRANGERS.items():
             if words in seen:

@@ -503,6 +503,14 @@ class WindowTest(unittest.TestCase):
         window.arrived(n)
         return window.consumed(n - n // 2, begin, 1.0) + window.consumed(n // 2, end, 1.0)
 
+    def test_a_large_head_needs_budget_and_a_usual_one_does_not(self):
+        for limit, size in ((lt.MIB, lt.RESPONSE_HEAD), (lt.RESPONSE_HEAD - 1, lt.MAX_HEAD)):
+            budget = lt.Budget(limit)
+            budget.take(lt.SMALL_CREDIT)
+            window = lt.ReceiveWindow(lt.SMALL_CREDIT, budget)
+            self.assertEqual(window.widen(lt.RESPONSE_HEAD), size - lt.SMALL_CREDIT)
+            self.assertEqual((window.size, budget.used), (size, size))
+
     def test_credit_comes_back_a_quarter_of_the_window_at_a_time(self):
         window = self.window()
         window.arrived(100)
@@ -3956,14 +3964,14 @@ class StrangeAnswerTest(WorldTest):
         for said, told in (
                 (b'SSH-2.0-OpenSSH_9.2\r\n', "does not speak HTTP: it says 'SSH-2.0-OpenSSH_9.2'"),
                 (b'220 mail\x1b[2J ESMTP\r\n', "does not speak HTTP: it says '220 mail?[2J ESMTP'"),
-                (b'\x15\x03\x01\x00\x02\x02\x46', 'speaks TLS; the target is then https://local'),
+                (b'\x15\x03\x01\x00\x02\x02\x46', 'speaks TLS: use https://localhost:'),
                 (b'x' * 20000, "does not speak HTTP: it says '" + 'x' * 60 + "'"),
                 (b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 501 + b'\r\n',
                  'is too large: more than 500 header fields'),
                 (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 140000 + b'\r\n\r\n',
                  'is too large: a message head of more than 130048 bytes'),
                 (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is malformed'),
-                (b'', 'closed the connection without an answer')):
+                (b'', 'without an answer; if it speaks TLS, use https://localhost:')):
             with self.subTest(said[:20]):
                 async def answer(head, reader, writer, said=said):
                     writer.write(said)
@@ -3973,6 +3981,20 @@ class StrangeAnswerTest(WorldTest):
                 self.assertEqual(status, 502)
                 self.assertIn(told, body.decode())
                 await self.end_of_the_world()
+
+    async def test_a_server_that_is_none_is_told_apart(self):
+        for said, told in ((b'SSH-2.0-x\r\n', "http://local.* does not speak HTTP: it says 'SSH-"),
+                           (b'\x15\x03\x01\x00\x02\x02\x46', 'TLS: use https://localhost:[0-9]+$'),
+                           (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is no localtunnel server')):
+            async def serve(reader, writer, said=said):
+                with contextlib.closing(writer):
+                    await reader.readuntil(b'\r\n\r\n')
+                    writer.write(said)
+            await self.world()
+            port = (await self.serves(serve))[1]
+            with self.assertRaisesRegex(lt.LocaltunnelError, told):
+                await (await self.client(1, port=port, once=True)).running
+            await self.end_of_the_world()
 
     async def test_a_hint_says_what_an_app_wants(self):
         for status, page, told in (
