@@ -7215,14 +7215,14 @@ class PathTest(Network):
         await self.comes()
         session = self.members()[0].session
         await eventually(lambda: session.proven)    # before, a path may be a long one
-        session.round_trip = 0.0001     # this one is short, however busy the machine is
         for _ in range(5):
             await self.begin('GET /700000')
         await eventually(lambda: len(session.streams) == 5)
         await asyncio.gather(*(self.get(n) for n in (9, 700000, 300000)))
         for stream in session.streams.values():
-            self.assertLessEqual(stream.size, lt.INITIAL_CREDIT)
-            self.assertEqual(stream.window.size, lt.INITIAL_CREDIT)
+            self.assertLessEqual(stream.size, stream.window.size)
+            # What the kernel takes may let it grow once or twice, if that was quick.
+            self.assertLessEqual(stream.window.size, 4 * lt.INITIAL_CREDIT)
 
     async def test_however_far_windows_grow_there_is_room_for_new_streams(self):
         with self.constant(SESSION_BUDGET=2 * lt.MIB):
