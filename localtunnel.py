@@ -188,7 +188,10 @@ MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye again and again
 MAX_TEXT = 500                  # characters, or bytes, that the other side may have us show
 MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
-MAX_LEASES_IN_ALL = 10000       # each change writes them all
+MAX_LEASES_OF_TOKEN = 1000      # whose clients can make up owners where it has no user's name
+MAX_LEASES_IN_ALL = 10000
+JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
+LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
 DAY = 86400
 MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
 MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
@@ -2373,6 +2376,9 @@ class Tokens:
         return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
+JOURNAL = '.journal'         # the file with changes of the leases since the last whole file
+
+
 def write_secret(path: str, data: bytes) -> None:
     """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
     beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
@@ -2390,24 +2396,42 @@ def write_secret(path: str, data: bytes) -> None:
 
 
 class Leases:
-    """Which chosen name (or TCP port) belongs to whom, in a file that survives the server.
+    """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
 
-    `claim` and `release` write the file before they return: first beside it, then over it.
+    `claim` and `release` return when the change is on disk: a line at the end of a journal, which
+    costs the same however many there are.  Now and then the journal becomes part of the file beside
+    it, which people can read and mend; sqlite3 would be neither that nor in every Python.
     """
 
     def __init__(self, tokens: Tokens, path: Optional[str] = None) -> None:
         """Without PATH they last as long as the process.  Raises UsageError for a damaged file."""
-        self._tokens, self._path = tokens, path
+        self._tokens, self._path = tokens, path or ''
         self._leases: Dict[str, Dict[str, Any]] = {}
-        if path and os.path.exists(path):
-            try:
-                with open(path, encoding='ascii') as f:
-                    self._leases = json.load(f)['leases']
-                for name, lease in self._leases.items():
-                    self._check(name, lease['owner'], lease['token'], lease['used'])
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-                raise UsageError(f'{path} is damaged ({e}); repair it, or move it away to begin '
-                                 'without leases') from e
+        self._of: Dict[str, Set[str]] = collections.defaultdict(set)    # names by owner, by token
+        self._lines = 0             # of the journal
+        self._look_at = 0.0         # when leases that have ended are looked for again
+        try:
+            self._load()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UsageError(f'{path} is damaged ({e}); repair it and its journal, or move both '
+                             'away to begin without leases') from e
+
+    def _load(self) -> None:
+        changes: Dict[str, Any] = {}
+        if self._path and os.path.exists(self._path):
+            with open(self._path, encoding='ascii') as f:
+                changes.update(json.load(f)['leases'].items())
+        if self._path and os.path.exists(self._path + JOURNAL):
+            with open(self._path + JOURNAL, encoding='ascii') as f:
+                for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
+                    changes.update(json.loads(line).items())
+                    self._lines += 1
+        for name, lease in changes.items():
+            if lease is not None:
+                self._check(name, lease['owner'], lease['token'], lease['used'])
+            self._set(name, lease)
+        if self._lines:
+            self._compact()
 
     @staticmethod
     def _check(name: str, owner: object, token: object, used: object) -> None:
@@ -2433,21 +2457,26 @@ class Leases:
         known = self._leases.get(name)
         if current and known and known['token'] == token and now - known['used'] < DAY:
             return      # the date need not be newer than a day
-        if current is None and sum(lease['owner'] == owner and self.owner(other, now) is not None
-                                   for other, lease in self._leases.items()) >= MAX_LEASES:
+        if current is None and sum(self.owner(other, now) == owner
+                                   for other in self._of.get(owner, ())) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
+        if current is None and token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
+            raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
+                          'already; give one back')
         if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
-            self._leases = {n: lease for n, lease in self._leases.items() if self.owner(n, now)}
+            if now >= self._look_at:        # all are looked at: not for each who asks
+                self._look_at = now + LEASE_LOOK
+                self._save({n: None for n in self._leases if not self.owner(n, now)})
             if len(self._leases) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
-        lease = {'owner': owner, 'token': token, 'used': int(now)}
-        self._save({**self._leases, name: lease})
+        self._save({name: {'owner': owner, 'token': token, 'used': int(now)}})
 
     def ports(self, owner: Optional[str] = None) -> List[int]:
         """Leased TCP ports, of OWNER or all, those first that were used least recently."""
-        found = sorted((int(lease['used']), int(name[4:])) for name, lease in self._leases.items()
-                       if name.startswith('tcp:') and owner in (None, lease['owner']))
+        names = list(self._leases) if owner is None else self._of.get(owner, ())
+        found = sorted((int(self._leases[name]['used']), int(name[4:])) for name in names
+                       if name.startswith('tcp:'))
         return [port for _, port in found]
 
     def release(self, name: str, owner: str, now: float) -> None:
@@ -2460,16 +2489,52 @@ class Leases:
         """Take NAME back from whoever has it; was there anybody?"""
         if name not in self._leases:
             return False
-        self._save({other: self._leases[other] for other in self._leases if other != name})
+        self._save({name: None})
         return True
 
-    def _save(self, leases: Dict[str, Dict[str, Any]]) -> None:
+    def _save(self, changes: Dict[str, Optional[Dict[str, Any]]]) -> None:
+        """What is not on disk is not given: raises Refused."""
         try:
-            if self._path:
-                write_secret(self._path, json.dumps({'leases': leases}, indent=1).encode())
-        except OSError as e:        # what is not on disk is not given
+            if self._path and changes:
+                self._append(json.dumps(changes).encode() + b'\n')
+        except OSError as e:
             raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
-        self._leases = leases
+        for name, lease in changes.items():
+            self._set(name, lease)
+        if self._lines > max(JOURNAL_LINES, len(self._leases)):
+            with contextlib.suppress(OSError):      # the journal has it all, too
+                self._compact()
+
+    def _append(self, line: bytes) -> None:
+        handle = os.open(self._path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                         | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+        with open(handle, 'ab', buffering=0) as f:
+            size = f.seek(0, os.SEEK_END)
+            try:
+                if f.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                f.truncate(size)
+                raise
+        self._lines += 1
+
+    def _compact(self) -> None:
+        write_secret(self._path, json.dumps({'leases': self._leases}, indent=1).encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path + JOURNAL)
+        self._lines = 0
+
+    def _set(self, name: str, lease: Optional[Dict[str, Any]]) -> None:
+        old = self._leases.pop(name, None)
+        for key in (old['owner'], old['token']) if old else ():
+            self._of[key].discard(name)
+            if not self._of[key]:
+                del self._of[key]
+        if lease:
+            self._leases[name] = lease
+            for key in (lease['owner'], lease['token']):
+                self._of[key].add(name)
 
 
 def user_folder(variable: str, default: str) -> str:

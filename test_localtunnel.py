@@ -2286,8 +2286,43 @@ class LeaseTest(FolderTest):
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
         self.leases().claim('app', 'me', self.TOKEN, 5)
-        self.assertEqual(os.stat(self.path('leases.json')).st_mode & 0o777, 0o600)
+        for name in 'leases.json.journal', 'leases.json':
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
+            self.assertEqual(os.listdir(self.folder), [name])
+            self.leases()       # whoever starts makes one file of both
+
+    def test_a_change_costs_the_same_however_many_leases_there_are(self):
+        leases, written, sync = self.leases(), [], os.fsync
+        with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
+                written.append(os.fstat(f).st_size), sync(f))):
+            for n in range(300):
+                leases.claim(f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
+        self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
+        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):
+            leases.claim('more', 'me', self.TOKEN, 5)       # as many lines as leases: not yet
+            leases.claim('more', 'me', self.TOKEN, 5 + lt.DAY)
         self.assertEqual(os.listdir(self.folder), ['leases.json'])
+        self.assertEqual(len(self.leases()._leases), 301)
+
+    def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
+        self.leases().claim('old', 'me', self.TOKEN, 5)
+        with open(self.path('leases.json.journal'), 'a') as f:
+            f.write('{"new": {"owner"')
+        leases = self.leases()
+        self.assertEqual((leases.owner('old', 6), leases.owner('new', 6)), ('me', None))
+        self.write('leases.json.journal', '{"new": {"owner"\n')
+        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
+            self.leases()
+
+    def test_one_token_has_a_limit_however_many_owners_come_with_it(self):
+        leases = self.leases()
+        with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
+            for n in range(3):
+                leases.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
+            with self.assertRaises(lt.Refused):
+                leases.claim('more', 'me', self.TOKEN, 5)
+            leases.release('app0', 'me0', 5)
+            leases.claim('more', 'me', self.TOKEN, 5)
 
     def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
         self.leases().claim('app', 'me', self.TOKEN, 5)
@@ -2336,15 +2371,16 @@ class LeaseTest(FolderTest):
             os.symlink(self.write('theirs', 'theirs'), self.path(name))
         os.unlink(self.path('leases.json'))
         self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.leases()
         with open(self.path('theirs')) as f:
             self.assertEqual(f.read(), 'theirs')
 
     def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
         self.leases().claim('old', 'me', self.TOKEN, 5)
-        for name in ('open', 'fsync', 'replace'):
+        for name in ('open', 'fsync'):
             with self.subTest(name):
+                leases = self.leases()
                 with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
-                    leases = self.leases()
                     for _ in range(2):      # and one that is not on disk is not given
                         with self.assertRaises((OSError, lt.Refused)):
                             leases.claim('new', 'me', self.TOKEN, 5)
