@@ -2932,125 +2932,6 @@ def resident_memory() -> int:
         return 0
 
 
-class Hello:
-    """What a client says of itself, checked."""
-    __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume', 'attempt')
-
-    def __init__(self, text: bytes) -> None:
-        """Raises Refused."""
-        try:
-            hello = json.loads(text)
-            self.kind, self.name = str(hello['kind']), hello.get('name')
-            self.proof = bytes.fromhex(hello['proof'])
-            self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
-            self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
-            self.long = bool(hello.get('long'))
-            self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
-            self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
-            self.access = Access(self.rules)
-            resume = hello.get('resume') or {'session': '', 'received': 0}      # of none
-            self.resume = str(resume['session']), int(resume['received'])
-        except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
-                RecursionError) as e:
-            raise Refused(400, 'bad_hello', f'Localtunnel-Hello is malformed: {e!r}'[:200]) from e
-        if self.name is not None:
-            self.name = str(self.name).lower()
-        if self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16:
-            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad kind, proof or instance')
-
-
-class Member:
-    """One session of a tunnel, and whose it is."""
-    __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
-
-    def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
-        self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
-        self.id = secrets.token_hex(16)
-
-
-def tunnel_key(name: str, kind: str) -> str:
-    """Where the tunnel of NAME is found: one proof may have a tunnel of each kind."""
-    return name if kind == 'http' else f'{kind}:{name}'
-
-
-class Tunnel:
-    """One name (or port) and who serves it."""
-
-    def __init__(self, name: str, kind: str, via: bytes, served: Dict[str, int]) -> None:
-        """SERVED counts the tunnels that each holder has."""
-        self.name, self.kind, self.via = name, kind, via
-        self.key = tunnel_key(name, kind)
-        self._served, self._holder = served, ''
-        self.url = ''
-        self.listeners: List[asyncio.AbstractServer] = []       # of a TCP tunnel
-        self.members: List[Member] = []
-        self.left_at = -NEVER       # when the last member went, on the reactor's clock
-        self.said_goodbye = False   # did it go on purpose?
-        self.held: Set[asyncio.Future[None]] = set()    # requests that wait for a member
-        self._allowance = (0.0, 0.0)    # requests that may come at once, since when
-
-    def add(self, member: Member) -> None:
-        """MEMBER serves this tunnel, too."""
-        if not self.members:
-            self._holder = member.holder
-            self._served[self._holder] += 1
-        self.members.append(member)
-
-    def remove(self, member: Member) -> None:
-        """MEMBER does not serve it any more."""
-        self.members.remove(member)
-        if not self.members:
-            self._served[self._holder] -= 1
-            if not self._served[self._holder]:
-                del self._served[self._holder]
-
-    def pick(self) -> Optional[Member]:
-        """The member to send the next request to: the least busy one that is there."""
-        there = [member for member in self.members if member.session.usable]
-        return min(there, key=lambda m: len(m.session.streams)) if len(there) > 1 else (
-            there[0] if there else None)
-
-    def may_ask(self, now: float, rate: float) -> bool:
-        """May one more request come, of RATE a second?  A second's worth may come at once."""
-        left, since = self._allowance
-        left = min(max(1.0, rate), left + (now - since) * rate)
-        self._allowance = left - 1 if left >= 1 else left, now
-        return left >= 1
-
-    def wake(self) -> None:
-        """A member is there: those who wait go on."""
-        for future in self.held:
-            if not future.done():
-                future.set_result(None)
-
-    def beside(self, new: Hello) -> List[Member]:
-        """The members that can't serve together with NEW."""
-        return [old for old in self.members if old.hello.instance == new.instance or not (
-            old.hello.share and new.share and old.hello.rules == new.rules)]
-
-    def before(self, new: Hello) -> List[Member]:
-        """The members that NEW may not replace: they are there, and were started later."""
-        return [old for old in self.beside(new) if old.hello.started > new.started
-                and old.hello.instance != new.instance and old.session.connection is not None]
-
-    def make_way(self, new: Hello) -> None:
-        """End the members that NEW replaces; one that it may not replace raises Refused."""
-        if self.before(new):
-            raise Refused(409, 'superseded', f'a client of yours serves {self.name}, and was '
-                          'started later by its clock; end it, or set both clocks right',
-                          final=True)
-        for old in self.beside(new):
-            self.remove(old)
-            if old.hello.instance == new.instance:
-                old.session.end(Disconnected('the client came back without this session'))
-            else:
-                old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
-                                  f'{self.name} over')
-                old.session.reactor.loop.call_later(DRAIN, old.session.end,
-                                                    Disconnected('superseded'))
-
-
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
@@ -3126,6 +3007,289 @@ class Visit:
         else:
             self._half_closed()
 
+    async def wait(self, seconds: float,
+                   among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
+        """Wait for SECONDS, AMONG those that may be woken; return whether that happened.
+
+        Raises Disconnected where the visitor goes away.
+        """
+        among = among if among is not None else set()
+        self.waiting = future = self.connection.reactor.loop.create_future()
+        among.add(future)
+        try:
+            await asyncio.wait({future}, timeout=seconds)
+        finally:
+            among.discard(future)
+            self.waiting = None
+        if future.cancelled():
+            raise Disconnected('the visitor went away')
+        return future.done()
+
+
+class Hello:
+    """What a client says of itself, checked."""
+    __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
+                 'rules', 'access', 'resume', 'attempt')
+
+    def __init__(self, text: bytes) -> None:
+        """Raises Refused."""
+        try:
+            hello = json.loads(text)
+            self.kind, self.name = str(hello['kind']), hello.get('name')
+            self.proof = bytes.fromhex(hello['proof'])
+            self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
+            self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
+            self.long = bool(hello.get('long'))
+            self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
+            self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
+            self.access = Access(self.rules)
+            resume = hello.get('resume') or {'session': '', 'received': 0}      # of none
+            self.resume = str(resume['session']), int(resume['received'])
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
+                RecursionError) as e:
+            raise Refused(400, 'bad_hello', f'Localtunnel-Hello is malformed: {e!r}'[:200]) from e
+        if self.name is not None:
+            self.name = str(self.name).lower()
+        if self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16:
+            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad kind, proof or instance')
+
+
+@functools.lru_cache(maxsize=1024)
+def via(name: str, domain: str) -> bytes:
+    """What a request is marked with that passes the tunnel of NAME (RFC 9110 7.6.3)."""
+    return f'1.1 {name}.{domain} (localtunnel)'.encode()
+
+
+def tunnel_key(name: str, kind: str) -> str:
+    """Where the tunnel of NAME is found: one proof may have a tunnel of each kind."""
+    return name if kind == 'http' else f'{kind}:{name}'
+
+
+class Member:
+    """One session of a tunnel, and whose it is."""
+    __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
+
+    def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
+        self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
+        self.id = secrets.token_hex(16)
+
+
+class Tunnel:
+    """One name, and the clients that serve it; or that did, until some time ago."""
+    __slots__ = ('name', 'kind', 'key', 'url', 'members', 'left_at', 'said_goodbye', '_allowance')
+
+    def __init__(self, name: str, kind: str) -> None:
+        self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
+        self.url = ''                   # '' until a client serves it; and for TCP without a port
+        self.members: List[Member] = []         # none: its client is away
+        self.left_at = -NEVER           # when the last one went, or lost its connection
+        self.said_goodbye = False       # it went on purpose
+        self._allowance = (0.0, 0.0)    # requests that may come at once, since when
+
+    def pick(self) -> Optional[Member]:
+        """The member to send the next request to: the least busy one that is there."""
+        there = [member for member in self.members if member.session.usable]
+        return min(there, key=lambda m: len(m.session.streams)) if len(there) > 1 else (
+            there[0] if there else None)
+
+    def may_ask(self, now: float, rate: float) -> bool:
+        """May one more request come, of RATE a second?  A second's worth may come at once."""
+        left, since = self._allowance
+        left = min(max(1.0, rate), left + (now - since) * rate)
+        self._allowance = left - 1 if left >= 1 else left, now
+        return left >= 1
+
+    def beside(self, new: Hello) -> List[Member]:
+        """The members that can't serve together with NEW."""
+        return [old for old in self.members if old.hello.instance == new.instance or not (
+            old.hello.share and new.share and old.hello.rules == new.rules)]
+
+    def before(self, new: Hello) -> List[Member]:
+        """The members that NEW may not replace: they are there, and were started later."""
+        return [old for old in self.beside(new) if old.hello.started > new.started
+                and old.hello.instance != new.instance and old.session.connection is not None]
+
+
+class Tunnels:
+    """Who serves which name, and the requests that wait for a client.
+
+    A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
+    """
+
+    def __init__(self, reactor: Reactor, hold: float, log: Observer) -> None:
+        """Requests wait for HOLD seconds for a client that is on its way back."""
+        self.hold = hold
+        self.served: Dict[str, int] = collections.Counter()     # tunnels of each holder
+        self.held = 0                   # requests that wait
+        self.received = self.sent = 0   # bytes of the sessions that are over
+        self.closed = False             # nobody is expected back: the server ends
+        self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
+        self._reactor, self._log = reactor, log
+        self._table: Dict[str, Tunnel] = {}
+        self._waiting: Dict[str, Set[asyncio.Future[None]]] = {}    # requests, by key
+        self._started = reactor.now()
+
+    def __iter__(self) -> Iterator[Tunnel]:
+        return iter(tuple(self._table.values()))
+
+    def get(self, key: str) -> Optional[Tunnel]:
+        """The tunnel of KEY, even if its client is away; None if there is none."""
+        return self._table.get(key)
+
+    def members(self) -> List[Member]:
+        """All sessions."""
+        return [member for tunnel in self._table.values() for member in tunnel.members]
+
+    @property
+    def starting(self) -> bool:
+        """True while clients may be on their way back to a server that was restarted."""
+        return self._reactor.now() - self._started < self.hold
+
+    # Clients come and go.
+
+    def enter(self, tunnel: Tunnel, member: Member) -> None:
+        """MEMBER serves TUNNEL from now on."""
+        self._table[tunnel.key] = tunnel
+        if not tunnel.members:
+            self.served[member.holder] += 1
+        tunnel.members.append(member)
+        session = member.session
+
+        def left() -> None:
+            self._left(tunnel, session)
+
+        def closed() -> None:
+            self.received += session.received
+            self.sent += session.sent
+            if member in tunnel.members:
+                self.remove(tunnel, member)
+                left()
+                self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
+        session.on_detached = session.on_goaway = left
+        session.on_closed = closed
+
+    def _left(self, tunnel: Tunnel, session: Session) -> None:
+        tunnel.said_goodbye = session.goaway is not None and all(
+            other.session.goaway is not None for other in tunnel.members)
+        tunnel.left_at = self._reactor.now()
+
+    def remove(self, tunnel: Tunnel, member: Member) -> None:
+        """MEMBER does not serve TUNNEL any more."""
+        tunnel.members.remove(member)
+        if not tunnel.members:
+            self.served[member.holder] -= 1
+            if not self.served[member.holder]:
+                del self.served[member.holder]
+
+    def revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
+        """End MEMBER, which may not come back."""
+        self.remove(tunnel, member)
+        tunnel.said_goodbye, tunnel.left_at = True, self._reactor.now()
+        member.session.leave(REVOKED, why)
+        self._reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
+        self._log.note(f'{tunnel.url}: {why}')
+
+    def end(self, name: str, why: str) -> bool:
+        """End all that serves NAME, of any kind; return whether anything did."""
+        found = False
+        for tunnel in [tunnel for tunnel in self if tunnel.name == name]:
+            for member in tuple(tunnel.members):
+                found = True
+                self.revoke(tunnel, member, why)
+        return found
+
+    def sweep(self, now: float) -> None:
+        """Let requests go on that wait for a session that is away; forget who went long ago."""
+        away: List[Tunnel] = []
+        for tunnel in self:
+            for member in tunnel.members:
+                if member.session.connection is None:
+                    self._move_on(member.session, tunnel, now)
+            if not tunnel.members and tunnel.key not in self._waiting:
+                away.append(tunnel)
+        away.sort(key=lambda tunnel: -tunnel.left_at)
+        for place, tunnel in enumerate(away):
+            if place >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
+                del self._table[tunnel.key]
+                self.on_forget(tunnel)
+
+    def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
+        """Requests without an answer wait for SESSION, which is away, no longer than they must.
+
+        Those that may be repeated go to another client, and after UNANSWERED all have their end.
+        """
+        moves = now - session.detached_at > self.hold and tunnel.pick() is not None
+        overdue = now - session.heard > UNANSWERED
+        for stream in [*session.streams.values(), *session.line] if moves or overdue else ():
+            exchange = stream.owner and stream.owner.exchange
+            if not exchange or exchange.status:
+                continue
+            goes = moves and exchange.repeatable
+            if goes or overdue:
+                session.send_reset(stream, CANCELLED, 'nobody waits for it any more')
+                stream.fail(SessionLost('its client did not come back') if goes else
+                            Overdue('its client was silent for too long'))
+
+    # Requests wait for a client.
+
+    async def wait_for_client(self, key: str, visit: Visit) -> None:
+        """Wait until a client of KEY is there.  Raises HopFailed."""
+        deadline = self._reactor.now() + self.hold
+        while True:         # it may be lost again at once
+            tunnel = self._table.get(key)
+            if tunnel and tunnel.pick():
+                return
+            if self._reactor.now() >= deadline or not self._is_expected(key, tunnel):
+                break
+            waiting = self._waiting.setdefault(key, set())
+            self.held += 1
+            try:
+                if not await visit.wait(deadline - self._reactor.now(), waiting):
+                    break
+            finally:
+                self.held -= 1
+                if not waiting:
+                    self._waiting.pop(key, None)
+        raise HopFailed(503, f'the client of {key} is away; try again soon',
+                        f'Retry-After: {RETRY_AFTER}')
+
+    def _is_expected(self, key: str, tunnel: Optional[Tunnel]) -> bool:
+        """True if a client may come back soon, and one more request may wait for it."""
+        broke = tunnel is not None and self._reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
+        goodbye = tunnel is not None and tunnel.said_goodbye
+        return ((broke or self.starting) and not goodbye and not self.closed
+                and len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL)
+
+    async def wait_for_room(self, key: str, visit: Visit, deadline: float) -> None:
+        """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
+        if self._reactor.now() >= deadline or self.held >= MAX_HELD_IN_ALL:
+            raise HopFailed(503, f'{key} has too many requests at once; try again soon',
+                            f'Retry-After: {RETRY_AFTER}')
+        self.held += 1
+        await asyncio.sleep(ROOM_LOOK)
+        self.held -= 1
+        visit.connection.check()
+
+    def waiting(self, tunnel: Tunnel) -> int:
+        """How many requests wait for a client of TUNNEL."""
+        return len(self._waiting.get(tunnel.key, ()))
+
+    def here(self, tunnel: Tunnel) -> None:
+        """A client of TUNNEL is there: requests that wait for it go on."""
+        tunnel.said_goodbye = False
+        self._wake(self._waiting.get(tunnel.key, ()))
+
+    def close(self) -> None:
+        """Nobody is expected back."""
+        self.closed = True
+        for waiting in self._waiting.values():
+            self._wake(waiting)
+
+    @staticmethod
+    def _wake(waiting: Iterable[asyncio.Future[None]]) -> None:
+        for future in waiting:
+            if not future.done():
+                future.set_result(None)
 
 
 class Visitors:
@@ -3325,21 +3489,21 @@ class Server:
         self.plain_port = 0             # where visitors come, if not where clients come
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
         self._tokens, self._leases, self._log, self._script = tokens, leases, log, script
-        self._hold, self._drain, self._rate, self._most = hold, drain, rate, max_tunnels
+        self._drain, self._rate, self._most = drain, rate, max_tunnels
         self._host, self._tcp_ports, self._only = host, tcp_ports, only
         self.visitors = Visitors(reactor, trusted)
         self._budget = Budget(buffer or process_budget())
-        self._tunnels: Dict[str, Tunnel] = {}
+        self.tunnels = Tunnels(reactor, hold, log)
+        self.tunnels.on_forget = self._close_port
         self._at_port: Dict[int, Tunnel] = {}       # those of raw TCP
-        self._served: Dict[str, int] = collections.Counter()    # tunnels by token, or address
+        self._doors_of: Dict[Tunnel, List[asyncio.AbstractServer]] = {}     # the same
         self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
         self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
         self._claims_since = 0.0
         self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
-        self._held = self._bytes_in = self._bytes_out = 0
         self.handing_over = False       # is a successor starting, who has read the leases?
         self.draining = False           # it ends
-        self._started = self._beat = reactor.now()
+        self._beat = reactor.now()
         self._lag = self._look_at = 0.0     # seconds; when tunnels are looked at again
         self.doors = Doors(reactor, log, self.counters)
         reactor.swept.add(self)
@@ -3357,12 +3521,11 @@ class Server:
         """
         self.draining = True
         await self.doors.close()
-        for member in self._members():
+        for member in self.tunnels.members():
             member.session.say_goaway(DRAINING, 'the server ends')
             if member.session.connection is None:       # nor can it come back
                 member.session.end(Disconnected('the server ends'))
-        for tunnel in tuple(self._tunnels.values()):
-            tunnel.wake()       # nobody comes
+        self.tunnels.close()
         deadline = self.reactor.now() + self._drain
         while self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
@@ -3370,25 +3533,25 @@ class Server:
                 self.visitors.close_idle()
             if not (self.visitors or self.doors.busy):
                 break
-        for member in self._members():
+        for member in self.tunnels.members():
             member.session.leave(DRAINING, 'the server ends')
         deadline = self.reactor.now() + LINGER
-        while self._members() and self.reactor.now() < deadline:
+        while self.tunnels.members() and self.reactor.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
-        for member in self._members():
+        for member in self.tunnels.members():
             member.session.end(Disconnected('the server ended'))
 
     async def settle(self) -> None:
         """Wait a moment for clients whose connection broke: their streams are here."""
         deadline = self.reactor.now() + SETTLE
         while self.reactor.now() < deadline and any(
-                member.session.connection is None for member in self._members()):
+                member.session.connection is None for member in self.tunnels.members()):
             await asyncio.sleep(DRAIN_LOOK)
 
     def tcp_sockets(self) -> List[socket.socket]:
         """What TCP tunnels listen on, for a successor."""
-        listeners = [listener for t in self._tunnels.values() for listener in t.listeners]
-        return [sock for listener in listeners for sock in getattr(listener, 'sockets', ())]
+        return [sock for doors in self._doors_of.values() for door in doors
+                for sock in getattr(door, 'sockets', ())]
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at what changes by itself: files, tokens, names that nobody serves."""
@@ -3399,40 +3562,14 @@ class Server:
             return
         self._look_at = now + 4 * SWEEP     # there may be thousands of tunnels
         self._wrong = {a: until for a, until in self._wrong.items() if until > now}
-        while self._passed and not self._starting:      # nobody came back for it
+        while self._passed and not self.tunnels.starting:       # nobody came back for it
             for sock in self._passed.popitem()[1]:
                 sock.close()
-        away: List[Tunnel] = []
-        for tunnel in tuple(self._tunnels.values()):
+        for tunnel in self.tunnels:
             for member in tuple(tunnel.members):
-                if member.session.connection is None:
-                    self._move_on(member.session, tunnel, now)
                 if not self._tokens.holds('', member.grant.digest, time.time()):
-                    self._revoke(tunnel, member, 'its token is not valid any more')
-            if not (tunnel.members or tunnel.held):
-                away.append(tunnel)
-        away.sort(key=lambda tunnel: -tunnel.left_at)
-        for place, tunnel in enumerate(away):
-            if place >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
-                self._tunnels.pop(tunnel.key, None)
-                self._close_port(tunnel)
-
-    def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
-        """Requests without an answer wait for SESSION, which is away, no longer than they must.
-
-        Those that may be repeated go to another client, and after UNANSWERED all have their end.
-        """
-        moves = now - session.detached_at > self._hold and tunnel.pick() is not None
-        overdue = now - session.heard > UNANSWERED
-        for stream in [*session.streams.values(), *session.line] if moves or overdue else ():
-            exchange = stream.owner and stream.owner.exchange
-            if not exchange or exchange.status:
-                continue
-            goes = moves and exchange.repeatable
-            if goes or overdue:
-                session.send_reset(stream, CANCELLED, 'nobody waits for it any more')
-                stream.fail(SessionLost('its client did not come back') if goes else
-                            Overdue('its client was silent for too long'))
+                    self.tunnels.revoke(tunnel, member, 'its token is not valid any more')
+        self.tunnels.sweep(now)
 
     def reload(self) -> None:
         """Read tokens and certificate again."""
@@ -3444,41 +3581,32 @@ class Server:
             self.counters['reload_errors' if error else 'reloads'] += 1
             self._log.note(f'error: {error}' if error else f'{what} read again')
 
-    def _revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
-        tunnel.remove(member)
-        tunnel.said_goodbye, tunnel.left_at = True, self.reactor.now()
-        member.session.leave(REVOKED, why)
-        self.reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
-        self._log.note(f'{tunnel.url}: {why}')
-
     def end_tunnel(self, name: str, lease: bool = False,
                    why: str = 'the operator of the server ended this tunnel') -> bool:
         """The kill switch: end what serves NAME, with LEASE free it too; was there anything?"""
-        found = lease and self._leases.free(name)
-        for tunnel in [self._tunnels.get(tunnel_key(name, kind)) for kind in ('http', 'tcp')]:
-            for member in tuple(tunnel.members) if tunnel else ():
-                found = True
-                self._revoke(tunnel, member, why)       # type: ignore[arg-type]
-            if lease and tunnel and tunnel.kind == 'tcp' and tunnel.url:
-                found |= self._give_up_port(int(tunnel.url.rpartition(':')[2]))
-        return found
+        found = self.tunnels.end(name, why)
+        tcp = self.tunnels.get(tunnel_key(name, 'tcp'))
+        if lease and tcp and tcp.url:
+            found |= self._give_up_port(int(tcp.url.rpartition(':')[2]))
+        return (lease and self._leases.free(name)) or found
 
-    def tunnels(self) -> List[Dict[str, Any]]:
+    def served(self) -> List[Dict[str, Any]]:
         """What is served, for the operator."""
-        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': len(t.held), 'sessions': [
-            {'user': m.grant.user, 'connected': m.session.connection is not None,
-             'streams': len(m.session.streams),
-             'round_trip_ms': round(m.session.round_trip * 1e3, 1)}
-            for m in t.members]} for t in self._tunnels.values()]
+        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': self.tunnels.waiting(t),
+                 'sessions': [
+                     {'user': m.grant.user, 'connected': m.session.connection is not None,
+                      'streams': len(m.session.streams),
+                      'round_trip_ms': round(m.session.round_trip * 1e3, 1)} for m in t.members]}
+                for t in self.tunnels]
 
     def metrics(self) -> str:
         """In Prometheus' text format."""
-        sessions = [m.session for m in self._members()]
-        bytes_in = self._bytes_in + sum(s.received for s in sessions)
-        bytes_out = self._bytes_out + sum(s.sent for s in sessions)
-        gauges = {'tunnels': sum(bool(t.members) for t in self._tunnels.values()),
+        sessions = [m.session for m in self.tunnels.members()]
+        bytes_in = self.tunnels.received + sum(s.received for s in sessions)
+        bytes_out = self.tunnels.sent + sum(s.sent for s in sessions)
+        gauges = {'tunnels': sum(bool(t.members) for t in self.tunnels),
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
-                  'visitors': len(self.visitors), 'held_requests': self._held,
+                  'visitors': len(self.visitors), 'held_requests': self.tunnels.held,
                   'window_bytes': self._budget.used, 'event_loop_lag_seconds': round(self._lag, 6),
                   'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
@@ -3491,9 +3619,6 @@ class Server:
             lines.append(f'# TYPE localtunnel_{name}_total counter\n')
             lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
         return ''.join(lines)
-
-    def _members(self) -> List[Member]:
-        return [member for tunnel in self._tunnels.values() for member in tunnel.members]
 
     # One connection.
 
@@ -3547,11 +3672,11 @@ class Server:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
         try:
-            tunnel = self._route(visit, request)
-            if tunnel is None:
-                await self._own_page(visit, exchange)
+            name = self._route(visit, request)
+            if name:
+                await self._forward(visit, exchange, name)
             else:
-                await self._forward(visit, exchange, tunnel)
+                await self._own_page(visit, exchange)
         except HopFailed as e:
             exchange.why = str(e)
             await self._give_own(visit, exchange, e.status, functools.partial(
@@ -3576,56 +3701,50 @@ class Server:
 
     # Routes.
 
-    def _route(self, visit: Visit, request: Request) -> Optional[Tunnel]:
-        """The tunnel that REQUEST may pass; None for the server itself.  Raises HopFailed."""
+    def _route(self, visit: Visit, request: Request) -> str:
+        """The name of the tunnel that REQUEST may pass; '' for the server itself.
+
+        Raises HopFailed.
+        """
         if visit.refusal:
             raise visit.refusal.again()
-        name, _, parent = request.host_name.partition('.')
+        host = request.host_name
+        name, _, parent = host.partition('.')
         if (self.redirects and visit.scheme == 'http' and request.target != b'*'
-                and self.domain in (parent, request.host_name)):
-            where = (f'https://{request.host_name}{self.tls_suffix}'
+                and self.domain in (parent, host)):
+            where = (f'https://{host}{self.tls_suffix}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
-        tunnel = self._tunnels.get(name) if parent == self.domain else None
-        if tunnel is None or tunnel.kind != 'http' or self._only:
-            tunnel = self._find(name, parent, request.host_name)
-        if tunnel is not None:
-            if b'via' in request.fields and tunnel.via[3:] in request.fields[b'via']:
-                raise HopFailed(508, f'the request came back to {tunnel.name}, which it had passed '
-                                'before: the tunnel leads to itself')
-            if self._rate and not tunnel.may_ask(self.reactor.now(), self._rate):
-                raise HopFailed(429, f'{tunnel.name} gets too many requests a second',
-                                'Retry-After: 1')
-        return tunnel
+        tunnel = self.tunnels.get(name) if parent == self.domain and not self._only else None
+        if tunnel is None:
+            name = self._find(name, parent, host)
+            tunnel = self.tunnels.get(name)
+        if (b'via' in request.fields and name
+                and via(name, self.domain)[3:] in request.fields[b'via']):
+            raise HopFailed(508, f'the request came back to {name}, which it had passed '
+                            'before: the tunnel leads to itself')
+        if self._rate and tunnel and not tunnel.may_ask(self.reactor.now(), self._rate):
+            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1')
+        return name
 
-    def _find(self, name: str, parent: str, host: str) -> Optional[Tunnel]:
-        """A tunnel at HOST that is not there now, or the only one there is.
+    def _find(self, name: str, parent: str, host: str) -> str:
+        """The name at HOST of a tunnel that is not there now, or of the only one there is.
 
-        None for the server itself.  Raises HopFailed.
+        '' for the server itself.  Raises HopFailed.
         """
         if self._only:
             # A stranger's name that leads here would let his pages read the app (DNS rebinding).
             if not (is_address(host) or is_loopback(host)):
                 raise HopFailed(403, f'this server is for its own machine: visit localhost or its '
                                 f'address, not {host or "no host"}')
-            return next(iter(self._tunnels.values()), None)
+            return next((tunnel.name for tunnel in self.tunnels), '')
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
-            return None
-        if parent == self.domain and name not in self._tunnels and (
-                self._leases.owner(name, time.time()) or (is_derived(name) and self._starting)):
-            return self._tunnel(name, 'http')
+            return ''
+        if parent == self.domain and (self._leases.owner(name, time.time())
+                                      or (is_derived(name) and self.tunnels.starting)):
+            return name
         raise HopFailed(404, f'there is no tunnel at {host}' if host else
                         'the request names no host')
-
-    def _tunnel(self, name: str, kind: str) -> Tunnel:
-        """The tunnel of NAME; a new one is entered once somebody serves it, or waits for it."""
-        via = f'1.1 {name}.{self.domain} (localtunnel)'.encode()
-        return self._tunnels.get(tunnel_key(name, kind)) or Tunnel(name, kind, via, self._served)
-
-    @property
-    def _starting(self) -> bool:
-        """May clients be on their way back to a server that was restarted?"""
-        return self.reactor.now() - self._started < self._hold
 
     async def _own_page(self, visit: Visit, exchange: Exchange) -> None:
         """What the server shows under its own name: the landing page and the script."""
@@ -3650,13 +3769,13 @@ class Server:
 
     # One exchange.
 
-    async def _forward(self, visit: Visit, exchange: Exchange, tunnel: Tunnel) -> None:
-        """The request through TUNNEL, the response back; again where a lost session did no harm."""
-        request, lines = exchange.request, self._request_lines(visit, exchange.request, tunnel)
+    async def _forward(self, visit: Visit, exchange: Exchange, name: str) -> None:
+        """The request by the tunnel of NAME, the response back; again where no harm was done."""
+        request, lines = exchange.request, self._request_lines(visit, exchange.request, name)
         interim = exchange.near if request.minor == b'1' else None
         while True:
-            access, stream = (self._open(visit, tunnel, request)
-                              or await self._wait_to_open(visit, tunnel, request))
+            access, stream = (self._open(visit, name, request)
+                              or await self._wait_to_open(visit, name, request))
             visit.begin(stream)
             try:
                 ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
@@ -3676,8 +3795,8 @@ class Server:
                 if exchange.status:
                     raise Disconnected(str(e)) from e
                 if isinstance(e, Overdue):
-                    raise HopFailed(504, f'the client of {tunnel.name} took too long') from e
-                raise HopFailed(502, f'the client of {tunnel.name} gave no proper answer: '
+                    raise HopFailed(504, f'the client of {name} took too long') from e
+                raise HopFailed(502, f'the client of {name} gave no proper answer: '
                                 f'{e}') from e
             finally:
                 visit.stream = None
@@ -3685,14 +3804,16 @@ class Server:
                     await exchange.stop_sending()
                 stream.close()
 
-    def _request_lines(self, visit: Visit, request: Request, tunnel: Tunnel) -> bytes:
+    def _request_lines(self, visit: Visit, request: Request, name: str) -> bytes:
         """The header lines of REQUEST as they go on."""
         names = request.hop_by_hop()
-        via = tunnel.via if request.minor == b'1' else b'1.0' + tunnel.via[3:]
+        mark = via(name, self.domain)
+        if request.minor == b'0':
+            mark = b'1.0' + mark[3:]
         names.update(request.untrusted())
         if b'via' in request.fields:
             names.add(b'via')
-            via = request.get(b'via') + b', ' + via
+            mark = request.get(b'via') + b', ' + mark
         more = b''
         if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
             names.add(b'max-forwards')
@@ -3700,7 +3821,7 @@ class Server:
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self.domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.without(names), visit.x_forwarded, visit.host or request.host, via, more)
+            request.without(names), visit.x_forwarded, visit.host or request.host, mark, more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:
@@ -3709,15 +3830,15 @@ class Server:
             raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
         return int(value) - 1
 
-    @staticmethod
-    def _open(visit: Visit, tunnel: Tunnel,
+    def _open(self, visit: Visit, key: str,
               request: Optional[Request] = None) -> Optional[Tuple[Access, Stream]]:
         """A stream to the member that will serve VISIT, if there is one with room.
 
         Its rules are asked here and nowhere else, at the last moment: each member, and each that
         comes while a request waits, may have others.  Raises HopFailed where they keep it out.
         """
-        member = tunnel.pick()
+        tunnel = self.tunnels.get(key)
+        member = tunnel.pick() if tunnel else None
         if member is None:
             return None
         access = member.hello.access
@@ -3725,65 +3846,20 @@ class Server:
             raise HopFailed(403, f'{visit.address} may not visit this tunnel')
         if request and access.users and not access.admits_user(request.get(b'authorization')):
             raise HopFailed(401, 'this tunnel wants a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{tunnel.name}", charset="UTF-8"')
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
         stream = member.session.open()
         return (access, stream) if stream else None
 
-    async def _wait_to_open(self, visit: Visit, tunnel: Tunnel,
+    async def _wait_to_open(self, visit: Visit, key: str,
                             request: Optional[Request] = None) -> Tuple[Access, Stream]:
         """The same once a client is there, and others have made room.  Raises HopFailed."""
-        await self._present(visit, tunnel)
+        await self.tunnels.wait_for_client(key, visit)
         deadline = self.reactor.now() + ROOM_WITHIN
         while True:
-            opened = self._open(visit, tunnel, request)
+            opened = self._open(visit, key, request)
             if opened:
                 return opened
-            if self.reactor.now() >= deadline or self._held >= MAX_HELD_IN_ALL:
-                raise HopFailed(503, f'{tunnel.name} has too many requests at once; try again soon',
-                                f'Retry-After: {RETRY_AFTER}')
-            self._held += 1
-            await asyncio.sleep(ROOM_LOOK)
-            self._held -= 1
-            visit.connection.check()
-
-    async def _present(self, visit: Visit, tunnel: Tunnel) -> None:
-        """Wait for a client of TUNNEL that is on its way.  Raises HopFailed."""
-        deadline = self.reactor.now() + self._hold
-        while tunnel.pick() is None:        # it may be lost again at once
-            if (self.reactor.now() >= deadline
-                    or not await self._hold_request(visit, tunnel, deadline)):
-                raise HopFailed(503, f'the client of {tunnel.name} is away; try again soon',
-                                f'Retry-After: {RETRY_AFTER}')
-
-    async def _hold_request(self, visit: Visit, tunnel: Tunnel, deadline: float) -> bool:
-        """Wait for a client that is expected back; was there one?"""
-        broke = self.reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
-        if (tunnel.said_goodbye or not (broke or self._starting) or self.draining
-                or len(tunnel.held) >= MAX_HELD or self._held >= MAX_HELD_IN_ALL):
-            return False
-        self._held += 1
-        self._tunnels.setdefault(tunnel.key, tunnel)
-        try:
-            return await self._wait(visit, deadline - self.reactor.now(), tunnel.held)
-        finally:
-            self._held -= 1
-            if not tunnel.held and tunnel.left_at == -NEVER and not tunnel.members:
-                self._tunnels.pop(tunnel.key, None)        # it never was
-
-    async def _wait(self, visit: Visit, seconds: float,
-                    among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
-        """Let VISIT wait, AMONG those who may be woken: was it?  Raises where it goes away."""
-        among = among if among is not None else set()
-        visit.waiting = future = self.reactor.loop.create_future()
-        among.add(future)
-        try:
-            await asyncio.wait({future}, timeout=seconds)
-        finally:
-            among.discard(future)
-            visit.waiting = None
-        if future.cancelled():
-            raise Disconnected('the visitor went away')
-        return future.done()
+            await self.tunnels.wait_for_room(key, visit, deadline)
 
     def _answer_lines(self, exchange: Exchange, response: Response, length: int) -> bytes:
         """The header lines of RESPONSE as they go on; decides what becomes of the connection."""
@@ -3853,8 +3929,7 @@ class Server:
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
-        tunnel.said_goodbye = False
-        tunnel.wake()
+        self.tunnels.here(tunnel)
         self._log.note(f'{tunnel.url} is served by a client at {visit.address}')
         return True
 
@@ -3891,7 +3966,7 @@ class Server:
         self._check_limits(tunnel, hello, grant, holder)
         if hello.name is not None:      # now that nothing speaks against it: the lease stays
             self._claim(name, owner, grant, visit.address)
-        tunnel.make_way(hello)
+        self._make_way(tunnel, hello)
         sockets: Sequence[socket.socket] = ()
         if hello.kind == 'http':
             public = 'localhost' if self._only else f'{name}.{self.domain}'
@@ -3899,10 +3974,9 @@ class Server:
         elif not tunnel.url:
             sockets = self._bind_port(tunnel, hello, grant, visit.address)
         member = self._new_member(tunnel, hello, grant, holder)
-        self._tunnels[tunnel.key] = tunnel
         for sock in sockets:
             door = await self.doors.open(sock, functools.partial(self._serve_tcp, tunnel))
-            tunnel.listeners += [door] if door else []
+            self._doors_of.setdefault(tunnel, []).extend([door] if door else [])
         return member, tunnel, None
 
     @staticmethod
@@ -3989,12 +4063,13 @@ class Server:
         return self._leases.free(f'tcp:{port}')
 
     def _close_port(self, tunnel: Tunnel) -> None:
-        for door in tunnel.listeners:
+        """TUNNEL, if it is one of raw TCP, has no port any more."""
+        for door in self._doors_of.pop(tunnel, []):
             self.doors.close_one(door)
-        self.visitors.listening -= len(tunnel.listeners)
+            self.visitors.listening -= 1
         if tunnel.kind == 'tcp' and tunnel.url:
             self._at_port.pop(int(tunnel.url.rpartition(':')[2]), None)
-        tunnel.listeners, tunnel.url = [], ''
+            tunnel.url = ''
 
     async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor of a TCP tunnel."""
@@ -4002,7 +4077,8 @@ class Server:
         try:
             if visit.refusal:
                 raise visit.refusal.again()
-            _, stream = self._open(visit, tunnel) or await self._wait_to_open(visit, tunnel)
+            _, stream = (self._open(visit, tunnel.key)
+                         or await self._wait_to_open(visit, tunnel.key))
             visit.begin(stream)
             await stream.write(visit.address.encode())
             await join(connection, stream)
@@ -4030,7 +4106,7 @@ class Server:
                 raise Refused(429, 'too_many', f'wrong tokens came from {visit.address}; try again '
                               f'in {int(turn - now) + 1} seconds')
             self._wrong[block] = turn + WRONG_TOKEN
-            await self._wait(visit, turn - now)
+            await visit.wait(turn - now)
         grant = self._tokens.find(token, time.time())
         if grant is None:
             if token:
@@ -4041,16 +4117,32 @@ class Server:
                           'in LOCALTUNNEL_TOKEN')
         return grant
 
+    def _make_way(self, tunnel: Tunnel, new: Hello) -> None:
+        """End the members that NEW replaces; one that it may not replace raises Refused."""
+        if tunnel.before(new):
+            raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
+                          'started later by its clock; end it, or set both clocks right',
+                          final=True)
+        for old in tunnel.beside(new):
+            self.tunnels.remove(tunnel, old)
+            if old.hello.instance == new.instance:
+                old.session.end(Disconnected('the client came back without this session'))
+            else:
+                old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
+                                  f'{tunnel.name} over')
+                self.reactor.loop.call_later(DRAIN, old.session.end,
+                                                    Disconnected('superseded'))
+
     def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> None:
         """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
         if len(tunnel.members) >= MAX_MEMBERS and hello.share:
             raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
         if tunnel.members:
             return
-        if self._served.get(holder, 0) >= grant.tunnels and not is_loopback(holder):
+        if self.tunnels.served.get(holder, 0) >= grant.tunnels and not is_loopback(holder):
             raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once; end '
                           'another one first')
-        if sum(self._served.values()) >= self._most:
+        if sum(self.tunnels.served.values()) >= self._most:
             raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
 
     def _release(self, name: str, owner: str) -> NoReturn:
@@ -4094,23 +4186,11 @@ class Server:
         session = Session(self.reactor, self._budget)
         session.trace = self.trace
         member = Member(session, hello, grant, holder)
-        tunnel.add(member)
-
-        def left() -> None:
-            tunnel.said_goodbye = session.goaway is not None and all(
-                other.session.goaway is not None for other in tunnel.members)
-            tunnel.left_at = self.reactor.now()
-
-        def closed() -> None:
-            self._bytes_in += session.received
-            self._bytes_out += session.sent
-            if member in tunnel.members:
-                tunnel.remove(member)
-                left()
-                self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
-        session.on_detached = session.on_goaway = left
-        session.on_closed = closed
+        self.tunnels.enter(tunnel, member)
         return member
+
+    def _tunnel(self, name: str, kind: str) -> Tunnel:
+        return self.tunnels.get(tunnel_key(name, kind)) or Tunnel(name, kind)
 
 
 class Admin:
@@ -4152,7 +4232,7 @@ class Admin:
         if path == '/metrics' and reads:
             return 'text/plain; version=0.0.4', server.metrics()
         if path == '/tunnels' and reads:
-            return 'application/json', json.dumps(server.tunnels()) + '\n'
+            return 'application/json', json.dumps(server.served()) + '\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
         if not server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1'):

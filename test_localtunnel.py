@@ -2588,7 +2588,7 @@ class WorldTest(LoopTest):
         await self.nobody_is_left()
         await self.server.stop()
         await eventually(lambda: not self.server._budget.used, 'budget is left')
-        self.assertEqual((self.server._members(), self.server._held), ([], 0))
+        self.assertEqual((self.server.tunnels.members(), self.server.tunnels.held), ([], 0))
 
     async def nobody_is_left(self):
         await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
@@ -2989,7 +2989,7 @@ class AdmissionTest(WorldTest):
         self.meanwhile(members[1][0].serve(OK))
         _, status, told = await self.hello(name='app', started=5.0)
         self.assertEqual((status, told['error']), (409, 'superseded'))
-        self.assertEqual(len(self.server._members()), 2)
+        self.assertEqual(len(self.server.tunnels.members()), 2)
 
     async def test_strangers_have_their_limits_by_address(self):
         await self.world()
@@ -3015,10 +3015,10 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
-        names = {tunnel['name'] for tunnel in self.server.tunnels()}
-        self.assertEqual((len(names), len(self.server._members())), (1, 2))
+        names = {tunnel['name'] for tunnel in self.server.served()}
+        self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(self.server.end_tunnel(names.pop(), True))
-        self.assertEqual((self.server._members(), self.leases._leases), ([], {}))
+        self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
         for address, block in {'192.0.2.1': '192.0.2.1', '2001:db8::1': '2001:db8::/64',
@@ -3031,9 +3031,9 @@ class AdmissionTest(WorldTest):
         first, *_ = await self.hello('one', name='a')
         await self.hello('one', name='a', share=True, instance='44' * 16)
         await self.hello('two', name='b', proof='33' * 32)
-        self.assertEqual(sorted(self.server._served.values()), [1, 1])
+        self.assertEqual(sorted(self.server.tunnels.served.values()), [1, 1])
         self.server.end_tunnel('a', False)
-        self.assertEqual(list(self.server._served), [lt.digest_of('two')])
+        self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
         socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
@@ -3047,7 +3047,7 @@ class AdmissionTest(WorldTest):
             _, status, told = await self.hello(kind='tcp', proof=f'{n}{n}' * 32)
             given.append(int(told['url'].rpartition(':')[2]))
             if n < 2:
-                self.server._members()[0].session.end(lt.Disconnected('it left'))
+                self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
         self.assertEqual(given, [*sorted(ports, key=given.index), given[0]])
         self.assertEqual((await self.hello(kind='tcp', proof='44' * 32))[1], 101)
         self.assertEqual((await self.hello(kind='tcp', proof='55' * 32))[1], 409)
@@ -3068,39 +3068,41 @@ class AdmissionTest(WorldTest):
         derived = 'calm-otter-' + 'a' * 12
         guess = await self.visitor(f'{derived}.localhost')
         guess.ask('/')
-        await eventually(lambda: self.server._tunnels)      # it waits for a client
+        await eventually(lambda: self.server.tunnels.held)      # it waits for a client
         guess.reset()
-        await eventually(lambda: not self.server._tunnels)
+        await eventually(lambda: not self.server.tunnels.held)
+        self.assertEqual(list(self.server.tunnels), [])
 
     async def test_names_whose_clients_went_are_remembered_up_to_a_number(self):
         await self.world()
         with self.constant(MAX_AWAY=2, SWEEP=0.0):
             for name in 'abcd':
                 await self.hello(name=name)
-                self.server._members()[0].session.end(lt.Disconnected('it left'))
+                self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
             self.server.sweep(self.reactor.now(), False)
-        self.assertEqual(list(self.server._tunnels), ['c', 'd'])
+        self.assertEqual([tunnel.name for tunnel in self.server.tunnels], ['c', 'd'])
 
     async def test_an_attempt_that_comes_late_replaces_no_later_one(self):
         await self.world()
         _, _, told = await self.hello(name='a', instance='44' * 16, attempt=2)
-        self.server._members()[0].session.received = 1      # the client was there
+        self.server.tunnels.members()[0].session.received = 1      # the client was there
         for words in {}, {'resume': {'session': told['session'], 'received': 0}}:
             _, status, reason = await self.hello(name='a', instance='44' * 16, attempt=1, **words)
             self.assertEqual((status, reason['error']), (409, 'stale'))
-        self.assertIsNotNone(self.server._members()[0].session.connection)
+        self.assertIsNotNone(self.server.tunnels.members()[0].session.connection)
 
     async def test_during_a_hand_over_sessions_go_on_and_nothing_new_begins(self):
         await self.world()
         words = {'name': 'a', 'instance': '44' * 16}
         _, _, told = await self.hello(**words)
-        self.server._members()[0].session.received = 1      # the client was there
+        self.server.tunnels.members()[0].session.received = 1      # the client was there
         self.server.handing_over = True
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
         self.assertEqual(list(self.leases._leases), ['a'])
-        resume = {'session': told['session'], 'received': self.server._members()[0].session.sent}
+        there = self.server.tunnels.members()[0].session
+        resume = {'session': told['session'], 'received': there.sent}
         _, status, again = await self.hello(resume=resume, **words)
         self.assertEqual((status, again['session']), (101, told['session']))
 
@@ -3108,7 +3110,7 @@ class AdmissionTest(WorldTest):
         await self.world()
         peer, *_ = await self.hello(name='a', started=9.0)
         peer.reset()
-        await eventually(lambda: self.server._members()[0].session.connection is None)
+        await eventually(lambda: self.server.tunnels.members()[0].session.connection is None)
         self.assertEqual((await self.hello(name='a', started=5.0))[1], 101)
 
     async def test_a_wrong_token_or_none_is_refused(self):
@@ -3135,7 +3137,7 @@ class AdmissionTest(WorldTest):
         with self.constant(ANSWER=0.0):
             _, status, _ = await self.hello(name='x', started=1e9, proof='44' * 32)
         self.assertEqual(status, 409)
-        self.assertIsNotNone(self.server._members()[0].session.connection)
+        self.assertIsNotNone(self.server.tunnels.members()[0].session.connection)
 
     async def test_who_is_refused_as_the_earlier_one_at_the_start_tries_again(self):
         await self.world()
@@ -4268,7 +4270,7 @@ class ComeBackTest(WorldTest):
         client = await self.client(app)
         await self.server.stop()
         await self.new_server(port=self.port)
-        await eventually(lambda: self.server._members())
+        await eventually(lambda: self.server.tunnels.members())
         self.assertEqual((await self.visit(client))[2], b'hello')
 
     async def test_an_exchange_goes_on_over_a_connection_that_breaks(self):
@@ -6309,7 +6311,7 @@ class FrameTest(HostileTest):
                 peer.send(F(lt.PING, 0, U64(0)))
                 if not await peer.frame():
                     break
-            kept = [sum(map(len, m.session._kept)) for m in self.server._members()]
+            kept = [sum(map(len, m.session._kept)) for m in self.server.tunnels.members()]
         self.assertLess(max(kept), 45000)
         await self.others_are_served()
 
@@ -6341,13 +6343,13 @@ class FrameTest(HostileTest):
                     peer.send(flood)
                     await asyncio.wait_for(peer.writer.drain(), 0.2)
             await eventually(
-                lambda: [m.session.connection for m in self.server._members()].count(None) == 1
-                or len(self.server._members()) == 1)
+                lambda: len(self.server.tunnels.members()) == 1 or [
+                    m.session.connection for m in self.server.tunnels.members()].count(None) == 1)
 
     async def test_streams_that_wait_in_line_and_go_leave_nothing(self):
         await self.world()
         peer = await self.victim()
-        session = self.server._members()[0].session
+        session = self.server.tunnels.members()[0].session
         session.connection.choked = True  # as when it never reads
         for _ in range(30):
             asked = await self.ask()
@@ -6362,8 +6364,8 @@ class FrameTest(HostileTest):
         await self.world(buffer=8 * lt.MIB)
         await self.good()
         peer = await self.victim()
-        session = [m.session for m in self.server._members() if not m.session.streams][-1]
-        for member in self.server._members():
+        session = [m.session for m in self.server.tunnels.members() if not m.session.streams][-1]
+        for member in self.server.tunnels.members():
             member.session.round_trip = 100.0  # a hostile peer delays its PONGs
         for _ in range(1, 9):
             asked = await self.ask()
@@ -6427,7 +6429,7 @@ class HelloTest(HostileTest):
         await self.world()
         await self.good()
         _, _, mine = await self.hello(name='evil', instance='44' * 16)
-        (other,) = [m for m in self.server._members() if m.hello.name == 'good']
+        (other,) = [m for m in self.server.tunnels.members() if m.hello.name == 'good']
         for resume in [
             {'session': other.id, 'received': 0}, {'session': mine['session'], 'received': 10**9},
             {'session': mine['session'], 'received': -1}, {'session': '\xfc', 'received': 0},
@@ -6482,12 +6484,12 @@ class HelloTest(HostileTest):
             return status, told.get('resume')
         self.assertEqual(await resumed('A'), (101, None))
         for token, proof, goes_on in ('A', '22', 0), ('B', '22', None), ('B', '33', None):
-            resume = {'session': self.server._members()[0].id, 'received': 0}
+            resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
             self.assertEqual(await resumed(token, proof=proof * 32, resume=resume),
                              (101, goes_on))
         self.write('tokens', 'ana B names=other\n')
         self.server._tokens.reload()
-        resume = {'session': self.server._members()[0].id, 'received': 0}
+        resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
         self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
 
     async def test_a_token_has_its_limits(self):
@@ -6514,8 +6516,8 @@ class HelloTest(HostileTest):
             self.assertEqual(status, 101, reason)
             peer.writer.close()
             await eventually(
-                lambda: not any(m.session.connection for m in self.server._members()))
-            for member in self.server._members():
+                lambda: not any(m.session.connection for m in self.server.tunnels.members()))
+            for member in self.server.tunnels.members():
                 member.session.end(lt.Disconnected('gone'))
 
     async def test_a_token_file_is_read_again_and_a_bad_one_is_not_taken(self):
@@ -6886,7 +6888,7 @@ class HostileVisitorTest(HostileTest):
                     visitors.append(await self.visitor('', port))
                     visitors[-1].send(ask)
                 await first.until(lt.OPEN)
-                await eventually(lambda: self.server._held == 1)
+                await eventually(lambda: self.server.tunnels.held == 1)
                 other, status, _ = await self.hello(**words, **rules)
                 self.assertEqual(status, 101)
                 self.meanwhile(other.serve(OK))
@@ -7128,7 +7130,7 @@ class Network(WorldTest):
         """All leave, and no session is kept."""
         while self.clients:
             await self.goes()
-        for member in self.server._members():
+        for member in self.server.tunnels.members():
             member.session.end(lt.Disconnected('the test is over'))
 
     async def relayed(self, cuts=(), delay=0.0, **options):
@@ -7139,7 +7141,7 @@ class Network(WorldTest):
         return await self.comes(port=port, **options)
 
     def members(self):
-        return self.server._tunnels['x'].members
+        return self.server.tunnels.get('x').members
 
     async def serve(self, head, reader, writer):
         """/N is N bytes; /hold waits for the gate; a body is counted; an upgrade echoes."""
@@ -7209,8 +7211,8 @@ class CutTest(Network):
             await self.relayed([(way, n)] * 3, wait=False)
             with self.subTest(way=way, n=n):
                 if n % 2 == 0:  # at once, before the client has come
-                    tunnel = self.server._tunnels['x'] = self.server._tunnel('x', 'http')
-                    tunnel.left_at, tunnel.said_goodbye = self.reactor.now(), False
+                    self.server.tunnels._table['x'] = tunnel = lt.Tunnel('x', 'http')
+                    tunnel.left_at = self.reactor.now()
                 else:
                     await self.clients[0].welcomed.wait()
                 await self.mix(dice)
@@ -7350,7 +7352,7 @@ class AwayTest(Network):
         return port
 
     async def held(self, n):
-        await eventually(lambda: self.server._held == n, f'{n} are not held')
+        await eventually(lambda: self.server.tunnels.held == n, f'{n} are not held')
 
     async def test_they_are_held_and_answered_when_it_is_back(self):
         port = await self.away()
@@ -7506,7 +7508,7 @@ class TakeoverTest(Network):
         await eventually(lambda: self.members()[0].session.connection is None)
         await self.leaves(self.clients.pop())
         many = [self.meanwhile(self.exchange('POST /9', b'x')) for _ in range(3)]
-        await eventually(lambda: self.server._held == 3)
+        await eventually(lambda: self.server.tunnels.held == 3)
         self.relay.to = port
         self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
 
@@ -7515,7 +7517,7 @@ class TakeoverTest(Network):
         many = [self.meanwhile(self.exchange(text, b'x')) for text in ('POST /hold', 'PUT /hold')]
         await eventually(lambda: len(self.asked) == 2)
         await self.comes(share=True)
-        port, self.relay.to, self.server._hold = self.relay.to, 1, 0.0
+        port, self.relay.to, self.server.tunnels.hold = self.relay.to, 1, 0.0
         self.relay.cut()
         await eventually(lambda: len(self.asked) == 3)      # what may be repeated goes elsewhere
         self.assertEqual(self.asked.count(b'/hold'), 3)
