@@ -4235,6 +4235,8 @@ class Admin:
             return 'application/json', json.dumps(server.served()) + '\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
+        if query == 'lease=1' and (server.draining or server.handing_over):
+            raise HopFailed(503, 'this server ends; ask the next one')
         if not server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1'):
             raise HopFailed(404, 'there is no such tunnel')
         return 'text/plain', 'ended\n'
@@ -5915,22 +5917,61 @@ def say_ready() -> None:
         notify_systemd('READY=1')
 
 
-async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
-    """Start this program again with SOCKETS; its process id once it serves, else 0."""
+LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
+
+
+def sign_lock(handle: int) -> None:
+    """Write into the lock who holds it."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, b'%-20d' % os.getpid())
+
+
+def lock_folder(folder: str) -> int:
+    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
+
+    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
+    """
+    given = os.environ.pop(LOCK_VARIABLE, '')
+    handle = int(given) if given else os.open(
+        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    os.set_inheritable(handle, False)
+    try:
+        if sys.platform == 'win32':
+            import msvcrt
+            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
+        os.close(handle)
+        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
+                         f'{printable(holder)}; end that one, or give this one another folder '
+                         'with --state') from None
+    sign_lock(handle)
+    return handle
+
+
+async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
+    """Start this program again with SOCKETS, and LOCK; its process id once it serves, else 0."""
     if not own_path():
         return 0        # it came through a pipe, and can't be started again
     import fcntl
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    ready = FIRST_PASSED + len(sockets)
+    locked, ready = FIRST_PASSED + len(sockets), FIRST_PASSED + len(sockets) + 1
     with ours:
         with theirs:
-            keep = [fcntl.fcntl(sock, fcntl.F_DUPFD_CLOEXEC, ready + 1)     # above where they are
-                    for sock in (*sockets, theirs)]         # to be: none is overwritten before
+            passed = [*(sock.fileno() for sock in sockets), lock, theirs.fileno()]
+            keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are
+                    for fd in passed]                       # to be: none is overwritten before
         try:
             child = os.posix_spawn(
                 sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
-                {**os.environ, 'LISTEN_FDS': str(len(sockets)), READY_VARIABLE: str(ready)},
+                {**os.environ, 'LISTEN_FDS': str(len(sockets)), LOCK_VARIABLE: str(locked),
+                 READY_VARIABLE: str(ready)},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i)
                               for i, fd in enumerate(keep)])
         except OSError:
@@ -5948,7 +5989,7 @@ async def start_successor(reactor: Reactor, sockets: Sockets) -> int:
 
 
 async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: Sockets) -> bool:
+                      sockets: Sockets, lock: int) -> bool:
     """Serve until STOP is set, or a successor is ready; was it that?"""
     asked = asyncio.Event()
     if hasattr(signal, 'SIGUSR2'):
@@ -5965,12 +6006,13 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
             log.note('handing over to a successor')
             await server.settle()
             server.handing_over = True
-            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()])
+            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()], lock)
             server.handing_over = False
             if child:
                 log.note(f'process {child} serves from now on')
                 notify_systemd(f'MAINPID={child}\nREADY=1')
                 return True
+            sign_lock(lock)
             log.note('error: the successor did not start; this server goes on')
     return False
 
@@ -5978,7 +6020,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
 # The server, from its start to its end.
 
 async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
-                     tokens: Tokens, leases: Leases, made: str) -> None:
+                     tokens: Tokens, leases: Leases, made: str, lock: int) -> None:
     """Serve until STOP is set, or a successor does."""
     passed = inherited_sockets()
     certificate, pin = choose_certificate(args)
@@ -6013,7 +6055,8 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
     announce(args, log, port, tls_port, made, pin)
     log.flush()
-    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin)
+    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin, lock)
+    os.close(lock)              # from now on nothing is written into the folder
     for listener in operator if handed_over else ():
         listener.close()        # what is asked from now on is for the successor
     log.note('draining; a second Ctrl-C ends at once')
@@ -6037,12 +6080,13 @@ def server_command(args: argparse.Namespace) -> int:
         os.makedirs(args.state, mode=0o700, exist_ok=True)
         if not os.access(args.state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
+        lock = lock_folder(args.state)
         tokens, made = server_tokens(args)
         leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
     except OSError as e:
         raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
-    return run(run_server, args, tokens, leases, made)
+    return run(run_server, args, tokens, leases, made, lock)
 
 
 # The parser.
