@@ -2609,7 +2609,11 @@ def load_key(warn: Callable[[str], None]) -> bytes:
             else:
                 os.replace(made, path)
         with open(path, 'rb') as f:
-            key = f.read()
+            key = f.read(33)
+            if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
+                warn(f'others could read {path}, and whoever has it has your names; now it is '
+                     'private. Remove it to get new names')
+                os.chmod(path, 0o600)
     except OSError as e:
         warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
              'LOCALTUNNEL_KEY gives a key where there is no disk')
@@ -5574,7 +5578,7 @@ def kept_tokens() -> Dict[str, Any]:
         with open(config_path('tokens.json'), encoding='utf-8') as f:
             kept = json.load(f)
         return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {'last': '', 'tokens': {}}
 
 

@@ -2405,6 +2405,13 @@ class KeyTest(FolderTest):
         self.assertEqual(os.stat(self.path('config', 'localtunnel', 'key')).st_mode & 0o777, 0o600)
         self.assertEqual(os.stat(self.path('config', 'localtunnel')).st_mode & 0o777, 0o700)
 
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_one_that_others_can_read_is_made_private_with_one_warning(self):
+        key = self.load()
+        os.chmod(self.path('config', 'localtunnel', 'key'), 0o644)
+        self.assertEqual((self.load(), len(self.warnings)), (key, 1))
+        self.assertEqual((self.load(), self.warnings), (key, []))
+
     def test_the_environment_may_give_it(self):
         os.environ['LOCALTUNNEL_KEY'] = KEY.hex()
         self.assertEqual(self.load(), KEY)
@@ -4941,7 +4948,7 @@ class HttpsTest(CommandTest):
     def secure_server(self):
         """The port of a server that shows CERTIFICATE."""
         files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0], '--key',
+        relay = self.start('server', '--state', self.path('tls'), '--port', 0, '--tls-port', 0, '--cert', files[0], '--key',
                            files[1])
         return int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
 
