@@ -4948,8 +4948,8 @@ class HttpsTest(CommandTest):
     def secure_server(self):
         """The port of a server that shows CERTIFICATE."""
         files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        relay = self.start('server', '--state', self.path('tls'), '--port', 0, '--tls-port', 0, '--cert', files[0], '--key',
-                           files[1])
+        relay = self.start('server', '--state', self.path('tls'), '--port', 0, '--tls-port', 0,
+                           '--cert', files[0], '--key', files[1])
         return int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
 
     def test_a_tunnel_over_tls_has_an_https_url_that_answers(self):
