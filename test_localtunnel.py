@@ -5124,6 +5124,29 @@ class PythonTest(CommandTest):
                 self.assertEqual(len({app.port, first.url, second.url}), 3)
 
 
+class TokenOfTheEnvironmentTest(FolderTest):
+    """LOCALTUNNEL_TOKEN is for the server that LOCALTUNNEL_SERVER names."""
+
+    def test_by_http_it_goes_to_no_other_server_and_by_https_with_a_warning(self):
+        os.environ['LOCALTUNNEL_TOKEN'] = 'T'
+        for meant, server, token, warnings in (
+                ('', 'http://localhost:8080', 'T', 0), ('', 'https://a.example', 'T', 0),
+                ('', 'http://a.example', '', 1), ('http://a.example', 'http://a.example', 'T', 0),
+                ('https://a.example', 'http://a.example', '', 1),
+                ('a.example', 'https://a.example', 'T', 0), ('b.example', 'a.example', 'T', 1)):
+            os.environ['LOCALTUNNEL_SERVER'] = meant
+            with self.subTest((meant, server)), unittest.mock.patch.object(lt, 'say') as say:
+                address = lt.ServerAddress(server)
+                self.assertEqual(lt.known_token(None, address), token)
+                self.assertEqual(say.call_count, warnings)
+                self.assertEqual(lt.known_token('mine', address), 'mine')
+
+    def test_a_damaged_file_of_tokens_is_none(self):
+        os.makedirs(self.path('config', 'localtunnel'))
+        self.write('config/localtunnel/tokens.json', '[' * 100000)
+        self.assertEqual(lt.known_token(None, lt.ServerAddress('a.example')), '')
+
+
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 class TokenPromptTest(CommandTest):
     """A server wants a token, and none was given."""
