@@ -93,13 +93,16 @@ NEVER = float('inf')
 READ_SIZE = 256 * KIB           # one read of a socket: from here on larger reads bring nothing
 MAX_PAYLOAD = 64 * KIB          # of a frame: a stream's turn; at 10 Mbit/s it takes 50 ms
 INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most answers need no CREDIT at all
-SMALL_CREDIT = 16 * KIB         # the same once half of the session's budget is promised
+SMALL_CREDIT = 16 * KIB         # the same once half of what the session may have is promised
+LEAST_CREDIT = 4 * KIB          # the same once three quarters are: it may never be used
 MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
-SESSION_BUDGET = 64 * MIB       # what all receive windows of one session may add up to
-LEAST_BUDGET = 64 * MIB         # what a process has for them at least, and at the most
+SESSION_BUDGET = 72 * MIB       # what one session may hold: windows, and what is kept for resume
+SESSION_FLOOR = 256 * KIB       # of it, which a session may have however little the process has
+LEAST_BUDGET = 64 * MIB         # what a process has for all sessions at least, and at the most
 MOST_BUDGET = 1 * GIB
 BATCH = 256 * KIB               # frames that leave in one write; more would only sit in the kernel
 KEPT_FOR_RESUME = 8 * MIB       # sent and not acknowledged: 640 Mbit/s over a path of 100 ms
+KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
 MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
@@ -125,6 +128,7 @@ HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks 
 KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
 PAGE_STALLED = 20.0             # for a part of a page of ours to be read: they are not worth more
 BODY_IDLE = 3600.0              # without a byte in either direction of a body
+UPLOAD_IDLE = 60.0              # the same of a request without an answer; the first: HEAD_TIMEOUT
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
 CONNECT_TIMEOUT = 10.0          # to reach the app
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
@@ -143,6 +147,7 @@ ANSWER = 2.0                    # the same where another client of the owner wan
 SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
 UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of an answer
 STALLED_SESSION = 20.0          # without progress of a write
+ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
 RESUME_WITHIN = 60.0            # a session without connection is kept so long
 HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
 HELD_AFTER_BREAK = 30.0         # and only when the client went without goodbye so long ago
@@ -410,7 +415,8 @@ MAX_CREDIT = 1 << 31
 class Budget:
     """Bytes that may be promised; what is taken here is taken from the parent too, if it has one.
 
-    There are two levels: a session and its process.
+    There are two levels: a session and its process.  A session leaves as much of its process as it
+    has: one that is greedy gets half, two get a third each, and others always find room.
     """
     __slots__ = ('limit', 'used', '_parent')
 
@@ -420,9 +426,13 @@ class Budget:
     def take(self, n: int, leave: int = 0) -> bool:
         """Take N bytes, where LEAVE more are left for others; or nothing and say False."""
         parent, least = self._parent, n + leave
-        if self.used + least > self.limit or parent and parent.used + least > parent.limit:
+        if self.used + least > self.limit or parent and (
+                self.used + least > SESSION_FLOOR
+                and self.used + parent.used + 2 * least > parent.limit):
             return False
-        self.give(-n)
+        self.used += n
+        if parent:
+            parent.used += n
         return True
 
     def give(self, n: int) -> None:
@@ -430,13 +440,6 @@ class Budget:
         self.used -= n
         if self._parent:
             self._parent.used -= n
-
-    @property
-    def scarce(self) -> bool:
-        """Is half of it, or of the parent's, promised?"""
-        parent = self._parent
-        return self.used * 2 >= self.limit or (parent is not None
-                                               and parent.used * 2 >= parent.limit)
 
 
 class ReceiveWindow:
@@ -711,16 +714,20 @@ class ByteStream:
 
         Raises what broke the stream, or Overdue.
         """
-        size = self.size
-        deadline = self.reactor.now() + (self.idle if timeout is None else timeout)
+        size, began = self.size, self.reactor.now()
         while self.size == size:
             if self.ended:
                 return False
             if self.error is not None:
                 self.check()
-            self._readable.deadline = deadline
+            self._readable.deadline = began + (self.idle if timeout is None else timeout)
             await self._readable
         return True
+
+    def allow(self, seconds: float) -> None:
+        """A wait may last so many SECONDS from now on, one that is under way, too."""
+        self.idle = seconds
+        self._readable.set()
 
     def take(self, limit: float) -> bytes:
         """Bytes that are here, at most LIMIT; b'' where there are none."""
@@ -1230,6 +1237,7 @@ class Session:
         self.line: Dict[Stream, None] = {}      # streams that wait for their turn
         self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
         self.sent = 0
+        self._may_keep = self._least_kept = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)
         self._acknowledged = self._asked_at = 0
         self.heard = self._moved = reactor.now()
         self._pending = 0           # bytes written that the kernel had not taken at the last sweep
@@ -1244,10 +1252,11 @@ class Session:
         """A new stream to the other side, or None when there are too many."""
         if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
-        size = SMALL_CREDIT if self._budget.scarce else INITIAL_CREDIT
-        if not self._budget.take(size):
-            return None
-        return Stream(self, ReceiveWindow(size, self._budget), INITIAL_CREDIT)
+        used = self._budget.used
+        for size, leave in (INITIAL_CREDIT, used), (SMALL_CREDIT, used // 3), (LEAST_CREDIT, 0):
+            if self._budget.take(size, leave):
+                return Stream(self, ReceiveWindow(size, self._budget), INITIAL_CREDIT)
+        return None
 
     @property
     def usable(self) -> bool:
@@ -1279,7 +1288,24 @@ class Session:
     def has_room(self) -> bool:
         """May a stream send a frame now?"""
         return (self._out_size < BATCH and self.connection is not None
-                and not self.connection.choked and self.sent - self._acknowledged < KEPT_FOR_RESUME)
+                and not self.connection.choked and (
+                    self.sent + self._out_size - self._acknowledged < self._may_keep
+                    or self._keep_more()))
+
+    def _keep_more(self) -> bool:
+        """Let one step more be kept for resume, or ask what has arrived; was there budget?"""
+        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
+                KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
+            if self._pinged == NEVER:
+                self._ping()
+            return False
+        self._may_keep += KEPT_AT_FIRST
+        return True
+
+    def _keep_less(self) -> None:
+        """Give back what was taken for it."""
+        self._budget.give(self._may_keep - self._least_kept)
+        self._may_keep = self._least_kept
 
     def stand_in_line(self, stream: Stream) -> None:
         """STREAM will be woken when it is its turn."""
@@ -1404,7 +1430,7 @@ class Session:
             self._flush()
             if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
                 raise ProtocolError('answers pile up and are not read')
-            if self.sent - self._acknowledged > KEPT_FOR_RESUME + 2 * BATCH:
+            if self.sent - self._acknowledged > self._may_keep + 2 * BATCH:
                 raise ProtocolError('nothing is acknowledged')
             if len(frames) == FRAMES_TOGETHER and not self._catching_up:
                 self._fall_behind()
@@ -1483,6 +1509,8 @@ class Session:
         had_room = self.has_room()
         while self._kept and self._acknowledged + len(self._kept[0]) <= n:
             self._acknowledged += len(self._kept.popleft())
+        if self._may_keep > self._least_kept > self.sent - self._acknowledged:
+            self._keep_less()
         if not had_room:
             self._schedule()
 
@@ -1550,7 +1578,7 @@ class Session:
                 self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
         if not (self.streams or self.line or self._pending or woke_up) and (
-                now - self.heard < PONG_WITHIN):
+                self._pinged == NEVER and now - self.heard < PONG_WITHIN):
             return      # nothing can be due: there may be thousands of such sessions
         for stream in [*self.streams.values(), *self.line]:
             stream.end_waits(now)
@@ -1562,6 +1590,8 @@ class Session:
         elif (self.pings and self._pinged != NEVER
               and now - max(self._pinged, self.heard) > PONG_WITHIN):
             self._lost(f'no answer to a ping in {PONG_WITHIN:.0f} s')
+        elif now - self._pinged > ACKNOWLEDGED:
+            self._break(ProtocolError('nothing is acknowledged'))
         elif self._pinged == NEVER and (woke_up and self.pings or now - self.heard > (
                 PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN)):
             self._ping()
@@ -1611,6 +1641,7 @@ class Session:
         for stream in [*self.streams.values(), *self.line]:
             stream.over(lost)
         self._kept.clear()
+        self._keep_less()
         self.line.clear()
         self.on_closed()
 
@@ -2846,10 +2877,14 @@ class Exchange(Record):
         return asyncio.sleep(0)
 
     async def _stream(self, head: bytes, end: bool) -> None:
-        far = self.far
+        far, tap = self.far, None
+        if isinstance(self.near, Connection):       # a visitor's: the other end need not look
+            self.near.idle, tap = HEAD_TIMEOUT, self.has_begun
         try:
-            await copy_message(head, self.body, far, self.length == CHUNKED, end)
+            await copy_message(head, self.body, far, self.length == CHUNKED, end, tap)
         except (LocaltunnelError, OSError) as e:
+            if isinstance(e, Overdue):
+                e = BadHttp(408, 'the body of the request did not arrive in time')
             self.fault = e if isinstance(e, BadHttp) else None
             if far.error is None:       # cut short here, cut short there
                 far.reset(INCOMPLETE if self.fault else CANCELLED, f'the request broke off: {e}')
@@ -2875,6 +2910,11 @@ class Exchange(Record):
         self.status = 101
         await self.near.write(encode_response(response, block))
         await join(self.near, self.far)
+
+    def has_begun(self, piece: bytes) -> None:
+        """A PIECE of the body is there: the next one may take longer."""
+        if not self.status:
+            self.near.idle = UPLOAD_IDLE
 
     async def stop_sending(self) -> None:
         """The rest of the request is not wanted."""
@@ -3123,7 +3163,7 @@ class Tunnels:
     def __init__(self, reactor: Reactor, hold: float, log: Observer) -> None:
         """Requests wait for HOLD seconds for a client that is on its way back."""
         self.hold = hold
-        self.served: Dict[str, int] = collections.Counter()     # tunnels of each holder
+        self.served: Dict[str, int] = collections.Counter()     # sessions of each holder
         self.held = 0                   # requests that wait
         self.received = self.sent = 0   # bytes of the sessions that are over
         self.closed = False             # nobody is expected back: the server ends
@@ -3154,8 +3194,7 @@ class Tunnels:
     def enter(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER serves TUNNEL from now on."""
         self._table[tunnel.key] = tunnel
-        if not tunnel.members:
-            self.served[member.holder] += 1
+        self.served[member.holder] += 1
         tunnel.members.append(member)
         session = member.session
 
@@ -3180,10 +3219,9 @@ class Tunnels:
     def remove(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER does not serve TUNNEL any more."""
         tunnel.members.remove(member)
-        if not tunnel.members:
-            self.served[member.holder] -= 1
-            if not self.served[member.holder]:
-                del self.served[member.holder]
+        self.served[member.holder] -= 1
+        if not self.served[member.holder]:
+            del self.served[member.holder]
 
     def revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         """End MEMBER, which may not come back."""
@@ -3785,6 +3823,8 @@ class Server:
                 ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
                 await exchange.send(stream, ours, end=not request.upgrade)
                 response = await read_final(stream, interim, NEVER, inside=True)
+                if exchange.sending:
+                    exchange.near.allow(BODY_IDLE)
                 length = response.body_length(request.method)
                 return await exchange.respond(
                     response, length, self._answer_lines(exchange, response, length), end=False)
@@ -4139,14 +4179,14 @@ class Server:
 
     def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> None:
         """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
-        if len(tunnel.members) >= MAX_MEMBERS and hello.share:
+        goes = tunnel.beside(hello)     # their places are free
+        if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
             raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
-        if tunnel.members:
-            return
-        if self.tunnels.served.get(holder, 0) >= grant.tunnels and not is_loopback(holder):
-            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once; end '
-                          'another one first')
-        if sum(self.tunnels.served.values()) >= self._most:
+        has = self.tunnels.served.get(holder, 0) - sum(old.holder == holder for old in goes)
+        if has >= grant.tunnels and not is_loopback(holder):
+            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
+                          'client of --share counted; end another one first')
+        if sum(self.tunnels.served.values()) - len(goes) >= self._most:
             raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
 
     def _release(self, name: str, owner: str) -> NoReturn:

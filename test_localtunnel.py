@@ -477,17 +477,26 @@ class BudgetTest(unittest.TestCase):
 
     def test_nothing_is_taken_where_either_has_too_little(self):
         process = lt.Budget(100)
+        self.addCleanup(setattr, lt, 'SESSION_FLOOR', lt.SESSION_FLOOR)
+        lt.SESSION_FLOOR = 0
         small, large = lt.Budget(10, process), lt.Budget(1000, process)
         self.assertFalse(small.take(11))
         self.assertFalse(large.take(101))
         self.assertEqual((small.used, large.used, process.used), (0, 0, 0))
-        self.assertTrue(large.take(100))
+        self.assertFalse(large.take(51))        # more than it leaves
+        self.assertTrue(large.take(50))
 
-    def test_it_is_scarce_once_half_is_promised_here_or_above(self):
-        process = lt.Budget(100)
-        one, other = lt.Budget(1000, process), lt.Budget(1000, process)
-        self.assertFalse(one.take(49) and other.scarce)
-        self.assertTrue(one.take(1) and other.scarce)
+    def test_one_that_is_greedy_leaves_as_much_as_it_has(self):
+        with unittest.mock.patch.object(lt, 'SESSION_FLOOR', 5):
+            process = lt.Budget(1000)
+            greedy = [lt.Budget(1000, process) for _ in range(4)]
+            for one in greedy:
+                while one.take(1):
+                    pass
+            self.assertEqual([one.used for one in greedy], [500, 250, 125, 62])
+            self.assertTrue(lt.Budget(1000, process).take(31))
+            late = [lt.Budget(1000, process) for _ in range(50)]
+            self.assertTrue(all(one.take(5) for one in late))       # that much in any case
 
 
 class WindowTest(unittest.TestCase):
@@ -1258,17 +1267,18 @@ class SessionStreamsTest(SessionTest):
         self.assertEqual(caught.exception.code, lt.OVERLOADED)
 
     async def test_windows_begin_small_once_the_budget_is_scarce(self):
-        process = lt.Budget(4 * lt.INITIAL_CREDIT)
+        process = lt.Budget(8 * lt.INITIAL_CREDIT)
         left, right = await self.connections()
         _, self.there = self.new_sessions()
         self.here = lt.Session(self.reactor, process)
         self.stack.push_async_callback(self.give_back, self.here)
         self.here.attach(left)
         self.there.attach(right)
-        pairs = [await self.streams() for _ in range(3)]
-        self.assertEqual([mine.window.size for mine, _ in pairs], [65536, 65536, lt.SMALL_CREDIT])
-        await pairs[2][1].write(pattern(3 * lt.SMALL_CREDIT)[:lt.SMALL_CREDIT])
-        self.assertEqual(pairs[2][1].credit, 0)
+        pairs = [await self.streams() for _ in range(7)]
+        self.assertEqual([mine.window.size for mine, _ in pairs], [
+            *[lt.INITIAL_CREDIT] * 2, *[lt.SMALL_CREDIT] * 4, lt.LEAST_CREDIT])
+        await pairs[3][1].write(pattern(lt.SMALL_CREDIT))
+        self.assertEqual(pairs[3][1].credit, 0)
 
     async def test_a_window_is_announced_with_the_stream_that_it_is_of(self):
         here, there = await self.sessions()
@@ -1668,6 +1678,29 @@ class ResumeTest(SessionTest):
         self.assertFalse(self.here.can_resume(1) or self.here.can_resume(-1))
         self.here.end(lt.Disconnected('over'))
         self.assertFalse(self.here.can_resume(0))
+
+    async def test_what_is_kept_is_taken_from_the_budget_of_the_process(self):
+        process = lt.Budget(4 * lt.MIB)
+        left, right = self.sockets()
+        session = lt.Session(self.reactor, process)
+        self.stack.push_async_callback(self.give_back, session)
+        session.attach(await self.connection(left))
+        peer = await self.raw(sock=right)
+        stream = session.open()
+        self.stack.callback(stream.close)
+        stream.credit = 100 * lt.MIB
+        async with self.background(stream.write(bytes(20 * lt.MIB))):
+            while session.line or session.sent < lt.KEPT_AT_FIRST:
+                frame = await peer.frame()
+                if frame[0] == lt.PING:
+                    peer.send(F(lt.PONG, 0, U64(0)))
+                if stream in session.line and not session._out:
+                    break
+            kept = session.sent - session._acknowledged
+            self.assertLess(kept, lt.KEPT_AT_FIRST + process.limit // 2 + lt.MAX_PAYLOAD)
+            self.assertGreaterEqual(process.used, kept - lt.KEPT_AT_FIRST - lt.MAX_PAYLOAD)
+            peer.send(F(lt.PONG, 0, U64(session.sent)))
+            await eventually(lambda: session._acknowledged >= kept)
 
     async def test_writers_wait_while_too_much_is_kept(self):
         with self.constant(KEPT_FOR_RESUME=100000, ACKNOWLEDGE_EVERY=10**9):
@@ -6382,6 +6415,63 @@ class FrameTest(HostileTest):
         self.assertEqual((await asked.answer())[0], 502)
         self.assertLess(opened, 10)
 
+    async def test_one_that_reads_and_acknowledges_nothing_is_ended(self):
+        await self.world()
+        await self.good()
+        with self.constant(ACKNOWLEDGED=0.2):
+            peer = await self.victim()
+            asked = await self.ask(fields='Content-Length: 9')
+            await peer.until(lt.OPEN)
+            self.server._members()[-1].session._ping()
+            for _ in range(1000):
+                peer.send(F(lt.PONG, 0, U64(0)))        # it is there
+                frame = await asyncio.wait_for(peer.frame(), PATIENCE)
+                if frame is None or frame[0] == lt.GOAWAY:
+                    break
+            self.assertIn(b'nothing is acknowledged', frame[2])
+        asked.writer.close()
+        await self.others_are_served()
+
+    async def test_uploads_that_stall_in_one_tunnel_leave_room_in_the_others(self):
+        await self.world(buffer=16 * lt.MIB)
+        await self.good()
+        peer = await self.victim()
+        asked = [await self.ask(fields='Content-Length: 9') for _ in range(640)]
+        for _ in asked:
+            self.assertIsNotNone(await peer.until(lt.OPEN))
+        with self.constant(ROOM_WITHIN=0.0):
+            await self.others_are_served()
+        self.assertLessEqual(self.server._budget.used, 9 * lt.MIB)
+
+    async def test_a_body_that_does_not_come_is_408(self):
+        await self.world()
+        for begins, constants in ((b'', {'HEAD_TIMEOUT': 0.05}), (b'x', {'UPLOAD_IDLE': 0.05})):
+            with self.constant(**constants):
+                peer = await self.victim()
+                asked = await self.visitor('evil.localhost')
+                asked.ask(fields='Content-Length: 9', method='POST', body=begins)
+                _, id, _ = await peer.until(lt.OPEN)
+                while begins:       # the first piece came later
+                    await asyncio.sleep(0.01)
+                    begins = asked.send(b'y')
+                self.assertEqual((await asked.answer())[0], 408)
+                self.assertEqual((await peer.until(lt.RESET))[1], id)
+
+    async def test_once_the_app_answers_a_body_may_take_its_time(self):
+        await self.world()
+        with self.constant(HEAD_TIMEOUT=0.1):
+            peer = await self.victim()
+            asked = await self.visitor('evil.localhost')
+            asked.ask(fields='Content-Length: 9', method='POST')
+            _, id, _ = await peer.until(lt.OPEN)
+            peer.send(F(lt.DATA, id, b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\na'))
+            await asked.reader.readuntil(b'\r\n\r\na')
+            await asyncio.sleep(0.3)
+            asked.send(b'123456789')
+            self.assertEqual((await peer.until(lt.DATA))[2], b'123456789')
+            peer.send(F(lt.DATA | END, id, b'b'))
+            self.assertEqual(await asked.reader.readexactly(1), b'b')
+
     async def test_one_that_provokes_answers_and_never_reads_them_is_given_up(self):
         await self.world()
         await self.good()
@@ -6559,6 +6649,15 @@ class HelloTest(HostileTest):
         for n in range(80):  # of one name and many clients is still many
             _, status, _ = await self.hello('A', name='demo', share=True, instance=f'{n:032x}')
         self.assertEqual(status, 429, 'sessions of one tunnel have no limit')
+
+    async def test_each_client_of_a_shared_name_counts(self):
+        await self.world(lt.Tokens([], self.write('tokens', 'ana A tunnels=2\n')))
+        with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
+            first, second = ({'instance': n * 32, 'share': True} for n in '12')
+            for words, status in ((first, 101), (second, 101), ({'share': True}, 429),
+                                  (second, 101), ({'started': 9}, 101), ({'name': 'y'}, 101),
+                                  ({'name': 'z'}, 429)):
+                self.assertEqual((await self.hello('A', **{'name': 'x', **words}))[1], status)
 
     async def test_names_that_were_served_and_left_do_not_count_as_tunnels(self):
         await self.world(max_tunnels=5)
