@@ -6422,7 +6422,7 @@ class FrameTest(HostileTest):
             peer = await self.victim()
             asked = await self.ask(fields='Content-Length: 9')
             await peer.until(lt.OPEN)
-            self.server._members()[-1].session._ping()
+            self.server.tunnels.members()[-1].session._ping()
             for _ in range(1000):
                 peer.send(F(lt.PONG, 0, U64(0)))        # it is there
                 frame = await asyncio.wait_for(peer.frame(), PATIENCE)
