@@ -29,11 +29,11 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    1 Constants and errors    6 HTTP/1.1             11 Client
-    2 Wire                    7 Names and tokens     12 Terminal
-    3 Credit                  8 Certificates         13 Command line
-    4 Byte streams            9 Exchange
-    5 Session                10 Server
+    1 Constants and errors    6 HTTP/1.1             11 Admission
+    2 Wire                    7 Names and tokens     12 Server
+    3 Credit                  8 Certificates         13 Client
+    4 Byte streams            9 Exchange             14 Terminal
+    5 Session                10 Tunnels              15 Command line
 """
 
 from __future__ import annotations
@@ -2934,47 +2934,10 @@ class Observer:
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Server
+# 10. Tunnels
 #
-# Sessions in, visitors in.  Knows no frames and nothing of the client.
-#
-# All arrive on the same port.  The first request of a connection tells which it is: an Upgrade to
-# our protocol becomes a session; everything else belongs to a visitor, and every single request is
-# routed by its own Host.
+# Who serves which name, and who waits for it.  Knows no tokens, and not what a request asks for.
 # ------------------------------------------------------------------------------------------------
-
-def process_budget() -> int:
-    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
-    try:
-        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError):
-        return LEAST_BUDGET         # Windows does not tell
-    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
-
-
-def descriptor_limit() -> int:
-    """How many files and sockets the process may have: the limit is raised as far as it goes."""
-    try:
-        import resource
-    except ImportError:
-        return MAX_DESCRIPTORS          # Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    except (ValueError, OSError):
-        return soft
-    return max(soft, most)
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        with open('/proc/self/statm', encoding='ascii') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except (OSError, ValueError):
-        return 0
-
 
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
@@ -3334,6 +3297,286 @@ class Tunnels:
                 future.set_result(None)
 
 
+# ------------------------------------------------------------------------------------------------
+# 11. Admission
+#
+# Who may open a tunnel, under which name, and how many.  Knows no routes and no visitors' requests.
+#
+#   grant     what a token allows; its `digest` is '' for who came without one
+#   owner     whose a chosen name is: the user of the token where it has one, else the proof
+#   holder    whose tunnels are counted: the token, else the address
+#
+# First all that may speak against a client is looked at, and nothing changes; then the lease is
+# written, the last that can fail; then the client enters.
+# ------------------------------------------------------------------------------------------------
+
+class Candidate:
+    """A client that asks for a tunnel."""
+    __slots__ = ('visit', 'grant', 'hello', 'owner', 'holder', 'name', 'tunnel')
+
+    def __init__(self, visit: Visit, grant: Grant, hello: Hello, name: str) -> None:
+        self.visit, self.grant, self.hello, self.name = visit, grant, hello, name
+        self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
+        self.holder = grant.digest or block_of(visit.address)
+        self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
+
+
+class Kind:
+    """Tunnels of one kind beside http, which are reached in another way."""
+
+    def place(self, asked: Candidate) -> None:
+        """Find a place for the tunnel of ASKED, and say where in its `url`.  Raises Refused."""
+        raise NotImplementedError
+
+    async def open(self, tunnel: Tunnel) -> None:
+        """Let visitors come to TUNNEL, which has a place and a client."""
+        raise NotImplementedError
+
+    def free(self, tunnel: Tunnel) -> bool:
+        """Free what TUNNEL has leased; return whether there was anything."""
+        raise NotImplementedError
+
+    def sweep(self) -> None:
+        """Now and then."""
+
+
+class Admission:
+    """Lets clients in, or says why not."""
+
+    def __init__(self, reactor: Reactor, tokens: Tokens, leases: Leases, tunnels: Tunnels,
+                 budget: Budget, most: int, counters: Dict[Union[str, int], int],
+                 trace: Optional[Trace]) -> None:
+        """MOST tunnels in all; BUDGET is of all sessions together."""
+        self.kinds: Dict[str, Kind] = {}        # beside http, by what a hello calls them
+        self.closed = False                     # the server ends, or a successor is starting
+        self.leases = leases
+        self._reactor, self._tokens, self._tunnels = reactor, tokens, tunnels
+        self._budget, self._most, self._counters, self._trace = budget, most, counters, trace
+        self._claims: Dict[str, int] = collections.Counter()    # new leases without token, by block
+        self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
+        self._wrong: Dict[str, float] = {}      # until when a block waits for its wrong tokens
+
+    def sweep(self, now: float) -> None:
+        """Forget old guesses; end whose token is not valid any more."""
+        self._wrong = {block: until for block, until in self._wrong.items() if until > now}
+        for tunnel in self._tunnels:
+            for member in tuple(tunnel.members):
+                if not self._tokens.holds('', member.grant.digest, time.time()):
+                    self._tunnels.revoke(tunnel, member, 'its token is not valid any more')
+        for kind in self.kinds.values():
+            kind.sweep()
+
+    def end(self, name: str, lease: bool, why: str) -> bool:
+        """End what serves NAME, with LEASE free it too; return whether there was anything."""
+        found = self._tunnels.end(name, why)
+        if lease:
+            for key, kind in self.kinds.items():
+                tunnel = self._tunnels.get(tunnel_key(name, key))
+                found |= tunnel is not None and kind.free(tunnel)
+            found |= self.leases.free(name)
+        return found
+
+    async def admit(self, visit: Visit, request: Request,
+                    url: Callable[[str], str]) -> Tuple[Member, Tunnel, Optional[int]]:
+        """The member that a session request becomes, and its tunnel; and how many bytes its client
+        has received, None where the session is new to it.
+
+        URL gives that of a name.  Raises Refused.
+        """
+        asked = await self._check(visit, request)
+        goes_on = self._resumed(asked)
+        if goes_on:
+            return goes_on
+        self._check_new(asked)
+        hello, tunnel = asked.hello, asked.tunnel
+        if hello.name is not None:
+            self.claim(asked.name, asked.owner, asked)
+        if hello.kind == 'http':
+            tunnel.url = url(asked.name)
+        elif not tunnel.url:
+            self.kinds[hello.kind].place(asked)
+        self._make_way(asked)
+        member = Member(Session(self._reactor, self._budget), hello, asked.grant, asked.holder)
+        member.session.trace = self._trace
+        self._tunnels.enter(tunnel, member)
+        if hello.kind != 'http':
+            await self.kinds[hello.kind].open(tunnel)
+        return member, tunnel, None
+
+    async def _check(self, visit: Visit, request: Request) -> Candidate:
+        """Who asks, and for what.  Raises Refused."""
+        grant = await self._grant(request, visit)
+        hello = Hello(request.get(b'localtunnel-hello'))
+        if hello.name is not None:
+            check_name(hello.name)
+            if not any(fnmatch.fnmatchcase(hello.name, glob) for glob in grant.names):
+                raise Refused(403, 'bad_name', f'your token does not allow the name {hello.name}')
+            name = str(hello.name)
+        else:
+            first, _, parent = request.host_name.partition('.')
+            site = parent if is_derived(first) else request.host_name.strip('[]')
+            name = derive_name(site, hello.proof, hello.long)
+        asked = Candidate(visit, grant, hello, name)
+        if hello.name is None or self.leases.owner(name, time.time()) == asked.owner:
+            there = self._find(asked).before(hello)     # one that does not answer goes
+            await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
+            visit.connection.check()
+        asked.tunnel = self._find(asked)
+        return asked
+
+    def _find(self, asked: Candidate) -> Tunnel:
+        return self._tunnels.get(asked.tunnel.key) or asked.tunnel
+
+    def _check_new(self, asked: Candidate) -> None:
+        """Raises Refused where the server has no place for ASKED; or where it gave a name back."""
+        hello, tunnel, grant, holder = asked.hello, asked.tunnel, asked.grant, asked.holder
+        if self.closed:
+            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
+        if hello.kind != 'http' and hello.kind not in self.kinds:
+            raise Refused(403, 'bad_port', f'this server has no tunnels of the kind {hello.kind}')
+        if hello.release and hello.name is not None:
+            self.leases.release(asked.name, asked.owner, time.time())
+            self._tunnels.end(asked.name, f'the name {asked.name} was given back')
+            raise Refused(200, 'released', f'the name {asked.name} was given back')
+        goes = tunnel.beside(hello)     # their places are free
+        if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
+            raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
+        has = self._tunnels.served.get(holder, 0) - sum(old.holder == holder for old in goes)
+        if has >= grant.tunnels and not is_loopback(holder):
+            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
+                          'client of --share counted; end another one first')
+        if sum(self._tunnels.served.values()) - len(goes) >= self._most:
+            raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
+        if tunnel.before(hello):
+            raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
+                          'started later by its clock; end it, or set both clocks right',
+                          final=True)
+
+    async def _grant(self, request: Request, visit: Visit) -> Grant:
+        """What the client's token allows.  Raises Refused.
+
+        Where a wrong one has come, whoever comes next from there waits before theirs is looked at:
+        so a guess takes its time, however it is sent.
+        """
+        scheme, _, given = request.get(b'authorization').partition(b' ')
+        token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
+        block, now = block_of(visit.address), self._reactor.now()
+        turn = self._wrong.get(block, now)
+        if token and turn > now:
+            if turn > now + MOST_WRONG_TOKEN:
+                raise Refused(429, 'too_many', f'wrong tokens came from {visit.address}; try again '
+                              f'in {int(turn - now) + 1} seconds')
+            self._wrong[block] = turn + WRONG_TOKEN
+            await visit.wait(turn - now)
+        grant = self._tokens.find(token, time.time())
+        if grant is None:
+            if token:
+                self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
+                self._counters['wrong_tokens'] += 1
+            raise Refused(401, 'token', 'the server does not know this token, or it has expired'
+                          if token else 'the server wants a token: give it with --token TOKEN or '
+                          'in LOCALTUNNEL_TOKEN')
+        return grant
+
+    def claim(self, key: str, owner: str, asked: Candidate) -> None:
+        """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.
+
+        Who comes without a token can make up owners, but not addresses.
+        """
+        now, block = time.time(), block_of(asked.visit.address)
+        new = (not asked.grant.digest and not is_loopback(asked.visit.address)
+               and self.leases.owner(key, now) is None)
+        if new:
+            if now - self._claims_since > DAY:
+                self._claims_since, self._claims = now, collections.Counter()
+            if self._claims[block] >= MAX_LEASES:
+                raise Refused(429, 'too_many_names', f'{asked.visit.address} has taken '
+                              f'{MAX_LEASES} new names today; take one of those, or come again '
+                              'tomorrow')
+        self.leases.claim(key, owner, asked.grant.digest, now)
+        if new:
+            self._claims[block] += 1
+
+    def _make_way(self, asked: Candidate) -> None:
+        """End the members that ASKED replaces."""
+        tunnel, new = asked.tunnel, asked.hello
+        for old in tunnel.beside(new):
+            self._tunnels.remove(tunnel, old)
+            if old.hello.instance == new.instance:
+                old.session.end(Disconnected('the client came back without this session'))
+            else:
+                old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
+                                  f'{tunnel.name} over')
+                self._reactor.loop.call_later(DRAIN, old.session.end, Disconnected('superseded'))
+
+    @staticmethod
+    def _resumed(asked: Candidate) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+        """As `admit`, where a session of this client goes on, since nothing is missing; else None.
+
+        One whose welcome was lost goes on too: all that was sent is sent again.
+        """
+        hello, grant, tunnel = asked.hello, asked.grant, asked.tunnel
+        member = next((m for m in tunnel.members if m.hello.instance == hello.instance), None)
+        if member is None:
+            return None
+        if hello.attempt < member.hello.attempt:
+            raise Refused(409, 'stale', 'a later attempt of this client has come before this one')
+        id, received = hello.resume
+        theirs = received if same(member.id, id) else None
+        session = member.session
+        if not session.can_resume(theirs or 0) or (theirs is None and session.received):
+            return None
+        if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
+                grant.user, grant.digest):
+            return None         # somebody else's session: whoever asks begins one of their own
+        session.detach()
+        member.hello.attempt, member.grant = hello.attempt, grant
+        return member, tunnel, theirs
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Server
+#
+# Sessions in, visitors in.  Knows no frames and nothing of the client.
+#
+# All arrive on the same port.  The first request of a connection tells which it is: an Upgrade to
+# our protocol becomes a session; everything else belongs to a visitor, and every single request is
+# routed by its own Host.
+# ------------------------------------------------------------------------------------------------
+
+def process_budget() -> int:
+    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
+    try:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError):
+        return LEAST_BUDGET         # Windows does not tell
+    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
+
+
+def descriptor_limit() -> int:
+    """How many files and sockets the process may have: the limit is raised as far as it goes."""
+    try:
+        import resource
+    except ImportError:
+        return MAX_DESCRIPTORS          # Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    except (ValueError, OSError):
+        return soft
+    return max(soft, most)
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError):
+        return 0
+
+
 class Visitors:
     """All visitors' connections: who is there, from where, and whether there is room for more."""
 
@@ -3513,40 +3756,29 @@ class Server:
 
     def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
                  log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
-                 max_tunnels: int = MAX_TUNNELS, buffer: int = 0, host: str = '',
-                 tcp_ports: Sequence[int] = (), trusted: Networks = (),
+                 max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
                  script: Optional[Callable[[str], Optional[Sequence[bytes]]]] = None,
-                 only: bool = False, passed: Optional[Dict[int, List[socket.socket]]] = None
-                 ) -> None:
+                 only: bool = False, certificate: Optional[Certificate] = None,
+                 public: Tuple[str, int] = ('', 0), trace: Optional[Trace] = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
-        HOST is where TCP_PORTS are bound; those in PASSED are bound already.  TRUSTED are proxies
-        in front.  SCRIPT gives this file in pieces, with an address stamped in.  ONLY: any Host
-        that means this machine reaches the one tunnel there is.
+        TRUSTED are proxies in front.  SCRIPT gives this file in pieces, with an address stamped in.
+        ONLY: any Host that means this machine reaches the one tunnel there is.  CERTIFICATE is for
+        TLS.  PUBLIC is the scheme and port by which visitors are to come, if not as clients do.
         """
         self.reactor, self.domain = reactor, domain.lower()
-        self.trace: Optional[Trace] = None
-        self.certificate: Optional[Certificate] = None
-        self.redirects = False          # are visitors of http sent to https?
-        self.tls_suffix = ''            # the port there, where it is not the usual one
-        self.plain_port = 0             # where visitors come, if not where clients come
+        self.certificate, self._public = certificate, public
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
-        self._tokens, self._leases, self._log, self._script = tokens, leases, log, script
-        self._drain, self._rate, self._most = drain, rate, max_tunnels
-        self._host, self._tcp_ports, self._only = host, tcp_ports, only
+        self.log, self._tokens, self._script = log, tokens, script
+        self._drain, self._rate, self._only = drain, rate, only
+        self.budget = Budget(buffer or process_budget())        # of all sessions together
         self.visitors = Visitors(reactor, trusted)
-        self._budget = Budget(buffer or process_budget())
         self.tunnels = Tunnels(reactor, hold, log)
-        self.tunnels.on_forget = self._close_port
-        self._at_port: Dict[int, Tunnel] = {}       # those of raw TCP
-        self._doors_of: Dict[Tunnel, List[asyncio.AbstractServer]] = {}     # the same
-        self._passed = dict(passed or {})       # listening sockets of TCP tunnels that will be back
-        self._claims: Dict[str, int] = collections.Counter()    # new leases, by address
-        self._claims_since = 0.0
-        self._wrong: Dict[str, float] = {}      # until when an address waits for its wrong tokens
-        self.handing_over = False       # is a successor starting, who has read the leases?
+        self.admission = Admission(reactor, tokens, leases, self.tunnels, self.budget, max_tunnels,
+                                   self.counters, trace)
         self.draining = False           # it ends
         self._beat = reactor.now()
-        self._lag = self._look_at = 0.0     # seconds; when tunnels are looked at again
+        self.lag = 0.0                  # of the event loop, in seconds
+        self._look_at = 0.0             # when tunnels are looked at again
         self.doors = Doors(reactor, log, self.counters)
         reactor.swept.add(self)
 
@@ -3561,7 +3793,7 @@ class Server:
         HANDED_OVER: a successor accepts.  Then idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
-        self.draining = True
+        self.draining = self.admission.closed = True
         await self.doors.close()
         for member in self.tunnels.members():
             member.session.say_goaway(DRAINING, 'the server ends')
@@ -3590,27 +3822,15 @@ class Server:
                 member.session.connection is None for member in self.tunnels.members()):
             await asyncio.sleep(DRAIN_LOOK)
 
-    def tcp_sockets(self) -> List[socket.socket]:
-        """What TCP tunnels listen on, for a successor."""
-        return [sock for doors in self._doors_of.values() for door in doors
-                for sock in getattr(door, 'sockets', ())]
-
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at what changes by itself: files, tokens, names that nobody serves."""
-        self._lag, self._beat = max(0.0, now - self._beat - SWEEP), now
+        self.lag, self._beat = max(0.0, now - self._beat - SWEEP), now
         if self._tokens.changed() or (self.certificate and self.certificate.changed()):
             self.reload()
         elif now < self._look_at:
             return
         self._look_at = now + 4 * SWEEP     # there may be thousands of tunnels
-        self._wrong = {a: until for a, until in self._wrong.items() if until > now}
-        while self._passed and not self.tunnels.starting:       # nobody came back for it
-            for sock in self._passed.popitem()[1]:
-                sock.close()
-        for tunnel in self.tunnels:
-            for member in tuple(tunnel.members):
-                if not self._tokens.holds('', member.grant.digest, time.time()):
-                    self.tunnels.revoke(tunnel, member, 'its token is not valid any more')
+        self.admission.sweep(now)
         self.tunnels.sweep(now)
 
     def reload(self) -> None:
@@ -3621,46 +3841,7 @@ class Server:
         for what, source in sources:
             error = source.reload()
             self.counters['reload_errors' if error else 'reloads'] += 1
-            self._log.note(f'error: {error}' if error else f'{what} read again')
-
-    def end_tunnel(self, name: str, lease: bool = False,
-                   why: str = 'the operator of the server ended this tunnel') -> bool:
-        """The kill switch: end what serves NAME, with LEASE free it too; was there anything?"""
-        found = self.tunnels.end(name, why)
-        tcp = self.tunnels.get(tunnel_key(name, 'tcp'))
-        if lease and tcp and tcp.url:
-            found |= self._give_up_port(int(tcp.url.rpartition(':')[2]))
-        return (lease and self._leases.free(name)) or found
-
-    def served(self) -> List[Dict[str, Any]]:
-        """What is served, for the operator."""
-        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': self.tunnels.waiting(t),
-                 'sessions': [
-                     {'user': m.grant.user, 'connected': m.session.connection is not None,
-                      'streams': len(m.session.streams),
-                      'round_trip_ms': round(m.session.round_trip * 1e3, 1)} for m in t.members]}
-                for t in self.tunnels]
-
-    def metrics(self) -> str:
-        """In Prometheus' text format."""
-        sessions = [m.session for m in self.tunnels.members()]
-        bytes_in = self.tunnels.received + sum(s.received for s in sessions)
-        bytes_out = self.tunnels.sent + sum(s.sent for s in sessions)
-        gauges = {'tunnels': sum(bool(t.members) for t in self.tunnels),
-                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
-                  'visitors': len(self.visitors), 'held_requests': self.tunnels.held,
-                  'window_bytes': self._budget.used, 'event_loop_lag_seconds': round(self._lag, 6),
-                  'memory_bytes': resident_memory()}
-        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
-                 for name, value in gauges.items()]
-        counted = sorted(self.counters.items(), key=str)
-        for name, label, values in (
-                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
-                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
-                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
-            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
-            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
-        return ''.join(lines)
+            self.log.note(f'error: {error}' if error else f'{what} read again')
 
     # One connection.
 
@@ -3725,7 +3906,7 @@ class Server:
                 error_message, e.status, str(e), request), e.extra)
         finally:
             self.counters[exchange.status] += 1
-            self._log.exchange(exchange, self.reactor.now() - exchange.began)
+            self.log.exchange(exchange, self.reactor.now() - exchange.began)
 
     async def _give_own(self, visit: Visit, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
@@ -3752,9 +3933,9 @@ class Server:
             raise visit.refusal.again()
         host = request.host_name
         name, _, parent = host.partition('.')
-        if (self.redirects and visit.scheme == 'http' and request.target != b'*'
+        if (self._public[0] == 'https' and visit.scheme == 'http' and request.target != b'*'
                 and self.domain in (parent, host)):
-            where = (f'https://{host}{self.tls_suffix}'
+            where = (f'https://{authority("https", host, self._public[1])}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
         tunnel = self.tunnels.get(name) if parent == self.domain and not self._only else None
@@ -3782,7 +3963,7 @@ class Server:
             return next((tunnel.name for tunnel in self.tunnels), '')
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
-        if parent == self.domain and (self._leases.owner(name, time.time())
+        if parent == self.domain and (self.admission.leases.owner(name, time.time())
                                       or (is_derived(name) and self.tunnels.starting)):
             return name
         raise HopFailed(404, f'there is no tunnel at {host}' if host else
@@ -3894,6 +4075,11 @@ class Server:
         stream = member.session.open()
         return (access, stream) if stream else None
 
+    async def open_stream(self, visit: Visit, key: str) -> Stream:
+        """A stream to a client of KEY for a visitor of another kind.  Raises HopFailed."""
+        opened = self._open(visit, key) or await self._wait_to_open(visit, key)
+        return opened[1]
+
     async def _wait_to_open(self, visit: Visit, key: str,
                             request: Optional[Request] = None) -> Tuple[Access, Stream]:
         """The same once a client is there, and others have made room.  Raises HopFailed."""
@@ -3934,9 +4120,9 @@ class Server:
         for line in block.splitlines(keepends=True):
             name, _, value = line.lower().partition(b':')
             if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
-                self._log.note('a cookie for the whole domain was dropped: tenants share it')
+                self.log.note('a cookie for the whole domain was dropped: tenants share it')
             elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
-                self._log.note('a Clear-Site-Data was dropped: tenants share the cookies')
+                self.log.note('a Clear-Site-Data was dropped: tenants share the cookies')
             else:
                 own.append(line)
         return b''.join(own)
@@ -3952,10 +4138,12 @@ class Server:
     async def _begin_session(self, visit: Visit, request: Request) -> bool:
         """Admit a client, or answer with the reason why not; True if the connection is its now."""
         try:
-            member, tunnel, theirs = await self._admit(visit, request)
+            self._check_version(visit, request)
+            member, tunnel, theirs = await self.admission.admit(
+                visit, request, lambda name: self._url(visit, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
-            self._log.note(f'a client at {visit.address} was refused: {e.code}')
+            self.log.note(f'a client at {visit.address} was refused: {e.code}')
             reason = {'error': e.code, 'message': str(e), 'final': e.final}
             body = json.dumps(reason).encode() + b'\n'
             extra = ['Connection: close']
@@ -3974,282 +4162,157 @@ class Server:
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
-        self._log.note(f'{tunnel.url} is served by a client at {visit.address}')
+        self.log.note(f'{tunnel.url} is served by a client at {visit.address}')
         return True
 
-    async def _admit(self, visit: Visit, request: Request) -> Tuple[Member, Tunnel, Optional[int]]:
-        """The member that a session request becomes, and of how many bytes its client knows; None
-        where the session is new to it.  Raises Refused.
-        """
+    def _check_version(self, visit: Visit, request: Request) -> None:
+        """Raises Refused for who speaks another protocol, or speaks it in clear."""
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
-                          f'it: {self._url(visit, self.domain, request.host)}/localtunnel.py')
+                          f'it: {self._address(visit, self.domain, request.host)}/localtunnel.py')
         if (self.certificate and visit.scheme == 'http' and not visit.trusted
                 and not is_loopback(visit.peer)):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, with the --pin that '
                           'it printed if it has no certificate of an authority')
-        grant = await self._grant(request, visit)
-        hello = Hello(request.get(b'localtunnel-hello'))
-        owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        name = self._name_for(hello, request.host_name)
-        if hello.name is None or self._leases.owner(name, time.time()) == owner:
-            there = self._tunnel(name, hello.kind).before(hello)
-            await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
-            visit.connection.check()
-        tunnel = self._tunnel(name, hello.kind)
-        self._check_name(name, hello, grant)
-        resumed = self._resumed(tunnel, hello, grant)
-        if resumed:
-            return resumed
-        if self.draining or self.handing_over:
-            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
-        if hello.name is not None and hello.release:
-            self._release(name, owner)
-        holder = grant.digest or block_of(visit.address)        # whose the tunnel is
-        self._check_limits(tunnel, hello, grant, holder)
-        if hello.name is not None:      # now that nothing speaks against it: the lease stays
-            self._claim(name, owner, grant, visit.address)
-        self._make_way(tunnel, hello)
-        sockets: Sequence[socket.socket] = ()
-        if hello.kind == 'http':
-            public = 'localhost' if self._only else f'{name}.{self.domain}'
-            tunnel.url = self._url(visit, public, request.host)
-        elif not tunnel.url:
-            sockets = self._bind_port(tunnel, hello, grant, visit.address)
-        member = self._new_member(tunnel, hello, grant, holder)
-        for sock in sockets:
-            door = await self.doors.open(sock, functools.partial(self._serve_tcp, tunnel))
-            self._doors_of.setdefault(tunnel, []).extend([door] if door else [])
-        return member, tunnel, None
 
-    @staticmethod
-    def _name_for(hello: Hello, host: str) -> str:
-        """The name that HELLO asks for, or that its proof gives.  Raises Refused."""
-        if hello.name is None:
-            first, _, parent = host.partition('.')
-            return derive_name(parent if is_derived(first) else host.strip('[]'), hello.proof,
-                               hello.long)
-        check_name(hello.name)
-        return str(hello.name)
+    def _url(self, visit: Visit, name: str, host: bytes) -> str:
+        """The URL of the tunnel of NAME, for a client that dialled HOST."""
+        return self._address(visit, 'localhost' if self._only else f'{name}.{self.domain}', host)
 
-    @staticmethod
-    def _check_name(name: str, hello: Hello, grant: Grant) -> None:
-        """Raises Refused for a chosen NAME that GRANT does not allow (any more)."""
-        if hello.name is not None and not any(fnmatch.fnmatchcase(name, g) for g in grant.names):
-            raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+    def _address(self, visit: Visit, name: str, host: bytes) -> str:
+        """The URL of the host NAME, with the scheme and port by which HOST here was reached."""
+        if self._public[0] == 'http':
+            return f'http://{authority("http", name, self._public[1])}'
+        port = host.rpartition(b':')[2]
+        return f'{visit.scheme}://' + (authority(visit.scheme, name, int(port)) if port.isdigit()
+                                       else name)
 
-    def _claim(self, key: str, owner: str, grant: Grant, address: str) -> None:
-        """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.
 
-        Whoever comes without a token can make up owners, but not addresses.
-        """
-        now, block = time.time(), block_of(address)
-        new = (not grant.digest and not is_loopback(address)
-               and self._leases.owner(key, now) is None)
-        if new:
-            if now - self._claims_since > DAY:
-                self._claims_since, self._claims = now, collections.Counter()
-            if self._claims[block] >= MAX_LEASES:
-                raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} new names '
-                              'today; take one of those, or come again tomorrow')
-        self._leases.claim(key, owner, grant.digest, now)
-        if new:
-            self._claims[block] += 1
+def port_of(tunnel: Tunnel) -> int:
+    """The public port of a raw TCP tunnel that has one."""
+    return int(tunnel.url.rpartition(':')[2])
 
-    def _bind_port(self, tunnel: Tunnel, hello: Hello, grant: Grant,
-                   address: str) -> Sequence[socket.socket]:
-        """Sockets for a TCP tunnel: on the port asked for, on the old one, or a free one."""
-        owner, now = f'proof:{digest_of(hello.proof)}', time.time()
-        if hello.port and grant.user:
-            owner = f'user:{grant.user}'
-        allowed = [port for port in self._tcp_ports if port in grant.ports]
+
+class TcpPorts(Kind):
+    """The ports of raw TCP tunnels, on a server."""
+
+    def __init__(self, server: Server, host: str, ports: Sequence[int],
+                 inherited: Dict[int, List[socket.socket]]) -> None:
+        """Bind PORTS of HOST, as they are needed; those in INHERITED are bound already."""
+        self._server, self._host, self._ports = server, host, ports
+        self._inherited = dict(inherited)       # of tunnels whose clients will be back
+        self._at: Dict[int, Tunnel] = {}        # who has which port
+        self._bound: Dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
+        self._doors: Dict[Tunnel, List[asyncio.AbstractServer]] = {}
+        server.admission.kinds['tcp'] = self
+        server.tunnels.on_forget = self._close
+
+    def sockets(self) -> List[socket.socket]:
+        """What is listened on, for a successor; also what waits for a client that is not back."""
+        listening = [sock for doors in self._doors.values() for door in doors
+                     for sock in getattr(door, 'sockets', ())]
+        waiting = [*self._inherited.values(), *self._bound.values()]
+        return [*listening, *(sock for sockets in waiting for sock in sockets)]
+
+    def sweep(self) -> None:
+        while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
+            for sock in self._inherited.popitem()[1]:
+                sock.close()
+
+    def free(self, tunnel: Tunnel) -> bool:
+        return tunnel.url != '' and self._give_up(port_of(tunnel))
+
+    async def open(self, tunnel: Tunnel) -> None:
+        for sock in self._bound.pop(tunnel, ()):
+            door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
+            self._doors.setdefault(tunnel, []).extend([door] if door else [])
+
+    def place(self, asked: Candidate) -> None:
+        """Bind the port asked for, the old one, or a free one.  Raises Refused."""
+        hello, grant = asked.hello, asked.grant
+        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
+        allowed = [port for port in self._ports if port in grant.ports]
         if not allowed or (hello.port and hello.port not in allowed):
             raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
                           'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
-        for port in self._ports_for(hello, owner, allowed, now):
+        for port in self._candidates(hello, owner, allowed):
             try:
-                sockets = self._passed.pop(port, None) or bind(self._host, port)
+                sockets = self._inherited.pop(port, None) or bind(self._host, port)
             except OSError:
-                continue        # somebody else listens there
+                continue        # another program listens there
             try:
-                self._claim(f'tcp:{port}', owner, grant, address)
+                self._server.admission.claim(f'tcp:{port}', owner, asked)
             except Refused:
                 for sock in sockets:
                     sock.close()
                 raise
-            tunnel.url, self._at_port[port] = f'tcp://{self.domain}:{port}', tunnel
-            self.visitors.listening += len(sockets)
-            return sockets
+            asked.tunnel.url, self._at[port] = f'tcp://{self._server.domain}:{port}', asked.tunnel
+            self._bound[asked.tunnel] = sockets
+            self._server.visitors.listening += len(sockets)
+            return
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
                       if hello.port else 'no port for raw TCP is free on this server')
 
-    def _ports_for(self, hello: Hello, owner: str, allowed: Sequence[int],
-                   now: float) -> Iterable[int]:
+    def _candidates(self, hello: Hello, owner: str, allowed: Sequence[int]) -> Iterable[int]:
         """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
+        leases, now = self._server.admission.leases, time.time()
         start, may = int.from_bytes(hello.proof[:4], 'big') % len(allowed), frozenset(allowed)
-        wanted = [hello.port] if hello.port else [*self._leases.ports(owner), *allowed[start:],
+        wanted = [hello.port] if hello.port else [*leases.ports(owner), *allowed[start:],
                                                   *allowed[:start]]
         for port in wanted:
-            if port in may and self._leases.owner(f'tcp:{port}', now) in (None, owner):
+            if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
-        for port in self._leases.ports() if not hello.port else []:
-            if port in may and self._give_up_port(port):
+        for port in leases.ports() if not hello.port else []:
+            if port in may and self._give_up(port):
                 yield port
 
-    def _give_up_port(self, port: int) -> bool:
-        """Free the PORT of a TCP tunnel that nobody serves; was it free?"""
-        tunnel = self._at_port.get(port)
+    def _give_up(self, port: int) -> bool:
+        """Free the PORT of a tunnel that nobody serves; return whether it is free now."""
+        tunnel = self._at.get(port)
         if tunnel is not None:
             if tunnel.members:
                 return False
-            self._close_port(tunnel)
-        return self._leases.free(f'tcp:{port}')
+            self._close(tunnel)
+        return self._server.admission.leases.free(f'tcp:{port}')
 
-    def _close_port(self, tunnel: Tunnel) -> None:
-        """TUNNEL, if it is one of raw TCP, has no port any more."""
-        for door in self._doors_of.pop(tunnel, []):
-            self.doors.close_one(door)
-            self.visitors.listening -= 1
+    def _close(self, tunnel: Tunnel) -> None:
+        """TUNNEL has no port any more, if it had one."""
+        for door in self._doors.pop(tunnel, []):
+            self._server.doors.close_one(door)
+            self._server.visitors.listening -= 1
         if tunnel.kind == 'tcp' and tunnel.url:
-            self._at_port.pop(int(tunnel.url.rpartition(':')[2]), None)
+            del self._at[port_of(tunnel)]
             tunnel.url = ''
 
-    async def _serve_tcp(self, tunnel: Tunnel, connection: Connection) -> None:
-        """One visitor of a TCP tunnel."""
-        visit, stream, began = self.visitors.enter(connection), None, self.reactor.now()
+    async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
+        """One visitor."""
+        server, stream = self._server, None
+        visit, began = server.visitors.enter(connection), server.reactor.now()
         try:
             if visit.refusal:
                 raise visit.refusal.again()
-            _, stream = (self._open(visit, tunnel.key)
-                         or await self._wait_to_open(visit, tunnel.key))
+            stream = await server.open_stream(visit, tunnel.key)
             visit.begin(stream)
             await stream.write(visit.address.encode())
             await join(connection, stream)
         except (LocaltunnelError, OSError) as e:
             connection.reset(CANCELLED, str(e))
         finally:
-            self.visitors.leave(visit)
+            server.visitors.leave(visit)
             connection.close()
             if stream:
                 stream.close()
-            self._log.note(f'{visit.address} TCP {tunnel.url} {self.reactor.now() - began:.1f}s')
-
-    async def _grant(self, request: Request, visit: Visit) -> Grant:
-        """What the client's token allows.  Raises Refused.
-
-        Where a wrong one has come, whoever comes next from there waits before theirs is looked at:
-        so a guess takes its time, however it is sent.
-        """
-        scheme, _, given = request.get(b'authorization').partition(b' ')
-        token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
-        block, now = block_of(visit.address), self.reactor.now()
-        turn = self._wrong.get(block, now)
-        if token and turn > now:
-            if turn > now + MOST_WRONG_TOKEN:
-                raise Refused(429, 'too_many', f'wrong tokens came from {visit.address}; try again '
-                              f'in {int(turn - now) + 1} seconds')
-            self._wrong[block] = turn + WRONG_TOKEN
-            await visit.wait(turn - now)
-        grant = self._tokens.find(token, time.time())
-        if grant is None:
-            if token:
-                self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
-                self.counters['wrong_tokens'] += 1
-            raise Refused(401, 'token', 'the server does not know this token, or it has expired'
-                          if token else 'the server wants a token: give it with --token TOKEN or '
-                          'in LOCALTUNNEL_TOKEN')
-        return grant
-
-    def _make_way(self, tunnel: Tunnel, new: Hello) -> None:
-        """End the members that NEW replaces; one that it may not replace raises Refused."""
-        if tunnel.before(new):
-            raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
-                          'started later by its clock; end it, or set both clocks right',
-                          final=True)
-        for old in tunnel.beside(new):
-            self.tunnels.remove(tunnel, old)
-            if old.hello.instance == new.instance:
-                old.session.end(Disconnected('the client came back without this session'))
-            else:
-                old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
-                                  f'{tunnel.name} over')
-                self.reactor.loop.call_later(DRAIN, old.session.end,
-                                                    Disconnected('superseded'))
-
-    def _check_limits(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> None:
-        """Raises Refused where GRANT, or the server, does not allow one more tunnel."""
-        goes = tunnel.beside(hello)     # their places are free
-        if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
-            raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
-        has = self.tunnels.served.get(holder, 0) - sum(old.holder == holder for old in goes)
-        if has >= grant.tunnels and not is_loopback(holder):
-            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
-                          'client of --share counted; end another one first')
-        if sum(self.tunnels.served.values()) - len(goes) >= self._most:
-            raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
-
-    def _release(self, name: str, owner: str) -> NoReturn:
-        self._leases.release(name, owner, time.time())
-        self.end_tunnel(name, why=f'the name {name} was given back')
-        raise Refused(200, 'released', f'the name {name} was given back')
-
-    def _url(self, visit: Visit, name: str, host: bytes) -> str:
-        """The URL of NAME, with the scheme and port by which HOST here was reached."""
-        if self.plain_port:
-            return f'http://{authority("http", name, self.plain_port)}'
-        port = host.rpartition(b':')[2]
-        return f'{visit.scheme}://' + (authority(visit.scheme, name, int(port)) if port.isdigit()
-                                       else name)
-
-    @staticmethod
-    def _resumed(tunnel: Tunnel, hello: Hello,
-                 grant: Grant) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
-        """As _admit, where a session of this client goes on, since nothing is missing; else None.
-
-        One whose welcome was lost goes on too: all that was sent is sent again.
-        """
-        member = next((m for m in tunnel.members if m.hello.instance == hello.instance), None)
-        if member is None:
-            return None
-        if hello.attempt < member.hello.attempt:
-            raise Refused(409, 'stale', 'a later attempt of this client has come before this one')
-        id, received = hello.resume
-        theirs = received if same(member.id, id) else None
-        session = member.session
-        if not session.can_resume(theirs or 0) or (theirs is None and session.received):
-            return None
-        if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
-                grant.user, grant.digest):
-            return None         # somebody else's session: whoever asks begins one of their own
-        session.detach()
-        member.hello.attempt, member.grant = hello.attempt, grant
-        return member, tunnel, theirs
-
-    def _new_member(self, tunnel: Tunnel, hello: Hello, grant: Grant, holder: str) -> Member:
-        session = Session(self.reactor, self._budget)
-        session.trace = self.trace
-        member = Member(session, hello, grant, holder)
-        self.tunnels.enter(tunnel, member)
-        return member
-
-    def _tunnel(self, name: str, kind: str) -> Tunnel:
-        return self.tunnels.get(tunnel_key(name, kind)) or Tunnel(name, kind)
+            server.log.note(f'{visit.address} TCP {tunnel.url} {server.reactor.now() - began:.1f}s')
 
 
-class Admin:
+class OperatorPage:
     """The operator's page (--admin): /healthz, /metrics, /tunnels."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
 
-    async def listen(self, sock: socket.socket) -> asyncio.AbstractServer:
-        """Answer on SOCK, which is bound."""
-        reactor = self._server.reactor
-        return await reactor.loop.create_server(
-            lambda: Connection(reactor, self._serve), sock=sock)
-
-    async def _serve(self, connection: Connection) -> None:
+    async def serve(self, connection: Connection) -> None:
         request, close = None, ['Connection: close']
         try:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
@@ -4274,20 +4337,53 @@ class Admin:
         if path == '/healthz' and reads:
             return 'text/plain', 'ok\n'
         if path == '/metrics' and reads:
-            return 'text/plain; version=0.0.4', server.metrics()
+            return 'text/plain; version=0.0.4', self.metrics()
         if path == '/tunnels' and reads:
-            return 'application/json', json.dumps(server.served()) + '\n'
+            return 'application/json', json.dumps(self.tunnels()) + '\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
-        if query == 'lease=1' and (server.draining or server.handing_over):
+        if query == 'lease=1' and server.admission.closed:
             raise HopFailed(503, 'this server ends; ask the next one')
-        if not server.end_tunnel(path[len('/tunnels/'):].lower(), query == 'lease=1'):
+        if not server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
+                                    'the operator of the server ended this tunnel'):
             raise HopFailed(404, 'there is no such tunnel')
         return 'text/plain', 'ended\n'
 
+    def tunnels(self) -> List[Dict[str, Any]]:
+        """What is served."""
+        tunnels = self._server.tunnels
+        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': tunnels.waiting(t),
+                 'sessions': [
+                     {'user': m.grant.user, 'connected': m.session.connection is not None,
+                      'streams': len(m.session.streams),
+                      'round_trip_ms': round(m.session.round_trip * 1e3, 1)} for m in t.members]}
+                for t in tunnels]
+
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        server, tunnels = self._server, self._server.tunnels
+        sessions = [m.session for m in tunnels.members()]
+        bytes_in = tunnels.received + sum(s.received for s in sessions)
+        bytes_out = tunnels.sent + sum(s.sent for s in sessions)
+        gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
+                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
+                  'visitors': len(server.visitors), 'held_requests': tunnels.held,
+                  'window_bytes': server.budget.used,
+                  'event_loop_lag_seconds': round(server.lag, 6), 'memory_bytes': resident_memory()}
+        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
+                 for name, value in gauges.items()]
+        counted = sorted(self._server.counters.items(), key=str)
+        for name, label, values in (
+                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
+                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
+                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
+            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
+            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
+        return ''.join(lines)
+
 
 # ------------------------------------------------------------------------------------------------
-# 11. Client
+# 13. Client
 #
 # Dials the server, and again; serves what comes out of the session from the app.  Knows no frames,
 # nothing of the server's inside, and not who watches: what happens is told to an observer.
@@ -5270,7 +5366,7 @@ class Client:
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Terminal
+# 14. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -5536,7 +5632,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. Command line
+# 15. Command line
 #
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
@@ -6033,7 +6129,7 @@ async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
 
 
 async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: Sockets, lock: int) -> bool:
+                      sockets: Callable[[], Sockets], lock: int) -> bool:
     """Serve until STOP is set, or a successor is ready; was it that?"""
     asked = asyncio.Event()
     if hasattr(signal, 'SIGUSR2'):
@@ -6049,9 +6145,9 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
                 continue
             log.note('handing over to a successor')
             await server.settle()
-            server.handing_over = True
-            child = await start_successor(reactor, [*sockets, *server.tcp_sockets()], lock)
-            server.handing_over = False
+            server.admission.closed = True
+            child = await start_successor(reactor, sockets(), lock)
+            server.admission.closed = False
             if child:
                 log.note(f'process {child} serves from now on')
                 notify_systemd(f'MAINPID={child}\nREADY=1')
@@ -6078,31 +6174,30 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
             certificate, pin = None, ''         # it was only a kindness
     admin = listen(passed, *args.admin) if args.admin else []
     log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
+    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
+    public = ('http', port) if pin else ('https', tls_port) if secure else ('', 0)
     server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                    host=args.bind, tcp_ports=args.tcp_ports, trusted=args.trust_proxy,
-                    script=stamped_source, passed=passed)
-    server.certificate, server.trace = certificate, log.frame if args.verbose else None
-    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
-    if pin:
-        server.plain_port = port
-    elif secure:
-        server.redirects = True
-        server.tls_suffix = '' if tls_port == 443 else f':{tls_port}'
+                    trusted=args.trust_proxy, script=stamped_source, certificate=certificate,
+                    public=public, trace=log.frame if args.verbose else None)
+    tcp = TcpPorts(server, args.bind, args.tcp_ports, passed)
     for sock in plain:
         await server.listen(sock)
     for sock in secure:
         await server.listen(sock, tls=True)
-    operator = [await Admin(server).listen(sock) for sock in admin]
+    operator = Doors(reactor, log, server.counters)
+    for sock in admin:
+        await operator.open(sock, OperatorPage(server).serve)
     for port_left in sorted(set(passed) - set(args.tcp_ports)):
         log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
     announce(args, log, port, tls_port, made, pin)
     log.flush()
-    handed_over = await serve_until(reactor, server, log, stop, plain + secure + admin, lock)
+    handed_over = await serve_until(reactor, server, log, stop,
+                                    lambda: [*plain, *secure, *admin, *tcp.sockets()], lock)
     os.close(lock)              # from now on nothing is written into the folder
-    for listener in operator if handed_over else ():
-        listener.close()        # what is asked from now on is for the successor
+    if handed_over:
+        await operator.close()  # what is asked from now on is for the successor
     log.note('draining; a second Ctrl-C ends at once')
     await server.stop(handed_over)
     log.flush()

@@ -17,10 +17,12 @@ Contents
     7 Names and tokens        what a name is, who owns it, and the files that remember it
     8 Certificates            what TLS complains of
     9 Exchange                one request and its response: tried in the two rooms below
-   10 Server                  who is routed where, who may serve a name, what is passed on
-   11 Client                  exchanges from visitor to app, and all kinds of targets and ways
-   12 Terminal                what a person sees
-   13 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   10 Tunnels                 who serves which name, and who waits (in 12)
+   11 Admission               who may (in 12)
+   12 Server                  who is routed where, who may serve a name, what is passed on
+   13 Client                  exchanges from visitor to app, and all kinds of targets and ways
+   14 Terminal                what a person sees
+   15 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2545,7 +2547,19 @@ class CertificateTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Server
+# 10. Tunnels
+# ------------------------------------------------------------------------------------------------
+
+# They are tried through a server, as are those who let clients in.
+
+
+# ------------------------------------------------------------------------------------------------
+# 11. Admission
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 12. Server
 # ------------------------------------------------------------------------------------------------
 
 class App:
@@ -2611,7 +2625,10 @@ class WorldTest(LoopTest):
 
     async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
+        ports = [options.pop(key, default) for key, default in (
+            ('host', ''), ('tcp_ports', ()), ('passed', {}))]
         self.server = lt.Server(self.reactor, domain, self.tokens, self.leases, self.log, **options)
+        lt.TcpPorts(self.server, *ports)
         self.port = self.door = await self.listen(port)
 
     async def listen(self, port=0, **options):
@@ -2627,7 +2644,7 @@ class WorldTest(LoopTest):
             await self.leaves(client)
         await self.nobody_is_left()
         await self.server.stop()
-        await eventually(lambda: not self.server._budget.used, 'budget is left')
+        await eventually(lambda: not self.server.budget.used, 'budget is left')
         self.assertEqual((self.server.tunnels.members(), self.server.tunnels.held), ([], 0))
 
     async def nobody_is_left(self):
@@ -3055,9 +3072,9 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
-        names = {tunnel['name'] for tunnel in self.server.served()}
+        names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server).tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
-        self.assertTrue(self.server.end_tunnel(names.pop(), True))
+        self.assertTrue(self.server.admission.end(names.pop(), True, 'the test'))
         self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
@@ -3072,7 +3089,7 @@ class AdmissionTest(WorldTest):
         await self.hello('one', name='a', share=True, instance='44' * 16)
         await self.hello('two', name='b', proof='33' * 32)
         self.assertEqual(sorted(self.server.tunnels.served.values()), [1, 1])
-        self.server.end_tunnel('a', False)
+        self.server.admission.end('a', False, 'the test')
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
@@ -3136,7 +3153,7 @@ class AdmissionTest(WorldTest):
         words = {'name': 'a', 'instance': '44' * 16}
         _, _, told = await self.hello(**words)
         self.server.tunnels.members()[0].session.received = 1      # the client was there
-        self.server.handing_over = True
+        self.server.admission.closed = True
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
@@ -3217,7 +3234,7 @@ class AdmissionTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Client
+# 13. Client
 # ------------------------------------------------------------------------------------------------
 
 TARGETS = (     # what is typed, and (scheme, host, port, path, label)
@@ -4333,7 +4350,7 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Terminal
+# 14. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -4685,7 +4702,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. Command line
+# 15. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -6441,7 +6458,7 @@ class FrameTest(HostileTest):
             self.assertIsNotNone(await peer.until(lt.OPEN))
         with self.constant(ROOM_WITHIN=0.0):
             await self.others_are_served()
-        self.assertLessEqual(self.server._budget.used, 9 * lt.MIB)
+        self.assertLessEqual(self.server.budget.used, 9 * lt.MIB)
 
     async def test_a_body_that_does_not_come_is_408(self):
         await self.world()
@@ -6516,7 +6533,7 @@ class FrameTest(HostileTest):
             peer.send(F(lt.DATA, id, b'x' * sent))
             await asked.reader.readexactly(sent)
             for _ in range(8):  # as long as the windows grow
-                grown = self.server._budget.used
+                grown = self.server.budget.used
                 frame = await peer.until(lt.CREDIT)
                 credit = lt.U32.unpack(frame[2])[0]
                 while credit:
@@ -6524,7 +6541,7 @@ class FrameTest(HostileTest):
                     peer.send(F(lt.DATA, id, b'x' * piece))
                     await asked.reader.readexactly(piece)
                     credit -= piece
-                if self.server._budget.used == grown:
+                if self.server.budget.used == grown:
                     break
         self.assertLess(session._budget.used, 8 * lt.MIB)
         await self.others_are_served()
@@ -6592,7 +6609,7 @@ class HelloTest(HostileTest):
         with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
             self.assertEqual((await self.hello(token='wrong1'))[1], 401)
             waiting = [self.meanwhile(self.hello(token=token)) for token in ('wrong2', 'right')]
-            await eventually(lambda: max(self.server._wrong.values(), default=0)
+            await eventually(lambda: max(self.server.admission._wrong.values(), default=0)
                              > self.reactor.now() + 60)
             for token in 'wrong3', 'right':     # nor does it help to dial anew
                 _, status, told = await self.hello(token=token)
@@ -6601,10 +6618,11 @@ class HelloTest(HostileTest):
         self.assertEqual(self.server.counters['wrong_tokens'], 1)
         for peer in self.peers[1:3]:
             peer.reset()
-        self.assertNotIn('wrong1', self.log.text() + self.server.metrics())
-        self.server._wrong = dict.fromkeys(self.server._wrong, self.reactor.now() + 0.01)
+        self.assertNotIn('wrong1', self.log.text() + lt.OperatorPage(self.server).metrics())
+        wrong = self.server.admission._wrong
+        wrong.update(dict.fromkeys(wrong, self.reactor.now() + 0.01))
         self.assertEqual((await self.hello(token='right'))[1], 101)
-        self.assertNotIn('right', self.log.text() + self.server.metrics())
+        self.assertNotIn('right', self.log.text() + lt.OperatorPage(self.server).metrics())
 
     async def test_a_session_in_clear_is_refused_where_there_is_a_certificate(self):
         await self.world()
@@ -7089,8 +7107,7 @@ class HostileVisitorTest(HostileTest):
         await self.good()
         evil = await self.victim()
         (sock,) = lt.bind('127.0.0.1', 0)
-        listening = await lt.Admin(self.server).listen(sock)
-        self.stack.callback(listening.close)
+        await self.server.doors.open(sock, lt.OperatorPage(self.server).serve)
         port = sock.getsockname()[1]
 
         async def admin(path, host='127.0.0.1', method='GET'):
@@ -7104,7 +7121,7 @@ class HostileVisitorTest(HostileTest):
         self.assertEqual((await admin('/tunnels/evil'))[0], 404)
         self.assertEqual((await admin('/tunnels/evil?lease=1', method='DELETE'))[0], 200)
         self.assertEqual((await evil.goaway())[0], lt.REVOKED)
-        self.assertIsNone(self.server._leases.owner('evil', 0))
+        self.assertIsNone(self.server.admission.leases.owner('evil', 0))
         self.assertEqual((await admin('/tunnels/evil', method='DELETE'))[0], 404)
         pages = (await admin('/metrics'))[2] + (await admin('/tunnels'))[2]
         self.assertNotIn(b'22' * 32, pages)
@@ -7159,7 +7176,7 @@ class TlsTest(HostileTest):
 
     async def test_visitors_of_http_are_sent_to_https_and_a_wrong_pin_is_refused(self):
         await self.secure_world()
-        self.server.redirects, self.server.tls_suffix = True, ':8443'
+        self.server._public = 'https', 8443
         for target in '/a?b', '/%C3%A4%22':
             status, fields, _ = await self.visit('good.localhost', target)
             self.assertEqual((status, fields['location']),
@@ -7771,8 +7788,11 @@ NOT_KNOWN = {
     'Names and tokens': FRAMES | PURE | {'Session', 'Stream', 'Connection', 'ByteStream',
                                          'Reactor'},
     'Certificates': FRAMES | {'Session', 'Stream', 'parse_request', 'Request', 'Response'},
+    'Exchange': FRAMES | {'GOAWAY', 'END', 'Session', 'Tokens', 'Leases', 'socket'},
+    'Tunnels': FRAMES | {'GOAWAY', 'END', 'Tokens', 'Leases', 'Grant', 'socket', 'read_head'},
+    'Admission': FRAMES | {'GOAWAY', 'END', 'socket', 'read_head', 'Exchange'},
     'Server': FRAMES | {'GOAWAY', 'END'},
-    'Client': FRAMES | {'GOAWAY', 'END', 'Server', 'Tunnel', 'Visit'},
+    'Client': FRAMES | {'GOAWAY', 'END', 'Server', 'Tunnel', 'Tunnels', 'Admission', 'Visit'},
     'Terminal': {'Session', 'Stream', 'Connection', 'Server', 'Client', 'Tunnel', 'Request',
                  'Response'},
 }
