@@ -4582,6 +4582,7 @@ class TerminalTest(CommandTest):
         fetch(url, '/second')
         client.says('GET /second', 'out')
         self.assertEqual(client.interrupt(), 0)
+        self.relay.end()        # its folder is for the next one
         return url, '\n'.join(client.lines['out'])
 
     def test_it_shows_a_banner_and_a_line_for_each_exchange(self):
