@@ -591,12 +591,14 @@ class Reactor:
         self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
         self.transports: Set[asyncio.Transport] = set()
         self._tasks: Set[asyncio.Task[Any]] = set()
+        self.lag = 0.0              # of the event loop at the last sweep, in seconds
         self._mark = (loop.time(), time.time())
         self._timer = loop.call_later(SWEEP, self._sweep)
 
     def _sweep(self) -> None:
         now, wall = self.now(), time.time()
         woke_up = wall - self._mark[1] - (now - self._mark[0]) > WOKE_UP
+        self.lag = max(0.0, now - self._mark[0] - SWEEP)
         self._mark = now, wall
         self._timer = self.loop.call_later(SWEEP, self._sweep)      # first: whatever fails below
         for member in tuple(self.swept):
@@ -2980,6 +2982,12 @@ class Visit:
         return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
                 f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
+    def url_of(self, name: str, host: bytes) -> str:
+        """The URL of the host NAME, with the scheme and port by which HOST here was reached."""
+        port = host.rpartition(b':')[2]
+        return f'{self.scheme}://' + (authority(self.scheme, name, int(port)) if port.isdigit()
+                                      else name)
+
     @property
     def idle(self) -> bool:
         """True if nothing is under way for this visitor."""
@@ -3203,6 +3211,13 @@ class Tunnels:
                 self.revoke(tunnel, member, why)
         return found
 
+    async def settle(self) -> None:
+        """Wait a moment for clients whose connection broke."""
+        deadline = self._reactor.now() + SETTLE
+        while self._reactor.now() < deadline and any(
+                member.session.connection is None for member in self.members()):
+            await asyncio.sleep(DRAIN_LOOK)
+
     def sweep(self, now: float) -> None:
         """Let requests go on that wait for a session that is away; forget who went long ago."""
         away: List[Tunnel] = []
@@ -3237,8 +3252,39 @@ class Tunnels:
 
     # Requests wait for a client.
 
-    async def wait_for_client(self, key: str, visit: Visit) -> None:
-        """Wait until a client of KEY is there.  Raises HopFailed."""
+    def open_stream(self, key: str, visit: Visit,
+                    authorization: Optional[bytes] = None) -> Optional[Tuple[Stream, Access]]:
+        """A stream to the member that will serve VISIT, and its rules; None if none has room now.
+
+        The rules are asked here and nowhere else, at the last moment: each member, and each that
+        comes while a request waits, may have others.  AUTHORIZATION is what the request says of its
+        sender; None where there is no request.  Raises HopFailed for who is kept out.
+        """
+        tunnel = self._table.get(key)
+        member = tunnel.pick() if tunnel else None
+        if member is None:
+            return None
+        access = member.hello.access
+        if not access.admits_address(visit.address):
+            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
+        if access.users and authorization is not None and not access.admits_user(authorization):
+            raise HopFailed(401, 'this tunnel wants a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
+        stream = member.session.open()
+        return (stream, access) if stream else None
+
+    async def wait_for_stream(self, key: str, visit: Visit,
+                              authorization: Optional[bytes] = None) -> Tuple[Stream, Access]:
+        """The same once a client is there, and others have made room.  Raises HopFailed."""
+        await self._wait_for_client(key, visit)
+        deadline = self._reactor.now() + ROOM_WITHIN
+        while True:
+            opened = self.open_stream(key, visit, authorization)
+            if opened:
+                return opened
+            await self._wait_for_room(key, visit, deadline)
+
+    async def _wait_for_client(self, key: str, visit: Visit) -> None:
         deadline = self._reactor.now() + self.hold
         while True:         # it may be lost again at once
             tunnel = self._table.get(key)
@@ -3265,7 +3311,7 @@ class Tunnels:
         return ((broke or self.starting) and not goodbye and not self.closed
                 and len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL)
 
-    async def wait_for_room(self, key: str, visit: Visit, deadline: float) -> None:
+    async def _wait_for_room(self, key: str, visit: Visit, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
         if self._reactor.now() >= deadline or self.held >= MAX_HELD_IN_ALL:
             raise HopFailed(503, f'{key} has too many requests at once; try again soon',
@@ -3349,22 +3395,30 @@ class Admission:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: Dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.closed = False                     # the server ends, or a successor is starting
-        self.leases = leases
-        self._reactor, self._tokens, self._tunnels = reactor, tokens, tunnels
-        self._budget, self._most, self._counters, self._trace = budget, most, counters, trace
+        self.tokens, self.leases, self.budget = tokens, leases, budget
+        self._reactor, self._tunnels = reactor, tunnels
+        self._most, self._counters, self._trace = most, counters, trace
         self._claims: Dict[str, int] = collections.Counter()    # new leases without token, by block
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: Dict[str, float] = {}      # until when a block waits for its wrong tokens
+        self._look_at = 0.0                     # when tunnels are looked at again
 
-    def sweep(self, now: float) -> None:
-        """Forget old guesses; end whose token is not valid any more."""
+    def sweep(self, now: float, at_once: bool) -> None:
+        """Forget old guesses; end whose token is not valid any more.
+
+        Now and then, unless AT_ONCE: there may be thousands of tunnels.
+        """
+        if now < self._look_at and not at_once:
+            return
+        self._look_at = now + 4 * SWEEP
         self._wrong = {block: until for block, until in self._wrong.items() if until > now}
         for tunnel in self._tunnels:
             for member in tuple(tunnel.members):
-                if not self._tokens.holds('', member.grant.digest, time.time()):
+                if not self.tokens.holds('', member.grant.digest, time.time()):
                     self._tunnels.revoke(tunnel, member, 'its token is not valid any more')
         for kind in self.kinds.values():
             kind.sweep()
+        self._tunnels.sweep(now)
 
     def end(self, name: str, lease: bool, why: str) -> bool:
         """End what serves NAME, with LEASE free it too; return whether there was anything."""
@@ -3396,7 +3450,7 @@ class Admission:
         elif not tunnel.url:
             self.kinds[hello.kind].place(asked)
         self._make_way(asked)
-        member = Member(Session(self._reactor, self._budget), hello, asked.grant, asked.holder)
+        member = Member(Session(self._reactor, self.budget), hello, asked.grant, asked.holder)
         member.session.trace = self._trace
         self._tunnels.enter(tunnel, member)
         if hello.kind != 'http':
@@ -3468,7 +3522,7 @@ class Admission:
                               f'in {int(turn - now) + 1} seconds')
             self._wrong[block] = turn + WRONG_TOKEN
             await visit.wait(turn - now)
-        grant = self._tokens.find(token, time.time())
+        grant = self.tokens.find(token, time.time())
         if grant is None:
             if token:
                 self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
@@ -3652,10 +3706,14 @@ python3 localtunnel.py client 8000</pre>
 """
 
 
-def landing_page(address: str) -> bytes:
-    """The page on the bare domain of a server that is reached at ADDRESS."""
+# A page of our own: its type and its bytes in pieces, for who reached the server at an address.
+Page = Callable[[str], Tuple[str, Sequence[bytes]]]
+
+
+def landing_page(address: str) -> Tuple[str, Sequence[bytes]]:
+    """The page on the bare domain."""
     text = LANDING.format(address=html.escape(address))
-    return PAGE.format(title='localtunnel', text=text).encode()
+    return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
 
 
 @functools.lru_cache(maxsize=1)
@@ -3666,6 +3724,82 @@ def date_line(second: int) -> str:
 
 
 URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
+
+
+class Onward:
+    """The header lines of requests and responses, as they go on."""
+
+    def __init__(self, domain: str, log: Observer) -> None:
+        self._domain, self._log = domain, log
+
+    def of_request(self, visit: Visit, request: Request, name: str) -> bytes:
+        """The header lines of REQUEST as they go on."""
+        names = request.hop_by_hop()
+        mark = via(name, self._domain)
+        if request.minor == b'0':
+            mark = b'1.0' + mark[3:]
+        names.update(request.untrusted())
+        if b'via' in request.fields:
+            names.add(b'via')
+            mark = request.get(b'via') + b', ' + mark
+        more = b''
+        if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
+            names.add(b'max-forwards')
+            more = b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards'])
+        if b'host' not in request.fields:
+            more += b'Host: %b\r\n' % (request.host or self._domain.encode())
+        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
+            request.without(names), visit.x_forwarded, visit.host or request.host, mark, more)
+
+    @staticmethod
+    def _hops_left(value: bytes) -> int:
+        """What Max-Forwards of VALUE becomes here.  Raises HopFailed (RFC 9110 7.6.2)."""
+        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
+            raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
+        return int(value) - 1
+
+    def of_response(self, exchange: Exchange, response: Response, length: int,
+                    draining: bool) -> bytes:
+        """The header lines of RESPONSE as they go on; decides what becomes of the connection."""
+        block = self._own_cookies(response)
+        if response.status == 101:
+            return block
+        request = exchange.request
+        exchange.keep = (request.keep_alive and exchange.body.finished and not draining
+                         and (length >= 0 or request.minor == b'1'))
+        if not exchange.keep:
+            block += b'Connection: close\r\n'
+        elif request.minor == b'0':
+            block += b'Connection: keep-alive\r\n'
+        if not response.has(b'date'):
+            block += b'%b\r\n' % date_line(int(time.time())).encode()
+        return block
+
+    def _own_cookies(self, response: Response) -> bytes:
+        """The header lines of RESPONSE as they go on.
+
+        Without cookies for this server's domain or above, and without the word to delete all that
+        are there: tenants share that site.
+        """
+        block = response.forwarded_block()
+        if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
+            return block
+        own = []
+        for line in block.splitlines(keepends=True):
+            name, _, value = line.lower().partition(b':')
+            if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
+                self._log.note('a cookie for the whole domain was dropped: tenants share it')
+            elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
+                self._log.note('a Clear-Site-Data was dropped: tenants share the cookies')
+            else:
+                own.append(line)
+        return b''.join(own)
+
+    def _is_shared(self, domain: bytes) -> bool:
+        """May a browser read DOMAIN, of a cookie, as this server's domain or above?"""
+        plain = _PLAIN_DOMAIN.fullmatch(domain)
+        return bool(domain) and (plain is None or f'.{self._domain}'.endswith(
+            '.' + plain.group(1).decode()))
 
 
 class Doors:
@@ -3751,35 +3885,40 @@ class Doors:
             self._reactor.spawn(shake_hands(accepted))
 
 
+async def last_words(connection: Connection, status: int, text: str) -> None:
+    """Tell a visitor whose request is no good, so that it arrives."""
+    with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
+        await write_own(connection, error_message(status, text, None, [
+            'Connection: close', date_line(int(time.time()))]))
+        await connection.linger()
+
+
 class Server:
     """The relay."""
 
     def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
                  log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
-                 script: Optional[Callable[[str], Optional[Sequence[bytes]]]] = None,
                  only: bool = False, certificate: Optional[Certificate] = None,
                  public: Tuple[str, int] = ('', 0), trace: Optional[Trace] = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
-        TRUSTED are proxies in front.  SCRIPT gives this file in pieces, with an address stamped in.
-        ONLY: any Host that means this machine reaches the one tunnel there is.  CERTIFICATE is for
-        TLS.  PUBLIC is the scheme and port by which visitors are to come, if not as clients do.
+        TRUSTED are proxies in front.  ONLY: any Host that means this machine reaches the one tunnel
+        there is.  CERTIFICATE is for TLS.  PUBLIC is the scheme and port by which visitors are to
+        come, if not as clients do.
         """
-        self.reactor, self.domain = reactor, domain.lower()
+        self.reactor, self.domain, self.log = reactor, domain.lower(), log
         self.certificate, self._public = certificate, public
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
-        self.log, self._tokens, self._script = log, tokens, script
-        self._drain, self._rate, self._only = drain, rate, only
-        self.budget = Budget(buffer or process_budget())        # of all sessions together
+        self.pages: Dict[bytes, Page] = {b'/': landing_page}    # of the server's own name, by path
+        self.draining = False           # it ends: nobody new, and connections close
+        self.doors = Doors(reactor, log, self.counters)
         self.visitors = Visitors(reactor, trusted)
         self.tunnels = Tunnels(reactor, hold, log)
-        self.admission = Admission(reactor, tokens, leases, self.tunnels, self.budget, max_tunnels,
-                                   self.counters, trace)
-        self.draining = False           # it ends
-        self._beat = reactor.now()
-        self.lag = 0.0                  # of the event loop, in seconds
-        self._look_at = 0.0             # when tunnels are looked at again
-        self.doors = Doors(reactor, log, self.counters)
+        self.admission = Admission(
+            reactor, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
+            self.counters, trace)
+        self._onward = Onward(self.domain, log)
+        self._drain, self._rate, self._only = drain, rate, only
         reactor.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
@@ -3815,27 +3954,17 @@ class Server:
         for member in self.tunnels.members():
             member.session.end(Disconnected('the server ended'))
 
-    async def settle(self) -> None:
-        """Wait a moment for clients whose connection broke: their streams are here."""
-        deadline = self.reactor.now() + SETTLE
-        while self.reactor.now() < deadline and any(
-                member.session.connection is None for member in self.tunnels.members()):
-            await asyncio.sleep(DRAIN_LOOK)
-
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at what changes by itself: files, tokens, names that nobody serves."""
-        self.lag, self._beat = max(0.0, now - self._beat - SWEEP), now
-        if self._tokens.changed() or (self.certificate and self.certificate.changed()):
+        changed = self.admission.tokens.changed() or (
+            self.certificate is not None and self.certificate.changed())
+        if changed:
             self.reload()
-        elif now < self._look_at:
-            return
-        self._look_at = now + 4 * SWEEP     # there may be thousands of tunnels
-        self.admission.sweep(now)
-        self.tunnels.sweep(now)
+        self.admission.sweep(now, at_once=changed)
 
     def reload(self) -> None:
         """Read tokens and certificate again."""
-        sources: List[Tuple[str, Union[Tokens, Certificate]]] = [('tokens', self._tokens)]
+        sources: List[Tuple[str, Union[Tokens, Certificate]]] = [('tokens', self.admission.tokens)]
         if self.certificate:
             sources.append(('certificate', self.certificate))
         for what, source in sources:
@@ -3873,23 +4002,16 @@ class Server:
                 if connection.size:     # pipelined
                     await asyncio.sleep(0)
         except BadHttp as e:
-            await self._last_words(connection, e.status, str(e))
+            await last_words(connection, e.status, str(e))
         except Overdue:
             if connection.peek() not in EMPTY_LINE:
-                await self._last_words(connection, 408, 'the request did not arrive in time')
+                await last_words(connection, 408, 'the request did not arrive in time')
         except (LocaltunnelError, OSError):
             connection.cut_off()
         finally:
             self.visitors.leave(visit)
             if not taken:
                 connection.close()
-
-    async def _last_words(self, connection: Connection, status: int, text: str) -> None:
-        """Tell a visitor whose request is no good, so that it arrives."""
-        with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
-            await write_own(connection, error_message(status, text, None, [
-                'Connection: close', date_line(int(time.time()))]))
-            await connection.linger()
 
     async def _answer(self, visit: Visit, exchange: Exchange) -> None:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
@@ -3970,35 +4092,29 @@ class Server:
                         'the request names no host')
 
     async def _own_page(self, visit: Visit, exchange: Exchange) -> None:
-        """What the server shows under its own name: the landing page and the script."""
+        """What the server shows under its own name."""
         request = exchange.request
-        path = request.target.partition(b'?')[0]
-        address = f'{visit.scheme}://{request.host.decode()}'
-        if path not in (b'/', b'/localtunnel.py'):
+        page = self.pages.get(request.target.partition(b'?')[0])
+        if page is None:
             raise HopFailed(404, 'there is no such page here')
         if request.method not in (b'GET', b'HEAD'):
             raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
-        form = 'text/html; charset=utf-8'
-        page: Sequence[bytes] = [landing_page(address)]
-        if path != b'/':
-            script = self._script(address) if self._script else None
-            if script is None:
-                raise HopFailed(404, 'this server was started from a pipe, so it has no copy of '
-                                'itself to hand out')
-            form, page = 'text/x-python; charset=utf-8', script
-        head = functools.partial(plain_head, 200, form, sum(map(len, page)))
+        form, pieces = page(f'{visit.scheme}://{request.host.decode()}')
+        head = functools.partial(plain_head, 200, form, sum(map(len, pieces)))
         await self._give_own(visit, exchange, 200, head, PAGE_HEADERS,
-                             page if request.method == b'GET' else ())
+                             pieces if request.method == b'GET' else ())
 
     # One exchange.
 
     async def _forward(self, visit: Visit, exchange: Exchange, name: str) -> None:
         """The request by the tunnel of NAME, the response back; again where no harm was done."""
-        request, lines = exchange.request, self._request_lines(visit, exchange.request, name)
+        request = exchange.request
+        lines = self._onward.of_request(visit, request, name)
+        login = request.get(b'authorization')
         interim = exchange.near if request.minor == b'1' else None
         while True:
-            access, stream = (self._open(visit, name, request)
-                              or await self._wait_to_open(visit, name, request))
+            stream, access = (self.tunnels.open_stream(name, visit, login)
+                              or await self.tunnels.wait_for_stream(name, visit, login))
             visit.begin(stream)
             try:
                 ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
@@ -4007,8 +4123,8 @@ class Server:
                 if exchange.sending:
                     exchange.near.allow(BODY_IDLE)
                 length = response.body_length(request.method)
-                return await exchange.respond(
-                    response, length, self._answer_lines(exchange, response, length), end=False)
+                lines_back = self._onward.of_response(exchange, response, length, self.draining)
+                return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
                 if exchange.status or e.code == CANCELLED:
                     raise Disconnected(str(exchange.fault or e)) from e
@@ -4028,110 +4144,6 @@ class Server:
                 if exchange.sending:
                     await exchange.stop_sending()
                 stream.close()
-
-    def _request_lines(self, visit: Visit, request: Request, name: str) -> bytes:
-        """The header lines of REQUEST as they go on."""
-        names = request.hop_by_hop()
-        mark = via(name, self.domain)
-        if request.minor == b'0':
-            mark = b'1.0' + mark[3:]
-        names.update(request.untrusted())
-        if b'via' in request.fields:
-            names.add(b'via')
-            mark = request.get(b'via') + b', ' + mark
-        more = b''
-        if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
-            names.add(b'max-forwards')
-            more = b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards'])
-        if b'host' not in request.fields:
-            more += b'Host: %b\r\n' % (request.host or self.domain.encode())
-        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.without(names), visit.x_forwarded, visit.host or request.host, mark, more)
-
-    @staticmethod
-    def _hops_left(value: bytes) -> int:
-        """What Max-Forwards of VALUE becomes here.  Raises HopFailed (RFC 9110 7.6.2)."""
-        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
-            raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
-        return int(value) - 1
-
-    def _open(self, visit: Visit, key: str,
-              request: Optional[Request] = None) -> Optional[Tuple[Access, Stream]]:
-        """A stream to the member that will serve VISIT, if there is one with room.
-
-        Its rules are asked here and nowhere else, at the last moment: each member, and each that
-        comes while a request waits, may have others.  Raises HopFailed where they keep it out.
-        """
-        tunnel = self.tunnels.get(key)
-        member = tunnel.pick() if tunnel else None
-        if member is None:
-            return None
-        access = member.hello.access
-        if not access.admits_address(visit.address):
-            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
-        if request and access.users and not access.admits_user(request.get(b'authorization')):
-            raise HopFailed(401, 'this tunnel wants a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
-        stream = member.session.open()
-        return (access, stream) if stream else None
-
-    async def open_stream(self, visit: Visit, key: str) -> Stream:
-        """A stream to a client of KEY for a visitor of another kind.  Raises HopFailed."""
-        opened = self._open(visit, key) or await self._wait_to_open(visit, key)
-        return opened[1]
-
-    async def _wait_to_open(self, visit: Visit, key: str,
-                            request: Optional[Request] = None) -> Tuple[Access, Stream]:
-        """The same once a client is there, and others have made room.  Raises HopFailed."""
-        await self.tunnels.wait_for_client(key, visit)
-        deadline = self.reactor.now() + ROOM_WITHIN
-        while True:
-            opened = self._open(visit, key, request)
-            if opened:
-                return opened
-            await self.tunnels.wait_for_room(key, visit, deadline)
-
-    def _answer_lines(self, exchange: Exchange, response: Response, length: int) -> bytes:
-        """The header lines of RESPONSE as they go on; decides what becomes of the connection."""
-        block = self._own_cookies(response)
-        if response.status == 101:
-            return block
-        request = exchange.request
-        exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
-                         and (length >= 0 or request.minor == b'1'))
-        if not exchange.keep:
-            block += b'Connection: close\r\n'
-        elif request.minor == b'0':
-            block += b'Connection: keep-alive\r\n'
-        if not response.has(b'date'):
-            block += b'%b\r\n' % date_line(int(time.time())).encode()
-        return block
-
-    def _own_cookies(self, response: Response) -> bytes:
-        """The header lines of RESPONSE as they go on.
-
-        Without cookies for this server's domain or above, and without the word to delete all that
-        are there: tenants share that site.
-        """
-        block = response.forwarded_block()
-        if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
-            return block
-        own = []
-        for line in block.splitlines(keepends=True):
-            name, _, value = line.lower().partition(b':')
-            if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
-                self.log.note('a cookie for the whole domain was dropped: tenants share it')
-            elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
-                self.log.note('a Clear-Site-Data was dropped: tenants share the cookies')
-            else:
-                own.append(line)
-        return b''.join(own)
-
-    def _is_shared(self, domain: bytes) -> bool:
-        """May a browser read DOMAIN, of a cookie, as this server's domain or above?"""
-        plain = _PLAIN_DOMAIN.fullmatch(domain)
-        return bool(domain) and (plain is None or f'.{self.domain}'.endswith(
-            '.' + plain.group(1).decode()))
 
     # One session.
 
@@ -4169,7 +4181,7 @@ class Server:
         """Raises Refused for who speaks another protocol, or speaks it in clear."""
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
-                          f'it: {self._address(visit, self.domain, request.host)}/localtunnel.py')
+                          f'it: {visit.url_of(self.domain, request.host)}/localtunnel.py')
         if (self.certificate and visit.scheme == 'http' and not visit.trusted
                 and not is_loopback(visit.peer)):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
@@ -4178,15 +4190,11 @@ class Server:
 
     def _url(self, visit: Visit, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
-        return self._address(visit, 'localhost' if self._only else f'{name}.{self.domain}', host)
+        name = 'localhost' if self._only else f'{name}.{self.domain}'
+        scheme, port = self._public
+        return f'http://{authority(scheme, name, port)}' if scheme == 'http' else (
+            visit.url_of(name, host))
 
-    def _address(self, visit: Visit, name: str, host: bytes) -> str:
-        """The URL of the host NAME, with the scheme and port by which HOST here was reached."""
-        if self._public[0] == 'http':
-            return f'http://{authority("http", name, self._public[1])}'
-        port = host.rpartition(b':')[2]
-        return f'{visit.scheme}://' + (authority(visit.scheme, name, int(port)) if port.isdigit()
-                                       else name)
 
 
 def port_of(tunnel: Tunnel) -> int:
@@ -4292,7 +4300,8 @@ class TcpPorts(Kind):
         try:
             if visit.refusal:
                 raise visit.refusal.again()
-            stream = await server.open_stream(visit, tunnel.key)
+            stream, _ = (server.tunnels.open_stream(tunnel.key, visit)
+                         or await server.tunnels.wait_for_stream(tunnel.key, visit))
             visit.begin(stream)
             await stream.write(visit.address.encode())
             await join(connection, stream)
@@ -4368,8 +4377,9 @@ class OperatorPage:
         gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
                   'visitors': len(server.visitors), 'held_requests': tunnels.held,
-                  'window_bytes': server.budget.used,
-                  'event_loop_lag_seconds': round(server.lag, 6), 'memory_bytes': resident_memory()}
+                  'window_bytes': server.admission.budget.used,
+                  'event_loop_lag_seconds': round(server.reactor.lag, 6),
+                  'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
                  for name, value in gauges.items()]
         counted = sorted(self._server.counters.items(), key=str)
@@ -5664,23 +5674,25 @@ def own_source() -> List[bytes]:
     return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
 
 
-def stamped_source(address: str) -> Optional[Sequence[bytes]]:
-    """This file in pieces, with the server's ADDRESS written into it; None where it can't be read.
+def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
+    """This file, with the server's ADDRESS written into it.  Raises HopFailed.
 
     The large pieces are the same for all: visitors choose what address they see.
     """
     try:
         before, after = own_source()
-        return before, b'STAMPED_SERVER = %a' % address, after
-    except (OSError, ValueError, AttributeError):
-        return None
+    except (OSError, ValueError, AttributeError) as e:
+        raise HopFailed(404, 'this server was started from a pipe, so it has no copy of itself to '
+                        'hand out') from e
+    return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
 
 
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
     """A server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
-    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), script=stamped_source,
-                    only=True, drain=LINGER)
+    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), only=True,
+                    drain=LINGER)
+    server.pages[b'/localtunnel.py'] = script_page
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -6144,7 +6156,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
                 log.note('error: process 1 of a container can not hand over; restart the container')
                 continue
             log.note('handing over to a successor')
-            await server.settle()
+            await server.tunnels.settle()
             server.admission.closed = True
             child = await start_successor(reactor, sockets(), lock)
             server.admission.closed = False
@@ -6178,8 +6190,9 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     public = ('http', port) if pin else ('https', tls_port) if secure else ('', 0)
     server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                    trusted=args.trust_proxy, script=stamped_source, certificate=certificate,
-                    public=public, trace=log.frame if args.verbose else None)
+                    trusted=args.trust_proxy, certificate=certificate, public=public,
+                    trace=log.frame if args.verbose else None)
+    server.pages[b'/localtunnel.py'] = script_page
     tcp = TcpPorts(server, args.bind, args.tcp_ports, passed)
     for sock in plain:
         await server.listen(sock)

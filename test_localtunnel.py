@@ -2644,7 +2644,7 @@ class WorldTest(LoopTest):
             await self.leaves(client)
         await self.nobody_is_left()
         await self.server.stop()
-        await eventually(lambda: not self.server.budget.used, 'budget is left')
+        await eventually(lambda: not self.server.admission.budget.used, 'budget is left')
         self.assertEqual((self.server.tunnels.members(), self.server.tunnels.held), ([], 0))
 
     async def nobody_is_left(self):
@@ -2752,7 +2752,9 @@ class RouteTest(WorldTest):
                          [b'/%d' % n for n in range(9)])
 
     async def test_the_landing_page_shows_what_to_type(self):
-        await self.world(script=lambda address: [b'script of ', address.encode()])
+        await self.world()
+        self.server.pages[b'/localtunnel.py'] = lambda address: (
+            'text/plain', [b'script of ', address.encode()])
         visitor = await self.visitor(f'localhost:{self.port}')
         status, fields, body = await visitor.get()
         self.assertEqual(status, 200)
@@ -2761,7 +2763,7 @@ class RouteTest(WorldTest):
         self.assertEqual(body, f'script of http://localhost:{self.port}'.encode())
 
     async def test_other_pages_of_the_bare_domain_are_404_and_a_post_is_405(self):
-        await self.world(script=lambda address: None)
+        await self.world()
         visitor = await self.visitor('localhost')
         self.assertEqual((await visitor.get('/favicon.ico'))[0], 404)
         self.assertEqual((await visitor.get('/localtunnel.py'))[0], 404)
@@ -2809,7 +2811,9 @@ class VisitorTest(WorldTest):
         self.assertNotEqual(await ended.get(), 'whole')
 
     async def test_a_visitor_who_does_not_read_our_pages_is_let_go(self):
-        await self.world(script=lambda address: [bytes(20 * lt.MIB)])
+        await self.world()
+        self.server.pages[b'/localtunnel.py'] = lambda address: (
+            'text/plain', [bytes(20 * lt.MIB)])
         with self.constant(PAGE_STALLED=0.02):
             visitor = await self.visitor('localhost')
             visitor.reader._transport.pause_reading()
@@ -2818,7 +2822,7 @@ class VisitorTest(WorldTest):
             await eventually(lambda: not self.server.visitors)
 
     async def test_a_page_is_the_same_bytes_for_all_who_read_it(self):
-        one, other = lt.stamped_source('http://a'), lt.stamped_source('http://b')
+        (_, one), (_, other) = lt.script_page('http://a'), lt.script_page('http://b')
         self.assertIs(one[0], other[0])
         self.assertIs(one[2], other[2])
         self.assertEqual(one[1], b"STAMPED_SERVER = 'http://a'")
@@ -4747,7 +4751,7 @@ class FreshMachineTest(CommandTest):
     def test_it_never_takes_the_port_of_its_target(self):
         client = self.start('client', lt.FIRST_LOCAL_PORT)
         self.assertNotEqual(client.url(), f'http://localhost:{lt.FIRST_LOCAL_PORT}')
-        self.assertIn(fetch(client.url())[0], (200, 404, 502, 503))
+        self.assertIn(fetch(client.url())[0], range(200, 600))      # whatever listens there
 
     def test_json_says_that_it_is_not_public(self):
         app = self.app()
@@ -6465,7 +6469,7 @@ class FrameTest(HostileTest):
             self.assertIsNotNone(await peer.until(lt.OPEN))
         with self.constant(ROOM_WITHIN=0.0):
             await self.others_are_served()
-        self.assertLessEqual(self.server.budget.used, 9 * lt.MIB)
+        self.assertLessEqual(self.server.admission.budget.used, 9 * lt.MIB)
 
     async def test_a_body_that_does_not_come_is_408(self):
         await self.world()
@@ -6540,7 +6544,7 @@ class FrameTest(HostileTest):
             peer.send(F(lt.DATA, id, b'x' * sent))
             await asked.reader.readexactly(sent)
             for _ in range(8):  # as long as the windows grow
-                grown = self.server.budget.used
+                grown = self.server.admission.budget.used
                 frame = await peer.until(lt.CREDIT)
                 credit = lt.U32.unpack(frame[2])[0]
                 while credit:
@@ -6548,7 +6552,7 @@ class FrameTest(HostileTest):
                     peer.send(F(lt.DATA, id, b'x' * piece))
                     await asked.reader.readexactly(piece)
                     credit -= piece
-                if self.server.budget.used == grown:
+                if self.server.admission.budget.used == grown:
                     break
         self.assertLess(session._budget.used, 8 * lt.MIB)
         await self.others_are_served()
@@ -6654,7 +6658,7 @@ class HelloTest(HostileTest):
             self.assertEqual(await resumed(token, proof=proof * 32, resume=resume),
                              (101, goes_on))
         self.write('tokens', 'ana B names=other\n')
-        self.server._tokens.reload()
+        self.server.admission.tokens.reload()
         resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
         self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
 
@@ -7214,7 +7218,7 @@ class TlsTest(HostileTest):
                   F(lt.PING, 0, lt.U64.pack(0)))
         pong = await peer.until(lt.PONG)
         self.assertEqual(lt.U64.unpack(pong[2])[0], 30000 * 12 + 16)
-        self.server._script = lambda address: [pattern(300000)]
+        self.server.pages[b'/localtunnel.py'] = lambda address: ('text/plain', [pattern(300000)])
         visitor = await self.visitor('localhost', self.tls_port, ssl=self.ssl)
         self.assertEqual((await visitor.get('/localtunnel.py'))[2], pattern(300000))
 
