@@ -29,11 +29,13 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    1 Constants and errors    6 HTTP/1.1             11 Admission
-    2 Wire                    7 Names and tokens     12 Server
-    3 Credit                  8 Certificates         13 Client
-    4 Byte streams            9 Exchange             14 Terminal
-    5 Session                10 Tunnels              15 Command line
+    1 Constants and errors    8 Certificates         15 Client
+    2 Wire                    9 Exchange             16 Raw TCP
+    3 Credit                 10 Tunnels              17 Folder and echo
+    4 Byte streams           11 Admission            18 Host header
+    5 Session                12 Server               19 Outgoing proxy
+    6 HTTP/1.1               13 Places               20 Terminal
+    7 Names and tokens       14 App                  21 Command line
 """
 
 from __future__ import annotations
@@ -71,7 +73,7 @@ import threading
 import time
 import urllib.parse
 from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Deque, Dict, Generator, Iterable,
-                    Iterator, List, NoReturn, Optional, Sequence, Set, TextIO, Tuple, Union)
+                    Iterator, List, Optional, Sequence, Set, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -2047,6 +2049,17 @@ def whole_body(body: Body) -> Optional[bytes]:
     return b''.join(pieces)
 
 
+async def read_whole(body: Body, most: int) -> bytes:
+    """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
+    whole = bytearray()
+    while not body.finished and len(whole) <= most:
+        piece = body.take()
+        whole += piece
+        if not (piece or body.finished or await body.stream.more()):
+            body.cut()
+    return bytes(whole)
+
+
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
     """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
     if data[:2] == b'\r\n':        # see parse_request
@@ -2118,18 +2131,21 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
     raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
 
 
+Tap = Callable[[bytes], None]       # is shown a body, piece by piece
+
+
 async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool, end: bool,
-                       tap: Optional[Callable[[bytes], None]] = None) -> None:
+                       taps: Iterable[Tap] = ()) -> None:
     """Write HEAD and then BODY to SINK, as it arrives; what is here already leaves in one write.
 
-    CHUNKED: so it is framed there.  END: nothing follows it there.  TAP is shown the body.
+    CHUNKED: so it is framed there.  END: nothing follows it there.  TAPS are shown the body.
     Raises Incomplete, BadHttp, and what breaks either stream.
     """
     out, size = [head], len(head)
     while not body.finished:
         piece = body.take()
         if piece:
-            if tap:
+            for tap in taps:
                 tap(piece)
             out += [b'%x\r\n' % len(piece), piece, b'\r\n'] if chunked else [piece]
             size += len(piece)
@@ -2879,11 +2895,11 @@ class Exchange(Record):
         return asyncio.sleep(0)
 
     async def _stream(self, head: bytes, end: bool) -> None:
-        far, tap = self.far, None
+        far, taps = self.far, []
         if isinstance(self.near, Connection):       # a visitor's: the other end need not look
-            self.near.idle, tap = HEAD_TIMEOUT, self.has_begun
+            self.near.idle, taps = HEAD_TIMEOUT, [self.has_begun]
         try:
-            await copy_message(head, self.body, far, self.length == CHUNKED, end, tap)
+            await copy_message(head, self.body, far, self.length == CHUNKED, end, taps)
         except (LocaltunnelError, OSError) as e:
             if isinstance(e, Overdue):
                 e = BadHttp(408, 'the body of the request did not arrive in time')
@@ -2892,10 +2908,10 @@ class Exchange(Record):
                 far.reset(INCOMPLETE if self.fault else CANCELLED, f'the request broke off: {e}')
 
     def respond(self, response: Response, length: int, block: bytes, end: bool,
-                tap: Optional[Callable[[bytes], None]] = None) -> Awaitable[None]:
+                taps: Iterable[Tap] = ()) -> Awaitable[None]:
         """Pass RESPONSE back with the header lines in BLOCK, and its body of LENGTH.
 
-        To be awaited.  END: nothing follows it.  TAP is shown the body.
+        To be awaited.  END: nothing follows it.  TAPS are shown the body.
         """
         if response.status == 101:
             return self._upgrade(response, block)
@@ -2903,7 +2919,7 @@ class Exchange(Record):
         self.answer = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor == b'1'
         return copy_message(encode_response(response, block, chunked), self.answer, self.near,
-                            chunked, end, tap)
+                            chunked, end, taps)
 
     async def _upgrade(self, response: Response, block: bytes) -> None:
         check_upgrade(self.request, response)
@@ -4393,18 +4409,14 @@ class OperatorPage:
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. Client
+# 13. Places
 #
-# Dials the server, and again; serves what comes out of the session from the app.  Knows no frames,
-# nothing of the server's inside, and not who watches: what happens is told to an observer.
-#
-# The two functions for one exchange are siblings of the server's: the same verbs, the same order.
+# Where the app and the server are, as users write it; how they are reached, and in one sentence,
+# why not.
 # ------------------------------------------------------------------------------------------------
 
 TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST:PORT/PATH,
 https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
-
-
 HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
@@ -4425,8 +4437,7 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
 class Target:
     """What a tunnel leads to.
 
-    `label` is its full spelling, from which the derived name comes; `base` is the path that stands
-    before that of every request.
+    `label` is its full spelling, from which the derived name comes.
     """
 
     def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
@@ -4434,7 +4445,6 @@ class Target:
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
         self.authority = authority(scheme, host, port) if port else host
         self.local = is_loopback(host)
-        self.base = path.encode() if scheme in ('http', 'https') else b''
         if scheme in ('unix', 'folder', 'echo'):
             self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
             self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
@@ -4513,6 +4523,576 @@ def explain(error: BaseException, where: str) -> str:
         return explain_tls(error, where)
     return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
 
+
+def not_http(said: bytes, where: str) -> str:
+    """One sentence where what WHERE said is no HTTP, else ''."""
+    if said[:1] in (b'\x15', b'\x16'):
+        return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
+    if not said or said[:5] == b'HTTP/'[:len(said)]:
+        return ''
+    line = printable(said[:60].splitlines()[0].decode('latin-1'))
+    return f'{where} does not speak HTTP: it says {line!r}'
+
+
+async def first_to_answer(hosts: Sequence[str], timeout: float,
+                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
+    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
+    failures: List[Exception] = []
+    for host in hosts:
+        try:
+            return await asyncio.wait_for(dial(host), timeout)
+        except (OSError, asyncio.TimeoutError) as e:
+            failures.append(e)
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # says the least
+
+
+# ------------------------------------------------------------------------------------------------
+# 14. App
+#
+# The connections to the local program, and the service of one stream from it: `serve` reads the
+# request, `_forward` sends it, receives the response and gives it back, as at the server.  Knows
+# nothing of the server and of sessions, and not who watches: what happens is told to an observer.
+# ------------------------------------------------------------------------------------------------
+
+class ClientObserver(Observer):
+    """Who is told what a client does."""
+
+    def ready(self, url: str) -> None:
+        """Visitors can come, the first time."""
+
+    def back(self) -> None:
+        """Visitors can come again."""
+
+    def lost(self, why: str, seconds: float) -> None:
+        """The server can't be reached; the next attempt is in SECONDS."""
+
+    def hint(self, text: str) -> None:
+        """Advice for the user."""
+
+
+class Pool:
+    """Connections to the app that may carry another request.
+
+    An app that serves one connection at a time must never be stalled by an idle one: while a fresh
+    connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
+    """
+
+    def __init__(self, reactor: Reactor) -> None:
+        self._reactor = reactor
+        self._idle: List[Tuple[Connection, float]] = []     # each with since when; the latest last
+        self._silent: Set[Connection] = set()               # fresh ones, too long without a byte
+        reactor.swept.add(self)
+
+    def watch(self, connection: Connection) -> None:
+        """CONNECTION is a fresh one."""
+        self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+
+    def _still_silent(self, connection: Connection) -> None:
+        if connection.silent and connection.error is None:
+            self._silent.add(connection)
+            self.close()
+
+    def take(self) -> Optional[Connection]:
+        """An idle connection that can be trusted, if there is one."""
+        while self._idle:
+            connection, since = self._idle.pop()
+            if (self._reactor.now() - since < POOL_IDLE and not connection.size
+                    and not connection.ended and connection.error is None):
+                connection.silent = True
+                return connection
+            connection.close()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        """CONNECTION has nothing under way: keep it for another request."""
+        if self._silent:
+            self._silent = {c for c in self._silent if c.silent and c.error is None}
+        if self._silent or connection.size or connection.ended or connection.error:
+            return connection.close()
+        self._idle.append((connection, self._reactor.now()))
+
+    def close(self) -> None:
+        """Close what is idle."""
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Close what has been idle for too long."""
+        while self._idle and now - self._idle[0][1] >= POOL_IDLE:
+            self._idle.pop(0)[0].close()
+
+
+class Rewrite:
+    """What an app and its visitors are told of each other; this one changes nothing."""
+
+    def of_request(self, request: Request, block: bytes) -> bytes:
+        """The header lines in BLOCK as the app is to see them.  Raises HopFailed."""
+        return block
+
+    def of_response(self, request: Request, block: bytes) -> bytes:
+        """The header lines in BLOCK, of the response to REQUEST, as its visitor is to see them."""
+        return block
+
+
+class App:
+    """The local program that visitors reach."""
+
+    def __init__(self, reactor: Reactor, target: Target, observer: ClientObserver, *,
+                 timeout: float = RESPONSE_TIMEOUT, tls: Optional[ssl.SSLContext] = None) -> None:
+        """TIMEOUT is how long it may take to begin a response; TLS is for an https TARGET."""
+        self.reactor, self.target, self.observer = reactor, target, observer
+        # Seams.  How to connect, by the scheme of a target: from a target comes a connection.
+        self.dialers: Dict[str, Callable[[Target], Awaitable[Connection]]] = {
+            'unix': self._dial_unix}
+        # Who serves a stream, by the kind of tunnel.
+        self.kinds: Dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
+        # Each in turn changes the header lines of requests and responses.
+        self.rewrites: List[Rewrite] = []
+        # Asked about each response; what one returns, if anything, is shown the body.
+        self.taps: List[Callable[[Exchange, Response], Optional[Tap]]] = []
+        self._timeout, self._tls = timeout, tls
+        self._hosts = addresses(target.host)    # the one that answered last comes first
+        self._pool = Pool(reactor)
+        self.exchanges = 0                      # so far; they are numbered
+
+    # Connections.
+
+    async def connect(self) -> Connection:
+        """A fresh connection.  Raises HopFailed."""
+        target = self.target
+        try:
+            connection = await self.dialers.get(target.scheme, self._dial)(target)
+        except (OSError, asyncio.TimeoutError) as e:
+            status = 504 if isinstance(e, asyncio.TimeoutError) else 502
+            raise HopFailed(status, explain(e, target.text)) from e
+        self._pool.watch(connection)
+        return connection
+
+    async def _dial(self, target: Target) -> Connection:
+        async def dial(host: str) -> Connection:
+            _, connection = await self.reactor.loop.create_connection(
+                lambda: Connection(self.reactor), host, target.port, ssl=self._tls,
+                server_hostname=target.host if self._tls else None)
+            if self._hosts[0] != host:
+                self._hosts.reverse()
+            return connection
+        return await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, dial)
+
+    async def _dial_unix(self, target: Target) -> Connection:
+        _, connection = await asyncio.wait_for(self.reactor.loop.create_unix_connection(
+            lambda: Connection(self.reactor), target.path), CONNECT_TIMEOUT)
+        return connection
+
+    def close(self) -> None:
+        """Close the connections that are idle."""
+        self._pool.close()
+
+    async def look(self) -> None:
+        """A hint where the app is not there yet."""
+        try:
+            (await self.connect()).close()
+        except HopFailed as e:
+            self.observer.hint(f'{e}; visitors are told so until the app is up')
+
+    # One stream.
+
+    async def serve(self, stream: Stream) -> None:
+        """Serve one stream, from its head to its end."""
+        began, why = self.reactor.now(), ''
+        self.exchanges = number = self.exchanges + 1
+        exchange: Optional[Exchange] = None
+        try:
+            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
+            if head is None:
+                raise Incomplete('a stream without a request')
+            exchange = Exchange(stream, parse_request(head), number)
+            try:
+                await self._forward(stream, exchange)
+            except HopFailed as e:
+                exchange.status, exchange.why = e.status, str(e)
+                await stream.write(error_message(e.status, str(e), exchange.request), end=True)
+        except (LocaltunnelError, OSError) as e:
+            why = f'cut short: {stream.error or e}'
+            stream.reset(FAILED, str(e))
+        finally:
+            stream.close()
+            record = exchange or Record(number, began)
+            record.why = why or record.why
+            self.observer.exchange(record, self.reactor.now() - began)
+
+    async def _forward(self, stream: Stream, exchange: Exchange) -> None:
+        """The request to the app, the response back; again where its connection had been closed."""
+        request, lines = exchange.request, self._request_lines(exchange.request)
+        reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
+        while True:
+            upstream = reused or await self.connect()
+            stream.on_gone, whole = upstream.cut_off, False
+            try:
+                if not reused:
+                    stream.check()      # it may be gone by now
+                await exchange.send(upstream, lines, end=False)
+                response = await read_final(upstream, stream, self._timeout)
+                await self._respond(exchange, response)
+                whole = True
+                return self._pool.give(upstream) if exchange.keep else upstream.close()
+            except (Disconnected, BadHttp) as e:
+                if stream.error is not None or exchange.status:
+                    raise       # the response has begun, or nobody waits for it
+                if reused is None or not upstream.silent or isinstance(e, Overdue):
+                    raise self._no_response(upstream, e) from e
+                reused = None       # once more, on a fresh one
+            finally:
+                stream.on_gone = None
+                if exchange.sending:
+                    await exchange.stop_sending()
+                if not whole:
+                    upstream.cut_off()
+
+    def _request_lines(self, request: Request) -> bytes:
+        """The header lines of REQUEST as they go on."""
+        block = request.without(request.hop_by_hop())
+        for rewrite in self.rewrites:
+            block = rewrite.of_request(request, block)
+        return block
+
+    def _no_response(self, upstream: Connection, error: Exception) -> HopFailed:
+        """Why there is none from UPSTREAM, which failed with ERROR."""
+        where = self.target.text
+        if isinstance(error, Overdue):
+            return HopFailed(504, f'{where} took too long')
+        strange = not_http(upstream.peek(), where)
+        if strange:
+            return HopFailed(502, strange)
+        if isinstance(error, BadHttp):
+            fault = 'too large' if error.status == 431 else 'malformed'
+            return HopFailed(502, f'the answer of {where} is {fault}: {error}')
+        cure = (f'; if it speaks TLS, use https://{where}'
+                if upstream.silent and self.target.scheme == 'http' else '')
+        return HopFailed(502, f'{where} closed the connection without an answer{cure}')
+
+    def _respond(self, exchange: Exchange, response: Response) -> Awaitable[None]:
+        """Pass RESPONSE on; to be awaited.  Decides what becomes of the connection."""
+        request, block = exchange.request, response.forwarded_block()
+        for rewrite in self.rewrites:
+            block = rewrite.of_response(request, block)
+        length = response.body_length(request.method)
+        exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
+                         and not exchange.length        # or a body may lie there unread
+                         and not logs_in(request, response))
+        if length == UNTIL_CLOSE and self.target.scheme == 'https':
+            self.observer.hint('length unknown: the app ends this answer by closing, and TLS '
+                               'hides whether it broke')
+        taps: List[Tap] = []
+        for ask in self.taps:
+            tap = ask(exchange, response)
+            if tap is not None:
+                taps.append(tap)
+        return exchange.respond(response, length, block, True, taps)
+
+
+# ------------------------------------------------------------------------------------------------
+# 15. Client
+#
+# Dials the server, and again; hands what comes out of the session to the one who serves it.  Knows
+# no frames, no HTTP but the request that asks for a session, nothing of the app and of the server's
+# inside, and not who watches.
+# ------------------------------------------------------------------------------------------------
+
+class Backoff:
+    """How long a client waits before it tries again: not at all, then longer and longer.
+
+    Each wait is shortened by chance, so that the clients of a server do not all come back at once.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._welcomed = False      # has there been a connection at all?
+        self._began = NEVER         # since when there is one; NEVER while there is none
+        self._lost = now            # when the last one that lasted was lost, or when all began
+        self._failures = 0          # since then
+
+    def connected(self, now: float) -> None:
+        """There is a connection."""
+        self._welcomed, self._began = True, now
+
+    def failed(self, now: float) -> float:
+        """Seconds to wait, now that a connection is lost, or could not be made."""
+        if now - self._began > SETTLED:
+            self._lost, self._failures = now, 0
+        self._began = NEVER
+        self._failures += 1
+        if self._welcomed and self._failures == 1:
+            return 0.0
+        most = min(BACKOFF_SOON if now - self._lost < SOON else BACKOFF_MOST,
+                   BACKOFF_FIRST * 2 ** min(self._failures, 10))
+        return random.uniform(most / 2, most)
+
+    def patience(self, now: float) -> float:
+        """How long the next attempt may take: not long while visitors wait for it."""
+        waited_for = self._welcomed and now - self._lost < HELD
+        return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
+
+
+Route = Callable[[str, int], Awaitable[socket.socket]]
+
+
+async def dial_server(reactor: Reactor, address: ServerAddress, tls: Optional[ssl.SSLContext],
+                      pin: str, route: Optional[Route], timeout: float) -> Connection:
+    """A connection to the server at ADDRESS, whose certificate is checked by TLS, and by PIN.
+
+    ROUTE gives a socket to (host, port), where they are not to be dialled.  Raises Refused.
+    """
+    async def dial(host: str) -> Connection:
+        where: Dict[str, Any] = ({'sock': await route(host, address.port)} if route else
+                                 {'host': host, 'port': address.port})
+        _, connection = await reactor.loop.create_connection(
+            lambda: Connection(reactor), ssl=tls, server_hostname=address.site if tls else None,
+            **where)
+        return connection
+    connection = await first_to_answer(addresses(address.site), timeout, dial)
+    if pin:
+        shown = digest_of(
+            connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
+        if not hmac.compare_digest(shown, pin):
+            connection.cut_off()
+            raise Refused(495, 'pin', f'{address} shows another certificate than that of '
+                          f'--pin: its SHA256 is {shown}', final=True)
+    return connection
+
+
+class Client:
+    """One tunnel, kept up for as long as `run` runs."""
+
+    def __init__(self, reactor: Reactor, address: ServerAddress, label: str, key: bytes,
+                 dial: Callable[[float], Awaitable[Connection]],
+                 serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver, *,
+                 token: str = '', once: bool = False, trace: Optional[Trace] = None,
+                 **wish: Any) -> None:
+        """DIAL connects to the server at ADDRESS within so many seconds; SERVE has each stream.
+
+        The name comes from KEY and LABEL, see Target; WISH is what the server is asked for beside
+        it, see Hello.
+        """
+        self.reactor, self.address = reactor, address
+        self.url = ''               # once the server has said it
+        self.welcomed = asyncio.Event()
+        self.once = once            # end with an error where the connection fails?
+        self._dial, self._observer, self._token, self._trace = dial, observer, token, trace
+        self._begin = functools.partial(Session, reactor, Budget(2 * SESSION_BUDGET),
+                                        Crew(reactor, serve).give)
+        self._sessions: Dict[Session, None] = {}    # the current one last; the others drain
+        self._session: Optional[Session] = None     # the current one, which may be without a
+        self._session_id = ''                       # connection; by what the server knows it
+        self._changed = asyncio.Event()             # something became of it
+        wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
+        chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
+        proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
+        self.name = wish['name'] or derive_name(address.site, proof, long)
+        self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
+                       'instance': secrets.token_hex(16), 'started': time.time()}
+
+    # Sessions: the loop, and the single attempt.
+
+    async def run(self) -> None:
+        """Keep the tunnel up, or give its name back.  Raises Refused, with `once` what broke it."""
+        backoff = Backoff(self.reactor.now())
+        while True:
+            why = await self._attempt(backoff)
+            if why is None:
+                return
+            if self.once:
+                raise LocaltunnelError(why)
+            delay = backoff.failed(self.reactor.now())
+            self._observer.lost(why, delay)
+            await asyncio.sleep(delay)
+
+    async def _attempt(self, backoff: Backoff) -> Optional[str]:
+        """One connection, until another one is needed: why.  None where nothing is to be served."""
+        try:
+            if not await self._connect(backoff.patience(self.reactor.now())):
+                return None
+            backoff.connected(self.reactor.now())
+            return await self._until_lost()
+        except Refused as e:
+            ahead = e.code == 'superseded' and not self.url     # a clock is: this one is new
+            if self.once or not ahead and (e.final or not (self.url or e.status == 503)):
+                raise
+            return str(e)
+        except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
+            return explain(e, str(self.address))
+
+    async def _until_lost(self) -> str:
+        """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
+        session = self._session
+        assert session is not None
+        while session.connection is not None and session.goaway is None and session.error is None:
+            self._changed.clear()
+            await self._changed.wait()
+        if session.goaway is None and session.error is None:
+            return 'the connection to the server broke'     # and the session may go on
+        self._session = None
+        if session.goaway is None:
+            return str(session.error)
+        code, text = session.goaway
+        if code in (SUPERSEDED, REVOKED):
+            await self._finish({session})
+            raise Refused(409 if code == SUPERSEDED else 401,
+                          'superseded' if code == SUPERSEDED else 'token', text, final=True)
+        return text
+
+    async def _connect(self, timeout: float) -> bool:
+        """Dial, ask, and go on with the old session or begin a new one.
+
+        False where nothing is to be served: the name was given back.
+        """
+        connection = await self._dial(timeout)
+        overdue = self.reactor.loop.call_later(         # it may say something now and then
+            timeout, connection.fail, Overdue('the welcome did not come in time'))
+        try:
+            welcome = await self._ask(connection, timeout)
+        except BaseException:
+            connection.cut_off()
+            raise
+        finally:
+            overdue.cancel()
+        if 'released' in welcome:
+            connection.close()
+            self._observer.note(f'the name {self.name} was given back')
+            return False
+        session, count = self._session, welcome.get('received')
+        if (session is None or welcome.get('resume') is None or not isinstance(count, int)
+                or not session.can_resume(count)):
+            if session is not None:
+                session.end(Disconnected('the server does not know this session any more'))
+            session, count = self._new_session(), 0
+        session.attach(connection, count)
+        self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
+        if self.url:
+            self._observer.back()
+        else:
+            self.url = printable(str(welcome.get('url'))[:MAX_TEXT])
+            self.welcomed.set()
+            self._observer.ready(self.url)
+        return True
+
+    async def _ask(self, connection: Connection, timeout: float) -> Dict[str, Any]:
+        """Ask for the tunnel; the server's welcome.  Raises Refused."""
+        self._hello['attempt'] += 1
+        hello, host = dict(self._hello), str(self.address).partition('://')[2]
+        if self._session is not None and self._session.error is None:
+            self._session.detach()
+            hello['resume'] = {'session': self._session_id, 'received': self._session.received}
+        if not is_address(self.address.site):
+            host = f'{self.name}.{host}'
+        lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
+                 f'Upgrade: {PROTOCOL}', f'Localtunnel-Hello: {json.dumps(hello)}']
+        if self._token:
+            lines.append(f'Authorization: Bearer {self._token}')
+        await connection.write('\r\n'.join(lines).encode() + b'\r\n\r\n')
+        try:
+            response = await read_final(connection, None, timeout)
+        except (BadHttp, Incomplete) as e:
+            raise Disconnected(not_http(connection.peek(), str(self.address)) or
+                               f'{self.address} is no localtunnel server: {e}') from e
+        if response.status != 101:
+            refused = await self._refused(connection, response)
+            if refused.code != 'released':
+                raise refused
+            return {'released': self.name}
+        try:
+            welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
+        except (ValueError, RecursionError):
+            welcome = None
+        if not isinstance(welcome, dict) or not welcome.get('url'):
+            raise Disconnected(f'{self.address} is no localtunnel server: it sent no welcome')
+        return welcome
+
+    async def _refused(self, connection: Connection, response: Response) -> Refused:
+        """What a server says that opens no session.  Raises Refused where it is not one of ours."""
+        try:
+            connection.idle = HANDSHAKE_TIMEOUT
+            body = body_reader(connection, response.body_length(b'GET'))
+            said = json.loads(await read_whole(body, MAX_HEAD))
+            if said['error'] == 'released' and not self._hello['release']:
+                raise ValueError        # that would be success, and nobody asked for it
+            return Refused(response.status, str(said['error']),
+                           printable(str(said['message'])[:MAX_TEXT]), bool(said.get('final')))
+        except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
+            if 300 <= response.status < 400 and self.address.scheme == 'http':
+                raise Refused(response.status, 'no_upgrade', f'{self.address} sends to another '
+                              f'place; try --server https://{self.address.site}') from None
+            raise Refused(
+                response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
+                'of opening a session: is it a localtunnel server? A proxy in front must pass '
+                'Upgrade on (Cloudflare and Envoy do not by default; set the name to DNS only, '
+                f'or allow the upgrade "{PROTOCOL}")') from None
+
+    def _new_session(self) -> Session:
+        for old in tuple(self._sessions)[:-MAX_DRAINING]:
+            old.end(Disconnected('too many sessions were to drain'))
+        session = self._begin()
+        session.trace = self._trace
+        session.on_detached = session.on_goaway = self._changed.set
+
+        def closed() -> None:
+            self._sessions.pop(session, None)
+            self._changed.set()
+        session.on_closed = closed
+        self._sessions[session] = None
+        self._session = session
+        return session
+
+    async def stop(self) -> None:
+        """Say goodbye, and let what runs come to its end."""
+        running = sum(len(session.streams) for session in self._sessions)
+        if running:
+            self._observer.note(f'ending when {running} open exchanges have; Ctrl-C ends at once')
+        for session in tuple(self._sessions):
+            session.leave(DRAINING, 'the client ends')
+        await self._finish(set(self._sessions))
+
+    async def _finish(self, sessions: Set[Session]) -> None:
+        began = now = self.reactor.now()
+        while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
+            for stream in [stream for s in sessions for stream in s.streams.values()]:
+                if stream.idle == NEVER and now > began + LINGER:
+                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket does not end
+            await asyncio.sleep(DRAIN_LOOK)
+            now = self.reactor.now()
+        for session in sessions:
+            session.end(Disconnected('the client ended'))
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Raw TCP
+#
+# A tunnel of bytes, without requests.
+# ------------------------------------------------------------------------------------------------
+
+async def serve_raw(app: App, stream: Stream) -> None:
+    """Serve one stream of raw bytes, which opens with the visitor's address."""
+    visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
+    app.exchanges += 1
+    record = Record(app.exchanges, app.reactor.now(), 'TCP', visitor)
+    try:
+        upstream = await app.connect()
+        stream.on_gone = upstream.cut_off
+        record.status = 200
+        await join(upstream, stream)
+        upstream.close()
+    except HopFailed as e:
+        record.status, record.why = e.status, str(e)
+        stream.reset(FAILED, record.why)
+    finally:
+        stream.close()
+        app.observer.exchange(record, app.reactor.now() - record.began)
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Folder and echo
+#
+# Two apps that need not be started: a folder, and one that answers requests with themselves.
+# ------------------------------------------------------------------------------------------------
 
 # What browsers insist on, whatever the table of this system says.
 CONTENT_TYPES = dict(word.split('=') for word in """.html=text/html .htm=text/html .css=text/css
@@ -4696,17 +5276,6 @@ def serve_folder(folder: str) -> socket.socket:
     return ours
 
 
-async def read_whole(body: Body, most: int) -> bytes:
-    """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
-    whole = bytearray()
-    while not body.finished and len(whole) <= most:
-        piece = body.take()
-        whole += piece
-        if not (piece or body.finished or await body.stream.more()):
-            body.cut()
-    return bytes(whole)
-
-
 async def echo(connection: Connection) -> None:
     """Answers requests with themselves, to see what an app would get."""
     try:
@@ -4731,123 +5300,178 @@ async def echo(connection: Connection) -> None:
         connection.cut_off()
 
 
-async def first_to_answer(hosts: Sequence[str], timeout: float,
-                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
-    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
-    failures: List[Exception] = []
-    for host in hosts:
-        try:
-            return await asyncio.wait_for(dial(host), timeout)
-        except (OSError, asyncio.TimeoutError) as e:
-            failures.append(e)
-    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # says the least
+async def dial_folder(reactor: Reactor, target: Target) -> Connection:
+    """A connection to what serves the folder TARGET."""
+    _, connection = await reactor.loop.create_connection(
+        lambda: Connection(reactor), sock=serve_folder(target.path))
+    return connection
 
 
-class Upstream:
-    """Connections to the app, and which of them may be used again.
+async def dial_echo(reactor: Reactor, target: Target) -> Connection:
+    """A connection to an echo."""
+    ours, theirs = socket.socketpair()
+    _, app = await reactor.loop.create_connection(lambda: Connection(reactor), sock=theirs)
+    reactor.spawn(echo(app))
+    _, connection = await reactor.loop.create_connection(lambda: Connection(reactor), sock=ours)
+    return connection
 
-    An app that serves one connection at a time must never be stalled by an idle one: while a fresh
-    connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
+
+# ------------------------------------------------------------------------------------------------
+# 18. Host header
+#
+# What app and visitor are told of each other's address, and of a base path; and a hint where an app
+# refuses the tunnel's name.
+# ------------------------------------------------------------------------------------------------
+
+def leads_out(path: bytes) -> bool:
+    """Do dot segments lead PATH above its beginning, in some app's reading?
+
+    Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
+    """
+    depth, path = 0, urllib.parse.unquote_to_bytes(path.partition(b'?')[0])
+    for segment in re.findall(rb'[^/\\]+', re.sub(rb'[;?#\0][^/\\]*', b'', path)):
+        segment = segment.strip()
+        depth += -1 if segment == b'..' else segment not in (b'', b'.')
+        if depth < 0:
+            return True
+    return False
+
+
+URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # of an origin, or of a path that is a whole one
+
+
+def replaced(block: bytes, names: bytes, old: bytes, new: bytes) -> bytes:
+    """BLOCK with NEW for the pattern OLD where a URL begins with it, in the fields of NAMES."""
+    start = rb'(^(?i:refresh):[^=]*=[ \t"\']*|^[^:]*:[ \t]*|<)'
+    return re.sub(rb'(?im)^(?:%b):[^\r]*' % names, lambda line: re.sub(
+        start + old, lambda m: m.group(1) + new, line.group()), block)
+
+
+class HostHeader(Rewrite):
+    """What app and visitor are told of each other's address (--host-header), and of a base path.
+
+    With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
+    passes untouched: the app's own check against forged requests must stay whole.  Of the base path
+    visitors see nothing: to them what is below it is the whole site.
     """
 
-    def __init__(self, reactor: Reactor, target: Target, tls: Optional[ssl.SSLContext]) -> None:
-        self.target = target
-        self._reactor, self._tls = reactor, tls
-        self._hosts = addresses(target.host)
-        self._idle: List[Tuple[Connection, float]] = []
-        self._silent: Set[Connection] = set()
-        reactor.swept.add(self)
+    def __init__(self, target: Target, value: str) -> None:
+        self._rewrite = value == 'rewrite'
+        self._base = target.path.encode() if target.scheme in ('http', 'https') else b''
+        self._host = (target.authority if self._rewrite else value).encode('latin-1')
+        scheme = 'https' if target.scheme == 'https' else 'http'
+        self._own = f'{scheme}://{target.authority}'.encode()
+        self._domain = re.compile(rb'(?i);[ \t]*domain=\.?' + re.escape(target.host.encode())
+                                  + rb'(?=[ \t]*(?:;|$))')
 
-    async def connect(self) -> Connection:
-        """A fresh connection.  Raises HopFailed."""
-        try:
-            connection = await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, self._dial)
-        except (OSError, asyncio.TimeoutError) as e:
-            status = 504 if isinstance(e, asyncio.TimeoutError) else 502
-            raise HopFailed(status, explain(e, self.target.text)) from e
-        self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
-        return connection
+    def of_request(self, request: Request, block: bytes) -> bytes:
+        if self._base and request.target != b'*':
+            if leads_out(request.target):
+                raise HopFailed(400, f'this path leads out of {self._base.decode()}')
+            request.target = self._base + request.target
+        if self._host:
+            block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
+        public = self._public(request)
+        old = b'(?i:%b)' % re.escape(public) + URL_END
+        if self._rewrite:
+            block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
+            block = replaced(block, rb'(?:sec-websocket-)?origin', old, self._own)
+        if self._rewrite or self._base:
+            own = (self._own if self._rewrite else public) + self._base
+            block = replaced(block, rb'referer|destination|if', old, own)
+            if self._base:
+                block = replaced(block, rb'destination|if', rb'(?=/(?!/))', self._base)
+                self._check_destination(block, own)
+        return block
 
-    async def _dial(self, host: str) -> Connection:
-        loop, target = self._reactor.loop, self.target
-        make = functools.partial(Connection, self._reactor)
-        if target.scheme == 'unix':
-            _, connection = await loop.create_unix_connection(make, target.path)
-        elif target.scheme == 'folder':
-            _, connection = await loop.create_connection(make, sock=serve_folder(target.path))
-        elif target.scheme == 'echo':
-            ours, theirs = socket.socketpair()
-            _, app = await loop.create_connection(make, sock=theirs)
-            self._reactor.spawn(echo(app))
-            _, connection = await loop.create_connection(make, sock=ours)
-        else:
-            _, connection = await loop.create_connection(
-                make, host, target.port, ssl=self._tls,
-                server_hostname=target.host if self._tls else None)
-        if self._hosts[0] != host:
-            self._hosts.reverse()       # the one that answers comes first
-        return connection
+    def _check_destination(self, block: bytes, own: bytes) -> None:
+        """MOVE and COPY must not lead out of the base path either.  Raises HopFailed."""
+        for url in re.findall(rb'(?im)^destination:[ \t]*([^\r]*)', block):
+            inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
+                              url)
+            if not inside or leads_out(inside.group(1)):
+                raise HopFailed(400, f'Destination leads out of {self._base.decode()}')
 
-    def _still_silent(self, connection: Connection) -> None:
-        if connection.silent and connection.error is None:
-            self._silent.add(connection)
-            self.close()
+    def of_response(self, request: Request, block: bytes) -> bytes:
+        public, own, base = self._public(request), re.escape(self._own), re.escape(self._base)
+        if self._rewrite:
+            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
+                           block)
+            block = replaced(block, rb'access-control-allow-origin', b'(?i:%b)' % own + URL_END,
+                             public)
+        if base:        # an app that was told https may say http all the same
+            hosts = re.escape(request.host), re.escape(public.partition(b'//')[2])
+            own += rb'|(?:https?:)?//(?:%b|%b)' % hosts
+            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: re.sub(
+                rb'(;[ \t]*(?i:path)[ \t]*=[ \t]*)%b(?:/|(?=[ \t]*(?:;|$)))' % base, rb'\1/',
+                m.group()), block)
+        if self._rewrite or base:
+            names = rb'(?:content-)?location|refresh|link'
+            block = replaced(block, names, b'(?i:%b)%b%b' % (own, base, URL_END), public)
+        if base:        # `//` would begin another host
+            block = replaced(block, names, rb'%b(?:[/\\]+|%b)' % (base, URL_END), b'/')
+        return block
 
-    def take(self) -> Optional[Connection]:
-        """An idle connection that can be trusted, if there is one."""
-        while self._idle:
-            connection, since = self._idle.pop()
-            if (self._reactor.now() - since < POOL_IDLE and not connection.size
-                    and not connection.ended and connection.error is None):
-                connection.silent = True
-                return connection
-            connection.close()
-        return None
-
-    def give(self, connection: Connection) -> None:
-        """CONNECTION has nothing under way: keep it for another request."""
-        connection.on_gone = None
-        if self._silent:
-            self._silent = {c for c in self._silent if c.silent and c.error is None}
-        if self._silent or connection.size or connection.ended or connection.error:
-            return connection.close()
-        self._idle.append((connection, self._reactor.now()))
-
-    def close(self) -> None:
-        """Close what is idle."""
-        for connection, _ in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Close what has been idle for too long."""
-        while self._idle and now - self._idle[0][1] >= POOL_IDLE:
-            self._idle.pop(0)[0].close()
+    @staticmethod
+    def _public(request: Request) -> bytes:
+        """Where the visitor is, as the server says."""
+        return (request.get(b'x-forwarded-proto') or b'http') + b'://' + (
+            request.get(b'x-forwarded-host') or request.host)
 
 
-class ClientObserver(Observer):
-    """Who is told what a client does."""
+# What development servers say in a 400 or 403 to a Host or Origin that they do not know.
+STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'webpack-dev-server',
+             b'Invalid Host/Origin header': 'webpack-dev-server', b'DisallowedHost': 'Django',
+             b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
+             b'Unauthorized request from': 'Next', b'403 : Forbidden': 'Jupyter',
+             b'Cross origin websockets not allowed': 'Jupyter or another Tornado app'}
+STRANGER_IN_200 = b'19'     # the Content-Length of `Invalid Host header`: some say it with a 200
+# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
+WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
+                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
+LONGEST_WORDS = 64          # of them all, at most
 
-    def ready(self, url: str) -> None:
-        """Visitors can come, the first time."""
 
-    def back(self) -> None:
-        """Visitors can come again."""
+class Strangers:
+    """Finds words by which an app refuses this tunnel, and gives the user a hint, once."""
 
-    def lost(self, why: str, seconds: float) -> None:
-        """The server can't be reached; the next attempt is in SECONDS."""
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._hinted = False
 
-    def note(self, text: str) -> None:
-        """Something to know."""
+    def tap(self, exchange: Exchange, response: Response) -> Optional[Tap]:
+        """What is to be shown the body of RESPONSE, where that may hold such words."""
+        if response.status not in (400, 403) and (
+                response.fields.get(b'content-length') != STRANGER_IN_200 or self._hinted):
+            return None
+        rest, left = b'', MAX_PAYLOAD
 
-    def hint(self, text: str) -> None:
-        """Advice for the user."""
+        def look(piece: bytes) -> None:
+            nonlocal rest, left
+            if left > 0 and not self._hinted:
+                text, left = rest + piece, left - len(piece)
+                self._look(text)
+                rest = text[-LONGEST_WORDS:]
+        return look
 
-def backoff(attempt: int, soon: bool) -> float:
-    """Seconds before ATTEMPT, shortened by chance so that many clients do not come at once."""
-    most = min(BACKOFF_SOON if soon else BACKOFF_MOST, BACKOFF_FIRST * 2 ** min(attempt, 10))
-    return random.uniform(most / 2, most)
+    def _look(self, text: bytes) -> None:
+        target, hint = self._app.target.text, ''
+        if WANTS_TLS.search(text):
+            hint = f'{target} speaks TLS: use https://{target}'
+        for words, server in STRANGERS.items():
+            if words in text and not hint:
+                hint = (f'{server} does not know the name of this tunnel; start the client with '
+                        '--host-header rewrite, or allow the name in its settings')
+        if hint:
+            self._hinted = True
+            self._app.observer.hint(hint)
 
+
+# ------------------------------------------------------------------------------------------------
+# 19. Outgoing proxy
+#
+# The way to the server where only a proxy leads out.
+# ------------------------------------------------------------------------------------------------
 
 def find_proxy(address: ServerAddress) -> str:
     """The proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, or ''."""
@@ -4897,486 +5521,17 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
     return sock
 
 
-def leads_out(path: bytes) -> bool:
-    """Do dot segments lead PATH above its beginning, in some app's reading?
+def way_out(address: ServerAddress) -> Optional[Route]:
+    """The way to ADDRESS through a proxy, if the environment names one."""
+    proxy = find_proxy(address)
 
-    Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
-    """
-    depth, path = 0, urllib.parse.unquote_to_bytes(path.partition(b'?')[0])
-    for segment in re.findall(rb'[^/\\]+', re.sub(rb'[;?#\0][^/\\]*', b'', path)):
-        segment = segment.strip()
-        depth += -1 if segment == b'..' else segment not in (b'', b'.')
-        if depth < 0:
-            return True
-    return False
-
-
-URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # of an origin, or of a path that is a whole one
-
-
-def replaced(block: bytes, names: bytes, old: bytes, new: bytes) -> bytes:
-    """BLOCK with NEW for the pattern OLD where a URL begins with it, in the fields of NAMES."""
-    start = rb'(^(?i:refresh):[^=]*=[ \t"\']*|^[^:]*:[ \t]*|<)'
-    return re.sub(rb'(?im)^(?:%b):[^\r]*' % names, lambda line: re.sub(
-        start + old, lambda m: m.group(1) + new, line.group()), block)
-
-
-class HostHeader:
-    """What app and visitor are told of each other's address (--host-header), and of a base path.
-
-    With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
-    passes untouched: the app's own check against forged requests must stay whole.  Of the base path
-    visitors see nothing: to them what is below it is the whole site.
-    """
-
-    def __init__(self, target: Target, value: str) -> None:
-        self._rewrite, self._base = value == 'rewrite', target.base
-        self._host = (target.authority if self._rewrite else value).encode('latin-1')
-        scheme = 'https' if target.scheme == 'https' else 'http'
-        self._own = f'{scheme}://{target.authority}'.encode()
-        self._domain = re.compile(rb'(?i);[ \t]*domain=\.?' + re.escape(target.host.encode())
-                                  + rb'(?=[ \t]*(?:;|$))')
-
-    def of_request(self, request: Request, block: bytes) -> bytes:
-        """The header lines of REQUEST, as the app is to see them.  Raises HopFailed."""
-        if self._host:
-            block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
-        public = self._public(request)
-        old = b'(?i:%b)' % re.escape(public) + URL_END
-        if self._rewrite:
-            block = re.sub(rb'(?im)^x-forwarded-(?:host|proto):.*\n', b'', block)
-            block = replaced(block, rb'(?:sec-websocket-)?origin', old, self._own)
-        if self._rewrite or self._base:
-            own = (self._own if self._rewrite else public) + self._base
-            block = replaced(block, rb'referer|destination|if', old, own)
-            if self._base:
-                block = replaced(block, rb'destination|if', rb'(?=/(?!/))', self._base)
-                self._check_destination(block, own)
-        return block
-
-    def _check_destination(self, block: bytes, own: bytes) -> None:
-        """MOVE and COPY must not lead out of the base path either.  Raises HopFailed."""
-        for url in re.findall(rb'(?im)^destination:[ \t]*([^\r]*)', block):
-            inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
-                              url)
-            if not inside or leads_out(inside.group(1)):
-                raise HopFailed(400, f'Destination leads out of {self._base.decode()}')
-
-    def of_response(self, request: Request, block: bytes) -> bytes:
-        """The header lines of the answer to REQUEST, as the visitor is to see them."""
-        public, own, base = self._public(request), re.escape(self._own), re.escape(self._base)
-        if self._rewrite:
-            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: self._domain.sub(b'', m.group()),
-                           block)
-            block = replaced(block, rb'access-control-allow-origin', b'(?i:%b)' % own + URL_END,
-                             public)
-        if base:        # an app that was told https may say http all the same
-            hosts = re.escape(request.host), re.escape(public.partition(b'//')[2])
-            own += rb'|(?:https?:)?//(?:%b|%b)' % hosts
-            block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: re.sub(
-                rb'(;[ \t]*(?i:path)[ \t]*=[ \t]*)%b(?:/|(?=[ \t]*(?:;|$)))' % base, rb'\1/',
-                m.group()), block)
-        if self._rewrite or base:
-            names = rb'(?:content-)?location|refresh|link'
-            block = replaced(block, names, b'(?i:%b)%b%b' % (own, base, URL_END), public)
-        if base:        # `//` would begin another host
-            block = replaced(block, names, rb'%b(?:[/\\]+|%b)' % (base, URL_END), b'/')
-        return block
-
-    @staticmethod
-    def _public(request: Request) -> bytes:
-        """Where the visitor is, as the server says."""
-        return (request.get(b'x-forwarded-proto') or b'http') + b'://' + (
-            request.get(b'x-forwarded-host') or request.host)
-
-
-# What development servers say in a 400 or 403 to a Host or Origin that they do not know.
-STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'webpack-dev-server',
-             b'Invalid Host/Origin header': 'webpack-dev-server', b'DisallowedHost': 'Django',
-             b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
-             b'Unauthorized request from': 'Next', b'403 : Forbidden': 'Jupyter',
-             b'Cross origin websockets not allowed': 'Jupyter or another Tornado app'}
-STRANGER_IN_200 = len(b'Invalid Host header')       # some say it with status 200, and no more
-# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
-WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
-                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
-
-
-def not_http(said: bytes, where: str) -> str:
-    """One sentence where what WHERE said is no HTTP, else ''."""
-    if said[:1] in (b'\x15', b'\x16'):
-        return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
-    if not said or said[:5] == b'HTTP/'[:len(said)]:
-        return ''
-    line = printable(said[:60].splitlines()[0].decode('latin-1'))
-    return f'{where} does not speak HTTP: it says {line!r}'
-
-
-class Client:
-    """One tunnel, kept up for as long as `run` runs."""
-
-    def __init__(self, reactor: Reactor, address: ServerAddress, target: Target, key: bytes,
-                 observer: ClientObserver, *, name: Optional[str] = None, tcp_port: int = 0,
-                 token: str = '', rules: Optional[Dict[str, Any]] = None, share: bool = False,
-                 timeout: float = RESPONSE_TIMEOUT, once: bool = False,
-                 tls: Optional[ssl.SSLContext] = None,
-                 upstream_tls: Optional[ssl.SSLContext] = None,
-                 pin: str = '', host_header: Optional[str] = None, release: bool = False,
-                 trace: Optional[Trace] = None) -> None:
-        """RULES as Access.encode gives them, TIMEOUT in seconds, TLS for the server and the app."""
-        self.reactor, self.address, self.target = reactor, address, target
-        self.url = ''
-        self.welcomed = asyncio.Event()
-        self.once = once            # end with an error where the connection fails?
-        self._observer, self._token, self._timeout = observer, token, timeout
-        self._trace, self._tls, self._pin = trace, tls, pin
-        self._host_header = (HostHeader(target, host_header or '')
-                             if host_header or target.base else None)
-        self._upstream = Upstream(reactor, target, upstream_tls)
-        self._crew = Crew(reactor, self._serve_tcp if target.scheme == 'tcp' else self._serve)
-        self._sessions: Dict[Session, None] = {}    # the current one last; the others drain
-        self._budget = Budget(2 * SESSION_BUDGET)   # of them all
-        self._session: Optional[Session] = None
-        self._session_id = ''
-        self._changed = asyncio.Event()
-        self._exchanges = self._attempts = 0
-        self._hinted = host_header is not None
-        kind = 'tcp' if target.scheme == 'tcp' else 'http'
-        label = f'={name or tcp_port}' if name or tcp_port else target.label
-        proof = make_proof(key, address.site, kind, label)
-        long = key.startswith(LONG_NAMES)
-        self.name = name or derive_name(address.site, proof, long)
-        self._hello = {'kind': kind, 'name': name, 'port': tcp_port, 'proof': proof.hex(),
-                       'long': long, 'instance': secrets.token_hex(16), 'started': time.time(),
-                       'share': share, 'release': release, **(rules or {})}
-
-    # Sessions: the loop, and the single attempt.
-
-    async def run(self) -> NoReturn:
-        """Keep the tunnel up.  Raises Refused, and with `once` whatever broke it."""
-        attempt, lost = 0, self.reactor.now()
-        while True:
-            began = NEVER
-            try:
-                hasty = self.url and self.reactor.now() - lost < HELD
-                await self._connect(FIRST_ATTEMPTS if hasty else HANDSHAKE_TIMEOUT)
-                began = self.reactor.now()
-                why = await self._until_lost()
-            except Refused as e:
-                ahead = e.code == 'superseded' and not self.url     # a clock is: this one is new
-                if self.once or not ahead and (e.final or not (self.url or e.status == 503)):
-                    raise
-                why = str(e)
-            except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
-                why = explain(e, str(self.address))
-            if self.once:
-                raise LocaltunnelError(why)
-            now = self.reactor.now()
-            if now - began > SETTLED:
-                attempt, lost = 0, now
-            elif self._session is not None and self._session.proven:
-                attempt = 1         # it worked, for a moment
-            attempt += 1
-            delay = backoff(attempt, now - lost < SOON) if attempt > 1 or not self.url else 0.0
-            self._observer.lost(why, delay)
-            await asyncio.sleep(delay)
-
-    async def look_for_app(self) -> None:
-        """A hint where the app is not there yet."""
-        try:
-            (await self._upstream.connect()).close()
-        except HopFailed as e:
-            self._observer.hint(f'{e}; visitors are told so until the app is up')
-
-    async def _until_lost(self) -> str:
-        """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
-        session = self._session
-        assert session is not None
-        while session.connection is not None and session.goaway is None and session.error is None:
-            self._changed.clear()
-            await self._changed.wait()
-        if session.goaway is None and session.error is None:
-            return 'the connection to the server broke'     # and the session may go on
-        self._session = None
-        if session.goaway is None:
-            return str(session.error)
-        code, text = session.goaway
-        if code in (SUPERSEDED, REVOKED):
-            await self._finish({session})
-            raise Refused(409 if code == SUPERSEDED else 401,
-                          'superseded' if code == SUPERSEDED else 'token', text, final=True)
-        return text
-
-    async def _connect(self, timeout: float) -> None:
-        """One attempt: dial, ask, and go on with the old session or begin a new one."""
-        connection = await self._dial(timeout)
-        overdue = self.reactor.loop.call_later(         # it may say something now and then
-            timeout, connection.fail, Overdue('the welcome did not come in time'))
-        try:
-            welcome = await self._ask(connection, timeout)
-        except BaseException:
-            connection.cut_off()
-            raise
-        finally:
-            overdue.cancel()
-        session, count = self._session, welcome.get('received')
-        if (session is None or welcome.get('resume') is None or not isinstance(count, int)
-                or not session.can_resume(count)):
-            if session is not None:
-                session.end(Disconnected('the server does not know this session any more'))
-            session, count = self._new_session(), 0
-        session.attach(connection, count)
-        self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
-        if self.url:
-            self._observer.back()
-        else:
-            self.url = printable(str(welcome.get('url'))[:MAX_TEXT])
-            self.welcomed.set()
-            self._observer.ready(self.url)
-
-    async def _dial(self, timeout: float) -> Connection:
-        address, loop = self.address, self.reactor.loop
-        proxy = find_proxy(address)
-
-        async def dial(host: str) -> Connection:
-            where: Dict[str, Any] = {'host': host, 'port': address.port}
-            if proxy:
-                where = {'sock': await loop.run_in_executor(
-                    None, connect_through, proxy, host, address.port)}
-            _, connection = await loop.create_connection(
-                lambda: Connection(self.reactor), ssl=self._tls,
-                server_hostname=address.site if self._tls else None, **where)
-            return connection
-        connection = await first_to_answer(
-            addresses(address.site), timeout, dial)
-        if self._pin:
-            shown = digest_of(
-                connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
-            if not hmac.compare_digest(shown, self._pin):
-                connection.cut_off()
-                raise Refused(495, 'pin', f'{address} shows another certificate than that of '
-                              f'--pin: its SHA256 is {shown}', final=True)
-        return connection
-
-    async def _ask(self, connection: Connection, timeout: float) -> Dict[str, Any]:
-        """Ask for the tunnel; the server's welcome.  Raises Refused."""
-        self._attempts += 1
-        hello = {**self._hello, 'attempt': self._attempts}
-        host = str(self.address).partition('://')[2]
-        if self._session is not None and self._session.error is None:
-            self._session.detach()
-            hello['resume'] = {'session': self._session_id, 'received': self._session.received}
-        if not is_address(self.address.site):
-            host = f'{self.name}.{host}'
-        lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
-                 f'Upgrade: {PROTOCOL}', f'Localtunnel-Hello: {json.dumps(hello)}']
-        if self._token:
-            lines.append(f'Authorization: Bearer {self._token}')
-        await connection.write('\r\n'.join(lines).encode() + b'\r\n\r\n')
-        try:
-            response = await read_final(connection, None, timeout)
-        except (BadHttp, Incomplete) as e:
-            raise Disconnected(not_http(connection.peek(), str(self.address)) or
-                               f'{self.address} is no localtunnel server: {e}') from e
-        if response.status != 101:
-            await self._refused(connection, response)
-        try:
-            welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
-        except (ValueError, RecursionError):
-            welcome = None
-        if not isinstance(welcome, dict) or not welcome.get('url'):
-            raise Disconnected(f'{self.address} is no localtunnel server: it sent no welcome')
-        return welcome
-
-    async def _refused(self, connection: Connection, response: Response) -> NoReturn:
-        try:
-            connection.idle = HANDSHAKE_TIMEOUT
-            body = body_reader(connection, response.body_length(b'GET'))
-            said = json.loads(await read_whole(body, MAX_HEAD))
-            if said['error'] == 'released' and not self._hello['release']:
-                raise ValueError        # that would be success, and nobody asked for it
-            refused = Refused(response.status, str(said['error']),
-                              printable(str(said['message'])[:MAX_TEXT]), bool(said.get('final')))
-        except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
-            if 300 <= response.status < 400 and self.address.scheme == 'http':
-                raise Refused(response.status, 'no_upgrade', f'{self.address} sends to another '
-                              f'place; try --server https://{self.address.site}') from None
-            raise Refused(
-                response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
-                'of opening a session: is it a localtunnel server? A proxy in front must pass '
-                'Upgrade on (Cloudflare and Envoy do not by default; set the name to DNS only, '
-                f'or allow the upgrade "{PROTOCOL}")') from None
-        raise refused
-
-    def _new_session(self) -> Session:
-        for old in tuple(self._sessions)[:-MAX_DRAINING]:
-            old.end(Disconnected('too many sessions were to drain'))
-        session = Session(self.reactor, self._budget, self._crew.give)
-        session.trace = self._trace
-        session.on_detached = session.on_goaway = self._changed.set
-
-        def closed() -> None:
-            self._sessions.pop(session, None)
-            self._changed.set()
-        session.on_closed = closed
-        self._sessions[session] = None
-        self._session = session
-        return session
-
-    async def stop(self) -> None:
-        """Say goodbye, and let what runs come to its end."""
-        running = sum(len(session.streams) for session in self._sessions)
-        if running:
-            self._observer.note(f'ending when {running} open exchanges have; Ctrl-C ends at once')
-        for session in tuple(self._sessions):
-            session.leave(DRAINING, 'the client ends')
-        await self._finish(set(self._sessions))
-
-    async def _finish(self, sessions: Set[Session]) -> None:
-        began = now = self.reactor.now()
-        while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
-            for stream in [stream for s in sessions for stream in s.streams.values()]:
-                if stream.idle == NEVER and now > began + LINGER:
-                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket does not end
-            await asyncio.sleep(DRAIN_LOOK)
-            now = self.reactor.now()
-        for session in sessions:
-            session.end(Disconnected('the client ended'))
-
-    # One exchange.
-
-    async def _serve_tcp(self, stream: Stream) -> None:
-        """One stream of raw bytes, which opens with the visitor's address."""
-        self._exchanges += 1
-        visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
-        record = Record(self._exchanges, self.reactor.now(), 'TCP', visitor)
-        try:
-            upstream = await self._upstream.connect()
-            stream.on_gone = upstream.cut_off
-            record.status = 200
-            await join(upstream, stream)
-            upstream.close()
-        except HopFailed as e:
-            record.status, record.why = e.status, str(e)
-            stream.reset(FAILED, record.why)
-        finally:
-            stream.close()
-            self._observer.exchange(record, self.reactor.now() - record.began)
-
-    async def _serve(self, stream: Stream) -> None:
-        """One stream from its head to its end."""
-        self._exchanges += 1
-        record = Record(self._exchanges, self.reactor.now())
-        try:
-            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
-            if head is None:
-                raise Incomplete('a stream without a request')
-            record = exchange = Exchange(stream, parse_request(head), self._exchanges)
-            try:
-                await self._forward(stream, exchange)
-            except HopFailed as e:
-                exchange.status, exchange.why = e.status, str(e)
-                await stream.write(error_message(e.status, str(e), exchange.request), end=True)
-        except (LocaltunnelError, OSError) as e:
-            record.why = f'cut short: {stream.error or e}'
-            stream.reset(FAILED, str(e))
-        finally:
-            stream.close()
-            self._observer.exchange(record, self.reactor.now() - record.began)
-
-    async def _forward(self, stream: Stream, exchange: Exchange) -> None:
-        """The request to the app, the response back; again where its connection had been closed."""
-        request, lines = exchange.request, self._request_lines(exchange.request)
-        reused = self._upstream.take() if exchange.repeatable and not request.upgrade else None
-        while True:
-            upstream = reused or await self._upstream.connect()
-            stream.on_gone, whole = upstream.cut_off, False
-            try:
-                stream.check()
-                await exchange.send(upstream, lines, end=False)
-                response = await read_final(upstream, stream, self._timeout)
-                await self._respond(exchange, response)
-                whole = True
-                return self._give_back(upstream, exchange)
-            except (Disconnected, BadHttp) as e:
-                if stream.error is not None or exchange.status:
-                    raise       # the response has begun, or nobody waits for it
-                if isinstance(e, Overdue):
-                    raise HopFailed(504, f'{self.target.text} took too long') from e
-                strange = not_http(upstream.peek(), self.target.text)
-                if strange:
-                    raise HopFailed(502, strange) from e
-                if isinstance(e, BadHttp):
-                    fault = 'too large' if e.status == 431 else 'malformed'
-                    raise HopFailed(502, f'the answer of {self.target.text} is {fault}: '
-                                    f'{e}') from e
-                if reused is None or not upstream.silent:
-                    cure = (f'; if it speaks TLS, use https://{self.target.text}'
-                            if upstream.silent and self.target.scheme == 'http' else '')
-                    raise HopFailed(502, f'{self.target.text} closed the connection without an '
-                                    f'answer{cure}') from e
-                reused = None       # once more, on a fresh one
-            finally:
-                stream.on_gone = None
-                if exchange.sending:
-                    await exchange.stop_sending()
-                if not whole:
-                    upstream.cut_off()
-
-    def _request_lines(self, request: Request) -> bytes:
-        """The header lines of REQUEST as they go on."""
-        block = request.without(request.hop_by_hop())
-        if self.target.base and request.target != b'*':
-            if leads_out(request.target):
-                raise HopFailed(400, f'this path leads out of {self.target.path}')
-            request.target = self.target.base + request.target
-        return self._host_header.of_request(request, block) if self._host_header else block
-
-    async def _look_for_strangers(self, exchange: Exchange, response: Response, length: int,
-                                  block: bytes) -> None:
-        """Pass RESPONSE on; a hint where it says that the app does not know this tunnel's name."""
-        seen = bytearray()
-
-        def look(piece: bytes) -> None:
-            if len(seen) < MAX_PAYLOAD:
-                seen.extend(piece)
-        await exchange.respond(response, length, block, True, look)
-        if WANTS_TLS.search(seen):
-            self._hinted = True
-            return self._observer.hint(f'{self.target.text} speaks TLS: use '
-                                       f'https://{self.target.text}')
-        for words, server in STRANGERS.items():
-            if words in seen:
-                self._hinted = True
-                return self._observer.hint(
-                    f'{server} does not know the name of this tunnel; start the client with '
-                    '--host-header rewrite, or allow the name in its settings')
-
-    def _respond(self, exchange: Exchange, response: Response) -> Awaitable[None]:
-        """Pass RESPONSE on, and look at it on the way; to be awaited."""
-        request, block = exchange.request, response.forwarded_block()
-        if self._host_header:
-            block = self._host_header.of_response(request, block)
-        length = response.body_length(request.method)
-        exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
-                         and not exchange.length        # or a body may lie there unread
-                         and not logs_in(request, response))
-        if length == UNTIL_CLOSE and self.target.scheme == 'https':
-            self._observer.hint('length unknown: the app ends this answer by closing, and TLS '
-                                'hides whether it broke')
-        if not self._hinted and (response.status in (400, 403) or length == STRANGER_IN_200):
-            return self._look_for_strangers(exchange, response, length, block)
-        return exchange.respond(response, length, block, end=True)
-
-    def _give_back(self, upstream: Connection, exchange: Exchange) -> None:
-        if exchange.keep:
-            self._upstream.give(upstream)
-        else:
-            upstream.close()
+    def route(host: str, port: int) -> Awaitable[socket.socket]:
+        return asyncio.get_running_loop().run_in_executor(None, connect_through, proxy, host, port)
+    return route if proxy else None
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. Terminal
+# 20. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -5642,13 +5797,13 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Command line
+# 21. Command line
 #
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
 
 # By what ended the program; all that is not here is a failure, 1.
-EXIT_CODES = {'released': 0, 'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
+EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
               'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
               'superseded': 5}
 
@@ -5773,62 +5928,31 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
     return client_tls(ca, check) if place.scheme == 'https' else None
 
 
-class tunnel:
-    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
+def make_app(reactor: Reactor, args: argparse.Namespace, target: Target,
+             observer: ClientObserver) -> App:
+    """The app at TARGET, as ARGS want it."""
+    tls = tls_to(target, args.ca, not (args.insecure or target.local))
+    app = App(reactor, target, observer, timeout=args.timeout, tls=tls)
+    app.dialers['folder'] = functools.partial(dial_folder, reactor)
+    app.dialers['echo'] = functools.partial(dial_echo, reactor)
+    app.kinds['tcp'] = functools.partial(serve_raw, app)
+    if args.host_header or target.port and target.path:
+        app.rewrites.append(HostHeader(target, args.host_header or ''))
+    if args.host_header is None:
+        app.taps.append(Strangers(app).tap)
+    return app
 
-    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
-    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
-    """
 
-    def __init__(self, target: Union[int, str], server: Optional[str] = None,
-                 name: Optional[str] = None, token: Optional[str] = None) -> None:
-        self.url = ''
-        self._target = parse_target(str(target))
-        if name is not None:
-            check_name(name)
-        self._server, self._name, self._token = server, name, token
-
-    async def __aenter__(self) -> tunnel:
-        target, address = self._target, known_server(self._server)
-        async with contextlib.AsyncExitStack() as stack:
-            reactor = Reactor(asyncio.get_running_loop())
-            stack.push_async_callback(reactor.close)
-            if address is None:
-                server, address = await start_local_server(reactor, target)
-                stack.push_async_callback(server.stop)
-            client = Client(reactor, address, target, load_key(say), ClientObserver(),
-                            name=self._name, token=known_token(self._token, address),
-                            tls=tls_to(address), once=True,
-                            upstream_tls=tls_to(target, check=not target.local))
-            stack.push_async_callback(client.stop)
-            running = asyncio.ensure_future(client.run())
-            stack.push_async_callback(end_task, running)
-            await first_of(asyncio.shield(running), client.welcomed.wait())
-            self.url, client.once = client.url, False      # from now on it comes back
-            self._stack = stack.pop_all()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._stack.aclose()
-
-    def __enter__(self) -> tunnel:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        try:
-            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
-        except BaseException:
-            self._end_thread()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
-        self._end_thread()
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+def make_client(app: App, args: argparse.Namespace, address: ServerAddress, key: bytes, token: str,
+                trace: Optional[Trace] = None) -> Client:
+    """A client of the server at ADDRESS that serves from APP, as ARGS want it."""
+    kind, pin = 'tcp' if args.tcp else 'http', args.pin or ''
+    tls = tls_to(address, args.ca, not pin)
+    dial = functools.partial(dial_server, app.reactor, address, tls, pin, way_out(address))
+    return Client(app.reactor, address, app.target.label, key, dial, app.kinds[kind], app.observer,
+                  token=token, once=args.once, trace=trace, kind=kind, name=args.name,
+                  port=args.tcp_port or 0, share=args.share, release=args.release,
+                  **Access.encode(args.allow, args.auth, key))
 
 
 # Running until somebody says stop.
@@ -5903,14 +6027,9 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     frames = Lines(sys.stderr, reactor.loop.call_later)
     terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
                         as_json=args.json, quiet=args.quiet, first=accepted)
-    client = Client(reactor, address, target, key, terminal, name=args.name,
-                    tcp_port=args.tcp_port or 0, token=token, share=args.share,
-                    rules=Access.encode(args.allow, args.auth, key), timeout=args.timeout,
-                    once=args.once, tls=tls_to(address, args.ca, not args.pin), pin=args.pin or '',
-                    upstream_tls=tls_to(target, args.ca, not (args.insecure or target.local)),
-                    host_header=args.host_header, release=args.release,
-                    trace=frames.frame if args.verbose else None)
-    probe = reactor.spawn(client.look_for_app())
+    app = make_app(reactor, args, target, terminal)
+    client = make_client(app, args, address, key, token, frames.frame if args.verbose else None)
+    probe = reactor.spawn(app.look())
     try:
         await first_of(client.run(), stop.wait())
     finally:
@@ -6350,6 +6469,65 @@ def make_parser() -> argparse.ArgumentParser:
         'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM '
         'and SIGINT drain, the second one ends at once.')).add_argument)
     return parser
+
+
+class tunnel:
+    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
+
+    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
+    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
+    """
+
+    def __init__(self, target: Union[int, str], server: Optional[str] = None,
+                 name: Optional[str] = None, token: Optional[str] = None) -> None:
+        self.url = ''
+        self._target = parse_target(str(target))
+        if name is not None:
+            check_name(name)
+        self._server, self._name, self._token = server, name, token
+
+    async def __aenter__(self) -> tunnel:
+        target, address = self._target, known_server(self._server)
+        args = make_parser().parse_args(['client', '--', target.text])
+        args.name, args.once = self._name, True
+        async with contextlib.AsyncExitStack() as stack:
+            reactor = Reactor(asyncio.get_running_loop())
+            stack.push_async_callback(reactor.close)
+            if address is None:
+                server, address = await start_local_server(reactor, target)
+                stack.push_async_callback(server.stop)
+            app = make_app(reactor, args, target, ClientObserver())
+            client = make_client(app, args, address, load_key(say),
+                                 known_token(self._token, address))
+            stack.push_async_callback(client.stop)
+            running = asyncio.ensure_future(client.run())
+            stack.push_async_callback(end_task, running)
+            await first_of(asyncio.shield(running), client.welcomed.wait())
+            self.url, client.once = client.url, False      # from now on it comes back
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    def __enter__(self) -> tunnel:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
 def command(words: Sequence[str]) -> int:

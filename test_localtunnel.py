@@ -20,9 +20,15 @@ Contents
    10 Tunnels                 who serves which name, and who waits (in 12)
    11 Admission               who may (in 12)
    12 Server                  who is routed where, who may serve a name, what is passed on
-   13 Client                  exchanges from visitor to app, and all kinds of targets and ways
-   14 Terminal                what a person sees
-   15 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   13 Places                  targets and servers as they are typed
+   14 App                     exchanges from visitor to app, and all kinds of targets
+   15 Client                  when it tries again, and that exchanges go on
+   16 Raw TCP                 bytes both ways, and their ends
+   17 Folder and echo         what a folder shows, and what it hides
+   18 Host header             what app and visitor see of each other's address, base paths, hints
+   19 Outgoing proxy          the ways out, and what a proxy may answer
+   20 Terminal                what a person sees
+   21 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2654,7 +2660,7 @@ class WorldTest(LoopTest):
     async def leaves(self, client):
         await self.forget(client.running)
         await client.stop()
-        client._upstream.close()        # and nobody waits until its idle connections are old
+        client.app.close()      # and nobody waits until its idle connections are old
 
     async def app(self, answer=OK, **where):
         """An App that serves at its address."""
@@ -2664,12 +2670,17 @@ class WorldTest(LoopTest):
         return app
 
     async def client(self, target, key=KEY, site='http://localhost', port=None, wait=True,
-                     tcp=False, **options):
-        """A client whose tunnel is there, or has failed."""
+                     token='', app_tls=None, tls=None, **options):
+        """A client whose tunnel is there, or has failed; OPTIONS are those of the command line."""
         address = lt.ServerAddress(f'{site}:{port or self.port}')
         target = target.address[1] if isinstance(target, App) else target
-        target = lt.parse_target(str(target), tcp)
-        client = lt.Client(self.reactor, address, target, key, self.log, **options)
+        args = lt.make_parser().parse_args(['client', str(target)])
+        self.assertLessEqual(set(options), set(vars(args)))
+        vars(args).update(options)
+        with unittest.mock.patch.object(lt, 'tls_to', side_effect=[app_tls, tls]):
+            app = lt.make_app(self.reactor, args, lt.parse_target(args.target, args.tcp), self.log)
+            client = lt.make_client(app, args, address, key, token)
+        client.app = app
         self.clients.append(client)
         client.running = asyncio.ensure_future(client.run())
         if wait:
@@ -3037,7 +3048,7 @@ class AdmissionTest(WorldTest):
     async def test_a_name_given_back_is_free(self):
         await self.world()
         first = await self.client(1, name='app')
-        self.assertEqual((await self.refused(name='app', release=True)).code, 'released')
+        self.assertIsNone(await (await self.client(1, name='app', release=True)).running)
         with self.assertRaises(lt.Refused):
             await first.running
         self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
@@ -3238,7 +3249,7 @@ class AdmissionTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. Client
+# 13. Places
 # ------------------------------------------------------------------------------------------------
 
 TARGETS = (     # what is typed, and (scheme, host, port, path, label)
@@ -3293,12 +3304,10 @@ class AddressTest(unittest.TestCase):
             with self.subTest(text), self.assertRaises(lt.UsageError):
                 lt.ServerAddress(text)
 
-    def test_attempts_come_later_and_later_and_never_together(self):
-        for attempt in range(100):
-            most = min(lt.BACKOFF_MOST, lt.BACKOFF_FIRST * 2 ** attempt)
-            self.assertTrue(most / 2 <= lt.backoff(attempt, False) <= most)
-            self.assertLessEqual(lt.backoff(attempt, True), lt.BACKOFF_SOON)
 
+# ------------------------------------------------------------------------------------------------
+# 14. App
+# ------------------------------------------------------------------------------------------------
 
 FRAMED = {      # an answer of five bytes in each framing
     'length': OK,
@@ -3491,114 +3500,6 @@ class ExchangeTest(WorldTest):
                              ('PUT', '/path?query', 200, 5))
 
 
-@unittest.skipUnless(POSIX, 'this system has no FIFOs')
-class FolderFilesTest(FolderTest):
-
-    def setUp(self):
-        super().setUp()
-        self.site = self.path('site')
-        os.mkdir(self.site)
-        self.write('site/film.mp4', '0123456789')
-
-    def ask(self, path, method='GET', **fields):
-        """(status, header fields, body) of an answer of the folder."""
-        with contextlib.closing(lt.serve_folder(self.site)) as sock:
-            sock.settimeout(PATIENCE)
-            lines = [f'{name.replace("_", "-")}: {value}\r\n' for name, value in fields.items()]
-            sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: a\r\n{"".join(lines)}\r\n'.encode())
-            answer = http.client.HTTPResponse(sock, method=method)
-            answer.begin()
-            body = answer.read()
-            answer.close()
-            return answer.status, answer.headers, body
-
-    def test_what_is_opened_is_judged_and_not_its_name(self):
-        self.write('secret', 'secret')
-        self.write('site/.env', 'secret')
-        for number, make in enumerate((
-                lambda path: os.symlink(self.path('secret'), path),
-                lambda path: os.symlink(self.path('site', '.env'), path),
-                lambda path: os.symlink('/dev/zero', path), os.mkfifo,
-                lambda path: os.symlink('nowhere', path), os.mkdir)):
-            for name in ('index.html', 'index.htm', 'page.html'):
-                folder = self.path('site', f'{number}-{name}')
-                os.mkdir(folder)
-                make(os.path.join(folder, name))
-                path = f'/{number}-{name}/' + (name if name == 'page.html' else '')
-                with self.subTest(path):
-                    status, _, body = self.ask(path)
-                    self.assertIn(status, (404, 301))
-                    self.assertNotIn(b'secret', body)
-        os.symlink('film.mp4', self.path('site', 'link.mp4'))
-        self.assertEqual(self.ask('/link.mp4')[2], b'0123456789')
-
-    def test_a_folder_without_its_slash_is_sent_there_and_nowhere_else(self):
-        os.mkdir(self.path('site', 'a'))
-        for path, place in (('/a', '/a/'), ('/a?b=1', '/a/?b=1'), ('//a', '/a/')):
-            status, fields, _ = self.ask(path)
-            self.assertEqual((status, fields['Location'], fields['Content-Length']),
-                             (301, place, '0'))
-
-    def test_single_ranges_are_served(self):
-        for asked, status, content, body in (
-                ('bytes=0-0', 206, 'bytes 0-0/10', b'0'),
-                ('bytes=4-', 206, 'bytes 4-9/10', b'456789'),
-                ('BYTES=8-99', 206, 'bytes 8-9/10', b'89'),
-                ('bytes=-3', 206, 'bytes 7-9/10', b'789'),
-                ('bytes=-99', 206, 'bytes 0-9/10', b'0123456789'),
-                ('bytes=10-', 416, 'bytes */10', b''), ('bytes=-0', 416, 'bytes */10', b''),
-                *((word, 200, None, b'0123456789') for word in (
-                    'bytes=5-4', 'bytes=-', 'bytes=0-1,3-4', 'lines=0-1', 'bytes=a-', 'bytes=1'))):
-            with self.subTest(asked):
-                got = self.ask('/film.mp4', Range=asked)
-                self.assertEqual((got[0], got[1]['Content-Range'], got[2]), (status, content, body))
-                self.assertEqual(got[1]['Content-Length'], str(len(body)))
-                self.assertEqual(got[1]['Accept-Ranges'], 'bytes')
-        status, fields, _ = self.ask('/film.mp4', 'HEAD', Range='bytes=0-0')
-        self.assertEqual((status, fields['Content-Length']), (200, '10'))
-        self.write('site/empty', '')
-        self.assertEqual(self.ask('/empty', Range='bytes=-1')[0], 200)
-
-    def test_conditions_are_heeded(self):
-        fields = self.ask('/film.mp4')[1]
-        tag, date = fields['ETag'], fields['Last-Modified']
-        early, late = 'Thu, 01 Jan 1970 00:00:00 GMT', 'Fri, 01 Jan 2100 00:00:00 GMT'
-        for conditions, status in (
-                ({'If_None_Match': tag}, 304), ({'If_None_Match': f'"x", W/{tag}'}, 304),
-                ({'If_None_Match': '*'}, 304), ({'If_None_Match': '"x"'}, 200),
-                ({'If_None_Match': '"x"', 'If_Modified_Since': late}, 200),
-                ({'If_Modified_Since': date}, 304), ({'If_Modified_Since': early}, 200),
-                ({'If_Modified_Since': 'soon'}, 200),
-                ({'If_Match': tag}, 200), ({'If_Match': '*'}, 200), ({'If_Match': '"x"'}, 412),
-                ({'If_Match': f'W/{tag}'}, 412), ({'If_Unmodified_Since': early}, 412),
-                ({'If_Unmodified_Since': date}, 200), ({'If_Unmodified_Since': 'soon'}, 200),
-                *(({'Range': 'bytes=1-2', 'If_Range': value}, code) for value, code in (
-                    (tag, 206), (date, 206), (f'W/{tag}', 200), ('"x"', 200), (early, 200)))):
-            with self.subTest(conditions):
-                got, fields, body = self.ask('/film.mp4', **conditions)
-                self.assertEqual((got, fields['ETag']), (status, tag))
-                self.assertEqual(len(body), {200: 10, 206: 2}.get(status, 0))
-
-    def test_types_do_not_come_from_the_system(self):
-        script = 'text/javascript; charset=utf-8'
-        for name, form in (('a.mjs', script), ('a.JS', script), ('a.wasm', 'application/wasm'),
-                           ('a.webp', 'image/webp'), ('a.avif', 'image/avif'),
-                           ('a.woff2', 'font/woff2'), ('a.m4v', 'video/mp4'),
-                           ('a.ts', 'video/mp2t'), ('a.md', 'text/markdown; charset=utf-8'),
-                           ('a.json', 'application/json'), ('a', 'application/octet-stream')):
-            self.write('site/' + name, '')
-            self.assertEqual(self.ask('/' + name)[1]['Content-Type'], form)
-
-    def test_a_file_that_grows_or_shrinks_does_not_break_the_framing(self):
-        handler = lt.folder_handler(self.site)
-        copy = handler.__new__(handler)
-        copy.left, sink = 3, io.BytesIO()
-        copy.copyfile(io.BytesIO(b'12345'), sink)
-        self.assertEqual(sink.getvalue(), b'123')
-        copy.left = 3
-        self.assertRaises(ConnectionError, copy.copyfile, io.BytesIO(b'12'), sink)
-
-
 class UpstreamTest(WorldTest):
 
     async def test_connections_to_the_app_are_used_again(self):
@@ -3707,6 +3608,471 @@ class UpstreamTest(WorldTest):
         app = await self.app(start=asyncio.start_unix_server, where=[os.path.join(folder, 'app')])
         self.assertEqual((await self.visit(await self.client('unix:' + app.address)))[2], b'hello')
 
+
+class TargetTest(FolderTest, WorldTest):
+    """The other targets: what is asked arrives there, and how."""
+
+    async def test_echo_answers_with_the_request_that_an_app_would_get(self):
+        await self.world()
+        visitor = await self.visitor(await self.client('echo'))
+        for method, framing, body in (
+                ('GET', '', b''), ('PUT', 'Content-Length: 5', b'hello'),
+                ('POST', 'Transfer-Encoding: chunked', b'5\r\nhello\r\n0\r\n\r\n')):
+            visitor.ask('/a?b', f'X: y\n{framing}', method, body=body)
+            status, _, page = await visitor.answer()
+            self.assertEqual((status, page.partition(b'\r\n\r\n')[2]), (200, b'hello' * bool(body)))
+            self.assertTrue(page.startswith(
+                f'{method} /a?b HTTP/1.1\r\nHost: {visitor.host}\r\nX: y\r\n'.encode()))
+            self.assertIn(b'\r\nX-Forwarded-For: 127.0.0.1\r\n', page)
+
+    async def test_echo_repeats_a_mebibyte_and_no_more(self):
+        await self.world()
+        client = await self.client('echo')
+        for more, wanted in (0, 200), (1, 413):
+            visitor = await self.visitor(client)
+            body = pattern(lt.MAX_ECHO + more)
+            visitor.ask(fields=f'Content-Length: {len(body)}', method='PUT', body=body)
+            status, _, page = await visitor.answer()
+            self.assertEqual(status, wanted)
+            self.assertEqual(page.endswith(body), status == 200)
+            self.assertEqual(b'no more than 1048576 bytes' in page, status == 413)
+
+    async def test_a_path_of_the_target_stands_before_that_of_each_request(self):
+        await self.world()
+        app = await self.app()
+        visitor = await self.visitor(await self.client(f'http://localhost:{app.address[1]}/base/'))
+        for asked, seen in (('/', '/base/'), ('/a?b', '/base/a?b'), ('//a', '/base//a'),
+                            (f'http://{visitor.host}/a', '/base/a'), ('*', '*')):
+            await visitor.get(asked, method='OPTIONS' if asked == '*' else 'GET')
+            self.assertEqual(app.requests[-1].split()[1].decode(), seen)
+
+    async def secure_app(self):
+        """The URL of an app with TLS."""
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(*files)
+        app = await self.app(start=functools.partial(asyncio.start_server, ssl=context))
+        return f'https://localhost:{app.address[1]}'
+
+    async def test_an_app_may_have_tls_of_its_own(self):
+        await self.world()
+        url = await self.secure_app()
+        for ca in (dict(check=False), dict(ca=self.path('cert.pem'))):
+            client = await self.client(url, app_tls=lt.client_tls(**ca))
+            visitor = await self.visitor(client)
+            self.assertEqual((await visitor.get())[::2], (200, b'hello'))
+            body = pattern(100000)
+            await visitor.get(method='PUT', fields=f'Content-Length: {len(body)}', body=body)
+            self.assertTrue(self.apps[0].requests[-1].endswith(body))
+            await self.leaves(client)
+
+    async def test_one_whose_certificate_is_checked_and_wrong_is_502_with_the_reason(self):
+        await self.world()
+        client = await self.client(await self.secure_app(), app_tls=lt.client_tls())
+        status, _, page = await self.visit(client)
+        self.assertEqual(status, 502)
+        self.assertIn(b'not signed by an authority', page)
+        self.assertEqual(self.apps[0].requests, [])
+
+
+class StrangeAnswerTest(WorldTest):
+    """What an app may answer, and what is said of an answer that can't be passed on."""
+
+    async def test_large_heads_of_real_apps_pass(self):
+        for fields in (b'Set-Cookie: a=b\r\n' * 250, b'X-Debug: ' + b'x' * 100000 + b'\r\n',
+                       (b'X-Debug: ' + b'x' * 400 + b'\r\n') * 250, b'X: y\r\n' * 490):
+            _, visitor = await self.through(
+                b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n' + fields + b'\r\nhello')
+            visitor.ask(fields='Connection: close')
+            head, _, body = (await visitor.reader.read()).partition(b'\r\n\r\n')
+            self.assertIn(fields, head + b'\r\n')
+            self.assertEqual(body, b'hello')
+            await self.end_of_the_world()
+
+    async def test_what_is_said_of_an_answer_names_the_fault(self):
+        for said, told in (
+                (b'SSH-2.0-OpenSSH_9.2\r\n', "does not speak HTTP: it says 'SSH-2.0-OpenSSH_9.2'"),
+                (b'220 mail\x1b[2J ESMTP\r\n', "does not speak HTTP: it says '220 mail?[2J ESMTP'"),
+                (b'\x15\x03\x01\x00\x02\x02\x46', 'speaks TLS: use https://localhost:'),
+                (b'x' * 20000, "does not speak HTTP: it says '" + 'x' * 60 + "'"),
+                (b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 501 + b'\r\n',
+                 'is too large: more than 500 header fields'),
+                (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 140000 + b'\r\n\r\n',
+                 'is too large: a message head of more than 130048 bytes'),
+                (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is malformed'),
+                (b'', 'without an answer; if it speaks TLS, use https://localhost:')):
+            with self.subTest(said[:20]):
+                async def answer(head, reader, writer, said=said):
+                    writer.write(said)
+                    await writer.drain()
+                _, visitor = await self.through(answer)
+                status, _, body = await visitor.get()
+                self.assertEqual(status, 502)
+                self.assertIn(told, body.decode())
+                await self.end_of_the_world()
+
+    async def test_a_server_that_is_none_is_told_apart(self):
+        for said, told in ((b'SSH-2.0-x\r\n', "http://local.* does not speak HTTP: it says 'SSH-"),
+                           (b'\x15\x03\x01\x00\x02\x02\x46', 'TLS: use https://localhost:[0-9]+$'),
+                           (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is no localtunnel server')):
+            async def serve(reader, writer, said=said):
+                with contextlib.closing(writer):
+                    await reader.readuntil(b'\r\n\r\n')
+                    writer.write(said)
+            await self.world()
+            port = (await self.serves(serve))[1]
+            with self.assertRaisesRegex(lt.LocaltunnelError, told):
+                await (await self.client(1, port=port, once=True)).running
+            await self.end_of_the_world()
+
+    async def test_a_hint_says_what_an_app_wants(self):
+        for status, page, told in (
+                (400, b'The plain HTTP request was sent to HTTPS port', 'https://localhost'),
+                (400, b'Client sent an HTTP request to an HTTPS server.', 'https://localhost'),
+                (403, b'<h1>403 : Forbidden</h1>', 'Jupyter does not know the name'),
+                (403, b'Cross origin websockets not allowed', '--host-header rewrite')):
+            _, visitor = await self.through(b'HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b' % (
+                status, len(page), page))
+            await visitor.get()
+            self.assertIn(told, ''.join(x[1] for x in self.log.told if x[0] == 'hint'))
+            await self.end_of_the_world()
+            self.log.told.clear()
+
+
+# ------------------------------------------------------------------------------------------------
+# 15. Client
+# ------------------------------------------------------------------------------------------------
+
+class BackoffTest(unittest.TestCase):
+
+    def test_waits_are_longer_and_longer_and_never_the_same(self):
+        one, other, last = lt.Backoff(0.0), lt.Backoff(0.0), 0.0
+        for failures in range(1, 100):
+            wait, most = one.failed(lt.SOON), min(lt.BACKOFF_MOST,
+                                                  lt.BACKOFF_FIRST * 2 ** failures)
+            self.assertTrue(most / 2 <= wait <= most)
+            self.assertLessEqual(other.failed(0.0), lt.BACKOFF_SOON)
+            self.assertNotEqual(wait, last)
+            last = wait
+
+    def test_a_connection_that_lasted_is_made_again_at_once_and_one_that_did_not_is_not(self):
+        backoff = lt.Backoff(0.0)
+        self.assertGreater(backoff.failed(1.0), 0.0)
+        for lasted, at_once in ((lt.SETTLED * 2, True), (lt.SETTLED / 2, False),
+                                (lt.SETTLED / 2, False), (lt.SETTLED * 2, True)):
+            backoff.connected(100.0)
+            self.assertEqual(backoff.failed(100.0 + lasted) == 0.0, at_once)
+            self.assertGreater(backoff.failed(100.0 + lasted), 0.0)
+
+    def test_attempts_are_short_while_visitors_wait(self):
+        backoff = lt.Backoff(0.0)
+        self.assertEqual(backoff.patience(0.0), lt.HANDSHAKE_TIMEOUT)
+        backoff.connected(0.0)
+        backoff.failed(100.0)
+        self.assertEqual(backoff.patience(100.0), lt.FIRST_ATTEMPTS)
+        self.assertEqual(backoff.patience(100.0 + lt.HELD), lt.HANDSHAKE_TIMEOUT)
+
+
+class ComeBackTest(WorldTest):
+
+    async def test_it_comes_back_with_the_same_name_to_a_server_that_was_restarted(self):
+        await self.world()
+        app = await self.app()
+        client = await self.client(app)
+        await self.server.stop()
+        await self.new_server(port=self.port)
+        await eventually(lambda: self.server.tunnels.members())
+        self.assertEqual((await self.visit(client))[2], b'hello')
+
+    async def test_an_exchange_goes_on_over_a_connection_that_breaks(self):
+        asked, go = asyncio.Event(), asyncio.Event()
+
+        async def slow(head, reader, writer):
+            asked.set()
+            await go.wait()
+            writer.write(OK)
+            return True
+        _, visitor = await self.through(slow)
+        visitor.ask()
+        await asked.wait()
+        session = self.clients[0]._session
+        connection = session.connection
+        connection.reset(lt.CANCELLED, '')
+        await eventually(lambda: session.connection is not connection)
+        go.set()
+        self.assertEqual((await visitor.answer())[2], b'hello')
+        self.assertIs(self.clients[0]._session, session)
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Raw TCP
+# ------------------------------------------------------------------------------------------------
+
+class RawTcpTest(WorldTest):
+    """Raw TCP: bytes, ends and resets pass as they are, each way by itself."""
+
+    async def raw_visitor(self, port):
+        """A visitor of a raw TCP tunnel to PORT."""
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            public = sock.getsockname()[1]
+        await self.world(tcp_ports=[public], host='127.0.0.1')
+        client = await self.client(port, tcp=True)
+        self.assertEqual(client.url, f'tcp://localhost:{public}')
+        return await self.visitor('', public)
+
+    async def raw_through(self, app):
+        """The same, to APP(reader, writer)."""
+        return await self.raw_visitor((await self.serves(app))[1])
+
+    async def test_bytes_pass_both_ways_and_a_half_close_ends_one_way_only(self):
+        there, back = pattern(3 << 20, 1), pattern(3 << 20, 2)
+        for first in 'visitor', 'app':
+            def sends(peer, data):
+                peer.writer.write(data)
+                peer.writer.write_eof()
+
+            async def app(reader, writer):
+                with contextlib.closing(writer):
+                    peer = Peer(reader, writer)
+                    if first == 'app':
+                        sends(peer, back)
+                    got.append(hashlib.sha256(await reader.read()).hexdigest())
+                    if first == 'visitor':
+                        sends(peer, back)
+                    await writer.drain()
+            with self.subTest(first + ' ends first'):
+                got = []
+                visitor = await self.raw_through(app)
+                if first == 'visitor':
+                    sends(visitor, there)
+                got.append(hashlib.sha256(await visitor.reader.read()).hexdigest())
+                if first == 'app':
+                    self.assertEqual(len(got), 1)       # its own way is still open
+                    sends(visitor, there)
+                await eventually(lambda: len(got) == 2)
+                self.assertEqual(set(got), {hashlib.sha256(data).hexdigest()
+                                            for data in (there, back)})
+                await self.end_of_the_world()
+
+    async def test_a_reset_of_either_side_is_a_reset_of_the_other(self):
+        for resets in 'visitor', 'app':
+            async def app(reader, writer):
+                peer = Peer(reader, writer)
+                await reader.readexactly(5)
+                if resets == 'app':
+                    return peer.reset()
+                with contextlib.closing(writer):
+                    asked.set()
+                    try:
+                        seen.set_result(await reader.read())
+                    except ConnectionError as e:
+                        seen.set_result(e)
+            with self.subTest(resets):
+                asked, seen = asyncio.Event(), self.loop.create_future()
+                visitor = await self.raw_through(app)
+                visitor.send(b'hello')
+                if resets == 'app':
+                    with self.assertRaises(ConnectionResetError):
+                        await visitor.reader.read()
+                else:
+                    await asked.wait()
+                    visitor.reset()
+                    self.assertIsInstance(await seen, ConnectionResetError)
+                await self.end_of_the_world()
+
+    async def test_with_nobody_there_the_visitor_is_cut_off_and_the_user_told(self):
+        with socket.socket() as reserved:
+            reserved.bind(('127.0.0.1', 0))
+            visitor = await self.raw_visitor(reserved.getsockname()[1])
+            with self.assertRaises(ConnectionResetError):
+                await visitor.reader.read()
+        await eventually(lambda: any(
+            told[0] == 'exchange' and 'nothing listens on localhost' in told[1].why
+            for told in self.log.told))
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Folder and echo
+# ------------------------------------------------------------------------------------------------
+
+@unittest.skipUnless(POSIX, 'this system has no FIFOs')
+class FolderFilesTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        self.site = self.path('site')
+        os.mkdir(self.site)
+        self.write('site/film.mp4', '0123456789')
+
+    def ask(self, path, method='GET', **fields):
+        """(status, header fields, body) of an answer of the folder."""
+        with contextlib.closing(lt.serve_folder(self.site)) as sock:
+            sock.settimeout(PATIENCE)
+            lines = [f'{name.replace("_", "-")}: {value}\r\n' for name, value in fields.items()]
+            sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: a\r\n{"".join(lines)}\r\n'.encode())
+            answer = http.client.HTTPResponse(sock, method=method)
+            answer.begin()
+            body = answer.read()
+            answer.close()
+            return answer.status, answer.headers, body
+
+    def test_what_is_opened_is_judged_and_not_its_name(self):
+        self.write('secret', 'secret')
+        self.write('site/.env', 'secret')
+        for number, make in enumerate((
+                lambda path: os.symlink(self.path('secret'), path),
+                lambda path: os.symlink(self.path('site', '.env'), path),
+                lambda path: os.symlink('/dev/zero', path), os.mkfifo,
+                lambda path: os.symlink('nowhere', path), os.mkdir)):
+            for name in ('index.html', 'index.htm', 'page.html'):
+                folder = self.path('site', f'{number}-{name}')
+                os.mkdir(folder)
+                make(os.path.join(folder, name))
+                path = f'/{number}-{name}/' + (name if name == 'page.html' else '')
+                with self.subTest(path):
+                    status, _, body = self.ask(path)
+                    self.assertIn(status, (404, 301))
+                    self.assertNotIn(b'secret', body)
+        os.symlink('film.mp4', self.path('site', 'link.mp4'))
+        self.assertEqual(self.ask('/link.mp4')[2], b'0123456789')
+
+    def test_a_folder_without_its_slash_is_sent_there_and_nowhere_else(self):
+        os.mkdir(self.path('site', 'a'))
+        for path, place in (('/a', '/a/'), ('/a?b=1', '/a/?b=1'), ('//a', '/a/')):
+            status, fields, _ = self.ask(path)
+            self.assertEqual((status, fields['Location'], fields['Content-Length']),
+                             (301, place, '0'))
+
+    def test_single_ranges_are_served(self):
+        for asked, status, content, body in (
+                ('bytes=0-0', 206, 'bytes 0-0/10', b'0'),
+                ('bytes=4-', 206, 'bytes 4-9/10', b'456789'),
+                ('BYTES=8-99', 206, 'bytes 8-9/10', b'89'),
+                ('bytes=-3', 206, 'bytes 7-9/10', b'789'),
+                ('bytes=-99', 206, 'bytes 0-9/10', b'0123456789'),
+                ('bytes=10-', 416, 'bytes */10', b''), ('bytes=-0', 416, 'bytes */10', b''),
+                *((word, 200, None, b'0123456789') for word in (
+                    'bytes=5-4', 'bytes=-', 'bytes=0-1,3-4', 'lines=0-1', 'bytes=a-', 'bytes=1'))):
+            with self.subTest(asked):
+                got = self.ask('/film.mp4', Range=asked)
+                self.assertEqual((got[0], got[1]['Content-Range'], got[2]), (status, content, body))
+                self.assertEqual(got[1]['Content-Length'], str(len(body)))
+                self.assertEqual(got[1]['Accept-Ranges'], 'bytes')
+        status, fields, _ = self.ask('/film.mp4', 'HEAD', Range='bytes=0-0')
+        self.assertEqual((status, fields['Content-Length']), (200, '10'))
+        self.write('site/empty', '')
+        self.assertEqual(self.ask('/empty', Range='bytes=-1')[0], 200)
+
+    def test_conditions_are_heeded(self):
+        fields = self.ask('/film.mp4')[1]
+        tag, date = fields['ETag'], fields['Last-Modified']
+        early, late = 'Thu, 01 Jan 1970 00:00:00 GMT', 'Fri, 01 Jan 2100 00:00:00 GMT'
+        for conditions, status in (
+                ({'If_None_Match': tag}, 304), ({'If_None_Match': f'"x", W/{tag}'}, 304),
+                ({'If_None_Match': '*'}, 304), ({'If_None_Match': '"x"'}, 200),
+                ({'If_None_Match': '"x"', 'If_Modified_Since': late}, 200),
+                ({'If_Modified_Since': date}, 304), ({'If_Modified_Since': early}, 200),
+                ({'If_Modified_Since': 'soon'}, 200),
+                ({'If_Match': tag}, 200), ({'If_Match': '*'}, 200), ({'If_Match': '"x"'}, 412),
+                ({'If_Match': f'W/{tag}'}, 412), ({'If_Unmodified_Since': early}, 412),
+                ({'If_Unmodified_Since': date}, 200), ({'If_Unmodified_Since': 'soon'}, 200),
+                *(({'Range': 'bytes=1-2', 'If_Range': value}, code) for value, code in (
+                    (tag, 206), (date, 206), (f'W/{tag}', 200), ('"x"', 200), (early, 200)))):
+            with self.subTest(conditions):
+                got, fields, body = self.ask('/film.mp4', **conditions)
+                self.assertEqual((got, fields['ETag']), (status, tag))
+                self.assertEqual(len(body), {200: 10, 206: 2}.get(status, 0))
+
+    def test_types_do_not_come_from_the_system(self):
+        script = 'text/javascript; charset=utf-8'
+        for name, form in (('a.mjs', script), ('a.JS', script), ('a.wasm', 'application/wasm'),
+                           ('a.webp', 'image/webp'), ('a.avif', 'image/avif'),
+                           ('a.woff2', 'font/woff2'), ('a.m4v', 'video/mp4'),
+                           ('a.ts', 'video/mp2t'), ('a.md', 'text/markdown; charset=utf-8'),
+                           ('a.json', 'application/json'), ('a', 'application/octet-stream')):
+            self.write('site/' + name, '')
+            self.assertEqual(self.ask('/' + name)[1]['Content-Type'], form)
+
+    def test_a_file_that_grows_or_shrinks_does_not_break_the_framing(self):
+        handler = lt.folder_handler(self.site)
+        copy = handler.__new__(handler)
+        copy.left, sink = 3, io.BytesIO()
+        copy.copyfile(io.BytesIO(b'12345'), sink)
+        self.assertEqual(sink.getvalue(), b'123')
+        copy.left = 3
+        self.assertRaises(ConnectionError, copy.copyfile, io.BytesIO(b'12'), sink)
+
+
+class FolderTargetTest(FolderTest, WorldTest):
+    """A folder as target: what is in it, and no way out of it."""
+
+    async def ready(self):
+        for folder in ('served', 'served/sub', 'served/.git', 'served-too', 'outside'):
+            os.mkdir(self.path(folder))
+        for name in ('served/page.html', 'served/sub/a.txt', 'served/<b>&.txt'):
+            self.write(name, 'it is seen')
+        for name in ('served/.env', 'served/.git/config', 'served/sub/.key', 'served-too/x',
+                     'outside/x', 'x'):
+            self.write(name, 'SECRET')
+        await self.world()
+        self.visitor_there = await self.visitor(await self.client(self.path('served')))
+
+    async def page(self, path, method='GET'):
+        """(status, body) of the answer to a request for PATH."""
+        return (await self.visitor_there.get(path, method=method))[::2]
+
+    async def test_files_are_served_under_their_names(self):
+        for path in ('/page.html', '/sub/a.txt', '/page.html?query', '/sub/../page.html',
+                     '/%3Cb%3E%26.txt'):
+            self.assertEqual(await self.page(path), (200, b'it is seen'), path)
+        self.assertEqual((await self.page('/none.txt'))[0], 404)
+        self.assertEqual(await self.page('/page.html', 'HEAD'), (200, b''))
+
+    async def test_a_folder_is_listed_without_what_is_hidden(self):
+        status, body = await self.page('/')
+        self.assertEqual(status, 200)
+        for name in (b'page.html', b'sub/', b'&lt;b&gt;&amp;.txt'):
+            self.assertIn(b'>' + name + b'<', body)
+        self.assertNotRegex(body, rb'\.env|\.git|<b>')
+
+    async def test_names_that_begin_with_a_dot_are_not_served(self):
+        for path in ('/.env', '/.git/config', '/.git/', '/sub/.key', '/%2eenv', '/sub/..%2f.env',
+                     '/./.env', '//.env'):
+            await self.not_seen(path)
+
+    async def test_no_path_leads_out_of_the_folder(self):
+        for path in ('/../x', '/%2e%2e/x', '/..%2fx', '/sub/../../x', '/../served-too/x',
+                     '/sub/%2e%2e/%2e%2e/served-too/x', '/..\\x', '/..%5cx', '/%00/../x',
+                     '/' + self.path('x'), '//' + self.path('x')):
+            await self.not_seen(path)
+
+    @unittest.skipUnless(POSIX, 'for systems with symbolic links')
+    async def test_a_link_is_followed_inside_the_folder_only(self):
+        for name, to in (('in', 'page.html'), ('file', '../x'), ('folder', '../outside'),
+                         ('beside', '../served-too'), ('far', self.path('x')), ('up', '..'),
+                         ('sub/two', '../file'), ('dot.txt', '.env')):
+            os.symlink(to, self.path('served', name))
+        self.assertEqual(await self.page('/in'), (200, b'it is seen'))
+        for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two'):
+            await self.not_seen(path)
+
+    async def test_nothing_can_be_changed(self):
+        for method in ('PUT', 'POST', 'DELETE'):
+            status, _ = await self.page('/page.html', method)
+            self.assertIn(status, (405, 501))
+            self.visitor_there = await self.visitor(self.clients[0])
+        self.assertEqual(await self.page('/page.html'), (200, b'it is seen'))
+
+    async def not_seen(self, path):
+        with self.subTest(path):
+            status, body = await self.page(path)
+            self.assertIn(status, (400, 404))
+            self.assertNotIn(b'SECRET', body)
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. Host header
+# ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
     """With --host-header the app believes that it is visited where it listens."""
@@ -3827,360 +4193,6 @@ class HintTest(WorldTest):
         self.assertEqual(await self.hints(404, 'Unauthorized request from you'), [])
         self.assertEqual(await self.hints(403, 'Forbidden'), [])
         self.assertEqual(await self.hints(403, 'Blocked hosts: x', host_header='rewrite'), [])
-
-
-class FolderTargetTest(FolderTest, WorldTest):
-    """A folder as target: what is in it, and no way out of it."""
-
-    async def ready(self):
-        for folder in ('served', 'served/sub', 'served/.git', 'served-too', 'outside'):
-            os.mkdir(self.path(folder))
-        for name in ('served/page.html', 'served/sub/a.txt', 'served/<b>&.txt'):
-            self.write(name, 'it is seen')
-        for name in ('served/.env', 'served/.git/config', 'served/sub/.key', 'served-too/x',
-                     'outside/x', 'x'):
-            self.write(name, 'SECRET')
-        await self.world()
-        self.visitor_there = await self.visitor(await self.client(self.path('served')))
-
-    async def page(self, path, method='GET'):
-        """(status, body) of the answer to a request for PATH."""
-        return (await self.visitor_there.get(path, method=method))[::2]
-
-    async def test_files_are_served_under_their_names(self):
-        for path in ('/page.html', '/sub/a.txt', '/page.html?query', '/sub/../page.html',
-                     '/%3Cb%3E%26.txt'):
-            self.assertEqual(await self.page(path), (200, b'it is seen'), path)
-        self.assertEqual((await self.page('/none.txt'))[0], 404)
-        self.assertEqual(await self.page('/page.html', 'HEAD'), (200, b''))
-
-    async def test_a_folder_is_listed_without_what_is_hidden(self):
-        status, body = await self.page('/')
-        self.assertEqual(status, 200)
-        for name in (b'page.html', b'sub/', b'&lt;b&gt;&amp;.txt'):
-            self.assertIn(b'>' + name + b'<', body)
-        self.assertNotRegex(body, rb'\.env|\.git|<b>')
-
-    async def test_names_that_begin_with_a_dot_are_not_served(self):
-        for path in ('/.env', '/.git/config', '/.git/', '/sub/.key', '/%2eenv', '/sub/..%2f.env',
-                     '/./.env', '//.env'):
-            await self.not_seen(path)
-
-    async def test_no_path_leads_out_of_the_folder(self):
-        for path in ('/../x', '/%2e%2e/x', '/..%2fx', '/sub/../../x', '/../served-too/x',
-                     '/sub/%2e%2e/%2e%2e/served-too/x', '/..\\x', '/..%5cx', '/%00/../x',
-                     '/' + self.path('x'), '//' + self.path('x')):
-            await self.not_seen(path)
-
-    @unittest.skipUnless(POSIX, 'for systems with symbolic links')
-    async def test_a_link_is_followed_inside_the_folder_only(self):
-        for name, to in (('in', 'page.html'), ('file', '../x'), ('folder', '../outside'),
-                         ('beside', '../served-too'), ('far', self.path('x')), ('up', '..'),
-                         ('sub/two', '../file'), ('dot.txt', '.env')):
-            os.symlink(to, self.path('served', name))
-        self.assertEqual(await self.page('/in'), (200, b'it is seen'))
-        for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two'):
-            await self.not_seen(path)
-
-    async def test_nothing_can_be_changed(self):
-        for method in ('PUT', 'POST', 'DELETE'):
-            status, _ = await self.page('/page.html', method)
-            self.assertIn(status, (405, 501))
-            self.visitor_there = await self.visitor(self.clients[0])
-        self.assertEqual(await self.page('/page.html'), (200, b'it is seen'))
-
-    async def not_seen(self, path):
-        with self.subTest(path):
-            status, body = await self.page(path)
-            self.assertIn(status, (400, 404))
-            self.assertNotIn(b'SECRET', body)
-
-
-class TargetTest(FolderTest, WorldTest):
-    """The other targets: what is asked arrives there, and how."""
-
-    async def test_echo_answers_with_the_request_that_an_app_would_get(self):
-        await self.world()
-        visitor = await self.visitor(await self.client('echo'))
-        for method, framing, body in (
-                ('GET', '', b''), ('PUT', 'Content-Length: 5', b'hello'),
-                ('POST', 'Transfer-Encoding: chunked', b'5\r\nhello\r\n0\r\n\r\n')):
-            visitor.ask('/a?b', f'X: y\n{framing}', method, body=body)
-            status, _, page = await visitor.answer()
-            self.assertEqual((status, page.partition(b'\r\n\r\n')[2]), (200, b'hello' * bool(body)))
-            self.assertTrue(page.startswith(
-                f'{method} /a?b HTTP/1.1\r\nHost: {visitor.host}\r\nX: y\r\n'.encode()))
-            self.assertIn(b'\r\nX-Forwarded-For: 127.0.0.1\r\n', page)
-
-    async def test_echo_repeats_a_mebibyte_and_no_more(self):
-        await self.world()
-        client = await self.client('echo')
-        for more, wanted in (0, 200), (1, 413):
-            visitor = await self.visitor(client)
-            body = pattern(lt.MAX_ECHO + more)
-            visitor.ask(fields=f'Content-Length: {len(body)}', method='PUT', body=body)
-            status, _, page = await visitor.answer()
-            self.assertEqual(status, wanted)
-            self.assertEqual(page.endswith(body), status == 200)
-            self.assertEqual(b'no more than 1048576 bytes' in page, status == 413)
-
-    async def test_a_path_of_the_target_stands_before_that_of_each_request(self):
-        await self.world()
-        app = await self.app()
-        visitor = await self.visitor(await self.client(f'http://localhost:{app.address[1]}/base/'))
-        for asked, seen in (('/', '/base/'), ('/a?b', '/base/a?b'), ('//a', '/base//a'),
-                            (f'http://{visitor.host}/a', '/base/a'), ('*', '*')):
-            await visitor.get(asked, method='OPTIONS' if asked == '*' else 'GET')
-            self.assertEqual(app.requests[-1].split()[1].decode(), seen)
-
-    async def secure_app(self):
-        """The URL of an app with TLS."""
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*files)
-        app = await self.app(start=functools.partial(asyncio.start_server, ssl=context))
-        return f'https://localhost:{app.address[1]}'
-
-    async def test_an_app_may_have_tls_of_its_own(self):
-        await self.world()
-        url = await self.secure_app()
-        for ca in (dict(check=False), dict(ca=self.path('cert.pem'))):
-            client = await self.client(url, upstream_tls=lt.client_tls(**ca))
-            visitor = await self.visitor(client)
-            self.assertEqual((await visitor.get())[::2], (200, b'hello'))
-            body = pattern(100000)
-            await visitor.get(method='PUT', fields=f'Content-Length: {len(body)}', body=body)
-            self.assertTrue(self.apps[0].requests[-1].endswith(body))
-            await self.leaves(client)
-
-    async def test_one_whose_certificate_is_checked_and_wrong_is_502_with_the_reason(self):
-        await self.world()
-        client = await self.client(await self.secure_app(), upstream_tls=lt.client_tls())
-        status, _, page = await self.visit(client)
-        self.assertEqual(status, 502)
-        self.assertIn(b'not signed by an authority', page)
-        self.assertEqual(self.apps[0].requests, [])
-
-
-class RawTcpTest(WorldTest):
-    """Raw TCP: bytes, ends and resets pass as they are, each way by itself."""
-
-    async def raw_visitor(self, port):
-        """A visitor of a raw TCP tunnel to PORT."""
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            public = sock.getsockname()[1]
-        await self.world(tcp_ports=[public], host='127.0.0.1')
-        client = await self.client(port, tcp=True)
-        self.assertEqual(client.url, f'tcp://localhost:{public}')
-        return await self.visitor('', public)
-
-    async def raw_through(self, app):
-        """The same, to APP(reader, writer)."""
-        return await self.raw_visitor((await self.serves(app))[1])
-
-    async def test_bytes_pass_both_ways_and_a_half_close_ends_one_way_only(self):
-        there, back = pattern(3 << 20, 1), pattern(3 << 20, 2)
-        for first in 'visitor', 'app':
-            def sends(peer, data):
-                peer.writer.write(data)
-                peer.writer.write_eof()
-
-            async def app(reader, writer):
-                with contextlib.closing(writer):
-                    peer = Peer(reader, writer)
-                    if first == 'app':
-                        sends(peer, back)
-                    got.append(hashlib.sha256(await reader.read()).hexdigest())
-                    if first == 'visitor':
-                        sends(peer, back)
-                    await writer.drain()
-            with self.subTest(first + ' ends first'):
-                got = []
-                visitor = await self.raw_through(app)
-                if first == 'visitor':
-                    sends(visitor, there)
-                got.append(hashlib.sha256(await visitor.reader.read()).hexdigest())
-                if first == 'app':
-                    self.assertEqual(len(got), 1)       # its own way is still open
-                    sends(visitor, there)
-                await eventually(lambda: len(got) == 2)
-                self.assertEqual(set(got), {hashlib.sha256(data).hexdigest()
-                                            for data in (there, back)})
-                await self.end_of_the_world()
-
-    async def test_a_reset_of_either_side_is_a_reset_of_the_other(self):
-        for resets in 'visitor', 'app':
-            async def app(reader, writer):
-                peer = Peer(reader, writer)
-                await reader.readexactly(5)
-                if resets == 'app':
-                    return peer.reset()
-                with contextlib.closing(writer):
-                    asked.set()
-                    try:
-                        seen.set_result(await reader.read())
-                    except ConnectionError as e:
-                        seen.set_result(e)
-            with self.subTest(resets):
-                asked, seen = asyncio.Event(), self.loop.create_future()
-                visitor = await self.raw_through(app)
-                visitor.send(b'hello')
-                if resets == 'app':
-                    with self.assertRaises(ConnectionResetError):
-                        await visitor.reader.read()
-                else:
-                    await asked.wait()
-                    visitor.reset()
-                    self.assertIsInstance(await seen, ConnectionResetError)
-                await self.end_of_the_world()
-
-    async def test_with_nobody_there_the_visitor_is_cut_off_and_the_user_told(self):
-        with socket.socket() as reserved:
-            reserved.bind(('127.0.0.1', 0))
-            visitor = await self.raw_visitor(reserved.getsockname()[1])
-            with self.assertRaises(ConnectionResetError):
-                await visitor.reader.read()
-        await eventually(lambda: any(
-            told[0] == 'exchange' and 'nothing listens on localhost' in told[1].why
-            for told in self.log.told))
-
-
-class StrangeAnswerTest(WorldTest):
-    """What an app may answer, and what is said of an answer that can't be passed on."""
-
-    async def test_large_heads_of_real_apps_pass(self):
-        for fields in (b'Set-Cookie: a=b\r\n' * 250, b'X-Debug: ' + b'x' * 100000 + b'\r\n',
-                       (b'X-Debug: ' + b'x' * 400 + b'\r\n') * 250, b'X: y\r\n' * 490):
-            _, visitor = await self.through(
-                b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\n' + fields + b'\r\nhello')
-            visitor.ask(fields='Connection: close')
-            head, _, body = (await visitor.reader.read()).partition(b'\r\n\r\n')
-            self.assertIn(fields, head + b'\r\n')
-            self.assertEqual(body, b'hello')
-            await self.end_of_the_world()
-
-    async def test_what_is_said_of_an_answer_names_the_fault(self):
-        for said, told in (
-                (b'SSH-2.0-OpenSSH_9.2\r\n', "does not speak HTTP: it says 'SSH-2.0-OpenSSH_9.2'"),
-                (b'220 mail\x1b[2J ESMTP\r\n', "does not speak HTTP: it says '220 mail?[2J ESMTP'"),
-                (b'\x15\x03\x01\x00\x02\x02\x46', 'speaks TLS: use https://localhost:'),
-                (b'x' * 20000, "does not speak HTTP: it says '" + 'x' * 60 + "'"),
-                (b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 501 + b'\r\n',
-                 'is too large: more than 500 header fields'),
-                (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 140000 + b'\r\n\r\n',
-                 'is too large: a message head of more than 130048 bytes'),
-                (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is malformed'),
-                (b'', 'without an answer; if it speaks TLS, use https://localhost:')):
-            with self.subTest(said[:20]):
-                async def answer(head, reader, writer, said=said):
-                    writer.write(said)
-                    await writer.drain()
-                _, visitor = await self.through(answer)
-                status, _, body = await visitor.get()
-                self.assertEqual(status, 502)
-                self.assertIn(told, body.decode())
-                await self.end_of_the_world()
-
-    async def test_a_server_that_is_none_is_told_apart(self):
-        for said, told in ((b'SSH-2.0-x\r\n', "http://local.* does not speak HTTP: it says 'SSH-"),
-                           (b'\x15\x03\x01\x00\x02\x02\x46', 'TLS: use https://localhost:[0-9]+$'),
-                           (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is no localtunnel server')):
-            async def serve(reader, writer, said=said):
-                with contextlib.closing(writer):
-                    await reader.readuntil(b'\r\n\r\n')
-                    writer.write(said)
-            await self.world()
-            port = (await self.serves(serve))[1]
-            with self.assertRaisesRegex(lt.LocaltunnelError, told):
-                await (await self.client(1, port=port, once=True)).running
-            await self.end_of_the_world()
-
-    async def test_a_hint_says_what_an_app_wants(self):
-        for status, page, told in (
-                (400, b'The plain HTTP request was sent to HTTPS port', 'https://localhost'),
-                (400, b'Client sent an HTTP request to an HTTPS server.', 'https://localhost'),
-                (403, b'<h1>403 : Forbidden</h1>', 'Jupyter does not know the name'),
-                (403, b'Cross origin websockets not allowed', '--host-header rewrite')):
-            _, visitor = await self.through(b'HTTP/1.1 %d No\r\nContent-Length: %d\r\n\r\n%b' % (
-                status, len(page), page))
-            await visitor.get()
-            self.assertIn(told, ''.join(x[1] for x in self.log.told if x[0] == 'hint'))
-            await self.end_of_the_world()
-            self.log.told.clear()
-
-
-class OutgoingProxyTest(FolderTest, WorldTest):
-    """The way to the server leads through an HTTP proxy, by CONNECT."""
-    CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05}
-
-    async def proxy(self, login=''):
-        """An address of a proxy that wants LOGIN; it knows where *.example is."""
-        self.connects = []
-
-        async def serve(reader, writer):
-            head = await reader.readuntil(b'\r\n\r\n')
-            self.connects.append(head.split()[1].decode())
-            wanted = b'Basic ' + base64.b64encode(login.encode())
-            with contextlib.closing(writer):
-                if login and b'\r\nProxy-Authorization: %b\r\n' % wanted not in head:
-                    return writer.write(b'HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n'
-                                        b'Proxy-Authenticate: Negotiate\r\n'
-                                        b'Proxy-Authenticate: Basic realm="a"\r\n\r\n')
-                there = await asyncio.open_connection('127.0.0.1', head.split()[1].split(b':')[1])
-                writer.write(b'HTTP/1.1 200 Go on\r\n\r\n')
-                with contextlib.closing(there[1]):
-                    await first_of_both(pump(reader, there[1]), pump(there[0], writer))
-
-        async def pump(reader, writer):
-            with contextlib.suppress(ConnectionError):
-                data = await reader.read(65536)
-                while data:
-                    writer.write(data)
-                    await writer.drain()
-                    data = await reader.read(65536)
-
-        async def first_of_both(*ways):
-            await asyncio.wait([asyncio.ensure_future(way) for way in ways],
-                               return_when=asyncio.FIRST_COMPLETED)
-        return '127.0.0.1:%d' % (await self.serves(serve))[1]
-
-    async def test_a_session_goes_through_it_with_its_login(self):
-        await self.world(domain='t.example')
-        app, proxy = await self.app(), await self.proxy('ana:p@ss')
-        os.environ['ALL_PROXY'] = f'http://ana:p%40ss@{proxy}'
-        client = await self.client(app, site='http://t.example')
-        self.assertEqual((await self.visit(client))[2], b'hello')
-        self.assertEqual(self.connects, [f't.example:{self.port}'])
-
-    async def test_with_tls_inside(self):
-        await self.world(domain='t.example')
-        self.server.certificate = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                                 self.write('key.pem', PRIVATE_KEY))
-        port, app = await self.listen(tls=True), await self.app()
-        os.environ['HTTPS_PROXY'] = 'http://' + await self.proxy()
-        client = await self.client(app, site='https://t.example', port=port,
-                                   tls=lt.client_tls(check=False))
-        self.assertEqual((await self.visit(client))[2], b'hello')
-        self.assertEqual(self.connects, [f't.example:{port}'])
-
-    async def test_a_wrong_login_is_told(self):
-        await self.world(domain='t.example')
-        os.environ['ALL_PROXY'] = 'http://ana:wrong@' + await self.proxy('ana:p@ss')
-        client = await self.client(1, site='http://t.example', once=True)
-        with self.assertRaisesRegex(lt.LocaltunnelError,
-                                    'no way to t.example.*407.*wants Negotiate, Basic,'):
-            await client.running
-
-    async def test_what_no_proxy_names_is_dialled_itself(self):
-        await self.world()
-        os.environ['ALL_PROXY'] = 'http://' + await self.proxy()
-        for site, names, through in (('0.0.0.0', '', 1), ('0.0.0.0', '0.0.0.0', 0),
-                                     ('0.0.0.0', '*', 0), ('localhost', '', 0)):
-            with self.subTest(site, no_proxy=names):
-                os.environ['NO_PROXY'] = names
-                self.connects.clear()
-                await self.leaves(await self.client(1, site=f'http://{site}'))
-                self.assertEqual(len(self.connects), through)
 
 
 OUT = (         # of a base path, in some reading of an app
@@ -4323,38 +4335,86 @@ class BasePathTest(WorldTest):
             await self.end_of_the_world()
 
 
-class ComeBackTest(WorldTest):
+# ------------------------------------------------------------------------------------------------
+# 19. Outgoing proxy
+# ------------------------------------------------------------------------------------------------
 
-    async def test_it_comes_back_with_the_same_name_to_a_server_that_was_restarted(self):
-        await self.world()
-        app = await self.app()
-        client = await self.client(app)
-        await self.server.stop()
-        await self.new_server(port=self.port)
-        await eventually(lambda: self.server.tunnels.members())
+class OutgoingProxyTest(FolderTest, WorldTest):
+    """The way to the server leads through an HTTP proxy, by CONNECT."""
+    CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05}
+
+    async def proxy(self, login=''):
+        """An address of a proxy that wants LOGIN; it knows where *.example is."""
+        self.connects = []
+
+        async def serve(reader, writer):
+            head = await reader.readuntil(b'\r\n\r\n')
+            self.connects.append(head.split()[1].decode())
+            wanted = b'Basic ' + base64.b64encode(login.encode())
+            with contextlib.closing(writer):
+                if login and b'\r\nProxy-Authorization: %b\r\n' % wanted not in head:
+                    return writer.write(b'HTTP/1.1 407 Who are you\r\nContent-Length: 0\r\n'
+                                        b'Proxy-Authenticate: Negotiate\r\n'
+                                        b'Proxy-Authenticate: Basic realm="a"\r\n\r\n')
+                there = await asyncio.open_connection('127.0.0.1', head.split()[1].split(b':')[1])
+                writer.write(b'HTTP/1.1 200 Go on\r\n\r\n')
+                with contextlib.closing(there[1]):
+                    await first_of_both(pump(reader, there[1]), pump(there[0], writer))
+
+        async def pump(reader, writer):
+            with contextlib.suppress(ConnectionError):
+                data = await reader.read(65536)
+                while data:
+                    writer.write(data)
+                    await writer.drain()
+                    data = await reader.read(65536)
+
+        async def first_of_both(*ways):
+            await asyncio.wait([asyncio.ensure_future(way) for way in ways],
+                               return_when=asyncio.FIRST_COMPLETED)
+        return '127.0.0.1:%d' % (await self.serves(serve))[1]
+
+    async def test_a_session_goes_through_it_with_its_login(self):
+        await self.world(domain='t.example')
+        app, proxy = await self.app(), await self.proxy('ana:p@ss')
+        os.environ['ALL_PROXY'] = f'http://ana:p%40ss@{proxy}'
+        client = await self.client(app, site='http://t.example')
         self.assertEqual((await self.visit(client))[2], b'hello')
+        self.assertEqual(self.connects, [f't.example:{self.port}'])
 
-    async def test_an_exchange_goes_on_over_a_connection_that_breaks(self):
-        asked, go = asyncio.Event(), asyncio.Event()
+    async def test_with_tls_inside(self):
+        await self.world(domain='t.example')
+        self.server.certificate = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                                 self.write('key.pem', PRIVATE_KEY))
+        port, app = await self.listen(tls=True), await self.app()
+        os.environ['HTTPS_PROXY'] = 'http://' + await self.proxy()
+        client = await self.client(app, site='https://t.example', port=port,
+                                   tls=lt.client_tls(check=False))
+        self.assertEqual((await self.visit(client))[2], b'hello')
+        self.assertEqual(self.connects, [f't.example:{port}'])
 
-        async def slow(head, reader, writer):
-            asked.set()
-            await go.wait()
-            writer.write(OK)
-            return True
-        _, visitor = await self.through(slow)
-        visitor.ask()
-        await asked.wait()
-        session = self.clients[0]._session
-        session.connection.reset(lt.CANCELLED, '')
-        await eventually(lambda: session.connection is None)
-        go.set()
-        self.assertEqual((await visitor.answer())[2], b'hello')
-        self.assertIs(self.clients[0]._session, session)
+    async def test_a_wrong_login_is_told(self):
+        await self.world(domain='t.example')
+        os.environ['ALL_PROXY'] = 'http://ana:wrong@' + await self.proxy('ana:p@ss')
+        client = await self.client(1, site='http://t.example', once=True)
+        with self.assertRaisesRegex(lt.LocaltunnelError,
+                                    'no way to t.example.*407.*wants Negotiate, Basic,'):
+            await client.running
+
+    async def test_what_no_proxy_names_is_dialled_itself(self):
+        await self.world()
+        os.environ['ALL_PROXY'] = 'http://' + await self.proxy()
+        for site, names, through in (('0.0.0.0', '', 1), ('0.0.0.0', '0.0.0.0', 0),
+                                     ('0.0.0.0', '*', 0), ('localhost', '', 0)):
+            with self.subTest(site, no_proxy=names):
+                os.environ['NO_PROXY'] = names
+                self.connects.clear()
+                await self.leaves(await self.client(1, site=f'http://{site}'))
+                self.assertEqual(len(self.connects), through)
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. Terminal
+# 20. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -4707,7 +4767,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Command line
+# 21. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -6851,17 +6911,17 @@ class ServerTest(HostileTest):
                     session.end(lt.Disconnected('the test ends'))
                 await eventually(lambda: not self.reactor.transports)
 
-    async def test_a_release_that_was_not_asked_for_is_no_success(self):
+    async def test_a_release_is_a_success_where_it_was_asked_for(self):
         said = json.dumps({'error': 'released', 'message': 'gone', 'final': True})
 
         async def behave(peer, hello):
             peer.send(f'HTTP/1.1 200 X\r\nContent-Length: {len(said)}\r\n\r\n{said}'.encode())
 
-        for release, code in ((False, 'no_upgrade'), (True, 'released')):
-            client = await self.against(behave, name='x', release=release)
-            with self.assertRaises(lt.Refused) as caught:
-                await client.running
-            self.assertEqual(caught.exception.code, code)
+        client = await self.against(behave, name='x', release=True)
+        self.assertIsNone(await client.running)
+        with self.assertRaises(lt.Refused) as caught:
+            await (await self.against(behave, name='x')).running
+        self.assertEqual(caught.exception.code, 'no_upgrade')
 
     async def test_it_shows_no_more_of_a_text_than_a_sentence(self):
         async def behave(peer, hello):
@@ -7793,6 +7853,7 @@ BANNER = re.compile(r'# -{96}\n# (([0-9]+|[A-Z])\. .+)\n')
 FRAMES = {'encode_frame', 'Decoder', 'FRAME_HEADER', 'OPEN', 'DATA', 'RESET', 'CREDIT', 'PING',
           'PONG'}
 PURE = {'asyncio', 'socket', 'time', 'logging', 'ssl', 'random', 'threading', 'signal'}
+SERVER = {'Server', 'Tunnel', 'Tunnels', 'Admission', 'Visit'}
 NOT_KNOWN = {
     'Wire': PURE, 'Credit': PURE, 'Byte streams': FRAMES | {'GOAWAY', 'END'}, 'Session': {'ssl'},
     'HTTP/1.1': FRAMES | {'GOAWAY', 'END', 'Session', 'Stream', 'socket', 'ssl', 'time'},
@@ -7803,7 +7864,9 @@ NOT_KNOWN = {
     'Tunnels': FRAMES | {'GOAWAY', 'END', 'Tokens', 'Leases', 'Grant', 'socket', 'read_head'},
     'Admission': FRAMES | {'GOAWAY', 'END', 'socket', 'read_head', 'Exchange'},
     'Server': FRAMES | {'GOAWAY', 'END'},
-    'Client': FRAMES | {'GOAWAY', 'END', 'Server', 'Tunnel', 'Tunnels', 'Admission', 'Visit'},
+    'App': FRAMES | SERVER | {'GOAWAY', 'END', 'Session', 'ServerAddress'},
+    'Client': FRAMES | SERVER | {'GOAWAY', 'END', 'App', 'Target', 'Exchange', 'Request',
+                                 'parse_request'},
     'Terminal': {'Session', 'Stream', 'Connection', 'Server', 'Client', 'Tunnel', 'Request',
                  'Response'},
 }
@@ -8138,9 +8201,9 @@ class Bench:
     async def idle_tunnels(address, pid):
         before = resident(pid)
         reactor = lt.Reactor(asyncio.get_running_loop())
-        address, target = lt.ServerAddress(address), lt.parse_target('1')
-        clients = [lt.Client(reactor, address, target, os.urandom(32), lt.ClientObserver())
-                   for _ in range(TUNNELS)]
+        address, args = lt.ServerAddress(address), lt.make_parser().parse_args(['client', '1'])
+        app = lt.make_app(reactor, args, lt.parse_target('1'), lt.ClientObserver())
+        clients = [lt.make_client(app, args, address, os.urandom(32), '') for _ in range(TUNNELS)]
         tasks = [reactor.spawn(client.run()) for client in clients]
         for client in clients:
             await client.welcomed.wait()
