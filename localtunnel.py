@@ -349,16 +349,19 @@ class Decoder:
 
     Checks all that can be known of a frame alone; what it means on its stream is the session's.
     """
-    __slots__ = ('_rest',)
+    __slots__ = ('received', 'behind', '_rest')
 
     def __init__(self) -> None:
-        self._rest = b''
+        self.received = 0           # bytes, in all
+        self.behind = False         # there may be whole frames left: feed(b'') gives them
+        self._rest = b''            # what has come of the next frames
 
     def feed(self, data: Buffer) -> List[Frame]:
-        """The frames that DATA completes, at most FRAMES_TOGETHER: then there may be more.
+        """The frames that DATA completes, FRAMES_TOGETHER at most.
 
         Raises ProtocolError, after which it must not be fed.
         """
+        self.received += len(data)
         if self._rest:
             data = self._rest + bytes(data)
         frames: List[Frame] = []
@@ -377,6 +380,7 @@ class Decoder:
             frames.append((kind, stream, payload))
             at += 8 + length
         self._rest = bytes(data[at:])
+        self.behind = len(frames) == FRAMES_TOGETHER
         return frames
 
     @staticmethod
@@ -1071,19 +1075,35 @@ async def join(left: ByteStream, right: ByteStream) -> None:
 #
 # Streams over one connection at a time.  Knows no HTTP, no names, no TLS.
 #
-# The reader never waits: frames go from the socket straight into their streams, and what they cause
-# (PONG, CREDIT, RESET) is merged and bounded.  All of a loop turn leaves in one write, control
-# frames first.  Streams write in turn, 64 KiB each; who finds no room stands in line.
+# Frames go from the socket straight into their streams; the reader never waits, and what frames
+# cause (PONG, CREDIT, RESET) is merged and bounded.  What a turn of the loop brings leaves in one
+# write, control frames first.  Streams write in turn, 64 KiB each.
 #
 # A session survives its connection: each side keeps what the other has not acknowledged (the counts
 # in PING and PONG), and a new connection goes on at the byte where the other side stopped counting.
+#
+# The four states of a session, as this side sees it, and the calls that lead to them:
+#
+#   RUNNING              streams open, run and end; a lost connection is replaced
+#   WARNED    drain()    we said GOAWAY: streams go on, while the client makes a new session
+#   CLOSING   leave()    no stream opens; it is over when the last one is, and all has arrived
+#   OVER      end()      `error` says why; every stream was told
+#
+# drop() gives the connection up and leaves the state as it is: a session that is RUNNING, and heard
+# no GOAWAY, waits for another connection; any other is over then.
+# A wake runs the stream's task at once (room 4), and that may write, reset, or end the session.
 # ------------------------------------------------------------------------------------------------
+
+RUNNING, WARNED, CLOSING, OVER = range(4)       # states; see above
 
 Trace = Callable[[str, int, int, int], None]    # told direction, kind, stream, payload bytes
 
 
 class SessionLost(StreamReset):
-    """The session of a stream is over, as this side knows: the other could claim it, too."""
+    """The session of a stream is over, as this side knows.
+
+    A RESET that merely says SESSION_LOST stays a StreamReset: the other side could claim it.
+    """
 
     def __init__(self, text: str) -> None:
         super().__init__(SESSION_LOST, text)
@@ -1091,15 +1111,17 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'id', 'credit', 'window', 'granted', 'on_gone', 'owner', '_end_sent',
+    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_gone', 'owner', '_end_sent',
                  '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
         super().__init__(session.reactor)
-        self.session, self.window, self.credit, self.id = session, window, credit, id
-        self.granted = False        # is it this stream's turn to write?
-        self.on_gone: Optional[Callable[[], None]] = None
-        self.owner: Any = None      # whose it is, for who looks through a session's streams
+        self.session, self.id = session, id
+        self.window = window            # what the other side may still send
+        self.credit = credit            # bytes that we may still send
+        self.its_turn = False           # it waited for its turn to write, and this is it
+        self.on_gone: Optional[Callable[[], None]] = None       # the other side ended it
+        self.owner: Any = None          # whose it is, for who looks through a session's streams
         self._end_sent = self._closed = False
 
     def __repr__(self) -> str:
@@ -1111,42 +1133,42 @@ class Stream(ByteStream):
             if self.error is not None:
                 self.check()
             n = min(len(rest), MAX_PAYLOAD, self.credit)
-            if not n and rest:
-                pass                                    # CREDIT will wake us
-            elif self.session.has_room() and (self.granted or not self.session.line):
-                self.granted = False
+            if (n or not rest) and self.session.my_turn(self):
                 if n == len(rest):
                     return self._send(rest, end)
                 self._send(rest[:n], False)
                 rest = memoryview(rest)[n:]
-                continue
             else:
-                self.session.stand_in_line(self)
-                self.check()
-            await self._wait_for_room()
+                await self._wait_for_room()         # for CREDIT, or for our turn
 
     async def write_eof(self) -> None:
         if not self._end_sent:
             await self.write(b'', end=True)
 
     def _send(self, data: Buffer, end: bool) -> None:
+        session = self.session
         if self.id:
             kind = DATA
+            if not end and not data:
+                return
         else:
-            kind, self.id = OPEN, self.session.number(self)
-        if not end and kind == DATA and not data:
-            return
+            kind, self.id = OPEN, session.number(self)
         self.credit -= len(data)
-        self.session.send(kind | END if end else kind, self.id, data)
+        session.outbox.add(kind | END if end else kind, self.id, data)
+        session.schedule()
         if end:
             self._end_sent = True
             if self.ended:
-                self.session.forget(self)
+                session.forget(self)
 
-    def reset(self, code: int, text: str) -> None:
+    def reset(self, code: int, text: str, error: Optional[LocaltunnelError] = None) -> None:
+        """End both directions; who waits here is told ERROR, if it is not the same."""
         if self.error is None and not (self._end_sent and self.ended):
-            self.session.send_reset(self, code, text)
-            self.fail(StreamReset(code, text))
+            if self.id:
+                self.session.outbox.reset(self.id, encode_reason(code, text))
+                self.session.schedule()
+            self.session.forget(self)
+            self.fail(error or StreamReset(code, text))
 
     def close(self) -> None:
         """Give everything back; a stream that is not over is reset."""
@@ -1158,14 +1180,18 @@ class Stream(ByteStream):
 
     def consumed(self, n: int) -> None:
         if not self.ended and not self._closed:
-            credit = self.window.consumed(n, self.reactor.now(), self.session.round_trip)
-            if credit:
-                self.session.send_credit(self, credit)
+            self._promise(self.window.consumed(n, self.reactor.now(),
+                                               self.session.liveness.round_trip))
 
     def widen(self, size: int) -> None:
-        credit = self.window.widen(size)
-        if credit and not self.ended:
-            self.session.send_credit(self, credit)
+        if not self.ended:
+            self._promise(self.window.widen(size))
+
+    def _promise(self, n: int) -> None:
+        """Let the other side send N bytes more."""
+        if n:
+            self.session.outbox.credit(self.id, n)
+            self.session.schedule()
 
     # What the session brings.
 
@@ -1190,91 +1216,270 @@ class Stream(ByteStream):
             raise ProtocolError('credit without bound')
         self.room()
 
+    def call_up(self) -> None:
+        """It is this stream's turn to write."""
+        self.its_turn = True
+        self.room()
+
     def over(self, error: LocaltunnelError) -> None:
-        """RESET, or the session ended.  An answer that has come whole stays readable."""
+        """RESET, or the session ended.  A response that has come whole stays readable."""
         self.session.forget(self)
         self.fail(error)
         if self.on_gone:
             self.on_gone()
 
 
+class Outbox:
+    """The frames that leave next: CREDIT and PONG, merged; those of streams, in order; RESET."""
+    __slots__ = ('size', 'control_size', 'credits', 'trace', 'awaited', 'waiting', 'left_at',
+                 '_frames', '_resets', '_pong')
+
+    def __init__(self, trace: Optional[Trace] = None) -> None:
+        self.size = 0               # bytes of the frames in order
+        self.control_size = 0       # bytes of CREDIT and RESET
+        self.credits: Dict[int, int] = {}       # what CREDIT will promise to each stream
+        self.trace = trace          # told of each frame, for good
+        self.awaited = False        # the end of this turn of the loop is: then all leaves
+        self.waiting = 0            # frames since something left
+        self.left_at = 0.0          # and when that was
+        self._frames: List[Buffer] = []         # in order: headers and payloads
+        self._resets: Dict[int, bytes] = {}     # payloads, by stream
+        self._pong = False          # a PONG is due
+
+    def add(self, kind: int, stream: int, payload: Buffer = b'') -> None:
+        """One frame behind those that are here."""
+        self._frames.append(FRAME_HEADER.pack(kind << 24 | len(payload), stream))
+        if payload:
+            self._frames.append(payload)
+        self.size += 8 + len(payload)
+        if self.trace:
+            self.trace('->', kind, stream, len(payload))
+
+    def credit(self, stream: int, n: int) -> None:
+        """CREDIT: N bytes more."""
+        if stream not in self.credits:
+            self.control_size += 12
+        self.credits[stream] = self.credits.get(stream, 0) + n
+
+    def reset(self, stream: int, payload: bytes) -> None:
+        """RESET, with a PAYLOAD of encode_reason."""
+        self._resets[stream] = payload
+        self.control_size += 8 + len(payload)
+
+    def pong(self) -> None:
+        """PONG: one answers all PINGs that came together."""
+        self._pong = True
+
+    def forget(self, stream: int) -> None:
+        """STREAM needs no CREDIT any more."""
+        if self.credits.pop(stream, 0):
+            self.control_size -= 12
+
+    def take(self, received: int) -> bytes:
+        """All that leaves now; RECEIVED is what a PONG says."""
+        if self.credits or self._resets or self._pong:
+            self._merge(received)
+        if not self._frames:
+            return b''
+        data = b''.join(self._frames)
+        self._frames.clear()
+        self.size = self.waiting = 0
+        return data
+
+    def _merge(self, received: int) -> None:
+        front = [(CREDIT, id, U32.pack(n)) for id, n in self.credits.items()]
+        if self._pong:
+            front.append((PONG, 0, U64.pack(received)))
+        back = [(RESET, id, payload) for id, payload in self._resets.items()]
+        self._frames[:0] = [encode_frame(*frame) for frame in front]
+        self._frames += [encode_frame(*frame) for frame in back]
+        self.credits.clear()
+        self._resets.clear()
+        self.control_size, self._pong = 0, False
+        if self.trace:
+            for kind, id, payload in front + back:
+                self.trace('->', kind, id, len(payload))
+
+
+class Unacknowledged:
+    """What was sent, and is kept until the other side has it: another connection may need it.
+
+    KEPT_AT_FIRST bytes of it are free; the rest is taken from the budget in steps of that size.
+    """
+    __slots__ = ('sent', 'confirmed', 'kept_from', 'limit', 'ask_at', 'goodbye', '_kept', '_free',
+                 '_may_keep', '_budget')
+
+    def __init__(self, budget: Budget) -> None:
+        self.sent = 0               # bytes of frames, since the session began
+        self.confirmed = 0          # of these have arrived there
+        self.kept_from = 0          # from this byte on all is kept
+        self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
+        self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
+        self.limit = self._may_keep         # of `sent`: so much behind `kept_from`
+        self.ask_at = ACKNOWLEDGE_EVERY     # when so much was sent, a PING asks for the count
+        self.goodbye = NEVER        # bytes that we had to say in all; known when we close
+        self._kept: Deque[bytes] = collections.deque()
+        self._budget = budget       # of the session, for its whole life
+
+    def add(self, data: bytes) -> None:
+        """DATA is sent now."""
+        self._kept.append(data)
+        self.sent += len(data)
+
+    def widen(self) -> bool:
+        """Raise the limit by one step; return whether that was possible."""
+        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
+                KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
+            return False
+        self._may_keep += KEPT_AT_FIRST
+        self.limit += KEPT_AT_FIRST
+        return True
+
+    def confirm(self, n: int) -> None:
+        """N bytes have arrived in all.  Raises ProtocolError."""
+        if n > self.sent:
+            raise ProtocolError('more acknowledged than was sent')
+        self.confirmed = n
+        while self._kept and self.kept_from + len(self._kept[0]) <= n:
+            self.kept_from += len(self._kept.popleft())
+        if self._may_keep > self._free > self.sent - self.kept_from:
+            self._give_back()
+        self.limit = self.kept_from + self._may_keep
+
+    def _give_back(self) -> None:
+        self._budget.give(self._may_keep - self._free)
+        self._may_keep = self._free
+
+    def holds(self, n: int) -> bool:
+        """True if all that follows byte N can be sent again."""
+        return self.kept_from <= n <= self.sent
+
+    def after(self, n: int) -> bytes:
+        """What follows byte N."""
+        return b''.join(self._kept)[n - self.kept_from:]
+
+    def clear(self) -> None:
+        """Nothing will be sent again."""
+        self._kept.clear()
+        self._give_back()
+
+
+class Liveness:
+    """When to ask whether the other side is there, and when to give the connection up.
+
+    Knows no clock: callers bring `now`.  The client's side keeps the session alive (`pings`); the
+    server's has more patience.
+    """
+    __slots__ = ('pings', 'heard', 'round_trip', 'proven', 'detached_at', 'asked_at', '_after',
+                 '_moved_at', '_unsent')
+
+    def __init__(self, pings: bool, now: float) -> None:
+        self.pings = pings
+        self.heard = now            # when something arrived last
+        self.round_trip = 0.1       # seconds, until measured
+        self.proven = False         # this connection has brought a PONG
+        self.detached_at = NEVER    # when the connection was lost; NEVER while there is one
+        self.asked_at = NEVER       # when the PING left whose PONG is awaited; NEVER for none
+        self._after = 0             # and behind how many bytes
+        self._moved_at = now        # when the kernel took something last
+        self._unsent = 0            # bytes that it had not taken at the last look
+
+    def attached(self, now: float) -> None:
+        """A new connection begins."""
+        self.heard = self._moved_at = now
+        self.asked_at, self.detached_at, self.proven = NEVER, NEVER, False
+
+    def asked(self, now: float, sent: int) -> None:
+        """A PING leaves behind SENT bytes."""
+        if self.asked_at == NEVER:
+            self.asked_at, self._after = now, sent
+
+    def answered(self, confirmed: int) -> None:
+        """A PONG came, by which CONFIRMED bytes have arrived there."""
+        if self.asked_at != NEVER and confirmed >= self._after:
+            self.round_trip, self.asked_at = self.heard - self.asked_at, NEVER
+            self.proven = True
+
+    def quiet(self, now: float) -> bool:
+        """True if nothing can be due while nothing is to be sent: there may be thousands such."""
+        return not self._unsent and self.asked_at == NEVER and now - self.heard < PONG_WITHIN
+
+    def ping_due(self, now: float, unsent: int, woke_up: bool) -> bool:
+        """True if a PING is due.  UNSENT bytes were not taken by the kernel; the machine WOKE_UP.
+
+        Raises Disconnected where the connection must be given up, or ProtocolError.
+        """
+        silence = now - self.heard
+        if unsent != self._unsent:
+            self._unsent, self._moved_at = unsent, now
+        if unsent and now - self._moved_at > STALLED_SESSION:
+            raise Disconnected(f'{unsent} bytes were not taken in {STALLED_SESSION:.0f} s')
+        if self.asked_at != NEVER:
+            if self.pings and now - max(self.asked_at, self.heard) > PONG_WITHIN:
+                raise Disconnected(f'no answer to a ping in {PONG_WITHIN:.0f} s')
+            if now - self.asked_at > ACKNOWLEDGED:
+                raise ProtocolError('nothing is acknowledged')
+        elif silence > (PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN) or (
+                woke_up and self.pings):
+            return True
+        if silence > SILENT_SESSION:
+            raise Disconnected(f'nothing was heard in {SILENT_SESSION:.0f} s')
+        return False
+
+
 class Session:
     """Streams over a connection that may be replaced.
 
-    The owner passes in what is to happen: `on_open(stream)` for a stream of the other side,
-    `on_detached()` when the connection ended, `on_goaway()`, and `on_closed()` at the end of all.
+    Its owner passes in `on_open(stream)`, for a stream of the other side (so this is the client's),
+    and sets `on_change()`, for a connection lost, a GOAWAY heard, and the end.
     """
 
     def __init__(self, reactor: Reactor, budget: Optional[Budget] = None,
-                 on_open: Optional[Callable[[Stream], None]] = None) -> None:
+                 on_open: Optional[Callable[[Stream], None]] = None,
+                 trace: Optional[Trace] = None) -> None:
         self.reactor = reactor
-        self.connection: Optional[Connection] = None
-        self.streams: Dict[int, Stream] = {}
-        self.round_trip = 0.1       # seconds, until measured
-        self.proven = False         # has this connection brought a PONG?
-        self.received = 0           # bytes of frames, each way
+        self.state = RUNNING        # see the table above
+        self.error: Optional[LocaltunnelError] = None       # why it is OVER
         self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
-        self.leaving = False        # have we said it?
-        self._closing = False       # and do we close when the streams are over?
-        self.error: Optional[LocaltunnelError] = None       # why it is over
-        self.detached_at = NEVER
+        self.connection: Optional[Connection] = None        # None while it is lost
+        self.streams: Dict[int, Stream] = {}                # those not over, by id
+        self.turns: Dict[Stream, None] = {}     # those that wait for their turn to write, in order
         self.on_open = on_open
-        self.on_detached: Callable[[], None] = lambda: None
-        self.on_goaway: Callable[[], None] = lambda: None
-        self.on_closed: Callable[[], None] = lambda: None
-        self.trace: Optional[Trace] = None
-        self.pings = on_open is not None        # the client's side keeps the session alive
-        self._budget = Budget(SESSION_BUDGET, budget)
-        self._their_window = self._our_window = INITIAL_CREDIT
-        self._last_id = 0
-        self._decoder = Decoder()
-        self._catching_up = False   # will what the decoder still holds be looked at?
-        self._out: List[Buffer] = []            # this turn's frames
-        self._out_size = 0
-        self._flushing = False      # is this turn's end awaited?
-        self._flushed = 0.0         # when was something sent last?
-        self._waiting = 0           # frames since then
-        self._credits: Dict[int, int] = {}      # merged, to be sent first
-        self._resets: Dict[int, bytes] = {}
-        self._control_size = 0
-        self._pong_due = False
-        self.line: Dict[Stream, None] = {}      # streams that wait for their turn
-        self._kept: Deque[bytes] = collections.deque()      # sent, not acknowledged
-        self.sent = 0
-        self._may_keep = self._least_kept = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)
-        self._acknowledged = self._asked_at = 0
-        self.heard = self._moved = reactor.now()
-        self._pending = 0           # bytes written that the kernel had not taken at the last sweep
-        self._pinged = NEVER
-        self._pinged_at = 0
-        self._confirmed, self._goodbye = 0, NEVER   # what has arrived there; and all we had to say
+        self.on_change: Callable[[], None] = lambda: None
+        self.budget = Budget(SESSION_BUDGET, budget)        # of all windows, and what is kept
+        self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
+        self._last_id = 0           # of a stream, whoever opened it
+        self.decoder = Decoder()                            # what was received, and how much
+        self.outbox = Outbox(trace)                         # what is to be sent
+        self.unacknowledged = Unacknowledged(self.budget)  # what was sent, and how much
+        self.liveness = Liveness(on_open is not None, reactor.now())
         reactor.swept.add(self)
 
     # Streams.
 
-    def open(self) -> Optional[Stream]:
+    def open_stream(self) -> Optional[Stream]:
         """A new stream to the other side, or None when there are too many."""
         if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
-        used = self._budget.used
+        budget = self.budget
+        used = budget.used
         for size, leave in (INITIAL_CREDIT, used), (SMALL_CREDIT, used // 3), (LEAST_CREDIT, 0):
-            if self._budget.take(size, leave):
-                return Stream(self, ReceiveWindow(size, self._budget), INITIAL_CREDIT)
+            if budget.take(size, leave):
+                return Stream(self, ReceiveWindow(size, budget), INITIAL_CREDIT)
         return None
 
     @property
     def usable(self) -> bool:
-        """Can a new stream be opened here, now?"""
-        return (self.connection is not None and self.error is None and self.goaway is None
-                and not self._closing)
+        """True if a new stream can be opened here, now."""
+        return self.connection is not None and self.state < CLOSING and self.goaway is None
 
     def number(self, stream: Stream) -> int:
-        """The id of a stream that is about to be opened.  Raises StreamReset."""
+        """The id of a stream that is about to be opened.  Raises SessionLost."""
         if self.error is not None:
             raise SessionLost(str(self.error))
-        if stream.window.size != self._our_window:      # said here, so that it is said of this one
-            self._our_window = stream.window.size
-            self.send(CREDIT, 0, U32.pack(self._our_window))
+        if stream.window.size != self._first_credit:    # said here, so that it is said of this one
+            self._first_credit = stream.window.size
+            self.outbox.add(CREDIT, 0, U32.pack(self._first_credit))
         self._last_id += 1
         self.streams[self._last_id] = stream
         return self._last_id
@@ -1282,256 +1487,197 @@ class Session:
     def forget(self, stream: Stream) -> None:
         """STREAM is over both ways."""
         self.streams.pop(stream.id, None)
-        self.line.pop(stream, None)
-        self._credits.pop(stream.id, None)
-        if self._closing and not self.streams:
-            self._schedule()        # it closes when all has left
+        if self.turns:
+            self.turns.pop(stream, None)
+        if self.outbox.credits:
+            self.outbox.forget(stream.id)
+        if self.state == CLOSING and not self.streams:
+            self.schedule()         # it closes when all has left
+
+    # Turns of writing.
+
+    def my_turn(self, stream: Stream) -> bool:
+        """True if STREAM may send a frame now; else it is called up when its turn comes.
+
+        Raises SessionLost.
+        """
+        if (stream.its_turn or not self.turns) and self._has_room():
+            stream.its_turn = False
+            return True
+        if self.error is not None:
+            raise SessionLost(str(self.error))
+        self.turns[stream] = None
+        return False
+
+    def _has_room(self) -> bool:
+        size, kept = self.outbox.size, self.unacknowledged
+        if size >= BATCH or self.connection is None or self.connection.choked:
+            return False
+        if kept.sent + size < kept.limit or kept.widen():
+            return True
+        if self.liveness.asked_at == NEVER:
+            self._ping()
+        return False
+
+    def _call_up(self) -> None:
+        """Those who wait for their turn write, while there is room."""
+        for _ in range(len(self.turns)):
+            if not self._has_room() or not self.turns:
+                break
+            stream = next(iter(self.turns))
+            del self.turns[stream]
+            stream.call_up()
 
     # Frames out.
 
-    def has_room(self) -> bool:
-        """May a stream send a frame now?"""
-        return (self._out_size < BATCH and self.connection is not None
-                and not self.connection.choked and (
-                    self.sent + self._out_size - self._acknowledged < self._may_keep
-                    or self._keep_more()))
-
-    def _keep_more(self) -> bool:
-        """Let one step more be kept for resume, or ask what has arrived; was there budget?"""
-        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
-                KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
-            if self._pinged == NEVER:
-                self._ping()
-            return False
-        self._may_keep += KEPT_AT_FIRST
-        return True
-
-    def _keep_less(self) -> None:
-        """Give back what was taken for it."""
-        self._budget.give(self._may_keep - self._least_kept)
-        self._may_keep = self._least_kept
-
-    def stand_in_line(self, stream: Stream) -> None:
-        """STREAM will be woken when it is its turn."""
-        if self.error is not None:
-            stream.fail(SessionLost(str(self.error)))
-        else:
-            self.line[stream] = None
-
-    def send(self, kind: int, stream: int, payload: Buffer = b'') -> None:
-        """Queue one frame; it leaves at the end of this turn of the loop."""
-        self._out.append(FRAME_HEADER.pack(kind << 24 | len(payload), stream))
-        if payload:
-            self._out.append(payload)
-        self._out_size += 8 + len(payload)
-        if self.trace:
-            self.trace('->', kind, stream, len(payload))
-        self._schedule()
-
-    def send_credit(self, stream: Stream, n: int) -> None:
-        """Promise N bytes more."""
-        self._credits[stream.id] = self._credits.get(stream.id, 0) + n
-        self._schedule()
-
-    def send_reset(self, stream: Stream, code: int, text: str) -> None:
-        """End STREAM both ways."""
-        if stream.id:
-            payload = encode_reason(code, text)
-            self._resets[stream.id] = payload
-            self._control_size += len(payload) + 8
-            self._schedule()
-        self.forget(stream)
-
-    def _schedule(self) -> None:
+    def schedule(self) -> None:
         """Flush at the end of this turn of the loop; or at once, where that is better."""
-        self._waiting += 1
-        if self._flushing:
-            if self._waiting >= BURST:
+        outbox = self.outbox
+        outbox.waiting += 1
+        if outbox.awaited:
+            if outbox.waiting >= BURST:
                 self._flush()
-        elif self.reactor.now() - self._flushed > QUIET:
+        elif self.reactor.now() - outbox.left_at > QUIET:
             self._flush()
         else:
-            self._flushing = True
-            self.reactor.loop.call_soon(self._turn_over)
+            outbox.awaited = True
+            self.reactor.loop.call_soon(self._flush, True)
 
-    def _turn_over(self) -> None:
-        self._flushing = False
-        self._flush()
-
-    def _flush(self) -> None:
-        """Let those in line write, and send all that is queued."""
-        while self.connection is not None and not self.connection.choked:
-            if self.connection.receiver is None:
-                return      # it is closing
-            if self.line:
-                self._next_in_line()
-            if self._credits or self._resets or self._pong_due:
-                self._take_control()
-            if not self._out:
+    def _flush(self, turn_over: bool = False) -> None:
+        """Let those whose turn it is write, and send all that is here."""
+        outbox, kept = self.outbox, self.unacknowledged
+        if turn_over:
+            outbox.awaited = False
+        while True:
+            if self.turns:
+                self._call_up()
+            connection = self.connection
+            if connection is None or connection.choked:
                 break
-            self._flushed, self._waiting = self.reactor.now(), 0
-            data = b''.join(self._out)
-            self._out.clear()
-            self._out_size = 0
-            self._kept.append(data)
-            self.sent += len(data)
-            self.connection.transport.write(data)
-            if self.sent - self._asked_at >= ACKNOWLEDGE_EVERY:
+            data = outbox.take(self.decoder.received)
+            if not data:
+                break
+            outbox.left_at = self.reactor.now()
+            kept.add(data)
+            connection.transport.write(data)
+            if kept.sent >= kept.ask_at:
                 self._ping()
-            elif not self.line:
+            elif not self.turns:
                 break
-        if self._closing and not (self.streams or self.line or self._out):
-            if self._goodbye == NEVER:      # what crossed our GOAWAY comes before this PONG
-                self._goodbye = self.sent
+        if self.state == CLOSING and not (self.streams or self.turns or outbox.size):
+            if kept.goodbye == NEVER:       # what crossed our GOAWAY comes before this PONG
+                kept.goodbye = kept.sent
                 self._ping()
-            elif self._confirmed >= self._goodbye:
-                self.close(arrived=True)
+            elif kept.confirmed >= kept.goodbye:
+                self.end(Disconnected('the session ended'))
 
-    def _take_control(self) -> None:
-        """Put what was merged in front of this turn's frames, but RESET behind them."""
-        control = [(CREDIT, id, U32.pack(n)) for id, n in self._credits.items()]
-        if self._pong_due:
-            self._pong_due = False
-            control.append((PONG, 0, U64.pack(self.received)))
-        resets = [(RESET, id, payload) for id, payload in self._resets.items()]
-        if control:
-            self._out[:0] = [encode_frame(*frame) for frame in control]
-            self._credits.clear()
-        if resets:
-            self._out += [encode_frame(*frame) for frame in resets]
-            self._resets.clear()
-            self._control_size = 0
-        if self.trace:
-            for kind, id, payload in control + resets:
-                self.trace('->', kind, id, len(payload))
-
-    def _next_in_line(self) -> None:
-        for _ in range(len(self.line)):
-            if not self.has_room() or not self.line:
-                break
-            stream = next(iter(self.line))
-            del self.line[stream]
-            stream.granted = True
-            stream.room()
+    def _ping(self) -> None:
+        sent = self.unacknowledged.sent
+        self.liveness.asked(self.reactor.now(), sent)
+        self.unacknowledged.ask_at = sent + ACKNOWLEDGE_EVERY
+        self.outbox.add(PING, 0, U64.pack(self.decoder.received))
+        self.schedule()
 
     # Frames in.
 
     def _receive(self, data: Buffer) -> None:
-        self.heard = self.reactor.now()
-        self.received += len(data)
-        waiting, self._flushing = self._flushing, True      # what this read causes leaves after it
+        self.liveness.heard = self.reactor.now()
+        decoder, outbox, kept = self.decoder, self.outbox, self.unacknowledged
+        behind, awaited = decoder.behind, outbox.awaited
+        outbox.awaited = True       # what this read causes leaves after it
         try:
             try:
-                frames = self._decoder.feed(data)
-                for kind, id, payload in frames:
+                for kind, id, payload in decoder.feed(data):
                     if self.error is not None:
                         return
-                    if self.trace:
-                        self.trace('<-', kind, id, len(payload))
+                    if outbox.trace:
+                        outbox.trace('<-', kind, id, len(payload))
                     self._dispatch(kind, id, payload)
             finally:
-                self._flushing = waiting
+                outbox.awaited = awaited
             self._flush()
-            if len(self._credits) * 12 + self._control_size > MAX_CONTROL:
+            if outbox.control_size > MAX_CONTROL:
                 raise ProtocolError('answers pile up and are not read')
-            if self.sent - self._acknowledged > self._may_keep + 2 * BATCH:
+            if kept.sent > kept.limit + 2 * BATCH:
                 raise ProtocolError('nothing is acknowledged')
-            if len(frames) == FRAMES_TOGETHER and not self._catching_up:
+            if decoder.behind and not behind:
                 self._fall_behind()
         except ProtocolError as e:
-            self._break(e)
+            self.end(e)
 
     def _fall_behind(self) -> None:
         """One read may hold 30,000 frames: others come in between, and no more is read."""
-        self._catching_up = True
         if self.connection is not None:
             with contextlib.suppress(AttributeError):   # before Python 3.11 TLS that has just ended
                 self.connection.transport.pause_reading()
         self.reactor.loop.call_soon(self._catch_up, self.connection)
 
     def _catch_up(self, connection: Optional[Connection]) -> None:
-        self._catching_up = False
         if connection is not None:
             with contextlib.suppress(AttributeError):       # see above
                 connection.transport.resume_reading()
+        self.decoder.behind = False
         self._receive(b'')
 
     def _dispatch(self, kind: int, id: int, payload: bytes) -> None:
-        if kind & ~END == DATA:
-            stream = self.streams.get(id) or self._find(id)
-            if stream:
-                stream.data_arrived(payload, kind & END != 0)
+        """One frame, which Decoder found in order.  Raises ProtocolError."""
+        stream = self.streams.get(id)
+        if stream is not None and kind & ~END == DATA:
+            stream.data_arrived(payload, kind & END != 0)
         elif kind & ~END == OPEN:
             self._opened(id, payload, kind & END != 0)
+        elif id > self._last_id:
+            raise ProtocolError(f'a frame for stream {id}, which was never opened')
         elif kind == CREDIT:
             n = U32.unpack(payload)[0]
-            if id == 0:
-                self._their_window = min(n, INITIAL_CREDIT)
-                return
-            stream = self._find(id)
-            if stream:
+            if stream is not None:
                 stream.credit_arrived(n)
+            elif id == 0:
+                self._first_credit = min(n, INITIAL_CREDIT)
         elif kind == RESET:
-            stream = self._find(id)
-            if stream:
+            if stream is not None:
                 stream.over(StreamReset(*decode_reason(payload)))
         elif kind == GOAWAY:
             if self.goaway is None:
                 self.goaway = decode_reason(payload)
-                self.on_goaway()
-        else:
-            self._acknowledge(U64.unpack(payload)[0])
-            if kind == PING:
-                self._pong_due = True
-                self._schedule()
-            elif self._pinged != NEVER and self._confirmed >= self._pinged_at:
-                self.round_trip, self._pinged = self.heard - self._pinged, NEVER
-                self.proven = True
-
-    def _find(self, id: int) -> Optional[Stream]:
-        if not 0 < id <= self._last_id:
-            raise ProtocolError(f'a frame for stream {id}, which was never opened')
-        return self.streams.get(id)
+                self.on_change()
+        elif id == 0:
+            self.unacknowledged.confirm(U64.unpack(payload)[0])
+            if kind == PONG:
+                self.liveness.answered(self.unacknowledged.confirmed)
+            else:
+                self.outbox.pong()
 
     def _opened(self, id: int, payload: bytes, end: bool) -> None:
         if self.on_open is None or id != self._last_id + 1:
             raise ProtocolError(f'OPEN of stream {id}')
         self._last_id = id
-        window = ReceiveWindow(INITIAL_CREDIT, self._budget)
-        stream = Stream(self, window, self._their_window, id)
+        window = ReceiveWindow(INITIAL_CREDIT, self.budget)
+        stream = Stream(self, window, self._first_credit, id)
         self.streams[id] = stream
-        if len(self.streams) > MAX_STREAMS or not self._budget.take(INITIAL_CREDIT):
+        if len(self.streams) > MAX_STREAMS or not self.budget.take(INITIAL_CREDIT):
             window.size = 0
             return stream.reset(OVERLOADED, 'too many streams')
         stream.data_arrived(payload, end)
         self.on_open(stream)
 
-    def _acknowledge(self, n: int) -> None:
-        if n > self.sent:
-            raise ProtocolError('more acknowledged than was sent')
-        self._confirmed = n
-        had_room = self.has_room()
-        while self._kept and self._acknowledged + len(self._kept[0]) <= n:
-            self._acknowledged += len(self._kept.popleft())
-        if self._may_keep > self._least_kept > self.sent - self._acknowledged:
-            self._keep_less()
-        if not had_room:
-            self._schedule()
-
     # The connection: attached, lost, replaced.
 
     def attach(self, connection: Connection, theirs: int = 0) -> None:
         """Go on over CONNECTION; the other side has received THEIRS bytes of frames."""
-        self._acknowledge(theirs)
+        old = self._let_go()
+        if old is not None:
+            old.cut_off()
+        self.unacknowledged.confirm(theirs)
         self.connection = connection
-        connection.receiver, connection.on_gone = self._receive, self._lost
-        connection.on_eof, connection.on_room = self._lost, self._flush
+        connection.receiver, connection.on_room = self._receive, self._flush
+        connection.on_gone = connection.on_eof = self.drop
         self.reactor.swept.discard(connection)      # nobody waits on it
         connection.give_up_after(STALLED_SESSION)
-        self.heard = self._moved = self.reactor.now()
-        self._pinged, self.detached_at, self.proven = NEVER, NEVER, False
-        if self._kept:
-            connection.transport.write(b''.join(self._kept)[theirs - self._acknowledged:])
+        self.liveness.attached(self.reactor.now())
+        again = self.unacknowledged.after(theirs)
+        if again:
+            connection.transport.write(again)
         rest = connection.take(sys.maxsize)
         while rest:
             self._receive(memoryview(rest))
@@ -1539,115 +1685,98 @@ class Session:
         self._ping()
 
     def can_resume(self, theirs: int) -> bool:
-        """Is what follows byte THEIRS still here?"""
-        return self.error is None and self._acknowledged <= theirs <= self.sent
+        """True if what follows byte THEIRS is still here."""
+        return self.error is None and self.unacknowledged.holds(theirs)
 
-    def detach(self) -> None:
-        """Give the connection up, as one that broke."""
-        if self.connection is not None:
-            connection, self.connection = self.connection, None
-            connection.receiver = connection.on_gone = None
-            connection.on_eof = connection.on_room = None
-            connection.reset(CANCELLED, 'given up')
-            self.detached_at = self.reactor.now()
+    def drop(self, why: str = 'the session ended') -> None:
+        """Give the connection up; the session waits for another one, unless it was to end."""
+        connection = self._let_go()
+        if connection is None:
+            return
+        connection.cut_off()
+        self.liveness.detached_at = self.reactor.now()
+        if self.state != RUNNING or self.goaway is not None:
+            self.end(Disconnected(why))
+        else:
+            self.on_change()
 
-    def _lost(self, why: str = 'the session ended') -> None:
-        """The connection is gone, or of no use any more."""
-        if self.connection is not None:
-            self.detach()
-            if self.goaway is not None or self.leaving:
-                self.end(Disconnected(why))
-            else:
-                self.on_detached()
-
-    def _ping(self) -> None:
-        if self._pinged == NEVER:
-            self._pinged, self._pinged_at = self.reactor.now(), self.sent
-        self._asked_at = self.sent
-        self.send(PING, 0, U64.pack(self.received))
+    def _let_go(self) -> Optional[Connection]:
+        """The connection, if there was one: it is not this session's any more."""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.receiver = connection.on_gone = connection.on_eof = connection.on_room = None
+        return connection
 
     async def answers(self, within: float) -> None:
         """Give the connection up unless something is heard WITHIN so many seconds."""
         asked = self.reactor.now()
         self._ping()
-        while self.connection is not None and self.heard < asked:
+        while self.connection is not None and self.liveness.heard < asked:
             if self.reactor.now() - asked > within:
-                return self._lost(f'no answer to a ping in {within:.0f} s')
+                return self.drop(f'no answer to a ping in {within:.0f} s')
             await asyncio.sleep(DRAIN_LOOK)
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Liveness: ping when nothing was heard, give the connection up when nothing answers."""
+        """Ping when nothing was heard, and give the connection up when nothing answers."""
         if self.connection is None:
-            if now - self.detached_at > RESUME_WITHIN:
+            if now - self.liveness.detached_at > RESUME_WITHIN:
                 self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
             return
-        if not (self.streams or self.line or self._pending or woke_up) and (
-                self._pinged == NEVER and now - self.heard < PONG_WITHIN):
-            return      # nothing can be due: there may be thousands of such sessions
-        for stream in [*self.streams.values(), *self.line]:
+        if not (self.streams or self.turns or woke_up) and self.liveness.quiet(now):
+            return
+        for stream in [*self.streams.values(), *self.turns]:
             stream.end_waits(now)
-        pending = self.connection.transport.get_write_buffer_size()
-        if pending != self._pending:
-            self._pending, self._moved = pending, now
-        if pending and now - self._moved > STALLED_SESSION:
-            self._lost(f'{pending} bytes were not taken in {STALLED_SESSION:.0f} s')
-        elif (self.pings and self._pinged != NEVER
-              and now - max(self._pinged, self.heard) > PONG_WITHIN):
-            self._lost(f'no answer to a ping in {PONG_WITHIN:.0f} s')
-        elif now - self._pinged > ACKNOWLEDGED:
-            self._break(ProtocolError('nothing is acknowledged'))
-        elif self._pinged == NEVER and (woke_up and self.pings or now - self.heard > (
-                PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN)):
-            self._ping()
-        elif now - self.heard > SILENT_SESSION:
-            self._lost(f'nothing was heard in {SILENT_SESSION:.0f} s')
+        unsent = self.connection.transport.get_write_buffer_size()
+        try:
+            if self.liveness.ping_due(now, unsent, woke_up):
+                self._ping()
+        except Disconnected as e:
+            self.drop(str(e))
+        except ProtocolError as e:
+            self.end(e)
 
     # The end.
 
-    def say_goaway(self, code: int, text: str) -> None:
+    def drain(self, code: int, text: str) -> None:
         """The other side is to make a new session; this one still carries streams."""
-        if self.error is None and not self.leaving:
-            self.leaving = True
-            self.send(GOAWAY, 0, encode_reason(code, text))
+        if self.state == RUNNING:
+            self.state = WARNED
+            self.outbox.add(GOAWAY, 0, encode_reason(code, text))
+            self.schedule()
 
-    def leave(self, code: int, text: str) -> None:
-        """Say GOAWAY, and close when the streams are over."""
+    def leave(self, code: int, text: str, within: float = NEVER) -> None:
+        """Say GOAWAY, and end when the streams are over, or WITHIN so many seconds."""
         if self.connection is None:
             return self.end(Disconnected(text))     # nobody is there to finish them
-        self.say_goaway(code, text)
-        self._closing = True
-        self._schedule()
-
-    def _break(self, error: ProtocolError) -> None:
-        self.leave(PROTOCOL_BROKEN, str(error))
-        self._flush()
-        self.end(error)
-
-    def close(self, arrived: bool = False) -> None:
-        """Close the connection so that all that was written arrives, if it has not ARRIVED yet."""
-        connection = self.connection
-        if connection is not None and connection.receiver is not None:
-            connection.receiver = connection.on_eof = None
-            self.reactor.swept.add(connection)
-            if arrived:
-                connection.close()
-            else:
-                self.reactor.spawn(connection.linger())
+        self.drain(code, text)
+        self.state = max(self.state, CLOSING)       # never back
+        if within != NEVER:
+            self.reactor.loop.call_later(within, self.end, Disconnected(text))
+        self.schedule()
 
     def end(self, error: LocaltunnelError) -> None:
-        """It is over: what still runs is told so.  Happens once."""
+        """It is over: what still runs is told so, and a peer that broke the protocol, too."""
         if self.error is not None:
             return
         self.error = error
+        if isinstance(error, ProtocolError):
+            self.drain(PROTOCOL_BROKEN, str(error))
+            self._flush()
+        self.state = OVER
         self.reactor.swept.discard(self)
-        self.close()
+        connection, kept = self._let_go(), self.unacknowledged
+        if connection is not None:
+            self.reactor.swept.add(connection)
+            if kept.confirmed >= kept.goodbye:      # all has arrived there
+                connection.close()
+            else:
+                self.reactor.spawn(connection.linger())
         lost = SessionLost(str(error))
-        for stream in [*self.streams.values(), *self.line]:
+        for stream in [*self.streams.values(), *self.turns]:
             stream.over(lost)
-        self._kept.clear()
-        self._keep_less()
-        self.line.clear()
-        self.on_closed()
+        kept.clear()
+        self.turns.clear()
+        self.on_change()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3185,18 +3314,16 @@ class Tunnels:
         tunnel.members.append(member)
         session = member.session
 
-        def left() -> None:
-            self._left(tunnel, session)
-
-        def closed() -> None:
-            self.received += session.received
-            self.sent += session.sent
+        def changed() -> None:
+            if session.state != OVER:
+                return self._left(tunnel, session)
+            self.received += session.decoder.received
+            self.sent += session.unacknowledged.sent
             if member in tunnel.members:
                 self.remove(tunnel, member)
-                left()
+                self._left(tunnel, session)
                 self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
-        session.on_detached = session.on_goaway = left
-        session.on_closed = closed
+        session.on_change = changed
 
     def _left(self, tunnel: Tunnel, session: Session) -> None:
         tunnel.said_goodbye = session.goaway is not None and all(
@@ -3214,8 +3341,7 @@ class Tunnels:
         """End MEMBER, which may not come back."""
         self.remove(tunnel, member)
         tunnel.said_goodbye, tunnel.left_at = True, self._reactor.now()
-        member.session.leave(REVOKED, why)
-        self._reactor.loop.call_later(LINGER, member.session.end, Disconnected(why))
+        member.session.leave(REVOKED, why, within=LINGER)
         self._log.note(f'{tunnel.url}: {why}')
 
     def end(self, name: str, why: str) -> bool:
@@ -3254,17 +3380,17 @@ class Tunnels:
 
         Those that may be repeated go to another client, and after UNANSWERED all have their end.
         """
-        moves = now - session.detached_at > self.hold and tunnel.pick() is not None
-        overdue = now - session.heard > UNANSWERED
-        for stream in [*session.streams.values(), *session.line] if moves or overdue else ():
+        moves = now - session.liveness.detached_at > self.hold and tunnel.pick() is not None
+        overdue = now - session.liveness.heard > UNANSWERED
+        for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
             exchange = stream.owner and stream.owner.exchange
             if not exchange or exchange.status:
                 continue
             goes = moves and exchange.repeatable
             if goes or overdue:
-                session.send_reset(stream, CANCELLED, 'nobody waits for it any more')
-                stream.fail(SessionLost('its client did not come back') if goes else
-                            Overdue('its client was silent for too long'))
+                stream.reset(CANCELLED, 'nobody waits for it any more', SessionLost(
+                    'its client did not come back') if goes else Overdue(
+                    'its client was silent for too long'))
 
     # Requests wait for a client.
 
@@ -3286,7 +3412,7 @@ class Tunnels:
         if access.users and authorization is not None and not access.admits_user(authorization):
             raise HopFailed(401, 'this tunnel wants a user name and a password',
                             f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
-        stream = member.session.open()
+        stream = member.session.open_stream()
         return (stream, access) if stream else None
 
     async def wait_for_stream(self, key: str, visit: Visit,
@@ -3466,8 +3592,8 @@ class Admission:
         elif not tunnel.url:
             self.kinds[hello.kind].place(asked)
         self._make_way(asked)
-        member = Member(Session(self._reactor, self.budget), hello, asked.grant, asked.holder)
-        member.session.trace = self._trace
+        session = Session(self._reactor, self.budget, trace=self._trace)
+        member = Member(session, hello, asked.grant, asked.holder)
         self._tunnels.enter(tunnel, member)
         if hello.kind != 'http':
             await self.kinds[hello.kind].open(tunnel)
@@ -3576,8 +3702,7 @@ class Admission:
                 old.session.end(Disconnected('the client came back without this session'))
             else:
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
-                                  f'{tunnel.name} over')
-                self._reactor.loop.call_later(DRAIN, old.session.end, Disconnected('superseded'))
+                                  f'{tunnel.name} over', within=DRAIN)
 
     @staticmethod
     def _resumed(asked: Candidate) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
@@ -3594,12 +3719,11 @@ class Admission:
         id, received = hello.resume
         theirs = received if same(member.id, id) else None
         session = member.session
-        if not session.can_resume(theirs or 0) or (theirs is None and session.received):
+        if not session.can_resume(theirs or 0) or (theirs is None and session.decoder.received):
             return None
         if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
                 grant.user, grant.digest):
             return None         # somebody else's session: whoever asks begins one of their own
-        session.detach()
         member.hello.attempt, member.grant = hello.attempt, grant
         return member, tunnel, theirs
 
@@ -3951,7 +4075,7 @@ class Server:
         self.draining = self.admission.closed = True
         await self.doors.close()
         for member in self.tunnels.members():
-            member.session.say_goaway(DRAINING, 'the server ends')
+            member.session.drain(DRAINING, 'the server ends')
             if member.session.connection is None:       # nor can it come back
                 member.session.end(Disconnected('the server ends'))
         self.tunnels.close()
@@ -4184,7 +4308,7 @@ class Server:
             return False
         session, connection = member.session, visit.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
-                              'received': session.received})
+                              'received': session.decoder.received})
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
@@ -4381,15 +4505,15 @@ class OperatorPage:
                  'sessions': [
                      {'user': m.grant.user, 'connected': m.session.connection is not None,
                       'streams': len(m.session.streams),
-                      'round_trip_ms': round(m.session.round_trip * 1e3, 1)} for m in t.members]}
-                for t in tunnels]
+                      'round_trip_ms': round(m.session.liveness.round_trip * 1e3, 1)}
+                     for m in t.members]} for t in tunnels]
 
     def metrics(self) -> str:
         """In Prometheus' text format."""
         server, tunnels = self._server, self._server.tunnels
         sessions = [m.session for m in tunnels.members()]
-        bytes_in = tunnels.received + sum(s.received for s in sessions)
-        bytes_out = tunnels.sent + sum(s.sent for s in sessions)
+        bytes_in = tunnels.received + sum(s.decoder.received for s in sessions)
+        bytes_out = tunnels.sent + sum(s.unacknowledged.sent for s in sessions)
         gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
                   'visitors': len(server.visitors), 'held_requests': tunnels.held,
@@ -4877,9 +5001,9 @@ class Client:
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
         self.once = once            # end with an error where the connection fails?
-        self._dial, self._observer, self._token, self._trace = dial, observer, token, trace
+        self._dial, self._observer, self._token = dial, observer, token
         self._begin = functools.partial(Session, reactor, Budget(2 * SESSION_BUDGET),
-                                        Crew(reactor, serve).give)
+                                        Crew(reactor, serve).give, trace)
         self._sessions: Dict[Session, None] = {}    # the current one last; the others drain
         self._session: Optional[Session] = None     # the current one, which may be without a
         self._session_id = ''                       # connection; by what the server knows it
@@ -4980,8 +5104,8 @@ class Client:
         self._hello['attempt'] += 1
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self._session is not None and self._session.error is None:
-            self._session.detach()
-            hello['resume'] = {'session': self._session_id, 'received': self._session.received}
+            received = self._session.decoder.received
+            hello['resume'] = {'session': self._session_id, 'received': received}
         if not is_address(self.address.site):
             host = f'{self.name}.{host}'
         lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
@@ -5031,13 +5155,12 @@ class Client:
         for old in tuple(self._sessions)[:-MAX_DRAINING]:
             old.end(Disconnected('too many sessions were to drain'))
         session = self._begin()
-        session.trace = self._trace
-        session.on_detached = session.on_goaway = self._changed.set
 
-        def closed() -> None:
-            self._sessions.pop(session, None)
+        def changed() -> None:
+            if session.state == OVER:
+                self._sessions.pop(session, None)
             self._changed.set()
-        session.on_closed = closed
+        session.on_change = changed
         self._sessions[session] = None
         self._session = session
         return session

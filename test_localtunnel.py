@@ -1109,11 +1109,11 @@ class SessionTest(LoopTest):
 
     async def give_back(self, session):
         session.end(lt.Disconnected('the test is over'))
-        await eventually(lambda: not session._budget.used, 'budget is left')
+        await eventually(lambda: not session.budget.used, 'budget is left')
         self.assertEqual(session.streams, {})
 
     def new_stream(self):
-        stream = self.here.open()
+        stream = self.here.open_stream()
         self.stack.callback(stream.close)
         return stream
 
@@ -1260,7 +1260,7 @@ class SessionStreamsTest(SessionTest):
             here, _ = await self.sessions()
             await self.streams()
             mine, _ = await self.streams()
-            self.assertIsNone(here.open())
+            self.assertIsNone(here.open_stream())
             mine.close()
             self.assertIsNotNone(self.new_stream())
 
@@ -1268,7 +1268,7 @@ class SessionStreamsTest(SessionTest):
         await self.sessions()
         await self.streams()
         with self.constant(MAX_STREAMS=1):
-            mine = lt.Stream(self.here, lt.ReceiveWindow(0, self.here._budget), lt.INITIAL_CREDIT)
+            mine = lt.Stream(self.here, lt.ReceiveWindow(0, self.here.budget), lt.INITIAL_CREDIT)
             await mine.write(b'one too many')
             with self.assertRaisesRegex(lt.StreamReset, 'too many') as caught:
                 await mine.read()
@@ -1290,11 +1290,11 @@ class SessionStreamsTest(SessionTest):
 
     async def test_a_window_is_announced_with_the_stream_that_it_is_of(self):
         here, there = await self.sessions()
-        half = here._budget.limit // 2
-        first = here.open()
-        here._budget.take(half)
-        second = here.open()
-        here._budget.give(half)
+        half = here.budget.limit // 2
+        first = here.open_stream()
+        here.budget.take(half)
+        second = here.open_stream()
+        here.budget.give(half)
         for stream, size in ((first, lt.INITIAL_CREDIT), (second, lt.SMALL_CREDIT)):
             self.assertEqual(stream.window.size, size)
             await stream.write(b'x')
@@ -1306,7 +1306,7 @@ class SessionStreamsTest(SessionTest):
         here, there = await self.sessions()
         mine, theirs = await self.streams()
         with self.constant(RESUME_WITHIN=0.0):
-            here.detach()
+            here.drop()
             await eventually(lambda: here.error and there.error)
         with self.assertRaises(lt.StreamReset):
             await mine.read()
@@ -1315,7 +1315,7 @@ class SessionStreamsTest(SessionTest):
         with self.constant(SESSION_BUDGET=lt.INITIAL_CREDIT):
             here, _ = await self.sessions()
             await self.streams()
-            self.assertIsNone(here.open())
+            self.assertIsNone(here.open_stream())
 
     async def test_a_head_as_long_as_allowed_passes_a_small_window(self):
         with self.constant(SESSION_BUDGET=3 * lt.SMALL_CREDIT, INITIAL_CREDIT=lt.SMALL_CREDIT):
@@ -1361,7 +1361,7 @@ class ResetTest(SessionTest):
         here, there = await self.sessions()
         self.new_stream().close()
         await self.streams()
-        self.assertEqual((here._last_id, len(there.streams)), (1, 1))
+        self.assertEqual((len(here.streams), *there.streams), (1, 1))
 
     async def test_what_arrives_for_a_stream_already_over_is_ignored(self):
         here, there = await self.sessions()
@@ -1377,7 +1377,7 @@ class ResetTest(SessionTest):
         mine, theirs = await self.streams()
         for stream in (mine, theirs, mine, theirs):
             stream.close()
-        self.assertEqual((here._budget.used, there._budget.used), (0, 0))
+        self.assertEqual((here.budget.used, there.budget.used), (0, 0))
 
     async def test_who_is_told_of_a_reset_is_told_once(self):
         await self.sessions()
@@ -1396,7 +1396,7 @@ class ResetTest(SessionTest):
             for mine, _ in pairs:
                 await stack.enter_async_context(self.background(mine.write(bytes(60000) * 100)))
             with contextlib.suppress(asyncio.TimeoutError):
-                await eventually(lambda: here.line or not any(m.credit for m, _ in pairs))
+                await eventually(lambda: here.turns or not any(m.credit for m, _ in pairs))
             pairs[0][0].reset(lt.CANCELLED, 'no more')
             for _, theirs in pairs[1:]:
                 for _ in range(20):
@@ -1409,7 +1409,7 @@ class GoodbyeTest(SessionTest):
         here, there = await self.sessions()
         mine, theirs = await self.streams()
         heard, over = asyncio.Event(), asyncio.Event()
-        there.on_goaway, there.on_closed = heard.set, over.set
+        there.on_change = lambda: (over if there.error else heard).set()
         here.leave(lt.DRAINING, 'the server ends')
         await heard.wait()
         self.assertEqual(there.goaway, (lt.DRAINING, 'the server ends'))
@@ -1423,7 +1423,7 @@ class GoodbyeTest(SessionTest):
         for back in (False, True):
             here, there = await self.sessions()
             over = asyncio.Event()
-            here.on_closed = over.set
+            here.on_change = over.set
             (there if back else here).leave(lt.DRAINING, '')
             await over.wait()
 
@@ -1445,21 +1445,21 @@ class GoodbyeTest(SessionTest):
     async def test_the_end_happens_once(self):
         here, _ = await self.sessions()
         ends = []
-        here.on_closed = lambda: ends.append(str(here.error))
+        here.on_change = lambda: ends.append(str(here.error))
         here.end(lt.Disconnected('first'))
         here.end(lt.Disconnected('second'))
         self.assertEqual(ends, ['first'])
 
     async def test_a_stream_that_waits_to_be_opened_learns_of_the_end(self):
         here, _ = await self.sessions()
-        here.detach()
+        here.drop()
         async with self.background(self.new_stream().write(b'x')) as writing:
-            await eventually(lambda: here.line)
+            await eventually(lambda: here.turns)
             here.end(lt.Disconnected('the client did not come back'))
             await asyncio.wait({writing}, timeout=1)
             self.assertTrue(writing.done(), 'it waits for ever')
             self.assertIsInstance(writing.exception(), lt.LocaltunnelError)
-        here.line.clear()
+        here.turns.clear()
 
     async def test_a_stream_can_not_be_opened_on_a_session_that_is_over(self):
         here, _ = await self.sessions()
@@ -1471,7 +1471,7 @@ class GoodbyeTest(SessionTest):
     async def test_whoever_holds_the_session_hears_when_its_connection_breaks(self):
         here, there = await self.sessions()
         broke = asyncio.Event()
-        here.on_detached = broke.set
+        here.on_change = broke.set
         there.connection.reset(lt.CANCELLED, '')
         await broke.wait()
         self.assertIsNone(here.connection)
@@ -1494,14 +1494,15 @@ class PingTest(SessionTest):
 
     async def test_a_pong_tells_how_long_the_way_is_and_what_need_not_be_kept(self):
         session, peer = await self.against_raw()
-        stream = session.open()
+        stream = session.open_stream()
         await stream.write(b'x' * 1000)
         await peer.until(lt.OPEN)
-        self.assertTrue(session._kept)
-        peer.send(F(lt.PONG, 0, U64(session.sent)))
-        await eventually(lambda: not session._kept)
-        self.assertGreater(session.round_trip, 0)
-        self.assertTrue(session.can_resume(session.sent) and not session.can_resume(0))
+        self.assertFalse(session.can_resume(session.unacknowledged.sent + 1))
+        self.assertTrue(session.can_resume(0))
+        peer.send(F(lt.PONG, 0, U64(session.unacknowledged.sent)))
+        await eventually(lambda: not session.can_resume(0))
+        self.assertGreater(session.liveness.round_trip, 0)
+        self.assertTrue(session.can_resume(session.unacknowledged.sent))
         stream.close()
 
     async def test_the_client_pings_when_nothing_was_heard(self):
@@ -1525,7 +1526,7 @@ class PingTest(SessionTest):
         with self.constant(STALLED_SESSION=0.0):
             async with contextlib.AsyncExitStack() as stack:
                 for _ in range(100):        # more than the kernel takes
-                    stream = session.open()
+                    stream = session.open_stream()
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
                 await eventually(lambda: session.connection is None)
@@ -1534,7 +1535,7 @@ class PingTest(SessionTest):
     async def test_each_frame_can_be_watched(self):
         here, there = await self.sessions()
         seen = []
-        here.trace = lambda *frame: seen.append(frame[:2])
+        here.outbox.trace = lambda *frame: seen.append(frame[:2])
         mine, theirs = await self.streams()
         await theirs.write(b'x' * 40000)
         await mine.read()
@@ -1565,7 +1566,7 @@ class ProtocolTest(SessionTest):
     async def test_thousands_of_tiny_frames_let_others_come_in_between(self):
         session, peer = await self.against_raw()
         seen = []
-        session.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
+        session.outbox.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
         peer.send(F(lt.CREDIT, 0, lt.U32.pack(lt.SMALL_CREDIT)) * 3000)
         most = await self.most_in_a_turn(lambda: len(seen), 3000)
         self.assertLessEqual(most, lt.FRAMES_TOGETHER)
@@ -1575,11 +1576,11 @@ class ProtocolTest(SessionTest):
     async def test_frames_that_came_before_the_connection_broke_are_looked_at(self):
         session, peer = await self.against_raw()
         seen = []
-        session.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
+        session.outbox.trace = lambda way, kind, id, size: kind == lt.CREDIT and seen.append(id)
         peer.send(F(lt.CREDIT, 0, lt.U32.pack(lt.SMALL_CREDIT)) * 3000)
         await eventually(lambda: seen)
-        session.detach()
-        expected = session.received - session.received % 12
+        session.drop()
+        expected = session.decoder.received - session.decoder.received % 12
         await eventually(lambda: len(seen) * 12 == expected)
 
     async def test_random_frames_end_in_a_goodbye_and_never_in_another_error(self):
@@ -1611,7 +1612,7 @@ class ResumeTest(SessionTest):
             for link, peer in zip(links, ends):
                 peer.writer.transport.abort()
                 await self.forget(link)
-        counted = self.here.received, self.there.received
+        counted = self.here.decoder.received, self.there.decoder.received
         self.here.attach(await self.connection(left), counted[1])
         self.there.attach(await self.connection(right), counted[0])
         return self.meanwhile(broken())
@@ -1662,8 +1663,8 @@ class ResumeTest(SessionTest):
         self.here, self.there = self.new_sessions()
         await self.linked(10**6, 10**6)
         mine, theirs = await self.streams()
-        self.here.detach()
-        self.there.detach()
+        self.here.drop()
+        self.there.drop()
         async with self.background(mine.write(b'meanwhile', end=True)):
             mine.reactor.loop.call_soon(lambda: None)
             await self.linked(10**6, 10**6)
@@ -1673,8 +1674,8 @@ class ResumeTest(SessionTest):
         self.here, self.there = self.new_sessions()
         await self.linked(10**6, 10**6)
         mine, theirs = await self.streams()
-        self.here.detach()
-        self.there.detach()
+        self.here.drop()
+        self.there.drop()
         mine.reset(lt.CANCELLED, 'meanwhile')
         await self.linked(10**6, 10**6)
         with self.assertRaisesRegex(lt.StreamReset, 'meanwhile'):
@@ -1694,34 +1695,34 @@ class ResumeTest(SessionTest):
         self.stack.push_async_callback(self.give_back, session)
         session.attach(await self.connection(left))
         peer = await self.raw(sock=right)
-        stream = session.open()
+        stream = session.open_stream()
         self.stack.callback(stream.close)
         stream.credit = 100 * lt.MIB
         async with self.background(stream.write(bytes(20 * lt.MIB))):
-            while session.line or session.sent < lt.KEPT_AT_FIRST:
+            while session.turns or session.unacknowledged.sent < lt.KEPT_AT_FIRST:
                 frame = await peer.frame()
                 if frame[0] == lt.PING:
                     peer.send(F(lt.PONG, 0, U64(0)))
-                if stream in session.line and not session._out:
+                if stream in session.turns and not session.outbox.size:
                     break
-            kept = session.sent - session._acknowledged
+            kept = session.unacknowledged.sent - session.unacknowledged.kept_from
             self.assertLess(kept, lt.KEPT_AT_FIRST + process.limit // 2 + lt.MAX_PAYLOAD)
             self.assertGreaterEqual(process.used, kept - lt.KEPT_AT_FIRST - lt.MAX_PAYLOAD)
-            peer.send(F(lt.PONG, 0, U64(session.sent)))
-            await eventually(lambda: session._acknowledged >= kept)
+            peer.send(F(lt.PONG, 0, U64(session.unacknowledged.sent)))
+            await eventually(lambda: session.unacknowledged.kept_from >= kept)
 
     async def test_writers_wait_while_too_much_is_kept(self):
         with self.constant(KEPT_FOR_RESUME=100000, ACKNOWLEDGE_EVERY=10**9):
             session, peer = await self.against_raw()
-            streams = [session.open() for _ in range(20)]
+            streams = [session.open_stream() for _ in range(20)]
             async with contextlib.AsyncExitStack() as stack:
                 for stream in streams:
                     stack.callback(stream.close)
                     await stack.enter_async_context(self.background(stream.write(bytes(60000))))
-                await eventually(lambda: session.line)
-                self.assertLess(session.sent, 100000 + 2 * lt.BATCH)
-                while session.line:
-                    peer.send(F(lt.PONG, 0, U64(session.sent)))
+                await eventually(lambda: session.turns)
+                self.assertLess(session.unacknowledged.sent, 100000 + 2 * lt.BATCH)
+                while session.turns:
+                    peer.send(F(lt.PONG, 0, U64(session.unacknowledged.sent)))
                     await peer.reader.read(65536)
 
 
@@ -3157,7 +3158,7 @@ class AdmissionTest(WorldTest):
     async def test_an_attempt_that_comes_late_replaces_no_later_one(self):
         await self.world()
         _, _, told = await self.hello(name='a', instance='44' * 16, attempt=2)
-        self.server.tunnels.members()[0].session.received = 1      # the client was there
+        self.server.tunnels.members()[0].session.decoder.received = 1      # the client was there
         for words in {}, {'resume': {'session': told['session'], 'received': 0}}:
             _, status, reason = await self.hello(name='a', instance='44' * 16, attempt=1, **words)
             self.assertEqual((status, reason['error']), (409, 'stale'))
@@ -3167,14 +3168,14 @@ class AdmissionTest(WorldTest):
         await self.world()
         words = {'name': 'a', 'instance': '44' * 16}
         _, _, told = await self.hello(**words)
-        self.server.tunnels.members()[0].session.received = 1      # the client was there
+        self.server.tunnels.members()[0].session.decoder.received = 1      # the client was there
         self.server.admission.closed = True
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
         self.assertEqual(list(self.leases._leases), ['a'])
         there = self.server.tunnels.members()[0].session
-        resume = {'session': told['session'], 'received': there.sent}
+        resume = {'session': told['session'], 'received': there.unacknowledged.sent}
         _, status, again = await self.hello(resume=resume, **words)
         self.assertEqual((status, again['session']), (101, told['session']))
 
@@ -6483,8 +6484,8 @@ class FrameTest(HostileTest):
                 peer.send(F(lt.PING, 0, U64(0)))
                 if not await peer.frame():
                     break
-            kept = [sum(map(len, m.session._kept)) for m in self.server.tunnels.members()]
-        self.assertLess(max(kept), 45000)
+            kept = [m.session.unacknowledged for m in self.server.tunnels.members()]
+        self.assertLess(max(each.sent - each.kept_from for each in kept), 45000)
         await self.others_are_served()
 
     async def test_a_reset_that_claims_a_lost_session_does_not_make_a_request_go_for_ever(self):
@@ -6510,7 +6511,7 @@ class FrameTest(HostileTest):
             peer = await self.victim()
             asked = await self.ask(fields='Content-Length: 9')
             await peer.until(lt.OPEN)
-            self.server.tunnels.members()[-1].session._ping()
+            self.meanwhile(self.server.tunnels.members()[-1].session.answers(60.0))
             for _ in range(1000):
                 peer.send(F(lt.PONG, 0, U64(0)))        # it is there
                 frame = await asyncio.wait_for(peer.frame(), PATIENCE)
@@ -6585,7 +6586,7 @@ class FrameTest(HostileTest):
             await eventually(lambda: self.server.visitors)
             asked.writer.transport.abort()
             await eventually(lambda: not self.server.visitors)
-        self.assertLess(len(session.line), 5)
+        self.assertLess(len(session.turns), 5)
         session.connection.choked = False
         peer.writer.close()
 
@@ -6595,7 +6596,7 @@ class FrameTest(HostileTest):
         peer = await self.victim()
         session = [m.session for m in self.server.tunnels.members() if not m.session.streams][-1]
         for member in self.server.tunnels.members():
-            member.session.round_trip = 100.0  # a hostile peer delays its PONGs
+            member.session.liveness.round_trip = 100.0  # a hostile peer delays its PONGs
         for _ in range(1, 9):
             asked = await self.ask()
             _, id, _ = await peer.until(lt.OPEN)
@@ -6614,7 +6615,7 @@ class FrameTest(HostileTest):
                     credit -= piece
                 if self.server.admission.budget.used == grown:
                     break
-        self.assertLess(session._budget.used, 8 * lt.MIB)
+        self.assertLess(session.budget.used, 8 * lt.MIB)
         await self.others_are_served()
 
 
@@ -7476,13 +7477,13 @@ class PathTest(Network):
         visitor = await self.echo([1])
         session = self.members()[0].session
         stream = session.streams[1]
-        await eventually(lambda: session.round_trip > 0.09)
+        await eventually(lambda: session.liveness.round_trip > 0.09)
         visitor.send(bytes(3000000))
         await visitor.reader.readexactly(3000000)
         grown = stream.window.size
         self.assertGreaterEqual(grown, 512 * lt.KIB)
-        session.round_trip = 0.0001  # as if all that follows came slowly
-        with unittest.mock.patch.object(lt.Session, '_ping', lambda _: None):
+        session.liveness.round_trip = 0.0001  # as if all that follows came slowly
+        with unittest.mock.patch.object(lt.Liveness, 'answered', lambda *_: None):
             while stream.window.size >= grown:
                 visitor.send(bytes(grown // 2))
                 await visitor.reader.readexactly(grown // 2)
@@ -7490,7 +7491,7 @@ class PathTest(Network):
     async def test_a_visitor_who_does_not_read_slows_nobody_and_fills_his_window_only(self):
         await self.comes()
         session = self.members()[0].session
-        await eventually(lambda: session.proven)    # before, a path may be a long one
+        await eventually(lambda: session.liveness.proven)    # before, a path may be a long one
         for _ in range(5):
             await self.begin('GET /700000')
         await eventually(lambda: len(session.streams) == 5)
@@ -7505,10 +7506,10 @@ class PathTest(Network):
             await self.relayed(delay=0.03)
             await self.get()
             session = self.members()[0].session
-            await eventually(lambda: session.round_trip > 0.05)
+            await eventually(lambda: session.liveness.round_trip > 0.05)
             many = [self.meanwhile(self.get(700000)) for _ in range(14)]
             await eventually(
-                lambda: session._budget.used > lt.MIB or all(t.done() for t in many))
+                lambda: session.budget.used > lt.MIB or all(t.done() for t in many))
             while not all(t.done() for t in many):
                 await self.get()
             await asyncio.gather(*many)
@@ -7519,7 +7520,8 @@ class PathTest(Network):
         await eventually(lambda: self.asked)
         with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.1, SILENT_SESSION=0.4):
             broken, session = [], self.members()[0].session
-            session.on_detached = lambda: broken.append(1)
+            change = session.on_change
+            session.on_change = lambda: (broken.append(1), change())
             for _ in range(50):  # a byte now and then keeps the client from asking
                 visitor.send(b'x')
                 await asyncio.sleep(0.01)
@@ -7684,9 +7686,10 @@ class AwayTest(Network):
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
         await self.comes()
         session = self.members()[0].session
-        with unittest.mock.patch.object(session, 'has_room', lambda: False):
+        with unittest.mock.patch.object(
+                session, 'my_turn', lambda stream: session.turns.update({stream: None})):
             one = self.meanwhile(self.get())
-            await eventually(lambda: session.line)
+            await eventually(lambda: session.turns)
             session.end(lt.Disconnected('the test ends it'))
         await asyncio.wait_for(one, 5)
 
