@@ -3613,12 +3613,17 @@ class Admission:
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long)
         asked = Candidate(visit, grant, hello, name)
-        if hello.name is None or self.leases.owner(name, time.time()) == asked.owner:
+        if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
             visit.connection.check()
         asked.tunnel = self._find(asked)
         return asked
+
+    def _is_owner(self, asked: Candidate) -> bool:
+        """True if ASKED may replace clients of that name: nobody else can own it, or does."""
+        return asked.hello.name is None or (
+            self.leases.owner(asked.name, time.time()) == asked.owner)
 
     def _find(self, asked: Candidate) -> Tunnel:
         return self._tunnels.get(asked.tunnel.key) or asked.tunnel
@@ -3643,7 +3648,7 @@ class Admission:
                           'client of --share counted; end another one first')
         if sum(self._tunnels.served.values()) - len(goes) >= self._most:
             raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
-        if tunnel.before(hello):
+        if tunnel.before(hello) and self._is_owner(asked):
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)

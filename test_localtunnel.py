@@ -3204,6 +3204,13 @@ class AdmissionTest(WorldTest):
             if answers:
                 self.assertIn('clock', said['message'])
 
+    async def test_a_stranger_is_told_that_the_name_is_taken_whatever_the_clocks_say(self):
+        await self.world()
+        await self.hello(name='app', started=5)
+        for started in (1, 9):
+            _, status, told = await self.hello(name='app', started=started, proof='33' * 32)
+            self.assertEqual((status, told['error'], told['final']), (409, 'name_taken', False))
+
     async def test_for_a_stranger_nobody_is_given_up(self):
         await self.world()
         await self.hello(name='x', started=2e9)
