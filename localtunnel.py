@@ -29,13 +29,14 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    1 Constants and errors    8 Certificates         15 Client
-    2 Wire                    9 Exchange             16 Raw TCP
-    3 Credit                 10 Tunnels              17 Folder and echo
-    4 Byte streams           11 Admission            18 Host header
-    5 Session                12 Server               19 Outgoing proxy
-    6 HTTP/1.1               13 Places               20 Terminal
-    7 Names and tokens       14 App                  21 Command line
+    1 Constants and errors    9 Exchange             17 Folder and echo
+    2 Wire                   10 Tunnels              18 Host header
+    3 Credit                 11 Admission            19 Outgoing proxy
+    4 Byte streams           12 Server               20 Operator's page
+    5 Session                13 Places               21 Terminal
+    6 HTTP/1.1               14 App                  22 Command line
+    7 Names and tokens       15 Client
+    8 Certificates           16 Raw TCP
 """
 
 from __future__ import annotations
@@ -3767,15 +3768,6 @@ def descriptor_limit() -> int:
     return max(soft, most)
 
 
-def resident_memory() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
-    try:
-        with open('/proc/self/statm', encoding='ascii') as f:
-            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
-    except (OSError, ValueError):
-        return 0
-
-
 class Visitors:
     """All visitors' connections: who is there, from where, and whether there is room for more."""
 
@@ -4340,201 +4332,6 @@ class Server:
         return f'http://{authority(scheme, name, port)}' if scheme == 'http' else (
             visit.url_of(name, host))
 
-
-
-def port_of(tunnel: Tunnel) -> int:
-    """The public port of a raw TCP tunnel that has one."""
-    return int(tunnel.url.rpartition(':')[2])
-
-
-class TcpPorts(Kind):
-    """The ports of raw TCP tunnels, on a server."""
-
-    def __init__(self, server: Server, host: str, ports: Sequence[int],
-                 inherited: Dict[int, List[socket.socket]]) -> None:
-        """Bind PORTS of HOST, as they are needed; those in INHERITED are bound already."""
-        self._server, self._host, self._ports = server, host, ports
-        self._inherited = dict(inherited)       # of tunnels whose clients will be back
-        self._at: Dict[int, Tunnel] = {}        # who has which port
-        self._bound: Dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
-        self._doors: Dict[Tunnel, List[asyncio.AbstractServer]] = {}
-        server.admission.kinds['tcp'] = self
-        server.tunnels.on_forget = self._close
-
-    def sockets(self) -> List[socket.socket]:
-        """What is listened on, for a successor; also what waits for a client that is not back."""
-        listening = [sock for doors in self._doors.values() for door in doors
-                     for sock in getattr(door, 'sockets', ())]
-        waiting = [*self._inherited.values(), *self._bound.values()]
-        return [*listening, *(sock for sockets in waiting for sock in sockets)]
-
-    def sweep(self) -> None:
-        while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
-            for sock in self._inherited.popitem()[1]:
-                sock.close()
-
-    def free(self, tunnel: Tunnel) -> bool:
-        return tunnel.url != '' and self._give_up(port_of(tunnel))
-
-    async def open(self, tunnel: Tunnel) -> None:
-        for sock in self._bound.pop(tunnel, ()):
-            door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
-            self._doors.setdefault(tunnel, []).extend([door] if door else [])
-
-    def place(self, asked: Candidate) -> None:
-        """Bind the port asked for, the old one, or a free one.  Raises Refused."""
-        hello, grant = asked.hello, asked.grant
-        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
-        allowed = [port for port in self._ports if port in grant.ports]
-        if not allowed or (hello.port and hello.port not in allowed):
-            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
-                          'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
-        for port in self._candidates(hello, owner, allowed):
-            try:
-                sockets = self._inherited.pop(port, None) or bind(self._host, port)
-            except OSError:
-                continue        # another program listens there
-            try:
-                self._server.admission.claim(f'tcp:{port}', owner, asked)
-            except Refused:
-                for sock in sockets:
-                    sock.close()
-                raise
-            asked.tunnel.url, self._at[port] = f'tcp://{self._server.domain}:{port}', asked.tunnel
-            self._bound[asked.tunnel] = sockets
-            self._server.visitors.listening += len(sockets)
-            return
-        raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
-                      if hello.port else 'no port for raw TCP is free on this server')
-
-    def _candidates(self, hello: Hello, owner: str, allowed: Sequence[int]) -> Iterable[int]:
-        """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
-        leases, now = self._server.admission.leases, time.time()
-        start, may = int.from_bytes(hello.proof[:4], 'big') % len(allowed), frozenset(allowed)
-        wanted = [hello.port] if hello.port else [*leases.ports(owner), *allowed[start:],
-                                                  *allowed[:start]]
-        for port in wanted:
-            if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
-                yield port
-        for port in leases.ports() if not hello.port else []:
-            if port in may and self._give_up(port):
-                yield port
-
-    def _give_up(self, port: int) -> bool:
-        """Free the PORT of a tunnel that nobody serves; return whether it is free now."""
-        tunnel = self._at.get(port)
-        if tunnel is not None:
-            if tunnel.members:
-                return False
-            self._close(tunnel)
-        return self._server.admission.leases.free(f'tcp:{port}')
-
-    def _close(self, tunnel: Tunnel) -> None:
-        """TUNNEL has no port any more, if it had one."""
-        for door in self._doors.pop(tunnel, []):
-            self._server.doors.close_one(door)
-            self._server.visitors.listening -= 1
-        if tunnel.kind == 'tcp' and tunnel.url:
-            del self._at[port_of(tunnel)]
-            tunnel.url = ''
-
-    async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
-        """One visitor."""
-        server, stream = self._server, None
-        visit, began = server.visitors.enter(connection), server.reactor.now()
-        try:
-            if visit.refusal:
-                raise visit.refusal.again()
-            stream, _ = (server.tunnels.open_stream(tunnel.key, visit)
-                         or await server.tunnels.wait_for_stream(tunnel.key, visit))
-            visit.begin(stream)
-            await stream.write(visit.address.encode())
-            await join(connection, stream)
-        except (LocaltunnelError, OSError) as e:
-            connection.reset(CANCELLED, str(e))
-        finally:
-            server.visitors.leave(visit)
-            connection.close()
-            if stream:
-                stream.close()
-            server.log.note(f'{visit.address} TCP {tunnel.url} {server.reactor.now() - began:.1f}s')
-
-
-class OperatorPage:
-    """The operator's page (--admin): /healthz, /metrics, /tunnels."""
-
-    def __init__(self, server: Server) -> None:
-        self._server = server
-
-    async def serve(self, connection: Connection) -> None:
-        request, close = None, ['Connection: close']
-        try:
-            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
-            request = parse_request(head or b'')
-            form, page = self._page(request)
-            answer = plain_message(200, form, page.encode(), close, request.method)
-        except (BadHttp, HopFailed, Refused) as e:
-            answer = error_message(e.status, str(e), request, close)
-        except (LocaltunnelError, OSError):
-            return connection.close()       # it went away
-        connection.transport.write(answer)
-        await connection.linger()
-
-    def _page(self, request: Request) -> Tuple[str, str]:
-        """(content type, text) for REQUEST.  Raises HopFailed."""
-        server, reads = self._server, request.method in (b'GET', b'HEAD')
-        path, _, query = request.target.decode('latin-1').partition('?')
-        if request.host_name != 'localhost' and not is_address(request.host_name):
-            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
-        if path == '/healthz' and server.draining:
-            raise HopFailed(503, 'the server ends')
-        if path == '/healthz' and reads:
-            return 'text/plain', 'ok\n'
-        if path == '/metrics' and reads:
-            return 'text/plain; version=0.0.4', self.metrics()
-        if path == '/tunnels' and reads:
-            return 'application/json', json.dumps(self.tunnels()) + '\n'
-        if not path.startswith('/tunnels/') or request.method != b'DELETE':
-            raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
-        if query == 'lease=1' and server.admission.closed:
-            raise HopFailed(503, 'this server ends; ask the next one')
-        if not server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
-                                    'the operator of the server ended this tunnel'):
-            raise HopFailed(404, 'there is no such tunnel')
-        return 'text/plain', 'ended\n'
-
-    def tunnels(self) -> List[Dict[str, Any]]:
-        """What is served."""
-        tunnels = self._server.tunnels
-        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': tunnels.waiting(t),
-                 'sessions': [
-                     {'user': m.grant.user, 'connected': m.session.connection is not None,
-                      'streams': len(m.session.streams),
-                      'round_trip_ms': round(m.session.liveness.round_trip * 1e3, 1)}
-                     for m in t.members]} for t in tunnels]
-
-    def metrics(self) -> str:
-        """In Prometheus' text format."""
-        server, tunnels = self._server, self._server.tunnels
-        sessions = [m.session for m in tunnels.members()]
-        bytes_in = tunnels.received + sum(s.decoder.received for s in sessions)
-        bytes_out = tunnels.sent + sum(s.unacknowledged.sent for s in sessions)
-        gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
-                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
-                  'visitors': len(server.visitors), 'held_requests': tunnels.held,
-                  'window_bytes': server.admission.budget.used,
-                  'event_loop_lag_seconds': round(server.reactor.lag, 6),
-                  'memory_bytes': resident_memory()}
-        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
-                 for name, value in gauges.items()]
-        counted = sorted(self._server.counters.items(), key=str)
-        for name, label, values in (
-                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
-                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
-                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
-            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
-            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
-        return ''.join(lines)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5197,6 +4994,124 @@ class Client:
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
 
+def port_of(tunnel: Tunnel) -> int:
+    """The public port of a raw TCP tunnel that has one."""
+    return int(tunnel.url.rpartition(':')[2])
+
+
+class TcpPorts(Kind):
+    """The ports of raw TCP tunnels, on a server."""
+
+    def __init__(self, server: Server, host: str, ports: Sequence[int],
+                 inherited: Dict[int, List[socket.socket]]) -> None:
+        """Bind PORTS of HOST, as they are needed; those in INHERITED are bound already."""
+        self._server, self._host, self._ports = server, host, ports
+        self._inherited = dict(inherited)       # of tunnels whose clients will be back
+        self._at: Dict[int, Tunnel] = {}        # who has which port
+        self._bound: Dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
+        self._doors: Dict[Tunnel, List[asyncio.AbstractServer]] = {}
+        server.admission.kinds['tcp'] = self
+        server.tunnels.on_forget = self._close
+
+    def sockets(self) -> List[socket.socket]:
+        """What is listened on, for a successor; also what waits for a client that is not back."""
+        listening = [sock for doors in self._doors.values() for door in doors
+                     for sock in getattr(door, 'sockets', ())]
+        waiting = [*self._inherited.values(), *self._bound.values()]
+        return [*listening, *(sock for sockets in waiting for sock in sockets)]
+
+    def sweep(self) -> None:
+        while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
+            for sock in self._inherited.popitem()[1]:
+                sock.close()
+
+    def free(self, tunnel: Tunnel) -> bool:
+        return tunnel.url != '' and self._give_up(port_of(tunnel))
+
+    async def open(self, tunnel: Tunnel) -> None:
+        for sock in self._bound.pop(tunnel, ()):
+            door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
+            self._doors.setdefault(tunnel, []).extend([door] if door else [])
+
+    def place(self, asked: Candidate) -> None:
+        """Bind the port asked for, the old one, or a free one.  Raises Refused."""
+        hello, grant = asked.hello, asked.grant
+        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
+        allowed = [port for port in self._ports if port in grant.ports]
+        if not allowed or (hello.port and hello.port not in allowed):
+            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
+                          'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
+        for port in self._candidates(hello, owner, allowed):
+            try:
+                sockets = self._inherited.pop(port, None) or bind(self._host, port)
+            except OSError:
+                continue        # another program listens there
+            try:
+                self._server.admission.claim(f'tcp:{port}', owner, asked)
+            except Refused:
+                for sock in sockets:
+                    sock.close()
+                raise
+            asked.tunnel.url, self._at[port] = f'tcp://{self._server.domain}:{port}', asked.tunnel
+            self._bound[asked.tunnel] = sockets
+            self._server.visitors.listening += len(sockets)
+            return
+        raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
+                      if hello.port else 'no port for raw TCP is free on this server')
+
+    def _candidates(self, hello: Hello, owner: str, allowed: Sequence[int]) -> Iterable[int]:
+        """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
+        leases, now = self._server.admission.leases, time.time()
+        start, may = int.from_bytes(hello.proof[:4], 'big') % len(allowed), frozenset(allowed)
+        wanted = [hello.port] if hello.port else [*leases.ports(owner), *allowed[start:],
+                                                  *allowed[:start]]
+        for port in wanted:
+            if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
+                yield port
+        for port in leases.ports() if not hello.port else []:
+            if port in may and self._give_up(port):
+                yield port
+
+    def _give_up(self, port: int) -> bool:
+        """Free the PORT of a tunnel that nobody serves; return whether it is free now."""
+        tunnel = self._at.get(port)
+        if tunnel is not None:
+            if tunnel.members:
+                return False
+            self._close(tunnel)
+        return self._server.admission.leases.free(f'tcp:{port}')
+
+    def _close(self, tunnel: Tunnel) -> None:
+        """TUNNEL has no port any more, if it had one."""
+        for door in self._doors.pop(tunnel, []):
+            self._server.doors.close_one(door)
+            self._server.visitors.listening -= 1
+        if tunnel.kind == 'tcp' and tunnel.url:
+            del self._at[port_of(tunnel)]
+            tunnel.url = ''
+
+    async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
+        """One visitor."""
+        server, stream = self._server, None
+        visit, began = server.visitors.enter(connection), server.reactor.now()
+        try:
+            if visit.refusal:
+                raise visit.refusal.again()
+            stream, _ = (server.tunnels.open_stream(tunnel.key, visit)
+                         or await server.tunnels.wait_for_stream(tunnel.key, visit))
+            visit.begin(stream)
+            await stream.write(visit.address.encode())
+            await join(connection, stream)
+        except (LocaltunnelError, OSError) as e:
+            connection.reset(CANCELLED, str(e))
+        finally:
+            server.visitors.leave(visit)
+            connection.close()
+            if stream:
+                stream.close()
+            server.log.note(f'{visit.address} TCP {tunnel.url} {server.reactor.now() - began:.1f}s')
+
+
 async def serve_raw(app: App, stream: Stream) -> None:
     """Serve one stream of raw bytes, which opens with the visitor's address."""
     visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
@@ -5659,7 +5574,99 @@ def way_out(address: ServerAddress) -> Optional[Route]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Terminal
+# 20. Operator's page
+#
+# What the operator of a server sees, and the kill switch.
+# ------------------------------------------------------------------------------------------------
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    try:
+        with open('/proc/self/statm', encoding='ascii') as f:
+            return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
+    except (OSError, ValueError):
+        return 0
+
+
+class OperatorPage:
+    """The operator's page (--admin): /healthz, /metrics, /tunnels."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    async def serve(self, connection: Connection) -> None:
+        request, close = None, ['Connection: close']
+        try:
+            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            request = parse_request(head or b'')
+            form, page = self._page(request)
+            answer = plain_message(200, form, page.encode(), close, request.method)
+        except (BadHttp, HopFailed, Refused) as e:
+            answer = error_message(e.status, str(e), request, close)
+        except (LocaltunnelError, OSError):
+            return connection.close()       # it went away
+        connection.transport.write(answer)
+        await connection.linger()
+
+    def _page(self, request: Request) -> Tuple[str, str]:
+        """(content type, text) for REQUEST.  Raises HopFailed."""
+        server, reads = self._server, request.method in (b'GET', b'HEAD')
+        path, _, query = request.target.decode('latin-1').partition('?')
+        if request.host_name != 'localhost' and not is_address(request.host_name):
+            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
+        if path == '/healthz' and server.draining:
+            raise HopFailed(503, 'the server ends')
+        if path == '/healthz' and reads:
+            return 'text/plain', 'ok\n'
+        if path == '/metrics' and reads:
+            return 'text/plain; version=0.0.4', self.metrics()
+        if path == '/tunnels' and reads:
+            return 'application/json', json.dumps(self.tunnels()) + '\n'
+        if not path.startswith('/tunnels/') or request.method != b'DELETE':
+            raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
+        if query == 'lease=1' and server.admission.closed:
+            raise HopFailed(503, 'this server ends; ask the next one')
+        if not server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
+                                    'the operator of the server ended this tunnel'):
+            raise HopFailed(404, 'there is no such tunnel')
+        return 'text/plain', 'ended\n'
+
+    def tunnels(self) -> List[Dict[str, Any]]:
+        """What is served."""
+        tunnels = self._server.tunnels
+        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': tunnels.waiting(t),
+                 'sessions': [
+                     {'user': m.grant.user, 'connected': m.session.connection is not None,
+                      'streams': len(m.session.streams),
+                      'round_trip_ms': round(m.session.liveness.round_trip * 1e3, 1)}
+                     for m in t.members]} for t in tunnels]
+
+    def metrics(self) -> str:
+        """In Prometheus' text format."""
+        server, tunnels = self._server, self._server.tunnels
+        sessions = [m.session for m in tunnels.members()]
+        bytes_in = tunnels.received + sum(s.decoder.received for s in sessions)
+        bytes_out = tunnels.sent + sum(s.unacknowledged.sent for s in sessions)
+        gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
+                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
+                  'visitors': len(server.visitors), 'held_requests': tunnels.held,
+                  'window_bytes': server.admission.budget.used,
+                  'event_loop_lag_seconds': round(server.reactor.lag, 6),
+                  'memory_bytes': resident_memory()}
+        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
+                 for name, value in gauges.items()]
+        counted = sorted(self._server.counters.items(), key=str)
+        for name, label, values in (
+                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
+                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
+                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
+            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
+            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
+        return ''.join(lines)
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -5925,7 +5932,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Command line
+# 22. Command line
 #
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------

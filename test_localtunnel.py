@@ -27,8 +27,9 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Terminal                what a person sees
-   21 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   20 Operator's page         what he sees, and what he ends (in B)
+   21 Terminal                what a person sees
+   22 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -4422,7 +4423,14 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Terminal
+# 20. Operator's page
+# ------------------------------------------------------------------------------------------------
+
+# It is tried in part B, by an operator under attack.
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -4775,7 +4783,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Command line
+# 22. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
