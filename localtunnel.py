@@ -181,7 +181,7 @@ STEPS_TOGETHER = 512            # of one chunked body, three for each chunk: the
 MANY_PIECES = 16                # unread on a stream: from here on their size is looked at
 IDLE_WORKERS = 256              # tasks kept for the next stream
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
-MAX_HELD = 100                  # requests that wait for one tunnel's client
+MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
 MAX_HELD_IN_ALL = 1000
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_AWAY = 10000                # names remembered as known after their last client went
@@ -732,6 +732,12 @@ class ByteStream:
             self._readable.deadline = began + (self.idle if timeout is None else timeout)
             await self._readable
         return True
+
+    async def until_broken(self) -> None:
+        """Wait until the stream is broken; what arrives stays unread."""
+        while self.error is None:
+            self._readable.deadline = NEVER
+            await self._readable
 
     def allow(self, seconds: float) -> None:
         """A wait may last so many SECONDS from now on, one that is under way, too."""
@@ -3053,8 +3059,13 @@ class Exchange(Record):
 
     async def _upgrade(self, response: Response, block: bytes) -> None:
         check_upgrade(self.request, response)
-        if self.sending:
-            await asyncio.wait({self.sending})      # two readers of one stream are one too many
+        if self.sending:            # two readers of one stream are one too many
+            lost = self.near.reactor.spawn(self.far.until_broken())
+            try:
+                await asyncio.wait({self.sending, lost}, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                await end_task(lost)
+            self.far.check()
         self.status = 101
         await self.near.write(encode_response(response, block))
         await join(self.near, self.far)
@@ -3435,15 +3446,8 @@ class Tunnels:
                 return
             if self._reactor.now() >= deadline or not self._is_expected(key, tunnel):
                 break
-            waiting = self._waiting.setdefault(key, set())
-            self.held += 1
-            try:
-                if not await visit.wait(deadline - self._reactor.now(), waiting):
-                    break
-            finally:
-                self.held -= 1
-                if not waiting:
-                    self._waiting.pop(key, None)
+            if not await self._hold(key, visit, deadline - self._reactor.now()):
+                break
         raise HopFailed(503, f'the client of {key} is away; try again soon',
                         f'Retry-After: {RETRY_AFTER}')
 
@@ -3452,20 +3456,31 @@ class Tunnels:
         broke = tunnel is not None and self._reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
         goodbye = tunnel is not None and tunnel.said_goodbye
         return ((broke or self.starting) and not goodbye and not self.closed
-                and len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL)
+                and self._may_hold(key))
+
+    def _may_hold(self, key: str) -> bool:
+        return len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL
+
+    async def _hold(self, key: str, visit: Visit, seconds: float) -> bool:
+        """Let VISIT wait for KEY; return whether it was woken before SECONDS were over."""
+        waiting = self._waiting.setdefault(key, set())
+        self.held += 1
+        try:
+            return await visit.wait(seconds, waiting)
+        finally:
+            self.held -= 1
+            if not waiting:
+                self._waiting.pop(key, None)
 
     async def _wait_for_room(self, key: str, visit: Visit, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
-        if self._reactor.now() >= deadline or self.held >= MAX_HELD_IN_ALL:
+        if self._reactor.now() >= deadline or not self._may_hold(key):
             raise HopFailed(503, f'{key} has too many requests at once; try again soon',
                             f'Retry-After: {RETRY_AFTER}')
-        self.held += 1
-        await asyncio.sleep(ROOM_LOOK)
-        self.held -= 1
-        visit.connection.check()
+        await self._hold(key, visit, ROOM_LOOK)
 
     def waiting(self, tunnel: Tunnel) -> int:
-        """How many requests wait for a client of TUNNEL."""
+        """How many requests wait for TUNNEL."""
         return len(self._waiting.get(tunnel.key, ()))
 
     def here(self, tunnel: Tunnel) -> None:
@@ -3775,7 +3790,7 @@ class Visitors:
         """TRUSTED are the addresses of proxies in front."""
         self._reactor, self._trusted = reactor, trusted
         self._here: Dict[Visit, None] = {}      # who was active least recently first
-        self._of_address: Dict[str, int] = collections.Counter()    # connections of each
+        self._of_block: Dict[str, int] = collections.Counter()      # connections of each
         self._descriptors = descriptor_limit()
         self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
 
@@ -3792,7 +3807,7 @@ class Visitors:
         """
         visit = Visit(connection, self._trusted)
         self._here[visit] = None
-        self._of_address[visit.peer] += 1
+        self._of_block[block_of(visit.peer)] += 1
         visit.refusal = self._no_room(visit.peer)
         if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
             idle = (v for v in self._here if v is not visit and v.idle)
@@ -3809,9 +3824,10 @@ class Visitors:
     def leave(self, visit: Visit) -> None:
         """The connection of VISIT ends."""
         self._here.pop(visit, None)
-        self._of_address[visit.peer] -= 1
-        if not self._of_address[visit.peer]:
-            del self._of_address[visit.peer]
+        block = block_of(visit.peer)
+        self._of_block[block] -= 1
+        if not self._of_block[block]:
+            del self._of_block[block]
 
     def close_idle(self) -> None:
         """Close the connections on which nothing is under way."""
@@ -3828,8 +3844,8 @@ class Visitors:
         if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
             return HopFailed(503, 'the server has too many connections; try again soon',
                              f'Retry-After: {RETRY_AFTER}')
-        if (self._of_address[peer] > MAX_CONNECTIONS_OF_ADDRESS and not is_loopback(peer)
-                and not within(peer, self._trusted)):
+        if (self._of_block[block_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
+                and not is_loopback(peer) and not within(peer, self._trusted)):
             return HopFailed(429, f'{peer} has too many connections', 'Retry-After: 1')
         return None
 
@@ -6170,6 +6186,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     finally:
         await end_task(probe)
         await client.stop()
+        app.close()
         if server:
             await server.stop()
         terminal.flush()
@@ -6632,6 +6649,7 @@ class tunnel:
                 server, address = await start_local_server(reactor, target)
                 stack.push_async_callback(server.stop)
             app = make_app(reactor, args, target, ClientObserver())
+            stack.callback(app.close)
             client = make_client(app, args, address, load_key(say),
                                  known_token(self._token, address))
             stack.push_async_callback(client.stop)

@@ -3469,6 +3469,16 @@ class ExchangeTest(WorldTest):
                          b'hello')
         self.assertEqual((await visitor.get())[2], b'hello')
 
+    async def test_an_upgrade_whose_request_is_not_whole_ends_when_the_app_is_lost(self):
+        async def switch(head, reader, writer):
+            writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n')
+            await writer.drain()
+            Peer(reader, writer).reset()
+        _, visitor = await self.through(switch)
+        status, _, _ = await visitor.get(
+            method='POST', fields='Connection: Upgrade\nUpgrade: x\nContent-Length: 9')
+        self.assertEqual(status, 502)
+
     async def test_an_app_that_changes_to_h2c_all_the_same_is_refused(self):
         async def switch(head, reader, writer):
             self.assertNotIn(b'h2c', head)
@@ -7111,6 +7121,39 @@ class HostileVisitorTest(HostileTest):
             status, fields, _ = await self.visit('good.localhost')
             self.assertEqual((status, fields['connection']), (429, 'close'))
             self.assertEqual((await first.get())[0], 200)
+
+    async def test_visitors_of_ipv6_count_with_all_of_their_64(self):
+        visitors = lt.Visitors(self.reactor, ())
+        with self.constant(MAX_CONNECTIONS_OF_ADDRESS=2):
+            came = [visitors.enter(unittest.mock.Mock(peer=peer)) for peer in (
+                '2001:db8::1', '2001:db8::2', '2001:db8::3', '2001:db8:0:1::1')]
+        self.assertEqual([visit.refusal and visit.refusal.status for visit in came],
+                         [None, None, 429, None])
+        for visit in came:
+            visitors.leave(visit)
+        self.assertEqual(visitors._of_block, {})
+
+    async def test_those_who_wait_for_room_in_one_tunnel_leave_places_to_others(self):
+        await self.world()
+        with self.constant(MAX_STREAMS=1, MAX_HELD=2, ROOM_WITHIN=PATIENCE, ROOM_LOOK=0.01):
+            first = await self.victim()
+            waiting = [await self.ask() for _ in range(3)]
+            await eventually(lambda: self.server.tunnels.held == 2)
+            self.assertEqual((await self.visit())[0], 503)
+            waiting[-1].reset()
+            await eventually(lambda: self.server.tunnels.held == 1)     # seen at once
+            self.meanwhile(first.serve(OK))
+            self.assertEqual([(await asked.answer())[0] for asked in waiting[:2]], [200, 200])
+
+    async def test_an_upgrade_whose_request_is_not_whole_ends_with_its_stream(self):
+        await self.world()
+        client = await self.victim()
+        visitor = await self.visitor('evil.localhost')
+        visitor.ask(method='POST', fields='Connection: Upgrade\nUpgrade: x\nContent-Length: 9')
+        _, id, _ = await client.until(lt.OPEN)
+        client.send(F(lt.DATA, id, b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n'),
+                    F(lt.RESET, id, WORDS(lt.FAILED, 'the app is gone')))
+        self.assertEqual((await visitor.answer())[0], 502)
 
     async def test_a_request_that_goes_again_is_asked_by_the_rules_of_who_serves_then(self):
         await self.world(hold=9.0)
