@@ -191,7 +191,7 @@ def chunked(fed):
             if body.finished:
                 end = 'whole'
     except lt.BadHttp:
-        return found, b'', 'refused', b''
+        return b'', b'', 'refused', b''     # how much was taken before depends on how it came
     return found, body.trailers, end, stream.peek() if end == 'whole' else b''
 
 
