@@ -29,14 +29,15 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    1 Constants and errors    9 Exchange             17 Folder and echo
-    2 Wire                   10 Tunnels              18 Host header
-    3 Credit                 11 Admission            19 Outgoing proxy
-    4 Byte streams           12 Server               20 Operator's page
-    5 Session                13 Places               21 Terminal
-    6 HTTP/1.1               14 App                  22 Command line
-    7 Names and tokens       15 Client
-    8 Certificates           16 Raw TCP
+    I. The tunnel             9 Exchange             II. Around it
+    1 Constants and errors   10 Tunnels              16 Annex
+    2 Wire                   11 Admission            17 Raw TCP
+    3 Credit                 12 Server               18 Folder and echo
+    4 Byte streams           13 Places               19 Host header
+    5 Session                14 App                  20 Outgoing proxy
+    6 HTTP/1.1               15 Client               21 Operator's page
+    7 Names and tokens                               III. The command line
+    8 Certificates           22 Terminal             23 Command line
 """
 
 from __future__ import annotations
@@ -81,6 +82,13 @@ __version__ = '1.0'
 # The address that a server writes here when it hands this file out; empty in the original.
 STAMPED_SERVER = ''
 
+
+# ================================================================================================
+# I. THE TUNNEL
+#
+# All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
+# a list, empty or almost so by default, with a sentence that says what it takes.
+# ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
 # 1. Constants and errors
@@ -2863,26 +2871,8 @@ class Access:
 # ------------------------------------------------------------------------------------------------
 # 8. Certificates
 #
-# TLS contexts.  Knows no sessions and no routes.
+# What a server shows over TLS.  Knows no sessions and no routes.
 # ------------------------------------------------------------------------------------------------
-
-MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
-
-
-def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
-    """How a server is checked: by the system's authorities and those in the file CA, or not."""
-    context = ssl.create_default_context()
-    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
-        context.load_verify_locations(MACOS_AUTHORITIES)
-    if ca:
-        try:
-            context.load_verify_locations(ca)
-        except (OSError, ssl.SSLError) as e:
-            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
-    if not check:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
 
 class Certificate:
     """What a server shows, read again when its files change.
@@ -2942,23 +2932,6 @@ def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
             os.umask(old)
     with open(cert, encoding='ascii') as f:
         return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
-
-
-def explain_tls(error: BaseException, host: str) -> str:
-    """One sentence for what TLS complains of."""
-    reason = str(getattr(error, 'verify_message', '') or error)
-    if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
-        return (f'the certificate of {host} is not signed by an authority that this machine knows; '
-                'name the authority with --ca FILE, or give the --pin that the server printed')
-    if 'expired' in reason:
-        return f'the certificate of {host} has expired, or the clock of this machine is wrong'
-    if 'not yet valid' in reason:
-        return f'the certificate of {host} is not valid yet: is the clock of this machine right?'
-    if 'mismatch' in reason or "doesn't match" in reason or 'not valid for' in reason:
-        return f'the certificate that answers for {host} is for another name'
-    if 'WRONG_VERSION_NUMBER' in reason or 'record layer' in reason:
-        return f'{host} does not speak TLS on this port; if that is intended, say http:// '
-    return f'TLS with {host} fails: {printable(reason)}'
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4359,7 +4332,38 @@ class Server:
 
 TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST:PORT/PATH,
 https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
+
 HOST_NAME = r'[A-Za-z0-9._~:-]+'
+
+
+# For argparse: they raise ArgumentTypeError, or ValueError, for what is none.
+
+def count(text: str, most: int = 10 ** 9 - 1) -> int:
+    """A whole number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
+    return int(text)
+
+
+port_number = functools.partial(count, most=65535)
+
+
+def number(text: str) -> float:
+    """A number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
+    return float(text)
+
+
+def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
+    """An address, or a network as ADDRESS/BITS."""
+    return ipaddress.ip_network(text, strict=False)
+
+
+def place(text: str) -> Tuple[str, int]:
+    """[HOST:]PORT, on loopback where no host is given."""
+    host, _, port = text.rpartition(':')
+    return host.strip('[]') or '127.0.0.1', port_number(port)
 
 
 def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
@@ -4377,29 +4381,30 @@ def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
 
 
 class Target:
-    """What a tunnel leads to.
+    """What a tunnel leads to, and its kind.
 
     `label` is its full spelling, from which the derived name comes.
     """
 
-    def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '') -> None:
-        """SCHEME is http, https, unix, folder, echo or tcp."""
+    def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '', *,
+                 text: str = '', kind: str = 'http', public_port: int = 0) -> None:
+        """SCHEME tells how to connect, see App.  TEXT is for people.  PUBLIC_PORT is asked for,
+        where tunnels of this KIND have one.
+        """
         self.scheme, self.host, self.port, self.path = scheme, host, port, path
+        self.kind, self.public_port = kind, public_port
         self.authority = authority(scheme, host, port) if port else host
         self.local = is_loopback(host)
-        if scheme in ('unix', 'folder', 'echo'):
-            self.text = path if scheme == 'folder' else f'{scheme}:{path}' if path else scheme
-            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
-        else:
-            self.text = self.authority + path
+        if port:
+            self.text = text or self.authority + path
             self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
+        else:
+            self.text = text or f'{scheme}:{path}'
+            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
 
 
-def parse_target(text: str, tcp: bool = False) -> Target:
-    """What the user typed as TARGET, for a raw TCP tunnel or an HTTP one.  Raises UsageError."""
-    scheme = 'tcp' if tcp else 'http'
-    if tcp and ('/' in text or text == 'echo'):
-        raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
+def parse_target(text: str) -> Target:
+    """A URL, Unix socket, PORT or HOST:PORT that the user typed as TARGET.  Raises UsageError."""
     if re.fullmatch('[0-9]+', text):
         text = 'localhost:' + text
     if '://' in text:
@@ -4411,12 +4416,6 @@ def parse_target(text: str, tcp: bool = False) -> Target:
         if not hasattr(socket, 'AF_UNIX'):
             raise UsageError('this system has no Unix sockets; use a port')
         return Target('unix', path=text[5:])
-    if text == 'echo':
-        return Target('echo')
-    if os.path.isdir(text) and not tcp or '/' in text or '\\' in text:
-        if not os.path.isdir(text):
-            raise UsageError(f'there is no folder {text}')
-        return Target('folder', path=text)
     host, _, number = text.rpartition(':')
     if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
         raise UsageError(f'{text!r} is no target: an IPv6 address stands in brackets, [::1]:8000')
@@ -4424,7 +4423,10 @@ def parse_target(text: str, tcp: bool = False) -> Target:
         raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
     if not 0 < int(number[:6]) < 65536:
         raise UsageError(f'{number} is no port: ports go from 1 to 65535')
-    return Target(scheme, host.strip('[]').lower(), int(number))
+    return Target('http', host.strip('[]').lower(), int(number))
+
+
+Route = Callable[[str, int], Awaitable[socket.socket]]
 
 
 class ServerAddress:
@@ -4432,6 +4434,7 @@ class ServerAddress:
 
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
+        self.route: Optional[Route] = None      # a seam: a socket to (host, port), not dialled here
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
@@ -4442,6 +4445,41 @@ class ServerAddress:
 
     def __str__(self) -> str:
         return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
+
+
+MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
+
+
+def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
+    """How a server is checked: by the system's authorities and those in the file CA, or not."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
+        context.load_verify_locations(MACOS_AUTHORITIES)
+    if ca:
+        try:
+            context.load_verify_locations(ca)
+        except (OSError, ssl.SSLError) as e:
+            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
+    if not check:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def explain_tls(error: BaseException, host: str) -> str:
+    """One sentence for what TLS complains of."""
+    reason = str(getattr(error, 'verify_message', '') or error)
+    if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
+        return (f'the certificate of {host} is not signed by an authority that this machine knows; '
+                'name the authority with --ca FILE, or give the --pin that the server printed')
+    if 'expired' in reason:
+        return f'the certificate of {host} has expired, or the clock of this machine is wrong'
+    if 'not yet valid' in reason:
+        return f'the certificate of {host} is not valid yet: is the clock of this machine right?'
+    if 'mismatch' in reason or "doesn't match" in reason or 'not valid for' in reason:
+        return f'the certificate that answers for {host} is for another name'
+    if 'WRONG_VERSION_NUMBER' in reason or 'record layer' in reason:
+        return f'{host} does not speak TLS on this port; if that is intended, say http:// '
+    return f'TLS with {host} fails: {printable(reason)}'
 
 
 def addresses(host: str) -> List[str]:
@@ -4775,18 +4813,15 @@ class Backoff:
         return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
-Route = Callable[[str, int], Awaitable[socket.socket]]
-
-
 async def dial_server(reactor: Reactor, address: ServerAddress, tls: Optional[ssl.SSLContext],
-                      pin: str, route: Optional[Route], timeout: float) -> Connection:
-    """A connection to the server at ADDRESS, whose certificate is checked by TLS, and by PIN.
+                      pin: str, timeout: float) -> Connection:
+    """A connection to the server at ADDRESS; TLS checks its certificate, and so does PIN, a SHA256.
 
-    ROUTE gives a socket to (host, port), where they are not to be dialled.  Raises Refused.
+    Raises Refused.
     """
     async def dial(host: str) -> Connection:
-        where: Dict[str, Any] = ({'sock': await route(host, address.port)} if route else
-                                 {'host': host, 'port': address.port})
+        where: Dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
+                                 else {'host': host, 'port': address.port})
         _, connection = await reactor.loop.create_connection(
             lambda: Connection(reactor), ssl=tls, server_hostname=address.site if tls else None,
             **where)
@@ -5004,8 +5039,42 @@ class Client:
             session.end(Disconnected('the client ended'))
 
 
+# ================================================================================================
+# II. AROUND IT
+#
+# What can be left out.  Each annex stands in a room of its own, uses part I and no other annex, and
+# is named outside of its room once, in the tuple ANNEXES of part III: who deletes its room and its
+# word there has a file that works without it.
+# ================================================================================================
+
 # ------------------------------------------------------------------------------------------------
-# 16. Raw TCP
+# 16. Annex
+#
+# What an annex may do at a client and at a server.
+# ------------------------------------------------------------------------------------------------
+
+class Annex:
+    """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
+
+    What can't be meant raises UsageError.
+    """
+    title = ''          # of its options in --help
+
+    def client_options(self, add: Callable[..., Any]) -> None:
+        """Options of `client`; ADD is argparse's add_argument."""
+
+    def server_options(self, add: Callable[..., Any]) -> None:
+        """Options of `server`."""
+
+    def target(self, args: argparse.Namespace) -> Optional[Target]:
+        """What the tunnel leads to, where this annex knows what ARGS mean."""
+
+    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+        """Plug in at APP, and on the way to the server at ADDRESS."""
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -5128,27 +5197,50 @@ class TcpPorts(Kind):
             server.log.note(f'{visit.address} TCP {tunnel.url} {server.reactor.now() - began:.1f}s')
 
 
-async def serve_raw(app: App, stream: Stream) -> None:
-    """Serve one stream of raw bytes, which opens with the visitor's address."""
-    visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
-    app.exchanges += 1
-    record = Record(app.exchanges, app.reactor.now(), 'TCP', visitor)
-    try:
-        upstream = await app.connect()
-        stream.on_gone = upstream.cut_off
-        record.status = 200
-        await join(upstream, stream)
-        upstream.close()
-    except HopFailed as e:
-        record.status, record.why = e.status, str(e)
-        stream.reset(FAILED, record.why)
-    finally:
-        stream.close()
-        app.observer.exchange(record, app.reactor.now() - record.began)
+class RawTcp(Annex):
+    """Tunnels of bytes."""
+    title = 'raw TCP'
+
+    def client_options(self, add: Callable[..., Any]) -> None:
+        add('--tcp', action='store_true', help='raw TCP instead of HTTP')
+        add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
+
+    def target(self, args: argparse.Namespace) -> Optional[Target]:
+        text = args.target
+        if not args.tcp and args.tcp_port is None:
+            return None
+        if '/' in text or text == 'echo' or text.startswith('unix:'):
+            raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
+        if args.name or args.auth or getattr(args, 'host_header', None):
+            raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
+        place = parse_target(text)
+        return Target('tcp', place.host, place.port, kind='tcp', public_port=args.tcp_port or 0)
+
+    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+        app.kinds['tcp'] = functools.partial(self.serve, app)
+
+    @staticmethod
+    async def serve(app: App, stream: Stream) -> None:
+        """Serve one stream of raw bytes, which opens with the visitor's address."""
+        visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
+        app.exchanges += 1
+        record = Record(app.exchanges, app.reactor.now(), 'TCP', visitor)
+        try:
+            upstream = await app.connect()
+            stream.on_gone = upstream.cut_off
+            record.status = 200
+            await join(upstream, stream)
+            upstream.close()
+        except HopFailed as e:
+            record.status, record.why = e.status, str(e)
+            stream.reset(FAILED, record.why)
+        finally:
+            stream.close()
+            app.observer.exchange(record, app.reactor.now() - record.began)
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Folder and echo
+# 18. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.
 # ------------------------------------------------------------------------------------------------
@@ -5359,24 +5451,43 @@ async def echo(connection: Connection) -> None:
         connection.cut_off()
 
 
-async def dial_folder(reactor: Reactor, target: Target) -> Connection:
-    """A connection to what serves the folder TARGET."""
-    _, connection = await reactor.loop.create_connection(
-        lambda: Connection(reactor), sock=serve_folder(target.path))
-    return connection
+class FolderAndEcho(Annex):
+    """Their targets, and how to connect to them."""
 
+    def target(self, args: argparse.Namespace) -> Optional[Target]:
+        text = args.target
+        if text == 'echo':
+            return Target('echo', text=text)
+        if re.match('[0-9]+$|unix:.|.*://', text) or not (
+                os.path.isdir(text) or '/' in text or '\\' in text):
+            return None
+        if not os.path.isdir(text):
+            raise UsageError(f'there is no folder {text}')
+        return Target('folder', path=text, text=text)
 
-async def dial_echo(reactor: Reactor, target: Target) -> Connection:
-    """A connection to an echo."""
-    ours, theirs = socket.socketpair()
-    _, app = await reactor.loop.create_connection(lambda: Connection(reactor), sock=theirs)
-    reactor.spawn(echo(app))
-    _, connection = await reactor.loop.create_connection(lambda: Connection(reactor), sock=ours)
-    return connection
+    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+        app.dialers['folder'] = functools.partial(self.dial_folder, app.reactor)
+        app.dialers['echo'] = functools.partial(self.dial_echo, app.reactor)
+
+    @staticmethod
+    async def dial_folder(reactor: Reactor, target: Target) -> Connection:
+        """A connection to what serves the folder TARGET."""
+        _, connection = await reactor.loop.create_connection(
+            lambda: Connection(reactor), sock=serve_folder(target.path))
+        return connection
+
+    @staticmethod
+    async def dial_echo(reactor: Reactor, target: Target) -> Connection:
+        """A connection to an echo."""
+        ours, theirs = socket.socketpair()
+        _, app = await reactor.loop.create_connection(lambda: Connection(reactor), sock=theirs)
+        reactor.spawn(echo(app))
+        _, connection = await reactor.loop.create_connection(lambda: Connection(reactor), sock=ours)
+        return connection
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Host header
+# 19. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -5406,7 +5517,7 @@ def replaced(block: bytes, names: bytes, old: bytes, new: bytes) -> bytes:
         start + old, lambda m: m.group(1) + new, line.group()), block)
 
 
-class HostHeader(Rewrite):
+class Addresses(Rewrite):
     """What app and visitor are told of each other's address (--host-header), and of a base path.
 
     With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
@@ -5526,8 +5637,30 @@ class Strangers:
             self._app.observer.hint(hint)
 
 
+def host_to_send(text: str) -> str:
+    """For argparse: `rewrite`, or a host, perhaps with a port."""
+    if text and not re.fullmatch(r'[A-Za-z0-9._~:\[\]-]+', text):
+        raise argparse.ArgumentTypeError('it takes `rewrite`, or a host, perhaps with a port')
+    return text
+
+
+class HostHeader(Annex):
+    """--host-header, base paths and hints."""
+    title = 'the address that the app sees'
+
+    def client_options(self, add: Callable[..., Any]) -> None:
+        add('--host-header', type=host_to_send, metavar='VALUE', help='send VALUE as Host to the '
+            'app; `rewrite`: the app believes that it is visited on its own address')
+
+    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+        if args.host_header or app.target.port and app.target.path:
+            app.rewrites.append(Addresses(app.target, args.host_header or ''))
+        if args.host_header is None:
+            app.taps.append(Strangers(app).tap)
+
+
 # ------------------------------------------------------------------------------------------------
-# 19. Outgoing proxy
+# 20. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -5580,17 +5713,20 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
     return sock
 
 
-def way_out(address: ServerAddress) -> Optional[Route]:
-    """The way to ADDRESS through a proxy, if the environment names one."""
-    proxy = find_proxy(address)
+class OutgoingProxy(Annex):
+    """The way out that the environment names."""
 
-    def route(host: str, port: int) -> Awaitable[socket.socket]:
-        return asyncio.get_running_loop().run_in_executor(None, connect_through, proxy, host, port)
-    return route if proxy else None
+    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+        proxy = find_proxy(address)
+
+        def route(host: str, port: int) -> Awaitable[socket.socket]:
+            return app.reactor.loop.run_in_executor(None, connect_through, proxy, host, port)
+        if proxy:
+            address.route = route
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Operator's page
+# 21. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 # ------------------------------------------------------------------------------------------------
@@ -5681,8 +5817,14 @@ class OperatorPage:
         return ''.join(lines)
 
 
+# ================================================================================================
+# III. THE COMMAND LINE
+#
+# What people type and see, and the only place that knows all.
+# ================================================================================================
+
 # ------------------------------------------------------------------------------------------------
-# 21. Terminal
+# 22. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -5948,7 +6090,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Command line
+# 23. Command line
 #
 # The parser, and the only place where rooms are wired together.
 # ------------------------------------------------------------------------------------------------
@@ -5957,6 +6099,9 @@ class ServerLog(Observer):
 EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
               'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
               'superseded': 5}
+
+
+ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy())
 
 
 def own_path() -> str:
@@ -6079,30 +6224,31 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
     return client_tls(ca, check) if place.scheme == 'https' else None
 
 
-def make_app(reactor: Reactor, args: argparse.Namespace, target: Target,
+def find_target(args: argparse.Namespace) -> Target:
+    """What the tunnel leads to.  Raises UsageError."""
+    targets = (annex.target(args) for annex in ANNEXES)
+    return next((target for target in targets if target), None) or parse_target(args.target)
+
+
+def make_app(reactor: Reactor, args: argparse.Namespace, target: Target, address: ServerAddress,
              observer: ClientObserver) -> App:
-    """The app at TARGET, as ARGS want it."""
+    """The app at TARGET, for a client of the server at ADDRESS."""
     tls = tls_to(target, args.ca, not (args.insecure or target.local))
     app = App(reactor, target, observer, timeout=args.timeout, tls=tls)
-    app.dialers['folder'] = functools.partial(dial_folder, reactor)
-    app.dialers['echo'] = functools.partial(dial_echo, reactor)
-    app.kinds['tcp'] = functools.partial(serve_raw, app)
-    if args.host_header or target.port and target.path:
-        app.rewrites.append(HostHeader(target, args.host_header or ''))
-    if args.host_header is None:
-        app.taps.append(Strangers(app).tap)
+    for annex in ANNEXES:
+        annex.at_client(args, app, address)
     return app
 
 
 def make_client(app: App, args: argparse.Namespace, address: ServerAddress, key: bytes, token: str,
                 trace: Optional[Trace] = None) -> Client:
-    """A client of the server at ADDRESS that serves from APP, as ARGS want it."""
-    kind, pin = 'tcp' if args.tcp else 'http', args.pin or ''
-    tls = tls_to(address, args.ca, not pin)
-    dial = functools.partial(dial_server, app.reactor, address, tls, pin, way_out(address))
-    return Client(app.reactor, address, app.target.label, key, dial, app.kinds[kind], app.observer,
-                  token=token, once=args.once, trace=trace, kind=kind, name=args.name,
-                  port=args.tcp_port or 0, share=args.share, release=args.release,
+    """A client of the server at ADDRESS that serves from APP."""
+    target, pin = app.target, args.pin or ''
+    dial = functools.partial(dial_server, app.reactor, address,
+                             tls_to(address, args.ca, not pin), pin)
+    return Client(app.reactor, address, target.label, key, dial, app.kinds[target.kind],
+                  app.observer, token=token, once=args.once, trace=trace, kind=target.kind,
+                  port=target.public_port, name=args.name, share=args.share, release=args.release,
                   **Access.encode(args.allow, args.auth, key))
 
 
@@ -6136,18 +6282,15 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     return 0
 
 
-def check_client_options(args: argparse.Namespace, address: Optional[ServerAddress]) -> None:
+def check_client_options(args: argparse.Namespace, target: Target,
+                         address: Optional[ServerAddress]) -> None:
     """Raises UsageError and Refused for what can't be meant."""
     if args.release and not (args.name and address):
         raise UsageError('--release gives back the name of --name on the server of --server')
-    if args.tcp and not address:
+    if target.kind != 'http' and not address:
         raise UsageError('--tcp needs a server: name it with --server')
-    if args.tcp and (args.name or args.auth or args.host_header):
-        raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
     if args.name:
         check_name(args.name)
-    if args.host_header and not re.fullmatch(r'[A-Za-z0-9._~:\[\]-]+', args.host_header):
-        raise UsageError('--host-header takes `rewrite`, or a host, perhaps with a port')
     if any(':' not in user for user in args.auth):
         raise UsageError('--auth takes USER:PASSWORD')
     if args.pin is not None:
@@ -6178,7 +6321,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     frames = Lines(sys.stderr, reactor.loop.call_later)
     terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
                         as_json=args.json, quiet=args.quiet, first=accepted)
-    app = make_app(reactor, args, target, terminal)
+    app = make_app(reactor, args, target, address, terminal)
     client = make_client(app, args, address, key, token, frames.frame if args.verbose else None)
     probe = reactor.spawn(app.look())
     try:
@@ -6194,10 +6337,8 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
 
 
 def client_command(args: argparse.Namespace) -> int:
-    args.tcp = args.tcp or args.tcp_port is not None
-    target = parse_target(args.target, args.tcp)
-    address = known_server(args.server)
-    check_client_options(args, address)
+    target, address = find_target(args), known_server(args.server)
+    check_client_options(args, target, address)
     token = known_token(args.token, address) if address else ''
     try:
         return run(run_client, args, target, address, token)
@@ -6514,60 +6655,40 @@ def server_command(args: argparse.Namespace) -> int:
 
 # The parser.
 
-def count(text: str, most: int = 10 ** 9 - 1) -> int:
-    """For argparse: a whole number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
-    return int(text)
+# An option group of a parser: by its title, argparse's add_argument.
+Group = Callable[[str], Callable[..., Any]]
 
 
-port_number = functools.partial(count, most=65535)
-
-
-def number(text: str) -> float:
-    """For argparse: a number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
-    return float(text)
-
-
-def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
-    """For argparse: an address, or a network as ADDRESS/BITS."""
-    return ipaddress.ip_network(text, strict=False)
-
-
-def place(text: str) -> Tuple[str, int]:
-    """For argparse: [HOST:]PORT, on loopback where no host is given."""
-    host, _, port = text.rpartition(':')
-    return host.strip('[]') or '127.0.0.1', port_number(port)
-
-
-def add_client_options(add: Callable[..., Any]) -> None:
-    add('target', metavar='TARGET', help='what visitors reach: 8000, ./FOLDER, ... (see below)')
+def client_options(group: Group) -> None:
+    add = group('the server')
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
+    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
+    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
+    add('--once', action='store_true', help='end with an error instead of reconnecting')
+
+    add = group('the tunnel')
     add('--name', type=str.lower, help='ask for this name; refused is refused')
     add('--release', action='store_true', help='with --name: give the name back')
-    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
-    add('--tcp', action='store_true', help='raw TCP instead of HTTP')
-    add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
-    add('--auth', action='append', default=[], metavar='USER:PASSWORD', help='visitors must log in')
+    add('--share', action='store_true', help='several clients of one owner behind one name')
+    add('--auth', action='append', default=[], metavar='USER:PASSWORD',
+        help='visitors must log in')
     add('--allow', type=network, action='append', default=[], metavar='CIDR',
         help='only these visitors')
-    add('--host-header', metavar='VALUE', help='send VALUE as Host to the app; `rewrite`: the app '
-        'believes that it is visited on its own address')
-    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
-    add('--insecure', action='store_true', help='do not check the certificate of an https app')
-    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
-    add('--share', action='store_true', help='several clients of one owner behind one name')
+
+    add = group('the app')
     add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
         help='how long the app may take to begin an answer (%(default).0f)')
-    add('--once', action='store_true', help='end with an error instead of reconnecting')
+    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
+    add('--insecure', action='store_true', help='do not check the certificate of an https app')
+
+    add = group('output')
     add('--json', action='store_true', help='one JSON object a line on stdout')
     add('--quiet', action='store_true', help='only the URL, and what is wrong')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
 
-def add_server_options(add: Callable[..., Any]) -> None:
+def server_options(group: Group) -> None:
+    add = group('where it listens')
     add('--domain', default='localhost', type=str.lower,
         help='tunnels are NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
@@ -6575,16 +6696,17 @@ def add_server_options(add: Callable[..., Any]) -> None:
     add('--tls-port', type=port_number, default=443, help='for https (%(default)s)')
     add('--cert', metavar='FILE', help='certificate with its chain, for https')
     add('--key', metavar='FILE', help='its private key')
+    add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
+        help='peers whose X-Forwarded-* are believed: the proxy in front')
+
+    add = group('who may open tunnels')
     add('--token', action='append',
         help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
     add('--token-file', metavar='FILE',
         help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
     add('--open', action='store_true', help='everybody may open tunnels')
-    add('--tcp-ports', type=port_range, default=range(0), metavar='A-B', help='for raw TCP (none)')
-    add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
-        help='peers whose X-Forwarded-* are believed: the proxy in front')
-    add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
-    add('--state', metavar='DIR', help='where leases and keys are kept')
+
+    add = group('limits')
     add('--hold', type=number, default=HELD, metavar='SECONDS',
         help='how long requests wait for a client that is on its way back (%(default).0f)')
     add('--drain', type=number, default=DRAIN, metavar='SECONDS',
@@ -6593,8 +6715,13 @@ def add_server_options(add: Callable[..., Any]) -> None:
     add('--buffer', type=count, default=0, metavar='MIB',
         help='for all windows together (an eighth of the memory)')
     add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
+
+    add = group('this machine')
+    add('--state', metavar='DIR', help='where leases and keys are kept')
     add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
+    add('--tcp-ports', type=port_range, default=range(0), metavar='A-B', help='for raw TCP (none)')
+    add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
 
 
 class Parser(argparse.ArgumentParser):
@@ -6604,22 +6731,56 @@ class Parser(argparse.ArgumentParser):
         put(file or sys.stderr, message)
 
 
+HELP = {'': """
+examples:
+  localtunnel.py client 8000                    a URL for http://localhost:8000
+  localtunnel.py server --domain example.com    the relay
+""", 'client': f"""
+{TARGET_FORMS}
+
+Secrets in options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep
+them out of it.  Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token
+refused, 5 superseded.
+
+examples:
+  localtunnel.py client 8000
+  localtunnel.py client 8000 --server https://example.com --name demo
+  localtunnel.py client ./dist --auth ana:secret
+  localtunnel.py client 22 --tcp
+""", 'server': """
+SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and SIGINT
+drain, the second one ends at once.
+
+examples:
+  localtunnel.py server                         for this machine alone
+  localtunnel.py server --domain example.com
+  localtunnel.py server --domain example.com --cert fullchain.pem --key privkey.pem
+  localtunnel.py server --domain example.com --token-file tokens --tcp-ports 20000-20999
+"""}
+
+
 def make_parser() -> argparse.ArgumentParser:
     """All that a user can type."""
-    parser = Parser(
-        prog='localtunnel.py',
-        description='Puts a local program on the internet under a friendly URL.',
-        epilog='localtunnel.py client --help and server --help show the options of each.')
+    form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
+
+    def group_of(parser: argparse.ArgumentParser) -> Group:
+        return lambda title: parser.add_argument_group(title).add_argument
+    parser = Parser(prog='localtunnel.py', epilog=HELP[''], **form,
+                    description='Puts a local program on the internet under a friendly URL.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
-    add_client_options(commands.add_parser(
-        'client', help='give a local program a public URL', epilog=TARGET_FORMS + '. Secrets in '
-        'options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep '
-        'them out of it. Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, '
-        '4 token refused, 5 superseded.').add_argument)
-    add_server_options(commands.add_parser('server', help='run the relay', epilog=(
-        'SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM '
-        'and SIGINT drain, the second one ends at once.')).add_argument)
+    client = commands.add_parser('client', help='give a local program a public URL',
+                                 usage='%(prog)s TARGET [OPTION ...]', epilog=HELP['client'],
+                                 **form)
+    client.add_argument('target', metavar='TARGET',
+                        help='what visitors reach: 8000, ./FOLDER, ... (see below)')
+    server = commands.add_parser('server', help='run the relay',
+                                 usage='%(prog)s [OPTION ...]', epilog=HELP['server'], **form)
+    client_options(group_of(client))
+    server_options(group_of(server))
+    for annex in ANNEXES:
+        annex.client_options(group_of(client)(annex.title))
+        annex.server_options(group_of(server)(annex.title))
     return parser
 
 
@@ -6633,24 +6794,24 @@ class tunnel:
     def __init__(self, target: Union[int, str], server: Optional[str] = None,
                  name: Optional[str] = None, token: Optional[str] = None) -> None:
         self.url = ''
-        self._target = parse_target(str(target))
+        self._args = make_parser().parse_args(['client', '--', str(target)])
+        self._target = find_target(self._args)
         if name is not None:
             check_name(name)
-        self._server, self._name, self._token = server, name, token
+        self._args.name, self._args.once = name, True
+        self._server, self._token = server, token
 
     async def __aenter__(self) -> tunnel:
         target, address = self._target, known_server(self._server)
-        args = make_parser().parse_args(['client', '--', target.text])
-        args.name, args.once = self._name, True
         async with contextlib.AsyncExitStack() as stack:
             reactor = Reactor(asyncio.get_running_loop())
             stack.push_async_callback(reactor.close)
             if address is None:
                 server, address = await start_local_server(reactor, target)
                 stack.push_async_callback(server.stop)
-            app = make_app(reactor, args, target, ClientObserver())
+            app = make_app(reactor, self._args, target, address, ClientObserver())
             stack.callback(app.close)
-            client = make_client(app, args, address, load_key(say),
+            client = make_client(app, self._args, address, load_key(say),
                                  known_token(self._token, address))
             stack.push_async_callback(client.stop)
             running = asyncio.ensure_future(client.run())

@@ -23,13 +23,14 @@ Contents
    13 Places                  targets and servers as they are typed
    14 App                     exchanges from visitor to app, and all kinds of targets
    15 Client                  when it tries again, and that exchanges go on
-   16 Raw TCP                 bytes both ways, and their ends
-   17 Folder and echo         what a folder shows, and what it hides
-   18 Host header             what app and visitor see of each other's address, base paths, hints
-   19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Operator's page         what he sees, and what he ends (in B)
-   21 Terminal                what a person sees
-   22 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   16 Annex                   nothing by itself: see D
+   17 Raw TCP                 bytes both ways, and their ends
+   18 Folder and echo         what a folder shows, and what it hides
+   19 Host header             what app and visitor see of each other's address, base paths, hints
+   20 Outgoing proxy          the ways out, and what a proxy may answer
+   21 Operator's page         what he sees, and what he ends (in B)
+   22 Terminal                what a person sees
+   23 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2680,7 +2681,7 @@ class WorldTest(LoopTest):
         self.assertLessEqual(set(options), set(vars(args)))
         vars(args).update(options)
         with unittest.mock.patch.object(lt, 'tls_to', side_effect=[app_tls, tls]):
-            app = lt.make_app(self.reactor, args, lt.parse_target(args.target, args.tcp), self.log)
+            app = lt.make_app(self.reactor, args, lt.find_target(args), address, self.log)
             client = lt.make_client(app, args, address, key, token)
         client.app = app
         self.clients.append(client)
@@ -3824,7 +3825,14 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Raw TCP
+# 16. Annex
+# ------------------------------------------------------------------------------------------------
+
+# What stands around the tunnel can be cut out, see house rules.
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -3911,7 +3919,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Folder and echo
+# 18. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -4090,7 +4098,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Host header
+# 19. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -4355,7 +4363,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Outgoing proxy
+# 20. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -4433,14 +4441,14 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Operator's page
+# 21. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried in part B, by an operator under attack.
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Terminal
+# 22. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -4793,7 +4801,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Command line
+# 23. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -8263,7 +8271,7 @@ class Bench:
         before = resident(pid)
         reactor = lt.Reactor(asyncio.get_running_loop())
         address, args = lt.ServerAddress(address), lt.make_parser().parse_args(['client', '1'])
-        app = lt.make_app(reactor, args, lt.parse_target('1'), lt.ClientObserver())
+        app = lt.make_app(reactor, args, lt.parse_target('1'), address, lt.ClientObserver())
         clients = [lt.make_client(app, args, address, os.urandom(32), '') for _ in range(TUNNELS)]
         tasks = [reactor.spawn(client.run()) for client in clients]
         for client in clients:
