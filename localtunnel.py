@@ -173,6 +173,7 @@ DRAIN_LOOK = 0.05               # between looks whether all has finished
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
 ROOM_LOOK = 0.1                 # between looks whether they have
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
+LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 WRONG_TOKEN = 0.5               # after a wrong token the next one of its address waits so long
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
 QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
@@ -2588,17 +2589,21 @@ def write_secret(path: str, data: bytes) -> None:
         raise
 
 
+Changes = Dict[str, Optional[Dict[str, Any]]]        # leases by name; None: it ends
+
+
 class Leases:
     """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
 
-    `claim` and `release` return when the change is on disk: a line at the end of a journal, which
-    costs the same however many there are.  Now and then the journal becomes part of the file beside
-    it, which people can read and mend; sqlite3 would be neither that nor in every Python.
+    A change is asked for (`claim`, `release`, `free`), written, and then made: one after the other,
+    by whoever can wait for a disk.  It is a line at the end of a journal, which costs the same
+    however many leases there are.  Now and then the journal becomes part of the file beside it,
+    which people can read and mend; sqlite3 would be neither that nor in every Python.
     """
 
     def __init__(self, tokens: Tokens, path: Optional[str] = None) -> None:
         """Without PATH they last as long as the process.  Raises UsageError for a damaged file."""
-        self._tokens, self._path = tokens, path or ''
+        self._tokens, self.path = tokens, path or ''
         self._leases: Dict[str, Dict[str, Any]] = {}
         self._of: Dict[str, Set[str]] = collections.defaultdict(set)    # names by owner, by token
         self._lines = 0             # of the journal
@@ -2611,11 +2616,11 @@ class Leases:
 
     def _load(self) -> None:
         changes: Dict[str, Any] = {}
-        if self._path and os.path.exists(self._path):
-            with open(self._path, encoding='ascii') as f:
+        if self.path and os.path.exists(self.path):
+            with open(self.path, encoding='ascii') as f:
                 changes.update(json.load(f)['leases'].items())
-        if self._path and os.path.exists(self._path + JOURNAL):
-            with open(self._path + JOURNAL, encoding='ascii') as f:
+        if self.path and os.path.exists(self.path + JOURNAL):
+            with open(self.path + JOURNAL, encoding='ascii') as f:
                 for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
                     changes.update(json.loads(line).items())
                     self._lines += 1
@@ -2624,7 +2629,7 @@ class Leases:
                 self._check(name, lease['owner'], lease['token'], lease['used'])
             self._set(name, lease)
         if self._lines:
-            self._compact()
+            self._compact(self._leases)
 
     @staticmethod
     def _check(name: str, owner: object, token: object, used: object) -> None:
@@ -2641,29 +2646,38 @@ class Leases:
             return str(lease['owner'])
         return None
 
-    def claim(self, name: str, owner: str, token: str, now: float) -> None:
-        """Give NAME to OWNER, who came with the token of digest TOKEN, or raise Refused."""
-        current = self.owner(name, now)
-        if current is not None and not same(current, owner):
-            raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
-                          'choose another one')
-        known = self._leases.get(name)
-        if current and known and known['token'] == token and now - known['used'] < DAY:
-            return      # the date need not be newer than a day
-        if current is None and sum(self.owner(other, now) == owner
-                                   for other in self._of.get(owner, ())) >= MAX_LEASES:
+    def check_limits(self, owner: str, token: str, now: float) -> None:
+        """Raises Refused where OWNER, with the token of digest TOKEN, may not have a name more."""
+        if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
                           'back with: client TARGET --name NAME --release')
-        if current is None and token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
+        if token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
             raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
                           'already; give one back')
+
+    def claim(self, name: str, owner: str, token: str, now: float, over: bool = False) -> Changes:
+        """What gives NAME to OWNER, who came with the token of digest TOKEN, or raise Refused.
+
+        OVER: though somebody else has it.
+        """
+        current, ended = self.owner(name, now), []
+        if current is not None and not same(current, owner):
+            if not over:
+                raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
+                              'choose another one')
+            current = None
+        known = self._leases.get(name)
+        if current and known and known['token'] == token and now - known['used'] < DAY:
+            return {}       # the date need not be newer than a day
+        if current is None:
+            self.check_limits(owner, token, now)
         if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
             if now >= self._look_at:        # all are looked at: not for each who asks
                 self._look_at = now + LEASE_LOOK
-                self._save({n: None for n in self._leases if not self.owner(n, now)})
-            if len(self._leases) >= MAX_LEASES_IN_ALL:
+                ended = [n for n in self._leases if not self.owner(n, now)]
+            if len(self._leases) - len(ended) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
-        self._save({name: {'owner': owner, 'token': token, 'used': int(now)}})
+        return {**dict.fromkeys(ended), name: {'owner': owner, 'token': token, 'used': int(now)}}
 
     def ports(self, owner: Optional[str] = None) -> List[int]:
         """Leased TCP ports, of OWNER or all, those first that were used least recently."""
@@ -2672,34 +2686,30 @@ class Leases:
                        if name.startswith('tcp:'))
         return [port for _, port in found]
 
-    def release(self, name: str, owner: str, now: float) -> None:
-        """Take NAME back from OWNER, or raise Refused."""
+    def release(self, name: str, owner: str, now: float) -> Changes:
+        """What takes NAME back from OWNER, or raise Refused."""
         if self.owner(name, now) != owner:
             raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
-        self.free(name)
+        return self.free(name)
 
-    def free(self, name: str) -> bool:
-        """Take NAME back from whoever has it; was there anybody?"""
-        if name not in self._leases:
-            return False
-        self._save({name: None})
-        return True
+    def free(self, name: str) -> Changes:
+        """What takes NAME back from whoever has it; nothing where nobody does."""
+        return {name: None} if name in self._leases else {}
 
-    def _save(self, changes: Dict[str, Optional[Dict[str, Any]]]) -> None:
-        """What is not on disk is not given: raises Refused."""
-        try:
-            if self._path and changes:
-                self._append(json.dumps(changes).encode() + b'\n')
-        except OSError as e:
-            raise Refused(503, 'state', f'the server can not keep its leases: {e.strerror}') from e
+    def make(self, changes: Changes) -> None:
+        """Make CHANGES, which are written."""
         for name, lease in changes.items():
             self._set(name, lease)
+
+    def write(self, changes: Changes) -> None:
+        """Write CHANGES, in a thread.  Raises OSError, and then they must not be made."""
+        self._append(json.dumps(changes).encode() + b'\n')
         if self._lines > max(JOURNAL_LINES, len(self._leases)):
             with contextlib.suppress(OSError):      # the journal has it all, too
-                self._compact()
+                self._compact({**self._leases, **changes})
 
     def _append(self, line: bytes) -> None:
-        handle = os.open(self._path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        handle = os.open(self.path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
                          | getattr(os, 'O_NOFOLLOW', 0), 0o600)
         with open(handle, 'ab', buffering=0) as f:
             size = f.seek(0, os.SEEK_END)
@@ -2712,10 +2722,11 @@ class Leases:
                 raise
         self._lines += 1
 
-    def _compact(self) -> None:
-        write_secret(self._path, json.dumps({'leases': self._leases}, indent=1).encode())
+    def _compact(self, leases: Dict[str, Any]) -> None:
+        there = {name: lease for name, lease in leases.items() if lease}
+        write_secret(self.path, json.dumps({'leases': there}, indent=1).encode())
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path + JOURNAL)
+            os.unlink(self.path + JOURNAL)
         self._lines = 0
 
     def _set(self, name: str, lease: Optional[Dict[str, Any]]) -> None:
@@ -3183,7 +3194,8 @@ class Hello:
             self.kind, self.name = str(hello['kind']), hello.get('name')
             self.proof = bytes.fromhex(hello['proof'])
             self.instance, self.started = bytes.fromhex(hello['instance']), float(hello['started'])
-            self.share, self.release = bool(hello.get('share')), bool(hello.get('release'))
+            self.share = bool(hello.get('share'))
+            self.release = bool(hello.get('release')) and self.name is not None
             self.long = bool(hello.get('long'))
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
@@ -3484,32 +3496,44 @@ class Tunnels:
 #   holder    whose tunnels are counted: the token, else the address
 #
 # First all that may speak against a client is looked at, and nothing changes; then the lease is
-# written, the last that can fail; then the client enters.
+# written, the last that can fail; then the client enters.  The disk may take its time, so clients
+# take turns; a session that goes on needs none.
 # ------------------------------------------------------------------------------------------------
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visit', 'grant', 'hello', 'owner', 'holder', 'name', 'tunnel')
+    __slots__ = ('visit', 'grant', 'hello', 'owner', 'block', 'holder', 'stranger', 'name',
+                 'tunnel')
 
     def __init__(self, visit: Visit, grant: Grant, hello: Hello, name: str) -> None:
         self.visit, self.grant, self.hello, self.name = visit, grant, hello, name
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        self.holder = grant.digest or block_of(visit.address)
+        self.block = block_of(visit.address)
+        self.holder = grant.digest or self.block
+        # Who comes without a token can make up owners, but not addresses.
+        self.stranger = not grant.digest and not is_loopback(visit.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
 class Kind:
     """Tunnels of one kind beside http, which are reached in another way."""
 
-    def place(self, asked: Candidate) -> None:
-        """Find a place for the tunnel of ASKED, and say where in its `url`.  Raises Refused."""
+    def check(self, asked: Candidate) -> None:
+        """Raises Refused where ASKED may not have a place, or the one that its tunnel has."""
+        raise NotImplementedError
+
+    async def place(self, asked: Candidate) -> None:
+        """Find a place for the tunnel of ASKED, lease it, and say in its `url` where it is.
+
+        Raises Refused and Disconnected, and leaves nothing behind then.
+        """
         raise NotImplementedError
 
     async def open(self, tunnel: Tunnel) -> None:
         """Let visitors come to TUNNEL, which has a place and a client."""
         raise NotImplementedError
 
-    def free(self, tunnel: Tunnel) -> bool:
+    async def free(self, tunnel: Tunnel) -> bool:
         """Free what TUNNEL has leased; return whether there was anything."""
         raise NotImplementedError
 
@@ -3533,6 +3557,14 @@ class Admission:
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: Dict[str, float] = {}      # until when a block waits for its wrong tokens
         self._look_at = 0.0                     # when tunnels are looked at again
+        self._turn = asyncio.Lock()             # for who changes what others have looked at
+        self._written: Optional[asyncio.Future[None]] = None        # the last change of leases
+
+    async def close(self) -> None:
+        """Let nobody in any more, and let who is about to come in do so."""
+        self.closed = True
+        async with self._turn:
+            pass
 
     def sweep(self, now: float, at_once: bool) -> None:
         """Forget old guesses; end whose token is not valid any more.
@@ -3551,15 +3583,19 @@ class Admission:
             kind.sweep()
         self._tunnels.sweep(now)
 
-    def end(self, name: str, lease: bool, why: str) -> bool:
-        """End what serves NAME, with LEASE free it too; return whether there was anything."""
-        found = self._tunnels.end(name, why)
-        if lease:
-            for key, kind in self.kinds.items():
+    async def end(self, name: str, lease: bool, why: str) -> bool:
+        """End what serves NAME, with LEASE free it too; return whether there was anything.
+
+        Raises Refused.
+        """
+        async with self._turn:
+            if lease and self.closed:
+                raise Refused(503, 'draining', 'this server ends; ask the next one')
+            found = self._tunnels.end(name, why)
+            for key, kind in self.kinds.items() if lease else ():
                 tunnel = self._tunnels.get(tunnel_key(name, key))
-                found |= tunnel is not None and kind.free(tunnel)
-            found |= self.leases.free(name)
-        return found
+                found |= tunnel is not None and await kind.free(tunnel)
+            return found | (lease and await self.save(self.leases.free(name)))
 
     async def admit(self, visit: Visit, request: Request,
                     url: Callable[[str], str]) -> Tuple[Member, Tunnel, Optional[int]]:
@@ -3572,21 +3608,15 @@ class Admission:
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
-        self._check_new(asked)
-        hello, tunnel = asked.hello, asked.tunnel
-        if hello.name is not None:
-            self.claim(asked.name, asked.owner, asked)
-        if hello.kind == 'http':
-            tunnel.url = url(asked.name)
-        elif not tunnel.url:
-            self.kinds[hello.kind].place(asked)
-        self._make_way(asked)
-        session = Session(self._reactor, self.budget, trace=self._trace)
-        member = Member(session, hello, asked.grant, asked.holder)
-        self._tunnels.enter(tunnel, member)
-        if hello.kind != 'http':
-            await self.kinds[hello.kind].open(tunnel)
-        return member, tunnel, None
+        async with self._turn:      # one after the other: what was looked at stays so
+            visit.connection.check()
+            asked.tunnel = self._find(asked)
+            goes_on = self._resumed(asked)      # an attempt before this one came in meanwhile
+            if goes_on:
+                return goes_on
+            self._check_new(asked)
+            await self._lease(asked)
+            return await self._enter(asked, url)
 
     async def _check(self, visit: Visit, request: Request) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
@@ -3618,16 +3648,16 @@ class Admission:
         return self._tunnels.get(asked.tunnel.key) or asked.tunnel
 
     def _check_new(self, asked: Candidate) -> None:
-        """Raises Refused where the server has no place for ASKED; or where it gave a name back."""
+        """Raises Refused where the server has no place for ASKED."""
         hello, tunnel, grant, holder = asked.hello, asked.tunnel, asked.grant, asked.holder
         if self.closed:
             raise Refused(503, 'draining', 'the server ends; another one will be there soon')
         if hello.kind != 'http' and hello.kind not in self.kinds:
             raise Refused(403, 'bad_port', f'this server has no tunnels of the kind {hello.kind}')
-        if hello.release and hello.name is not None:
-            self.leases.release(asked.name, asked.owner, time.time())
-            self._tunnels.end(asked.name, f'the name {asked.name} was given back')
-            raise Refused(200, 'released', f'the name {asked.name} was given back')
+        if hello.kind != 'http':
+            self.kinds[hello.kind].check(asked)
+        if hello.release:
+            return              # it needs no place
         goes = tunnel.beside(hello)     # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
             raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
@@ -3668,24 +3698,69 @@ class Admission:
                           'in LOCALTUNNEL_TOKEN')
         return grant
 
-    def claim(self, key: str, owner: str, asked: Candidate) -> None:
-        """Lease KEY, a name or tcp:PORT, to OWNER.  Raises Refused.
+    async def _lease(self, asked: Candidate) -> None:
+        """Lease what ASKED wants, or take it back.  Raises Refused and Disconnected."""
+        if asked.hello.release:
+            await self.save(self.leases.release(asked.name, asked.owner, time.time()))
+            self._tunnels.end(asked.name, f'the name {asked.name} was given back')
+            raise Refused(200, 'released', f'the name {asked.name} was given back')
+        if asked.hello.name is not None:
+            await self.claim(asked.name, asked.owner, asked)
+        if asked.hello.kind != 'http' and not asked.tunnel.url:
+            await self.kinds[asked.hello.kind].place(asked)
 
-        Who comes without a token can make up owners, but not addresses.
+    def check_limits(self, owner: str, asked: Candidate) -> None:
+        """Raises Refused where OWNER, who is ASKED, may not lease more."""
+        now = time.time()
+        self.leases.check_limits(owner, asked.grant.digest, now)
+        if now - self._claims_since > DAY:
+            self._claims_since, self._claims = now, collections.Counter()
+        if asked.stranger and self._claims[asked.block] >= MAX_LEASES:
+            raise Refused(429, 'too_many_names', f'{asked.visit.address} has taken {MAX_LEASES} '
+                          'new names today; take one of those, or come again tomorrow')
+
+    async def claim(self, key: str, owner: str, asked: Candidate, over: bool = False) -> None:
+        """Lease KEY, a name or tcp:PORT, to OWNER; see Leases.  Raises Refused and Disconnected."""
+        now = time.time()
+        new = self.leases.owner(key, now) != owner
+        if new:
+            self.check_limits(owner, asked)
+        await self.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
+        if new and asked.stranger:
+            self._claims[asked.block] += 1
+        asked.visit.connection.check()      # it may have left meanwhile
+
+    async def save(self, changes: Changes) -> bool:
+        """Change leases; return whether there was anything.
+
+        What is not on disk does not hold: raises Refused.
         """
-        now, block = time.time(), block_of(asked.visit.address)
-        new = (not asked.grant.digest and not is_loopback(asked.visit.address)
-               and self.leases.owner(key, now) is None)
-        if new:
-            if now - self._claims_since > DAY:
-                self._claims_since, self._claims = now, collections.Counter()
-            if self._claims[block] >= MAX_LEASES:
-                raise Refused(429, 'too_many_names', f'{asked.visit.address} has taken '
-                              f'{MAX_LEASES} new names today; take one of those, or come again '
-                              'tomorrow')
-        self.leases.claim(key, owner, asked.grant.digest, now)
-        if new:
-            self._claims[block] += 1
+        if changes and self.leases.path:
+            try:
+                if self._written and not self._written.done():
+                    raise asyncio.TimeoutError
+                self._written = self._reactor.loop.run_in_executor(
+                    None, self.leases.write, changes)
+                await asyncio.wait_for(asyncio.shield(self._written), LEASE_WRITTEN)
+            except (OSError, asyncio.TimeoutError) as e:
+                why = getattr(e, 'strerror', None) or 'its disk does not answer'
+                raise Refused(503, 'state', f'the server can not keep its leases: {why}') from e
+        self.leases.make(changes)
+        return bool(changes)
+
+    async def _enter(self, asked: Candidate,
+                     url: Callable[[str], str]) -> Tuple[Member, Tunnel, Optional[int]]:
+        """As `admit`, for who is let in."""
+        hello, tunnel = asked.hello, asked.tunnel
+        if hello.kind == 'http':
+            tunnel.url = url(asked.name)
+        self._make_way(asked)
+        session = Session(self._reactor, self.budget, trace=self._trace)
+        member = Member(session, hello, asked.grant, asked.holder)
+        self._tunnels.enter(tunnel, member)
+        if hello.kind != 'http':
+            await self.kinds[hello.kind].open(tunnel)
+        return member, tunnel, None
 
     def _make_way(self, asked: Candidate) -> None:
         """End the members that ASKED replaces."""
@@ -3698,8 +3773,7 @@ class Admission:
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
 
-    @staticmethod
-    def _resumed(asked: Candidate) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+    def _resumed(self, asked: Candidate) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
         """As `admit`, where a session of this client goes on, since nothing is missing; else None.
 
         One whose welcome was lost goes on too: all that was sent is sent again.
@@ -3718,6 +3792,8 @@ class Admission:
         if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
                 grant.user, grant.digest):
             return None         # somebody else's session: whoever asks begins one of their own
+        if hello.kind != 'http':
+            self.kinds[hello.kind].check(asked)
         member.hello.attempt, member.grant = hello.attempt, grant
         return member, tunnel, theirs
 
@@ -4058,7 +4134,8 @@ class Server:
         HANDED_OVER: a successor accepts.  Then idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
-        self.draining = self.admission.closed = True
+        self.draining = True
+        await self.admission.close()
         await self.doors.close()
         for member in self.tunnels.members():
             member.session.drain(DRAINING, 'the server ends')
@@ -5110,61 +5187,69 @@ class TcpPorts(Kind):
             for sock in self._inherited.popitem()[1]:
                 sock.close()
 
-    def free(self, tunnel: Tunnel) -> bool:
-        return tunnel.url != '' and self._give_up(port_of(tunnel))
+    async def free(self, tunnel: Tunnel) -> bool:
+        if not tunnel.url:
+            return False
+        key = f'tcp:{port_of(tunnel)}'
+        self._close(tunnel)
+        admission = self._server.admission
+        return await admission.save(admission.leases.free(key))
 
     async def open(self, tunnel: Tunnel) -> None:
         for sock in self._bound.pop(tunnel, ()):
             door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
             self._doors.setdefault(tunnel, []).extend([door] if door else [])
 
-    def place(self, asked: Candidate) -> None:
-        """Bind the port asked for, the old one, or a free one.  Raises Refused."""
-        hello, grant = asked.hello, asked.grant
-        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
-        allowed = [port for port in self._ports if port in grant.ports]
-        if not allowed or (hello.port and hello.port not in allowed):
+    def _allowed(self, asked: Candidate) -> List[int]:
+        return [port for port in self._ports if port in asked.grant.ports]
+
+    def check(self, asked: Candidate) -> None:
+        allowed = self._allowed(asked)
+        port = port_of(asked.tunnel) if asked.tunnel.url else asked.hello.port
+        if not allowed or (port and port not in allowed):
             raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
                           'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
-        for port in self._candidates(hello, owner, allowed):
+
+    async def place(self, asked: Candidate) -> None:
+        """Bind the port asked for, the old one, or a free one."""
+        server, hello = self._server, asked.hello
+        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
+        for port in self._candidates(asked, owner):
+            old = self._at.get(port)
+            if old and old.members:
+                continue
+            if old:
+                self._close(old)
             try:
                 sockets = self._inherited.pop(port, None) or bind(self._host, port)
             except OSError:
                 continue        # another program listens there
             try:
-                self._server.admission.claim(f'tcp:{port}', owner, asked)
-            except Refused:
+                await server.admission.claim(f'tcp:{port}', owner, asked, over=True)
+            except LocaltunnelError:
                 for sock in sockets:
                     sock.close()
                 raise
-            asked.tunnel.url, self._at[port] = f'tcp://{self._server.domain}:{port}', asked.tunnel
+            asked.tunnel.url, self._at[port] = f'tcp://{server.domain}:{port}', asked.tunnel
             self._bound[asked.tunnel] = sockets
-            self._server.visitors.listening += len(sockets)
+            server.visitors.listening += len(sockets)
             return
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
                       if hello.port else 'no port for raw TCP is free on this server')
 
-    def _candidates(self, hello: Hello, owner: str, allowed: Sequence[int]) -> Iterable[int]:
-        """Ports to try: the old one, or one that is free, at last one whose tunnel is not there."""
-        leases, now = self._server.admission.leases, time.time()
-        start, may = int.from_bytes(hello.proof[:4], 'big') % len(allowed), frozenset(allowed)
+    def _candidates(self, asked: Candidate, owner: str) -> Iterable[int]:
+        """Ports to try: the old one, or one that is free, at last one whose client is away."""
+        admission, hello, allowed = self._server.admission, asked.hello, self._allowed(asked)
+        leases, now, may = admission.leases, time.time(), frozenset(allowed)
+        start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
         wanted = [hello.port] if hello.port else [*leases.ports(owner), *allowed[start:],
                                                   *allowed[:start]]
         for port in wanted:
             if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
-        for port in leases.ports() if not hello.port else []:
-            if port in may and self._give_up(port):
-                yield port
-
-    def _give_up(self, port: int) -> bool:
-        """Free the PORT of a tunnel that nobody serves; return whether it is free now."""
-        tunnel = self._at.get(port)
-        if tunnel is not None:
-            if tunnel.members:
-                return False
-            self._close(tunnel)
-        return self._server.admission.leases.free(f'tcp:{port}')
+        if not hello.port:
+            admission.check_limits(owner, asked)        # before somebody loses a port for it
+            yield from (port for port in leases.ports() if port in may)
 
     def _close(self, tunnel: Tunnel) -> None:
         """TUNNEL has no port any more, if it had one."""
@@ -5751,7 +5836,7 @@ class OperatorPage:
         try:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
             request = parse_request(head or b'')
-            form, page = self._page(request)
+            form, page = await self._page(request)
             answer = plain_message(200, form, page.encode(), close, request.method)
         except (BadHttp, HopFailed, Refused) as e:
             answer = error_message(e.status, str(e), request, close)
@@ -5760,8 +5845,8 @@ class OperatorPage:
         connection.transport.write(answer)
         await connection.linger()
 
-    def _page(self, request: Request) -> Tuple[str, str]:
-        """(content type, text) for REQUEST.  Raises HopFailed."""
+    async def _page(self, request: Request) -> Tuple[str, str]:
+        """(content type, text) for REQUEST.  Raises HopFailed and Refused."""
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
         if request.host_name != 'localhost' and not is_address(request.host_name):
@@ -5776,10 +5861,8 @@ class OperatorPage:
             return 'application/json', json.dumps(self.tunnels()) + '\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
-        if query == 'lease=1' and server.admission.closed:
-            raise HopFailed(503, 'this server ends; ask the next one')
-        if not server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
-                                    'the operator of the server ended this tunnel'):
+        if not await server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
+                                          'the operator of the server ended this tunnel'):
             raise HopFailed(404, 'there is no such tunnel')
         return 'text/plain', 'ended\n'
 
@@ -6569,7 +6652,7 @@ async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: as
                 continue
             log.note('handing over to a successor')
             await server.tunnels.settle()
-            server.admission.closed = True
+            await server.admission.close()
             child = await start_successor(reactor, sockets(), lock)
             server.admission.closed = False
             if child:
@@ -6620,6 +6703,7 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     log.flush()
     handed_over = await serve_until(reactor, server, log, stop,
                                     lambda: [*plain, *secure, *admin, *tcp.sockets()], lock)
+    await server.admission.close()
     os.close(lock)              # from now on nothing is written into the folder
     if handed_over:
         await operator.close()  # what is asked from now on is for the successor

@@ -2314,22 +2314,34 @@ class LeaseTest(FolderTest):
 
     TOKEN = lt.digest_of('t')
 
+    @staticmethod
+    def save(leases, changes):
+        if changes:
+            leases.write(changes)
+            leases.make(changes)
+
+    def claim(self, leases, *args):
+        self.save(leases, leases.claim(*args))
+
+    def release(self, leases, *args):
+        self.save(leases, leases.release(*args))
+
     def test_the_first_to_come_has_the_name(self):
         leases = self.leases()
         self.assertIsNone(leases.owner('app', 0))
-        leases.claim('app', 'me', self.TOKEN, 0)
-        leases.claim('app', 'me', self.TOKEN, 1)
+        self.claim(leases, 'app', 'me', self.TOKEN, 0)
+        self.claim(leases, 'app', 'me', self.TOKEN, 1)
         with self.assertRaises(lt.Refused) as caught:
-            leases.claim('app', 'you', self.TOKEN, 1)
+            self.claim(leases, 'app', 'you', self.TOKEN, 1)
         self.assertEqual((caught.exception.status, caught.exception.code), (409, 'name_taken'))
 
     def test_leases_survive_the_server(self):
-        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
         self.assertEqual(self.leases().owner('app', 6), 'me')
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
-        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
         for name in 'leases.json.journal', 'leases.json':
             self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
             self.assertEqual(os.listdir(self.folder), [name])
@@ -2340,16 +2352,16 @@ class LeaseTest(FolderTest):
         with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
                 written.append(os.fstat(f).st_size), sync(f))):
             for n in range(300):
-                leases.claim(f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
+                self.claim(leases, f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
         self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
-        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):
-            leases.claim('more', 'me', self.TOKEN, 5)       # as many lines as leases: not yet
-            leases.claim('more', 'me', self.TOKEN, 5 + lt.DAY)
+        self.assertEqual(os.listdir(self.folder), ['leases.json.journal'])
+        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):    # more lines than leases
+            self.claim(leases, 'more', 'me', self.TOKEN, 5)
         self.assertEqual(os.listdir(self.folder), ['leases.json'])
         self.assertEqual(len(self.leases()._leases), 301)
 
     def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
-        self.leases().claim('old', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
         with open(self.path('leases.json.journal'), 'a') as f:
             f.write('{"new": {"owner"')
         leases = self.leases()
@@ -2362,40 +2374,40 @@ class LeaseTest(FolderTest):
         leases = self.leases()
         with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
             for n in range(3):
-                leases.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
+                self.claim(leases, f'app{n}', f'me{n}', self.TOKEN, 5)
             with self.assertRaises(lt.Refused):
-                leases.claim('more', 'me', self.TOKEN, 5)
-            leases.release('app0', 'me0', 5)
-            leases.claim('more', 'me', self.TOKEN, 5)
+                self.claim(leases, 'more', 'me', self.TOKEN, 5)
+            self.release(leases, 'app0', 'me0', 5)
+            self.claim(leases, 'more', 'me', self.TOKEN, 5)
 
     def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
-        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
         self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
         self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
-        self.leases().claim('app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+        self.claim(self.leases(), 'app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
 
     def test_a_name_that_was_given_back_is_free(self):
         leases = self.leases()
-        leases.claim('app', 'me', self.TOKEN, 5)
+        self.claim(leases, 'app', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            leases.release('app', 'you', 6)
-        leases.release('app', 'me', 6)
+            self.release(leases, 'app', 'you', 6)
+        self.release(leases, 'app', 'me', 6)
         self.assertIsNone(self.leases().owner('app', 6))
 
     def test_one_owner_has_no_more_than_twenty(self):
         leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            leases.claim(f'app{n}', 'me', self.TOKEN, 5)
+            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            leases.claim('more', 'me', self.TOKEN, 5)
-        leases.claim('app0', 'me', self.TOKEN, 90000)
-        leases.claim('more', 'you', self.TOKEN, 5)
+            self.claim(leases, 'more', 'me', self.TOKEN, 5)
+        self.claim(leases, 'app0', 'me', self.TOKEN, 90000)
+        self.claim(leases, 'more', 'you', self.TOKEN, 5)
 
     def test_leases_of_long_ago_do_not_count(self):
         leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            leases.claim(f'app{n}', 'me', self.TOKEN, 5)
-        leases.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
+            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
+        self.claim(leases, 'more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
 
     def test_a_damaged_file_is_an_error_that_names_it(self):
         for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
@@ -2414,20 +2426,20 @@ class LeaseTest(FolderTest):
         for name in f'leases.json.{os.getpid()}.new', 'leases.json':
             os.symlink(self.write('theirs', 'theirs'), self.path(name))
         os.unlink(self.path('leases.json'))
-        self.leases().claim('app', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
         self.leases()
         with open(self.path('theirs')) as f:
             self.assertEqual(f.read(), 'theirs')
 
     def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
-        self.leases().claim('old', 'me', self.TOKEN, 5)
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
         for name in ('open', 'fsync'):
             with self.subTest(name):
                 leases = self.leases()
                 with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
                     for _ in range(2):      # and one that is not on disk is not given
                         with self.assertRaises((OSError, lt.Refused)):
-                            leases.claim('new', 'me', self.TOKEN, 5)
+                            self.claim(leases, 'new', 'me', self.TOKEN, 5)
                 again = self.leases()
                 self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
 
@@ -3092,7 +3104,7 @@ class AdmissionTest(WorldTest):
             self.assertEqual((await self.hello(kind=kind))[1], 101)
         names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server).tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
-        self.assertTrue(self.server.admission.end(names.pop(), True, 'the test'))
+        self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
         self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
@@ -3107,7 +3119,7 @@ class AdmissionTest(WorldTest):
         await self.hello('one', name='a', share=True, instance='44' * 16)
         await self.hello('two', name='b', proof='33' * 32)
         self.assertEqual(sorted(self.server.tunnels.served.values()), [1, 1])
-        self.server.admission.end('a', False, 'the test')
+        await self.server.admission.end('a', False, 'the test')
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
@@ -3126,6 +3138,21 @@ class AdmissionTest(WorldTest):
         self.assertEqual(given, [*sorted(ports, key=given.index), given[0]])
         self.assertEqual((await self.hello(kind='tcp', proof='44' * 32))[1], 101)
         self.assertEqual((await self.hello(kind='tcp', proof='55' * 32))[1], 409)
+
+    async def test_who_may_have_no_port_takes_none_from_a_client_that_is_away(self):
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            port = sock.getsockname()[1]
+        await self.world(tcp_ports=[port], host='127.0.0.1')
+        with self.constant(MAX_LEASES=1), unittest.mock.patch('localtunnel.is_loopback',
+                                                              lambda _: False):
+            await self.hello(kind='tcp')
+            self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
+            _, status, told = await self.hello(kind='tcp', proof='33' * 32)
+            self.assertEqual((status, told['error']), (429, 'too_many_names'))
+        self.assertEqual([tunnel.url for tunnel in self.server.tunnels],
+                         [f'tcp://localhost:{port}'])
+        socket.create_connection(('127.0.0.1', port)).close()
+        self.assertEqual((await self.hello(kind='tcp', proof='33' * 32))[1], 101)
 
     async def test_two_that_ask_for_a_port_at_the_same_time_get_the_same_one(self):
         await self.world(tcp_ports=range(20000, 20010), host='127.0.0.1')
@@ -3256,6 +3283,109 @@ class AdmissionTest(WorldTest):
         app, visitor = await self.through()
         await visitor.get(lt.WELL_KNOWN)
         self.assertTrue(app.requests[0].startswith(b'GET /.well-known/localtunnel'))
+
+
+class SlowDiskTest(WorldTest):
+    """Leases are written by a thread, here to a disk that waits for `go`, or fails."""
+
+    async def world(self, fails=None, **options):
+        def write(changes):
+            self.writing.set()
+            self.go.wait(PATIENCE)
+            if self.fails:
+                raise self.fails
+            self.written.append(changes)
+        self.fails, self.written, self.go = fails, [], threading.Event()
+        self.writing = threading.Event()
+        self.stack.callback(self.go.set)
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            self.public = sock.getsockname()[1]
+        await super().world(tcp_ports=[self.public], host='127.0.0.1', **options)
+        self.leases.path, self.leases.write = 'leases.json', write
+        self.asked = []
+
+    async def ask(self, **words):
+        """A hello whose lease is being written."""
+        self.asked.append(self.meanwhile(self.hello(**words)))
+        await eventually(self.writing.is_set)
+        return self.asked[-1]
+
+    async def test_it_holds_up_nobody_who_is_there(self):
+        await self.world()
+        client = await self.client(await self.app())
+        waiting = await self.ask(name='a')
+        self.assertEqual((await self.visit(client))[0], 200)
+        self.assertFalse(waiting.done() or self.leases.owner('a', time.time()))
+        self.go.set()
+        self.assertEqual((await waiting)[1], 101)
+        self.assertTrue(self.leases.owner('a', time.time()))
+
+    async def test_of_two_who_ask_at_once_one_has_the_name_and_limits_hold(self):
+        await self.world(max_tunnels=1)
+        for words, told in ({'name': 'a', 'proof': '33' * 32}, 409), ({'name': 'b'}, 429), (
+                {}, 429), ({'kind': 'tcp'}, 429):
+            waiting = await self.ask(name='a')
+            late = await self.ask(**words)
+            self.go.set()
+            self.assertEqual([(await task)[1] for task in (waiting, late)], [101, told])
+            self.assertEqual(list(self.leases._leases), ['a'])
+            await self.server.admission.end('a', True, 'the test')
+            self.go.clear()
+            self.writing.clear()
+
+    async def test_what_is_not_on_disk_is_not_given_and_leaves_nothing_behind(self):
+        await self.world(fails=OSError(28, 'No space left on device'))
+        self.go.set()
+        for words in {'name': 'a'}, {'kind': 'tcp'}:
+            _, status, told = await self.hello(**words)
+            self.assertEqual((status, told['error']), (503, 'state'))
+            self.assertIn('No space', told['message'])
+        self.assertEqual((list(self.server.tunnels), self.leases._leases), ([], {}))
+        self.fails = None
+        for words in {'name': 'a'}, {'kind': 'tcp'}:
+            self.assertEqual((await self.hello(**words))[1], 101)
+        self.fails = OSError(5, 'Input/output error')
+        self.assertEqual((await self.hello(name='a', release=True))[1], 503)
+        self.assertTrue(self.leases.owner('a', time.time()))        # nor taken back
+
+    async def test_one_that_hangs_keeps_out_only_who_leases(self):
+        await self.world()
+        with self.constant(LEASE_WRITTEN=0.02):
+            for name in 'a', 'b':       # for the second nobody waits again
+                _, status, told = await self.hello(name=name)
+                self.assertEqual((status, told['error']), (503, 'state'))
+        self.assertEqual((await self.hello())[1], 101)
+        self.go.set()
+        await eventually(lambda: self.written)
+        self.assertEqual((await self.hello(name='a'))[1], 101)
+        self.assertEqual([list(changes) for changes in self.written], [['a'], ['a']])
+
+    async def test_a_client_that_leaves_meanwhile_serves_nothing(self):
+        await self.world()
+        for words in {'name': 'a'}, {'kind': 'tcp'}:
+            self.writing.clear()
+            await self.ask(**words)
+            self.peers[-1].reset()
+            await eventually(lambda: not self.reactor.transports)
+            self.go.set()
+            await eventually(lambda: not self.server.visitors)
+            self.assertEqual(list(self.server.tunnels), [])
+            self.go.clear()
+        lt.bind('127.0.0.1', self.public)[0].close()        # nobody listens there
+
+    async def test_a_server_that_ends_lets_in_who_was_about_to_come_in_and_nobody_else(self):
+        await self.world()
+        waiting = await self.ask(name='a')
+        closing = self.meanwhile(self.server.admission.close())
+        late = self.meanwhile(self.hello(name='b'))
+        await eventually(lambda: self.server.admission.closed)
+        self.assertFalse(closing.done())
+        self.go.set()
+        await closing
+        self.assertEqual([(await task)[1] for task in (waiting, late)], [101, 503])
+        self.assertEqual([list(changes) for changes in self.written], [['a']])
+        with self.assertRaises(lt.Refused):     # nor is a lease freed for the successor
+            await self.server.admission.end('a', True, 'the test')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6751,10 +6881,20 @@ class HelloTest(HostileTest):
             resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
             self.assertEqual(await resumed(token, proof=proof * 32, resume=resume),
                              (101, goes_on))
-        self.write('tokens', 'ana B names=other\n')
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            port = sock.getsockname()[1]
+        ports = lt.TcpPorts(self.server, '127.0.0.1', [port, 1], {})
+        tcp = {'kind': 'tcp', 'proof': '44' * 32, 'name': None, 'instance': '55' * 16}
+        self.assertEqual(await resumed('B', **tcp), (101, None))
+        mine = {'session': self.server.tunnels.members()[1].id, 'received': 0}
+        self.assertEqual(await resumed('B', resume=mine, **tcp), (101, 0))
+        self.write('tokens', 'ana B names=other ports=1\n')
         self.server.admission.tokens.reload()
         resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
         self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
+        for more in {'resume': mine}, {'instance': '66' * 16}:
+            self.assertEqual((await resumed('B', **{**tcp, **more}))[0], 403)
+        self.assertEqual(len(ports.sockets()), 1)
 
     async def test_a_token_has_its_limits(self):
         path = self.write('tokens', '# team\nana A names=ana-*,demo tunnels=2 # hers\n'
