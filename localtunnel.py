@@ -4159,21 +4159,21 @@ class Server:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Look at what changes by itself: files, tokens, names that nobody serves."""
-        changed = self.admission.tokens.changed() or (
-            self.certificate is not None and self.certificate.changed())
-        if changed:
-            self.reload()
+        changed = self.reload(changed_only=True)
         self.admission.sweep(now, at_once=changed)
 
-    def reload(self) -> None:
-        """Read tokens and certificate again."""
+    def reload(self, changed_only: bool = False) -> bool:
+        """Read tokens and certificate again, or those that have changed; return whether any was."""
         sources: List[Tuple[str, Union[Tokens, Certificate]]] = [('tokens', self.admission.tokens)]
         if self.certificate:
             sources.append(('certificate', self.certificate))
+        sources = [(what, source) for what, source in sources
+                   if not changed_only or source.changed()]
         for what, source in sources:
             error = source.reload()
             self.counters['reload_errors' if error else 'reloads'] += 1
             self.log.note(f'error: {error}' if error else f'{what} read again')
+        return bool(sources)
 
     # One connection.
 
