@@ -29,15 +29,17 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    I. The tunnel             9 Exchange             II. Around it
-    1 Constants and errors   10 Tunnels              16 Annex
-    2 Wire                   11 Admission            17 Raw TCP
-    3 Credit                 12 Server               18 Folder and echo
-    4 Byte streams           13 Places               19 Host header
-    5 Session                14 App                  20 Outgoing proxy
-    6 HTTP/1.1               15 Client               21 Operator's page
-    7 Names and tokens                               III. The command line
-    8 Certificates           22 Terminal             23 Command line
+    I. The tunnel             8 Exchange             II. Around it
+    1 Constants and errors    9 Tunnels              15 Annex
+    2 Wire                   10 Admission            16 Raw TCP
+    3 Credit                 11 Server               17 Folder and echo
+    4 Byte streams           12 Places               18 Host header
+    5 Session                13 App                  19 Outgoing proxy
+    6 HTTP/1.1               14 Client               20 Certificates
+    7 Names and tokens                               21 Hand-over
+    III. The command line    25 Wiring               22 Operator's page
+    23 Terminal              26 Python
+    24 Options               27 Command line
 """
 
 from __future__ import annotations
@@ -1065,6 +1067,18 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
     finally:
         while tasks:
             await end_task(tasks.pop())
+
+
+async def first_of(*work: Awaitable[Any]) -> None:
+    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
+    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            await end_task(task)
 
 
 async def pipe(source: ByteStream, sink: ByteStream) -> None:
@@ -2741,6 +2755,43 @@ class Leases:
                 self._of[key].add(name)
 
 
+LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
+
+
+def sign_lock(handle: int) -> None:
+    """Write into the lock who holds it."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, b'%-20d' % os.getpid())
+
+
+def lock_folder(folder: str) -> int:
+    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
+
+    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
+    """
+    given = os.environ.pop(LOCK_VARIABLE, '')
+    handle = int(given) if given else os.open(
+        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    os.set_inheritable(handle, False)
+    try:
+        if sys.platform == 'win32':
+            import msvcrt
+            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
+        os.close(handle)
+        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
+                         f'{printable(holder)}; end that one, or give this one another folder '
+                         'with --state') from None
+    sign_lock(handle)
+    return handle
+
+
 def user_folder(variable: str, default: str) -> str:
     """Our folder in the one that VARIABLE names, else where the system keeps such things."""
     usual = {'darwin': '~/Library/Application Support',
@@ -2880,73 +2931,7 @@ class Access:
 
 
 # ------------------------------------------------------------------------------------------------
-# 8. Certificates
-#
-# What a server shows over TLS.  Knows no sessions and no routes.
-# ------------------------------------------------------------------------------------------------
-
-class Certificate:
-    """What a server shows, read again when its files change.
-
-    A fresh context is built and checked before `context` hands connections over to it.
-    """
-
-    def __init__(self, cert: str, key: str) -> None:
-        """Raises UsageError."""
-        self._files = cert, key
-        self._seen = stamp_of(cert, key)
-        self.context = self._current = self._load()
-        self.context.sni_callback = self._choose
-
-    def _choose(self, connection: Any, name: Any, context: Any) -> None:
-        connection.context = self._current
-
-    def _load(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(['http/1.1'])
-        try:
-            context.load_cert_chain(*self._files)
-        except (OSError, ssl.SSLError) as e:
-            raise UsageError(f'the certificate {self._files[0]} with the key {self._files[1]} can '
-                             f'not be used: {e}') from e
-        return context
-
-    def changed(self) -> bool:
-        """Are the files others than were read?"""
-        return stamp_of(*self._files) not in ([], self._seen)
-
-    def reload(self) -> Optional[str]:
-        """Read the files again; if they are no good the old ones stay: why."""
-        self._seen = stamp_of(*self._files)
-        try:
-            self._current = self._load()
-        except UsageError as e:
-            return f'{e}; the old certificate stays'
-        return None
-
-
-def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
-    """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
-    import subprocess
-    cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
-    if not (os.path.exists(cert) and os.path.exists(key)):
-        old = os.umask(0o077)
-        try:
-            subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
-                            '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
-                            '-keyout', key, '-out', cert], check=True, capture_output=True,
-                           timeout=OPENSSL_TIMEOUT)
-        except (OSError, subprocess.SubprocessError):
-            return None
-        finally:
-            os.umask(old)
-    with open(cert, encoding='ascii') as f:
-        return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
-
-
-# ------------------------------------------------------------------------------------------------
-# 9. Exchange
+# 8. Exchange
 #
 # One request and its response, the same at both ends of a tunnel.  Knows no tunnels, no connections
 # to apps, and not who watches.
@@ -3077,7 +3062,7 @@ class Observer:
 
 
 # ------------------------------------------------------------------------------------------------
-# 10. Tunnels
+# 9. Tunnels
 #
 # Who serves which name, and who waits for it.  Knows no tokens, and not what a request asks for.
 # ------------------------------------------------------------------------------------------------
@@ -3487,7 +3472,7 @@ class Tunnels:
 
 
 # ------------------------------------------------------------------------------------------------
-# 11. Admission
+# 10. Admission
 #
 # Who may open a tunnel, under which name, and how many.  Knows no routes and no visitors' requests.
 #
@@ -3799,7 +3784,7 @@ class Admission:
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Server
+# 11. Server
 #
 # Sessions in, visitors in.  Knows no frames and nothing of the client.
 #
@@ -3918,6 +3903,40 @@ def landing_page(address: str) -> Tuple[str, Sequence[bytes]]:
     return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
 
 
+def own_path() -> str:
+    """Where this file lies; '' where it was read from standard input."""
+    path = globals().get('__file__') or ''
+    return path if os.path.isfile(path) else ''
+
+
+@functools.lru_cache(maxsize=None)
+def own_source() -> List[bytes]:
+    """This file: what stands before and after the stamp.
+
+    Raises where it was read from a pipe, which can't be read again.
+    """
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            source = f.read()
+    else:
+        sys.stdin.buffer.seek(0)
+        source = sys.stdin.buffer.read()
+    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+
+
+def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
+    """This file, with the server's ADDRESS written into it.  Raises HopFailed.
+
+    The large pieces are the same for all: visitors choose what address they see.
+    """
+    try:
+        before, after = own_source()
+    except (OSError, ValueError, AttributeError) as e:
+        raise HopFailed(404, 'this server was started from a pipe, so it has no copy of itself to '
+                        'hand out') from e
+    return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
+
+
 @functools.lru_cache(maxsize=1)
 def date_line(second: int) -> str:
     """A Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
@@ -4004,13 +4023,56 @@ class Onward:
             '.' + plain.group(1).decode()))
 
 
+Sockets = List[socket.socket]
+FIRST_PASSED = 3            # SD_LISTEN_FDS_START
+
+
+def inherited_sockets() -> Dict[int, Sockets]:
+    """Listening sockets that systemd or a predecessor passed, by their local port."""
+    count = os.environ.pop('LISTEN_FDS', '')
+    owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
+    os.environ.pop('LISTEN_FDNAMES', None)
+    found: Dict[int, Sockets] = {}
+    if count.isdigit() and owner == str(os.getpid()):
+        for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
+            try:
+                sock = socket.socket(fileno=number)
+                found.setdefault(sock.getsockname()[1], []).append(sock)
+            except (OSError, IndexError) as e:
+                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket '
+                                 f'({e})') from e
+            sock.set_inheritable(False)
+    return found
+
+
+class Tls:
+    """How a server speaks TLS."""
+
+    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
+        self.context = context
+        self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
+        self.redirects = port != 0 and not pin      # visitors of http are sent there
+
+    def changed(self) -> bool:
+        """Return True if there is something to read again."""
+        return False
+
+    def reload(self) -> Optional[str]:
+        """Read it again; if it is no good the old one stays: why."""
+        return None
+
+
 class Doors:
     """What a server listens on, and the TLS handshakes that are under way."""
 
     def __init__(self, reactor: Reactor, log: Observer,
-                 counters: Dict[Union[str, int], int]) -> None:
+                 counters: Dict[Union[str, int], int],
+                 inherited: Optional[Dict[int, Sockets]] = None) -> None:
         self._reactor, self._log, self._counters = reactor, log, counters
+        self.inherited = dict(inherited or {})  # what listens already, by port, until it is taken
+        self._bound: Sockets = []               # what was taken, and perhaps closed since
         self._plain: Set[asyncio.AbstractServer] = set()
+        self._staying: Set[asyncio.AbstractServer] = set()      # others, open to the last
         self._secure: List[asyncio.Task[None]] = []
         self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
 
@@ -4019,11 +4081,43 @@ class Doors:
         """True while somebody who was let in has yet to be served."""
         return bool(self._shaking)
 
-    async def open(self, sock: socket.socket, serve: Serve,
-                   context: Optional[ssl.SSLContext] = None) -> Optional[asyncio.AbstractServer]:
-        """Let SERVE have each connection to SOCK, which is bound; with CONTEXT after a handshake.
+    def take(self, host: str, port: int) -> Sockets:
+        """What listens on PORT of HOST: inherited, or bound now.  Raises OSError."""
+        sockets = self.inherited.pop(port, None) or bind(host, port)
+        self._bound = [sock for sock in self._bound if sock.fileno() >= 0] + sockets
+        return sockets
 
-        What is returned can be closed alone.
+    def bind(self, host: str, port: int) -> Sockets:
+        """The same, port 0 being the next one inherited.  Raises LocaltunnelError: what to do."""
+        if self.inherited and not port:
+            port = next(iter(self.inherited))
+        try:
+            return self.take(host, port)
+        except OSError as e:
+            cure = 'choose another one with --port, --tls-port or --admin'
+            if e.errno == errno.EACCES:
+                cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
+                        f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
+            elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+                cure = 'it is no address of this machine; --bind takes one that is'
+            elif e.errno == errno.EADDRINUSE:
+                cure = f'another program listens there; end it, or {cure}'
+            else:
+                cure = f'{e.strerror}; {cure}'
+            raise LocaltunnelError(f'port {port} of {host or "all addresses"} can not be used: '
+                                   f'{cure}') from e
+
+    def sockets(self) -> Sockets:
+        """All that listens, for a successor."""
+        return [sock for sockets in (self._bound, *self.inherited.values()) for sock in sockets
+                if sock.fileno() >= 0]
+
+    async def open(self, sock: socket.socket, serve: Serve,
+                   context: Optional[ssl.SSLContext] = None,
+                   stays: bool = False) -> Optional[asyncio.AbstractServer]:
+        """Let SERVE have each connection to SOCK; with CONTEXT after a handshake.
+
+        STAYS: while the server drains, too.  What is returned can be closed alone.
         """
         make = functools.partial(Connection, self._reactor, serve)
         if context:
@@ -4033,7 +4127,7 @@ class Doors:
             return None
         door = await self._reactor.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
         sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
-        self._plain.add(door)
+        (self._staying if stays else self._plain).add(door)
         return door
 
     def close_one(self, door: asyncio.AbstractServer) -> None:
@@ -4041,20 +4135,17 @@ class Doors:
         door.close()
         self._plain.discard(door)
 
-    async def close(self) -> None:
+    async def close(self, handed_over: bool = False) -> None:
         """Let nobody in any more, and lose nobody who came before."""
-        for sock in self.sockets():
-            with contextlib.suppress(NotImplementedError):      # Windows
-                self._reactor.loop.remove_reader(sock)
-        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
         for door in self._plain:
+            for sock in getattr(door, 'sockets', None) or ():
+                with contextlib.suppress(NotImplementedError):      # Windows
+                    self._reactor.loop.remove_reader(sock)
+        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
+        for door in (*self._plain, *(self._staying if handed_over else ())):
             door.close()
         for task in self._secure:
             await end_task(task)
-
-    def sockets(self) -> List[socket.socket]:
-        """Those without TLS that are listened on."""
-        return [sock for door in self._plain for sock in getattr(door, 'sockets', None) or ()]
 
     async def _accept(self, sock: socket.socket, make: Callable[[], Connection],
                       context: ssl.SSLContext) -> None:
@@ -4101,19 +4192,20 @@ class Server:
     def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
                  log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
-                 only: bool = False, certificate: Optional[Certificate] = None,
-                 public: Tuple[str, int] = ('', 0), trace: Optional[Trace] = None) -> None:
+                 only: bool = False, inherited: Optional[Dict[int, Sockets]] = None,
+                 trace: Optional[Trace] = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
         TRUSTED are proxies in front.  ONLY: any Host that means this machine reaches the one tunnel
-        there is.  CERTIFICATE is for TLS.  PUBLIC is the scheme and port by which visitors are to
-        come, if not as clients do.
+        there is.  INHERITED are sockets that listen already, by port.
         """
         self.reactor, self.domain, self.log = reactor, domain.lower(), log
-        self.certificate, self._public = certificate, public
+        self.tls: Optional[Tls] = None          # a seam: how TLS is spoken, if at all
+        self._port = 0                          # for http; the last one that is listened on
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
-        self.pages: Dict[bytes, Page] = {b'/': landing_page}    # of the server's own name, by path
+        self.pages: Dict[bytes, Page] = {       # a seam: of the server's own name, by path
+            b'/': landing_page, b'/localtunnel.py': script_page}
         self.draining = False           # it ends: nobody new, and connections close
-        self.doors = Doors(reactor, log, self.counters)
+        self.doors = Doors(reactor, log, self.counters, inherited)
         self.visitors = Visitors(reactor, trusted)
         self.tunnels = Tunnels(reactor, hold, log)
         self.admission = Admission(
@@ -4124,9 +4216,10 @@ class Server:
         reactor.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
-        """Accept visitors and sessions on SOCK, which is bound; with TLS by the certificate."""
-        context = self.certificate.context if tls and self.certificate else None
-        await self.doors.open(sock, self._serve, context)
+        """Accept visitors and sessions on SOCK, which is bound."""
+        if not tls:
+            self._port = sock.getsockname()[1]
+        await self.doors.open(sock, self._serve, self.tls.context if tls and self.tls else None)
 
     async def stop(self, handed_over: bool = False) -> None:
         """Drain: accept no more, send the clients elsewhere, let what runs come to its end.
@@ -4136,7 +4229,7 @@ class Server:
         """
         self.draining = True
         await self.admission.close()
-        await self.doors.close()
+        await self.doors.close(handed_over)
         for member in self.tunnels.members():
             member.session.drain(DRAINING, 'the server ends')
             if member.session.connection is None:       # nor can it come back
@@ -4164,9 +4257,9 @@ class Server:
 
     def reload(self, changed_only: bool = False) -> bool:
         """Read tokens and certificate again, or those that have changed; return whether any was."""
-        sources: List[Tuple[str, Union[Tokens, Certificate]]] = [('tokens', self.admission.tokens)]
-        if self.certificate:
-            sources.append(('certificate', self.certificate))
+        sources: List[Tuple[str, Union[Tokens, Tls]]] = [('tokens', self.admission.tokens)]
+        if self.tls:
+            sources.append(('certificate', self.tls))
         sources = [(what, source) for what, source in sources
                    if not changed_only or source.changed()]
         for what, source in sources:
@@ -4258,9 +4351,10 @@ class Server:
             raise visit.refusal.again()
         host = request.host_name
         name, _, parent = host.partition('.')
-        if (self._public[0] == 'https' and visit.scheme == 'http' and request.target != b'*'
+        tls = self.tls
+        if (tls is not None and tls.redirects and visit.scheme == 'http' and request.target != b'*'
                 and self.domain in (parent, host)):
-            where = (f'https://{authority("https", host, self._public[1])}'
+            where = (f'https://{authority("https", host, tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
         tunnel = self.tunnels.get(name) if parent == self.domain and not self._only else None
@@ -4385,7 +4479,7 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visit.url_of(self.domain, request.host)}/localtunnel.py')
-        if (self.certificate and visit.scheme == 'http' and not visit.trusted
+        if (self.tls and visit.scheme == 'http' and not visit.trusted
                 and not is_loopback(visit.peer)):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, with the --pin that '
@@ -4394,14 +4488,12 @@ class Server:
     def _url(self, visit: Visit, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
         name = 'localhost' if self._only else f'{name}.{self.domain}'
-        scheme, port = self._public
-        return f'http://{authority(scheme, name, port)}' if scheme == 'http' else (
-            visit.url_of(name, host))
-
+        return (f'http://{authority("http", name, self._port)}' if self.tls and self.tls.pin else
+                visit.url_of(name, host))
 
 
 # ------------------------------------------------------------------------------------------------
-# 13. Places
+# 12. Places
 #
 # Where the app and the server are, as users write it; how they are reached, and in one sentence,
 # why not.
@@ -4604,7 +4696,7 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. App
+# 13. App
 #
 # The connections to the local program, and the service of one stream from it: `serve` reads the
 # request, `_forward` sends it, receives the response and gives it back, as at the server.  Knows
@@ -4849,7 +4941,7 @@ class App:
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Client
+# 14. Client
 #
 # Dials the server, and again; hands what comes out of the session to the one who serves it.  Knows
 # no frames, no HTTP but the request that asks for a session, nothing of the app and of the server's
@@ -5125,7 +5217,7 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 16. Annex
+# 15. Annex
 #
 # What an annex may do at a client and at a server.
 # ------------------------------------------------------------------------------------------------
@@ -5149,9 +5241,16 @@ class Annex:
     def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
         """Plug in at APP, and on the way to the server at ADDRESS."""
 
+    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+        """Plug in at SERVER, before it listens for visitors and clients."""
+
+    async def run(self, args: argparse.Namespace, server: Server) -> None:
+        """Run as long as SERVER serves.  To return ends it: another process serves now."""
+        await server.reactor.loop.create_future()
+
 
 # ------------------------------------------------------------------------------------------------
-# 17. Raw TCP
+# 16. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -5164,23 +5263,16 @@ def port_of(tunnel: Tunnel) -> int:
 class TcpPorts(Kind):
     """The ports of raw TCP tunnels, on a server."""
 
-    def __init__(self, server: Server, host: str, ports: Sequence[int],
-                 inherited: Dict[int, List[socket.socket]]) -> None:
-        """Bind PORTS of HOST, as they are needed; those in INHERITED are bound already."""
+    def __init__(self, server: Server, host: str, ports: Sequence[int]) -> None:
+        """Bind PORTS of HOST, as they are needed."""
         self._server, self._host, self._ports = server, host, ports
-        self._inherited = dict(inherited)       # of tunnels whose clients will be back
+        self._inherited = {port: server.doors.take(host, port)      # until their clients are back
+                           for port in tuple(server.doors.inherited) if port in ports}
         self._at: Dict[int, Tunnel] = {}        # who has which port
         self._bound: Dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
         self._doors: Dict[Tunnel, List[asyncio.AbstractServer]] = {}
         server.admission.kinds['tcp'] = self
         server.tunnels.on_forget = self._close
-
-    def sockets(self) -> List[socket.socket]:
-        """What is listened on, for a successor; also what waits for a client that is not back."""
-        listening = [sock for doors in self._doors.values() for door in doors
-                     for sock in getattr(door, 'sockets', ())]
-        waiting = [*self._inherited.values(), *self._bound.values()]
-        return [*listening, *(sock for sockets in waiting for sock in sockets)]
 
     def sweep(self) -> None:
         while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
@@ -5221,7 +5313,8 @@ class TcpPorts(Kind):
             if old:
                 self._close(old)
             try:
-                sockets = self._inherited.pop(port, None) or bind(self._host, port)
+                sockets = (self._inherited.pop(port, None)
+                           or self._server.doors.take(self._host, port))
             except OSError:
                 continue        # another program listens there
             try:
@@ -5290,6 +5383,10 @@ class RawTcp(Annex):
         add('--tcp', action='store_true', help='raw TCP instead of HTTP')
         add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
 
+    def server_options(self, add: Callable[..., Any]) -> None:
+        add('--tcp-ports', type=port_range, default=range(0), metavar='A-B',
+            help='for raw TCP (none)')
+
     def target(self, args: argparse.Namespace) -> Optional[Target]:
         text = args.target
         if not args.tcp and args.tcp_port is None:
@@ -5303,6 +5400,9 @@ class RawTcp(Annex):
 
     def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
         app.kinds['tcp'] = functools.partial(self.serve, app)
+
+    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+        TcpPorts(server, args.bind, args.tcp_ports)
 
     @staticmethod
     async def serve(app: App, stream: Stream) -> None:
@@ -5325,7 +5425,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Folder and echo
+# 17. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.
 # ------------------------------------------------------------------------------------------------
@@ -5572,7 +5672,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Host header
+# 18. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -5745,7 +5845,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Outgoing proxy
+# 19. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -5811,7 +5911,197 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Operator's page
+# 20. Certificates
+#
+# TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
+# ------------------------------------------------------------------------------------------------
+
+class Certificate(Tls):
+    """What a server shows, read again when its files change.
+
+    A fresh context is built and checked before `context` hands connections over to it.
+    """
+
+    def __init__(self, cert: str, key: str, port: int = 0, pin: str = '') -> None:
+        """Raises UsageError."""
+        self._files = cert, key
+        self._seen = stamp_of(cert, key)
+        self._current = self._load()
+        super().__init__(self._current, port, pin)
+        self.context.sni_callback = self._choose
+
+    def _choose(self, connection: Any, name: Any, context: Any) -> None:
+        connection.context = self._current
+
+    def _load(self) -> ssl.SSLContext:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        context.set_alpn_protocols(['http/1.1'])
+        try:
+            context.load_cert_chain(*self._files)
+        except (OSError, ssl.SSLError) as e:
+            raise UsageError(f'the certificate {self._files[0]} with the key {self._files[1]} can '
+                             f'not be used: {e}') from e
+        return context
+
+    def changed(self) -> bool:
+        return stamp_of(*self._files) not in ([], self._seen)
+
+    def reload(self) -> Optional[str]:
+        self._seen = stamp_of(*self._files)
+        try:
+            self._current = self._load()
+        except UsageError as e:
+            return f'{e}; the old certificate stays'
+        return None
+
+
+def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
+    """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
+    import subprocess
+    cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
+    if not (os.path.exists(cert) and os.path.exists(key)):
+        old = os.umask(0o077)
+        try:
+            subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
+                            '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
+                            '-keyout', key, '-out', cert], check=True, capture_output=True,
+                           timeout=OPENSSL_TIMEOUT)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        finally:
+            os.umask(old)
+    with open(cert, encoding='ascii') as f:
+        return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
+
+
+class Certificates(Annex):
+    """--cert and --key, or a certificate of our own."""
+    title = 'https'
+
+    def server_options(self, add: Callable[..., Any]) -> None:
+        add('--tls-port', type=port_number, default=443, metavar='PORT', help='(%(default)s)')
+        add('--cert', metavar='FILE', help='certificate with its chain, for https')
+        add('--key', metavar='FILE', help='its private key')
+
+    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+        if bool(args.cert) != bool(args.key):
+            raise UsageError('--cert and --key go together')
+        cert, key, pin = args.cert, args.key, ''
+        if not cert:
+            made = None if is_loopback(args.domain) or args.trust_proxy else self_signed(
+                args.state, args.domain)
+            if not made:
+                return
+            cert, key, pin = made
+        try:
+            sockets = server.doors.bind(args.bind, args.tls_port)
+        except LocaltunnelError:
+            if not pin:
+                raise
+            return              # it was only a kindness
+        server.tls = Certificate(cert, key, sockets[0].getsockname()[1], pin)
+        for sock in sockets:
+            await server.listen(sock, tls=True)
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. Hand-over
+#
+# A restart: the successor gets the listening sockets, as systemd passes them, and says when it
+# serves.
+# ------------------------------------------------------------------------------------------------
+
+READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
+
+
+def notify_systemd(log: Observer, text: str) -> None:
+    """Tell systemd, where it asked to be told (Type=notify)."""
+    path = os.environ.get('NOTIFY_SOCKET')
+    if path:
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+                sock.sendto(text.encode(), '\0' + path[1:] if path[0] == '@' else path)
+        except OSError as e:
+            log.note(f'warning: NOTIFY_SOCKET can not be written: {e.strerror}')
+
+
+def say_ready(log: Observer) -> None:
+    """Tell whoever started this server that it serves."""
+    descriptor = os.environ.pop(READY_VARIABLE, '')
+    if descriptor:
+        os.write(int(descriptor), b'1')
+        os.close(int(descriptor))
+    else:
+        notify_systemd(log, 'READY=1')
+
+
+async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
+    """Start this program again with SOCKETS, and LOCK; its process id once it serves, else 0."""
+    if not own_path():
+        return 0        # it came through a pipe, and can't be started again
+    import fcntl
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    locked, ready = FIRST_PASSED + len(sockets), FIRST_PASSED + len(sockets) + 1
+    with ours:
+        with theirs:
+            passed = [*(sock.fileno() for sock in sockets), lock, theirs.fileno()]
+            keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are
+                    for fd in passed]                       # to be: none is overwritten before
+        try:
+            child = os.posix_spawn(
+                sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
+                {**os.environ, 'LISTEN_FDS': str(len(sockets)), LOCK_VARIABLE: str(locked),
+                 READY_VARIABLE: str(ready)},
+                file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i)
+                              for i, fd in enumerate(keep)])
+        except OSError:
+            return 0
+        finally:
+            for fd in keep:
+                os.close(fd)
+        said = b''
+        try:
+            said = await asyncio.wait_for(reactor.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            if not said:        # it ended, or takes too long, or this server is to end meanwhile
+                os.kill(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+    return child if said else 0
+
+
+class HandOver(Annex):
+    """SIGUSR2, and what systemd is told."""
+
+    async def run(self, args: argparse.Namespace, server: Server) -> None:
+        """Wait until a successor is asked for, and serves."""
+        asked, log = asyncio.Event(), server.log
+        if hasattr(signal, 'SIGUSR2'):
+            server.reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
+        say_ready(log)          # only now: a signal without its handler would end this process
+        while True:
+            await asked.wait()
+            asked.clear()
+            if os.getpid() == 1:
+                log.note('error: process 1 of a container can not hand over; restart the container')
+                continue
+            log.note('handing over to a successor')
+            await server.tunnels.settle()
+            await server.admission.close()
+            child = await start_successor(server.reactor, server.doors.sockets(), args.lock)
+            if child:
+                log.note(f'process {child} serves from now on')
+                return notify_systemd(log, f'MAINPID={child}\nREADY=1')
+            server.admission.closed = False
+            sign_lock(args.lock)
+            log.note('error: the successor did not start; this server goes on')
+
+
+# ------------------------------------------------------------------------------------------------
+# 22. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 # ------------------------------------------------------------------------------------------------
@@ -5900,6 +6190,18 @@ class OperatorPage:
         return ''.join(lines)
 
 
+class Operator(Annex):
+    """--admin."""
+    title = "the operator's page"
+
+    def server_options(self, add: Callable[..., Any]) -> None:
+        add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
+
+    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+        for sock in server.doors.bind(*args.admin) if args.admin else ():
+            await server.doors.open(sock, OperatorPage(server).serve, stays=True)
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -5907,7 +6209,7 @@ class OperatorPage:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 22. Terminal
+# 23. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -6173,84 +6475,143 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Command line
+# 24. Options
 #
-# The parser, and the only place where rooms are wired together.
+# All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-# By what ended the program; all that is not here is a failure, 1.
-EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
-              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
-              'superseded': 5}
+ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
+                            Certificates(), HandOver(), Operator())
+
+# An option group of a parser: by its title, argparse's add_argument.
+Group = Callable[[str], Callable[..., Any]]
 
 
-ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy())
+def client_options(group: Group) -> None:
+    add = group('the server')
+    add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
+    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
+    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
+    add('--once', action='store_true', help='end with an error instead of reconnecting')
+
+    add = group('the tunnel')
+    add('--name', type=str.lower, help='ask for this name; refused is refused')
+    add('--release', action='store_true', help='with --name: give the name back')
+    add('--share', action='store_true', help='several clients of one owner behind one name')
+    add('--auth', action='append', default=[], metavar='USER:PASSWORD',
+        help='visitors must log in')
+    add('--allow', type=network, action='append', default=[], metavar='CIDR',
+        help='only these visitors')
+
+    add = group('the app')
+    add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
+        help='how long the app may take to begin an answer (%(default).0f)')
+    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
+    add('--insecure', action='store_true', help='do not check the certificate of an https app')
+
+    add = group('output')
+    add('--json', action='store_true', help='one JSON object a line on stdout')
+    add('--quiet', action='store_true', help='only the URL, and what is wrong')
+    add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
 
-def own_path() -> str:
-    """Where this file lies; '' where it was read from standard input."""
-    path = globals().get('__file__') or ''
-    return path if os.path.isfile(path) else ''
+def server_options(group: Group) -> None:
+    add = group('where it listens')
+    add('--domain', default='localhost', type=str.lower,
+        help='tunnels are NAME.DOMAIN (%(default)s)')
+    add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
+    add('--port', type=port_number, help='for http (80; for localhost 8080)')
+    add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
+        help='peers whose X-Forwarded-* are believed: the proxy in front')
+
+    add = group('who may open tunnels')
+    add('--token', action='append',
+        help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
+    add('--token-file', metavar='FILE',
+        help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
+    add('--open', action='store_true', help='everybody may open tunnels')
+
+    add = group('limits')
+    add('--hold', type=number, default=HELD, metavar='SECONDS',
+        help='how long requests wait for a client that is on its way back (%(default).0f)')
+    add('--drain', type=number, default=DRAIN, metavar='SECONDS',
+        help='how long the end may take (%(default).0f)')
+    add('--rate', type=number, default=0, metavar='N', help='requests a second of a tunnel (any)')
+    add('--buffer', type=count, default=0, metavar='MIB',
+        help='for all windows together (an eighth of the memory)')
+    add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
+
+    add = group('this machine')
+    add('--state', metavar='DIR', help='where leases and keys are kept')
+    add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
+    add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
 
-@functools.lru_cache(maxsize=None)
-def own_source() -> List[bytes]:
-    """This file: what stands before and after the stamp.
+class Parser(argparse.ArgumentParser):
+    """Its help goes the way of all other output."""
 
-    Raises where it was read from a pipe, which can't be read again.
-    """
-    if own_path():
-        with open(own_path(), 'rb') as f:
-            source = f.read()
-    else:
-        sys.stdin.buffer.seek(0)
-        source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+    def _print_message(self, message: str, file: Any = None) -> None:
+        put(file or sys.stderr, message)
 
 
-def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
-    """This file, with the server's ADDRESS written into it.  Raises HopFailed.
+HELP = {'': """
+examples:
+  localtunnel.py client 8000                    a URL for http://localhost:8000
+  localtunnel.py server --domain example.com    the relay
+""", 'client': f"""
+{TARGET_FORMS}
 
-    The large pieces are the same for all: visitors choose what address they see.
-    """
-    try:
-        before, after = own_source()
-    except (OSError, ValueError, AttributeError) as e:
-        raise HopFailed(404, 'this server was started from a pipe, so it has no copy of itself to '
-                        'hand out') from e
-    return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
+Secrets in options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep
+them out of it.  Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token
+refused, 5 superseded.
 
+examples:
+  localtunnel.py client 8000
+  localtunnel.py client 8000 --server https://example.com --name demo
+  localtunnel.py client ./dist --auth ana:secret
+  localtunnel.py client 22 --tcp
+""", 'server': """
+SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and SIGINT
+drain, the second one ends at once.
 
-async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
-    """A server on loopback for this process alone, on the first free port."""
-    tokens = Tokens(open=True)
-    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), only=True,
-                    drain=LINGER)
-    server.pages[b'/localtunnel.py'] = script_page
-    for port in range(FIRST_LOCAL_PORT, 65536):
-        if port == target.port and target.local:
-            continue
-        try:
-            sockets = bind('localhost', port)
-        except OSError:
-            continue
-        for sock in sockets:
-            await server.listen(sock)
-        return server, ServerAddress(f'http://localhost:{port}')
-    raise LocaltunnelError('no port is free on this machine')
+examples:
+  localtunnel.py server                         for this machine alone
+  localtunnel.py server --domain example.com
+  localtunnel.py server --domain example.com --cert fullchain.pem --key privkey.pem
+  localtunnel.py server --domain example.com --token-file tokens --tcp-ports 20000-20999
+"""}
 
 
-async def first_of(*work: Awaitable[Any]) -> None:
-    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
-    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            await end_task(task)
+def make_parser() -> argparse.ArgumentParser:
+    """All that a user can type."""
+    form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
 
+    def group_of(parser: argparse.ArgumentParser) -> Group:
+        return lambda title: parser.add_argument_group(title).add_argument
+    parser = Parser(prog='localtunnel.py', epilog=HELP[''], **form,
+                    description='Puts a local program on the internet under a friendly URL.')
+    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
+    client = commands.add_parser('client', help='give a local program a public URL',
+                                 usage='%(prog)s TARGET [OPTION ...]', epilog=HELP['client'],
+                                 **form)
+    client.add_argument('target', metavar='TARGET',
+                        help='what visitors reach: 8000, ./FOLDER, ... (see below)')
+    server = commands.add_parser('server', help='run the relay',
+                                 usage='%(prog)s [OPTION ...]', epilog=HELP['server'], **form)
+    client_options(group_of(client))
+    server_options(group_of(server))
+    for annex in ANNEXES:
+        annex.client_options(group_of(client)(annex.title))
+        annex.server_options(group_of(server)(annex.title))
+    return parser
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Wiring
+#
+# Which server, which token; the two halves of a client, and a server for this machine alone.
+# ------------------------------------------------------------------------------------------------
 
 # What the client keeps: the tokens that servers accepted, and which server it was last.
 
@@ -6307,6 +6668,24 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
     return client_tls(ca, check) if place.scheme == 'https' else None
 
 
+async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
+    """A server on loopback for this process alone, on the first free port."""
+    tokens = Tokens(open=True)
+    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), only=True,
+                    drain=LINGER)
+    for port in range(FIRST_LOCAL_PORT, 65536):
+        if port == target.port and target.local:
+            continue
+        try:
+            sockets = bind('localhost', port)
+        except OSError:
+            continue
+        for sock in sockets:
+            await server.listen(sock)
+        return server, ServerAddress(f'http://localhost:{port}')
+    raise LocaltunnelError('no port is free on this machine')
+
+
 def find_target(args: argparse.Namespace) -> Target:
     """What the tunnel leads to.  Raises UsageError."""
     targets = (annex.target(args) for annex in ANNEXES)
@@ -6333,6 +6712,84 @@ def make_client(app: App, args: argparse.Namespace, address: ServerAddress, key:
                   app.observer, token=token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   **Access.encode(args.allow, args.auth, key))
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Python
+#
+# A tunnel inside another program.
+# ------------------------------------------------------------------------------------------------
+
+class tunnel:
+    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
+
+    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
+    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
+    """
+
+    def __init__(self, target: Union[int, str], server: Optional[str] = None,
+                 name: Optional[str] = None, token: Optional[str] = None) -> None:
+        self.url = ''
+        self._args = make_parser().parse_args(['client', '--', str(target)])
+        self._target = find_target(self._args)
+        if name is not None:
+            check_name(name)
+        self._args.name, self._args.once = name, True
+        self._server, self._token = server, token
+
+    async def __aenter__(self) -> tunnel:
+        target, address = self._target, known_server(self._server)
+        async with contextlib.AsyncExitStack() as stack:
+            reactor = Reactor(asyncio.get_running_loop())
+            stack.push_async_callback(reactor.close)
+            if address is None:
+                server, address = await start_local_server(reactor, target)
+                stack.push_async_callback(server.stop)
+            app = make_app(reactor, self._args, target, address, ClientObserver())
+            stack.callback(app.close)
+            client = make_client(app, self._args, address, load_key(say),
+                                 known_token(self._token, address))
+            stack.push_async_callback(client.stop)
+            running = asyncio.ensure_future(client.run())
+            stack.push_async_callback(end_task, running)
+            await first_of(asyncio.shield(running), client.welcomed.wait())
+            self.url, client.once = client.url, False      # from now on it comes back
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    def __enter__(self) -> tunnel:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+        try:
+            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_thread()
+            raise
+
+    def __exit__(self, *exc: object) -> None:
+        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
+        self._end_thread()
+
+    def _end_thread(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 27. Command line
+#
+# What the commands do, from their start to their end.
+# ------------------------------------------------------------------------------------------------
+
+# By what ended the program; all that is not here is a failure, 1.
+EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
+              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
+              'superseded': 5}
 
 
 # Running until somebody says stop.
@@ -6440,19 +6897,6 @@ def client_command(args: argparse.Namespace) -> int:
 
 # The server's side.
 
-Sockets = List[socket.socket]
-
-
-def choose_certificate(args: argparse.Namespace) -> Tuple[Optional[Certificate], str]:
-    """What the server shows; with its SHA256 where it is one of our own, for sessions only."""
-    if args.cert:
-        return Certificate(args.cert, args.key), ''
-    if is_loopback(args.domain) or args.trust_proxy:
-        return None, ''
-    made = self_signed(args.state, args.domain)
-    return (Certificate(*made[:2]), made[2]) if made else (None, '')
-
-
 def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
@@ -6471,9 +6915,10 @@ def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     return Tokens([made]), made
 
 
-def announce(args: argparse.Namespace, log: ServerLog, port: int, tls_port: int, made: str,
-             pin: str) -> None:
+def announce(args: argparse.Namespace, log: ServerLog, port: int, tls: Optional[Tls],
+             made: str) -> None:
     """Say that the server listens, and what its users type."""
+    tls_port, pin = (tls.port, tls.pin) if tls else (0, '')
     http = 'http://' + authority('http', args.domain, port)
     https = 'https://' + authority('https', args.domain, tls_port)
     visitors, clients = https if tls_port and not pin else http, https if tls_port else http
@@ -6495,228 +6940,41 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, tls_port: int,
     log.note(f'clients type: {command}')
 
 
-def listen(passed: Dict[int, Sockets], host: str, port: int) -> Sockets:
-    """Bind, or take from PASSED (port 0: the next), what listens on PORT.
-
-    Raises LocaltunnelError, which says what to do.
-    """
-    if passed and not port:
-        port = next(iter(passed))
-    try:
-        return passed.pop(port, None) or bind(host, port)
-    except OSError as e:
-        cure = 'choose another one with --port, --tls-port or --admin'
-        if e.errno == errno.EACCES:
-            cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
-                    f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
-        elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-            cure = 'it is no address of this machine; --bind takes one that is'
-        elif e.errno == errno.EADDRINUSE:
-            cure = f'another program listens there; end it, or {cure}'
-        else:
-            cure = f'{e.strerror}; {cure}'
-        raise LocaltunnelError(f'port {port} of {host or "all addresses"} can not be used: '
-                               f'{cure}') from e
-
-
-# A restart is a hand-over: the successor gets the listening sockets, as systemd passes them.
-
-FIRST_PASSED = 3            # SD_LISTEN_FDS_START
-READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
-
-
-def inherited_sockets() -> Dict[int, Sockets]:
-    """Listening sockets that systemd or a predecessor passed, by their local port."""
-    count = os.environ.pop('LISTEN_FDS', '')
-    owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
-    os.environ.pop('LISTEN_FDNAMES', None)
-    found: Dict[int, Sockets] = {}
-    if count.isdigit() and owner == str(os.getpid()):
-        for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
-            try:
-                sock = socket.socket(fileno=number)
-                found.setdefault(sock.getsockname()[1], []).append(sock)
-            except (OSError, IndexError) as e:
-                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket '
-                                 f'({e})') from e
-            sock.set_inheritable(False)
-    return found
-
-
-def notify_systemd(text: str) -> None:
-    """Tell systemd, where it asked to be told (Type=notify)."""
-    path = os.environ.get('NOTIFY_SOCKET')
-    if path:
-        try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
-                sock.sendto(text.encode(), '\0' + path[1:] if path[0] == '@' else path)
-        except OSError as e:
-            say(f'warning: NOTIFY_SOCKET can not be written: {e.strerror}')
-
-
-def say_ready() -> None:
-    """Tell whoever started this server that it serves."""
-    descriptor = os.environ.pop(READY_VARIABLE, '')
-    if descriptor:
-        os.write(int(descriptor), b'1')
-        os.close(int(descriptor))
-    else:
-        notify_systemd('READY=1')
-
-
-LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
-
-
-def sign_lock(handle: int) -> None:
-    """Write into the lock who holds it."""
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, b'%-20d' % os.getpid())
-
-
-def lock_folder(folder: str) -> int:
-    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
-
-    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
-    """
-    given = os.environ.pop(LOCK_VARIABLE, '')
-    handle = int(given) if given else os.open(
-        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-    os.set_inheritable(handle, False)
-    try:
-        if sys.platform == 'win32':
-            import msvcrt
-            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
-        os.close(handle)
-        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
-                         f'{printable(holder)}; end that one, or give this one another folder '
-                         'with --state') from None
-    sign_lock(handle)
-    return handle
-
-
-async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
-    """Start this program again with SOCKETS, and LOCK; its process id once it serves, else 0."""
-    if not own_path():
-        return 0        # it came through a pipe, and can't be started again
-    import fcntl
-    ours, theirs = socket.socketpair()
-    ours.setblocking(False)
-    locked, ready = FIRST_PASSED + len(sockets), FIRST_PASSED + len(sockets) + 1
-    with ours:
-        with theirs:
-            passed = [*(sock.fileno() for sock in sockets), lock, theirs.fileno()]
-            keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are
-                    for fd in passed]                       # to be: none is overwritten before
-        try:
-            child = os.posix_spawn(
-                sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
-                {**os.environ, 'LISTEN_FDS': str(len(sockets)), LOCK_VARIABLE: str(locked),
-                 READY_VARIABLE: str(ready)},
-                file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i)
-                              for i, fd in enumerate(keep)])
-        except OSError:
-            return 0
-        finally:
-            for fd in keep:
-                os.close(fd)
-        try:
-            if await asyncio.wait_for(reactor.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT):
-                return child
-        except asyncio.TimeoutError:
-            os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return 0
-
-
-async def serve_until(reactor: Reactor, server: Server, log: ServerLog, stop: asyncio.Event,
-                      sockets: Callable[[], Sockets], lock: int) -> bool:
-    """Serve until STOP is set, or a successor is ready; was it that?"""
-    asked = asyncio.Event()
-    if hasattr(signal, 'SIGUSR2'):
-        reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
-        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
-    say_ready()         # only now: a signal without its handler would end this process
-    while not stop.is_set():
-        await first_of(stop.wait(), asked.wait())
-        if asked.is_set():
-            asked.clear()
-            if os.getpid() == 1:
-                log.note('error: process 1 of a container can not hand over; restart the container')
-                continue
-            log.note('handing over to a successor')
-            await server.tunnels.settle()
-            await server.admission.close()
-            child = await start_successor(reactor, sockets(), lock)
-            server.admission.closed = False
-            if child:
-                log.note(f'process {child} serves from now on')
-                notify_systemd(f'MAINPID={child}\nREADY=1')
-                return True
-            sign_lock(lock)
-            log.note('error: the successor did not start; this server goes on')
-    return False
-
-
 # The server, from its start to its end.
 
 async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
-                     tokens: Tokens, leases: Leases, made: str, lock: int) -> None:
+                     tokens: Tokens, leases: Leases, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
-    passed = inherited_sockets()
-    certificate, pin = choose_certificate(args)
-    plain, secure = listen(passed, args.bind, args.port), []
-    if certificate:
-        try:
-            secure = listen(passed, args.bind, args.tls_port)
-        except LocaltunnelError:
-            if not pin:
-                raise
-            certificate, pin = None, ''         # it was only a kindness
-    admin = listen(passed, *args.admin) if args.admin else []
     log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
-    port, tls_port = (s[0].getsockname()[1] if s else 0 for s in (plain, secure))
-    public = ('http', port) if pin else ('https', tls_port) if secure else ('', 0)
     server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                    trusted=args.trust_proxy, certificate=certificate, public=public,
+                    trusted=args.trust_proxy, inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
-    server.pages[b'/localtunnel.py'] = script_page
-    tcp = TcpPorts(server, args.bind, args.tcp_ports, passed)
-    for sock in plain:
+    sockets = server.doors.bind(args.bind, args.port)
+    for annex in ANNEXES:
+        await annex.at_server(args, server)
+    for sock in sockets:
         await server.listen(sock)
-    for sock in secure:
-        await server.listen(sock, tls=True)
-    operator = Doors(reactor, log, server.counters)
-    for sock in admin:
-        await operator.open(sock, OperatorPage(server).serve)
-    for port_left in sorted(set(passed) - set(args.tcp_ports)):
-        log.note(f'warning: a socket was passed that listens on port {port_left}, which is none of '
+    for port, unused in sorted(server.doors.inherited.items()):
+        log.note(f'warning: a socket was passed that listens on port {port}, which is none of '
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
-    announce(args, log, port, tls_port, made, pin)
+        for sock in unused:
+            sock.close()
+    announce(args, log, sockets[0].getsockname()[1], server.tls, made)
     log.flush()
-    handed_over = await serve_until(reactor, server, log, stop,
-                                    lambda: [*plain, *secure, *admin, *tcp.sockets()], lock)
+    if hasattr(signal, 'SIGHUP'):
+        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
+    await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
     await server.admission.close()
-    os.close(lock)              # from now on nothing is written into the folder
-    if handed_over:
-        await operator.close()  # what is asked from now on is for the successor
+    os.close(args.lock)         # from now on nothing is written into the folder
     log.note('draining; a second Ctrl-C ends at once')
-    await server.stop(handed_over)
+    await server.stop(handed_over=not stop.is_set())
     log.flush()
 
 
 def server_command(args: argparse.Namespace) -> int:
     if not all(map(NAME.fullmatch, args.domain.split('.'))) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
-    if bool(args.cert) != bool(args.key):
-        raise UsageError('--cert and --key go together')
     local = is_loopback(args.domain)
     if args.bind is None:
         args.bind = 'localhost' if local else ''
@@ -6728,204 +6986,13 @@ def server_command(args: argparse.Namespace) -> int:
         os.makedirs(args.state, mode=0o700, exist_ok=True)
         if not os.access(args.state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
-        lock = lock_folder(args.state)
+        args.lock = lock_folder(args.state)
         tokens, made = server_tokens(args)
         leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
     except OSError as e:
         raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
                          'name another one with --state') from e
-    return run(run_server, args, tokens, leases, made, lock)
-
-
-# The parser.
-
-# An option group of a parser: by its title, argparse's add_argument.
-Group = Callable[[str], Callable[..., Any]]
-
-
-def client_options(group: Group) -> None:
-    add = group('the server')
-    add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
-    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
-    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
-    add('--once', action='store_true', help='end with an error instead of reconnecting')
-
-    add = group('the tunnel')
-    add('--name', type=str.lower, help='ask for this name; refused is refused')
-    add('--release', action='store_true', help='with --name: give the name back')
-    add('--share', action='store_true', help='several clients of one owner behind one name')
-    add('--auth', action='append', default=[], metavar='USER:PASSWORD',
-        help='visitors must log in')
-    add('--allow', type=network, action='append', default=[], metavar='CIDR',
-        help='only these visitors')
-
-    add = group('the app')
-    add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
-        help='how long the app may take to begin an answer (%(default).0f)')
-    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
-    add('--insecure', action='store_true', help='do not check the certificate of an https app')
-
-    add = group('output')
-    add('--json', action='store_true', help='one JSON object a line on stdout')
-    add('--quiet', action='store_true', help='only the URL, and what is wrong')
-    add('--verbose', action='store_true', help='a line for each frame of the protocol')
-
-
-def server_options(group: Group) -> None:
-    add = group('where it listens')
-    add('--domain', default='localhost', type=str.lower,
-        help='tunnels are NAME.DOMAIN (%(default)s)')
-    add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
-    add('--port', type=port_number, help='for http (80; for localhost 8080)')
-    add('--tls-port', type=port_number, default=443, help='for https (%(default)s)')
-    add('--cert', metavar='FILE', help='certificate with its chain, for https')
-    add('--key', metavar='FILE', help='its private key')
-    add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
-        help='peers whose X-Forwarded-* are believed: the proxy in front')
-
-    add = group('who may open tunnels')
-    add('--token', action='append',
-        help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
-    add('--token-file', metavar='FILE',
-        help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
-    add('--open', action='store_true', help='everybody may open tunnels')
-
-    add = group('limits')
-    add('--hold', type=number, default=HELD, metavar='SECONDS',
-        help='how long requests wait for a client that is on its way back (%(default).0f)')
-    add('--drain', type=number, default=DRAIN, metavar='SECONDS',
-        help='how long the end may take (%(default).0f)')
-    add('--rate', type=number, default=0, metavar='N', help='requests a second of a tunnel (any)')
-    add('--buffer', type=count, default=0, metavar='MIB',
-        help='for all windows together (an eighth of the memory)')
-    add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
-
-    add = group('this machine')
-    add('--state', metavar='DIR', help='where leases and keys are kept')
-    add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
-    add('--verbose', action='store_true', help='a line for each frame of the protocol')
-    add('--tcp-ports', type=port_range, default=range(0), metavar='A-B', help='for raw TCP (none)')
-    add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
-
-
-class Parser(argparse.ArgumentParser):
-    """Its help goes the way of all other output."""
-
-    def _print_message(self, message: str, file: Any = None) -> None:
-        put(file or sys.stderr, message)
-
-
-HELP = {'': """
-examples:
-  localtunnel.py client 8000                    a URL for http://localhost:8000
-  localtunnel.py server --domain example.com    the relay
-""", 'client': f"""
-{TARGET_FORMS}
-
-Secrets in options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep
-them out of it.  Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token
-refused, 5 superseded.
-
-examples:
-  localtunnel.py client 8000
-  localtunnel.py client 8000 --server https://example.com --name demo
-  localtunnel.py client ./dist --auth ana:secret
-  localtunnel.py client 22 --tcp
-""", 'server': """
-SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and SIGINT
-drain, the second one ends at once.
-
-examples:
-  localtunnel.py server                         for this machine alone
-  localtunnel.py server --domain example.com
-  localtunnel.py server --domain example.com --cert fullchain.pem --key privkey.pem
-  localtunnel.py server --domain example.com --token-file tokens --tcp-ports 20000-20999
-"""}
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """All that a user can type."""
-    form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
-
-    def group_of(parser: argparse.ArgumentParser) -> Group:
-        return lambda title: parser.add_argument_group(title).add_argument
-    parser = Parser(prog='localtunnel.py', epilog=HELP[''], **form,
-                    description='Puts a local program on the internet under a friendly URL.')
-    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
-    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
-    client = commands.add_parser('client', help='give a local program a public URL',
-                                 usage='%(prog)s TARGET [OPTION ...]', epilog=HELP['client'],
-                                 **form)
-    client.add_argument('target', metavar='TARGET',
-                        help='what visitors reach: 8000, ./FOLDER, ... (see below)')
-    server = commands.add_parser('server', help='run the relay',
-                                 usage='%(prog)s [OPTION ...]', epilog=HELP['server'], **form)
-    client_options(group_of(client))
-    server_options(group_of(server))
-    for annex in ANNEXES:
-        annex.client_options(group_of(client)(annex.title))
-        annex.server_options(group_of(server)(annex.title))
-    return parser
-
-
-class tunnel:
-    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
-
-    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
-    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
-    """
-
-    def __init__(self, target: Union[int, str], server: Optional[str] = None,
-                 name: Optional[str] = None, token: Optional[str] = None) -> None:
-        self.url = ''
-        self._args = make_parser().parse_args(['client', '--', str(target)])
-        self._target = find_target(self._args)
-        if name is not None:
-            check_name(name)
-        self._args.name, self._args.once = name, True
-        self._server, self._token = server, token
-
-    async def __aenter__(self) -> tunnel:
-        target, address = self._target, known_server(self._server)
-        async with contextlib.AsyncExitStack() as stack:
-            reactor = Reactor(asyncio.get_running_loop())
-            stack.push_async_callback(reactor.close)
-            if address is None:
-                server, address = await start_local_server(reactor, target)
-                stack.push_async_callback(server.stop)
-            app = make_app(reactor, self._args, target, address, ClientObserver())
-            stack.callback(app.close)
-            client = make_client(app, self._args, address, load_key(say),
-                                 known_token(self._token, address))
-            stack.push_async_callback(client.stop)
-            running = asyncio.ensure_future(client.run())
-            stack.push_async_callback(end_task, running)
-            await first_of(asyncio.shield(running), client.welcomed.wait())
-            self.url, client.once = client.url, False      # from now on it comes back
-            self._stack = stack.pop_all()
-        return self
-
-    async def __aexit__(self, *exc: object) -> None:
-        await self._stack.aclose()
-
-    def __enter__(self) -> tunnel:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
-        try:
-            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
-        except BaseException:
-            self._end_thread()
-            raise
-
-    def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
-        self._end_thread()
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    return run(run_server, args, tokens, leases, made)
 
 
 def command(words: Sequence[str]) -> int:
