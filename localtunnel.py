@@ -2603,6 +2603,18 @@ def write_secret(path: str, data: bytes) -> None:
         raise
 
 
+def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
+    """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
+    with open(path, 'rb') as f:
+        if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
+            could = f'others can read {path}'
+            with contextlib.suppress(OSError):      # it is not ours
+                os.fchmod(f.fileno(), 0o600)
+                could = f'others could read {path} until now'
+            warn(f'{could}, and whoever has it {meaning}')
+        return f.read()
+
+
 Changes = Dict[str, Optional[Dict[str, Any]]]        # leases by name; None: it ends
 
 
@@ -2863,12 +2875,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
                 os.unlink(made)
             else:
                 os.replace(made, path)
-        with open(path, 'rb') as f:
-            key = f.read(33)
-            if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
-                warn(f'others could read {path}, and whoever has it has your names; now it is '
-                     'private. Remove it to get new names')
-                os.chmod(path, 0o600)
+        key = read_secret(path, 'has your names; remove it to get new ones', warn)
     except OSError as e:
         warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
              'LOCALTUNNEL_KEY gives a key where there is no disk')
@@ -5959,20 +5966,28 @@ class Certificate(Tls):
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
     """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
     import subprocess
+    import tempfile
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
     if not (os.path.exists(cert) and os.path.exists(key)):
-        old = os.umask(0o077)
         try:
-            subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec',
-                            '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj', f'/CN={domain}'[:64],
-                            '-keyout', key, '-out', cert], check=True, capture_output=True,
-                           timeout=OPENSSL_TIMEOUT)
+            with tempfile.TemporaryDirectory(dir=folder) as private:
+                made = os.path.join(private, 'key'), os.path.join(private, 'cert')
+                subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey',
+                                'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj',
+                                f'/CN={domain}'[:64], '-keyout', made[0], '-out', made[1]],
+                               check=True, capture_output=True, timeout=OPENSSL_TIMEOUT)
+                os.chmod(made[0], 0o600)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(cert)     # first: a crash leaves no certificate to another key
+                os.replace(made[0], key)
+                os.replace(made[1], cert)
         except (OSError, subprocess.SubprocessError):
             return None
-        finally:
-            os.umask(old)
-    with open(cert, encoding='ascii') as f:
-        return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
+    try:
+        with open(cert, encoding='ascii') as f:
+            return cert, key, digest_of(ssl.PEM_cert_to_DER_cert(f.read()))
+    except (OSError, ValueError) as e:
+        raise UsageError(f'{cert} is damaged ({e}); remove it, and a new one is made') from e
 
 
 class Certificates(Annex):
@@ -5994,6 +6009,9 @@ class Certificates(Annex):
             if not made:
                 return
             cert, key, pin = made
+            with contextlib.suppress(OSError):      # Certificate says what is wrong
+                read_secret(key, 'may pose as this server; remove it to get another, with a new '
+                            '--pin', lambda text: server.log.note(f'warning: {text}'))
         try:
             sockets = server.doors.bind(args.bind, args.tls_port)
         except LocaltunnelError:
@@ -6615,14 +6633,29 @@ def make_parser() -> argparse.ArgumentParser:
 
 # What the client keeps: the tokens that servers accepted, and which server it was last.
 
+@functools.lru_cache(maxsize=None)
+def warn_once(text: str) -> None:
+    """A warning about what is looked at again and again."""
+    say(f'warning: {text}')
+
+
 def kept_tokens() -> Dict[str, Any]:
     """{"last": address, "tokens": {address: token}}"""
+    path = config_path('tokens.json')
     try:
-        with open(config_path('tokens.json'), encoding='utf-8') as f:
-            kept = json.load(f)
-        return {'last': str(kept['last']), 'tokens': dict(kept['tokens'])}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return {'last': '', 'tokens': {}}
+        kept = json.loads(read_secret(path, 'has your tokens; ask for new ones', warn_once))
+        last, tokens = kept['last'], dict(kept['tokens'])
+        for address in (last, *tokens):
+            ServerAddress(address)
+        for token in tokens.values():
+            check_token(token)
+        return {'last': last, 'tokens': tokens}
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
+            UsageError) as e:
+        warn_once(f'{path} is damaged, so what it keeps is not used: {printable(str(e))}')
+    return {'last': '', 'tokens': {}}
 
 
 def keep_token(address: str, token: str) -> None:
@@ -6641,7 +6674,7 @@ def known_server(given: Optional[str]) -> Optional[ServerAddress]:
     if given == '':
         raise UsageError('the server is an empty text; it takes a URL')
     known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
-             or str(kept_tokens()['last']))
+             or kept_tokens()['last'])
     return ServerAddress(known) if known else None
 
 
@@ -6658,7 +6691,7 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
             token = ''
         else:
             say(f'warning: LOCALTUNNEL_TOKEN goes to {what}')
-    token = given or token or str(kept_tokens()['tokens'].get(str(address), ''))
+    token = given or token or kept_tokens()['tokens'].get(str(address), '')
     return check_token(token) if token else ''
 
 
@@ -6908,9 +6941,9 @@ def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     if not os.path.exists(path):
         write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
     try:
-        with open(path, encoding='ascii') as f:
-            made = check_token(f.read().strip())
-    except (ValueError, UsageError) as e:
+        made = check_token(read_secret(path, 'may open tunnels; remove it to get a new one',
+                                       warn_once).decode('ascii').strip())
+    except (OSError, ValueError, UsageError) as e:
         raise UsageError(f'{path} holds no token; remove it, and a new one is made') from e
     return Tokens([made]), made
 
@@ -6990,8 +7023,8 @@ def server_command(args: argparse.Namespace) -> int:
         tokens, made = server_tokens(args)
         leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
     except OSError as e:
-        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror}; '
-                         'name another one with --state') from e
+        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror} '
+                         f'({e.filename or args.state}); name another one with --state') from e
     return run(run_server, args, tokens, leases, made)
 
 

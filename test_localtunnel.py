@@ -5469,10 +5469,38 @@ class TokenOfTheEnvironmentTest(FolderTest):
                 self.assertEqual(say.call_count, warnings)
                 self.assertEqual(lt.known_token('mine', address), 'mine')
 
-    def test_a_damaged_file_of_tokens_is_none(self):
+    def test_a_damaged_file_of_tokens_is_none_and_one_warning(self):
+        path = self.path('config', 'localtunnel', 'tokens.json')
+        os.makedirs(path)
+        for text in (None, '[' * 100000, '', '\xff', '[]', '{}', '{"last": 5, "tokens": {}}',
+                     '{"last": "a", "tokens": 5}', '{"last": "a", "tokens": {"a": {}}}',
+                     '{"last": "a", "tokens": {"a": "b c"}}', '{"last": "", "tokens": {}}'):
+            with self.subTest(str(text)[:40]), unittest.mock.patch.object(lt, 'say') as say:
+                if text is not None:
+                    with open(path, 'w', encoding='latin-1') as f:
+                        f.write(text)
+                    os.chmod(path, 0o600)
+                lt.warn_once.cache_clear()
+                for _ in range(2):
+                    self.assertEqual(lt.known_token(None, lt.ServerAddress('a.example')), '')
+                    self.assertIsNone(lt.known_server(None))
+                self.assertIn('tokens.json is damaged', say.call_args_list[0][0][0])
+                self.assertEqual(say.call_count, 1)
+            if text is None:
+                os.rmdir(path)
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_one_that_others_can_read_is_made_private_with_one_warning(self):
+        address = lt.ServerAddress('a.example')
         os.makedirs(self.path('config', 'localtunnel'))
-        self.write('config/localtunnel/tokens.json', '[' * 100000)
-        self.assertEqual(lt.known_token(None, lt.ServerAddress('a.example')), '')
+        lt.keep_token(str(address), 'T')
+        path = self.path('config', 'localtunnel', 'tokens.json')
+        os.chmod(path, 0o644)
+        with unittest.mock.patch.object(lt, 'say') as say:
+            for _ in range(2):
+                self.assertEqual(lt.known_token(None, address), 'T')
+        self.assertEqual(say.call_count, 1)
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
 
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
@@ -5523,6 +5551,97 @@ class TokenPromptTest(CommandTest):
         client.says(' -> ', 'out')
         client.interrupt()
         self.start('client', 1).url()
+
+
+class SelfSignedTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+
+    def test_a_crash_while_it_is_made_leaves_no_pair_that_does_not_fit(self):
+        lt.self_signed(self.folder, 'localhost')
+        os.unlink(self.path('self-signed.key'))
+        replace, done = os.replace, []
+        for last in 0, 1:
+            def crash(*paths):
+                if len(done) == last:
+                    raise KeyboardInterrupt
+                done.append(replace(*paths))
+            with self.subTest(last), unittest.mock.patch.object(lt.os, 'replace', crash):
+                with self.assertRaises(KeyboardInterrupt):
+                    lt.self_signed(self.folder, 'localhost')
+            self.assertFalse(os.path.exists(self.path('self-signed.pem')))
+        cert, key, _ = lt.self_signed(self.folder, 'localhost')
+        lt.Certificate(cert, key)
+        self.assertEqual(sorted(os.listdir(self.folder)), ['self-signed.key', 'self-signed.pem'])
+        if POSIX:
+            self.assertEqual(os.stat(key).st_mode & 0o77, 0)
+
+    @unittest.skipUnless(POSIX, 'needs symbolic links')
+    def test_openssl_writes_where_nobody_can_have_planted_a_link(self):
+        for name in 'self-signed.key', 'self-signed.pem':
+            os.symlink(self.path('theirs'), self.path(name))
+        self.assertTrue(lt.self_signed(self.folder, 'localhost'))
+        self.assertFalse(os.path.exists(self.path('theirs')))
+
+
+class StateFolderTest(CommandTest):
+    """What a server keeps may be damaged, or open to others."""
+
+    def relay(self, *args):
+        return self.start('server', '--domain', 't.example.com', '--bind', '127.0.0.1',
+                          '--port', 0, '--tls-port', 0, '--state', self.path('state'), *args)
+
+    def setUp(self):
+        super().setUp()
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+        first = self.relay()
+        first.says('clients type')
+        self.assertEqual(first.interrupt(), 0)
+
+    def test_what_is_damaged_is_an_error_in_one_sentence_that_names_the_file(self):
+        for name, data in (
+                ('leases.json', None), ('leases.json.journal', None), ('token', None),
+                ('token', b'\xff'), ('self-signed.pem', None), ('self-signed.pem', b'\xff'),
+                ('self-signed.pem', b'x'), ('self-signed.key', None), ('self-signed.key', b'x'),
+                ('lock', None)):
+            with self.subTest((name, data)):
+                path = self.path('state', name)
+                kept = open_and_read(path) if os.path.exists(path) else b''
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+                if data is None:
+                    os.mkdir(path)
+                else:
+                    with open(path, 'wb') as f:
+                        f.write(data)
+                    os.chmod(path, 0o600)
+                relay = self.relay()
+                self.assertEqual(relay.ends(), 2)
+                said, = relay.lines['err']
+                self.assertIn(path, said)
+                os.rmdir(path) if data is None else os.unlink(path)
+                if kept:
+                    with open(path, 'wb') as f:
+                        f.write(kept)
+                    os.chmod(path, 0o600)
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_what_others_can_read_is_made_private_with_one_warning(self):
+        paths = [self.path('state', name) for name in ('token', 'self-signed.key')]
+        for path in paths:
+            os.chmod(path, 0o644)
+        for warnings in 1, 0:
+            relay = self.relay()
+            relay.says('clients type')
+            self.assertEqual(relay.interrupt(), 0)
+            for path in paths:
+                self.assertEqual('\n'.join(relay.lines['err']).count(f'others could read {path}'),
+                                 warnings)
+                self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
 
 
 @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'needs SIGHUP')
