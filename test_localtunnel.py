@@ -5405,6 +5405,24 @@ class PythonTest(CommandTest):
             await eventually(lambda: len(asyncio.all_tasks()) == 1, 'a task is left')
         asyncio.run(use())
 
+    def test_the_connections_to_the_app_end_with_the_client_and_not_with_the_loop(self):
+        async def use():
+            left, close = [], lt.Reactor.close
+
+            async def look(reactor):
+                left.extend(t.get_extra_info('peername') for t in reactor.transports)
+                await close(reactor)
+            serving = await asyncio.start_server(App(OK).serve, '127.0.0.1', 0)
+            where = serving.sockets[0].getsockname()
+            with unittest.mock.patch.object(lt.Reactor, 'close', look):
+                async with lt.tunnel(where[1]) as t:
+                    reader, writer = await asyncio.open_connection('127.0.0.1', int(t.url[17:]))
+                    self.assertEqual((await Peer(reader, writer, 'localhost').get())[2], b'hello')
+                    writer.close()
+            serving.close()
+            self.assertNotIn(where, left)
+        asyncio.run(use())
+
     def test_the_local_server_is_visited_by_names_of_this_machine_only(self):
         with lt.tunnel(self.app().port) as t:
             port = t.url[17:]
