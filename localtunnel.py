@@ -3590,11 +3590,11 @@ class Admission:
             return found | (lease and await self.save(self.leases.free(name)))
 
     async def admit(self, visit: Visit, request: Request,
-                    url: Callable[[str], str]) -> Tuple[Member, Tunnel, Optional[int]]:
+                    url: Callable[[str], str]) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
         """The member that a session request becomes, and its tunnel; and how many bytes its client
         has received, None where the session is new to it.
 
-        URL gives that of a name.  Raises Refused.
+        None for one that gave its name back.  URL gives that of a name.  Raises Refused.
         """
         asked = await self._check(visit, request)
         goes_on = self._resumed(asked)
@@ -3607,6 +3607,9 @@ class Admission:
             if goes_on:
                 return goes_on
             self._check_new(asked)
+            if asked.hello.release:
+                await self._release(asked)
+                return None
             await self._lease(asked)
             return await self._enter(asked, url)
 
@@ -3690,12 +3693,13 @@ class Admission:
                           'in LOCALTUNNEL_TOKEN')
         return grant
 
+    async def _release(self, asked: Candidate) -> None:
+        """Take the lease of ASKED back, and end who serves it.  Raises Refused."""
+        await self.save(self.leases.release(asked.name, asked.owner, time.time()))
+        self._tunnels.end(asked.name, f'the name {asked.name} was given back')
+
     async def _lease(self, asked: Candidate) -> None:
-        """Lease what ASKED wants, or take it back.  Raises Refused and Disconnected."""
-        if asked.hello.release:
-            await self.save(self.leases.release(asked.name, asked.owner, time.time()))
-            self._tunnels.end(asked.name, f'the name {asked.name} was given back')
-            raise Refused(200, 'released', f'the name {asked.name} was given back')
+        """Lease what ASKED wants.  Raises Refused and Disconnected."""
         if asked.hello.name is not None:
             await self.claim(asked.name, asked.owner, asked)
         if asked.hello.kind != 'http' and not asked.tunnel.url:
@@ -4193,6 +4197,17 @@ async def last_words(connection: Connection, status: int, text: str) -> None:
         await connection.linger()
 
 
+def no_session(why: Refused) -> bytes:
+    """What a client is told that gets none."""
+    reason = {'error': why.code, 'message': str(why), 'final': why.final}
+    extra = ['Connection: close']
+    if why.status == 429:
+        extra.append(f'Retry-After: {RETRY_AFTER}')
+    if why.status == 426:
+        extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
+    return plain_message(why.status, 'application/json', json.dumps(reason).encode() + b'\n', extra)
+
+
 class Server:
     """The relay."""
 
@@ -4455,21 +4470,19 @@ class Server:
         """Admit a client, or answer with the reason why not; True if the connection is its now."""
         try:
             self._check_version(visit, request)
-            member, tunnel, theirs = await self.admission.admit(
+            admitted = await self.admission.admit(
                 visit, request, lambda name: self._url(visit, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
             self.log.note(f'a client at {visit.address} was refused: {e.code}')
-            reason = {'error': e.code, 'message': str(e), 'final': e.final}
-            body = json.dumps(reason).encode() + b'\n'
-            extra = ['Connection: close']
-            if e.status == 429:
-                extra.append(f'Retry-After: {RETRY_AFTER}')
-            if e.status == 426:
-                extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
-            await write_own(visit.connection,
-                            plain_message(e.status, 'application/json', body, extra))
+            await write_own(visit.connection, no_session(e))
             return False
+        if admitted is None:
+            done = Refused(200, 'released', 'the name was given back')      # as clients know it
+            self.log.note(f'a client at {visit.address} gave its name back')
+            await write_own(visit.connection, no_session(done))
+            return False
+        member, tunnel, theirs = admitted
         session, connection = member.session, visit.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
                               'received': session.decoder.received})
@@ -6345,14 +6358,16 @@ def clock() -> str:
 
 def milliseconds(seconds: float) -> str:
     """SECONDS for people."""
-    return f'{seconds * 1000:.0f}ms' if seconds < 10 else f'{seconds:.1f}s'
+    return f'{round(seconds * 1000)}ms' if seconds < 10 else f'{seconds:.1f}s'
 
 
 def in_bytes(size: int) -> str:
     """SIZE in bytes, for people."""
-    if size < 1e6:
-        return f'{size}B' if size < 1e3 else f'{size / 1e3:.1f}kB'
-    return f'{size / 1e6:.1f}MB' if size < 1e9 else f'{size / 1e9:.1f}GB'
+    if size < 1000:
+        return f'{size}B'
+    unit, name = (1e3, 'kB') if size < 1e6 else (1e6, 'MB') if size < 1e9 else (1e9, 'GB')
+    tenths = int(size * 10 / unit + 0.5)        # quicker than to format a float, and logs are long
+    return f'{tenths // 10}.{tenths % 10}{name}'
 
 
 class Lines:
@@ -6363,7 +6378,14 @@ class Lines:
         """LATER is called as later(seconds, function); DROPPED says how many lines are missing."""
         self._stream, self._later, self._dropped = stream, later, dropped
         self._lines: List[str] = []
-        self._waiting = False
+        self._waiting = False       # for the next write; until then lines are kept
+        self._clock = ''            # that of what is written next
+
+    def clock(self) -> str:
+        """Date and time for a line; those that leave in one write have the same."""
+        if not self._waiting:
+            self._clock = clock()
+        return self._clock
 
     def add(self, text: str) -> None:
         """One more line; the first after a silence is written at once."""
@@ -6375,6 +6397,7 @@ class Lines:
         self._waiting = bool(self._lines)
         if self._lines:
             self.flush()
+            self._clock = clock()
             self._later(LINES_TOGETHER, self._write)
 
     def flush(self) -> None:
@@ -6443,7 +6466,7 @@ class Terminal(ClientObserver):
                         status=status, ms=round(seconds * 1000, 1), bytes=exchange.size, **extra)
         elif not self._quiet:
             shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
-            self._lines.add(f'{clock()[11:]} #{number} {exchange.method} '
+            self._lines.add(f'{self._lines.clock()[11:]} #{number} {exchange.method} '
                             f'{printable(exchange.target)} '
                             f'{shown} {milliseconds(seconds)} {in_bytes(exchange.size)}'
                             + (f' {printable(why)}' if why else ''))
@@ -6483,13 +6506,13 @@ class ServerLog(Observer):
         path, host = exchange.target.partition('?')[0], exchange.host
         if self._json:
             self._lines.add(json.dumps({
-                'time': clock(), 'visitor': exchange.visitor, 'method': exchange.method,
+                'time': self._lines.clock(), 'visitor': exchange.visitor, 'method': exchange.method,
                 'host': host, 'path': path, 'status': exchange.status,
                 'ms': round(seconds * 1000, 1), 'bytes': exchange.size}))
         else:
-            self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host} '
+            self._lines.add(f'{self._lines.clock()} {exchange.visitor} {exchange.method} {host} '
                             f'{printable(path)} {exchange.status or "gone"} '
-                            f'{seconds * 1000:.0f}ms {exchange.size}B')
+                            f'{round(seconds * 1000)}ms {exchange.size}B')
 
 
 # ------------------------------------------------------------------------------------------------
