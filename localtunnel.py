@@ -6962,7 +6962,7 @@ def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
         return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
-        write_secret(path, secrets.token_urlsafe(24).encode() + b'\n')
+        write_secret(path, secrets.token_hex(20).encode() + b'\n')
     try:
         made = check_token(read_secret(path, 'may open tunnels; remove it to get a new one',
                                        warn_once).decode('ascii').strip())
