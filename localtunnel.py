@@ -1204,24 +1204,26 @@ class Stream(ByteStream):
         """Give everything back; a stream that is not over is reset."""
         if not self._closed:
             self._closed = True
-            self.reset(DONE, 'done')
+            if not (self._end_sent and self.ended):
+                self.reset(DONE, 'done')
             self.on_gone = self.owner = None
             self.window.close()
 
     def consumed(self, n: int) -> None:
         if not self.ended and not self._closed:
-            self._promise(self.window.consumed(n, self.reactor.now(),
-                                               self.session.liveness.round_trip))
+            credit = self.window.consumed(n, self.reactor.now(), self.session.liveness.round_trip)
+            if credit:
+                self._promise(credit)
 
     def widen(self, size: int) -> None:
-        if not self.ended:
-            self._promise(self.window.widen(size))
+        credit = self.window.widen(size)
+        if credit and not self.ended:
+            self._promise(credit)
 
     def _promise(self, n: int) -> None:
         """Let the other side send N bytes more."""
-        if n:
-            self.session.outbox.credit(self.id, n)
-            self.session.schedule()
+        self.session.outbox.credit(self.id, n)
+        self.session.schedule()
 
     # What the session brings.
 
@@ -1842,7 +1844,7 @@ _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|u
                     rb'|proxy-(?:connection|auth(?:orization|enticate))'
                     rb'|x-forwarded-(?:for|proto|host)|localtunnel-(?:hello|welcome)'
                     rb'|set-cookie|clear-site-data|max-forwards):'
-                    rb'[ \t]*((?:[^\r]*[^ \t\r])?)')
+                    rb'[ \t]*([^\r]*[^ \t\r]|)')
 # Here `_` is whatever CGI and its heirs take for one, a hyphen or another sign, and `~` the same
 # without the hyphen: then the app would see a second field of that name.
 UNTRUSTED = (
