@@ -535,10 +535,25 @@ class ReceiveWindow:
 # One shape of stream, `read, write, write_eof, reset`, which sockets and tunnel streams share, so
 # that everything above copies from any to any.  Knows no frames and no HTTP.
 #
-# Backpressure is in `await write()` alone: it returns when there is room for more.
-# What arrives runs the task that waits for it at once (Signal), not in the next turn of the loop.
-# So a loop whose next input may be here already, by an outsider's choice, has to give the others
-# their turn: `await asyncio.sleep(0)`.
+# asyncio's own StreamReader and StreamWriter have this shape.  They are not used because a tunnel
+# stream is not a socket, which StreamWriter wants, and because each wait on them costs a Future and
+# a turn of the loop.  `await write(data)` is their write() and drain() in one: it returns when
+# there is room for more, and there is no other backpressure.
+#
+# What arrives runs the task that waits for it at once, up to its next await, inside the call that
+# brought it (Signal.set; and feed, fail, room, which end in it).  So such a call is the last thing
+# that a method does, and a loop that makes it looks again at all that may have changed.  And a loop
+# whose next input may be here already, by an outsider's choice, has to give the others their turn:
+# `await asyncio.sleep(0)`.
+#
+# The ways to end.  What has arrived can still be read after all of them but linger.
+#
+#   call           a socket's peer sees      a stream's peer sees       what is unsent
+#   write_eof()    FIN; with TLS the end     END                        leaves first
+#   reset()        RST                       RESET with its reason      is lost
+#   cut_off()      RST                                                  is lost
+#   close()        FIN                       RESET, if it still runs    leaves first
+#   linger()       FIN; for LINGER seconds what it sends is dropped     leaves first
 # ------------------------------------------------------------------------------------------------
 
 class Signal:
@@ -546,7 +561,8 @@ class Signal:
 
     A Future-like object (asyncio.isfuture), made for two reasons: `set` runs the waiting task
     inside the callback that brings the news, where a Future takes one more turn of the loop with
-    its system call; and a wait needs no new object.  A wait may end early: waiters loop.
+    its system call; and a wait needs no new object.  A wait may end early: waiters loop.  The task
+    runs on in the context of whoever wakes it: there are no context variables here.
     """
     __slots__ = ('_asyncio_future_blocking', '_loop', '_resume', '_error', 'deadline')
 
@@ -789,7 +805,7 @@ class ByteStream:
         return self._chunks[0] if self._chunks else b''
 
     def take_line(self, limit: int) -> Optional[bytes]:
-        """The next line with its LF, or None where it is not here.  BadHttp over LIMIT bytes."""
+        """The next line with its LF; None where no LF is among the first LIMIT bytes unread."""
         if not self.size:
             return None
         end = self._chunks[0].find(b'\n', self._at, self._at + limit)
@@ -797,8 +813,6 @@ class ByteStream:
             end = self.peek().find(b'\n', 0, limit)
         if end >= 0:
             return self.take(end + 1 - self._at)
-        if self.size >= limit:
-            raise BadHttp(400, f'no end of line within {limit} bytes')
         return None
 
     def consumed(self, n: int) -> None:
@@ -1003,13 +1017,6 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self._close_by = self.reactor.now() + CLOSE_TIMEOUT
             self.transport.close()
 
-    def give_up_after(self, seconds: float) -> None:
-        """Let the system end the connection when nothing is acknowledged, where it can."""
-        sock = self.transport.get_extra_info('socket')
-        if hasattr(socket, 'TCP_USER_TIMEOUT') and sock.family != socket.AF_UNIX:
-            with contextlib.suppress(OSError):      # it is closed already
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000))
-
     async def linger(self) -> None:
         """Close so that an answer to a peer that still sends arrives.
 
@@ -1145,7 +1152,7 @@ class Stream(ByteStream):
                  '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
-        super().__init__(session.reactor)
+        ByteStream.__init__(self, session.reactor)      # on each request, and super() costs more
         self.session, self.id = session, id
         self.window = window            # what the other side may still send
         self.credit = credit            # bytes that we may still send
@@ -1402,14 +1409,13 @@ class Liveness:
     Knows no clock: callers bring `now`.  The client's side keeps the session alive (`pings`); the
     server's has more patience.
     """
-    __slots__ = ('pings', 'heard', 'round_trip', 'proven', 'detached_at', 'asked_at', '_after',
-                 '_moved_at', '_unsent')
+    __slots__ = ('pings', 'heard', 'round_trip', 'detached_at', 'asked_at', '_after', '_moved_at',
+                 '_unsent')
 
     def __init__(self, pings: bool, now: float) -> None:
         self.pings = pings
         self.heard = now            # when something arrived last
         self.round_trip = 0.1       # seconds, until measured
-        self.proven = False         # this connection has brought a PONG
         self.detached_at = NEVER    # when the connection was lost; NEVER while there is one
         self.asked_at = NEVER       # when the PING left whose PONG is awaited; NEVER for none
         self._after = 0             # and behind how many bytes
@@ -1419,7 +1425,7 @@ class Liveness:
     def attached(self, now: float) -> None:
         """A new connection begins."""
         self.heard = self._moved_at = now
-        self.asked_at, self.detached_at, self.proven = NEVER, NEVER, False
+        self.asked_at = self.detached_at = NEVER
 
     def asked(self, now: float, sent: int) -> None:
         """A PING leaves behind SENT bytes."""
@@ -1430,7 +1436,6 @@ class Liveness:
         """A PONG came, by which CONFIRMED bytes have arrived there."""
         if self.asked_at != NEVER and confirmed >= self._after:
             self.round_trip, self.asked_at = self.heard - self.asked_at, NEVER
-            self.proven = True
 
     def quiet(self, now: float) -> bool:
         """True if nothing can be due while nothing is to be sent: there may be thousands such."""
@@ -1705,7 +1710,6 @@ class Session:
         connection.receiver, connection.on_room = self._receive, self._flush
         connection.on_gone = connection.on_eof = self.drop
         self.reactor.swept.discard(connection)      # nobody waits on it
-        connection.give_up_after(STALLED_SESSION)
         self.liveness.attached(self.reactor.now())
         again = self.unacknowledged.after(theirs)
         if again:
@@ -1834,7 +1838,6 @@ _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9]\.[0-9
 _FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
 _TRAILERS = re.compile(_FIELDS)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
-EMPTY_LINE = b'', b'\r', b'\r\n'        # or what has come of one
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
@@ -1976,7 +1979,7 @@ class Request(Head):
     __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
 
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
-        super().__init__(minor, block)
+        Head.__init__(self, minor, block)       # see Stream
         self.method, self.target = method, target
         self.host, self.host_name, self.upgrade = self.fields.get(b'host', b''), '', b''
         match = _HOST.fullmatch(self.host)
@@ -2019,7 +2022,7 @@ class Response(Head):
     __slots__ = ('status', 'reason', 'bodiless')
 
     def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
-        super().__init__(minor, block)
+        Head.__init__(self, minor, block)       # see Stream
         self.status, self.reason = int(status), reason
         self.bodiless = self.status < 200 or self.status == 204
 
@@ -2162,8 +2165,11 @@ class ChunkedBody(Body):
                 if not self.left:
                     self._state = 'data end'
                 continue
-            line = self.stream.take_line(self.LIMITS[self._state])
+            limit = self.LIMITS[self._state]
+            line = self.stream.take_line(limit)
             if line is None:
+                if self.stream.size >= limit:
+                    raise BadHttp(400, f'no end of line within {limit} bytes')
                 break
             self._state = self._after(line)
             self.finished = self._state == 'end'
@@ -2257,7 +2263,7 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
             deadline = stream.reactor.now() + timeout
         seen = len(data)
         if not await stream.more(max(0.0, deadline - stream.reactor.now())):
-            if data in EMPTY_LINE:
+            if b'\r\n'.startswith(data):       # an empty line, or what has come of one
                 return None
             raise Incomplete('the connection ended inside a message head')
         data = stream.peek()
@@ -4324,7 +4330,7 @@ class Server:
         except BadHttp as e:
             await last_words(connection, e.status, str(e))
         except Overdue:
-            if connection.peek() not in EMPTY_LINE:
+            if not b'\r\n'.startswith(connection.peek()):
                 await last_words(connection, 408, 'the request did not arrive in time')
         except (LocaltunnelError, OSError):
             connection.cut_off()

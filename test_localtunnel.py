@@ -1034,10 +1034,8 @@ class LineTest(unittest.TestCase):
 
     def test_a_line_may_have_as_many_bytes_as_its_limit_and_no_more(self):
         self.assertEqual(self.stream(b'ab\n').take_line(3), b'ab\n')
-        self.assertIsNone(self.stream(b'ab').take_line(3))
-        for pieces in ([b'abc\n'], [b'a', b'bc\n'], [b'abc']):
-            with self.assertRaises(lt.BadHttp):
-                self.stream(*pieces).take_line(3)
+        for pieces in [b'ab'], [b'abc\n'], [b'a', b'bc\n'], [b'abc']:
+            self.assertIsNone(self.stream(*pieces).take_line(3))
 
 
 class JoinTest(LoopTest):
@@ -7882,7 +7880,7 @@ class PathTest(Network):
     async def test_a_visitor_who_does_not_read_slows_nobody_and_fills_his_window_only(self):
         await self.comes()
         session = self.members()[0].session
-        await eventually(lambda: session.liveness.proven)    # before, a path may be a long one
+        await eventually(lambda: session.liveness.round_trip < 0.1)   # it was measured
         for _ in range(5):
             await self.begin('GET /700000')
         await eventually(lambda: len(session.streams) == 5)
