@@ -5250,6 +5250,10 @@ class Client:
 # What an annex may do at a client and at a server.
 # ------------------------------------------------------------------------------------------------
 
+Args = argparse.Namespace       # what was typed, see Options
+Add = Callable[..., Any]        # argparse's add_argument
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -5257,22 +5261,22 @@ class Annex:
     """
     title = ''          # of its options in --help
 
-    def client_options(self, add: Callable[..., Any]) -> None:
-        """Options of `client`; ADD is argparse's add_argument."""
+    def client_options(self, add: Add) -> None:
+        """Options of `client`."""
 
-    def server_options(self, add: Callable[..., Any]) -> None:
+    def server_options(self, add: Add) -> None:
         """Options of `server`."""
 
-    def target(self, args: argparse.Namespace) -> Optional[Target]:
+    def target(self, args: Args) -> Optional[Target]:
         """What the tunnel leads to, where this annex knows what ARGS mean."""
 
-    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         """Plug in at APP, and on the way to the server at ADDRESS."""
 
-    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+    async def at_server(self, args: Args, server: Server) -> None:
         """Plug in at SERVER, before it listens for visitors and clients."""
 
-    async def run(self, args: argparse.Namespace, server: Server) -> None:
+    async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  To return ends it: another process serves now."""
         await server.reactor.loop.create_future()
 
@@ -5407,29 +5411,29 @@ class RawTcp(Annex):
     """Tunnels of bytes."""
     title = 'raw TCP'
 
-    def client_options(self, add: Callable[..., Any]) -> None:
+    def client_options(self, add: Add) -> None:
         add('--tcp', action='store_true', help='raw TCP instead of HTTP')
         add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
 
-    def server_options(self, add: Callable[..., Any]) -> None:
+    def server_options(self, add: Add) -> None:
         add('--tcp-ports', type=port_range, default=range(0), metavar='A-B',
             help='for raw TCP (none)')
 
-    def target(self, args: argparse.Namespace) -> Optional[Target]:
+    def target(self, args: Args) -> Optional[Target]:
         text = args.target
         if not args.tcp and args.tcp_port is None:
             return None
         if '/' in text or text == 'echo' or text.startswith('unix:'):
             raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
-        if args.name or args.auth or getattr(args, 'host_header', None):
-            raise UsageError('--name, --auth and --host-header are for HTTP, not for --tcp')
+        if args.name or args.auth:
+            raise UsageError('--name and --auth are for HTTP, not for --tcp')
         place = parse_target(text)
         return Target('tcp', place.host, place.port, kind='tcp', public_port=args.tcp_port or 0)
 
-    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         app.kinds['tcp'] = functools.partial(self.serve, app)
 
-    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+    async def at_server(self, args: Args, server: Server) -> None:
         TcpPorts(server, args.bind, args.tcp_ports)
 
     @staticmethod
@@ -5667,7 +5671,7 @@ async def echo(connection: Connection) -> None:
 class FolderAndEcho(Annex):
     """Their targets, and how to connect to them."""
 
-    def target(self, args: argparse.Namespace) -> Optional[Target]:
+    def target(self, args: Args) -> Optional[Target]:
         text = args.target
         if text == 'echo':
             return Target('echo', text=text)
@@ -5678,7 +5682,7 @@ class FolderAndEcho(Annex):
             raise UsageError(f'there is no folder {text}')
         return Target('folder', path=text, text=text)
 
-    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         app.dialers['folder'] = functools.partial(self.dial_folder, app.reactor)
         app.dialers['echo'] = functools.partial(self.dial_echo, app.reactor)
 
@@ -5861,11 +5865,13 @@ class HostHeader(Annex):
     """--host-header, base paths and hints."""
     title = 'the address that the app sees'
 
-    def client_options(self, add: Callable[..., Any]) -> None:
+    def client_options(self, add: Add) -> None:
         add('--host-header', type=host_to_send, metavar='VALUE', help='send VALUE as Host to the '
             'app; `rewrite`: the app believes that it is visited on its own address')
 
-    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        if args.host_header and app.target.kind != 'http':
+            raise UsageError('--host-header is for HTTP, not for --tcp')
         if args.host_header or app.target.port and app.target.path:
             app.rewrites.append(Addresses(app.target, args.host_header or ''))
         if args.host_header is None:
@@ -5929,7 +5935,7 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
 class OutgoingProxy(Annex):
     """The way out that the environment names."""
 
-    def at_client(self, args: argparse.Namespace, app: App, address: ServerAddress) -> None:
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         proxy = find_proxy(address)
 
         def route(host: str, port: int) -> Awaitable[socket.socket]:
@@ -6015,12 +6021,12 @@ class Certificates(Annex):
     """--cert and --key, or a certificate of our own."""
     title = 'https'
 
-    def server_options(self, add: Callable[..., Any]) -> None:
+    def server_options(self, add: Add) -> None:
         add('--tls-port', type=port_number, default=443, metavar='PORT', help='(%(default)s)')
         add('--cert', metavar='FILE', help='certificate with its chain, for https')
         add('--key', metavar='FILE', help='its private key')
 
-    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+    async def at_server(self, args: Args, server: Server) -> None:
         if bool(args.cert) != bool(args.key):
             raise UsageError('--cert and --key go together')
         cert, key, pin = args.cert, args.key, ''
@@ -6115,7 +6121,7 @@ async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
 class HandOver(Annex):
     """SIGUSR2, and what systemd is told."""
 
-    async def run(self, args: argparse.Namespace, server: Server) -> None:
+    async def run(self, args: Args, server: Server) -> None:
         """Wait until a successor is asked for, and serves."""
         asked, log = asyncio.Event(), server.log
         if hasattr(signal, 'SIGUSR2'):
@@ -6233,10 +6239,10 @@ class Operator(Annex):
     """--admin."""
     title = "the operator's page"
 
-    def server_options(self, add: Callable[..., Any]) -> None:
+    def server_options(self, add: Add) -> None:
         add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
 
-    async def at_server(self, args: argparse.Namespace, server: Server) -> None:
+    async def at_server(self, args: Args, server: Server) -> None:
         for sock in server.doors.bind(*args.admin) if args.admin else ():
             await server.doors.open(sock, OperatorPage(server).serve, stays=True)
 
@@ -6532,18 +6538,18 @@ class ServerLog(Observer):
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Certificates(), HandOver(), Operator())
 
-# An option group of a parser: by its title, argparse's add_argument.
-Group = Callable[[str], Callable[..., Any]]
 
+def client_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('target', metavar='TARGET',
+                        help='what visitors reach: 8000, ./FOLDER, ... (see below)')
 
-def client_options(group: Group) -> None:
-    add = group('the server')
+    add = parser.add_argument_group('the server').add_argument
     add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
     add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
     add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
     add('--once', action='store_true', help='end with an error instead of reconnecting')
 
-    add = group('the tunnel')
+    add = parser.add_argument_group('the tunnel').add_argument
     add('--name', type=str.lower, help='ask for this name; refused is refused')
     add('--release', action='store_true', help='with --name: give the name back')
     add('--share', action='store_true', help='several clients of one owner behind one name')
@@ -6552,20 +6558,23 @@ def client_options(group: Group) -> None:
     add('--allow', type=network, action='append', default=[], metavar='CIDR',
         help='only these visitors')
 
-    add = group('the app')
+    add = parser.add_argument_group('the app').add_argument
     add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
         help='how long the app may take to begin an answer (%(default).0f)')
     add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
     add('--insecure', action='store_true', help='do not check the certificate of an https app')
 
-    add = group('output')
+    add = parser.add_argument_group('output').add_argument
     add('--json', action='store_true', help='one JSON object a line on stdout')
     add('--quiet', action='store_true', help='only the URL, and what is wrong')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
 
+    for annex in ANNEXES:
+        annex.client_options(parser.add_argument_group(annex.title).add_argument)
 
-def server_options(group: Group) -> None:
-    add = group('where it listens')
+
+def server_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group('where it listens').add_argument
     add('--domain', default='localhost', type=str.lower,
         help='tunnels are NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
@@ -6573,14 +6582,14 @@ def server_options(group: Group) -> None:
     add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
         help='peers whose X-Forwarded-* are believed: the proxy in front')
 
-    add = group('who may open tunnels')
+    add = parser.add_argument_group('who may open tunnels').add_argument
     add('--token', action='append',
         help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
     add('--token-file', metavar='FILE',
         help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
     add('--open', action='store_true', help='everybody may open tunnels')
 
-    add = group('limits')
+    add = parser.add_argument_group('limits').add_argument
     add('--hold', type=number, default=HELD, metavar='SECONDS',
         help='how long requests wait for a client that is on its way back (%(default).0f)')
     add('--drain', type=number, default=DRAIN, metavar='SECONDS',
@@ -6590,10 +6599,13 @@ def server_options(group: Group) -> None:
         help='for all windows together (an eighth of the memory)')
     add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
 
-    add = group('this machine')
+    add = parser.add_argument_group('this machine').add_argument
     add('--state', metavar='DIR', help='where leases and keys are kept')
     add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
     add('--verbose', action='store_true', help='a line for each frame of the protocol')
+
+    for annex in ANNEXES:
+        annex.server_options(parser.add_argument_group(annex.title).add_argument)
 
 
 class Parser(argparse.ArgumentParser):
@@ -6603,11 +6615,12 @@ class Parser(argparse.ArgumentParser):
         put(file or sys.stderr, message)
 
 
-HELP = {'': """
+HELP = """
 examples:
   localtunnel.py client 8000                    a URL for http://localhost:8000
   localtunnel.py server --domain example.com    the relay
-""", 'client': f"""
+"""
+CLIENT_HELP = f"""
 {TARGET_FORMS}
 
 Secrets in options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep
@@ -6619,7 +6632,8 @@ examples:
   localtunnel.py client 8000 --server https://example.com --name demo
   localtunnel.py client ./dist --auth ana:secret
   localtunnel.py client 22 --tcp
-""", 'server': """
+"""
+SERVER_HELP = """
 SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and SIGINT
 drain, the second one ends at once.
 
@@ -6628,31 +6642,21 @@ examples:
   localtunnel.py server --domain example.com
   localtunnel.py server --domain example.com --cert fullchain.pem --key privkey.pem
   localtunnel.py server --domain example.com --token-file tokens --tcp-ports 20000-20999
-"""}
+"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """All that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
-
-    def group_of(parser: argparse.ArgumentParser) -> Group:
-        return lambda title: parser.add_argument_group(title).add_argument
-    parser = Parser(prog='localtunnel.py', epilog=HELP[''], **form,
+    parser = Parser(prog='localtunnel.py', epilog=HELP, **form,
                     description='Puts a local program on the internet under a friendly URL.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
-    client = commands.add_parser('client', help='give a local program a public URL',
-                                 usage='%(prog)s TARGET [OPTION ...]', epilog=HELP['client'],
-                                 **form)
-    client.add_argument('target', metavar='TARGET',
-                        help='what visitors reach: 8000, ./FOLDER, ... (see below)')
-    server = commands.add_parser('server', help='run the relay',
-                                 usage='%(prog)s [OPTION ...]', epilog=HELP['server'], **form)
-    client_options(group_of(client))
-    server_options(group_of(server))
-    for annex in ANNEXES:
-        annex.client_options(group_of(client)(annex.title))
-        annex.server_options(group_of(server)(annex.title))
+    client_options(commands.add_parser(
+        'client', help='give a local program a public URL', epilog=CLIENT_HELP,
+        usage='%(prog)s TARGET [OPTION ...]', **form))
+    server_options(commands.add_parser(
+        'server', help='run the relay', epilog=SERVER_HELP, usage='%(prog)s [OPTION ...]', **form))
     return parser
 
 
@@ -6750,13 +6754,13 @@ async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, 
     raise LocaltunnelError('no port is free on this machine')
 
 
-def find_target(args: argparse.Namespace) -> Target:
+def find_target(args: Args) -> Target:
     """What the tunnel leads to.  Raises UsageError."""
     targets = (annex.target(args) for annex in ANNEXES)
     return next((target for target in targets if target), None) or parse_target(args.target)
 
 
-def make_app(reactor: Reactor, args: argparse.Namespace, target: Target, address: ServerAddress,
+def make_app(reactor: Reactor, args: Args, target: Target, address: ServerAddress,
              observer: ClientObserver) -> App:
     """The app at TARGET, for a client of the server at ADDRESS."""
     tls = tls_to(target, args.ca, not (args.insecure or target.local))
@@ -6766,7 +6770,7 @@ def make_app(reactor: Reactor, args: argparse.Namespace, target: Target, address
     return app
 
 
-def make_client(app: App, args: argparse.Namespace, address: ServerAddress, key: bytes, token: str,
+def make_client(app: App, args: Args, address: ServerAddress, key: bytes, token: str,
                 trace: Optional[Trace] = None) -> Client:
     """A client of the server at ADDRESS that serves from APP."""
     target, pin = app.target, args.pin or ''
@@ -6886,7 +6890,7 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     return 0
 
 
-def check_client_options(args: argparse.Namespace, target: Target,
+def check_client_options(args: Args, target: Target,
                          address: Optional[ServerAddress]) -> None:
     """Raises UsageError and Refused for what can't be meant."""
     if args.release and not (args.name and address):
@@ -6903,7 +6907,7 @@ def check_client_options(args: argparse.Namespace, target: Target,
             raise UsageError('--pin takes 64 hexadecimal digits, for an https server')
 
 
-async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+async def run_client(reactor: Reactor, stop: asyncio.Event, args: Args,
                      target: Target, address: Optional[ServerAddress], token: str) -> None:
     """Keep the tunnel up until STOP is set."""
     key = load_key(lambda text: say('warning: ' + text))
@@ -6940,7 +6944,7 @@ async def run_client(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
         frames.flush()
 
 
-def client_command(args: argparse.Namespace) -> int:
+def client_command(args: Args) -> int:
     target, address = find_target(args), known_server(args.server)
     check_client_options(args, target, address)
     token = known_token(args.token, address) if address else ''
@@ -6961,7 +6965,7 @@ def client_command(args: argparse.Namespace) -> int:
 
 # The server's side.
 
-def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
+def server_tokens(args: Args) -> Tuple[Tokens, str]:
     """The tokens of a server; and the one that was made where none was given, else ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
@@ -6979,7 +6983,7 @@ def server_tokens(args: argparse.Namespace) -> Tuple[Tokens, str]:
     return Tokens([made]), made
 
 
-def announce(args: argparse.Namespace, log: ServerLog, port: int, tls: Optional[Tls],
+def announce(args: Args, log: ServerLog, port: int, tls: Optional[Tls],
              made: str) -> None:
     """Say that the server listens, and what its users type."""
     tls_port, pin = (tls.port, tls.pin) if tls else (0, '')
@@ -7006,7 +7010,7 @@ def announce(args: argparse.Namespace, log: ServerLog, port: int, tls: Optional[
 
 # The server, from its start to its end.
 
-async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Namespace,
+async def run_server(reactor: Reactor, stop: asyncio.Event, args: Args,
                      tokens: Tokens, leases: Leases, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
@@ -7036,7 +7040,7 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: argparse.Names
     log.flush()
 
 
-def server_command(args: argparse.Namespace) -> int:
+def server_command(args: Args) -> int:
     if not all(map(NAME.fullmatch, args.domain.split('.'))) or is_address(args.domain):
         raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
     local = is_loopback(args.domain)
