@@ -1090,6 +1090,142 @@ class JoinTest(LoopTest):
 # 5. Session
 # ------------------------------------------------------------------------------------------------
 
+class OutboxTest(unittest.TestCase):
+
+    def test_what_leaves_is_credit_and_pong_then_the_frames_and_reset_last(self):
+        seen = []
+        outbox = lt.Outbox(lambda *frame: seen.append(frame))
+        outbox.add(lt.DATA, 1, b'abc')
+        outbox.reset(2, WORDS(lt.FAILED, 'why'))
+        outbox.pong()
+        outbox.pong()
+        for n in 1, 2, 3:
+            outbox.credit(1, n)
+            outbox.credit(4, n)
+        outbox.forget(4)
+        outbox.add(lt.DATA | END, 1, b'd')
+        self.assertEqual((outbox.size, outbox.control_size), (8 + 3 + 8 + 1, 12 + 8 + 5))
+        self.assertEqual(outbox.take(9), F(lt.CREDIT, 1, lt.U32.pack(6)) + F(lt.PONG, 0, U64(9))
+                         + F(lt.DATA, 1, b'abc') + F(lt.DATA | END, 1, b'd')
+                         + F(lt.RESET, 2, WORDS(lt.FAILED, 'why')))
+        self.assertEqual(sorted(seen), sorted([
+            ('->', lt.DATA, 1, 3), ('->', lt.DATA | END, 1, 1), ('->', lt.CREDIT, 1, 4),
+            ('->', lt.PONG, 0, 8), ('->', lt.RESET, 2, 5)]))
+
+    def test_it_is_empty_afterwards(self):
+        outbox = lt.Outbox()
+        outbox.add(lt.DATA, 1, b'abc')
+        outbox.credit(1, 1)
+        outbox.reset(2, WORDS(lt.DONE, ''))
+        self.assertTrue(outbox.take(0))
+        self.assertEqual((outbox.take(0), outbox.size, outbox.control_size), (b'', 0, 0))
+
+
+class UnacknowledgedTest(unittest.TestCase):
+
+    def kept(self, limit=lt.SESSION_BUDGET):
+        self.budget = lt.Budget(limit)
+        return lt.Unacknowledged(self.budget)
+
+    def test_what_was_confirmed_is_forgotten_write_by_write(self):
+        kept = self.kept()
+        for piece in b'abc', b'defg', b'hi':
+            kept.add(piece)
+        for n, since, after in (            # confirmed; from where it is kept; what follows N
+                (0, 0, b'abcdefghi'), (2, 0, b'cdefghi'), (3, 3, b'defghi'), (6, 3, b'ghi'),
+                (7, 7, b'hi'), (9, 9, b'')):
+            kept.confirm(n)
+            self.assertEqual((kept.confirmed, kept.kept_from, kept.after(n)), (n, since, after))
+            self.assertTrue(kept.holds(since) and kept.holds(9))
+            self.assertFalse(kept.holds(since - 1) or kept.holds(10))
+
+    def test_no_more_can_be_confirmed_than_was_sent(self):
+        kept = self.kept()
+        kept.add(b'abc')
+        with self.assertRaises(lt.ProtocolError):
+            kept.confirm(4)
+
+    def test_the_limit_rises_by_steps_of_the_budget_and_falls_when_all_has_arrived(self):
+        kept, step = self.kept(), lt.KEPT_AT_FIRST
+        kept.add(bytes(3 * step))
+        self.assertEqual((kept.limit, self.budget.used), (step, 0))
+        self.assertTrue(kept.widen() and kept.widen())
+        self.assertEqual((kept.limit, self.budget.used), (3 * step, 2 * step))
+        kept.confirm(3 * step)
+        self.assertEqual((kept.limit, self.budget.used), (4 * step, 0))
+
+    def test_the_limit_has_a_bound_of_its_own_and_one_of_the_budget(self):
+        for limit, most in ((lt.SESSION_BUDGET, lt.KEPT_FOR_RESUME),
+                            (5 * lt.KEPT_AT_FIRST, 3 * lt.KEPT_AT_FIRST)):
+            kept = self.kept(limit)
+            while kept.widen():
+                pass
+            self.assertEqual(kept.limit, most)
+            kept.clear()
+            self.assertEqual(self.budget.used, 0)
+
+
+class LivenessTest(unittest.TestCase):
+    """Times of each case are seconds after the start; what is due then: True for a PING."""
+
+    def due(self, now, *, pings, heard=0.0, asked=None, unsent=0, woke_up=False):
+        liveness = lt.Liveness(pings, 0.0)
+        liveness.heard = heard
+        if asked is not None:
+            liveness.asked(asked, 0)
+        try:
+            return liveness.ping_due(now, unsent, woke_up)
+        except lt.LocaltunnelError as e:
+            return type(e)
+
+    CASES = {
+        'nothing, for a while': (7.9, False, {'pings': True}),
+        'a PING of the client after PING_AFTER': (8.1, True, {'pings': True}),
+        'none yet of the server, which has more patience': (8.1, False, {'pings': False}),
+        'a PING of the server after PONG_WITHIN more': (14.1, True, {'pings': False}),
+        'a PING at once when the machine woke up': (1.0, True, {'pings': True, 'woke_up': True}),
+        'no PING of the server then': (1.0, False, {'pings': False, 'woke_up': True}),
+        'no second PING before the first was answered': (9.0, False, {'pings': True, 'asked': 8.1}),
+        'the end where no PONG comes': (14.2, lt.Disconnected, {'pings': True, 'asked': 8.1}),
+        'not where something else was heard': (
+            14.2, False, {'pings': True, 'asked': 8.1, 'heard': 9.0}),
+        'the server waits for SILENT_SESSION': (20.0, False, {'pings': False, 'asked': 14.0}),
+        'and then gives it up': (20.1, lt.Disconnected, {'pings': False, 'asked': 14.0}),
+        'the end where all is heard and nothing acknowledged': (
+            60.2, lt.ProtocolError, {'pings': False, 'asked': 0.1, 'heard': 60.0}),
+        'patience with what the kernel has not taken': (
+            8.0, False, {'pings': True, 'unsent': 9}),
+    }
+
+    def test_what_is_due(self):
+        for name, (now, expected, words) in self.CASES.items():
+            with self.subTest(name):
+                self.assertEqual(self.due(now, **words), expected)
+
+    def test_the_end_where_the_kernel_takes_nothing(self):
+        for moves in (False, True):
+            liveness, outcome = lt.Liveness(False, 0.0), None
+            for second in range(30):
+                liveness.heard = second
+                try:
+                    liveness.ping_due(second, 1000 - moves * second, False)
+                except lt.Disconnected:
+                    outcome = second
+                    break
+            self.assertEqual(outcome, None if moves else int(lt.STALLED_SESSION) + 1)
+
+    def test_the_round_trip_is_that_of_a_pong_that_saw_the_ping(self):
+        liveness = lt.Liveness(True, 0.0)
+        liveness.asked(1.0, 100)
+        liveness.asked(1.2, 200)        # the first is the one that counts
+        liveness.heard = 1.5
+        liveness.answered(99)
+        self.assertNotEqual(liveness.asked_at, lt.NEVER)
+        liveness.answered(100)
+        self.assertEqual((liveness.round_trip, liveness.asked_at), (0.5, lt.NEVER))
+        self.assertTrue(liveness.quiet(2.0))
+
+
 class SessionTest(LoopTest):
     """`here` is the server's side, `there` the client's."""
 
