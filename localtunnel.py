@@ -95,129 +95,97 @@ STAMPED_SERVER = ''
 # ------------------------------------------------------------------------------------------------
 # 1. Constants and errors
 #
-# Every wait has a deadline and every buffer a bound: here they are, each with its unit and reason.
+# Every wait has a deadline (in seconds) and every buffer a bound (in bytes), each with its reason.
+# Those that users may meet are here, as README lists them; the others stand above their only use.
 # An error carries what the other side is told; lower errors are put into words for people once.
 # ------------------------------------------------------------------------------------------------
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NEVER = float('inf')
 
-# Bytes.
-READ_SIZE = 256 * KIB           # one read of a socket: from here on larger reads bring nothing
-MAX_PAYLOAD = 64 * KIB          # of a frame: a stream's turn; at 10 Mbit/s it takes 50 ms
+# The session between client and server.
 INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most answers need no CREDIT at all
 SMALL_CREDIT = 16 * KIB         # the same once half of what the session may have is promised
 LEAST_CREDIT = 4 * KIB          # the same once three quarters are: it may never be used
 MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
 SESSION_BUDGET = 72 * MIB       # what one session may hold: windows, and what is kept for resume
-SESSION_FLOOR = 256 * KIB       # of it, which a session may have however little the process has
 LEAST_BUDGET = 64 * MIB         # what a process has for all sessions at least, and at the most
 MOST_BUDGET = 1 * GIB
-BATCH = 256 * KIB               # frames that leave in one write; more would only sit in the kernel
 KEPT_FOR_RESUME = 8 * MIB       # sent and not acknowledged: 640 Mbit/s over a path of 100 ms
 KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
-ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
-MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
-UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
-UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
-TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
-MAX_HEAD = 64 * KIB             # a message head inside a tunnel
-OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, Node 16
-MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
-OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
-MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
-RESPONSE_HEAD = UNREAD_HIGH     # of a response inside a tunnel: debug bars send 100 kB
-RESPONSE_FIELDS = 516           # and some apps set hundreds of cookies
-SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
-MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
-SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
-PAGE_PART = 16 * KIB            # of a page of ours in one write: one who stalls holds no more
-MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
-DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
-MAX_UNWRITTEN = 1 * MIB         # of log and events that nobody reads: then lines are dropped
-
-# Seconds.
-HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
-KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
-PAGE_STALLED = 20.0             # for a part of a page of ours to be read: they are not worth more
-BODY_IDLE = 3600.0              # without a byte in either direction of a body
-UPLOAD_IDLE = 60.0              # the same of a request without an answer; the first: HEAD_TIMEOUT
-RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
-CONNECT_TIMEOUT = 10.0          # to reach the app
+MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
+MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye again and again
+MAX_TEXT = 500                  # characters, or bytes, that the other side may have us show
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
 FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
-CROWDED_HANDSHAKE = 1.0         # the same for a visitor's TLS while too many are under way
-LINGER = 2.0                    # for an answer to arrive before its connection is closed
-LONG_PATH = 0.03                # of a round trip: other towns; windows grow faster there
-IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
-HALF_CLOSED = 2.0               # without a byte of an answer after the visitor's FIN: it is gone
-CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
-POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
-UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
 PING_AFTER = 8.0                # of silence, by the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
 ANSWER = 2.0                    # the same where another client of the owner wants to serve
 SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
-UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of an answer
-STALLED_SESSION = 20.0          # without progress of a write
 ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
 RESUME_WITHIN = 60.0            # a session without connection is kept so long
-HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
-HELD_AFTER_BREAK = 30.0         # and only when the client went without goodbye so long ago
-KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
-DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts; each is shortened by chance
-BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
-SETTLE = 5.0                    # before a hand-over: clients who are away try every 2 s at first
-SETTLED = 1.0                   # a connection that lasted so long resets the backoff
-RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
-DRAIN_LOOK = 0.05               # between looks whether all has finished
-ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
-ROOM_LOOK = 0.1                 # between looks whether they have
-OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
-LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
-WRONG_TOKEN = 0.5               # after a wrong token the next one of its address waits so long
-MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
-QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
-SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
-LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
-LAST_LINES = 1.0                # at the end, for a slow reader to take what was written for it
-SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
-WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
 
-# Counts.
-BURST = 8                       # frames that leave together: the other side begins meanwhile
-FRAMES_TOGETHER = 128           # of one session in a turn of the event loop: then others come
-STEPS_TOGETHER = 512            # of one chunked body, three for each chunk: the same
-MANY_PIECES = 16                # unread on a stream: from here on their size is looked at
-IDLE_WORKERS = 256              # tasks kept for the next stream
-MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
-MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
-MAX_HELD_IN_ALL = 1000
-MAX_TUNNELS = 10000             # of a server (--max-tunnels)
-MAX_AWAY = 10000                # names remembered as known after their last client went
-MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
+# Messages.
+OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, Node 16
+OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
+MAX_HEAD = 64 * KIB             # a message head inside a tunnel
+MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
+UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
+RESPONSE_HEAD = UNREAD_HIGH     # of a response inside a tunnel: debug bars send 100 kB
+RESPONSE_FIELDS = 516           # and some apps set hundreds of cookies
+MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
+MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
+MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
+SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
+PAGE_PART = 16 * KIB            # of a page of ours in one write: one who stalls holds no more
+DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
+
+# Visitors, and the app.
+HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
+KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
+BODY_IDLE = 3600.0              # without a byte in either direction of a body
+UPLOAD_IDLE = 60.0              # the same of a request without an answer; the first: HEAD_TIMEOUT
+HALF_CLOSED = 2.0               # without a byte of an answer after the visitor's FIN: it is gone
+LINGER = 2.0                    # for an answer to arrive before its connection is closed
+PAGE_STALLED = 20.0             # for a part of a page of ours to be read: they are not worth more
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
+MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
 MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; of few: half
-OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
-MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
-MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
+CONNECT_TIMEOUT = 10.0          # to reach the app
+RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
+POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
+
+# Tunnels and their names.
+MAX_TUNNELS = 10000             # of a server (--max-tunnels)
+MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
-MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye again and again
-MAX_TEXT = 500                  # characters, or bytes, that the other side may have us show
+MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
 MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
 MAX_LEASES_OF_TOKEN = 1000      # whose clients can make up owners where it has no user's name
 MAX_LEASES_IN_ALL = 10000
-JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
-LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
+LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 DAY = 86400
-MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
-MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
-LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
-FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
-ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors end
-BACKLOG = 1024                  # connections that wait to be accepted
+WRONG_TOKEN = 0.5               # after a wrong token the next one of its address waits so long
+MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
+MAX_AWAY = 10000                # names remembered as known after their last client went
+KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
+
+# While a client or a server is away, or ends.
+HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
+MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
+MAX_HELD_IN_ALL = 1000
+ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
+RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
+UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of an answer
+DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
+DRAIN_LOOK = 0.05               # between looks whether all has finished
+
+# Lines that are written, and the clock.
+MAX_UNWRITTEN = 1 * MIB         # of log and events that nobody reads: then lines are dropped
+LAST_LINES = 1.0                # at the end, for a slow reader to take what was written for it
+LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
+SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
 
 
 class LocaltunnelError(Exception):
@@ -335,6 +303,9 @@ Frame = Tuple[int, int, bytes]      # kind with END, stream, payload
 Buffer = Union[bytes, memoryview]
 
 
+MAX_PAYLOAD = 64 * KIB          # of a frame: a stream's turn; at 10 Mbit/s it takes 50 ms
+
+
 def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
     """One frame; KIND may carry END, PAYLOAD has at most MAX_PAYLOAD bytes."""
     return FRAME_HEADER.pack(kind << 24 | len(payload), stream) + payload
@@ -354,6 +325,9 @@ def decode_reason(payload: bytes) -> Tuple[int, str]:
     """(code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
     text = payload[2:MAX_TEXT + 2].decode(errors='replace')
     return REASON_CODE.unpack_from(payload)[0], printable(text)
+
+
+FRAMES_TOGETHER = 128           # of one session in a turn of the event loop: then others come
 
 
 class Decoder:
@@ -430,6 +404,9 @@ class Decoder:
 MAX_CREDIT = 1 << 31
 
 
+SESSION_FLOOR = 256 * KIB       # which a session may have, however little the process has
+
+
 class Budget:
     """Bytes that may be promised; what is taken here is taken from the parent too, if it has one.
 
@@ -458,6 +435,10 @@ class Budget:
         self.used -= n
         if self._parent:
             self._parent.used -= n
+
+
+LONG_PATH = 0.03                # of a round trip: other towns; windows grow faster there
+IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
 
 
 class ReceiveWindow:
@@ -615,6 +596,10 @@ class Signal:
         return True
 
 
+READ_SIZE = 256 * KIB           # one read of a socket: from here on larger reads bring nothing
+WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
+
+
 class Reactor:
     """What the byte streams of one event loop share: a read buffer, the deadlines, the tasks."""
 
@@ -665,6 +650,9 @@ class Reactor:
             await asyncio.sleep(0)      # asyncio closes them in the next turn
 
 
+IDLE_WORKERS = 256              # tasks kept for the next stream
+
+
 class Crew:
     """Tasks that wait for work, so that what arrives is begun at once, and not in the next turn.
 
@@ -693,6 +681,10 @@ class Crew:
                 self._idle.append(place)
                 while not box:
                     await signal
+
+
+SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
+MANY_PIECES = 16                # unread on a stream: from here on their size is looked at
 
 
 class ByteStream:
@@ -854,6 +846,10 @@ class ByteStream:
 
 
 Serve = Callable[['Connection'], Coroutine[Any, Any, None]]     # what a connection is given to
+
+
+UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
+CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
 
 
 class Connection(ByteStream, asyncio.BufferedProtocol):
@@ -1031,6 +1027,9 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                     break
                 discarded += len(self.take(READ_SIZE))
         self.close()
+
+
+BACKLOG = 1024                  # connections that wait to be accepted
 
 
 def bind(host: str, port: int) -> List[socket.socket]:
@@ -1340,6 +1339,9 @@ class Outbox:
                 self.trace('->', kind, id, len(payload))
 
 
+ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
+
+
 class Unacknowledged:
     """What was sent, and is kept until the other side has it: another connection may need it.
 
@@ -1403,6 +1405,9 @@ class Unacknowledged:
         self._give_back()
 
 
+STALLED_SESSION = 20.0          # without progress of a write
+
+
 class Liveness:
     """When to ask whether the other side is there, and when to give the connection up.
 
@@ -1462,6 +1467,12 @@ class Liveness:
         if silence > SILENT_SESSION:
             raise Disconnected(f'nothing was heard in {SILENT_SESSION:.0f} s')
         return False
+
+
+BATCH = 256 * KIB               # frames that leave in one write; more would only sit in the kernel
+MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
+QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
+BURST = 8                       # frames that leave together: the other side begins meanwhile
 
 
 class Session:
@@ -2137,6 +2148,9 @@ class Body:
         self.finished = True
 
 
+STEPS_TOGETHER = 512            # of one chunked body in a turn, three a chunk: then others come
+
+
 class ChunkedBody(Body):
     """Chunks; their extensions are dropped, the trailers kept.
 
@@ -2626,6 +2640,11 @@ def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
 Changes = Dict[str, Optional[Dict[str, Any]]]        # leases by name; None: it ends
 
 
+JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
+LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
+LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
+
+
 class Leases:
     """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
 
@@ -3082,6 +3101,9 @@ class Observer:
 # Who serves which name, and who waits for it.  Knows no tokens, and not what a request asks for.
 # ------------------------------------------------------------------------------------------------
 
+MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
+
+
 class Visit:
     """One visitor's connection, and the exchange that runs on it."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
@@ -3265,6 +3287,11 @@ class Tunnel:
         """The members that NEW may not replace: they are there, and were started later."""
         return [old for old in self.beside(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
+
+
+HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
+SETTLE = 5.0                    # before a hand-over: clients who are away try every 2 s at first
+ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
 
 
 class Tunnels:
@@ -3836,6 +3863,9 @@ def descriptor_limit() -> int:
     return max(soft, most)
 
 
+OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
+
+
 class Visitors:
     """All visitors' connections: who is there, from where, and whether there is room for more."""
 
@@ -4079,6 +4109,10 @@ class Tls:
     def reload(self) -> Optional[str]:
         """Read it again; if it is no good the old one stays: why."""
         return None
+
+
+CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
+ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors end
 
 
 class Doors:
@@ -4747,6 +4781,9 @@ class ClientObserver(Observer):
         """Advice for the user."""
 
 
+UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
+
+
 class Pool:
     """Connections to the app that may carry another request.
 
@@ -4975,6 +5012,11 @@ class App:
 # no frames, no HTTP but the request that asks for a session, nothing of the app and of the server's
 # inside, and not who watches.
 # ------------------------------------------------------------------------------------------------
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts; each is shortened by chance
+BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
+SETTLED = 1.0                   # a connection that lasted so long resets the backoff
+
 
 class Backoff:
     """How long a client waits before it tries again: not at all, then longer and longer.
@@ -5644,6 +5686,9 @@ def serve_folder(folder: str) -> socket.socket:
     return ours
 
 
+MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
+
+
 async def echo(connection: Connection) -> None:
     """Answers requests with themselves, to see what an app would get."""
     try:
@@ -5990,6 +6035,9 @@ class Certificate(Tls):
         return None
 
 
+OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
+
+
 def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
     """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
     import subprocess
@@ -6079,6 +6127,9 @@ def say_ready(log: Observer) -> None:
         os.close(int(descriptor))
     else:
         notify_systemd(log, 'READY=1')
+
+
+SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
 
 
 async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
@@ -6736,6 +6787,9 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
     return client_tls(ca, check) if place.scheme == 'https' else None
 
 
+FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
+
+
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
     """A server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
@@ -6861,6 +6915,9 @@ EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
 
 
 # Running until somebody says stop.
+
+TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
+
 
 def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
