@@ -37,9 +37,9 @@ Rooms
     5 Session                13 App                  19 Outgoing proxy
     6 HTTP/1.1               14 Client               20 Certificates
     7 Names and tokens                               21 Hand-over
-    III. The command line    25 Wiring               22 Operator's page
-    23 Terminal              26 Python
-    24 Options               27 Command line
+    III. The command line    26 Wiring               22 Operator's page
+    24 Terminal              27 Python               23 Landing page
+    25 Options               28 Command line
 """
 
 from __future__ import annotations
@@ -3933,57 +3933,14 @@ class Visitors:
         return None
 
 
-LANDING = """
-<p>This server gives the program on your machine's port 8000 a public URL:</p>
-<pre>curl -fsSLO {address}/localtunnel.py
-python3 localtunnel.py client 8000</pre>
-<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
-<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
-"""
-
-
 # A page of our own: its type and its bytes in pieces, for who reached the server at an address.
 Page = Callable[[str], Tuple[str, Sequence[bytes]]]
-
-
-def landing_page(address: str) -> Tuple[str, Sequence[bytes]]:
-    """The page on the bare domain."""
-    text = LANDING.format(address=html.escape(address))
-    return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
 
 
 def own_path() -> str:
     """Where this file lies; '' where it was read from standard input."""
     path = globals().get('__file__') or ''
     return path if os.path.isfile(path) else ''
-
-
-@functools.lru_cache(maxsize=None)
-def own_source() -> List[bytes]:
-    """This file: what stands before and after the stamp.
-
-    Raises where it was read from a pipe, which can't be read again.
-    """
-    if own_path():
-        with open(own_path(), 'rb') as f:
-            source = f.read()
-    else:
-        sys.stdin.buffer.seek(0)
-        source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
-
-
-def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
-    """This file, with the server's ADDRESS written into it.  Raises HopFailed.
-
-    The large pieces are the same for all: visitors choose what address they see.
-    """
-    try:
-        before, after = own_source()
-    except (OSError, ValueError, AttributeError) as e:
-        raise HopFailed(404, 'this server was started from a pipe, so it has no copy of itself to '
-                        'hand out') from e
-    return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
 
 
 @functools.lru_cache(maxsize=1)
@@ -4266,8 +4223,7 @@ class Server:
         self.tls: Optional[Tls] = None          # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
-        self.pages: Dict[bytes, Page] = {       # a seam: of the server's own name, by path
-            b'/': landing_page, b'/localtunnel.py': script_page}
+        self.pages: Dict[bytes, Page] = {}      # a seam: of the server's own name, by path
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(reactor, log, self.counters, inherited)
         self.visitors = Visitors(reactor, trusted)
@@ -6298,6 +6254,62 @@ class Operator(Annex):
             await server.doors.open(sock, OperatorPage(server).serve, stays=True)
 
 
+# ------------------------------------------------------------------------------------------------
+# 23. Landing page
+#
+# What a server shows under its own name: what to type, and this file.
+# ------------------------------------------------------------------------------------------------
+
+LANDING = """
+<p>This server gives the program on your machine's port 8000 a public URL:</p>
+<pre>curl -fsSLO {address}/localtunnel.py
+python3 localtunnel.py client 8000</pre>
+<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
+<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
+"""
+
+
+def landing_page(address: str) -> Tuple[str, Sequence[bytes]]:
+    """The page on the bare domain."""
+    text = LANDING.format(address=html.escape(address))
+    return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
+
+
+@functools.lru_cache(maxsize=None)
+def own_source() -> List[bytes]:
+    """This file: what stands before and after the stamp.
+
+    Raises where it was read from a pipe, which can't be read again.
+    """
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            source = f.read()
+    else:
+        sys.stdin.buffer.seek(0)
+        source = sys.stdin.buffer.read()
+    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+
+
+def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
+    """This file, with the server's ADDRESS written into it.  Raises HopFailed.
+
+    The large pieces are the same for all: visitors choose what address they see.
+    """
+    try:
+        before, after = own_source()
+    except (OSError, ValueError, AttributeError) as e:
+        raise HopFailed(404, 'this server was started from a pipe, so it has no copy of itself to '
+                        'hand out') from e
+    return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
+
+
+class LandingPage(Annex):
+    """The page, and the script that it hands out."""
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        server.pages[b'/'], server.pages[b'/localtunnel.py'] = landing_page, script_page
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -6305,7 +6317,7 @@ class Operator(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 23. Terminal
+# 24. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
@@ -6581,13 +6593,13 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Options
+# 25. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
-                            Certificates(), HandOver(), Operator())
+                            Certificates(), HandOver(), Operator(), LandingPage())
 
 
 def client_options(parser: argparse.ArgumentParser) -> None:
@@ -6712,7 +6724,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Wiring
+# 26. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -6837,7 +6849,7 @@ def make_client(app: App, args: Args, address: ServerAddress, key: bytes, token:
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Python
+# 27. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -6903,7 +6915,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Command line
+# 28. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -27,14 +27,15 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 27)
-   21 Hand-over               from one process to the next (in 27)
+   20 Certificates            what a server shows (in 28)
+   21 Hand-over               from one process to the next (in 28)
    22 Operator's page         what he sees, and what he ends (in B)
-   23 Terminal                what a person sees
-   24 Options                 what can be typed
-   25 Wiring                  which server, which token (in 27)
-   26 Python                  a tunnel inside another program (in 27)
-   27 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   23 Landing page            what to type, and the file itself (in 11 and 28)
+   24 Terminal                what a person sees
+   25 Options                 what can be typed
+   26 Wiring                  which server, which token (in 28)
+   27 Python                  a tunnel inside another program (in 28)
+   28 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2742,6 +2743,7 @@ class WorldTest(LoopTest):
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         self.server = lt.Server(self.reactor, domain, self.tokens, self.leases, self.log, **options)
         lt.TcpPorts(self.server, host, ports)
+        self.server.pages[b'/'] = lt.landing_page
         self.port = self.door = await self.listen(port)
 
     async def listen(self, port=0, **options):
@@ -4724,7 +4726,14 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Terminal
+# 23. Landing page
+# ------------------------------------------------------------------------------------------------
+
+# It is tried where routes are, and by processes in the last room.
+
+
+# ------------------------------------------------------------------------------------------------
+# 24. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -5077,7 +5086,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Options
+# 25. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -5100,21 +5109,21 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Wiring
+# 26. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # It is tried by processes, in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Python
+# 27. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Command line
+# 28. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
