@@ -1075,18 +1075,6 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
             await end_task(tasks.pop())
 
 
-async def first_of(*work: Awaitable[Any]) -> None:
-    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
-    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
-    finally:
-        for task in tasks:
-            await end_task(task)
-
-
 async def pipe(source: ByteStream, sink: ByteStream) -> None:
     """Copy bytes from SOURCE to SINK until they end, and hand on the end."""
     while True:
@@ -2881,37 +2869,6 @@ def block_of(address: str) -> str:
     return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
-def load_key(warn: Callable[[str], None]) -> bytes:
-    """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
-    given = os.environ.get('LOCALTUNNEL_KEY')
-    if given:
-        if not re.fullmatch('[0-9a-fA-F]{64}', given):
-            raise UsageError(
-                'LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: python3 -c '
-                f'"import secrets; print(\'{LONG_NAMES.hex()}\' + secrets.token_hex(24))"')
-        return bytes.fromhex(given)
-    path = config_path('key')
-    try:
-        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-        if not os.path.exists(path):
-            made = f'{path}.{secrets.token_hex(8)}'
-            write_secret(made, make_key())
-            with contextlib.suppress(OSError):  # another process was first, or there are no links
-                os.link(made, path)
-            if os.path.exists(path):
-                os.unlink(made)
-            else:
-                os.replace(made, path)
-        key = read_secret(path, 'has your names; remove it to get new ones', warn)
-    except OSError as e:
-        warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
-             'LOCALTUNNEL_KEY gives a key where there is no disk')
-        return make_key()
-    if len(key) != 32:
-        raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
-    return key
-
-
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
 
 
@@ -4523,36 +4480,6 @@ https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PO
 HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
-# For argparse: they raise ArgumentTypeError, or ValueError, for what is none.
-
-def count(text: str, most: int = 10 ** 9 - 1) -> int:
-    """A whole number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
-    return int(text)
-
-
-port_number = functools.partial(count, most=65535)
-
-
-def number(text: str) -> float:
-    """A number that is not negative."""
-    if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
-    return float(text)
-
-
-def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
-    """An address, or a network as ADDRESS/BITS."""
-    return ipaddress.ip_network(text, strict=False)
-
-
-def place(text: str) -> Tuple[str, int]:
-    """[HOST:]PORT, on loopback where no host is given."""
-    host, _, port = text.rpartition(':')
-    return host.strip('[]') or '127.0.0.1', port_number(port)
-
-
 def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
     """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
     try:
@@ -4632,24 +4559,6 @@ class ServerAddress:
 
     def __str__(self) -> str:
         return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
-
-
-MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
-
-
-def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
-    """How a server is checked: by the system's authorities and those in the file CA, or not."""
-    context = ssl.create_default_context()
-    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
-        context.load_verify_locations(MACOS_AUTHORITIES)
-    if ca:
-        try:
-            context.load_verify_locations(ca)
-        except (OSError, ssl.SSLError) as e:
-            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
-    if not check:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
 
 
 def explain_tls(error: BaseException, host: str) -> str:
@@ -5245,17 +5154,47 @@ class Client:
 # ------------------------------------------------------------------------------------------------
 # 15. Annex
 #
-# What an annex may do at a client and at a server.
+# What an annex may do at a client and at a server, and how options are read.
 # ------------------------------------------------------------------------------------------------
 
 Args = argparse.Namespace       # what was typed, see Options
 Add = Callable[..., Any]        # argparse's add_argument
 
 
+# Types for argparse: they raise ArgumentTypeError, or ValueError, for what is none.
+
+def count(text: str, most: int = 10 ** 9 - 1) -> int:
+    """A whole number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
+        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
+    return int(text)
+
+
+port_number = functools.partial(count, most=65535)
+
+
+def number(text: str) -> float:
+    """A number that is not negative."""
+    if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
+    return float(text)
+
+
+def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
+    """An address, or a network as ADDRESS/BITS."""
+    return ipaddress.ip_network(text, strict=False)
+
+
+def place(text: str) -> Tuple[str, int]:
+    """[HOST:]PORT, on loopback where no host is given."""
+    host, _, port = text.rpartition(':')
+    return host.strip('[]') or '127.0.0.1', port_number(port)
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
-    What can't be meant raises UsageError.
+    Each method is called once, in the order of ANNEXES; what can't be meant raises UsageError.
     """
     title = ''          # of its options in --help
 
@@ -6729,7 +6668,38 @@ def make_parser() -> argparse.ArgumentParser:
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
 
-# What the client keeps: the tokens that servers accepted, and which server it was last.
+# What the client keeps: its key, the tokens that servers accepted, and which server was the last.
+
+def load_key(warn: Callable[[str], None]) -> bytes:
+    """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
+    given = os.environ.get('LOCALTUNNEL_KEY')
+    if given:
+        if not re.fullmatch('[0-9a-fA-F]{64}', given):
+            raise UsageError(
+                'LOCALTUNNEL_KEY must be 64 hexadecimal digits; make them with: python3 -c '
+                f'"import secrets; print(\'{LONG_NAMES.hex()}\' + secrets.token_hex(24))"')
+        return bytes.fromhex(given)
+    path = config_path('key')
+    try:
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        if not os.path.exists(path):
+            made = f'{path}.{secrets.token_hex(8)}'
+            write_secret(made, make_key())
+            with contextlib.suppress(OSError):  # another process was first, or there are no links
+                os.link(made, path)
+            if os.path.exists(path):
+                os.unlink(made)
+            else:
+                os.replace(made, path)
+        key = read_secret(path, 'has your names; remove it to get new ones', warn)
+    except OSError as e:
+        warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
+             'LOCALTUNNEL_KEY gives a key where there is no disk')
+        return make_key()
+    if len(key) != 32:
+        raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
+    return key
+
 
 @functools.lru_cache(maxsize=None)
 def warn_once(text: str) -> None:
@@ -6793,6 +6763,24 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
     return check_token(token) if token else ''
 
 
+MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
+
+
+def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
+    """How a server is checked: by the system's authorities and those in the file CA, or not."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
+        context.load_verify_locations(MACOS_AUTHORITIES)
+    if ca:
+        try:
+            context.load_verify_locations(ca)
+        except (OSError, ssl.SSLError) as e:
+            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
+    if not check:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
 def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
            check: bool = True) -> Optional[ssl.SSLContext]:
     """For connections to PLACE; None where they go without TLS."""
@@ -6800,6 +6788,18 @@ def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
 
 
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
+
+
+async def first_of(*work: Awaitable[Any]) -> None:
+    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
+    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            await end_task(task)
 
 
 async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:

@@ -33,7 +33,7 @@ Contents
    23 Landing page            what to type, and the file itself (in 11 and 28)
    24 Terminal                what a person sees
    25 Options                 what can be typed
-   26 Wiring                  which server, which token (in 28)
+   26 Wiring                  the key; which server, which token (in 28)
    27 Python                  a tunnel inside another program (in 28)
    28 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
@@ -2583,53 +2583,6 @@ class LeaseTest(FolderTest):
                 self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
 
 
-class KeyTest(FolderTest):
-
-    def load(self):
-        self.warnings = []
-        return lt.load_key(self.warnings.append)
-
-    def test_a_key_is_made_once(self):
-        key = self.load()
-        self.assertEqual((len(key), self.load(), self.warnings), (32, key, []))
-        self.assertEqual(os.listdir(self.path('config', 'localtunnel')), ['key'])
-
-    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
-    def test_it_is_for_its_user_alone(self):
-        self.load()
-        self.assertEqual(os.stat(self.path('config', 'localtunnel', 'key')).st_mode & 0o777, 0o600)
-        self.assertEqual(os.stat(self.path('config', 'localtunnel')).st_mode & 0o777, 0o700)
-
-    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
-    def test_one_that_others_can_read_is_made_private_with_one_warning(self):
-        key = self.load()
-        os.chmod(self.path('config', 'localtunnel', 'key'), 0o644)
-        self.assertEqual((self.load(), len(self.warnings)), (key, 1))
-        self.assertEqual((self.load(), self.warnings), (key, []))
-
-    def test_the_environment_may_give_it(self):
-        os.environ['LOCALTUNNEL_KEY'] = KEY.hex()
-        self.assertEqual(self.load(), KEY)
-        self.assertFalse(os.path.exists(self.path('config')))
-
-    def test_a_wrong_one_in_the_environment_is_an_error_that_says_what_is_right(self):
-        for text in ('abc', 'g' * 64, 'a' * 63, 'a' * 66):
-            os.environ['LOCALTUNNEL_KEY'] = text
-            with self.assertRaisesRegex(lt.UsageError, '64 hexadecimal digits'):
-                self.load()
-
-    def test_a_damaged_file_is_an_error(self):
-        self.load()
-        self.write('config/localtunnel/key', 'short')
-        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
-            self.load()
-
-    def test_where_it_can_not_be_kept_there_is_one_warning(self):
-        self.write('config', 'this is no folder')
-        self.assertEqual(len(self.load()), 32)
-        self.assertEqual(len(self.warnings), 1)
-
-
 class AccessTest(unittest.TestCase):
 
     def test_without_rules_everybody_comes_in(self):
@@ -5112,7 +5065,53 @@ class HelpTest(unittest.TestCase):
 # 26. Wiring
 # ------------------------------------------------------------------------------------------------
 
-# It is tried by processes, in the last room.
+# All but the key is tried by processes, in the last room.
+
+class KeyTest(FolderTest):
+
+    def load(self):
+        self.warnings = []
+        return lt.load_key(self.warnings.append)
+
+    def test_a_key_is_made_once(self):
+        key = self.load()
+        self.assertEqual((len(key), self.load(), self.warnings), (32, key, []))
+        self.assertEqual(os.listdir(self.path('config', 'localtunnel')), ['key'])
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_it_is_for_its_user_alone(self):
+        self.load()
+        self.assertEqual(os.stat(self.path('config', 'localtunnel', 'key')).st_mode & 0o777, 0o600)
+        self.assertEqual(os.stat(self.path('config', 'localtunnel')).st_mode & 0o777, 0o700)
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_one_that_others_can_read_is_made_private_with_one_warning(self):
+        key = self.load()
+        os.chmod(self.path('config', 'localtunnel', 'key'), 0o644)
+        self.assertEqual((self.load(), len(self.warnings)), (key, 1))
+        self.assertEqual((self.load(), self.warnings), (key, []))
+
+    def test_the_environment_may_give_it(self):
+        os.environ['LOCALTUNNEL_KEY'] = KEY.hex()
+        self.assertEqual(self.load(), KEY)
+        self.assertFalse(os.path.exists(self.path('config')))
+
+    def test_a_wrong_one_in_the_environment_is_an_error_that_says_what_is_right(self):
+        for text in ('abc', 'g' * 64, 'a' * 63, 'a' * 66):
+            os.environ['LOCALTUNNEL_KEY'] = text
+            with self.assertRaisesRegex(lt.UsageError, '64 hexadecimal digits'):
+                self.load()
+
+    def test_a_damaged_file_is_an_error(self):
+        self.load()
+        self.write('config/localtunnel/key', 'short')
+        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
+            self.load()
+
+    def test_where_it_can_not_be_kept_there_is_one_warning(self):
+        self.write('config', 'this is no folder')
+        self.assertEqual(len(self.load()), 32)
+        self.assertEqual(len(self.warnings), 1)
 
 
 # ------------------------------------------------------------------------------------------------
