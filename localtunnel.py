@@ -1631,11 +1631,12 @@ class Session:
                     self._dispatch(kind, id, payload)
             finally:
                 outbox.awaited = awaited
-            self._flush()
-            if outbox.control_size > MAX_CONTROL:
-                raise ProtocolError('answers pile up and are not read')
-            if kept.sent > kept.limit + 2 * BATCH:
-                raise ProtocolError('nothing is acknowledged')
+            if outbox.waiting or self.turns or self.state == CLOSING:
+                self._flush()
+                if outbox.control_size > MAX_CONTROL:
+                    raise ProtocolError('answers pile up and are not read')
+                if kept.sent > kept.limit + 2 * BATCH:
+                    raise ProtocolError('nothing is acknowledged')
             if decoder.behind and not behind:
                 self._fall_behind()
         except ProtocolError as e:
@@ -1683,6 +1684,7 @@ class Session:
                 self.liveness.answered(self.unacknowledged.confirmed)
             else:
                 self.outbox.pong()
+                self.schedule()
 
     def _opened(self, id: int, payload: bytes, end: bool) -> None:
         if self.on_open is None or id != self._last_id + 1:
