@@ -1463,7 +1463,105 @@ QUIET = 0.0001                  # nothing was sent for so long: a frame need not
 BURST = 8                       # frames that leave together: the other side begins meanwhile
 
 
-class Session:
+class Sender:
+    """The writing half of a session: whose turn it is to write, and when all that leaves."""
+
+    def __init__(self, reactor: Reactor, budget: Budget, liveness: Liveness,
+                 trace: Optional[Trace]) -> None:
+        self.reactor = reactor
+        self.state = RUNNING        # see the table above
+        self.error: Optional[LocaltunnelError] = None       # why it is OVER
+        self.connection: Optional[Connection] = None        # None while it is lost
+        self.turns: Dict[Stream, None] = {}     # the streams that wait for their turn, in order
+        self.budget = budget        # of all windows, and of what is kept
+        self.decoder = Decoder()                            # what was received, and how much
+        self.outbox = Outbox(trace)                         # what is to be sent
+        self.unacknowledged = Unacknowledged(budget)        # what was sent, and how much
+        self.liveness = liveness                            # of the connection
+
+    def my_turn(self, stream: Stream) -> bool:
+        """True if STREAM may send a frame now; else it is called up when its turn comes.
+
+        Raises SessionLost.
+        """
+        if (stream.its_turn or not self.turns) and self._has_room():
+            stream.its_turn = False
+            return True
+        if self.error is not None:
+            raise SessionLost(str(self.error))
+        self.turns[stream] = None
+        return False
+
+    def _has_room(self) -> bool:
+        size, kept = self.outbox.size, self.unacknowledged
+        if size >= BATCH or self.connection is None or self.connection.choked:
+            return False
+        if kept.sent + size < kept.limit or kept.widen():
+            return True
+        if self.liveness.asked_at == NEVER:
+            self.ping()
+        return False
+
+    def _call_up(self) -> None:
+        """Those who wait for their turn write, while there is room."""
+        for _ in range(len(self.turns)):
+            if not self._has_room() or not self.turns:
+                break
+            stream = next(iter(self.turns))
+            del self.turns[stream]
+            stream.call_up()
+
+    def schedule(self) -> None:
+        """Flush at the end of this turn of the loop; or at once, where that is better."""
+        outbox = self.outbox
+        outbox.waiting += 1
+        if outbox.awaited:
+            if outbox.waiting >= BURST:
+                self.flush()
+        elif self.reactor.now() - outbox.left_at > QUIET:
+            self.flush()
+        else:
+            outbox.awaited = True
+            self.reactor.loop.call_soon(self.flush, True)
+
+    def flush(self, turn_over: bool = False) -> None:
+        """Let those whose turn it is write, and send all that is here."""
+        outbox, kept = self.outbox, self.unacknowledged
+        if turn_over:
+            outbox.awaited = False
+        while True:
+            if self.turns:
+                self._call_up()
+            connection = self.connection
+            if connection is None or connection.choked:
+                break
+            data = outbox.take(self.decoder.received)
+            if not data:
+                break
+            outbox.left_at = self.reactor.now()
+            kept.add(data)
+            connection.transport.write(data)
+            if kept.sent >= kept.ask_at:
+                self.ping()
+            elif not self.turns:
+                break
+        if self.state == CLOSING:
+            self.finish()
+
+    def ping(self) -> None:
+        """Ask the other side whether it is there, and how much has arrived."""
+        sent = self.unacknowledged.sent
+        self.liveness.asked(self.reactor.now(), sent)
+        self.unacknowledged.ask_at = sent + ACKNOWLEDGE_EVERY
+        self.outbox.add(PING, 0, U64.pack(self.decoder.received))
+        self.schedule()
+
+    def finish(self) -> None:
+        """The session is CLOSING: end it, if nothing is left to do."""
+        raise NotImplementedError
+
+
+class Session(Sender):
     """Streams over a connection that may be replaced.
 
     Its owner passes in `on_open(stream)`, for a stream of the other side (so this is the client's),
@@ -1473,22 +1571,14 @@ class Session:
     def __init__(self, reactor: Reactor, budget: Optional[Budget] = None,
                  on_open: Optional[Callable[[Stream], None]] = None,
                  trace: Optional[Trace] = None) -> None:
-        self.reactor = reactor
-        self.state = RUNNING        # see the table above
-        self.error: Optional[LocaltunnelError] = None       # why it is OVER
+        super().__init__(reactor, Budget(SESSION_BUDGET, budget),
+                         Liveness(on_open is not None, reactor.now()), trace)
         self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
-        self.connection: Optional[Connection] = None        # None while it is lost
         self.streams: Dict[int, Stream] = {}                # those not over, by id
-        self.turns: Dict[Stream, None] = {}     # those that wait for their turn to write, in order
         self.on_open = on_open
         self.on_change: Callable[[], None] = lambda: None
-        self.budget = Budget(SESSION_BUDGET, budget)        # of all windows, and what is kept
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
         self._last_id = 0           # of a stream, whoever opened it
-        self.decoder = Decoder()                            # what was received, and how much
-        self.outbox = Outbox(trace)                         # what is to be sent
-        self.unacknowledged = Unacknowledged(self.budget)  # what was sent, and how much
-        self.liveness = Liveness(on_open is not None, reactor.now())
         reactor.swept.add(self)
 
     # Streams.
@@ -1530,90 +1620,6 @@ class Session:
         if self.state == CLOSING and not self.streams:
             self.schedule()         # it closes when all has left
 
-    # Turns of writing.
-
-    def my_turn(self, stream: Stream) -> bool:
-        """True if STREAM may send a frame now; else it is called up when its turn comes.
-
-        Raises SessionLost.
-        """
-        if (stream.its_turn or not self.turns) and self._has_room():
-            stream.its_turn = False
-            return True
-        if self.error is not None:
-            raise SessionLost(str(self.error))
-        self.turns[stream] = None
-        return False
-
-    def _has_room(self) -> bool:
-        size, kept = self.outbox.size, self.unacknowledged
-        if size >= BATCH or self.connection is None or self.connection.choked:
-            return False
-        if kept.sent + size < kept.limit or kept.widen():
-            return True
-        if self.liveness.asked_at == NEVER:
-            self._ping()
-        return False
-
-    def _call_up(self) -> None:
-        """Those who wait for their turn write, while there is room."""
-        for _ in range(len(self.turns)):
-            if not self._has_room() or not self.turns:
-                break
-            stream = next(iter(self.turns))
-            del self.turns[stream]
-            stream.call_up()
-
-    # Frames out.
-
-    def schedule(self) -> None:
-        """Flush at the end of this turn of the loop; or at once, where that is better."""
-        outbox = self.outbox
-        outbox.waiting += 1
-        if outbox.awaited:
-            if outbox.waiting >= BURST:
-                self._flush()
-        elif self.reactor.now() - outbox.left_at > QUIET:
-            self._flush()
-        else:
-            outbox.awaited = True
-            self.reactor.loop.call_soon(self._flush, True)
-
-    def _flush(self, turn_over: bool = False) -> None:
-        """Let those whose turn it is write, and send all that is here."""
-        outbox, kept = self.outbox, self.unacknowledged
-        if turn_over:
-            outbox.awaited = False
-        while True:
-            if self.turns:
-                self._call_up()
-            connection = self.connection
-            if connection is None or connection.choked:
-                break
-            data = outbox.take(self.decoder.received)
-            if not data:
-                break
-            outbox.left_at = self.reactor.now()
-            kept.add(data)
-            connection.transport.write(data)
-            if kept.sent >= kept.ask_at:
-                self._ping()
-            elif not self.turns:
-                break
-        if self.state == CLOSING and not (self.streams or self.turns or outbox.size):
-            if kept.goodbye == NEVER:       # what crossed our GOAWAY comes before this PONG
-                kept.goodbye = kept.sent
-                self._ping()
-            elif kept.confirmed >= kept.goodbye:
-                self.end(Disconnected('the session ended'))
-
-    def _ping(self) -> None:
-        sent = self.unacknowledged.sent
-        self.liveness.asked(self.reactor.now(), sent)
-        self.unacknowledged.ask_at = sent + ACKNOWLEDGE_EVERY
-        self.outbox.add(PING, 0, U64.pack(self.decoder.received))
-        self.schedule()
-
     # Frames in.
 
     def _receive(self, data: Buffer) -> None:
@@ -1632,7 +1638,7 @@ class Session:
             finally:
                 outbox.awaited = awaited
             if outbox.waiting or self.turns or self.state == CLOSING:
-                self._flush()
+                self.flush()
                 if outbox.control_size > MAX_CONTROL:
                     raise ProtocolError('answers pile up and are not read')
                 if kept.sent > kept.limit + 2 * BATCH:
@@ -1708,7 +1714,7 @@ class Session:
             old.cut_off()
         self.unacknowledged.confirm(theirs)
         self.connection = connection
-        connection.receiver, connection.on_room = self._receive, self._flush
+        connection.receiver, connection.on_room = self._receive, self.flush
         connection.on_gone = connection.on_eof = self.drop
         self.reactor.swept.discard(connection)      # nobody waits on it
         self.liveness.attached(self.reactor.now())
@@ -1719,7 +1725,7 @@ class Session:
         while rest:
             self._receive(memoryview(rest))
             rest = connection.take(sys.maxsize)
-        self._ping()
+        self.ping()
 
     def can_resume(self, theirs: int) -> bool:
         """True if what follows byte THEIRS is still here."""
@@ -1747,7 +1753,7 @@ class Session:
     async def answers(self, within: float) -> None:
         """Give the connection up unless something is heard WITHIN so many seconds."""
         asked = self.reactor.now()
-        self._ping()
+        self.ping()
         while self.connection is not None and self.liveness.heard < asked:
             if self.reactor.now() - asked > within:
                 return self.drop(f'no answer to a ping in {within:.0f} s')
@@ -1766,13 +1772,22 @@ class Session:
         unsent = self.connection.transport.get_write_buffer_size()
         try:
             if self.liveness.ping_due(now, unsent, woke_up):
-                self._ping()
+                self.ping()
         except Disconnected as e:
             self.drop(str(e))
         except ProtocolError as e:
             self.end(e)
 
     # The end.
+
+    def finish(self) -> None:
+        kept = self.unacknowledged
+        if not (self.streams or self.turns or self.outbox.size):
+            if kept.goodbye == NEVER:       # what crossed our GOAWAY comes before this PONG
+                kept.goodbye = kept.sent
+                self.ping()
+            elif kept.confirmed >= kept.goodbye:
+                self.end(Disconnected('the session ended'))
 
     def drain(self, code: int, text: str) -> None:
         """The other side is to make a new session; this one still carries streams."""
@@ -1798,7 +1813,7 @@ class Session:
         self.error = error
         if isinstance(error, ProtocolError):
             self.drain(PROTOCOL_BROKEN, str(error))
-            self._flush()
+            self.flush()
         self.state = OVER
         self.reactor.swept.discard(self)
         connection, kept = self._let_go(), self.unacknowledged
