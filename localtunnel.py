@@ -449,10 +449,11 @@ class ReceiveWindow:
     __slots__ = ('size', '_floor', '_budget', '_promised', '_read', '_drained', '_since', '_last')
 
     def __init__(self, size: int, budget: Budget) -> None:
-        self.size = self._floor = self._promised = size
-        self._budget = budget
-        self._read = self._drained = 0
-        self._since = self._last = -NEVER
+        self.size = self._floor = self._promised = size     # it never shrinks below the floor
+        self._budget = budget       # what it is taken from, until close()
+        self._read = 0              # bytes that were read, and not promised again
+        self._drained = 0           # bytes that were read since `_since`: a full window is measured
+        self._since = self._last = -NEVER       # when that began, and the last read
 
     def arrived(self, n: int) -> None:
         """N bytes came.  Raises ProtocolError where they were not promised."""
@@ -606,12 +607,12 @@ class Reactor:
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
         self.now = time.monotonic       # loop.time calls it
-        self.buffer = memoryview(bytearray(READ_SIZE))
+        self.buffer = memoryview(bytearray(READ_SIZE))      # all sockets are read into it
         self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
-        self.transports: Set[asyncio.Transport] = set()
-        self._tasks: Set[asyncio.Task[Any]] = set()
+        self.transports: Set[asyncio.Transport] = set()     # of the connections that are not over
+        self._tasks: Set[asyncio.Task[Any]] = set()         # those that run
         self.lag = 0.0              # of the event loop at the last sweep, in seconds
-        self._mark = (loop.time(), time.time())
+        self._mark = (loop.time(), time.time())     # the last sweep, by both clocks
         self._timer = loop.call_later(SWEEP, self._sweep)
 
     def _sweep(self) -> None:
@@ -690,20 +691,19 @@ MANY_PIECES = 16                # unread on a stream: from here on their size is
 class ByteStream:
     """The reading half that all streams share, and the shape of the writing half.
 
-    Only one task reads and only one writes.  Attributes: `size` (bytes unread), `ended` (nothing
-    more arrives), `error` (why the stream is broken), `idle` (seconds that a wait may last).
+    Only one task reads and only one writes.
     """
     __slots__ = ('reactor', 'size', 'ended', 'error', 'idle', '_chunks', '_at', '_readable',
                  '_writable')
 
     def __init__(self, reactor: Reactor) -> None:
         self.reactor = reactor
-        self.size = 0
-        self.ended = False
-        self.error: Optional[LocaltunnelError] = None
-        self.idle = BODY_IDLE
-        self._chunks: Deque[bytes] = collections.deque()
-        self._at = 0                # so much of the first chunk has been read
+        self.size = 0               # bytes unread
+        self.ended = False          # nothing more arrives
+        self.error: Optional[LocaltunnelError] = None       # why the stream is broken, for good
+        self.idle = BODY_IDLE       # seconds that a wait may last
+        self._chunks: Deque[bytes] = collections.deque()    # what is unread, and
+        self._at = 0                # so much of the first chunk that has been read
         self._readable = Signal(reactor.loop)
         self._writable: Optional[Signal] = None     # made when a writer waits the first time
 
@@ -862,16 +862,17 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         """SERVE becomes a task as soon as it is connected."""
         super().__init__(reactor)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
-        self.serve = serve
+        self.serve = serve          # what becomes a task, if anything does
+        # Told by a session, or by whoever waits for the connection's end; None again afterwards.
         self.receiver: Optional[Callable[[memoryview], None]] = None    # takes all bytes instead
-        self.on_gone: Optional[Callable[[], None]] = None
-        self.on_eof: Optional[Callable[[], None]] = None
-        self.on_room: Optional[Callable[[], None]] = None
-        self.choked = False         # is more written than the kernel takes?
-        self.secure = False
-        self.silent = True          # has no byte arrived yet?
-        self._paused = False
-        self._close_by = NEVER
+        self.on_gone: Optional[Callable[[], None]] = None       # it is over
+        self.on_eof: Optional[Callable[[], None]] = None        # the other side sends no more
+        self.on_room: Optional[Callable[[], None]] = None       # it is not choked any more
+        self.choked = False         # more is written than the kernel takes
+        self.secure = False         # it has TLS
+        self.silent = True          # no byte has arrived yet
+        self._paused = False        # too much is unread: the socket is not read
+        self._close_by = NEVER      # when a close is forced; NEVER before close()
         self._pending = sys.maxsize     # bytes unsent when the close was overdue last
 
     def __repr__(self) -> str:
@@ -1146,7 +1147,8 @@ class Stream(ByteStream):
         self.its_turn = False           # it waited for its turn to write, and this is it
         self.on_gone: Optional[Callable[[], None]] = None       # the other side ended it
         self.owner: Any = None          # whose it is, for who looks through a session's streams
-        self._end_sent = self._closed = False
+        self._end_sent = False          # we said END
+        self._closed = False            # all was given back
 
     def __repr__(self) -> str:
         return f'<Stream {self.id}>'
@@ -1575,8 +1577,8 @@ class Session(Sender):
                          Liveness(on_open is not None, reactor.now()), trace)
         self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
         self.streams: Dict[int, Stream] = {}                # those not over, by id
-        self.on_open = on_open
-        self.on_change: Callable[[], None] = lambda: None
+        self.on_open = on_open      # None at the server's side, which opens the streams
+        self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
         self._last_id = 0           # of a stream, whoever opened it
         reactor.swept.add(self)
