@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """localtunnel: puts a local program on the internet under a friendly URL.
 
-    python3 localtunnel.py client 8000                      http://localhost:8000 gets a URL
-    python3 localtunnel.py server --domain t.example.com    the relay, for anyone to run
+    python3 localtunnel.py client 8000                      gives http://localhost:8000 a URL
+    python3 localtunnel.py server --domain t.example.com    runs the server, for your own clients
 
 One file, the standard library only, CPython 3.8 and later.  Read it from top to bottom, once, and
 you know how tunnelling works: each room uses only the rooms above it.
@@ -13,17 +13,18 @@ A visitor's request goes out through a session that the client opened from insid
     visitor <-- server <==== session ====== client <-- app         the response
 
     request    visitor -> read_head -> look up the name -> open a stream -> copy the body => session
-               session => read_head -> upstream connection -> copy the body -> app
+               session => read_head -> connect to the app -> copy the body -> app
     response   app -> read_head -> copy the body => session
                session => read_head -> copy the body -> visitor
     upgrade    after the heads, and raw TCP from the start: join(left, right)
 
 Words
-    server    the relay.  client: the program beside the local app.  upstream: the local app.
-    visitor   whoever opens the public URL.
-    tunnel    one name (or port) on a server, served by one client.
-    session   the conversation of client and server that carries a tunnel.  Its connection may break
-              and be replaced; the session goes on.
+    server    the public end.  client: the program beside the app.  app: the local program
+              that a tunnel leads to; upstream is a connection to it.
+    visitor   anyone who opens the public URL.
+    tunnel    one name (or port) on a server, and the client that serves it.
+    session   the conversation between client and server that carries a tunnel.  Its connection
+              may break and be replaced; the session goes on.
     stream    one conversation inside a session.  exchange: one request and its response.
     lease     the right of one owner to one name.
     credit    how many bytes one side may still send on a stream.
@@ -76,8 +77,8 @@ import sys
 import threading
 import time
 import urllib.parse
-from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Deque, Dict, Generator, Iterable,
-                    Iterator, List, Optional, Sequence, Set, TextIO, Tuple, Union)
+from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator, Iterable,
+                    Iterator, List, Optional, Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -104,98 +105,98 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 NEVER = float('inf')
 
 # The session between client and server.
-INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most answers need no CREDIT at all
+INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most responses need no CREDIT at all
 SMALL_CREDIT = 16 * KIB         # the same once half of what the session may have is promised
 LEAST_CREDIT = 4 * KIB          # the same once three quarters are: it may never be used
 MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
-SESSION_BUDGET = 72 * MIB       # what one session may hold: windows, and what is kept for resume
+SESSION_BUDGET = 72 * MIB       # of one session: its windows, and what it keeps for resume
 LEAST_BUDGET = 64 * MIB         # what a process has for all sessions at least, and at the most
 MOST_BUDGET = 1 * GIB
-KEPT_FOR_RESUME = 8 * MIB       # sent and not acknowledged: 640 Mbit/s over a path of 100 ms
+KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
 KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
-MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye again and again
-MAX_TEXT = 500                  # characters, or bytes, that the other side may have us show
+MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye over and over
+MAX_TEXT = 500                  # characters, or bytes, that the other side can make us show
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
-FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
-PING_AFTER = 8.0                # of silence, by the client: NAT tables forget after 30
+FIRST_ATTEMPTS = 4.0            # for that in the first HELD seconds after a loss: visitors wait
+PING_AFTER = 8.0                # of silence, on the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
-ANSWER = 2.0                    # the same where another client of the owner wants to serve
-SILENT_SESSION = 20.0           # of silence, by the server: longer than both together
+ANSWER = 2.0                    # the same if another client of the owner is to serve
+SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
 ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
-RESUME_WITHIN = 60.0            # a session without connection is kept so long
+RESUME_WITHIN = 60.0            # a session without a connection is kept this long
 
 # Messages.
-OUTER_HEAD = 63 * KIB           # of a visitor or an app: nginx takes 32 KiB, Node 16
+OUTER_HEAD = 63 * KIB           # a head from a visitor or an app: nginx takes 32 KiB, Node 16
 OUTER_FIELDS = 200              # header fields of a visitor or an app: Apache takes 100
 MAX_HEAD = 64 * KIB             # a message head inside a tunnel
 MAX_FIELDS = 216                # inside a tunnel there are Via, X-Forwarded-* and Date as well
 UNREAD_HIGH = 128 * KIB         # unread on one socket before reading pauses
 RESPONSE_HEAD = UNREAD_HIGH     # of a response inside a tunnel: debug bars send 100 kB
 RESPONSE_FIELDS = 516           # and some apps set hundreds of cookies
-MAX_LINE = 16 * KIB             # a request line: the standard asks for 8,000 bytes at least
+MAX_LINE = 16 * KIB             # a request line: RFC 9112 asks for at least 8,000
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
-MAX_INTERIM = 1000              # 1xx answers before the final one: some send 102 every few seconds
-SMALL_BODY = 16 * KIB           # leaves with its head in one frame, and can be sent again
-PAGE_PART = 16 * KIB            # of a page of ours in one write: one who stalls holds no more
-DISCARDED = 1 * MIB             # of a request that was answered early, so that the answer arrives
+MAX_INTERIM = 1000              # 1xx before the final response: some send 102 every few seconds
+SMALL_BODY = 16 * KIB           # sent in one frame with its head, and kept to be sent again
+PAGE_PART = 16 * KIB            # of a page of ours in one write: a stalled reader holds no more
+DISCARDED = 1 * MIB             # read and dropped after an early response, so that it arrives
 
 # Visitors, and the app.
 HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
-KEEP_ALIVE = 75.0               # between requests of a visitor's connection: as nginx
-BODY_IDLE = 3600.0              # without a byte in either direction of a body
-UPLOAD_IDLE = 60.0              # the same of a request without an answer; the first: HEAD_TIMEOUT
-HALF_CLOSED = 2.0               # without a byte of an answer after the visitor's FIN: it is gone
-LINGER = 2.0                    # for an answer to arrive before its connection is closed
-PAGE_STALLED = 20.0             # for a part of a page of ours to be read: they are not worth more
+KEEP_ALIVE = 75.0               # between requests on a visitor's connection, as in nginx
+BODY_IDLE = 3600.0              # without a byte of a body in either direction
+UPLOAD_IDLE = 60.0              # the same of a request without a response; at first HEAD_TIMEOUT
+HALF_CLOSED = 2.0               # without a byte of a response after the visitor's FIN: it is gone
+LINGER = 2.0                    # for a response to arrive before its connection is closed
+PAGE_STALLED = 20.0             # for a part of a page of ours to be read
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
-MAX_HANDSHAKES = 64             # of TLS at a time: then those who came first are done first
+MAX_HANDSHAKES = 64             # of TLS at a time; beyond that the slow ones are cut off
 MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
-SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; of few: half
+SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; or half of few
 CONNECT_TIMEOUT = 10.0          # to reach the app
-RESPONSE_TIMEOUT = 3600.0       # for the app to begin its answer: some compute for long
-POOL_IDLE = 4.0                 # an idle upstream connection is used again: Node closes after 5
+RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
+POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
 
 # Tunnels and their names.
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
-MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are looked at
-MAX_LEASES = 20                 # chosen names of one owner; and a day from an unknown address
+MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are checked
+MAX_LEASES = 20                 # chosen names of one owner; also new ones a day without a token
 MAX_LEASES_OF_TOKEN = 1000      # whose clients can make up owners where it has no user's name
 MAX_LEASES_IN_ALL = 10000
 LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 DAY = 86400
-WRONG_TOKEN = 0.5               # after a wrong token the next one of its address waits so long
+WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
-MAX_AWAY = 10000                # names remembered as known after their last client went
-KNOWN_AFTER = 600.0             # a name that was served so long ago is 'away', not 'unknown'
+MAX_AWAY = 10000                # names remembered after their last client left
+KNOWN_AFTER = 600.0             # a name served this recently is offline, not unknown
 
 # While a client or a server is away, or ends.
-HELD = 10.0                     # a request waits so long for its tunnel's client (--hold)
+HELD = 10.0                     # a request waits this long for its tunnel's client (--hold)
 MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
 MAX_HELD_IN_ALL = 1000
-ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before it is a 503
-RETRY_AFTER = 5                 # told to visitors of a tunnel that is away
-UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of an answer
-DRAIN = 30.0                    # for exchanges to finish when one side ends (--drain)
-DRAIN_LOOK = 0.05               # between looks whether all has finished
+ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
+RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
+UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
+DRAIN = 30.0                    # for open exchanges to finish when one side stops (--drain)
+DRAIN_LOOK = 0.05               # between checks whether everything has finished
 
 # Lines that are written, and the clock.
-MAX_UNWRITTEN = 1 * MIB         # of log and events that nobody reads: then lines are dropped
-LAST_LINES = 1.0                # at the end, for a slow reader to take what was written for it
-LINES_TOGETHER = 0.05           # log lines of a busy tunnel leave in one write
-SWEEP = 0.5                     # between looks at the deadlines: they may be late by this much
+MAX_UNWRITTEN = 1 * MIB         # of log and events unread: beyond it, lines are dropped
+LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
+LINES_TOGETHER = 0.05           # log lines of a busy tunnel are written together
+SWEEP = 0.5                     # between checks of the deadlines: they may be late by this much
 
 
 class LocaltunnelError(Exception):
-    """Anything that goes wrong here and is told to somebody."""
+    """An error whose text is a sentence for the user or for the other side."""
 
     def again(self) -> LocaltunnelError:
-        """The same to be raised, where this one is kept.
+        """Return a copy to raise, where this one is kept.
 
-        One that is raised holds on to all that ran, by its traceback; where that holds the error,
-        too, megabytes stay until the collector comes.
+        A raised exception holds its traceback, and so every frame and buffer on the way; keeping
+        it in an attribute would make a cycle that only the collector frees.
         """
         error = self.__class__.__new__(self.__class__, *self.args)
         error.__dict__.update(self.__dict__)
@@ -207,11 +208,11 @@ class UsageError(LocaltunnelError):
 
 
 class ProtocolError(LocaltunnelError):
-    """The other end of a session broke the protocol: it is told GOAWAY(protocol)."""
+    """The other end of a session broke the protocol; GOAWAY tells it so."""
 
 
 class Disconnected(LocaltunnelError):
-    """The connection ended before what was begun on it did."""
+    """The connection ended before the work on it was done."""
 
 
 class Overdue(Disconnected):
@@ -231,7 +232,7 @@ class StreamReset(LocaltunnelError):
 
 
 class BadHttp(LocaltunnelError):
-    """A message that can't be understood in one way only; `status` is what its sender is told."""
+    """A message that is malformed or ambiguous; `status` is what its sender is told."""
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -252,7 +253,7 @@ class HopFailed(LocaltunnelError):
 class Refused(LocaltunnelError):
     """The server will not open this tunnel: an HTTP status, a word for programs, a sentence.
 
-    `final` refusals end a client that had been welcome before, too.
+    A `final` one also ends a client that had been welcome before.
     """
 
     def __init__(self, status: int, code: str, text: str, final: bool = False) -> None:
@@ -281,10 +282,10 @@ OPEN = 1        # opening bytes: an HTTP head,        the server, for a new stre
 #                 or a TCP visitor's address
 DATA = 2        # bytes                               both; takes credit
 RESET = 3       # u16 code, text                      both: the stream is over both ways
-CREDIT = 4      # u32                                 both: so many bytes more may be sent;
+CREDIT = 4      # u32                                 both: this many more bytes may be sent;
 #                                                     on stream 0: what later ones begin with
 PING = 5        # u64: frame bytes received so far    both: are you there?
-PONG = 6        # the same                            both, at once, for a PING
+PONG = 6        # the same                            both, at once, in reply to a PING
 GOAWAY = 7      # u16 code, text                      both: make a new session, this one ends
 END = 0x80
 
@@ -303,37 +304,37 @@ Frame = Tuple[int, int, bytes]      # kind with END, stream, payload
 Buffer = Union[bytes, memoryview]
 
 
-MAX_PAYLOAD = 64 * KIB          # of a frame: a stream's turn; at 10 Mbit/s it takes 50 ms
+MAX_PAYLOAD = 64 * KIB          # of a frame, a stream's turn to write: 50 ms at 10 Mbit/s
 
 
 def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
-    """One frame; KIND may carry END, PAYLOAD has at most MAX_PAYLOAD bytes."""
+    """Return one frame; KIND may carry END, PAYLOAD has at most MAX_PAYLOAD bytes."""
     return FRAME_HEADER.pack(kind << 24 | len(payload), stream) + payload
 
 
 def printable(text: str) -> str:
-    """TEXT from the network, safe for a terminal and a log: one line, no control characters."""
+    """Return TEXT made safe for a terminal and a log: one line, no control characters."""
     return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def encode_reason(code: int, text: str) -> bytes:
-    """The payload of RESET and GOAWAY."""
+    """Return the payload of RESET and GOAWAY."""
     return REASON_CODE.pack(code) + text.encode()[:MAX_TEXT]
 
 
-def decode_reason(payload: bytes) -> Tuple[int, str]:
-    """(code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
+def decode_reason(payload: bytes) -> tuple[int, str]:
+    """Return (code, text) of RESET and GOAWAY; what is not printable becomes '?'."""
     text = payload[2:MAX_TEXT + 2].decode(errors='replace')
     return REASON_CODE.unpack_from(payload)[0], printable(text)
 
 
-FRAMES_TOGETHER = 128           # of one session in a turn of the event loop: then others come
+FRAMES_TOGETHER = 128           # of one session in one turn of the loop; then it is others' turn
 
 
 class Decoder:
     """Turns the bytes of a session into frames.
 
-    Checks all that can be known of a frame alone; what it means on its stream is the session's.
+    Checks whatever one frame alone can show; the session judges what it means on its stream.
     """
     __slots__ = ('received', 'behind', '_rest')
 
@@ -342,7 +343,7 @@ class Decoder:
         self.behind = False         # there may be whole frames left: feed(b'') gives them
         self._rest = b''            # what has come of the next frames
 
-    def feed(self, data: Buffer) -> List[Frame]:
+    def feed(self, data: Buffer) -> list[Frame]:
         """The frames that DATA completes, FRAMES_TOGETHER at most.
 
         Raises ProtocolError, after which it must not be fed.
@@ -350,7 +351,7 @@ class Decoder:
         self.received += len(data)
         if self._rest:
             data = self._rest + bytes(data)
-        frames: List[Frame] = []
+        frames: list[Frame] = []
         at, end = 0, len(data)
         while end - at >= 8 and len(frames) < FRAMES_TOGETHER:
             word, stream = FRAME_HEADER.unpack_from(data, at)
@@ -391,14 +392,14 @@ class Decoder:
 #
 # How much may be under way on a stream.  Knows no sockets, no clocks; callers bring the time.
 #
-# The receiver promises a window.  The sender never has more under way than was promised.  What has
-# been read is promised again (CREDIT), a quarter of the window at a time.  A window doubles when a
-# full one was drained within two round trips, since then the window itself limits the speed; a
-# small one grows fourfold where a round trip takes long.  It halves when a full one took longer
-# than sixteen, by promising less than was read, and is back at its first size with the first read
-# after a silence.  So a path that is long and fast gets large windows, and a reader who stalls
-# keeps a small one.  All growth comes from a budget of the session and one of the process, and
-# takes a quarter of what is left at most: others can always grow.
+# The receiver promises a window, and the sender never has more than that under way.  What has been
+# read is promised again (CREDIT), a quarter of the window at a time.  A window doubles when a full
+# one is drained within two round trips, since then the window itself limits the speed; a small one
+# grows fourfold where a round trip is long.  When draining takes more than sixteen, the window
+# halves, by promising less than was read; the first read after a silence returns it to its first
+# size.  So a long, fast path gets large windows, and a reader that stalls keeps a small one.
+# Growth comes out of a budget of the session and one of the process, and takes at most a quarter
+# of what is left, so others can always grow.
 # ------------------------------------------------------------------------------------------------
 
 MAX_CREDIT = 1 << 31
@@ -415,11 +416,11 @@ class Budget:
     """
     __slots__ = ('limit', 'used', '_parent')
 
-    def __init__(self, limit: int, parent: Optional[Budget] = None) -> None:
+    def __init__(self, limit: int, parent: Budget | None = None) -> None:
         self.limit, self.used, self._parent = limit, 0, parent
 
     def take(self, n: int, leave: int = 0) -> bool:
-        """Take N bytes, where LEAVE more are left for others; or nothing and say False."""
+        """Take N bytes and return True if LEAVE more stay for others; else take nothing."""
         parent, least = self._parent, n + leave
         if self.used + least > self.limit or parent and (
                 self.used + least > SESSION_FLOOR
@@ -431,14 +432,14 @@ class Budget:
         return True
 
     def give(self, n: int) -> None:
-        """Bring back N bytes that were taken."""
+        """Give back N bytes that were taken."""
         self.used -= n
         if self._parent:
             self._parent.used -= n
 
 
-LONG_PATH = 0.03                # of a round trip: other towns; windows grow faster there
-IDLE_WINDOW = 1.0               # without a read: the stream's window is the small one again
+LONG_PATH = 0.03                # a round trip to another town: windows grow faster from here on
+IDLE_WINDOW = 1.0               # without a read, then a window returns to its first size
 
 
 class ReceiveWindow:
@@ -456,13 +457,13 @@ class ReceiveWindow:
         self._since = self._last = -NEVER       # when that began, and the last read
 
     def arrived(self, n: int) -> None:
-        """N bytes came.  Raises ProtocolError where they were not promised."""
+        """Note that N bytes came.  Raises ProtocolError if they were not promised."""
         self._promised -= n
         if self._promised < 0:
             raise ProtocolError('more bytes than the credit')
 
     def consumed(self, n: int, now: float, round_trip: float) -> int:
-        """N bytes were read: how many to promise anew, 0 for not yet."""
+        """Note that N bytes were read; return how many to promise anew (0: not yet)."""
         self._read += n
         self._drained += n
         if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
@@ -506,7 +507,7 @@ class ReceiveWindow:
             self._budget.give(less)
 
     def close(self) -> None:
-        """Bring the window back to the budget; once."""
+        """Give the window back to the budget, once."""
         self._budget.give(self.size)
         self.size = 0
 
@@ -515,7 +516,7 @@ class ReceiveWindow:
 # 4. Byte streams
 #
 # One shape of stream, `read, write, write_eof, reset`, which sockets and tunnel streams share, so
-# that everything above copies from any to any.  Knows no frames and no HTTP.
+# that later rooms copy from any to any.  Knows no frames and no HTTP.
 #
 # asyncio's own StreamReader and StreamWriter have this shape.  They are not used because a tunnel
 # stream is not a socket, which StreamWriter wants, and because each wait on them costs a Future and
@@ -523,7 +524,7 @@ class ReceiveWindow:
 # there is room for more, and there is no other backpressure.
 #
 # What arrives runs the task that waits for it at once, up to its next await, inside the call that
-# brought it (Signal.set; and feed, fail, room, which end in it).  So such a call is the last thing
+# brought it (Waiter.set; and feed, fail, room, which end in it).  So such a call is the last thing
 # that a method does, and a loop that makes it looks again at all that may have changed.  And a loop
 # whose next input may be here already, by an outsider's choice, has to give the others their turn:
 # `await asyncio.sleep(0)`.
@@ -538,48 +539,48 @@ class ReceiveWindow:
 #   linger()       FIN; for LINGER seconds what it sends is dropped     leaves first
 # ------------------------------------------------------------------------------------------------
 
-class Signal:
+class Waiter:
     """Where one task waits until something happens; used again and again.
 
     A Future-like object (asyncio.isfuture), made for two reasons: `set` runs the waiting task
     inside the callback that brings the news, where a Future takes one more turn of the loop with
-    its system call; and a wait needs no new object.  A wait may end early: waiters loop.  The task
-    runs on in the context of whoever wakes it: there are no context variables here.
+    its system call; and a wait needs no new object.  A wait may end early, so waiters loop.  The
+    task runs on in the context of its waker: there are no context variables here.
     """
     __slots__ = ('_asyncio_future_blocking', '_loop', '_resume', '_error', 'deadline')
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._asyncio_future_blocking = False
         self._loop = loop
-        self._resume: Optional[Callable[[Signal], object]] = None
-        self._error: Optional[BaseException] = None
-        self.deadline = NEVER       # when the sweep ends the wait with Overdue
+        self._resume: Callable[[Waiter], object] | None = None
+        self._error: BaseException | None = None
+        self.deadline = NEVER       # when a sweep ends the wait with Overdue
 
-    def __await__(self) -> Generator[Signal, None, None]:
+    def __await__(self) -> Generator[Waiter, None, None]:
         self._asyncio_future_blocking = True
         yield self
 
-    def set(self) -> None:
+    def wake(self) -> None:
         """Wake the task that waits here, if one does."""
         resume = self._resume
         if resume is None:
             return
         if asyncio.current_task(self._loop) is not None:
-            self._loop.call_soon(self.set)      # one task can't run inside another
+            self._loop.call_soon(self.wake)      # one task can't run inside another
             return
         self._resume, self.deadline = None, NEVER
         resume(self)
-        del resume      # a traceback may keep this frame, and it the task
+        del resume      # a traceback may keep this frame, and the frame the task
 
     def sweep(self, now: float) -> None:
-        """End the wait when its deadline has passed."""
+        """End the wait if its deadline has passed."""
         if now >= self.deadline and self._resume is not None and self._error is None:
             self._error = Overdue('nothing happened in time')
-            self.set()
+            self.wake()
 
-    # What follows is asyncio's: Task calls it.
+    # The rest is for asyncio: Task calls it.
 
-    def add_done_callback(self, callback: Callable[[Signal], object], *,
+    def add_done_callback(self, callback: Callable[[Waiter], object], *,
                           context: Any = None) -> None:
         self._resume = callback
 
@@ -589,28 +590,28 @@ class Signal:
             if error is not None:
                 raise error
         finally:
-            error = None        # or it would hold itself, see LocaltunnelError.again
+            error = None        # or it would hold itself; see LocaltunnelError.again
 
     def cancel(self, msg: Any = None) -> bool:
         self._error = asyncio.CancelledError()
-        self._loop.call_soon(self.set)
+        self._loop.call_soon(self.wake)
         return True
 
 
-READ_SIZE = 256 * KIB           # one read of a socket: from here on larger reads bring nothing
-WOKE_UP = 5.0                   # the wall clock ran so far ahead: the machine slept
+READ_SIZE = 256 * KIB           # per read of a socket; larger ones gain nothing
+WOKE_UP = 5.0                   # the wall clock is this far ahead: the machine has slept
 
 
-class Reactor:
+class Runtime:
     """What the byte streams of one event loop share: a read buffer, the deadlines, the tasks."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop = loop
-        self.now = time.monotonic       # loop.time calls it
+        self.now = time.monotonic       # what loop.time calls
         self.buffer = memoryview(bytearray(READ_SIZE))      # all sockets are read into it
-        self.swept: Set[Any] = set()            # objects with sweep(now, woke_up)
-        self.transports: Set[asyncio.Transport] = set()     # of the connections that are not over
-        self._tasks: Set[asyncio.Task[Any]] = set()         # those that run
+        self.swept: set[Any] = set()            # objects with sweep(now, woke_up)
+        self.transports: set[asyncio.Transport] = set()     # of the connections that are not over
+        self._tasks: set[asyncio.Task[Any]] = set()         # those that run
         self.lag = 0.0              # of the event loop at the last sweep, in seconds
         self._mark = (loop.time(), time.time())     # the last sweep, by both clocks
         self._timer = loop.call_later(SWEEP, self._sweep)
@@ -620,7 +621,7 @@ class Reactor:
         woke_up = wall - self._mark[1] - (now - self._mark[0]) > WOKE_UP
         self.lag = max(0.0, now - self._mark[0] - SWEEP)
         self._mark = now, wall
-        self._timer = self.loop.call_later(SWEEP, self._sweep)      # first: whatever fails below
+        self._timer = self.loop.call_later(SWEEP, self._sweep)      # first: the rest may fail
         for member in tuple(self.swept):
             member.sweep(now, woke_up)
 
@@ -638,7 +639,7 @@ class Reactor:
                 {'message': 'a task failed', 'exception': task.exception(), 'task': task})
 
     async def close(self) -> None:
-        """End all tasks, and the sweep."""
+        """End all tasks and the sweep."""
         self._timer.cancel()
         tasks = self._tasks - {asyncio.current_task()}
         while tasks:
@@ -654,27 +655,27 @@ class Reactor:
 IDLE_WORKERS = 256              # tasks kept for the next stream
 
 
-class Crew:
-    """Tasks that wait for work, so that what arrives is begun at once, and not in the next turn.
+class Workers:
+    """Tasks that wait for work, so that it begins at once and not in the next turn of the loop.
 
-    `work` is a coroutine function of one argument; what it raises is its own affair.
+    `work` is a coroutine function of one argument that handles its own exceptions.
     """
 
-    def __init__(self, reactor: Reactor, work: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
-        self._reactor, self._work = reactor, work
-        self._idle: List[Tuple[Signal, List[Any]]] = []
+    def __init__(self, runtime: Runtime, work: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
+        self._runtime, self._work = runtime, work
+        self._idle: list[tuple[Waiter, list[Any]]] = []
 
-    def give(self, item: Any) -> None:
-        """Begin to work on ITEM."""
+    def start(self, item: Any) -> None:
+        """Begin work on ITEM."""
         if self._idle:
             signal, box = self._idle.pop()
             box.append(item)
-            signal.set()
+            signal.wake()
         else:
-            self._reactor.spawn(self._run(item))
+            self._runtime.spawn(self._run(item))
 
     async def _run(self, item: Any) -> None:
-        place: Tuple[Signal, List[Any]] = Signal(self._reactor.loop), [item]
+        place: tuple[Waiter, list[Any]] = Waiter(self._runtime.loop), [item]
         signal, box = place
         while box:
             await self._work(box.pop())
@@ -684,8 +685,8 @@ class Crew:
                     await signal
 
 
-SMALL_PIECE = 16 * KIB          # pieces unread that are smaller than this one by one are joined
-MANY_PIECES = 16                # unread on a stream: from here on their size is looked at
+SMALL_PIECE = 16 * KIB          # smaller unread pieces, on average, are joined
+MANY_PIECES = 16                # unread on a stream: beyond this, small ones are joined
 
 
 class ByteStream:
@@ -693,62 +694,62 @@ class ByteStream:
 
     Only one task reads and only one writes.
     """
-    __slots__ = ('reactor', 'size', 'ended', 'error', 'idle', '_chunks', '_at', '_readable',
+    __slots__ = ('runtime', 'unread', 'eof', 'error', 'timeout', '_chunks', '_at', '_readable',
                  '_writable')
 
-    def __init__(self, reactor: Reactor) -> None:
-        self.reactor = reactor
-        self.size = 0               # bytes unread
-        self.ended = False          # nothing more arrives
-        self.error: Optional[LocaltunnelError] = None       # why the stream is broken, for good
-        self.idle = BODY_IDLE       # seconds that a wait may last
-        self._chunks: Deque[bytes] = collections.deque()    # what is unread, and
-        self._at = 0                # so much of the first chunk that has been read
-        self._readable = Signal(reactor.loop)
-        self._writable: Optional[Signal] = None     # made when a writer waits the first time
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.unread = 0               # bytes unread
+        self.eof = False          # nothing more arrives
+        self.error: LocaltunnelError | None = None       # why the stream is broken, for good
+        self.timeout = BODY_IDLE       # seconds that a wait may last
+        self._chunks: collections.deque[bytes] = collections.deque()    # what is unread, and
+        self._at = 0                # how much of the first chunk has been read
+        self._readable = Waiter(runtime.loop)
+        self._writable: Waiter | None = None     # made when a writer waits the first time
 
-    # The side that brings the bytes.
+    # For the side that brings the bytes.
 
-    def feed(self, data: bytes) -> None:
-        """DATA arrived."""
+    def feed_data(self, data: bytes) -> None:
+        """Take in DATA that arrived."""
         chunks = self._chunks
-        if chunks and len(chunks) > MANY_PIECES and self.size < len(chunks) * SMALL_PIECE:
+        if chunks and len(chunks) > MANY_PIECES and self.unread < len(chunks) * SMALL_PIECE:
             self.peek()     # a piece of one byte takes 40, and as long to write as a large one
         chunks.append(data)
-        self.size += len(data)
-        self._readable.set()
+        self.unread += len(data)
+        self._readable.wake()
 
     def feed_eof(self) -> None:
-        """Nothing more will arrive."""
-        self.ended = True
-        self._readable.set()
+        """Note that nothing more will arrive."""
+        self.eof = True
+        self._readable.wake()
 
-    def fail(self, error: LocaltunnelError) -> None:
-        """The stream broke; what had arrived can still be read."""
+    def set_exception(self, error: LocaltunnelError) -> None:
+        """Break the stream with ERROR; what had arrived can still be read."""
         if self.error is None:
             self.error = error
-        self._readable.set()
+        self._readable.wake()
         self.room()
 
     def check(self) -> None:
-        """Raise what broke the stream, if something did; the hot path looks itself first."""
+        """Raise what broke the stream, if anything did; hot paths test `error` first."""
         if self.error is not None:
             raise self.error.again()
 
-    # The side that reads.
+    # For the side that reads.
 
-    async def more(self, timeout: Optional[float] = None) -> bool:
-        """Wait until more is unread than now; False when nothing more will come.
+    async def wait_for_data(self, timeout: float | None = None) -> bool:
+        """Wait until more is unread than now; return False when nothing more will come.
 
         Raises what broke the stream, or Overdue.
         """
-        size, began = self.size, self.reactor.now()
-        while self.size == size:
-            if self.ended:
+        size, began = self.unread, self.runtime.now()
+        while self.unread == size:
+            if self.eof:
                 return False
             if self.error is not None:
                 self.check()
-            self._readable.deadline = began + (self.idle if timeout is None else timeout)
+            self._readable.deadline = began + (self.timeout if timeout is None else timeout)
             await self._readable
         return True
 
@@ -759,13 +760,13 @@ class ByteStream:
             await self._readable
 
     def allow(self, seconds: float) -> None:
-        """A wait may last so many SECONDS from now on, one that is under way, too."""
-        self.idle = seconds
-        self._readable.set()
+        """Let a wait last SECONDS from now on, one that is under way, too."""
+        self.timeout = seconds
+        self._readable.wake()
 
-    def take(self, limit: float) -> bytes:
-        """Bytes that are here, at most LIMIT; b'' where there are none."""
-        if not self.size:
+    def read_nowait(self, limit: float) -> bytes:
+        """Return bytes that are here, at most LIMIT; b'' if there are none."""
+        if not self.unread:
             return b''
         chunk, at = self._chunks[0], self._at
         left = len(chunk) - at
@@ -777,18 +778,18 @@ class ByteStream:
             left = int(limit)
             piece = chunk[at:at + left]
             self._at = at + left
-        self.size -= left
+        self.unread -= left
         self.consumed(left)
         return piece
 
     async def read(self, limit: int = READ_SIZE) -> bytes:
-        """The next bytes, at most LIMIT; b'' at the end."""
-        if not self.size and not await self.more():
+        """Return the next bytes, at most LIMIT; b'' at the end."""
+        if not self.unread and not await self.wait_for_data():
             return b''
-        return self.take(limit)
+        return self.read_nowait(limit)
 
     def peek(self) -> bytes:
-        """All that is unread, still unread."""
+        """Return all unread bytes and leave them unread."""
         if self._at or len(self._chunks) > 1:
             whole = b''.join(self._chunks)[self._at:]
             self._chunks.clear()
@@ -796,34 +797,34 @@ class ByteStream:
             self._at = 0
         return self._chunks[0] if self._chunks else b''
 
-    def take_line(self, limit: int) -> Optional[bytes]:
+    def readline_nowait(self, limit: int) -> bytes | None:
         """The next line with its LF; None where no LF is among the first LIMIT bytes unread."""
-        if not self.size:
+        if not self.unread:
             return None
         end = self._chunks[0].find(b'\n', self._at, self._at + limit)
         if end < 0:
             end = self.peek().find(b'\n', 0, limit)
         if end >= 0:
-            return self.take(end + 1 - self._at)
+            return self.read_nowait(end + 1 - self._at)
         return None
 
     def consumed(self, n: int) -> None:
-        """N bytes were read: room for others."""
+        """Note that N bytes were read, which makes room for others."""
 
     def widen(self, size: int) -> None:
         """A message head of SIZE bytes must fit in what may arrive unread."""
 
-    # The side that writes.
+    # For the side that writes.
 
     def room(self) -> None:
         """Wake a writer that waits."""
         if self._writable is not None:
-            self._writable.set()
+            self._writable.wake()
 
     async def _wait_for_room(self) -> None:
         if self._writable is None:
-            self._writable = Signal(self.reactor.loop)
-        self._writable.deadline = self.reactor.now() + self.idle
+            self._writable = Waiter(self.runtime.loop)
+        self._writable.deadline = self.runtime.now() + self.timeout
         await self._writable
 
     def end_waits(self, now: float) -> None:
@@ -833,15 +834,15 @@ class ByteStream:
             self._writable.sweep(now)
 
     async def write(self, data: Buffer, end: bool = False) -> None:
-        """Send DATA, and with END nothing after it; returns when there is room for more."""
+        """Send DATA, with END as the last; return once there is room for more."""
         raise NotImplementedError
 
     async def write_eof(self) -> None:
-        """Half close: nothing more is sent, reading goes on."""
+        """Half close: send nothing more; reading goes on."""
         raise NotImplementedError
 
     def reset(self, code: int, text: str) -> None:
-        """End both directions at once, so that the other side sees that it was no clean end."""
+        """End both directions at once, so that the other side can tell it from a clean end."""
         raise NotImplementedError
 
 
@@ -849,31 +850,31 @@ Serve = Callable[['Connection'], Coroutine[Any, Any, None]]     # what a connect
 
 
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
-CLOSE_TIMEOUT = 20.0            # for what was written last to leave before a close is forced
+CLOSE_TIMEOUT = 20.0            # for the last bytes to leave before a close is forced
 
 
 class Connection(ByteStream, asyncio.BufferedProtocol):
     """One socket, with or without TLS."""
-    __slots__ = ('transport', 'serve', 'receiver', 'on_gone', 'on_eof', 'on_room', 'choked',
+    __slots__ = ('transport', 'serve', 'receiver', 'on_lost', 'on_eof', 'on_room', 'writing_paused',
                  'secure', 'silent', '_paused', '_close_by', '_pending', '__weakref__')
 
-    def __init__(self, reactor: Reactor,
-                 serve: Optional[Serve] = None) -> None:
-        """SERVE becomes a task as soon as it is connected."""
-        super().__init__(reactor)
+    def __init__(self, runtime: Runtime,
+                 serve: Serve | None = None) -> None:
+        """SERVE runs as a task from the moment of connection."""
+        super().__init__(runtime)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
         self.serve = serve          # what becomes a task, if anything does
-        # Told by a session, or by whoever waits for the connection's end; None again afterwards.
-        self.receiver: Optional[Callable[[memoryview], None]] = None    # takes all bytes instead
-        self.on_gone: Optional[Callable[[], None]] = None       # it is over
-        self.on_eof: Optional[Callable[[], None]] = None        # the other side sends no more
-        self.on_room: Optional[Callable[[], None]] = None       # it is not choked any more
-        self.choked = False         # more is written than the kernel takes
+        # Set by a session, or by who waits for the connection's end; None again afterwards.
+        self.receiver: Callable[[memoryview], None] | None = None    # takes all bytes instead
+        self.on_lost: Callable[[], None] | None = None       # already over
+        self.on_eof: Callable[[], None] | None = None        # the other side sends no more
+        self.on_room: Callable[[], None] | None = None       # it is not choked any more
+        self.writing_paused = False         # more is written than the kernel takes
         self.secure = False         # it has TLS
         self.silent = True          # no byte has arrived yet
         self._paused = False        # too much is unread: the socket is not read
         self._close_by = NEVER      # when a close is forced; NEVER before close()
-        self._pending = sys.maxsize     # bytes unsent when the close was overdue last
+        self._pending = sys.maxsize     # bytes unsent when the close was last overdue
 
     def __repr__(self) -> str:
         return f'<Connection {self.peer}>'
@@ -897,21 +898,21 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
-        self.reactor.swept.add(self)
-        self.reactor.transports.add(self.transport)
+        self.runtime.swept.add(self)
+        self.runtime.transports.add(self.transport)
         if self.serve:
-            self.reactor.spawn(self.serve(self))
+            self.runtime.spawn(self.serve(self))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self.reactor.buffer
+        return self.runtime.buffer
 
     def buffer_updated(self, nbytes: int) -> None:
         self.silent = False
         if self.receiver is not None:
-            self.receiver(self.reactor.buffer[:nbytes])
+            self.receiver(self.runtime.buffer[:nbytes])
             return
-        self.feed(bytes(self.reactor.buffer[:nbytes]))
-        if self.size > UNREAD_HIGH and not self._paused and not self.transport.is_closing():
+        self.feed_data(bytes(self.runtime.buffer[:nbytes]))
+        if self.unread > UNREAD_HIGH and not self._paused and not self.transport.is_closing():
             self._paused = True
             self.transport.pause_reading()
 
@@ -919,42 +920,43 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.feed_eof()
         if self.on_eof:
             self.on_eof()
-        return not self.secure      # TLS has no half close in asyncio: there it is the end
+        return not self.secure      # asyncio's TLS has no half close: there it is the end
 
-    def connection_lost(self, exc: Optional[BaseException]) -> None:
+    def connection_lost(self, exc: BaseException | None) -> None:
         if exc is not None:
-            exc.with_traceback(None)    # of a write that failed: it holds who wrote, and so itself
-        self.reactor.swept.discard(self)
-        self.reactor.transports.discard(self.transport)
-        self.choked = False
+            exc.with_traceback(None)    # of a failed write: it holds its writer, and so itself
+        self.runtime.swept.discard(self)
+        self.runtime.transports.discard(self.transport)
+        self.writing_paused = False
         if exc is not None and not self.secure and self.receiver is None:
             self._read_last_words()
-        self.fail(Disconnected(f'the connection broke: {exc}' if exc else 'the connection ended'))
-        on_gone, self.on_gone, self.on_eof = self.on_gone, None, None
-        if on_gone:
-            on_gone()
+        self.set_exception(Disconnected(
+            f'the connection broke: {exc}' if exc else 'the connection ended'))
+        on_lost, self.on_lost, self.on_eof = self.on_lost, None, None
+        if on_lost:
+            on_lost()
 
     def _read_last_words(self) -> None:
-        """A write failed; what the other side said before may still be in the kernel."""
+        """Read what the other side said before a write failed: the kernel may still hold it."""
         sock = self.transport.get_extra_info('socket')
-        with contextlib.suppress(OSError):      # that was all
-            while os.name == 'posix' and self.size <= DISCARDED:
+        with contextlib.suppress(OSError):      # nothing more to read
+            while os.name == 'posix' and self.unread <= DISCARDED:
                 data = os.read(sock.fileno(), READ_SIZE)
                 if not data:
                     break
-                self.feed(data)
+                self.feed_data(data)
 
     def pause_writing(self) -> None:
-        self.choked = True
+        self.writing_paused = True
 
     def resume_writing(self) -> None:
-        self.choked = False
-        self.reactor.loop.call_soon(self.room)      # asyncio's write must end first
+        self.writing_paused = False
+        self.runtime.loop.call_soon(self.room)      # asyncio's write must end first
         if self.on_room:
-            self.reactor.loop.call_soon(self.on_room)
+            self.runtime.loop.call_soon(self.on_room)
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Look at the deadlines; the reactor calls this now and then."""
+        """Check the deadlines; the runtime calls this now and then."""
         self.end_waits(now)
         if now >= self._close_by:
             pending = self.transport.get_write_buffer_size()
@@ -971,7 +973,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
     # ByteStream's side.
 
     def consumed(self, n: int) -> None:
-        if self._paused and self.size <= UNREAD_HIGH // 2:
+        if self._paused and self.unread <= UNREAD_HIGH // 2:
             self._paused = False
             if not self.transport.is_closing():
                 self.transport.resume_reading()
@@ -980,14 +982,14 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if self.error is not None:
             self.check()
         self.transport.write(data)
-        while self.choked:
+        while self.writing_paused:
             await self._wait_for_room()
             self.check()
         if end:
             await self.write_eof()
 
     async def write_eof(self) -> None:
-        """Half close; on TLS, which can't, the connection is closed."""
+        """Half close; over TLS, which can't, close the connection."""
         self.check()
         if self.transport.can_write_eof():
             self.transport.write_eof()
@@ -995,48 +997,48 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self.close()
 
     def reset(self, code: int, text: str) -> None:
-        if self.transport not in self.reactor.transports:
-            return      # it is over
+        if self.transport not in self.runtime.transports:
+            return      # already over
         sock = self.transport.get_extra_info('socket')
         if sock is not None and sock.family != getattr(socket, 'AF_UNIX', None):
-            with contextlib.suppress(OSError):      # it is closed already
+            with contextlib.suppress(OSError):      # already closed
                 # Zero seconds of linger: what goes out is RST, not FIN.
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
         self.transport.abort()
 
-    def cut_off(self) -> None:
-        """End it at once, so that the other side sees that it was no clean end."""
+    def abort(self) -> None:
+        """End it at once, so that the other side can tell it from a clean end."""
         self.reset(CANCELLED, '')
 
     def close(self) -> None:
-        """Close once all that was written has left, and by force after CLOSE_TIMEOUT."""
+        """Close once everything written has left; by force after CLOSE_TIMEOUT."""
         if not self.transport.is_closing():
-            self._close_by = self.reactor.now() + CLOSE_TIMEOUT
+            self._close_by = self.runtime.now() + CLOSE_TIMEOUT
             self.transport.close()
 
     async def linger(self) -> None:
-        """Close so that an answer to a peer that still sends arrives.
+        """Close so that a response reaches a peer that is still sending.
 
         Closing at once would answer what it sends with RST, which destroys what is in flight.
         """
-        with contextlib.suppress(LocaltunnelError, OSError):    # it is gone, or was not in time
+        with contextlib.suppress(LocaltunnelError, OSError):    # it is gone, or too slow
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            deadline, discarded = self.reactor.now() + LINGER, 0
-            while discarded < DISCARDED and self.reactor.now() < deadline:
-                if not self.size and not await self.more(deadline - self.reactor.now()):
+            deadline, discarded = self.runtime.now() + LINGER, 0
+            while discarded < DISCARDED and self.runtime.now() < deadline:
+                if not self.unread and not await self.wait_for_data(deadline - self.runtime.now()):
                     break
-                discarded += len(self.take(READ_SIZE))
+                discarded += len(self.read_nowait(READ_SIZE))
         self.close()
 
 
 BACKLOG = 1024                  # connections that wait to be accepted
 
 
-def bind(host: str, port: int) -> List[socket.socket]:
-    """Sockets that listen on PORT of HOST, '' for all addresses of both kinds.  Raises OSError."""
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Return sockets listening on PORT of HOST, '' for all IPv4 and IPv6.  Raises OSError."""
     hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
-    bound: List[socket.socket] = []
+    bound: list[socket.socket] = []
     try:
         for address in hosts:
             family = socket.AF_INET6 if ':' in address else socket.AF_INET
@@ -1046,7 +1048,7 @@ def bind(host: str, port: int) -> List[socket.socket]:
                 last = not bound and address == hosts[-1]
                 if last or e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
-                continue        # this machine has no IPv6, or no address of it
+                continue        # this machine has no IPv6, or no IPv6 address
             port = bound[-1].getsockname()[1]
         return bound
     except OSError:
@@ -1058,8 +1060,8 @@ def bind(host: str, port: int) -> List[socket.socket]:
 async def end_task(task: asyncio.Task[Any]) -> None:
     """Cancel TASK and wait until it has ended.
 
-    Again and again: before Python 3.12 asyncio.wait_for swallows a cancel that comes as what it
-    waits for is done.
+    Cancels again and again: before Python 3.12 asyncio.wait_for swallows a cancel that arrives
+    just as what it waits for is done.
     """
     while not task.done():
         task.cancel()
@@ -1077,7 +1079,7 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
 
 
 async def pipe(source: ByteStream, sink: ByteStream) -> None:
-    """Copy bytes from SOURCE to SINK until they end, and hand on the end."""
+    """Copy bytes from SOURCE to SINK until they end, and pass the end on."""
     while True:
         data = await source.read()
         if not data:
@@ -1087,7 +1089,7 @@ async def pipe(source: ByteStream, sink: ByteStream) -> None:
 
 async def join(left: ByteStream, right: ByteStream) -> None:
     """Make two streams one conversation: bytes, half closes and resets pass both ways."""
-    left.idle = right.idle = NEVER      # a WebSocket may be silent for days
+    left.timeout = right.timeout = NEVER      # a WebSocket may be silent for days
     try:
         await both(pipe(left, right), pipe(right, left))
     except (LocaltunnelError, OSError) as e:
@@ -1105,7 +1107,7 @@ async def join(left: ByteStream, right: ByteStream) -> None:
 # write, control frames first.  Streams write in turn, 64 KiB each.
 #
 # A session survives its connection: each side keeps what the other has not acknowledged (the counts
-# in PING and PONG), and a new connection goes on at the byte where the other side stopped counting.
+# in PING and PONG), and a new connection continues at the byte where the other stopped counting.
 #
 # The four states of a session, as this side sees it, and the calls that lead to them:
 #
@@ -1136,17 +1138,17 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_gone', 'owner', '_end_sent',
+    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_lost', 'owner', '_end_sent',
                  '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
-        ByteStream.__init__(self, session.reactor)      # on each request, and super() costs more
+        ByteStream.__init__(self, session.runtime)      # on each request, and super() costs more
         self.session, self.id = session, id
         self.window = window            # what the other side may still send
         self.credit = credit            # bytes that we may still send
         self.its_turn = False           # it waited for its turn to write, and this is it
-        self.on_gone: Optional[Callable[[], None]] = None       # the other side ended it
-        self.owner: Any = None          # whose it is, for who looks through a session's streams
+        self.on_lost: Callable[[], None] | None = None       # the other side ended it
+        self.owner: Any = None          # its owner, for those who go through a session's streams
         self._end_sent = False          # we said END
         self._closed = False            # all was given back
 
@@ -1184,36 +1186,36 @@ class Stream(ByteStream):
         session.schedule()
         if end:
             self._end_sent = True
-            if self.ended:
+            if self.eof:
                 session.forget(self)
 
-    def reset(self, code: int, text: str, error: Optional[LocaltunnelError] = None) -> None:
+    def reset(self, code: int, text: str, error: LocaltunnelError | None = None) -> None:
         """End both directions; who waits here is told ERROR, if it is not the same."""
-        if self.error is None and not (self._end_sent and self.ended):
+        if self.error is None and not (self._end_sent and self.eof):
             if self.id:
                 self.session.outbox.reset(self.id, encode_reason(code, text))
                 self.session.schedule()
             self.session.forget(self)
-            self.fail(error or StreamReset(code, text))
+            self.set_exception(error or StreamReset(code, text))
 
     def close(self) -> None:
-        """Give everything back; a stream that is not over is reset."""
+        """Give everything back; reset the stream if it is not over."""
         if not self._closed:
             self._closed = True
-            if not (self._end_sent and self.ended):
+            if not (self._end_sent and self.eof):
                 self.reset(DONE, 'done')
-            self.on_gone = self.owner = None
+            self.on_lost = self.owner = None
             self.window.close()
 
     def consumed(self, n: int) -> None:
-        if not self.ended and not self._closed:
-            credit = self.window.consumed(n, self.reactor.now(), self.session.liveness.round_trip)
+        if not self.eof and not self._closed:
+            credit = self.window.consumed(n, self.runtime.now(), self.session.liveness.round_trip)
             if credit:
                 self._promise(credit)
 
     def widen(self, size: int) -> None:
         credit = self.window.widen(size)
-        if credit and not self.ended:
+        if credit and not self.eof:
             self._promise(credit)
 
     def _promise(self, n: int) -> None:
@@ -1221,40 +1223,40 @@ class Stream(ByteStream):
         self.session.outbox.credit(self.id, n)
         self.session.schedule()
 
-    # What the session brings.
+    # For the session.
 
     def data_arrived(self, data: bytes, end: bool) -> None:
-        """DATA or OPEN.  Raises ProtocolError."""
-        if self.ended:
+        """Handle DATA or OPEN.  Raises ProtocolError."""
+        if self.eof:
             raise ProtocolError('bytes after END')
         if end:
-            self.ended = True
+            self.eof = True
             if self._end_sent:
                 self.session.forget(self)
         if data:
             self.window.arrived(len(data))
-            self.feed(data)
+            self.feed_data(data)
         elif end:
-            self._readable.set()
+            self._readable.wake()
 
     def credit_arrived(self, n: int) -> None:
-        """CREDIT.  Raises ProtocolError."""
+        """Handle CREDIT.  Raises ProtocolError."""
         self.credit += n
         if self.credit > MAX_CREDIT:
             raise ProtocolError('credit without bound')
         self.room()
 
     def call_up(self) -> None:
-        """It is this stream's turn to write."""
+        """Let this stream take its turn to write."""
         self.its_turn = True
         self.room()
 
     def over(self, error: LocaltunnelError) -> None:
         """RESET, or the session ended.  A response that has come whole stays readable."""
         self.session.forget(self)
-        self.fail(error)
-        if self.on_gone:
-            self.on_gone()
+        self.set_exception(error)
+        if self.on_lost:
+            self.on_lost()
 
 
 class Outbox:
@@ -1262,17 +1264,17 @@ class Outbox:
     __slots__ = ('size', 'control_size', 'credits', 'trace', 'awaited', 'waiting', 'left_at',
                  '_frames', '_resets', '_pong')
 
-    def __init__(self, trace: Optional[Trace] = None) -> None:
+    def __init__(self, trace: Trace | None = None) -> None:
         self.size = 0               # bytes of the frames in order
         self.control_size = 0       # bytes of CREDIT and RESET
-        self.credits: Dict[int, int] = {}       # what CREDIT will promise to each stream
+        self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
         self.trace = trace          # told of each frame, for good
         self.awaited = False        # the end of this turn of the loop is: then all leaves
         self.waiting = 0            # frames since something left
         self.left_at = 0.0          # and when that was
-        self._frames: List[Buffer] = []         # in order: headers and payloads
-        self._resets: Dict[int, bytes] = {}     # payloads, by stream
-        self._pong = False          # a PONG is due
+        self._frames: list[Buffer] = []         # in order: headers and payloads
+        self._resets: dict[int, bytes] = {}     # payloads, by stream
+        self._pong = False          # True if a PONG is due
 
     def add(self, kind: int, stream: int, payload: Buffer = b'') -> None:
         """One frame behind those that are here."""
@@ -1329,7 +1331,7 @@ class Outbox:
                 self.trace('->', kind, id, len(payload))
 
 
-ACKNOWLEDGE_EVERY = 1 * MIB     # sent, and a PING asks how much has arrived
+ACKNOWLEDGE_EVERY = 1 * MIB     # after sending this much, a PING asks how much has arrived
 
 
 class Unacknowledged:
@@ -1342,18 +1344,18 @@ class Unacknowledged:
 
     def __init__(self, budget: Budget) -> None:
         self.sent = 0               # bytes of frames, since the session began
-        self.confirmed = 0          # of these have arrived there
+        self.confirmed = 0          # of these, have arrived there
         self.kept_from = 0          # from this byte on all is kept
         self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
         self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
-        self.limit = self._may_keep         # of `sent`: so much behind `kept_from`
-        self.ask_at = ACKNOWLEDGE_EVERY     # when so much was sent, a PING asks for the count
+        self.limit = self._may_keep         # of `sent`, counted from `kept_from`
+        self.ask_at = ACKNOWLEDGE_EVERY     # of `sent`, at which a PING asks for the count
         self.goodbye = NEVER        # bytes that we had to say in all; known when we close
-        self._kept: Deque[bytes] = collections.deque()
+        self._kept: collections.deque[bytes] = collections.deque()
         self._budget = budget       # of the session, for its whole life
 
     def add(self, data: bytes) -> None:
-        """DATA is sent now."""
+        """Keep DATA, which is sent now."""
         self._kept.append(data)
         self.sent += len(data)
 
@@ -1367,7 +1369,7 @@ class Unacknowledged:
         return True
 
     def confirm(self, n: int) -> None:
-        """N bytes have arrived in all.  Raises ProtocolError."""
+        """Note that N bytes have arrived in all.  Raises ProtocolError."""
         if n > self.sent:
             raise ProtocolError('more acknowledged than was sent')
         self.confirmed = n
@@ -1386,16 +1388,16 @@ class Unacknowledged:
         return self.kept_from <= n <= self.sent
 
     def after(self, n: int) -> bytes:
-        """What follows byte N."""
+        """Return what follows byte N."""
         return b''.join(self._kept)[n - self.kept_from:]
 
     def clear(self) -> None:
-        """Nothing will be sent again."""
+        """Keep nothing: nothing will be sent again."""
         self._kept.clear()
         self._give_back()
 
 
-STALLED_SESSION = 20.0          # without progress of a write
+STALLED_SESSION = 20.0          # without progress in a write
 
 
 class Liveness:
@@ -1418,7 +1420,7 @@ class Liveness:
         self._unsent = 0            # bytes that it had not taken at the last look
 
     def attached(self, now: float) -> None:
-        """A new connection begins."""
+        """Begin with a new connection."""
         self.heard = self._moved_at = now
         self.asked_at = self.detached_at = NEVER
 
@@ -1448,33 +1450,33 @@ class Liveness:
             raise Disconnected(f'{unsent} bytes were not taken in {STALLED_SESSION:.0f} s')
         if self.asked_at != NEVER:
             if self.pings and now - max(self.asked_at, self.heard) > PONG_WITHIN:
-                raise Disconnected(f'no answer to a ping in {PONG_WITHIN:.0f} s')
+                raise Disconnected(f'no reply to a ping within {PONG_WITHIN:.0f} s')
             if now - self.asked_at > ACKNOWLEDGED:
                 raise ProtocolError('nothing is acknowledged')
         elif silence > (PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN) or (
                 woke_up and self.pings):
             return True
         if silence > SILENT_SESSION:
-            raise Disconnected(f'nothing was heard in {SILENT_SESSION:.0f} s')
+            raise Disconnected(f'nothing was heard for {SILENT_SESSION:.0f} s')
         return False
 
 
-BATCH = 256 * KIB               # frames that leave in one write; more would only sit in the kernel
-MAX_CONTROL = 64 * KIB          # PONG, CREDIT and RESET unwritten: more is a peer that never reads
-QUIET = 0.0001                  # nothing was sent for so long: a frame need not wait for others
-BURST = 8                       # frames that leave together: the other side begins meanwhile
+BATCH = 256 * KIB               # of frames in one write; more would only wait in the kernel
+MAX_CONTROL = 64 * KIB          # of unwritten PONG, CREDIT and RESET; past it the peer never reads
+QUIET = 0.0001                  # after this silence a frame need not wait for others
+BURST = 8                       # frames that leave at once: the other side starts on them
 
 
 class Sender:
     """The writing half of a session: whose turn it is to write, and when all that leaves."""
 
-    def __init__(self, reactor: Reactor, budget: Budget, liveness: Liveness,
-                 trace: Optional[Trace]) -> None:
-        self.reactor = reactor
+    def __init__(self, runtime: Runtime, budget: Budget, liveness: Liveness,
+                 trace: Trace | None) -> None:
+        self.runtime = runtime
         self.state = RUNNING        # see the table above
-        self.error: Optional[LocaltunnelError] = None       # why it is OVER
-        self.connection: Optional[Connection] = None        # None while it is lost
-        self.turns: Dict[Stream, None] = {}     # the streams that wait for their turn, in order
+        self.error: LocaltunnelError | None = None       # why it is OVER
+        self.connection: Connection | None = None        # None while it is lost
+        self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
         self.budget = budget        # of all windows, and of what is kept
         self.decoder = Decoder()                            # what was received, and how much
         self.outbox = Outbox(trace)                         # what is to be sent
@@ -1496,7 +1498,7 @@ class Sender:
 
     def _has_room(self) -> bool:
         size, kept = self.outbox.size, self.unacknowledged
-        if size >= BATCH or self.connection is None or self.connection.choked:
+        if size >= BATCH or self.connection is None or self.connection.writing_paused:
             return False
         if kept.sent + size < kept.limit or kept.widen():
             return True
@@ -1505,7 +1507,7 @@ class Sender:
         return False
 
     def _call_up(self) -> None:
-        """Those who wait for their turn write, while there is room."""
+        """Let the streams that wait write in turn, while there is room."""
         for _ in range(len(self.turns)):
             if not self._has_room() or not self.turns:
                 break
@@ -1514,17 +1516,17 @@ class Sender:
             stream.call_up()
 
     def schedule(self) -> None:
-        """Flush at the end of this turn of the loop; or at once, where that is better."""
+        """Flush at the end of this turn of the loop, or at once where that is better."""
         outbox = self.outbox
         outbox.waiting += 1
         if outbox.awaited:
             if outbox.waiting >= BURST:
                 self.flush()
-        elif self.reactor.now() - outbox.left_at > QUIET:
+        elif self.runtime.now() - outbox.left_at > QUIET:
             self.flush()
         else:
             outbox.awaited = True
-            self.reactor.loop.call_soon(self.flush, True)
+            self.runtime.loop.call_soon(self.flush, True)
 
     def flush(self, turn_over: bool = False) -> None:
         """Let those whose turn it is write, and send all that is here."""
@@ -1535,12 +1537,12 @@ class Sender:
             if self.turns:
                 self._call_up()
             connection = self.connection
-            if connection is None or connection.choked:
+            if connection is None or connection.writing_paused:
                 break
             data = outbox.take(self.decoder.received)
             if not data:
                 break
-            outbox.left_at = self.reactor.now()
+            outbox.left_at = self.runtime.now()
             kept.add(data)
             connection.transport.write(data)
             if kept.sent >= kept.ask_at:
@@ -1553,7 +1555,7 @@ class Sender:
     def ping(self) -> None:
         """Ask the other side whether it is there, and how much has arrived."""
         sent = self.unacknowledged.sent
-        self.liveness.asked(self.reactor.now(), sent)
+        self.liveness.asked(self.runtime.now(), sent)
         self.unacknowledged.ask_at = sent + ACKNOWLEDGE_EVERY
         self.outbox.add(PING, 0, U64.pack(self.decoder.received))
         self.schedule()
@@ -1570,23 +1572,23 @@ class Session(Sender):
     and sets `on_change()`, for a connection lost, a GOAWAY heard, and the end.
     """
 
-    def __init__(self, reactor: Reactor, budget: Optional[Budget] = None,
-                 on_open: Optional[Callable[[Stream], None]] = None,
-                 trace: Optional[Trace] = None) -> None:
-        super().__init__(reactor, Budget(SESSION_BUDGET, budget),
-                         Liveness(on_open is not None, reactor.now()), trace)
-        self.goaway: Optional[Tuple[int, str]] = None       # what the other side said
-        self.streams: Dict[int, Stream] = {}                # those not over, by id
+    def __init__(self, runtime: Runtime, budget: Budget | None = None,
+                 on_open: Callable[[Stream], None] | None = None,
+                 trace: Trace | None = None) -> None:
+        super().__init__(runtime, Budget(SESSION_BUDGET, budget),
+                         Liveness(on_open is not None, runtime.now()), trace)
+        self.goaway: tuple[int, str] | None = None       # what the other side said
+        self.streams: dict[int, Stream] = {}                # those not over, by id
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
-        self._last_id = 0           # of a stream, whoever opened it
-        reactor.swept.add(self)
+        self._last_id = 0           # of a stream, by either side
+        runtime.swept.add(self)
 
     # Streams.
 
-    def open_stream(self) -> Optional[Stream]:
-        """A new stream to the other side, or None when there are too many."""
+    def open_stream(self) -> Stream | None:
+        """Return a new stream to the other side, or None if there are too many."""
         if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
         budget = self.budget
@@ -1602,10 +1604,10 @@ class Session(Sender):
         return self.connection is not None and self.state < CLOSING and self.goaway is None
 
     def number(self, stream: Stream) -> int:
-        """The id of a stream that is about to be opened.  Raises SessionLost."""
+        """Return an id for STREAM, which is about to be opened.  Raises SessionLost."""
         if self.error is not None:
             raise SessionLost(str(self.error))
-        if stream.window.size != self._first_credit:    # said here, so that it is said of this one
+        if stream.window.size != self._first_credit:    # said now, so that it counts for this one
             self._first_credit = stream.window.size
             self.outbox.add(CREDIT, 0, U32.pack(self._first_credit))
         self._last_id += 1
@@ -1613,19 +1615,19 @@ class Session(Sender):
         return self._last_id
 
     def forget(self, stream: Stream) -> None:
-        """STREAM is over both ways."""
+        """Drop STREAM, which is over both ways."""
         self.streams.pop(stream.id, None)
         if self.turns:
             self.turns.pop(stream, None)
         if self.outbox.credits:
             self.outbox.forget(stream.id)
         if self.state == CLOSING and not self.streams:
-            self.schedule()         # it closes when all has left
+            self.schedule()         # it closes once all has left
 
     # Frames in.
 
     def _receive(self, data: Buffer) -> None:
-        self.liveness.heard = self.reactor.now()
+        self.liveness.heard = self.runtime.now()
         decoder, outbox, kept = self.decoder, self.outbox, self.unacknowledged
         behind, awaited = decoder.behind, outbox.awaited
         outbox.awaited = True       # what this read causes leaves after it
@@ -1642,7 +1644,7 @@ class Session(Sender):
             if outbox.waiting or self.turns or self.state == CLOSING:
                 self.flush()
                 if outbox.control_size > MAX_CONTROL:
-                    raise ProtocolError('answers pile up and are not read')
+                    raise ProtocolError('replies pile up and are not read')
                 if kept.sent > kept.limit + 2 * BATCH:
                     raise ProtocolError('nothing is acknowledged')
             if decoder.behind and not behind:
@@ -1651,13 +1653,13 @@ class Session(Sender):
             self.end(e)
 
     def _fall_behind(self) -> None:
-        """One read may hold 30,000 frames: others come in between, and no more is read."""
+        """Let others have a turn, and read no more: one read may hold 30,000 frames."""
         if self.connection is not None:
             with contextlib.suppress(AttributeError):   # before Python 3.11 TLS that has just ended
                 self.connection.transport.pause_reading()
-        self.reactor.loop.call_soon(self._catch_up, self.connection)
+        self.runtime.loop.call_soon(self._catch_up, self.connection)
 
-    def _catch_up(self, connection: Optional[Connection]) -> None:
+    def _catch_up(self, connection: Connection | None) -> None:
         if connection is not None:
             with contextlib.suppress(AttributeError):       # see above
                 connection.transport.resume_reading()
@@ -1713,20 +1715,20 @@ class Session(Sender):
         """Go on over CONNECTION; the other side has received THEIRS bytes of frames."""
         old = self._let_go()
         if old is not None:
-            old.cut_off()
+            old.abort()
         self.unacknowledged.confirm(theirs)
         self.connection = connection
         connection.receiver, connection.on_room = self._receive, self.flush
-        connection.on_gone = connection.on_eof = self.drop
-        self.reactor.swept.discard(connection)      # nobody waits on it
-        self.liveness.attached(self.reactor.now())
+        connection.on_lost = connection.on_eof = self.drop
+        self.runtime.swept.discard(connection)      # nobody waits on it
+        self.liveness.attached(self.runtime.now())
         again = self.unacknowledged.after(theirs)
         if again:
             connection.transport.write(again)
-        rest = connection.take(sys.maxsize)
+        rest = connection.read_nowait(sys.maxsize)
         while rest:
             self._receive(memoryview(rest))
-            rest = connection.take(sys.maxsize)
+            rest = connection.read_nowait(sys.maxsize)
         self.ping()
 
     def can_resume(self, theirs: int) -> bool:
@@ -1734,38 +1736,38 @@ class Session(Sender):
         return self.error is None and self.unacknowledged.holds(theirs)
 
     def drop(self, why: str = 'the session ended') -> None:
-        """Give the connection up; the session waits for another one, unless it was to end."""
+        """Give up the connection; the session waits for another, unless it was to end."""
         connection = self._let_go()
         if connection is None:
             return
-        connection.cut_off()
-        self.liveness.detached_at = self.reactor.now()
+        connection.abort()
+        self.liveness.detached_at = self.runtime.now()
         if self.state != RUNNING or self.goaway is not None:
             self.end(Disconnected(why))
         else:
             self.on_change()
 
-    def _let_go(self) -> Optional[Connection]:
+    def _let_go(self) -> Connection | None:
         """The connection, if there was one: it is not this session's any more."""
         connection, self.connection = self.connection, None
         if connection is not None:
-            connection.receiver = connection.on_gone = connection.on_eof = connection.on_room = None
+            connection.receiver = connection.on_lost = connection.on_eof = connection.on_room = None
         return connection
 
     async def answers(self, within: float) -> None:
-        """Give the connection up unless something is heard WITHIN so many seconds."""
-        asked = self.reactor.now()
+        """Give the connection up unless something is heard WITHIN this many seconds."""
+        asked = self.runtime.now()
         self.ping()
         while self.connection is not None and self.liveness.heard < asked:
-            if self.reactor.now() - asked > within:
+            if self.runtime.now() - asked > within:
                 return self.drop(f'no answer to a ping in {within:.0f} s')
             await asyncio.sleep(DRAIN_LOOK)
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Ping when nothing was heard, and give the connection up when nothing answers."""
+        """Ping after a silence, and give the connection up if it goes on."""
         if self.connection is None:
             if now - self.liveness.detached_at > RESUME_WITHIN:
-                self.end(Disconnected(f'its connection was away for {RESUME_WITHIN:.0f} s'))
+                self.end(Disconnected(f'it had no connection for {RESUME_WITHIN:.0f} s'))
             return
         if not (self.streams or self.turns or woke_up) and self.liveness.quiet(now):
             return
@@ -1785,27 +1787,27 @@ class Session(Sender):
     def finish(self) -> None:
         kept = self.unacknowledged
         if not (self.streams or self.turns or self.outbox.size):
-            if kept.goodbye == NEVER:       # what crossed our GOAWAY comes before this PONG
+            if kept.goodbye == NEVER:       # what crossed our GOAWAY arrives before this PONG
                 kept.goodbye = kept.sent
                 self.ping()
             elif kept.confirmed >= kept.goodbye:
                 self.end(Disconnected('the session ended'))
 
     def drain(self, code: int, text: str) -> None:
-        """The other side is to make a new session; this one still carries streams."""
+        """Ask the other side for a new session; this one still carries its streams."""
         if self.state == RUNNING:
             self.state = WARNED
             self.outbox.add(GOAWAY, 0, encode_reason(code, text))
             self.schedule()
 
     def leave(self, code: int, text: str, within: float = NEVER) -> None:
-        """Say GOAWAY, and end when the streams are over, or WITHIN so many seconds."""
+        """Say GOAWAY, and end when the streams are over, or after WITHIN seconds."""
         if self.connection is None:
             return self.end(Disconnected(text))     # nobody is there to finish them
         self.drain(code, text)
         self.state = max(self.state, CLOSING)       # never back
         if within != NEVER:
-            self.reactor.loop.call_later(within, self.end, Disconnected(text))
+            self.runtime.loop.call_later(within, self.end, Disconnected(text))
         self.schedule()
 
     def end(self, error: LocaltunnelError) -> None:
@@ -1817,14 +1819,14 @@ class Session(Sender):
             self.drain(PROTOCOL_BROKEN, str(error))
             self.flush()
         self.state = OVER
-        self.reactor.swept.discard(self)
+        self.runtime.swept.discard(self)
         connection, kept = self._let_go(), self.unacknowledged
         if connection is not None:
-            self.reactor.swept.add(connection)
+            self.runtime.swept.add(connection)
             if kept.confirmed >= kept.goodbye:      # all has arrived there
                 connection.close()
             else:
-                self.reactor.spawn(connection.linger())
+                self.runtime.spawn(connection.linger())
         lost = SessionLost(str(error))
         for stream in [*self.streams.values(), *self.turns]:
             stream.over(lost)
@@ -1839,8 +1841,8 @@ class Session(Sender):
 # RFC 9110 and 9112, strictly: what could be read in two ways is refused, never repaired.  First the
 # pure part: heads, body framing, forwarding, pages; then a thin shell that reads and copies.
 #
-# A head keeps its header lines as one block, as they came: order, case and bytes.  Of their meaning
-# only what decides something here is looked at, and lines that must not go on are cut out.
+# A head keeps its header lines as one block, as they came: order, case and bytes.  Only those that
+# decide something here are interpreted, and lines that must not go on are cut out.
 # The length of a body is a number, or one of two words:
 # ------------------------------------------------------------------------------------------------
 
@@ -1859,15 +1861,15 @@ _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n'
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
-# Of a block in lower case with LF in front: what is looked at, and what no visitor may say.
+# In a lower-case block with LF in front: fields that are interpreted, those no visitor may send.
 _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
                     rb'|via|accept|authorization|www-authenticate'
                     rb'|proxy-(?:connection|auth(?:orization|enticate))'
                     rb'|x-forwarded-(?:for|proto|host)|localtunnel-(?:hello|welcome)'
                     rb'|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*([^\r]*[^ \t\r]|)')
-# Here `_` is whatever CGI and its heirs take for one, a hyphen or another sign, and `~` the same
-# without the hyphen: then the app would see a second field of that name.
+# Here `_` stands for whatever CGI and its heirs take for `_`, a hyphen or another sign, and `~` for
+# the same without the hyphen: the app would see it as a second field of that name.
 UNTRUSTED = (
     rb'x_(?:forwarded(?:_[^:]*)?|(?:cluster_)?client_ip|real_ip|rewrite_url'
     rb'|original_(?:host|ur[il]|forwarded_[^:]*))|f(?:orwarded(?:_for)?|(?:ast)?ly_client_ip)'
@@ -1877,21 +1879,21 @@ UNTRUSTED = (
 _UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
 _AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
-# A cookie's Domain; and one that every browser reads as it stands: not by IDNA, %74 or any quotes.
+# A cookie's Domain; and one that every browser reads as written: no IDNA, no %74, no quotes.
 _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
 _PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
-# Later requests in HTTP/2, or in HTTP inside TLS, would pass by all that is checked here.
+# Later requests in HTTP/2, or in HTTP inside TLS, would bypass every check made here.
 _HTTP_AGAIN = re.compile(rb'(?i)(?:^|,)[ \t]*(?:h2|http/|tls/)[^,]*')
 MAX_NOMINATED = 20          # names in Connection
-MAX_WORDS = 100             # of a field that is a list: not even empty ones are without bound
+MAX_WORDS = 100             # of a field that is a list; even empty ones count
 
 # These belong to one hop (RFC 9110 7.6.1).
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
                         b'transfer-encoding'))
 CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
-# A Connection that names one of these would take away what routing and framing rest on.
+# A Connection that names one of these would take away what routing and framing rely on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
-# What routing, framing and trust rest on is no trailer (RFC 9110 6.5.1): apps may merge trailers.
+# Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge.
 NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|via|authorization'
                         rb'|cookie|set-cookie|' + UNTRUSTED + rb'):')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
@@ -1900,9 +1902,9 @@ IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'
 class Head:
     """What requests and responses share.
 
-    `block` are the header lines, each with its CR LF.  `fields` has the values of known fields in
-    lower case; one that came twice is joined with a comma (RFC 9110 5.3).  `connection` are the
-    words of Connection, `minor` is the 1 or 0 of the version.
+    `block` holds the header lines, each with its CR LF.  `fields` holds the values of known fields
+    in lower case; repeated ones are joined with a comma (RFC 9110 5.3).  `connection` holds the
+    words of Connection, `minor` the 1 or 0 of the version.
     """
     __slots__ = ('minor', 'block', 'fields', 'connection', '_lower')
 
@@ -1910,7 +1912,7 @@ class Head:
         self.minor, self.block = minor, block
         self._lower = b'\n' + block.lower()
         found = _KNOWN.findall(self._lower)
-        self.fields: Dict[bytes, bytes] = dict(found)
+        self.fields: dict[bytes, bytes] = dict(found)
         if len(self.fields) < len(found):
             self.fields = {name: b', '.join(value for key, value in found if key == name)
                            for name in self.fields}
@@ -1923,41 +1925,41 @@ class Head:
                 self.connection = [word.strip() for word in self.connection]
 
     def get(self, name: bytes) -> bytes:
-        """The value of a known field as it came; b'' where there is none."""
+        """Return the value of a known field as it came; b'' if there is none."""
         if name not in self.fields:
             return b''
         return b', '.join(self.block[m.start(2) - 1:m.end(2) - 1]
                           for m in _KNOWN.finditer(self._lower) if m.group(1) == name)
 
     def has(self, name: bytes) -> bool:
-        """Is there a field of this NAME, which need not be a known one?"""
+        """Return True if there is a field called NAME, known or not."""
         return b'\n%b:' % name in self._lower
 
     @property
     def keep_alive(self) -> bool:
-        """Does the sender want to use the connection again?"""
+        """True if the sender wants to use the connection again."""
         return b'close' not in self.connection and (
             self.minor == b'1' or b'keep-alive' in self.connection)
 
-    def hop_by_hop(self) -> Set[bytes]:
-        """Names of the fields here that must not go on.  Raises BadHttp."""
+    def hop_by_hop(self) -> set[bytes]:
+        """Return the names of the fields that must not go on.  Raises BadHttp."""
         names = {*HOP_BY_HOP.intersection(self.fields)}
         for word in self.connection:
             if word not in CONNECTION_OPTIONS:
                 if NOT_NOMINATED.match(word):
                     raise BadHttp(400, f'Connection names {word.decode("latin-1")}')
-                if b':' not in word:        # or it is no name
+                if b':' not in word:        # else it is not a name
                     names.add(word)
         if len(names) > MAX_NOMINATED:
             raise BadHttp(400, f'Connection names more than {MAX_NOMINATED} fields')
         return names
 
-    def untrusted(self) -> List[bytes]:
-        """Names of the fields here that only a proxy may send: an app could believe them."""
+    def untrusted(self) -> list[bytes]:
+        """Return the names of fields that only a proxy may send: an app could believe them."""
         return _UNTRUSTED.findall(self._lower)
 
     def without(self, names: Iterable[bytes]) -> bytes:
-        """The block without the lines of NAMES."""
+        """Return the block without the lines of NAMES."""
         block, lower = self.block, self._lower
         for name in names:
             at = lower.find(b'\n%b:' % name)
@@ -1969,21 +1971,21 @@ class Head:
 
 
 def chunked_only(head: Head) -> int:
-    """CHUNKED, for a head with Transfer-Encoding; anything but one `chunked` is refused."""
+    """Return CHUNKED for a head with Transfer-Encoding; refuse anything but one `chunked`."""
     if head.fields[b'transfer-encoding'] != b'chunked':
-        raise BadHttp(400, 'a Transfer-Encoding other than one chunked')
+        raise BadHttp(400, 'a Transfer-Encoding other than a single chunked')
     if b'content-length' in head.fields:
-        raise BadHttp(400, 'Transfer-Encoding beside Content-Length')
+        raise BadHttp(400, 'both Transfer-Encoding and Content-Length')
     if head.minor == b'0':
         raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
     return CHUNKED
 
 
 def content_length(head: Head) -> int:
-    """The one Content-Length of HEAD."""
+    """Return the one Content-Length of HEAD.  Raises BadHttp."""
     value = head.fields[b'content-length']
     if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
-        raise BadHttp(400, 'Content-Length is not one number')
+        raise BadHttp(400, 'Content-Length is not a single number')
     return int(value)
 
 
@@ -1991,7 +1993,7 @@ class Request(Head):
     """A request head.  `target` is in origin form or '*'.
 
     `host` is its Host in lower case, `host_name` the same without port, as text.
-    `upgrade` is the protocol that the sender would like to change to (RFC 9110 7.8); b'' where
+    `upgrade` is the protocol that the sender would like to switch to (RFC 9110 7.8); b'' if
     there is none but HTTP itself.
     """
     __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
@@ -2004,7 +2006,7 @@ class Request(Head):
         if match:
             self.host_name = match.group(1).decode().rstrip('.')
         elif minor == b'1' or b'host' in self.fields:
-            raise BadHttp(400, 'Host is missing, malformed or there twice')
+            raise BadHttp(400, 'Host is missing, malformed or repeated')
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
@@ -2012,10 +2014,10 @@ class Request(Head):
 
     def _check_target(self) -> None:
         if self.method == b'CONNECT':
-            raise BadHttp(501, 'CONNECT is for proxies; this is a server')
+            raise BadHttp(501, 'CONNECT is for proxies, and this is a server')
         match = _ABSOLUTE.fullmatch(self.target)
         if not match or match.group(1).lower() not in (b'http', b'https'):
-            raise BadHttp(400, 'the request target is no path and no http URL')
+            raise BadHttp(400, 'the request target is neither a path nor an http URL')
         if match.group(2).lower() != self.host:     # HTTP/1.0 may name it in the target alone
             named = _HOST.fullmatch(match.group(2).lower())
             if self.host or not named:
@@ -2026,7 +2028,7 @@ class Request(Head):
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
 
     def body_length(self) -> int:
-        """Bytes, or CHUNKED.  Raises BadHttp (RFC 9112 6.3)."""
+        """The length: bytes, or CHUNKED.  Raises BadHttp (RFC 9112 6.3)."""
         if b'transfer-encoding' in self.fields:
             return chunked_only(self)
         return content_length(self) if b'content-length' in self.fields else 0
@@ -2035,7 +2037,7 @@ class Request(Head):
 class Response(Head):
     """A response head; `reason` has its leading space, or is empty.
 
-    `bodiless`: an answer with this status has never a body, nor a length.
+    `bodiless`: a response with this status never has a body or a length.
     """
     __slots__ = ('status', 'reason', 'bodiless')
 
@@ -2045,7 +2047,7 @@ class Response(Head):
         self.bodiless = self.status < 200 or self.status == 204
 
     def body_length(self, method: bytes) -> int:
-        """Bytes, CHUNKED or UNTIL_CLOSE, answering METHOD.  Raises BadHttp (RFC 9112 6.3)."""
+        """The length for METHOD: bytes, CHUNKED, UNTIL_CLOSE.  Raises BadHttp (RFC 9112 6.3)."""
         length = UNTIL_CLOSE
         if b'transfer-encoding' in self.fields:
             length = chunked_only(self)
@@ -2054,7 +2056,7 @@ class Response(Head):
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else length
 
     def forwarded_block(self) -> bytes:
-        """The header lines as they go on.  Raises BadHttp."""
+        """Return the header lines to pass on.  Raises BadHttp."""
         names = self.hop_by_hop()
         if self.bodiless:
             names.add(b'content-length')
@@ -2062,7 +2064,7 @@ class Response(Head):
 
 
 def logs_in(request: Request, response: Response) -> bool:
-    """Is this part of a login that may hold for all that comes on the connection?"""
+    """Return True for a login that may hold for everything that comes on the connection."""
     asked, told = request.fields, response.fields
     if not (b'authorization' in asked or b'www-authenticate' in told
             or b'proxy-authorization' in asked or b'proxy-authenticate' in told):
@@ -2073,15 +2075,15 @@ def logs_in(request: Request, response: Response) -> bool:
 
 
 def check_upgrade(request: Request, response: Response) -> None:
-    """Raises BadHttp where a 101 answer is none to REQUEST (RFC 9110 7.8)."""
+    """Raise BadHttp if a 101 RESPONSE does not match REQUEST (RFC 9110 7.8)."""
     asked, got = ({word.strip() for word in value.lower().split(b',', MAX_WORDS)}
                   for value in (request.upgrade, response.get(b'upgrade')))
     if not request.upgrade or b'' in got or not got <= asked:
-        raise BadHttp(502, 'it changed to a protocol that nobody asked for')
+        raise BadHttp(502, 'it switched to a protocol that nobody asked for')
 
 
 def parse_request(head: bytes) -> Request:
-    """HEAD up to and including its empty line.  Raises BadHttp."""
+    """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
     match = _REQUEST.fullmatch(head)
     if match:
         if match.end(2) > MAX_LINE:
@@ -2100,7 +2102,7 @@ def parse_request(head: bytes) -> Request:
 
 
 def parse_response(head: bytes) -> Response:
-    """HEAD up to and including its empty line.  Raises BadHttp."""
+    """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
     match = _RESPONSE.fullmatch(head)
     if not match:
         raise BadHttp(502, 'a malformed response head')
@@ -2108,7 +2110,7 @@ def parse_response(head: bytes) -> Response:
 
 
 def encode_request(request: Request, block: bytes, length: int) -> bytes:
-    """The head that goes on: the header lines in BLOCK, and what belongs to this hop."""
+    """Return the head to pass on: the header lines in BLOCK, and those of this hop."""
     if request.upgrade:
         block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % request.upgrade
     if length == CHUNKED:
@@ -2117,7 +2119,7 @@ def encode_request(request: Request, block: bytes, length: int) -> bytes:
 
 
 def encode_response(response: Response, block: bytes, chunked: bool = False) -> bytes:
-    """The head that goes on: the header lines in BLOCK, and what belongs to this hop."""
+    """Return the head to pass on: the header lines in BLOCK, and those of this hop."""
     upgrade = response.get(b'upgrade') if response.status in (101, 426) else b''
     if upgrade:
         block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % upgrade
@@ -2129,8 +2131,8 @@ def encode_response(response: Response, block: bytes, chunked: bool = False) -> 
 class Body:
     """A message body that arrives on `stream`: LEFT bytes, or all until the stream ends (NEVER).
 
-    `take` gives what is here, b'' where more is needed; `taken` counts it, and `finished` says that
-    this was all.  `busy`: taking took long, though more is here.
+    `take` returns what is here, b'' if more is needed; `taken` counts it, and `finished` says that
+    this was all.  `busy` is True if it took long and more may be here.
     """
     __slots__ = ('stream', 'left', 'taken', 'finished', 'busy')
     trailers = b''
@@ -2140,8 +2142,8 @@ class Body:
         self.busy = False
 
     def take(self) -> bytes:
-        """Raises BadHttp, where chunks are malformed."""
-        piece = self.stream.take(self.left)
+        """Return what is here.  Raises BadHttp if chunks are malformed."""
+        piece = self.stream.read_nowait(self.left)
         n = len(piece)
         self.taken += n
         self.left -= n
@@ -2149,7 +2151,7 @@ class Body:
         return piece
 
     def cut(self) -> None:
-        """The stream has ended.  Raises Incomplete where the body has not."""
+        """Note that the stream has ended.  Raises Incomplete if the body has not."""
         if self.left != NEVER:
             raise Incomplete(f'{self.left} bytes are missing')
         self.finished = True
@@ -2161,7 +2163,7 @@ STEPS_TOGETHER = 512            # of one chunked body in a turn, three a chunk: 
 class ChunkedBody(Body):
     """Chunks; their extensions are dropped, the trailers kept.
 
-    Those that are here are taken together: where one ends has no meaning, but costs much.
+    Those that are here are taken together: where one ends means nothing, but costs much.
     """
     __slots__ = ('trailers', '_state')
     LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
@@ -2169,15 +2171,15 @@ class ChunkedBody(Body):
     def __init__(self, stream: ByteStream) -> None:
         super().__init__(stream, NEVER)
         self.trailers = b''
-        self._state = 'size'        # and then `left` is what is left of this chunk
+        self._state = 'size'        # in 'data' `left` is what is left of this chunk
 
     def take(self) -> bytes:
-        pieces: List[bytes] = []
+        pieces: list[bytes] = []
         size = steps = 0
         while not self.finished and size < MAX_PAYLOAD and steps < STEPS_TOGETHER:
             steps += 1
             if self._state == 'data':
-                piece = self.stream.take(self.left)
+                piece = self.stream.read_nowait(self.left)
                 if not piece:
                     break
                 pieces.append(piece)
@@ -2187,9 +2189,9 @@ class ChunkedBody(Body):
                     self._state = 'data end'
                 continue
             limit = self.LIMITS[self._state]
-            line = self.stream.take_line(limit)
+            line = self.stream.readline_nowait(limit)
             if line is None:
-                if self.stream.size >= limit:
+                if self.stream.unread >= limit:
                     raise BadHttp(400, f'no end of line within {limit} bytes')
                 break
             self._state = self._after(line)
@@ -2199,7 +2201,7 @@ class ChunkedBody(Body):
         return b''.join(pieces)
 
     def _after(self, line: bytes) -> str:
-        """The state after LINE."""
+        """Return the state after LINE."""
         if self._state == 'size':
             match = _CHUNK_LINE.fullmatch(line)
             if not match:
@@ -2211,7 +2213,7 @@ class ChunkedBody(Body):
         if self._state == 'data end':
             raise BadHttp(400, 'a chunk longer than its size')
         if not _TRAILERS.fullmatch(line + b'\r\n') or NO_TRAILER.match(line.lower()):
-            raise BadHttp(400, 'a malformed trailer, or a field that must not be one')
+            raise BadHttp(400, 'a malformed trailer, or a field that must not be in one')
         self.trailers += line
         if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > OUTER_FIELDS:
             raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {OUTER_FIELDS} fields')
@@ -2222,14 +2224,14 @@ class ChunkedBody(Body):
 
 
 def body_reader(stream: ByteStream, length: int) -> Body:
-    """What reads a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
+    """Return the reader for a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
     return ChunkedBody(stream) if length == CHUNKED else Body(
         stream, NEVER if length == UNTIL_CLOSE else length)
 
 
-def whole_body(body: Body) -> Optional[bytes]:
-    """All of BODY, where it is small and all here; else None, and nothing is taken."""
-    if isinstance(body, ChunkedBody) or body.left > min(body.stream.size, SMALL_BODY):
+def whole_body(body: Body) -> bytes | None:
+    """Return all of BODY if it is small and all here; else None, taking nothing."""
+    if isinstance(body, ChunkedBody) or body.left > min(body.stream.unread, SMALL_BODY):
         return None
     pieces = []
     while not body.finished:
@@ -2238,18 +2240,18 @@ def whole_body(body: Body) -> Optional[bytes]:
 
 
 async def read_whole(body: Body, most: int) -> bytes:
-    """All of BODY, or more than MOST bytes of it.  Raises Incomplete, BadHttp, what breaks it."""
+    """Return all of BODY, or more than MOST bytes of it.  Raises LocaltunnelError."""
     whole = bytearray()
     while not body.finished and len(whole) <= most:
         piece = body.take()
         whole += piece
-        if not (piece or body.finished or await body.stream.more()):
+        if not (piece or body.finished or await body.stream.wait_for_data()):
             body.cut()
     return bytes(whole)
 
 
 def check_partial_head(data: bytes, seen: int, limit: int) -> None:
-    """Refuse early what can never become a head: SEEN bytes of DATA were looked at before."""
+    """Refuse early what can never become a head; SEEN bytes of DATA were checked before."""
     if data[:2] == b'\r\n':        # see parse_request
         data, seen = data[2:] or b'\r', max(0, seen - 2)
     line_end = data.find(b'\n', 0, MAX_LINE)
@@ -2257,7 +2259,7 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
         raise (BadHttp(414, f'a request line of more than {MAX_LINE} bytes') if line_end < 0 else
                BadHttp(431, f'a message head of more than {limit} bytes'))
     if data[0] in b'\x16\x80':
-        raise BadHttp(400, 'TLS is not spoken on this port: use http')
+        raise BadHttp(400, 'this port does not speak TLS: use http')
     if _BARE_LF.search(data, max(0, seen - 1)) or (data[0] <= 32 and data != b'\r'):
         raise BadHttp(400, 'a line that begins with white space, or does not end with CR LF')
     if 0 <= line_end and seen <= line_end and not _FIRST_LINE.match(data):
@@ -2267,13 +2269,13 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
 # The thin shell.
 
 async def read_head(stream: ByteStream, timeout: float, idle: float,
-                    limit: int = OUTER_HEAD, fields: int = OUTER_FIELDS) -> Optional[bytes]:
+                    limit: int = OUTER_HEAD, fields: int = OUTER_FIELDS) -> bytes | None:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
 
     It may begin within IDLE seconds, and has TIMEOUT from its first byte on, LIMIT bytes, and
     header FIELDS.  Raises BadHttp, Overdue, Incomplete, or what broke the stream.
     """
-    if not stream.size and not await stream.more(idle):
+    if not stream.unread and not await stream.wait_for_data(idle):
         return None
     data, seen = stream.peek(), 0
     at, deadline = data.find(b'\r\n\r\n', 0, limit), NEVER
@@ -2281,9 +2283,9 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
         check_partial_head(data, seen, limit)
         if not seen:
             stream.widen(limit)
-            deadline = stream.reactor.now() + timeout
+            deadline = stream.runtime.now() + timeout
         seen = len(data)
-        if not await stream.more(max(0.0, deadline - stream.reactor.now())):
+        if not await stream.wait_for_data(max(0.0, deadline - stream.runtime.now())):
             if b'\r\n'.startswith(data):       # an empty line, or what has come of one
                 return None
             raise Incomplete('the connection ended inside a message head')
@@ -2291,10 +2293,10 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
         at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
     if at > 4 * fields and data.count(b'\n', 0, at) > fields:      # each takes 4 bytes at least
         raise BadHttp(431, f'more than {fields} header fields')
-    return stream.take(at + 4)
+    return stream.read_nowait(at + 4)
 
 
-async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: float,
+async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float,
                      inside: bool = False) -> Response:
     """The final response head of SOURCE, which may begin within TIMEOUT; 1xx heads go to SINK.
 
@@ -2306,7 +2308,7 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
     for _ in range(MAX_INTERIM):
         head = await read_head(source, HEAD_TIMEOUT, timeout, *limits)
         if head is None:
-            raise Incomplete('the connection ended without an answer')
+            raise Incomplete('the connection ended without a response')
         response = parse_response(head)
         if response.status >= 200 or response.status == 101:
             return response
@@ -2314,9 +2316,9 @@ async def read_final(source: ByteStream, sink: Optional[ByteStream], timeout: fl
             block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie',
                                       b'clear-site-data'})
             await sink.write(encode_response(response, block))
-        if source.size:
+        if source.unread:
             await asyncio.sleep(0)
-    raise BadHttp(502, f'more than {MAX_INTERIM} interim answers')
+    raise BadHttp(502, f'more than {MAX_INTERIM} interim responses')
 
 
 Tap = Callable[[bytes], None]       # is shown a body, piece by piece
@@ -2342,10 +2344,10 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
         if size:
             data, out, size = b''.join(out), [], 0
             del piece
-            await sink.write(data)      # it may take long, and this is all that is held meanwhile
+            await sink.write(data)      # it may take long, and no more than this is held meanwhile
             if body.busy:
                 await asyncio.sleep(0)
-        elif not (body.finished or await body.stream.more()):
+        elif not (body.finished or await body.stream.wait_for_data()):
             body.cut()
     if chunked:
         out += [b'0\r\n', body.trailers, b'\r\n']
@@ -2371,7 +2373,7 @@ PAGE_HEADERS = [      # no script, no other host
 
 
 def plain_head(status: int, content_type: str, length: int, extra: Sequence[str] = ()) -> bytes:
-    """The head of a response of our own; EXTRA are header lines."""
+    """Return the head of a response of our own; EXTRA are header lines."""
     head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
             f'Content-Length: {length}', 'Cache-Control: no-store', *extra]
     return '\r\n'.join(head).encode() + b'\r\n\r\n'
@@ -2379,14 +2381,14 @@ def plain_head(status: int, content_type: str, length: int, extra: Sequence[str]
 
 def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[str] = (),
                   method: bytes = b'GET') -> bytes:
-    """A whole response of our own, as the answer to METHOD."""
+    """Return a whole response of our own to METHOD."""
     head = plain_head(status, content_type, len(body), extra)
     return head if method == b'HEAD' else head + body
 
 
-def error_message(status: int, text: str, request: Optional[Request] = None,
+def error_message(status: int, text: str, request: Request | None = None,
                   extra: Sequence[str] = ()) -> bytes:
-    """A whole response that says what went wrong, in the form that the visitor likes (Accept)."""
+    """Return a whole response that says what went wrong, in the form that Accept prefers."""
     accept = request.get(b'accept') if request else b''
     phrase = http.HTTPStatus(status).phrase
     if b'text/html' in accept:
@@ -2405,20 +2407,20 @@ def error_message(status: int, text: str, request: Optional[Request] = None,
 async def write_own(connection: Connection, *message: bytes) -> None:
     """Write a MESSAGE of our own part by part, as it is read.
 
-    Nobody counts what it takes, so a reader who stalls must hold little, and not for long.
+    No budget counts what it takes, so a reader that stalls must hold little, and not for long.
     """
     with contextlib.suppress(AttributeError):       # before Python 3.11 TLS that has just ended
         # One part has left before the next; not 0, by which TLS never goes on.
         connection.transport.set_write_buffer_limits(1)
-    usual, connection.idle = connection.idle, PAGE_STALLED
+    usual, connection.timeout = connection.timeout, PAGE_STALLED
     try:
         for piece in message:
             for at in range(0, len(piece), PAGE_PART):
                 await connection.write(memoryview(piece)[at:at + PAGE_PART])
     except Overdue as e:
-        raise Disconnected('our answer was not read in time') from e
+        raise Disconnected('our response was not read in time') from e
     finally:
-        connection.idle = usual
+        connection.timeout = usual
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2453,7 +2455,7 @@ RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
 
 
 def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
-    """What shows SITE that the owner of KEY asks, 32 bytes; of no use at another site."""
+    """Return 32 bytes that prove to SITE that the owner of KEY asks; useless elsewhere."""
     message = '\0'.join(('localtunnel/1', site, kind, label)).encode()
     return hmac.new(key, message, hashlib.sha256).digest()
 
@@ -2471,54 +2473,54 @@ def derive_name(site: str, proof: bytes, long: bool = False) -> str:
 
 
 def is_derived(name: str) -> bool:
-    """Has NAME the shape that only derive_name gives?"""
+    """Return True if NAME has the form that only derive_name makes."""
     return DERIVED.fullmatch(name) is not None
 
 
 def check_name(name: str) -> None:
-    """Raises Refused unless somebody may ask for NAME."""
+    """Raise Refused unless a client may ask for NAME."""
     if name.startswith('xn--'):
-        raise Refused(403, 'bad_name', f'{name!r} cannot be a name: browsers show names that begin '
-                      'with xn-- in other letters, which may look like those of another name')
+        raise Refused(403, 'bad_name', f'{name!r} is not a valid name: browsers show names that '
+                      'begin with xn-- in other letters, which may look like another name')
     if not NAME.fullmatch(name):
-        raise Refused(403, 'bad_name', f'{name!r} can not be a name: use a to z, 0 to 9 and '
-                      'hyphens, at most 63 of them, no hyphen at either end')
+        raise Refused(403, 'bad_name', f'{name!r} is not a valid name; use up to 63 letters '
+                      'a-z, digits and hyphens, without a hyphen at either end')
     if name in RESERVED:
-        raise Refused(403, 'reserved', f'the name {name} is reserved; choose another one')
+        raise Refused(403, 'reserved', f'the name {name} is reserved; choose another name')
     if is_derived(name):
-        raise Refused(403, 'bad_name', f'{name} has the shape of the names that clients get by '
-                      'themselves; choose another one, or leave --name out to get yours')
+        raise Refused(403, 'bad_name', f'{name} looks like an automatic name; choose another '
+                      'name, or leave out --name to get yours')
 
 
-def digest_of(secret: Union[str, bytes]) -> str:
-    """The SHA256 in hexadecimal: how secrets are kept, and certificates compared (--pin)."""
+def digest_of(secret: str | bytes) -> str:
+    """The SHA256 in hexadecimal, by which secrets are kept and certificates compared (--pin)."""
     data = secret.encode(errors='replace') if isinstance(secret, str) else secret
     return hashlib.sha256(data).hexdigest()
 
 
 def same(one: str, other: str) -> bool:
-    """Are both equal?  Takes the same time wherever they differ, and takes any characters."""
+    """Return True if both are equal, in a time that does not show where they differ."""
     return hmac.compare_digest(one.encode(errors='replace'), other.encode(errors='replace'))
 
 
 def check_token(token: str) -> str:
-    """TOKEN as it is.  Raises UsageError for one that can't travel in a header field."""
+    """Return TOKEN.  Raises UsageError if it can't travel in a header field."""
     if not re.fullmatch('[\x21-\x7e]+', token):
-        raise UsageError('a token is made of printable ASCII characters, without spaces')
+        raise UsageError('a token consists of printable ASCII characters, without spaces')
     return token
 
 
 def port_range(text: str) -> range:
-    """A-B, both included, or A.  Raises ValueError."""
+    """Parse A-B, both included, or A.  Raises ValueError."""
     first, _, last = text.partition('-')
     ports = range(int(first), int(last or first) + 1)
     if not ports or ports[0] < 1 or ports[-1] > 65535:
-        raise ValueError(f'{text} is no range of ports')
+        raise ValueError(f'{text} is not a range of ports')
     return ports
 
 
 class Grant:
-    """What one token allows; `user` is '' where it was given without a user's name.
+    """What one token allows; `user` is '' if it came without a user's name.
 
     `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once,
     `expires` in Unix seconds.
@@ -2542,12 +2544,12 @@ class Grant:
             elif key == 'expires' and re.fullmatch('[0-9T:-]{10,}', value):
                 self.expires = datetime.datetime.fromisoformat(value).timestamp()
             else:       # the word itself is not repeated: it may be part of a secret
-                raise ValueError('after USER TOKEN come names=GLOB,... ports=A-B tunnels=N '
-                                 'expires=2027-01-31, and no other words')
+                raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
+                                 'expires=2027-01-31 may follow')
 
 
-def stamp_of(*paths: str) -> List[Tuple[int, int, int]]:
-    """What is another one once a file of PATHS is; [] where one can't be read."""
+def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
+    """Return a fingerprint that changes when a file does; [] if one can't be read."""
     try:
         return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
     except OSError:
@@ -2557,19 +2559,19 @@ def stamp_of(*paths: str) -> List[Tuple[int, int, int]]:
 class Tokens:
     """The tokens of a server: those given on the command line and those of a file."""
 
-    def __init__(self, tokens: Iterable[str] = (), path: Optional[str] = None,
+    def __init__(self, tokens: Iterable[str] = (), path: str | None = None,
                  open: bool = False) -> None:
-        """OPEN lets everybody in.  Raises UsageError for a bad file."""
+        """OPEN lets anyone in.  Raises UsageError for a bad file."""
         self._open, self._path = open, path or ''
         self._given = [Grant('', digest_of(token)) for token in tokens]
         self._grants: Sequence[Grant] = ()
-        self._until: Dict[str, float] = {}      # when the last token of a digest, or user, expires
+        self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
         error = self.reload()
         if error:
             raise UsageError(error)
 
-    def reload(self) -> Optional[str]:
-        """Read the file again; one that can't be read in full is not taken: why not."""
+    def reload(self) -> str | None:
+        """Read the file again.  On an error keep the old tokens and return the reason."""
         grants = list(self._given)
         if self._path:
             self._seen = stamp_of(self._path)
@@ -2578,7 +2580,7 @@ class Tokens:
                     grants += [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
             except (OSError, ValueError, OverflowError) as e:
-                return f'the token file {self._path} was not taken: {e}'
+                return f"can't use the token file {self._path}: {e}"
         self._grants, self._until = grants, {}
         for grant in grants:
             for key in (grant.digest, f'user:{grant.user}'):
@@ -2586,22 +2588,22 @@ class Tokens:
         return None
 
     def changed(self) -> bool:
-        """Is the file another one than was read?"""
+        """Return True if the file has changed since it was read."""
         return self._path != '' and stamp_of(self._path) != self._seen
 
     @staticmethod
     def _parse(number: int, line: str) -> Grant:
         words = line.split('#')[0].split()
         if len(words) < 2 or '=' in words[0]:
-            raise ValueError(f'line {number} is not: USER TOKEN [names=...] [ports=...] '
+            raise ValueError(f'line {number} must be: USER TOKEN [names=...] [ports=...] '
                              '[tunnels=...] [expires=...]')
         try:
             return Grant(words[0], digest_of(check_token(words[1])), words[2:])
         except (ValueError, UsageError) as e:
             raise ValueError(f'line {number}: {e}') from e
 
-    def find(self, token: str, now: float) -> Optional[Grant]:
-        """What TOKEN allows; None for a wrong one.  Takes the same time for all of them."""
+    def find(self, token: str, now: float) -> Grant | None:
+        """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
         digest, found = digest_of(token), None
         for grant in self._grants:
             if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
@@ -2609,7 +2611,7 @@ class Tokens:
         return found or (Grant('', '') if self._open else None)
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
-        """Is the token with DIGEST, or one of the user who is OWNER, still valid?"""
+        """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
         return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
@@ -2617,7 +2619,7 @@ JOURNAL = '.journal'         # the file with changes of the leases since the las
 
 
 def write_secret(path: str, data: bytes) -> None:
-    """Write DATA to PATH, for this user alone; the old file stays until the new one is whole."""
+    """Write DATA to PATH for this user alone; the old file stays until the new one is whole."""
     beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -2640,7 +2642,7 @@ def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
             with contextlib.suppress(OSError):      # it is not ours
                 os.fchmod(f.fileno(), 0o600)
                 could = f'others could read {path} until now'
-            warn(f'{could}, and whoever has it {meaning}')
+            warn(f'{could}, and anyone with a copy {meaning}')
         return f.read()
 
 
@@ -2656,16 +2658,16 @@ class Leases:
     """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
 
     A change is asked for (`claim`, `release`, `free`), written, and then made: one after the other,
-    by whoever can wait for a disk.  It is a line at the end of a journal, which costs the same
-    however many leases there are.  Now and then the journal becomes part of the file beside it,
-    which people can read and mend; sqlite3 would be neither that nor in every Python.
+    by a thread, which can wait for a disk.  It is a line at the end of a journal, which costs the
+    same however many leases there are.  Now and then the journal becomes part of the file beside
+    it, which people can read and mend; sqlite3 would be neither that nor in every Python.
     """
 
-    def __init__(self, tokens: Tokens, path: Optional[str] = None) -> None:
-        """Without PATH they last as long as the process.  Raises UsageError for a damaged file."""
+    def __init__(self, tokens: Tokens, path: str | None = None) -> None:
+        """Without PATH leases end with the process.  Raises UsageError for a damaged file."""
         self._tokens, self.path = tokens, path or ''
-        self._leases: Dict[str, Dict[str, Any]] = {}
-        self._of: Dict[str, Set[str]] = collections.defaultdict(set)    # names by owner, by token
+        self._leases: dict[str, dict[str, Any]] = {}
+        self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
         self._lines = 0             # of the journal
         self._look_at = 0.0         # when leases that have ended are looked for again
         try:
@@ -2675,7 +2677,7 @@ class Leases:
                              'away to begin without leases') from e
 
     def _load(self) -> None:
-        changes: Dict[str, Any] = {}
+        changes: dict[str, Any] = {}
         if self.path and os.path.exists(self.path):
             with open(self.path, encoding='ascii') as f:
                 changes.update(json.load(f)['leases'].items())
@@ -2698,8 +2700,8 @@ class Leases:
                 and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)):
             raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token or date')
 
-    def owner(self, name: str, now: float) -> Optional[str]:
-        """Whose NAME is, or None."""
+    def owner(self, name: str, now: float) -> str | None:
+        """Return the owner of NAME, or None."""
         lease = self._leases.get(name)
         if (lease and now - lease['used'] < LEASE_SECONDS
                 and self._tokens.holds(lease['owner'], lease['token'], now)):
@@ -2709,7 +2711,7 @@ class Leases:
     def check_limits(self, owner: str, token: str, now: float) -> None:
         """Raises Refused where OWNER, with the token of digest TOKEN, may not have a name more."""
         if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
-            raise Refused(403, 'too_many_names', f'you have {MAX_LEASES} names already; give one '
+            raise Refused(403, 'too_many_names', f'you already have {MAX_LEASES} names; give one '
                           'back with: client TARGET --name NAME --release')
         if token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
             raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
@@ -2723,12 +2725,12 @@ class Leases:
         current, ended = self.owner(name, now), []
         if current is not None and not same(current, owner):
             if not over:
-                raise Refused(409, 'name_taken', f'the name {name} belongs to somebody else; '
-                              'choose another one')
+                raise Refused(409, 'name_taken', f'the name {name} is taken; choose another '
+                              'name')
             current = None
         known = self._leases.get(name)
         if current and known and known['token'] == token and now - known['used'] < DAY:
-            return {}       # the date need not be newer than a day
+            return {}       # a date within the last day is new enough
         if current is None:
             self.check_limits(owner, token, now)
         if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
@@ -2736,11 +2738,11 @@ class Leases:
                 self._look_at = now + LEASE_LOOK
                 ended = [n for n in self._leases if not self.owner(n, now)]
             if len(self._leases) - len(ended) >= MAX_LEASES_IN_ALL:
-                raise Refused(503, 'full', f'the server has leased its {MAX_LEASES_IN_ALL} names')
+                raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
         return {**dict.fromkeys(ended), name: {'owner': owner, 'token': token, 'used': int(now)}}
 
-    def ports(self, owner: Optional[str] = None) -> List[int]:
-        """Leased TCP ports, of OWNER or all, those first that were used least recently."""
+    def ports(self, owner: str | None = None) -> list[int]:
+        """Return the leased TCP ports, of OWNER or all, least recently used first."""
         names = list(self._leases) if owner is None else self._of.get(owner, ())
         found = sorted((int(self._leases[name]['used']), int(name[4:])) for name in names
                        if name.startswith('tcp:'))
@@ -2753,7 +2755,7 @@ class Leases:
         return self.free(name)
 
     def free(self, name: str) -> Changes:
-        """What takes NAME back from whoever has it; nothing where nobody does."""
+        """Return the change that takes NAME back from its owner; none where nobody has it."""
         return {name: None} if name in self._leases else {}
 
     def make(self, changes: Changes) -> None:
@@ -2782,14 +2784,14 @@ class Leases:
                 raise
         self._lines += 1
 
-    def _compact(self, leases: Dict[str, Any]) -> None:
+    def _compact(self, leases: dict[str, Any]) -> None:
         there = {name: lease for name, lease in leases.items() if lease}
         write_secret(self.path, json.dumps({'leases': there}, indent=1).encode())
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self.path + JOURNAL)
         self._lines = 0
 
-    def _set(self, name: str, lease: Optional[Dict[str, Any]]) -> None:
+    def _set(self, name: str, lease: dict[str, Any] | None) -> None:
         old = self._leases.pop(name, None)
         for key in (old['owner'], old['token']) if old else ():
             self._of[key].discard(name)
@@ -2839,19 +2841,19 @@ def lock_folder(folder: str) -> int:
 
 
 def user_folder(variable: str, default: str) -> str:
-    """Our folder in the one that VARIABLE names, else where the system keeps such things."""
+    """Return our folder in the one that VARIABLE names, else where the system keeps these."""
     usual = {'darwin': '~/Library/Application Support',
              'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
     return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
 
 
 def config_path(name: str) -> str:
-    """Where the client keeps the file NAME."""
+    """Return where the client keeps the file NAME."""
     return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
 
 
 def bracketed(host: str) -> str:
-    """HOST as it stands in a URL."""
+    """Return HOST as written in a URL."""
     return f'[{host}]' if ':' in host else host
 
 
@@ -2859,13 +2861,13 @@ USUAL_PORTS = {'http': 80, 'https': 443}
 
 
 def authority(scheme: str, host: str, port: int) -> str:
-    """HOST:PORT as in a URL, or HOST where the port is the usual one."""
+    """Return HOST:PORT as in a URL, or HOST if the port is the usual one."""
     usual = USUAL_PORTS.get(scheme)
     return bracketed(host) if port == usual else f'{bracketed(host)}:{port}'
 
 
 def is_address(host: str) -> bool:
-    """Is HOST, as it stands in a URL, an IP address?"""
+    """Return True if HOST, as written in a URL, is an IP address."""
     try:
         ipaddress.ip_address(host.strip('[]'))
     except ValueError:
@@ -2874,7 +2876,7 @@ def is_address(host: str) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Does HOST name this machine and no other?"""
+    """Return True if HOST names this machine and no other."""
     if is_address(host):
         return ipaddress.ip_address(host).is_loopback
     return host == 'localhost' or host.endswith('.localhost')
@@ -2892,7 +2894,7 @@ Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
 
 
 def within(address: str, networks: Networks) -> bool:
-    """Is the IP ADDRESS in one of NETWORKS?"""
+    """Return True if the IP ADDRESS is in one of NETWORKS."""
     try:
         ip = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
@@ -2902,13 +2904,13 @@ def within(address: str, networks: Networks) -> bool:
 
 
 class Access:
-    """Who may visit a tunnel: the addresses, and the users with their passwords.
+    """Who may visit a tunnel: which addresses, and which users with their passwords.
 
     It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
     """
     __slots__ = ('users', '_networks')
 
-    def __init__(self, rules: Dict[str, Any]) -> None:
+    def __init__(self, rules: dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
         if max(len(rules.get('allow', [])), len(rules.get('auth', []))) > MAX_RULES:
             raise ValueError(f'more than {MAX_RULES} rules')
@@ -2917,18 +2919,18 @@ class Access:
         self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
 
     @staticmethod
-    def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> Dict[str, Any]:
-        """The rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
+    def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> dict[str, Any]:
+        """Return the rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
         salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
         return {'allow': [str(cidr) for cidr in allow],
                 'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
 
     def admits_address(self, address: str) -> bool:
-        """May a visitor from ADDRESS come in?"""
+        """Return True if a visitor from ADDRESS may come in."""
         return not self._networks or within(address, self._networks)
 
     def admits_user(self, authorization: bytes) -> bool:
-        """Is this the value of an Authorization field with a right user and password?"""
+        """Return True if AUTHORIZATION, the field's value, has a right user and password."""
         scheme, _, encoded = authorization.partition(b' ')
         try:
             given = base64.b64decode(encoded.strip(), validate=True).decode()
@@ -2944,7 +2946,7 @@ class Access:
 # 8. Exchange
 #
 # One request and its response, the same at both ends of a tunnel.  Knows no tunnels, no connections
-# to apps, and not who watches.
+# to apps, and no observers.
 #
 #            near                   far
 #   server   visitor's connection   stream
@@ -2952,7 +2954,7 @@ class Access:
 # ------------------------------------------------------------------------------------------------
 
 class Record:
-    """What observers are told of: here of a stream that ended before it said what it wants."""
+    """What observers are told of; this one: of a stream that ended before its request."""
     __slots__ = ('number', 'visitor', 'method', 'host', 'target', 'status', 'why', 'began')
     size = 0                            # bytes of the response's body
 
@@ -2975,18 +2977,18 @@ class Exchange(Record):
     def __init__(self, near: ByteStream, request: Request, number: int = 0,
                  visitor: str = '') -> None:
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
-        self.number, self.visitor, self.began = number, visitor, near.reactor.now()
+        self.number, self.visitor, self.began = number, visitor, near.runtime.now()
         self.method, self.host = request.method.decode(), request.host_name
         self.target = request.target.decode('latin-1')
-        self.near, self.far = near, near        # FAR is known once the request goes on
+        self.near, self.far = near, near        # `far` is known once the request goes on
         self.request, self.length = request, request.body_length()
         self.body = body = body_reader(near, self.length)
         self.whole = b'' if body.finished else whole_body(body)     # None: it has to be streamed
-        self.answer: Optional[Body] = None      # the body of the response, once that has begun
+        self.answer: Body | None = None      # the body of the response, once that has begun
         self.status, self.why = 0, ''
-        self.keep = False                       # the connection may carry another request
-        self.fault: Optional[BadHttp] = None    # what is malformed in the body of the request
-        self.sending: Optional[asyncio.Task[None]] = None   # while the request is streamed
+        self.keep = False                       # True if the connection may carry another request
+        self.fault: BadHttp | None = None    # what is malformed in the body of the request
+        self.sending: asyncio.Task[None] | None = None   # while the request is streamed
 
     @property
     def size(self) -> int:          # type: ignore[override]
@@ -2994,25 +2996,25 @@ class Exchange(Record):
 
     @property
     def repeatable(self) -> bool:
-        """True if the request may be sent once more, as long as no response has begun."""
+        """True if the request may be sent again while no response has begun."""
         return self.whole is not None and self.request.method in IDEMPOTENT
 
     def send(self, far: ByteStream, block: bytes, end: bool) -> Awaitable[None]:
-        """Pass the request on to FAR, with the header lines in BLOCK.  END: nothing follows it.
+        """Pass the request on to FAR, with the header lines in BLOCK.  With END nothing follows.
 
-        To be awaited.  What has to be streamed goes on meanwhile.
+        Await the result; what has to be streamed goes on meanwhile.
         """
         self.far = far
         head = encode_request(self.request, block, self.length)
         if self.whole is not None:
             return far.write(head + self.whole, end)
-        self.sending = self.near.reactor.spawn(self._stream(head, end))
+        self.sending = self.near.runtime.spawn(self._stream(head, end))
         return asyncio.sleep(0)
 
     async def _stream(self, head: bytes, end: bool) -> None:
         far, taps = self.far, []
         if isinstance(self.near, Connection):       # a visitor's: the other end need not look
-            self.near.idle, taps = HEAD_TIMEOUT, [self.has_begun]
+            self.near.timeout, taps = HEAD_TIMEOUT, [self.has_begun]
         try:
             await copy_message(head, self.body, far, self.length == CHUNKED, end, taps)
         except (LocaltunnelError, OSError) as e:
@@ -3039,7 +3041,7 @@ class Exchange(Record):
     async def _upgrade(self, response: Response, block: bytes) -> None:
         check_upgrade(self.request, response)
         if self.sending:            # two readers of one stream are one too many
-            lost = self.near.reactor.spawn(self.far.until_broken())
+            lost = self.near.runtime.spawn(self.far.until_broken())
             try:
                 await asyncio.wait({self.sending, lost}, return_when=asyncio.FIRST_COMPLETED)
             finally:
@@ -3050,19 +3052,19 @@ class Exchange(Record):
         await join(self.near, self.far)
 
     def has_begun(self, piece: bytes) -> None:
-        """A PIECE of the body is there: the next one may take longer."""
+        """Note that a PIECE of the body is there: the next one may take longer."""
         if not self.status:
-            self.near.idle = UPLOAD_IDLE
+            self.near.timeout = UPLOAD_IDLE
 
     async def stop_sending(self) -> None:
-        """The rest of the request is not wanted."""
+        """Send no more of the request."""
         if self.sending:
             await end_task(self.sending)
             self.sending = None
 
 
 class Observer:
-    """Who is told what happens at one end; this one tells nobody."""
+    """Listens to what happens at one end; this one ignores it."""
 
     def note(self, text: str) -> None:
         """Something to know."""
@@ -3080,7 +3082,7 @@ class Observer:
 MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
 
 
-class Visit:
+class Visitor:
     """One visitor's connection, and the exchange that runs on it."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
                  'refusal', 'stream', 'exchange', 'waiting')
@@ -3091,22 +3093,22 @@ class Visit:
         self.scheme = 'https' if connection.secure else 'http'
         self.host = b''             # what a trusted proxy says was the visitor's Host
         self.trusted = trusted if within(self.peer, trusted) else ()
-        self.refusal: Optional[HopFailed] = None        # there was no room for this connection
+        self.refusal: HopFailed | None = None        # there was no room for this connection
         self.x_forwarded = self._x_forwarded([self.peer])
-        self.stream: Optional[Stream] = None            # by which it is served now
-        self.exchange: Optional[Exchange] = None        # the one that runs; none for raw TCP
-        self.waiting: Optional[asyncio.Future[None]] = None     # for a client
-        connection.on_gone, connection.on_eof = self._gone, self._half_closed
+        self.stream: Stream | None = None            # by which it is served now
+        self.exchange: Exchange | None = None        # the one that runs; none for raw TCP
+        self.waiting: asyncio.Future[None] | None = None     # for a client
+        connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def look_behind(self, request: Request) -> None:
-        """Where the peer is a trusted proxy: whom and what it saw."""
+        """Adopt what the peer, a trusted proxy, says about its visitor."""
         chain = [self.peer]
         said = request.get(b'x-forwarded-for').rsplit(b',', MAX_PROXIES)
         for entry in reversed(said[-MAX_PROXIES:]):
             match = _FORWARDED_FOR.fullmatch(entry.strip())
             address = (match.group(1) or match.group(2)).decode() if match else ''
             if not is_address(address):
-                break           # what stands before is nobody's word
+                break           # nobody vouches for what stands before
             chain.insert(0, address)
         outside = [a for a in chain if not within(a, self.trusted)]
         self.address = outside[-1] if outside else chain[0]
@@ -3117,7 +3119,7 @@ class Visit:
         self.x_forwarded = self._x_forwarded(chain)
 
     def _x_forwarded(self, chain: Sequence[str]) -> bytes:
-        """The header lines about who asks."""
+        """Return the header lines about the visitor."""
         return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
                 f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
@@ -3133,9 +3135,9 @@ class Visit:
         return self.stream is None and self.waiting is None
 
     def begin(self, stream: Stream) -> None:
-        """An exchange begins on STREAM."""
+        """Begin an exchange on STREAM."""
         self.stream, stream.owner = stream, self
-        if self.connection.ended:
+        if self.connection.eof:
             self._half_closed()
 
     def _gone(self) -> None:
@@ -3146,29 +3148,29 @@ class Visit:
 
     def _half_closed(self) -> None:
         if not self.idle:
-            self.connection.reactor.loop.call_later(
+            self.connection.runtime.loop.call_later(
                 HALF_CLOSED, self._waited_enough, self.stream, self._taken())
 
     def _taken(self) -> int:
         return self.exchange.size if self.exchange else 0
 
-    def _waited_enough(self, stream: Optional[Stream], taken: int) -> None:
+    def _waited_enough(self, stream: Stream | None, taken: int) -> None:
         upgraded = self.exchange is None or self.exchange.status == 101     # or raw TCP
         if stream is not self.stream or (stream and upgraded):
-            return      # the exchange is over, or a half close is only that
-        if self._taken() == taken and not self.connection.choked:
+            return      # the exchange is over, or this is only a half close
+        if self._taken() == taken and not self.connection.writing_paused:
             self._gone()
         else:
             self._half_closed()
 
     async def wait(self, seconds: float,
-                   among: Optional[Set[asyncio.Future[None]]] = None) -> bool:
+                   among: set[asyncio.Future[None]] | None = None) -> bool:
         """Wait for SECONDS, AMONG those that may be woken; return whether that happened.
 
         Raises Disconnected where the visitor goes away.
         """
         among = among if among is not None else set()
-        self.waiting = future = self.connection.reactor.loop.create_future()
+        self.waiting = future = self.connection.runtime.loop.create_future()
         among.add(future)
         try:
             await asyncio.wait({future}, timeout=seconds)
@@ -3198,7 +3200,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
-            resume = hello.get('resume') or {'session': '', 'received': 0}      # of none
+            resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
             self.resume = str(resume['session']), int(resume['received'])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
                 RecursionError) as e:
@@ -3221,7 +3223,7 @@ def tunnel_key(name: str, kind: str) -> str:
 
 
 class Member:
-    """One session of a tunnel, and whose it is."""
+    """One session of a tunnel, and its owner."""
     __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
 
     def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
@@ -3236,37 +3238,37 @@ class Tunnel:
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
         self.url = ''                   # '' until a client serves it; and for TCP without a port
-        self.members: List[Member] = []         # none: its client is away
+        self.members: list[Member] = []         # none: its client is away
         self.left_at = -NEVER           # when the last one went, or lost its connection
         self.said_goodbye = False       # it went on purpose
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
-    def pick(self) -> Optional[Member]:
-        """The member to send the next request to: the least busy one that is there."""
+    def pick(self) -> Member | None:
+        """Return the member for the next request: the least busy one that is there, or None."""
         there = [member for member in self.members if member.session.usable]
         return min(there, key=lambda m: len(m.session.streams)) if len(there) > 1 else (
             there[0] if there else None)
 
     def may_ask(self, now: float, rate: float) -> bool:
-        """May one more request come, of RATE a second?  A second's worth may come at once."""
+        """Return True if one more may come, of RATE a second; a second's worth may come at once."""
         left, since = self._allowance
         left = min(max(1.0, rate), left + (now - since) * rate)
         self._allowance = left - 1 if left >= 1 else left, now
         return left >= 1
 
-    def beside(self, new: Hello) -> List[Member]:
-        """The members that can't serve together with NEW."""
+    def beside(self, new: Hello) -> list[Member]:
+        """Return the members that can't serve together with NEW."""
         return [old for old in self.members if old.hello.instance == new.instance or not (
             old.hello.share and new.share and old.hello.rules == new.rules)]
 
-    def before(self, new: Hello) -> List[Member]:
-        """The members that NEW may not replace: they are there, and were started later."""
+    def before(self, new: Hello) -> list[Member]:
+        """Return the members that NEW may not replace: they are there, and were started later."""
         return [old for old in self.beside(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
-SETTLE = 5.0                    # before a hand-over: clients who are away try every 2 s at first
+SETTLE = 5.0                    # before a hand-over: clients that are away try every 2 s at first
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
 
 
@@ -3276,34 +3278,34 @@ class Tunnels:
     A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
     """
 
-    def __init__(self, reactor: Reactor, hold: float, log: Observer) -> None:
+    def __init__(self, runtime: Runtime, hold: float, log: Observer) -> None:
         """Requests wait for HOLD seconds for a client that is on its way back."""
         self.hold = hold
-        self.served: Dict[str, int] = collections.Counter()     # sessions of each holder
+        self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.held = 0                   # requests that wait
         self.received = self.sent = 0   # bytes of the sessions that are over
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
-        self._reactor, self._log = reactor, log
-        self._table: Dict[str, Tunnel] = {}
-        self._waiting: Dict[str, Set[asyncio.Future[None]]] = {}    # requests, by key
-        self._started = reactor.now()
+        self._runtime, self._log = runtime, log
+        self._table: dict[str, Tunnel] = {}
+        self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
+        self._started = runtime.now()
 
     def __iter__(self) -> Iterator[Tunnel]:
         return iter(tuple(self._table.values()))
 
-    def get(self, key: str) -> Optional[Tunnel]:
+    def get(self, key: str) -> Tunnel | None:
         """The tunnel of KEY, even if its client is away; None if there is none."""
         return self._table.get(key)
 
-    def members(self) -> List[Member]:
+    def members(self) -> list[Member]:
         """All sessions."""
         return [member for tunnel in self._table.values() for member in tunnel.members]
 
     @property
     def starting(self) -> bool:
         """True while clients may be on their way back to a server that was restarted."""
-        return self._reactor.now() - self._started < self.hold
+        return self._runtime.now() - self._started < self.hold
 
     # Clients come and go.
 
@@ -3328,7 +3330,7 @@ class Tunnels:
     def _left(self, tunnel: Tunnel, session: Session) -> None:
         tunnel.said_goodbye = session.goaway is not None and all(
             other.session.goaway is not None for other in tunnel.members)
-        tunnel.left_at = self._reactor.now()
+        tunnel.left_at = self._runtime.now()
 
     def remove(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER does not serve TUNNEL any more."""
@@ -3340,7 +3342,7 @@ class Tunnels:
     def revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         """End MEMBER, which may not come back."""
         self.remove(tunnel, member)
-        tunnel.said_goodbye, tunnel.left_at = True, self._reactor.now()
+        tunnel.said_goodbye, tunnel.left_at = True, self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
         self._log.note(f'{tunnel.url}: {why}')
 
@@ -3355,14 +3357,14 @@ class Tunnels:
 
     async def settle(self) -> None:
         """Wait a moment for clients whose connection broke."""
-        deadline = self._reactor.now() + SETTLE
-        while self._reactor.now() < deadline and any(
+        deadline = self._runtime.now() + SETTLE
+        while self._runtime.now() < deadline and any(
                 member.session.connection is None for member in self.members()):
             await asyncio.sleep(DRAIN_LOOK)
 
     def sweep(self, now: float) -> None:
         """Let requests go on that wait for a session that is away; forget who went long ago."""
-        away: List[Tunnel] = []
+        away: list[Tunnel] = []
         for tunnel in self:
             for member in tunnel.members:
                 if member.session.connection is None:
@@ -3394,9 +3396,9 @@ class Tunnels:
 
     # Requests wait for a client.
 
-    def open_stream(self, key: str, visit: Visit,
-                    authorization: Optional[bytes] = None) -> Optional[Tuple[Stream, Access]]:
-        """A stream to the member that will serve VISIT, and its rules; None if none has room now.
+    def open_stream(self, key: str, visitor: Visitor,
+                    authorization: bytes | None = None) -> tuple[Stream, Access] | None:
+        """A stream to the member that will serve VISITOR, and its rules; None if none has room now.
 
         The rules are asked here and nowhere else, at the last moment: each member, and each that
         comes while a request waits, may have others.  AUTHORIZATION is what the request says of its
@@ -3407,41 +3409,41 @@ class Tunnels:
         if member is None:
             return None
         access = member.hello.access
-        if not access.admits_address(visit.address):
-            raise HopFailed(403, f'{visit.address} may not visit this tunnel')
+        if not access.admits_address(visitor.address):
+            raise HopFailed(403, f'{visitor.address} may not visit this tunnel')
         if access.users and authorization is not None and not access.admits_user(authorization):
-            raise HopFailed(401, 'this tunnel wants a user name and a password',
+            raise HopFailed(401, 'this tunnel needs a user name and a password',
                             f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
         stream = member.session.open_stream()
         return (stream, access) if stream else None
 
-    async def wait_for_stream(self, key: str, visit: Visit,
-                              authorization: Optional[bytes] = None) -> Tuple[Stream, Access]:
-        """The same once a client is there, and others have made room.  Raises HopFailed."""
-        await self._wait_for_client(key, visit)
-        deadline = self._reactor.now() + ROOM_WITHIN
+    async def wait_for_stream(self, key: str, visitor: Visitor,
+                              authorization: bytes | None = None) -> tuple[Stream, Access]:
+        """Do the same once a client is there and others have made room.  Raises HopFailed."""
+        await self._wait_for_client(key, visitor)
+        deadline = self._runtime.now() + ROOM_WITHIN
         while True:
-            opened = self.open_stream(key, visit, authorization)
+            opened = self.open_stream(key, visitor, authorization)
             if opened:
                 return opened
-            await self._wait_for_room(key, visit, deadline)
+            await self._wait_for_room(key, visitor, deadline)
 
-    async def _wait_for_client(self, key: str, visit: Visit) -> None:
-        deadline = self._reactor.now() + self.hold
+    async def _wait_for_client(self, key: str, visitor: Visitor) -> None:
+        deadline = self._runtime.now() + self.hold
         while True:         # it may be lost again at once
             tunnel = self._table.get(key)
             if tunnel and tunnel.pick():
                 return
-            if self._reactor.now() >= deadline or not self._is_expected(key, tunnel):
+            if self._runtime.now() >= deadline or not self._is_expected(key, tunnel):
                 break
-            if not await self._hold(key, visit, deadline - self._reactor.now()):
+            if not await self._hold(key, visitor, deadline - self._runtime.now()):
                 break
         raise HopFailed(503, f'the client of {key} is away; try again soon',
                         f'Retry-After: {RETRY_AFTER}')
 
-    def _is_expected(self, key: str, tunnel: Optional[Tunnel]) -> bool:
+    def _is_expected(self, key: str, tunnel: Tunnel | None) -> bool:
         """True if a client may come back soon, and one more request may wait for it."""
-        broke = tunnel is not None and self._reactor.now() - tunnel.left_at < HELD_AFTER_BREAK
+        broke = tunnel is not None and self._runtime.now() - tunnel.left_at < HELD_AFTER_BREAK
         goodbye = tunnel is not None and tunnel.said_goodbye
         return ((broke or self.starting) and not goodbye and not self.closed
                 and self._may_hold(key))
@@ -3449,23 +3451,23 @@ class Tunnels:
     def _may_hold(self, key: str) -> bool:
         return len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL
 
-    async def _hold(self, key: str, visit: Visit, seconds: float) -> bool:
-        """Let VISIT wait for KEY; return whether it was woken before SECONDS were over."""
+    async def _hold(self, key: str, visitor: Visitor, seconds: float) -> bool:
+        """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
         waiting = self._waiting.setdefault(key, set())
         self.held += 1
         try:
-            return await visit.wait(seconds, waiting)
+            return await visitor.wait(seconds, waiting)
         finally:
             self.held -= 1
             if not waiting:
                 self._waiting.pop(key, None)
 
-    async def _wait_for_room(self, key: str, visit: Visit, deadline: float) -> None:
+    async def _wait_for_room(self, key: str, visitor: Visitor, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
-        if self._reactor.now() >= deadline or not self._may_hold(key):
+        if self._runtime.now() >= deadline or not self._may_hold(key):
             raise HopFailed(503, f'{key} has too many requests at once; try again soon',
                             f'Retry-After: {RETRY_AFTER}')
-        await self._hold(key, visit, ROOM_LOOK)
+        await self._hold(key, visitor, ROOM_LOOK)
 
     def waiting(self, tunnel: Tunnel) -> int:
         """How many requests wait for TUNNEL."""
@@ -3505,16 +3507,16 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visit', 'grant', 'hello', 'owner', 'block', 'holder', 'stranger', 'name',
+    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'block', 'holder', 'stranger', 'name',
                  'tunnel')
 
-    def __init__(self, visit: Visit, grant: Grant, hello: Hello, name: str) -> None:
-        self.visit, self.grant, self.hello, self.name = visit, grant, hello, name
+    def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str) -> None:
+        self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        self.block = block_of(visit.address)
+        self.block = block_of(visitor.address)
         self.holder = grant.digest or self.block
         # Who comes without a token can make up owners, but not addresses.
-        self.stranger = not grant.digest and not is_loopback(visit.address)
+        self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
@@ -3547,21 +3549,21 @@ class Kind:
 class Admission:
     """Lets clients in, or says why not."""
 
-    def __init__(self, reactor: Reactor, tokens: Tokens, leases: Leases, tunnels: Tunnels,
-                 budget: Budget, most: int, counters: Dict[Union[str, int], int],
-                 trace: Optional[Trace]) -> None:
+    def __init__(self, runtime: Runtime, tokens: Tokens, leases: Leases, tunnels: Tunnels,
+                 budget: Budget, most: int, counters: dict[str | int, int],
+                 trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
-        self.kinds: Dict[str, Kind] = {}        # beside http, by what a hello calls them
+        self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.leases, self.budget = tokens, leases, budget
-        self._reactor, self._tunnels = reactor, tunnels
+        self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
-        self._claims: Dict[str, int] = collections.Counter()    # new leases without token, by block
+        self._claims: dict[str, int] = collections.Counter()    # new leases without token, by block
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
-        self._wrong: Dict[str, float] = {}      # until when a block waits for its wrong tokens
+        self._wrong: dict[str, float] = {}      # until when a block waits for its wrong tokens
         self._look_at = 0.0                     # when tunnels are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
-        self._written: Optional[asyncio.Future[None]] = None        # the last change of leases
+        self._written: asyncio.Future[None] | None = None        # the last change of leases
 
     async def close(self) -> None:
         """Let nobody in any more, and let who is about to come in do so."""
@@ -3581,7 +3583,7 @@ class Admission:
         for tunnel in self._tunnels:
             for member in tuple(tunnel.members):
                 if not self.tokens.holds('', member.grant.digest, time.time()):
-                    self._tunnels.revoke(tunnel, member, 'its token is not valid any more')
+                    self._tunnels.revoke(tunnel, member, 'your token is no longer valid')
         for kind in self.kinds.values():
             kind.sweep()
         self._tunnels.sweep(now)
@@ -3600,19 +3602,19 @@ class Admission:
                 found |= tunnel is not None and await kind.free(tunnel)
             return found | (lease and await self.save(self.leases.free(name)))
 
-    async def admit(self, visit: Visit, request: Request,
-                    url: Callable[[str], str]) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+    async def admit(self, visitor: Visitor, request: Request,
+                    url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
         """The member that a session request becomes, and its tunnel; and how many bytes its client
         has received, None where the session is new to it.
 
         None for one that gave its name back.  URL gives that of a name.  Raises Refused.
         """
-        asked = await self._check(visit, request)
+        asked = await self._check(visitor, request)
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
         async with self._turn:      # one after the other: what was looked at stays so
-            visit.connection.check()
+            visitor.connection.check()
             asked.tunnel = self._find(asked)
             goes_on = self._resumed(asked)      # an attempt before this one came in meanwhile
             if goes_on:
@@ -3624,9 +3626,9 @@ class Admission:
             await self._lease(asked)
             return await self._enter(asked, url)
 
-    async def _check(self, visit: Visit, request: Request) -> Candidate:
+    async def _check(self, visitor: Visitor, request: Request) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
-        grant = await self._grant(request, visit)
+        grant = await self._grant(request, visitor)
         hello = Hello(request.get(b'localtunnel-hello'))
         if hello.name is not None:
             check_name(hello.name)
@@ -3637,11 +3639,11 @@ class Admission:
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long)
-        asked = Candidate(visit, grant, hello, name)
+        asked = Candidate(visitor, grant, hello, name)
         if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
-            visit.connection.check()
+            visitor.connection.check()
         asked.tunnel = self._find(asked)
         return asked
 
@@ -3657,7 +3659,7 @@ class Admission:
         """Raises Refused where the server has no place for ASKED."""
         hello, tunnel, grant, holder = asked.hello, asked.tunnel, asked.grant, asked.holder
         if self.closed:
-            raise Refused(503, 'draining', 'the server ends; another one will be there soon')
+            raise Refused(503, 'draining', 'the server is shutting down; try again soon')
         if hello.kind != 'http' and hello.kind not in self.kinds:
             raise Refused(403, 'bad_port', f'this server has no tunnels of the kind {hello.kind}')
         if hello.kind != 'http':
@@ -3666,41 +3668,43 @@ class Admission:
             return              # it needs no place
         goes = tunnel.beside(hello)     # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
-            raise Refused(429, 'too_many', f'{tunnel.name} has {MAX_MEMBERS} clients already')
+            raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
+                          'stop one first')
         has = self._tunnels.served.get(holder, 0) - sum(old.holder == holder for old in goes)
         if has >= grant.tunnels and not is_loopback(holder):
             raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
                           'client of --share counted; end another one first')
         if sum(self._tunnels.served.values()) - len(goes) >= self._most:
-            raise Refused(429, 'too_many', f'the server has its {self._most} tunnels already')
+            raise Refused(429, 'too_many', f'the server is full: it has {self._most} tunnels; '
+                          'try again later')
         if tunnel.before(hello) and self._is_owner(asked):
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
 
-    async def _grant(self, request: Request, visit: Visit) -> Grant:
+    async def _grant(self, request: Request, visitor: Visitor) -> Grant:
         """What the client's token allows.  Raises Refused.
 
-        Where a wrong one has come, whoever comes next from there waits before theirs is looked at:
-        so a guess takes its time, however it is sent.
+        After a wrong one the next from that address waits before it is looked at, so that a guess
+        takes its time, however it is sent.
         """
         scheme, _, given = request.get(b'authorization').partition(b' ')
         token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
-        block, now = block_of(visit.address), self._reactor.now()
+        block, now = block_of(visitor.address), self._runtime.now()
         turn = self._wrong.get(block, now)
         if token and turn > now:
             if turn > now + MOST_WRONG_TOKEN:
-                raise Refused(429, 'too_many', f'wrong tokens came from {visit.address}; try again '
-                              f'in {int(turn - now) + 1} seconds')
+                raise Refused(429, 'too_many', f'wrong tokens came from {visitor.address}; try '
+                              f'again in {int(turn - now) + 1} seconds')
             self._wrong[block] = turn + WRONG_TOKEN
-            await visit.wait(turn - now)
+            await visitor.wait(turn - now)
         grant = self.tokens.find(token, time.time())
         if grant is None:
             if token:
                 self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
                 self._counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired'
-                          if token else 'the server wants a token: give it with --token TOKEN or '
+                          if token else 'the server needs a token; give it with --token TOKEN or '
                           'in LOCALTUNNEL_TOKEN')
         return grant
 
@@ -3723,7 +3727,7 @@ class Admission:
         if now - self._claims_since > DAY:
             self._claims_since, self._claims = now, collections.Counter()
         if asked.stranger and self._claims[asked.block] >= MAX_LEASES:
-            raise Refused(429, 'too_many_names', f'{asked.visit.address} has taken {MAX_LEASES} '
+            raise Refused(429, 'too_many_names', f'{asked.visitor.address} has taken {MAX_LEASES} '
                           'new names today; take one of those, or come again tomorrow')
 
     async def claim(self, key: str, owner: str, asked: Candidate, over: bool = False) -> None:
@@ -3735,7 +3739,7 @@ class Admission:
         await self.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
         if new and asked.stranger:
             self._claims[asked.block] += 1
-        asked.visit.connection.check()      # it may have left meanwhile
+        asked.visitor.connection.check()      # it may have left meanwhile
 
     async def save(self, changes: Changes) -> bool:
         """Change leases; return whether there was anything.
@@ -3746,23 +3750,23 @@ class Admission:
             try:
                 if self._written and not self._written.done():
                     raise asyncio.TimeoutError
-                self._written = self._reactor.loop.run_in_executor(
+                self._written = self._runtime.loop.run_in_executor(
                     None, self.leases.write, changes)
                 await asyncio.wait_for(asyncio.shield(self._written), LEASE_WRITTEN)
             except (OSError, asyncio.TimeoutError) as e:
                 why = getattr(e, 'strerror', None) or 'its disk does not answer'
-                raise Refused(503, 'state', f'the server can not keep its leases: {why}') from e
+                raise Refused(503, 'state', f'the server can\'t save its leases: {why}') from e
         self.leases.make(changes)
         return bool(changes)
 
     async def _enter(self, asked: Candidate,
-                     url: Callable[[str], str]) -> Tuple[Member, Tunnel, Optional[int]]:
+                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
         """As `admit`, for who is let in."""
         hello, tunnel = asked.hello, asked.tunnel
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
         self._make_way(asked)
-        session = Session(self._reactor, self.budget, trace=self._trace)
+        session = Session(self._runtime, self.budget, trace=self._trace)
         member = Member(session, hello, asked.grant, asked.holder)
         self._tunnels.enter(tunnel, member)
         if hello.kind != 'http':
@@ -3780,7 +3784,7 @@ class Admission:
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
 
-    def _resumed(self, asked: Candidate) -> Optional[Tuple[Member, Tunnel, Optional[int]]]:
+    def _resumed(self, asked: Candidate) -> tuple[Member, Tunnel, int | None] | None:
         """As `admit`, where a session of this client goes on, since nothing is missing; else None.
 
         One whose welcome was lost goes on too: all that was sent is sent again.
@@ -3790,7 +3794,7 @@ class Admission:
         if member is None:
             return None
         if hello.attempt < member.hello.attempt:
-            raise Refused(409, 'stale', 'a later attempt of this client has come before this one')
+            raise Refused(409, 'stale', 'this client has already connected again in the meantime')
         id, received = hello.resume
         theirs = received if same(member.id, id) else None
         session = member.session
@@ -3798,7 +3802,7 @@ class Admission:
             return None
         if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
                 grant.user, grant.digest):
-            return None         # somebody else's session: whoever asks begins one of their own
+            return None         # somebody else's session: this client begins its own
         if hello.kind != 'http':
             self.kinds[hello.kind].check(asked)
         member.hello.attempt, member.grant = hello.attempt, grant
@@ -3810,22 +3814,22 @@ class Admission:
 #
 # Sessions in, visitors in.  Knows no frames and nothing of the client.
 #
-# All arrive on the same port.  The first request of a connection tells which it is: an Upgrade to
-# our protocol becomes a session; everything else belongs to a visitor, and every single request is
-# routed by its own Host.
+# Both arrive on the same port.  The first request of a connection tells them apart: an Upgrade to
+# our protocol becomes a session; anything else belongs to a visitor, and each of a visitor's
+# requests is routed by its own Host.
 # ------------------------------------------------------------------------------------------------
 
 def process_budget() -> int:
-    """Bytes that all receive windows of a process may add up to: an eighth of the memory."""
+    """Return the bytes for all receive windows of a process: an eighth of the memory."""
     try:
         memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
     except (AttributeError, ValueError, OSError):
-        return LEAST_BUDGET         # Windows does not tell
+        return LEAST_BUDGET         # Windows does not say
     return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
 
 
 def descriptor_limit() -> int:
-    """How many files and sockets the process may have: the limit is raised as far as it goes."""
+    """Raise the limit of open files and sockets as far as it goes; return it."""
     try:
         import resource
     except ImportError:
@@ -3845,67 +3849,68 @@ OTHER_DESCRIPTORS = 64          # files, and what is accepted before others clos
 class Visitors:
     """All visitors' connections: who is there, from where, and whether there is room for more."""
 
-    def __init__(self, reactor: Reactor, trusted: Networks) -> None:
-        """TRUSTED are the addresses of proxies in front."""
-        self._reactor, self._trusted = reactor, trusted
-        self._here: Dict[Visit, None] = {}      # who was active least recently first
-        self._of_block: Dict[str, int] = collections.Counter()      # connections of each
+    def __init__(self, runtime: Runtime, trusted: Networks) -> None:
+        """TRUSTED are the addresses of the proxies in front."""
+        self._runtime, self._trusted = runtime, trusted
+        self._here: dict[Visitor, None] = {}      # the least recently active first
+        self._of_block: dict[str, int] = collections.Counter()      # connections of each
         self._descriptors = descriptor_limit()
         self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
 
-    def __iter__(self) -> Iterator[Visit]:
+    def __iter__(self) -> Iterator[Visitor]:
         return iter(tuple(self._here))
 
     def __len__(self) -> int:
         return len(self._here)
 
-    def enter(self, connection: Connection) -> Visit:
+    def enter(self, connection: Connection) -> Visitor:
         """A visitor came on CONNECTION; near the limit the one idle for longest has to go.
 
         Never let accept() run out of descriptors: asyncio would try again and log without end.
         """
-        visit = Visit(connection, self._trusted)
-        self._here[visit] = None
-        self._of_block[block_of(visit.peer)] += 1
-        visit.refusal = self._no_room(visit.peer)
+        visitor = Visitor(connection, self._trusted)
+        self._here[visitor] = None
+        self._of_block[block_of(visitor.peer)] += 1
+        visitor.refusal = self._no_room(visitor.peer)
         if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
-            idle = (v for v in self._here if v is not visit and v.idle)
-            out = next(idle, visit)
+            idle = (v for v in self._here if v is not visitor and v.idle)
+            out = next(idle, visitor)
             del self._here[out]         # the next one must not choose it again
             out.connection.reset(CANCELLED, 'too many connections')
-        return visit
+        return visitor
 
-    def active(self, visit: Visit) -> None:
-        """VISIT has been served: it is the last to have to go."""
-        if visit in self._here:
-            self._here[visit] = self._here.pop(visit)
+    def active(self, visitor: Visitor) -> None:
+        """Note that VISITOR was served: it is the last to have to go."""
+        if visitor in self._here:
+            self._here[visitor] = self._here.pop(visitor)
 
-    def leave(self, visit: Visit) -> None:
-        """The connection of VISIT ends."""
-        self._here.pop(visit, None)
-        block = block_of(visit.peer)
+    def leave(self, visitor: Visitor) -> None:
+        """Drop VISITOR, whose connection ends."""
+        self._here.pop(visitor, None)
+        block = block_of(visitor.peer)
         self._of_block[block] -= 1
         if not self._of_block[block]:
             del self._of_block[block]
 
     def close_idle(self) -> None:
         """Close the connections on which nothing is under way."""
-        for visit in self:
-            if visit.idle and not visit.connection.size:
-                visit.connection.close()
+        for visitor in self:
+            if visitor.idle and not visitor.connection.unread:
+                visitor.connection.close()
 
     def _spare(self) -> int:
-        """How many more descriptors there may be."""
-        return self._descriptors - len(self._reactor.transports) - self.listening
+        """Return how many more descriptors there may be."""
+        return self._descriptors - len(self._runtime.transports) - self.listening
 
-    def _no_room(self, peer: str) -> Optional[HopFailed]:
-        """Why a visitor from PEER can't stay: visitors must leave room for sessions."""
+    def _no_room(self, peer: str) -> HopFailed | None:
+        """Return why a visitor from PEER can't stay: visitors must leave room for sessions."""
         if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
             return HopFailed(503, 'the server has too many connections; try again soon',
                              f'Retry-After: {RETRY_AFTER}')
         if (self._of_block[block_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
                 and not is_loopback(peer) and not within(peer, self._trusted)):
-            return HopFailed(429, f'{peer} has too many connections', 'Retry-After: 1')
+            return HopFailed(429, f'too many connections from {peer}; close some first',
+                             'Retry-After: 1')
         return None
 
 
@@ -3914,14 +3919,14 @@ Page = Callable[[str], Tuple[str, Sequence[bytes]]]
 
 
 def own_path() -> str:
-    """Where this file lies; '' where it was read from standard input."""
+    """Return the path of this file; '' if it was read from standard input."""
     path = globals().get('__file__') or ''
     return path if os.path.isfile(path) else ''
 
 
 @functools.lru_cache(maxsize=1)
 def date_line(second: int) -> str:
-    """A Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
+    """Return a Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
     import email.utils
     return f'Date: {email.utils.formatdate(second, usegmt=True)}'
 
@@ -3935,8 +3940,8 @@ class Onward:
     def __init__(self, domain: str, log: Observer) -> None:
         self._domain, self._log = domain, log
 
-    def of_request(self, visit: Visit, request: Request, name: str) -> bytes:
-        """The header lines of REQUEST as they go on."""
+    def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
+        """Return the header lines of REQUEST to pass on."""
         names = request.hop_by_hop()
         mark = via(name, self._domain)
         if request.minor == b'0':
@@ -3952,18 +3957,18 @@ class Onward:
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.without(names), visit.x_forwarded, visit.host or request.host, mark, more)
+            request.without(names), visitor.x_forwarded, visitor.host or request.host, mark, more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:
-        """What Max-Forwards of VALUE becomes here.  Raises HopFailed (RFC 9110 7.6.2)."""
+        """Return the VALUE of Max-Forwards less one.  Raises HopFailed (RFC 9110 7.6.2)."""
         if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
-            raise HopFailed(501, 'Max-Forwards ends here, and this server has no answer')
+            raise HopFailed(501, 'Max-Forwards lets this request go no further')
         return int(value) - 1
 
     def of_response(self, exchange: Exchange, response: Response, length: int,
                     draining: bool) -> bytes:
-        """The header lines of RESPONSE as they go on; decides what becomes of the connection."""
+        """Return the header lines of RESPONSE to pass on; decide if the connection is kept."""
         block = self._own_cookies(response)
         if response.status == 101:
             return block
@@ -3979,10 +3984,10 @@ class Onward:
         return block
 
     def _own_cookies(self, response: Response) -> bytes:
-        """The header lines of RESPONSE as they go on.
+        """Return the header lines of RESPONSE to pass on.
 
-        Without cookies for this server's domain or above, and without the word to delete all that
-        are there: tenants share that site.
+        Cookies for this server's domain or above are left out, and so is the order to delete them
+        all: tenants share that site.
         """
         block = response.forwarded_block()
         if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
@@ -3991,15 +3996,15 @@ class Onward:
         for line in block.splitlines(keepends=True):
             name, _, value = line.lower().partition(b':')
             if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
-                self._log.note('a cookie for the whole domain was dropped: tenants share it')
+                self._log.note('dropped a cookie for the whole domain, which tenants share')
             elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
-                self._log.note('a Clear-Site-Data was dropped: tenants share the cookies')
+                self._log.note('dropped a Clear-Site-Data: tenants share the cookies')
             else:
                 own.append(line)
         return b''.join(own)
 
     def _is_shared(self, domain: bytes) -> bool:
-        """May a browser read DOMAIN, of a cookie, as this server's domain or above?"""
+        """Return True if a browser may read a cookie's DOMAIN as this server's or above."""
         plain = _PLAIN_DOMAIN.fullmatch(domain)
         return bool(domain) and (plain is None or f'.{self._domain}'.endswith(
             '.' + plain.group(1).decode()))
@@ -4009,19 +4014,19 @@ Sockets = List[socket.socket]
 FIRST_PASSED = 3            # SD_LISTEN_FDS_START
 
 
-def inherited_sockets() -> Dict[int, Sockets]:
-    """Listening sockets that systemd or a predecessor passed, by their local port."""
+def inherited_sockets() -> dict[int, Sockets]:
+    """Return the listening sockets that systemd or a predecessor passed, by their local port."""
     count = os.environ.pop('LISTEN_FDS', '')
     owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
     os.environ.pop('LISTEN_FDNAMES', None)
-    found: Dict[int, Sockets] = {}
+    found: dict[int, Sockets] = {}
     if count.isdigit() and owner == str(os.getpid()):
         for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
             try:
                 sock = socket.socket(fileno=number)
                 found.setdefault(sock.getsockname()[1], []).append(sock)
             except (OSError, IndexError) as e:
-                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is no TCP socket '
+                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is not a TCP socket '
                                  f'({e})') from e
             sock.set_inheritable(False)
     return found
@@ -4039,28 +4044,28 @@ class Tls:
         """Return True if there is something to read again."""
         return False
 
-    def reload(self) -> Optional[str]:
-        """Read it again; if it is no good the old one stays: why."""
+    def reload(self) -> str | None:
+        """Read it again; return why the old one stays, if it does."""
         return None
 
 
 CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
-ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors end
+ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
 
 
 class Doors:
     """What a server listens on, and the TLS handshakes that are under way."""
 
-    def __init__(self, reactor: Reactor, log: Observer,
-                 counters: Dict[Union[str, int], int],
-                 inherited: Optional[Dict[int, Sockets]] = None) -> None:
-        self._reactor, self._log, self._counters = reactor, log, counters
+    def __init__(self, runtime: Runtime, log: Observer,
+                 counters: dict[str | int, int],
+                 inherited: dict[int, Sockets] | None = None) -> None:
+        self._runtime, self._log, self._counters = runtime, log, counters
         self.inherited = dict(inherited or {})  # what listens already, by port, until it is taken
         self._bound: Sockets = []               # what was taken, and perhaps closed since
-        self._plain: Set[asyncio.AbstractServer] = set()
-        self._staying: Set[asyncio.AbstractServer] = set()      # others, open to the last
-        self._secure: List[asyncio.Task[None]] = []
-        self._shaking: Dict[socket.socket, float] = {}      # hands, since when; the oldest first
+        self._plain: set[asyncio.AbstractServer] = set()
+        self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
+        self._secure: list[asyncio.Task[None]] = []
+        self._shaking: dict[socket.socket, float] = {}      # handshakes, since when; oldest first
 
     @property
     def busy(self) -> bool:
@@ -4080,17 +4085,17 @@ class Doors:
         try:
             return self.take(host, port)
         except OSError as e:
-            cure = 'choose another one with --port, --tls-port or --admin'
+            cure = 'choose another port with --port, --tls-port or --admin'
             if e.errno == errno.EACCES:
-                cure = ('ports below 1024 are for root: run as root, give the right with setcap or '
+                cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
                         f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
             elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-                cure = 'it is no address of this machine; --bind takes one that is'
+                cure = 'this machine does not have that address; give --bind one that it has'
             elif e.errno == errno.EADDRINUSE:
-                cure = f'another program listens there; end it, or {cure}'
+                cure = f'another program is listening there; stop it, or {cure}'
             else:
                 cure = f'{e.strerror}; {cure}'
-            raise LocaltunnelError(f'port {port} of {host or "all addresses"} can not be used: '
+            raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
                                    f'{cure}') from e
 
     def sockets(self) -> Sockets:
@@ -4099,19 +4104,19 @@ class Doors:
                 if sock.fileno() >= 0]
 
     async def open(self, sock: socket.socket, serve: Serve,
-                   context: Optional[ssl.SSLContext] = None,
-                   stays: bool = False) -> Optional[asyncio.AbstractServer]:
+                   context: ssl.SSLContext | None = None,
+                   stays: bool = False) -> asyncio.AbstractServer | None:
         """Let SERVE have each connection to SOCK; with CONTEXT after a handshake.
 
         STAYS: while the server drains, too.  What is returned can be closed alone.
         """
-        make = functools.partial(Connection, self._reactor, serve)
+        make = functools.partial(Connection, self._runtime, serve)
         if context:
-            task = self._reactor.spawn(self._accept(sock, make, context))
+            task = self._runtime.spawn(self._accept(sock, make, context))
             task.add_done_callback(lambda _: sock.close())
             self._secure.append(task)
             return None
-        door = await self._reactor.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
+        door = await self._runtime.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
         sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
         (self._staying if stays else self._plain).add(door)
         return door
@@ -4126,7 +4131,7 @@ class Doors:
         for door in self._plain:
             for sock in getattr(door, 'sockets', None) or ():
                 with contextlib.suppress(NotImplementedError):      # Windows
-                    self._reactor.loop.remove_reader(sock)
+                    self._runtime.loop.remove_reader(sock)
         await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
         for door in (*self._plain, *(self._staying if handed_over else ())):
             door.close()
@@ -4135,8 +4140,8 @@ class Doors:
 
     async def _accept(self, sock: socket.socket, make: Callable[[], Connection],
                       context: ssl.SSLContext) -> None:
-        """Accept for TLS, MAX_HANDSHAKES at a time."""
-        loop, shaking = self._reactor.loop, self._shaking
+        """Accept TLS connections, at most MAX_HANDSHAKES at a time."""
+        loop, shaking = self._runtime.loop, self._shaking
 
         async def shake_hands(accepted: socket.socket) -> None:
             try:
@@ -4148,25 +4153,25 @@ class Doors:
                 del shaking[accepted]
         sock.setblocking(False)
         while True:
-            while len(shaking) >= MAX_HANDSHAKES:       # those who had their second go
+            while len(shaking) >= MAX_HANDSHAKES:       # those that had their second go
                 for old, since in tuple(shaking.items()):
-                    if self._reactor.now() - since >= CROWDED_HANDSHAKE:
+                    if self._runtime.now() - since >= CROWDED_HANDSHAKE:
                         with contextlib.suppress(OSError):
                             old.shutdown(socket.SHUT_RDWR)
                 await asyncio.sleep(DRAIN_LOOK)
             try:
                 accepted, _ = await loop.sock_accept(sock)
             except OSError as e:
-                self._log.note(f'accepting fails: {e}')
+                self._log.note(f"can't accept connections: {e}")
                 await asyncio.sleep(SWEEP)
                 continue
-            shaking[accepted] = self._reactor.now()
-            self._reactor.spawn(shake_hands(accepted))
+            shaking[accepted] = self._runtime.now()
+            self._runtime.spawn(shake_hands(accepted))
 
 
 async def last_words(connection: Connection, status: int, text: str) -> None:
-    """Tell a visitor whose request is no good, so that it arrives."""
-    with contextlib.suppress(LocaltunnelError, OSError):    # it did not wait for it
+    """Tell a visitor what is wrong with the request, so that it arrives."""
+    with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
         await write_own(connection, error_message(status, text, None, [
             'Connection: close', date_line(int(time.time()))]))
         await connection.linger()
@@ -4184,32 +4189,32 @@ def no_session(why: Refused) -> bytes:
 
 
 class Server:
-    """The relay."""
+    """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, reactor: Reactor, domain: str, tokens: Tokens, leases: Leases,
+    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, leases: Leases,
                  log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
-                 only: bool = False, inherited: Optional[Dict[int, Sockets]] = None,
-                 trace: Optional[Trace] = None) -> None:
+                 only: bool = False, inherited: dict[int, Sockets] | None = None,
+                 trace: Trace | None = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
         TRUSTED are proxies in front.  ONLY: any Host that means this machine reaches the one tunnel
         there is.  INHERITED are sockets that listen already, by port.
         """
-        self.reactor, self.domain, self.log = reactor, domain.lower(), log
-        self.tls: Optional[Tls] = None          # a seam: how TLS is spoken, if at all
+        self.runtime, self.domain, self.log = runtime, domain.lower(), log
+        self.tls: Tls | None = None          # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
-        self.counters: Dict[Union[str, int], int] = collections.Counter()    # by status, by event
-        self.pages: Dict[bytes, Page] = {}      # a seam: of the server's own name, by path
+        self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
+        self.pages: dict[bytes, Page] = {}      # a seam: of the server's own name, by path
         self.draining = False           # it ends: nobody new, and connections close
-        self.doors = Doors(reactor, log, self.counters, inherited)
-        self.visitors = Visitors(reactor, trusted)
-        self.tunnels = Tunnels(reactor, hold, log)
+        self.doors = Doors(runtime, log, self.counters, inherited)
+        self.visitors = Visitors(runtime, trusted)
+        self.tunnels = Tunnels(runtime, hold, log)
         self.admission = Admission(
-            reactor, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
+            runtime, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
         self._onward = Onward(self.domain, log)
         self._drain, self._rate, self._only = drain, rate, only
-        reactor.swept.add(self)
+        runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4218,42 +4223,42 @@ class Server:
         await self.doors.open(sock, self._serve, self.tls.context if tls and self.tls else None)
 
     async def stop(self, handed_over: bool = False) -> None:
-        """Drain: accept no more, send the clients elsewhere, let what runs come to its end.
+        """Drain: accept nothing more, send the clients elsewhere, let open exchanges finish.
 
-        HANDED_OVER: a successor accepts.  Then idle visitors may stay: their next request is
+        With HANDED_OVER a successor accepts, and idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
         self.draining = True
         await self.admission.close()
         await self.doors.close(handed_over)
         for member in self.tunnels.members():
-            member.session.drain(DRAINING, 'the server ends')
-            if member.session.connection is None:       # nor can it come back
-                member.session.end(Disconnected('the server ends'))
+            member.session.drain(DRAINING, 'the server is shutting down')
+            if member.session.connection is None:       # and it can't come back
+                member.session.end(Disconnected('the server is shutting down'))
         self.tunnels.close()
-        deadline = self.reactor.now() + self._drain
-        while self.reactor.now() < deadline:
+        deadline = self.runtime.now() + self._drain
+        while self.runtime.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
             if not handed_over:
                 self.visitors.close_idle()
             if not (self.visitors or self.doors.busy):
                 break
         for member in self.tunnels.members():
-            member.session.leave(DRAINING, 'the server ends')
-        deadline = self.reactor.now() + LINGER
-        while self.tunnels.members() and self.reactor.now() < deadline:
+            member.session.leave(DRAINING, 'the server is shutting down')
+        deadline = self.runtime.now() + LINGER
+        while self.tunnels.members() and self.runtime.now() < deadline:
             await asyncio.sleep(DRAIN_LOOK)
         for member in self.tunnels.members():
-            member.session.end(Disconnected('the server ended'))
+            member.session.end(Disconnected('the server has shut down'))
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Look at what changes by itself: files, tokens, names that nobody serves."""
+        """Check what changes by itself: files, tokens, names that nobody serves."""
         changed = self.reload(changed_only=True)
         self.admission.sweep(now, at_once=changed)
 
     def reload(self, changed_only: bool = False) -> bool:
         """Read tokens and certificate again, or those that have changed; return whether any was."""
-        sources: List[Tuple[str, Union[Tokens, Tls]]] = [('tokens', self.admission.tokens)]
+        sources: list[tuple[str, Tokens | Tls]] = [('tokens', self.admission.tokens)]
         if self.tls:
             sources.append(('certificate', self.tls))
         sources = [(what, source) for what, source in sources
@@ -4268,7 +4273,7 @@ class Server:
 
     async def _serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
-        visit = self.visitors.enter(connection)
+        visitor = self.visitors.enter(connection)
         idle, taken = HEAD_TIMEOUT, False
         try:
             while True:
@@ -4276,22 +4281,22 @@ class Server:
                 if head is None:
                     break
                 request = parse_request(head)
-                if visit.trusted:
-                    visit.look_behind(request)
+                if visitor.trusted:
+                    visitor.look_behind(request)
                 if request.upgrade.startswith(b'localtunnel/') and (
                         request.target == WELL_KNOWN.encode()):
-                    taken = await self._begin_session(visit, request)
+                    taken = await self._begin_session(visitor, request)
                     break
-                visit.exchange = exchange = Exchange(connection, request, 0, visit.address)
-                await self._answer(visit, exchange)
+                visitor.exchange = exchange = Exchange(connection, request, 0, visitor.address)
+                await self._answer(visitor, exchange)
                 if not exchange.keep:
-                    if not exchange.body.finished or connection.size:
+                    if not exchange.body.finished or connection.unread:
                         await connection.linger()
                     break
-                visit.exchange = None
-                self.visitors.active(visit)
+                visitor.exchange = None
+                self.visitors.active(visitor)
                 idle = KEEP_ALIVE
-                if connection.size:     # pipelined
+                if connection.unread:     # pipelined
                     await asyncio.sleep(0)
         except BadHttp as e:
             await last_words(connection, e.status, str(e))
@@ -4299,57 +4304,57 @@ class Server:
             if not b'\r\n'.startswith(connection.peek()):
                 await last_words(connection, 408, 'the request did not arrive in time')
         except (LocaltunnelError, OSError):
-            connection.cut_off()
+            connection.abort()
         finally:
-            self.visitors.leave(visit)
+            self.visitors.leave(visitor)
             if not taken:
                 connection.close()
 
-    async def _answer(self, visit: Visit, exchange: Exchange) -> None:
+    async def _answer(self, visitor: Visitor, exchange: Exchange) -> None:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
         try:
-            name = self._route(visit, request)
+            name = self._route(visitor, request)
             if name:
-                await self._forward(visit, exchange, name)
+                await self._forward(visitor, exchange, name)
             else:
-                await self._own_page(visit, exchange)
+                await self._own_page(visitor, exchange)
         except HopFailed as e:
             exchange.why = str(e)
-            await self._give_own(visit, exchange, e.status, functools.partial(
+            await self._give_own(visitor, exchange, e.status, functools.partial(
                 error_message, e.status, str(e), request), e.extra)
         finally:
             self.counters[exchange.status] += 1
-            self.log.exchange(exchange, self.reactor.now() - exchange.began)
+            self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
-    async def _give_own(self, visit: Visit, exchange: Exchange, status: int,
+    async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
                         page: Iterable[bytes] = ()) -> None:
-        """Write what MESSAGE makes of EXTRA and the header lines that belong to this hop, and PAGE.
+        """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE.
         """
         request = exchange.request
         exchange.status = status
         exchange.keep = keep = (request.keep_alive and exchange.length == 0 and not self.draining
-                                and not visit.refusal)
+                                and not visitor.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
-        await write_own(visit.connection, message([*extra, *more, date_line(int(time.time()))]),
+        await write_own(visitor.connection, message([*extra, *more, date_line(int(time.time()))]),
                         *page)
 
     # Routes.
 
-    def _route(self, visit: Visit, request: Request) -> str:
+    def _route(self, visitor: Visitor, request: Request) -> str:
         """The name of the tunnel that REQUEST may pass; '' for the server itself.
 
         Raises HopFailed.
         """
-        if visit.refusal:
-            raise visit.refusal.again()
+        if visitor.refusal:
+            raise visitor.refusal.again()
         host = request.host_name
         name, _, parent = host.partition('.')
         tls = self.tls
-        if (tls is not None and tls.redirects and visit.scheme == 'http' and request.target != b'*'
-                and self.domain in (parent, host)):
+        if (tls is not None and tls.redirects and visitor.scheme == 'http'
+                and request.target != b'*' and self.domain in (parent, host)):
             where = (f'https://{authority("https", host, tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
@@ -4361,7 +4366,7 @@ class Server:
                 and via(name, self.domain)[3:] in request.fields[b'via']):
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself')
-        if self._rate and tunnel and not tunnel.may_ask(self.reactor.now(), self._rate):
+        if self._rate and tunnel and not tunnel.may_ask(self.runtime.now(), self._rate):
             raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1')
         return name
 
@@ -4371,10 +4376,10 @@ class Server:
         '' for the server itself.  Raises HopFailed.
         """
         if self._only:
-            # A stranger's name that leads here would let his pages read the app (DNS rebinding).
+            # A stranger's name that leads here would let its pages read the app (DNS rebinding).
             if not (is_address(host) or is_loopback(host)):
-                raise HopFailed(403, f'this server is for its own machine: visit localhost or its '
-                                f'address, not {host or "no host"}')
+                raise HopFailed(403, f'this server is for its own machine; visit it as localhost '
+                                f'or by IP address, not as {host or "no host"}')
             return next((tunnel.name for tunnel in self.tunnels), '')
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
@@ -4384,7 +4389,7 @@ class Server:
         raise HopFailed(404, f'there is no tunnel at {host}' if host else
                         'the request names no host')
 
-    async def _own_page(self, visit: Visit, exchange: Exchange) -> None:
+    async def _own_page(self, visitor: Visitor, exchange: Exchange) -> None:
         """What the server shows under its own name."""
         request = exchange.request
         page = self.pages.get(request.target.partition(b'?')[0])
@@ -4392,23 +4397,23 @@ class Server:
             raise HopFailed(404, 'there is no such page here')
         if request.method not in (b'GET', b'HEAD'):
             raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
-        form, pieces = page(f'{visit.scheme}://{request.host.decode()}')
+        form, pieces = page(f'{visitor.scheme}://{request.host.decode()}')
         head = functools.partial(plain_head, 200, form, sum(map(len, pieces)))
-        await self._give_own(visit, exchange, 200, head, PAGE_HEADERS,
+        await self._give_own(visitor, exchange, 200, head, PAGE_HEADERS,
                              pieces if request.method == b'GET' else ())
 
     # One exchange.
 
-    async def _forward(self, visit: Visit, exchange: Exchange, name: str) -> None:
+    async def _forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
         """The request by the tunnel of NAME, the response back; again where no harm was done."""
         request = exchange.request
-        lines = self._onward.of_request(visit, request, name)
+        lines = self._onward.of_request(visitor, request, name)
         login = request.get(b'authorization')
         interim = exchange.near if request.minor == b'1' else None
         while True:
-            stream, access = (self.tunnels.open_stream(name, visit, login)
-                              or await self.tunnels.wait_for_stream(name, visit, login))
-            visit.begin(stream)
+            stream, access = (self.tunnels.open_stream(name, visitor, login)
+                              or await self.tunnels.wait_for_stream(name, visitor, login))
+            visitor.begin(stream)
             try:
                 ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
                 await exchange.send(stream, ours, end=not request.upgrade)
@@ -4433,31 +4438,31 @@ class Server:
                 raise HopFailed(502, f'the client of {name} gave no proper answer: '
                                 f'{e}') from e
             finally:
-                visit.stream = None
+                visitor.stream = None
                 if exchange.sending:
                     await exchange.stop_sending()
                 stream.close()
 
     # One session.
 
-    async def _begin_session(self, visit: Visit, request: Request) -> bool:
-        """Admit a client, or answer with the reason why not; True if the connection is its now."""
+    async def _begin_session(self, visitor: Visitor, request: Request) -> bool:
+        """Admit a client, or tell it why not; return True if it now owns the connection."""
         try:
-            self._check_version(visit, request)
+            self._check_version(visitor, request)
             admitted = await self.admission.admit(
-                visit, request, lambda name: self._url(visit, name, request.host))
+                visitor, request, lambda name: self._url(visitor, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
-            self.log.note(f'a client at {visit.address} was refused: {e.code}')
-            await write_own(visit.connection, no_session(e))
+            self.log.note(f'a client at {visitor.address} was refused: {e.code}')
+            await write_own(visitor.connection, no_session(e))
             return False
         if admitted is None:
             done = Refused(200, 'released', 'the name was given back')      # as clients know it
-            self.log.note(f'a client at {visit.address} gave its name back')
-            await write_own(visit.connection, no_session(done))
+            self.log.note(f'a client at {visitor.address} gave its name back')
+            await write_own(visitor.connection, no_session(done))
             return False
         member, tunnel, theirs = admitted
-        session, connection = member.session, visit.connection
+        session, connection = member.session, visitor.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
                               'received': session.decoder.received})
         connection.transport.write(
@@ -4465,25 +4470,25 @@ class Server:
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
-        self.log.note(f'{tunnel.url} is served by a client at {visit.address}')
+        self.log.note(f'{tunnel.url} is served by a client at {visitor.address}')
         return True
 
-    def _check_version(self, visit: Visit, request: Request) -> None:
+    def _check_version(self, visitor: Visitor, request: Request) -> None:
         """Raises Refused for who speaks another protocol, or speaks it in clear."""
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
-                          f'it: {visit.url_of(self.domain, request.host)}/localtunnel.py')
-        if (self.tls and visit.scheme == 'http' and not visit.trusted
-                and not is_loopback(visit.peer)):
+                          f'it: {visitor.url_of(self.domain, request.host)}/localtunnel.py')
+        if (self.tls and visitor.scheme == 'http' and not visitor.trusted
+                and not is_loopback(visitor.peer)):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, with the --pin that '
                           'it printed if it has no certificate of an authority')
 
-    def _url(self, visit: Visit, name: str, host: bytes) -> str:
+    def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
         name = 'localhost' if self._only else f'{name}.{self.domain}'
         return (f'http://{authority("http", name, self._port)}' if self.tls and self.tls.pin else
-                visit.url_of(name, host))
+                visitor.url_of(name, host))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4493,22 +4498,28 @@ class Server:
 # why not.
 # ------------------------------------------------------------------------------------------------
 
-TARGET_FORMS = """a target is one of: 8000 (a port of this machine), http://HOST:PORT/PATH,
-https://HOST:PORT, unix:PATH, echo (answers with the request), ./FOLDER, HOST:PORT"""
+TARGET_FORMS = """a target is one of:
+  8000                     a port of this machine
+  HOST:PORT                a port of another machine; these two fit --tcp
+  http://HOST:PORT/PATH    an http server, below a path
+  https://HOST:PORT        an https server
+  unix:PATH                a Unix socket
+  ./FOLDER                 the files in a folder
+  echo                     sends each request back"""
 
 HOST_NAME = r'[A-Za-z0-9._~:-]+'
 
 
-def split_url(text: str, schemes: Sequence[str]) -> Tuple[str, str, int, str]:
+def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
     """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
     try:
         parts = urllib.parse.urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as e:
-        raise UsageError(f'{text} is no URL: {e}') from e
+        raise UsageError(f'{text} is not a URL: {e}') from e
     if (parts.scheme not in schemes or not host or port == 0 or parts.username or parts.fragment
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
-        raise UsageError(f'{text} is no URL of the form {schemes[0]}://HOST:PORT')
+        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, not {text}')
     path = parts.path + ('?' + parts.query if parts.query else '')
     return parts.scheme, host, port or USUAL_PORTS[parts.scheme], path
 
@@ -4543,7 +4554,7 @@ def parse_target(text: str) -> Target:
     if '://' in text:
         scheme, host, port, path = split_url(text, ('http', 'https'))
         if '?' in path:
-            raise UsageError(f'{text} has a query; a target is only a place, and perhaps a path')
+            raise UsageError(f'{text} has a query (?...); a target can only have a path')
         return Target(scheme, host, port, path.rstrip('/'))
     if text.startswith('unix:') and text != 'unix:':
         if not hasattr(socket, 'AF_UNIX'):
@@ -4551,11 +4562,11 @@ def parse_target(text: str) -> Target:
         return Target('unix', path=text[5:])
     host, _, number = text.rpartition(':')
     if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
-        raise UsageError(f'{text!r} is no target: an IPv6 address stands in brackets, [::1]:8000')
+        raise UsageError(f'write an IPv6 address in brackets, such as [::1]:8000, not {text!r}')
     if not re.fullmatch(HOST_NAME, host.strip('[]')) or not re.fullmatch('[0-9]+', number):
-        raise UsageError(f'{text!r} is no target: {TARGET_FORMS}')
+        raise UsageError(f"can't tell what {text!r} is; {TARGET_FORMS}")
     if not 0 < int(number[:6]) < 65536:
-        raise UsageError(f'{number} is no port: ports go from 1 to 65535')
+        raise UsageError(f'{number} is not a port; ports are 1 to 65535')
     return Target('http', host.strip('[]').lower(), int(number))
 
 
@@ -4563,17 +4574,17 @@ Route = Callable[[str, int], Awaitable[socket.socket]]
 
 
 class ServerAddress:
-    """Where the relay is: `site` is the host that the user named, which proofs are made for."""
+    """Where the server is: `site` is the host that the user named, for which proofs are made."""
 
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
-        self.route: Optional[Route] = None      # a seam: a socket to (host, port), not dialled here
+        self.route: Route | None = None      # a seam: a socket to (host, port), not dialled here
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
         self.scheme, site, self.port, path = split_url(text, ('https', 'http'))
         if path not in ('', '/'):
-            raise UsageError(f'--server: {text} has a path; a server is a scheme, host and port')
+            raise UsageError(f'--server {text} has a path; give only scheme, host and port')
         self.site = site.lower().rstrip('.')
 
     def __str__(self) -> str:
@@ -4581,46 +4592,46 @@ class ServerAddress:
 
 
 def explain_tls(error: BaseException, host: str) -> str:
-    """One sentence for what TLS complains of."""
+    """Return one sentence for what TLS complains about."""
     reason = str(getattr(error, 'verify_message', '') or error)
     if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
         return (f'the certificate of {host} is not signed by an authority that this machine knows; '
-                'name the authority with --ca FILE, or give the --pin that the server printed')
+                'name the authority with --ca FILE, or give the --pin that the server prints')
     if 'expired' in reason:
         return f'the certificate of {host} has expired, or the clock of this machine is wrong'
     if 'not yet valid' in reason:
-        return f'the certificate of {host} is not valid yet: is the clock of this machine right?'
+        return f'the certificate of {host} is not valid yet; check the clock of this machine'
     if 'mismatch' in reason or "doesn't match" in reason or 'not valid for' in reason:
-        return f'the certificate that answers for {host} is for another name'
+        return f'the certificate of {host} is for another name'
     if 'WRONG_VERSION_NUMBER' in reason or 'record layer' in reason:
-        return f'{host} does not speak TLS on this port; if that is intended, say http:// '
-    return f'TLS with {host} fails: {printable(reason)}'
+        return f'{host} does not speak TLS on this port; if that is intended, use http://'
+    return f'TLS with {host} failed: {printable(reason)}'
 
 
-def addresses(host: str) -> List[str]:
-    """What to dial for HOST: both addresses of this machine for its names, else the name."""
+def addresses(host: str) -> list[str]:
+    """Return what to dial for HOST: both loopback addresses for this machine, else HOST."""
     return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
 
 
 def explain(error: BaseException, where: str) -> str:
-    """One sentence for why WHERE can't be reached."""
+    """Return one sentence for why WHERE can't be reached."""
     if isinstance(error, (Overdue, asyncio.TimeoutError, TimeoutError)):
         return f'{where} does not answer'
     if isinstance(error, LocaltunnelError):
         return str(error)
     if isinstance(error, ConnectionRefusedError):
-        return f'nothing listens on {where}'
+        return f'nothing is listening on {where}'
     if isinstance(error, socket.gaierror):
-        return f'the host of {where} can not be found: {error.strerror}'
+        return f"can't find the host of {where}: {error.strerror}"
     if isinstance(error, FileNotFoundError):
         return f'{where} does not exist'
     if isinstance(error, ssl.SSLError):
         return explain_tls(error, where)
-    return f'{where} can not be reached: {getattr(error, "strerror", None) or error}'
+    return f"can't reach {where}: {getattr(error, 'strerror', None) or error}"
 
 
 def not_http(said: bytes, where: str) -> str:
-    """One sentence where what WHERE said is no HTTP, else ''."""
+    """Return a sentence if what WHERE said is not HTTP, else ''."""
     if said[:1] in (b'\x15', b'\x16'):
         return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
     if not said or said[:5] == b'HTTP/'[:len(said)]:
@@ -4631,14 +4642,14 @@ def not_http(said: bytes, where: str) -> str:
 
 async def first_to_answer(hosts: Sequence[str], timeout: float,
                           dial: Callable[[str], Awaitable[Connection]]) -> Connection:
-    """What DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
-    failures: List[Exception] = []
+    """Return what DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
+    failures: list[Exception] = []
     for host in hosts:
         try:
             return await asyncio.wait_for(dial(host), timeout)
         except (OSError, asyncio.TimeoutError) as e:
             failures.append(e)
-    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # says the least
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # it says least
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4650,10 +4661,10 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
 # ------------------------------------------------------------------------------------------------
 
 class ClientObserver(Observer):
-    """Who is told what a client does."""
+    """Listens to what a client does."""
 
     def ready(self, url: str) -> None:
-        """Visitors can come, the first time."""
+        """Visitors can come, for the first time."""
 
     def back(self) -> None:
         """Visitors can come again."""
@@ -4665,7 +4676,7 @@ class ClientObserver(Observer):
         """Advice for the user."""
 
 
-UPSTREAM_SILENT = 0.2           # a fresh upstream connection without a byte: is the app serial?
+UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
 
 
 class Pool:
@@ -4675,39 +4686,39 @@ class Pool:
     connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
     """
 
-    def __init__(self, reactor: Reactor) -> None:
-        self._reactor = reactor
-        self._idle: List[Tuple[Connection, float]] = []     # each with since when; the latest last
-        self._silent: Set[Connection] = set()               # fresh ones, too long without a byte
-        reactor.swept.add(self)
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._idle: list[tuple[Connection, float]] = []     # each with since when; the latest last
+        self._silent: set[Connection] = set()               # fresh ones, too long without a byte
+        runtime.swept.add(self)
 
     def watch(self, connection: Connection) -> None:
         """CONNECTION is a fresh one."""
-        self._reactor.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+        self._runtime.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
 
     def _still_silent(self, connection: Connection) -> None:
         if connection.silent and connection.error is None:
             self._silent.add(connection)
             self.close()
 
-    def take(self) -> Optional[Connection]:
-        """An idle connection that can be trusted, if there is one."""
+    def take(self) -> Connection | None:
+        """Return an idle connection that can be trusted, or None."""
         while self._idle:
             connection, since = self._idle.pop()
-            if (self._reactor.now() - since < POOL_IDLE and not connection.size
-                    and not connection.ended and connection.error is None):
+            if (self._runtime.now() - since < POOL_IDLE and not connection.unread
+                    and not connection.eof and connection.error is None):
                 connection.silent = True
                 return connection
             connection.close()
         return None
 
     def give(self, connection: Connection) -> None:
-        """CONNECTION has nothing under way: keep it for another request."""
+        """Keep CONNECTION, which has nothing under way, for another request."""
         if self._silent:
             self._silent = {c for c in self._silent if c.silent and c.error is None}
-        if self._silent or connection.size or connection.ended or connection.error:
+        if self._silent or connection.unread or connection.eof or connection.error:
             return connection.close()
-        self._idle.append((connection, self._reactor.now()))
+        self._idle.append((connection, self._runtime.now()))
 
     def close(self) -> None:
         """Close what is idle."""
@@ -4736,28 +4747,28 @@ class Rewrite:
 class App:
     """The local program that visitors reach."""
 
-    def __init__(self, reactor: Reactor, target: Target, observer: ClientObserver, *,
-                 timeout: float = RESPONSE_TIMEOUT, tls: Optional[ssl.SSLContext] = None) -> None:
+    def __init__(self, runtime: Runtime, target: Target, observer: ClientObserver, *,
+                 timeout: float = RESPONSE_TIMEOUT, tls: ssl.SSLContext | None = None) -> None:
         """TIMEOUT is how long it may take to begin a response; TLS is for an https TARGET."""
-        self.reactor, self.target, self.observer = reactor, target, observer
+        self.runtime, self.target, self.observer = runtime, target, observer
         # Seams.  How to connect, by the scheme of a target: from a target comes a connection.
-        self.dialers: Dict[str, Callable[[Target], Awaitable[Connection]]] = {
+        self.dialers: dict[str, Callable[[Target], Awaitable[Connection]]] = {
             'unix': self._dial_unix}
         # Who serves a stream, by the kind of tunnel.
-        self.kinds: Dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
+        self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
-        self.rewrites: List[Rewrite] = []
+        self.rewrites: list[Rewrite] = []
         # Asked about each response; what one returns, if anything, is shown the body.
-        self.taps: List[Callable[[Exchange, Response], Optional[Tap]]] = []
+        self.taps: list[Callable[[Exchange, Response], Tap | None]] = []
         self._timeout, self._tls = timeout, tls
         self._hosts = addresses(target.host)    # the one that answered last comes first
-        self._pool = Pool(reactor)
+        self._pool = Pool(runtime)
         self.exchanges = 0                      # so far; they are numbered
 
     # Connections.
 
     async def connect(self) -> Connection:
-        """A fresh connection.  Raises HopFailed."""
+        """Return a fresh connection.  Raises HopFailed."""
         target = self.target
         try:
             connection = await self.dialers.get(target.scheme, self._dial)(target)
@@ -4769,8 +4780,8 @@ class App:
 
     async def _dial(self, target: Target) -> Connection:
         async def dial(host: str) -> Connection:
-            _, connection = await self.reactor.loop.create_connection(
-                lambda: Connection(self.reactor), host, target.port, ssl=self._tls,
+            _, connection = await self.runtime.loop.create_connection(
+                lambda: Connection(self.runtime), host, target.port, ssl=self._tls,
                 server_hostname=target.host if self._tls else None)
             if self._hosts[0] != host:
                 self._hosts.reverse()
@@ -4778,8 +4789,8 @@ class App:
         return await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, dial)
 
     async def _dial_unix(self, target: Target) -> Connection:
-        _, connection = await asyncio.wait_for(self.reactor.loop.create_unix_connection(
-            lambda: Connection(self.reactor), target.path), CONNECT_TIMEOUT)
+        _, connection = await asyncio.wait_for(self.runtime.loop.create_unix_connection(
+            lambda: Connection(self.runtime), target.path), CONNECT_TIMEOUT)
         return connection
 
     def close(self) -> None:
@@ -4787,19 +4798,19 @@ class App:
         self._pool.close()
 
     async def look(self) -> None:
-        """A hint where the app is not there yet."""
+        """Give a hint if the app is not there yet."""
         try:
             (await self.connect()).close()
         except HopFailed as e:
-            self.observer.hint(f'{e}; visitors are told so until the app is up')
+            self.observer.hint(f'{e}; visitors get a page that says so until your app is up')
 
     # One stream.
 
     async def serve(self, stream: Stream) -> None:
         """Serve one stream, from its head to its end."""
-        began, why = self.reactor.now(), ''
+        began, why = self.runtime.now(), ''
         self.exchanges = number = self.exchanges + 1
-        exchange: Optional[Exchange] = None
+        exchange: Exchange | None = None
         try:
             head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
             if head is None:
@@ -4817,15 +4828,15 @@ class App:
             stream.close()
             record = exchange or Record(number, began)
             record.why = why or record.why
-            self.observer.exchange(record, self.reactor.now() - began)
+            self.observer.exchange(record, self.runtime.now() - began)
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
-        """The request to the app, the response back; again where its connection had been closed."""
+        """Send the request to the app, and again if an idle connection had been closed."""
         request, lines = exchange.request, self._request_lines(exchange.request)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
             upstream = reused or await self.connect()
-            stream.on_gone, whole = upstream.cut_off, False
+            stream.on_lost, whole = upstream.abort, False
             try:
                 if not reused:
                     stream.check()      # it may be gone by now
@@ -4841,14 +4852,14 @@ class App:
                     raise self._no_response(upstream, e) from e
                 reused = None       # once more, on a fresh one
             finally:
-                stream.on_gone = None
+                stream.on_lost = None
                 if exchange.sending:
                     await exchange.stop_sending()
                 if not whole:
-                    upstream.cut_off()
+                    upstream.abort()
 
     def _request_lines(self, request: Request) -> bytes:
-        """The header lines of REQUEST as they go on."""
+        """Return the header lines of REQUEST to pass on."""
         block = request.without(request.hop_by_hop())
         for rewrite in self.rewrites:
             block = rewrite.of_request(request, block)
@@ -4876,12 +4887,12 @@ class App:
             block = rewrite.of_response(request, block)
         length = response.body_length(request.method)
         exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
-                         and not exchange.length        # or a body may lie there unread
+                         and not exchange.length        # else some of it may lie there unread
                          and not logs_in(request, response))
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
-            self.observer.hint('length unknown: the app ends this answer by closing, and TLS '
+            self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
-        taps: List[Tap] = []
+        taps: list[Tap] = []
         for ask in self.taps:
             tap = ask(exchange, response)
             if tap is not None:
@@ -4897,9 +4908,9 @@ class App:
 # inside, and not who watches.
 # ------------------------------------------------------------------------------------------------
 
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts; each is shortened by chance
-BACKOFF_SOON, SOON = 2.0, 60.0  # at most, for so long after a loss: a restart is over soon
-SETTLED = 1.0                   # a connection that lasted so long resets the backoff
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts, each shortened at random
+BACKOFF_SOON, SOON = 2.0, 60.0  # at most, and for how long after a loss: restarts are quick
+SETTLED = 1.0                   # a connection that lasted this long resets the backoff
 
 
 class Backoff:
@@ -4936,17 +4947,17 @@ class Backoff:
         return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
-async def dial_server(reactor: Reactor, address: ServerAddress, tls: Optional[ssl.SSLContext],
+async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLContext | None,
                       pin: str, timeout: float) -> Connection:
     """A connection to the server at ADDRESS; TLS checks its certificate, and so does PIN, a SHA256.
 
     Raises Refused.
     """
     async def dial(host: str) -> Connection:
-        where: Dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
+        where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
                                  else {'host': host, 'port': address.port})
-        _, connection = await reactor.loop.create_connection(
-            lambda: Connection(reactor), ssl=tls, server_hostname=address.site if tls else None,
+        _, connection = await runtime.loop.create_connection(
+            lambda: Connection(runtime), ssl=tls, server_hostname=address.site if tls else None,
             **where)
         return connection
     connection = await first_to_answer(addresses(address.site), timeout, dial)
@@ -4954,34 +4965,34 @@ async def dial_server(reactor: Reactor, address: ServerAddress, tls: Optional[ss
         shown = digest_of(
             connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
         if not hmac.compare_digest(shown, pin):
-            connection.cut_off()
-            raise Refused(495, 'pin', f'{address} shows another certificate than that of '
-                          f'--pin: its SHA256 is {shown}', final=True)
+            connection.abort()
+            raise Refused(495, 'pin', f'the certificate of {address} does not match '
+                          f'--pin; its SHA256 is {shown}', final=True)
     return connection
 
 
 class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
-    def __init__(self, reactor: Reactor, address: ServerAddress, label: str, key: bytes,
+    def __init__(self, runtime: Runtime, address: ServerAddress, label: str, key: bytes,
                  dial: Callable[[float], Awaitable[Connection]],
                  serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver, *,
-                 token: str = '', once: bool = False, trace: Optional[Trace] = None,
+                 token: str = '', once: bool = False, trace: Trace | None = None,
                  **wish: Any) -> None:
-        """DIAL connects to the server at ADDRESS within so many seconds; SERVE has each stream.
+        """DIAL connects to the server at ADDRESS within SECONDS; SERVE has each stream.
 
         The name comes from KEY and LABEL, see Target; WISH is what the server is asked for beside
         it, see Hello.
         """
-        self.reactor, self.address = reactor, address
+        self.runtime, self.address = runtime, address
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
-        self.once = once            # end with an error where the connection fails?
+        self.once = once            # True: end with an error if the connection fails
         self._dial, self._observer, self._token = dial, observer, token
-        self._begin = functools.partial(Session, reactor, Budget(2 * SESSION_BUDGET),
-                                        Crew(reactor, serve).give, trace)
-        self._sessions: Dict[Session, None] = {}    # the current one last; the others drain
-        self._session: Optional[Session] = None     # the current one, which may be without a
+        self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
+                                        Workers(runtime, serve).start, trace)
+        self._sessions: dict[Session, None] = {}    # the current one last; the others drain
+        self._session: Session | None = None     # the current one, which may be without a
         self._session_id = ''                       # connection; by what the server knows it
         self._changed = asyncio.Event()             # something became of it
         wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
@@ -4995,23 +5006,23 @@ class Client:
 
     async def run(self) -> None:
         """Keep the tunnel up, or give its name back.  Raises Refused, with `once` what broke it."""
-        backoff = Backoff(self.reactor.now())
+        backoff = Backoff(self.runtime.now())
         while True:
             why = await self._attempt(backoff)
             if why is None:
                 return
             if self.once:
                 raise LocaltunnelError(why)
-            delay = backoff.failed(self.reactor.now())
+            delay = backoff.failed(self.runtime.now())
             self._observer.lost(why, delay)
             await asyncio.sleep(delay)
 
-    async def _attempt(self, backoff: Backoff) -> Optional[str]:
+    async def _attempt(self, backoff: Backoff) -> str | None:
         """One connection, until another one is needed: why.  None where nothing is to be served."""
         try:
-            if not await self._connect(backoff.patience(self.reactor.now())):
+            if not await self._connect(backoff.patience(self.runtime.now())):
                 return None
-            backoff.connected(self.reactor.now())
+            backoff.connected(self.runtime.now())
             return await self._until_lost()
         except Refused as e:
             ahead = e.code == 'superseded' and not self.url     # a clock is: this one is new
@@ -5022,7 +5033,7 @@ class Client:
             return explain(e, str(self.address))
 
     async def _until_lost(self) -> str:
-        """Wait until a new connection is needed: why it is.  Raises Refused at a final goodbye."""
+        """Wait until a new connection is needed; return why.  Raises Refused at a final goodbye."""
         session = self._session
         assert session is not None
         while session.connection is not None and session.goaway is None and session.error is None:
@@ -5046,12 +5057,12 @@ class Client:
         False where nothing is to be served: the name was given back.
         """
         connection = await self._dial(timeout)
-        overdue = self.reactor.loop.call_later(         # it may say something now and then
-            timeout, connection.fail, Overdue('the welcome did not come in time'))
+        overdue = self.runtime.loop.call_later(         # it may say something now and then
+            timeout, connection.set_exception, Overdue('the welcome did not come in time'))
         try:
             welcome = await self._ask(connection, timeout)
         except BaseException:
-            connection.cut_off()
+            connection.abort()
             raise
         finally:
             overdue.cancel()
@@ -5063,7 +5074,7 @@ class Client:
         if (session is None or welcome.get('resume') is None or not isinstance(count, int)
                 or not session.can_resume(count)):
             if session is not None:
-                session.end(Disconnected('the server does not know this session any more'))
+                session.end(Disconnected('the server no longer knows this session'))
             session, count = self._new_session(), 0
         session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
@@ -5075,8 +5086,8 @@ class Client:
             self._observer.ready(self.url)
         return True
 
-    async def _ask(self, connection: Connection, timeout: float) -> Dict[str, Any]:
-        """Ask for the tunnel; the server's welcome.  Raises Refused."""
+    async def _ask(self, connection: Connection, timeout: float) -> dict[str, Any]:
+        """Ask for the tunnel; return the server's welcome.  Raises Refused."""
         self._hello['attempt'] += 1
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self._session is not None and self._session.error is None:
@@ -5092,8 +5103,8 @@ class Client:
         try:
             response = await read_final(connection, None, timeout)
         except (BadHttp, Incomplete) as e:
-            raise Disconnected(not_http(connection.peek(), str(self.address)) or
-                               f'{self.address} is no localtunnel server: {e}') from e
+            why = f'{self.address} does not look like a localtunnel server: {e}'
+            raise Disconnected(not_http(connection.peek(), str(self.address)) or why) from e
         if response.status != 101:
             refused = await self._refused(connection, response)
             if refused.code != 'released':
@@ -5104,13 +5115,13 @@ class Client:
         except (ValueError, RecursionError):
             welcome = None
         if not isinstance(welcome, dict) or not welcome.get('url'):
-            raise Disconnected(f'{self.address} is no localtunnel server: it sent no welcome')
+            raise Disconnected(f'{self.address} is not a localtunnel server: it sent no welcome')
         return welcome
 
     async def _refused(self, connection: Connection, response: Response) -> Refused:
         """What a server says that opens no session.  Raises Refused where it is not one of ours."""
         try:
-            connection.idle = HANDSHAKE_TIMEOUT
+            connection.timeout = HANDSHAKE_TIMEOUT
             body = body_reader(connection, response.body_length(b'GET'))
             said = json.loads(await read_whole(body, MAX_HEAD))
             if said['error'] == 'released' and not self._hello['release']:
@@ -5119,17 +5130,17 @@ class Client:
                            printable(str(said['message'])[:MAX_TEXT]), bool(said.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
             if 300 <= response.status < 400 and self.address.scheme == 'http':
-                raise Refused(response.status, 'no_upgrade', f'{self.address} sends to another '
-                              f'place; try --server https://{self.address.site}') from None
+                raise Refused(response.status, 'no_upgrade', f'{self.address} redirects; try '
+                              f'--server https://{self.address.site}') from None
             raise Refused(
                 response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
-                'of opening a session: is it a localtunnel server? A proxy in front must pass '
-                'Upgrade on (Cloudflare and Envoy do not by default; set the name to DNS only, '
-                f'or allow the upgrade "{PROTOCOL}")') from None
+                'of opening a session: is it a localtunnel server? If a proxy stands in front, it '
+                "must forward Upgrade. Cloudflare and Envoy don't by default: set the DNS record "
+                f'to "DNS only", or allow the upgrade "{PROTOCOL}"') from None
 
     def _new_session(self) -> Session:
         for old in tuple(self._sessions)[:-MAX_DRAINING]:
-            old.end(Disconnected('too many sessions were to drain'))
+            old.end(Disconnected('too many sessions were draining'))
         session = self._begin()
 
         def changed() -> None:
@@ -5142,24 +5153,24 @@ class Client:
         return session
 
     async def stop(self) -> None:
-        """Say goodbye, and let what runs come to its end."""
+        """Say goodbye, and let open exchanges finish."""
         running = sum(len(session.streams) for session in self._sessions)
         if running:
-            self._observer.note(f'ending when {running} open exchanges have; Ctrl-C ends at once')
+            self._observer.note(f'finishing open requests ({running}); Ctrl-C again stops now')
         for session in tuple(self._sessions):
-            session.leave(DRAINING, 'the client ends')
+            session.leave(DRAINING, 'the client is stopping')
         await self._finish(set(self._sessions))
 
-    async def _finish(self, sessions: Set[Session]) -> None:
-        began = now = self.reactor.now()
+    async def _finish(self, sessions: set[Session]) -> None:
+        began = now = self.runtime.now()
         while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
             for stream in [stream for s in sessions for stream in s.streams.values()]:
-                if stream.idle == NEVER and now > began + LINGER:
-                    stream.reset(CANCELLED, 'the client ends')      # a WebSocket does not end
+                if stream.timeout == NEVER and now > began + LINGER:
+                    stream.reset(CANCELLED, 'the client is stopping')      # or a WebSocket stays
             await asyncio.sleep(DRAIN_LOOK)
-            now = self.reactor.now()
+            now = self.runtime.now()
         for session in sessions:
-            session.end(Disconnected('the client ended'))
+            session.end(Disconnected('the client has stopped'))
 
 
 # ================================================================================================
@@ -5185,7 +5196,7 @@ Add = Callable[..., Any]        # argparse's add_argument
 def count(text: str, most: int = 10 ** 9 - 1) -> int:
     """A whole number that is not negative."""
     if not re.fullmatch('[0-9]{1,9}', text) or int(text) > most:
-        raise argparse.ArgumentTypeError(f'{text!r} is no whole number from 0 to {most}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a whole number from 0 to {most}')
     return int(text)
 
 
@@ -5195,16 +5206,16 @@ port_number = functools.partial(count, most=65535)
 def number(text: str) -> float:
     """A number that is not negative."""
     if not re.fullmatch('[0-9]{1,9}([.][0-9]+)?', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is no number that can be used here')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of zero or more')
     return float(text)
 
 
-def network(text: str) -> Union[ipaddress.IPv4Network, ipaddress.IPv6Network]:
+def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """An address, or a network as ADDRESS/BITS."""
     return ipaddress.ip_network(text, strict=False)
 
 
-def place(text: str) -> Tuple[str, int]:
+def place(text: str) -> tuple[str, int]:
     """[HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
     return host.strip('[]') or '127.0.0.1', port_number(port)
@@ -5223,7 +5234,7 @@ class Annex:
     def server_options(self, add: Add) -> None:
         """Options of `server`."""
 
-    def target(self, args: Args) -> Optional[Target]:
+    def target(self, args: Args) -> Target | None:
         """What the tunnel leads to, where this annex knows what ARGS mean."""
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
@@ -5234,7 +5245,7 @@ class Annex:
 
     async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  To return ends it: another process serves now."""
-        await server.reactor.loop.create_future()
+        await server.runtime.loop.create_future()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5256,9 +5267,9 @@ class TcpPorts(Kind):
         self._server, self._host, self._ports = server, host, ports
         self._inherited = {port: server.doors.take(host, port)      # until their clients are back
                            for port in tuple(server.doors.inherited) if port in ports}
-        self._at: Dict[int, Tunnel] = {}        # who has which port
-        self._bound: Dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
-        self._doors: Dict[Tunnel, List[asyncio.AbstractServer]] = {}
+        self._at: dict[int, Tunnel] = {}        # who has which port
+        self._bound: dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
+        self._doors: dict[Tunnel, list[asyncio.AbstractServer]] = {}
         server.admission.kinds['tcp'] = self
         server.tunnels.on_forget = self._close
 
@@ -5280,15 +5291,16 @@ class TcpPorts(Kind):
             door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
             self._doors.setdefault(tunnel, []).extend([door] if door else [])
 
-    def _allowed(self, asked: Candidate) -> List[int]:
+    def _allowed(self, asked: Candidate) -> list[int]:
         return [port for port in self._ports if port in asked.grant.ports]
 
     def check(self, asked: Candidate) -> None:
         allowed = self._allowed(asked)
         port = port_of(asked.tunnel) if asked.tunnel.url else asked.hello.port
         if not allowed or (port and port not in allowed):
-            raise Refused(403, 'bad_port', 'the server gives you no such port for raw TCP; there '
-                          'are ' + (f'{allowed[0]} to {allowed[-1]}' if allowed else 'none'))
+            raise Refused(403, 'bad_port', 'for raw TCP this server offers you ' + (
+                f'ports {allowed[0]} to {allowed[-1]}; choose one of them' if allowed else
+                'no ports'))
 
     async def place(self, asked: Candidate) -> None:
         """Bind the port asked for, the old one, or a free one."""
@@ -5315,8 +5327,8 @@ class TcpPorts(Kind):
             self._bound[asked.tunnel] = sockets
             server.visitors.listening += len(sockets)
             return
-        raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another one'
-                      if hello.port else 'no port for raw TCP is free on this server')
+        raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another port'
+                      if hello.port else 'no port for raw TCP is free here; try again later')
 
     def _candidates(self, asked: Candidate, owner: str) -> Iterable[int]:
         """Ports to try: the old one, or one that is free, at last one whose client is away."""
@@ -5344,23 +5356,24 @@ class TcpPorts(Kind):
     async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor."""
         server, stream = self._server, None
-        visit, began = server.visitors.enter(connection), server.reactor.now()
+        visitor, began = server.visitors.enter(connection), server.runtime.now()
         try:
-            if visit.refusal:
-                raise visit.refusal.again()
-            stream, _ = (server.tunnels.open_stream(tunnel.key, visit)
-                         or await server.tunnels.wait_for_stream(tunnel.key, visit))
-            visit.begin(stream)
-            await stream.write(visit.address.encode())
+            if visitor.refusal:
+                raise visitor.refusal.again()
+            stream, _ = (server.tunnels.open_stream(tunnel.key, visitor)
+                         or await server.tunnels.wait_for_stream(tunnel.key, visitor))
+            visitor.begin(stream)
+            await stream.write(visitor.address.encode())
             await join(connection, stream)
         except (LocaltunnelError, OSError) as e:
             connection.reset(CANCELLED, str(e))
         finally:
-            server.visitors.leave(visit)
+            server.visitors.leave(visitor)
             connection.close()
             if stream:
                 stream.close()
-            server.log.note(f'{visit.address} TCP {tunnel.url} {server.reactor.now() - began:.1f}s')
+            server.log.note(f'{visitor.address} TCP {tunnel.url} '
+                            f'{server.runtime.now() - began:.1f}s')
 
 
 class RawTcp(Annex):
@@ -5368,19 +5381,20 @@ class RawTcp(Annex):
     title = 'raw TCP'
 
     def client_options(self, add: Add) -> None:
-        add('--tcp', action='store_true', help='raw TCP instead of HTTP')
-        add('--tcp-port', type=port_number, metavar='PORT', help='raw TCP on this public port')
+        add('--tcp', action='store_true', help='carry raw TCP instead of HTTP')
+        add('--tcp-port', type=port_number, metavar='PORT',
+            help='carry raw TCP, on this public port')
 
     def server_options(self, add: Add) -> None:
         add('--tcp-ports', type=port_range, default=range(0), metavar='A-B',
             help='for raw TCP (none)')
 
-    def target(self, args: Args) -> Optional[Target]:
+    def target(self, args: Args) -> Target | None:
         text = args.target
         if not args.tcp and args.tcp_port is None:
             return None
         if '/' in text or text == 'echo' or text.startswith('unix:'):
-            raise UsageError(f'{text!r} is no target for raw TCP: give PORT or HOST:PORT')
+            raise UsageError(f'raw TCP leads to PORT or HOST:PORT, not to {text!r}')
         if args.name or args.auth:
             raise UsageError('--name and --auth are for HTTP, not for --tcp')
         place = parse_target(text)
@@ -5395,12 +5409,12 @@ class RawTcp(Annex):
     @staticmethod
     async def serve(app: App, stream: Stream) -> None:
         """Serve one stream of raw bytes, which opens with the visitor's address."""
-        visitor = printable(stream.take(MAX_PAYLOAD).decode('latin-1'))
+        visitor = printable(stream.read_nowait(MAX_PAYLOAD).decode('latin-1'))
         app.exchanges += 1
-        record = Record(app.exchanges, app.reactor.now(), 'TCP', visitor)
+        record = Record(app.exchanges, app.runtime.now(), 'TCP', visitor)
         try:
             upstream = await app.connect()
-            stream.on_gone = upstream.cut_off
+            stream.on_lost = upstream.abort
             record.status = 200
             await join(upstream, stream)
             upstream.close()
@@ -5409,7 +5423,7 @@ class RawTcp(Annex):
             stream.reset(FAILED, record.why)
         finally:
             stream.close()
-            app.observer.exchange(record, app.reactor.now() - record.began)
+            app.observer.exchange(record, app.runtime.now() - record.began)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5430,7 +5444,7 @@ CONTENT_TYPES = dict(word.split('=') for word in """.html=text/html .htm=text/ht
 _RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 
 
-def open_inside(root: str, path: str) -> Optional[BinaryIO]:
+def open_inside(root: str, path: str) -> BinaryIO | None:
     """The regular file PATH, where what was opened lies in ROOT and no part of it has a dot first.
 
     None for anything else; to open a FIFO must not wait for who writes to it.
@@ -5460,7 +5474,7 @@ def precondition(fields: Any, etag: str, modified: float) -> int:
         return NEVER if name == 'If-Unmodified-Since' else -NEVER       # no date
 
     def named(name: str) -> bool:
-        """Does the field NAME list this file?  If-Match takes no weak tags (RFC 9110 13.1.1)."""
+        """True if the field NAME lists this file; If-Match takes no weak tags (RFC 9110 13.1.1)."""
         tags = {tag.strip() for tag in fields[name].split(',')}
         return bool(tags & ({etag, '*'} if name == 'If-Match' else {etag, f'W/{etag}', '*'}))
     if (not named('If-Match') if 'If-Match' in fields else
@@ -5471,7 +5485,7 @@ def precondition(fields: Any, etag: str, modified: float) -> int:
     return 304 if modified <= since('If-Modified-Since') else 200
 
 
-def part_of(fields: Any, size: int, validators: Sequence[str]) -> Optional[Tuple[int, int]]:
+def part_of(fields: Any, size: int, validators: Sequence[str]) -> tuple[int, int] | None:
     """(first byte, end) of the one range that is asked for; None: all; nothing: none of it."""
     match = _RANGE.fullmatch(fields.get('Range', ''))
     if not match or fields.get('If-Range', validators[0]) not in validators:
@@ -5486,7 +5500,7 @@ def part_of(fields: Any, size: int, validators: Sequence[str]) -> Optional[Tuple
     return int(first), min(size, int(last) + 1 if last else size)
 
 
-def send_file(handler: Any, f: BinaryIO) -> Optional[BinaryIO]:
+def send_file(handler: Any, f: BinaryIO) -> BinaryIO | None:
     """Send the head for F; what is then to be copied, of which HANDLER has `left` bytes to send."""
     status, fields = os.fstat(f.fileno()), handler.headers
     size, modified = status.st_size, handler.date_time_string(status.st_mtime)
@@ -5537,7 +5551,7 @@ def folder_handler(root: str) -> Any:
         extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **CONTENT_TYPES}
 
         def translate_path(self, path: str) -> str:
-            """The file for PATH, or one that does not exist."""
+            """Return the file for PATH, or one that does not exist."""
             found = super().translate_path(path)
             real = os.path.realpath(found) if '\0' not in found else ''
             inside = real == root or real.startswith(os.path.join(root, ''))
@@ -5584,7 +5598,7 @@ def folder_handler(root: str) -> Any:
             return form + '; charset=utf-8' if form.startswith('text/') else form
 
         def log_message(self, *args: Any) -> None:
-            """The tunnel has a log of its own."""
+            """Log nothing: the tunnel has its own log."""
     return Handler
 
 
@@ -5600,11 +5614,11 @@ def serve_folder(folder: str) -> socket.socket:
     return ours
 
 
-MAX_ECHO = 1 * MIB              # of a request that the target `echo` repeats
+MAX_ECHO = 1 * MIB              # of a request that the target `echo` sends back
 
 
 async def echo(connection: Connection) -> None:
-    """Answers requests with themselves, to see what an app would get."""
+    """Answer requests with themselves, to show what an app would get."""
     try:
         while True:
             head = await read_head(connection, HEAD_TIMEOUT, BODY_IDLE)
@@ -5615,7 +5629,7 @@ async def echo(connection: Connection) -> None:
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
             body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
             if len(body) > MAX_ECHO:
-                text = f'echo repeats no more than {MAX_ECHO} bytes'
+                text = f'echo sends back no more than {MAX_ECHO} bytes'
                 await write_own(connection,
                                 error_message(413, text, request, ['Connection: close']))
                 break
@@ -5624,13 +5638,13 @@ async def echo(connection: Connection) -> None:
                             *(head, body) if request.method != b'HEAD' else ())
         await connection.linger()
     except (LocaltunnelError, OSError):
-        connection.cut_off()
+        connection.abort()
 
 
 class FolderAndEcho(Annex):
     """Their targets, and how to connect to them."""
 
-    def target(self, args: Args) -> Optional[Target]:
+    def target(self, args: Args) -> Target | None:
         text = args.target
         if text == 'echo':
             return Target('echo', text=text)
@@ -5642,23 +5656,23 @@ class FolderAndEcho(Annex):
         return Target('folder', path=text, text=text)
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.dialers['folder'] = functools.partial(self.dial_folder, app.reactor)
-        app.dialers['echo'] = functools.partial(self.dial_echo, app.reactor)
+        app.dialers['folder'] = functools.partial(self.dial_folder, app.runtime)
+        app.dialers['echo'] = functools.partial(self.dial_echo, app.runtime)
 
     @staticmethod
-    async def dial_folder(reactor: Reactor, target: Target) -> Connection:
+    async def dial_folder(runtime: Runtime, target: Target) -> Connection:
         """A connection to what serves the folder TARGET."""
-        _, connection = await reactor.loop.create_connection(
-            lambda: Connection(reactor), sock=serve_folder(target.path))
+        _, connection = await runtime.loop.create_connection(
+            lambda: Connection(runtime), sock=serve_folder(target.path))
         return connection
 
     @staticmethod
-    async def dial_echo(reactor: Reactor, target: Target) -> Connection:
+    async def dial_echo(runtime: Runtime, target: Target) -> Connection:
         """A connection to an echo."""
         ours, theirs = socket.socketpair()
-        _, app = await reactor.loop.create_connection(lambda: Connection(reactor), sock=theirs)
-        reactor.spawn(echo(app))
-        _, connection = await reactor.loop.create_connection(lambda: Connection(reactor), sock=ours)
+        _, app = await runtime.loop.create_connection(lambda: Connection(runtime), sock=theirs)
+        runtime.spawn(echo(app))
+        _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
         return connection
 
 
@@ -5670,7 +5684,7 @@ class FolderAndEcho(Annex):
 # ------------------------------------------------------------------------------------------------
 
 def leads_out(path: bytes) -> bool:
-    """Do dot segments lead PATH above its beginning, in some app's reading?
+    """Return True if dot segments lead PATH above its beginning, in some app's reading.
 
     Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
     """
@@ -5683,22 +5697,22 @@ def leads_out(path: bytes) -> bool:
     return False
 
 
-URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # of an origin, or of a path that is a whole one
+URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # ends an origin, or a whole path
 
 
 def replaced(block: bytes, names: bytes, old: bytes, new: bytes) -> bytes:
-    """BLOCK with NEW for the pattern OLD where a URL begins with it, in the fields of NAMES."""
+    """Return BLOCK with NEW for the pattern OLD where it begins a URL in the fields of NAMES."""
     start = rb'(^(?i:refresh):[^=]*=[ \t"\']*|^[^:]*:[ \t]*|<)'
     return re.sub(rb'(?im)^(?:%b):[^\r]*' % names, lambda line: re.sub(
         start + old, lambda m: m.group(1) + new, line.group()), block)
 
 
 class Addresses(Rewrite):
-    """What app and visitor are told of each other's address (--host-header), and of a base path.
+    """What app and visitor are told about each other's address (--host-header) and a base path.
 
-    With `rewrite` the app believes that it is visited where it listens.  An Origin of somebody else
-    passes untouched: the app's own check against forged requests must stay whole.  Of the base path
-    visitors see nothing: to them what is below it is the whole site.
+    With `rewrite` the app sees its own address instead of the public one.  A foreign Origin passes
+    untouched: the app's own check against forged requests must keep working.  Visitors see nothing
+    of the base path: to them what is below it is the whole site.
     """
 
     def __init__(self, target: Target, value: str) -> None:
@@ -5731,7 +5745,7 @@ class Addresses(Rewrite):
         return block
 
     def _check_destination(self, block: bytes, own: bytes) -> None:
-        """MOVE and COPY must not lead out of the base path either.  Raises HopFailed."""
+        """Let MOVE and COPY not lead out of the base path either.  Raises HopFailed."""
         for url in re.findall(rb'(?im)^destination:[ \t]*([^\r]*)', block):
             inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
                               url)
@@ -5745,7 +5759,7 @@ class Addresses(Rewrite):
                            block)
             block = replaced(block, rb'access-control-allow-origin', b'(?i:%b)' % own + URL_END,
                              public)
-        if base:        # an app that was told https may say http all the same
+        if base:        # an app that was told https may still say http
             hosts = re.escape(request.host), re.escape(public.partition(b'//')[2])
             own += rb'|(?:https?:)?//(?:%b|%b)' % hosts
             block = re.sub(rb'(?im)^set-cookie:[^\r]*', lambda m: re.sub(
@@ -5760,7 +5774,7 @@ class Addresses(Rewrite):
 
     @staticmethod
     def _public(request: Request) -> bytes:
-        """Where the visitor is, as the server says."""
+        """Return the public origin that the server names."""
         return (request.get(b'x-forwarded-proto') or b'http') + b'://' + (
             request.get(b'x-forwarded-host') or request.host)
 
@@ -5785,7 +5799,7 @@ class Strangers:
         self._app = app
         self._hinted = False
 
-    def tap(self, exchange: Exchange, response: Response) -> Optional[Tap]:
+    def tap(self, exchange: Exchange, response: Response) -> Tap | None:
         """What is to be shown the body of RESPONSE, where that may hold such words."""
         if response.status not in (400, 403) and (
                 response.fields.get(b'content-length') != STRANGER_IN_200 or self._hinted):
@@ -5806,8 +5820,8 @@ class Strangers:
             hint = f'{target} speaks TLS: use https://{target}'
         for words, server in STRANGERS.items():
             if words in text and not hint:
-                hint = (f'{server} does not know the name of this tunnel; start the client with '
-                        '--host-header rewrite, or allow the name in its settings')
+                hint = (f'{server} refused the name of this tunnel; start the client with '
+                        '--host-header rewrite, or allow the name in the settings of your app')
         if hint:
             self._hinted = True
             self._app.observer.hint(hint)
@@ -5844,7 +5858,7 @@ class HostHeader(Annex):
 # ------------------------------------------------------------------------------------------------
 
 def find_proxy(address: ServerAddress) -> str:
-    """The proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, or ''."""
+    """Return the proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, or ''."""
     if is_loopback(address.site) or not any(name.lower().endswith('_proxy') for name in os.environ):
         return ''
     import urllib.request
@@ -5855,7 +5869,7 @@ def find_proxy(address: ServerAddress) -> str:
 
 
 def connect_through(proxy: str, host: str, port: int) -> socket.socket:
-    """A socket to HOST and PORT through an HTTP PROXY (CONNECT).  Blocks; LocaltunnelError."""
+    """Return a socket to HOST:PORT by way of PROXY (CONNECT).  Blocks.  LocaltunnelError."""
     import http.client
     try:
         parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
@@ -5863,7 +5877,7 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
         if parts.scheme != 'http' or not parts.hostname:
             raise ValueError
     except ValueError:
-        raise LocaltunnelError('the proxy that HTTPS_PROXY or ALL_PROXY names can not be used; '
+        raise LocaltunnelError("can't use the proxy of HTTPS_PROXY or ALL_PROXY; "
                                'it must be http://HOST:PORT') from None
     where = f'{bracketed(host)}:{port}'
     headers = {'Host': where}
@@ -5871,7 +5885,7 @@ def connect_through(proxy: str, host: str, port: int) -> socket.socket:
         user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
         headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(
             user.encode(errors='surrogateescape')).decode()
-    no_way = f'the proxy {parts.hostname} gives no way to {where}: '
+    no_way = f'the proxy {parts.hostname} did not connect to {where}: '
     connection = http.client.HTTPConnection(parts.hostname, proxy_port, timeout=CONNECT_TIMEOUT)
     with contextlib.closing(connection), contextlib.ExitStack() as failed:
         try:
@@ -5898,7 +5912,7 @@ class OutgoingProxy(Annex):
         proxy = find_proxy(address)
 
         def route(host: str, port: int) -> Awaitable[socket.socket]:
-            return app.reactor.loop.run_in_executor(None, connect_through, proxy, host, port)
+            return app.runtime.loop.run_in_executor(None, connect_through, proxy, host, port)
         if proxy:
             address.route = route
 
@@ -5933,14 +5947,14 @@ class Certificate(Tls):
         try:
             context.load_cert_chain(*self._files)
         except (OSError, ssl.SSLError) as e:
-            raise UsageError(f'the certificate {self._files[0]} with the key {self._files[1]} can '
-                             f'not be used: {e}') from e
+            raise UsageError(f"can't use the certificate {self._files[0]} with the key "
+                             f'{self._files[1]}: {e}') from e
         return context
 
     def changed(self) -> bool:
         return stamp_of(*self._files) not in ([], self._seen)
 
-    def reload(self) -> Optional[str]:
+    def reload(self) -> str | None:
         self._seen = stamp_of(*self._files)
         try:
             self._current = self._load()
@@ -5952,8 +5966,8 @@ class Certificate(Tls):
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
 
 
-def self_signed(folder: str, domain: str) -> Optional[Tuple[str, str, str]]:
-    """(certificate, key, SHA256) for sessions, made by openssl in FOLDER; None without it."""
+def self_signed(folder: str, domain: str) -> tuple[str, str, str] | None:
+    """Return (certificate, key, SHA256) for sessions, from openssl in FOLDER; None without it."""
     import subprocess
     import tempfile
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
@@ -5985,8 +5999,8 @@ class Certificates(Annex):
 
     def server_options(self, add: Add) -> None:
         add('--tls-port', type=port_number, default=443, metavar='PORT', help='(%(default)s)')
-        add('--cert', metavar='FILE', help='certificate with its chain, for https')
-        add('--key', metavar='FILE', help='its private key')
+        add('--cert', metavar='FILE', help='certificate for https, with its chain')
+        add('--key', metavar='FILE', help='private key of the certificate')
 
     async def at_server(self, args: Args, server: Server) -> None:
         if bool(args.cert) != bool(args.key):
@@ -6006,7 +6020,7 @@ class Certificates(Annex):
         except LocaltunnelError:
             if not pin:
                 raise
-            return              # it was only a kindness
+            return              # it was only a courtesy
         server.tls = Certificate(cert, key, sockets[0].getsockname()[1], pin)
         for sock in sockets:
             await server.listen(sock, tls=True)
@@ -6023,18 +6037,18 @@ READY_VARIABLE = 'LOCALTUNNEL_READY_FD'
 
 
 def notify_systemd(log: Observer, text: str) -> None:
-    """Tell systemd, where it asked to be told (Type=notify)."""
+    """Send TEXT to systemd, if it asked to be told (Type=notify)."""
     path = os.environ.get('NOTIFY_SOCKET')
     if path:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
                 sock.sendto(text.encode(), '\0' + path[1:] if path[0] == '@' else path)
         except OSError as e:
-            log.note(f'warning: NOTIFY_SOCKET can not be written: {e.strerror}')
+            log.note(f"warning: can't write to NOTIFY_SOCKET: {e.strerror}")
 
 
 def say_ready(log: Observer) -> None:
-    """Tell whoever started this server that it serves."""
+    """Tell a predecessor, or systemd, that this server serves."""
     descriptor = os.environ.pop(READY_VARIABLE, '')
     if descriptor:
         os.write(int(descriptor), b'1')
@@ -6046,10 +6060,10 @@ def say_ready(log: Observer) -> None:
 SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
 
 
-async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
+async def start_successor(runtime: Runtime, sockets: Sockets, lock: int) -> int:
     """Start this program again with SOCKETS, and LOCK; its process id once it serves, else 0."""
     if not own_path():
-        return 0        # it came through a pipe, and can't be started again
+        return 0        # it came through a pipe and can't be started again
     import fcntl
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
@@ -6057,8 +6071,8 @@ async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
     with ours:
         with theirs:
             passed = [*(sock.fileno() for sock in sockets), lock, theirs.fileno()]
-            keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they are
-                    for fd in passed]                       # to be: none is overwritten before
+            keep = [fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, ready + 1)       # above where they go,
+                    for fd in passed]                       # so that none is overwritten
         try:
             child = os.posix_spawn(
                 sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
@@ -6073,7 +6087,7 @@ async def start_successor(reactor: Reactor, sockets: Sockets, lock: int) -> int:
                 os.close(fd)
         said = b''
         try:
-            said = await asyncio.wait_for(reactor.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT)
+            said = await asyncio.wait_for(runtime.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT)
         except asyncio.TimeoutError:
             pass
         finally:
@@ -6090,24 +6104,24 @@ class HandOver(Annex):
         """Wait until a successor is asked for, and serves."""
         asked, log = asyncio.Event(), server.log
         if hasattr(signal, 'SIGUSR2'):
-            server.reactor.loop.add_signal_handler(signal.SIGUSR2, asked.set)
+            server.runtime.loop.add_signal_handler(signal.SIGUSR2, asked.set)
         say_ready(log)          # only now: a signal without its handler would end this process
         while True:
             await asked.wait()
             asked.clear()
             if os.getpid() == 1:
-                log.note('error: process 1 of a container can not hand over; restart the container')
+                log.note("error: as process 1 this server can't hand over; restart the container")
                 continue
             log.note('handing over to a successor')
             await server.tunnels.settle()
             await server.admission.close()
-            child = await start_successor(server.reactor, server.doors.sockets(), args.lock)
+            child = await start_successor(server.runtime, server.doors.sockets(), args.lock)
             if child:
                 log.note(f'process {child} serves from now on')
                 return notify_systemd(log, f'MAINPID={child}\nREADY=1')
             server.admission.closed = False
             sign_lock(args.lock)
-            log.note('error: the successor did not start; this server goes on')
+            log.note('error: the successor did not start; this server carries on')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6117,7 +6131,7 @@ class HandOver(Annex):
 # ------------------------------------------------------------------------------------------------
 
 def resident_memory() -> int:
-    """Bytes of memory that this process holds; 0 where the system does not tell."""
+    """Return the bytes of memory that this process holds; 0 if the system does not say."""
     try:
         with open('/proc/self/statm', encoding='ascii') as f:
             return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
@@ -6141,18 +6155,18 @@ class OperatorPage:
         except (BadHttp, HopFailed, Refused) as e:
             answer = error_message(e.status, str(e), request, close)
         except (LocaltunnelError, OSError):
-            return connection.close()       # it went away
+            return connection.close()       # the operator went away
         connection.transport.write(answer)
         await connection.linger()
 
-    async def _page(self, request: Request) -> Tuple[str, str]:
+    async def _page(self, request: Request) -> tuple[str, str]:
         """(content type, text) for REQUEST.  Raises HopFailed and Refused."""
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
         if request.host_name != 'localhost' and not is_address(request.host_name):
-            raise HopFailed(403, 'use the address or localhost')        # DNS rebinding
+            raise HopFailed(403, 'open it by IP address or as localhost')        # DNS rebinding
         if path == '/healthz' and server.draining:
-            raise HopFailed(503, 'the server ends')
+            raise HopFailed(503, 'the server is shutting down')
         if path == '/healthz' and reads:
             return 'text/plain', 'ok\n'
         if path == '/metrics' and reads:
@@ -6160,13 +6174,13 @@ class OperatorPage:
         if path == '/tunnels' and reads:
             return 'application/json', json.dumps(self.tunnels()) + '\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
-            raise HopFailed(404, 'there are /healthz, /metrics, /tunnels and DELETE /tunnels/NAME')
+            raise HopFailed(404, 'try /healthz, /metrics, /tunnels or DELETE /tunnels/NAME')
         if not await server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
                                           'the operator of the server ended this tunnel'):
             raise HopFailed(404, 'there is no such tunnel')
         return 'text/plain', 'ended\n'
 
-    def tunnels(self) -> List[Dict[str, Any]]:
+    def tunnels(self) -> list[dict[str, Any]]:
         """What is served."""
         tunnels = self._server.tunnels
         return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': tunnels.waiting(t),
@@ -6177,7 +6191,7 @@ class OperatorPage:
                      for m in t.members]} for t in tunnels]
 
     def metrics(self) -> str:
-        """In Prometheus' text format."""
+        """Return counters and gauges in Prometheus' text format."""
         server, tunnels = self._server, self._server.tunnels
         sessions = [m.session for m in tunnels.members()]
         bytes_in = tunnels.received + sum(s.decoder.received for s in sessions)
@@ -6186,7 +6200,7 @@ class OperatorPage:
                   'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
                   'visitors': len(server.visitors), 'held_requests': tunnels.held,
                   'window_bytes': server.admission.budget.used,
-                  'event_loop_lag_seconds': round(server.reactor.lag, 6),
+                  'event_loop_lag_seconds': round(server.runtime.lag, 6),
                   'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
                  for name, value in gauges.items()]
@@ -6205,7 +6219,8 @@ class Operator(Annex):
     title = "the operator's page"
 
     def server_options(self, add: Add) -> None:
-        add('--admin', type=place, metavar='[HOST:]PORT', help='/metrics, /tunnels, /healthz (off)')
+        add('--admin', type=place, metavar='[HOST:]PORT',
+            help='serve /metrics, /tunnels and /healthz here (off)')
 
     async def at_server(self, args: Args, server: Server) -> None:
         for sock in server.doors.bind(*args.admin) if args.admin else ():
@@ -6219,25 +6234,25 @@ class Operator(Annex):
 # ------------------------------------------------------------------------------------------------
 
 LANDING = """
-<p>This server gives the program on your machine's port 8000 a public URL:</p>
+<p>Give the program on port 8000 of your machine a public URL:</p>
 <pre>curl -fsSLO {address}/localtunnel.py
 python3 localtunnel.py client 8000</pre>
-<p>On Windows: <code>curl.exe</code> and <code>py</code>. Or without keeping the file:</p>
+<p>On Windows, type <code>curl.exe</code> and <code>py</code>. To run it without a file:</p>
 <pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
 """
 
 
-def landing_page(address: str) -> Tuple[str, Sequence[bytes]]:
+def landing_page(address: str) -> tuple[str, Sequence[bytes]]:
     """The page on the bare domain."""
     text = LANDING.format(address=html.escape(address))
     return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
 
 
 @functools.lru_cache(maxsize=None)
-def own_source() -> List[bytes]:
-    """This file: what stands before and after the stamp.
+def own_source() -> list[bytes]:
+    """Return this file: what stands before and after the stamp.
 
-    Raises where it was read from a pipe, which can't be read again.
+    Raises if it was read from a pipe, which can't be read again.
     """
     if own_path():
         with open(own_path(), 'rb') as f:
@@ -6248,7 +6263,7 @@ def own_source() -> List[bytes]:
     return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
 
 
-def script_page(address: str) -> Tuple[str, Sequence[bytes]]:
+def script_page(address: str) -> tuple[str, Sequence[bytes]]:
     """This file, with the server's ADDRESS written into it.  Raises HopFailed.
 
     The large pieces are the same for all: visitors choose what address they see.
@@ -6279,24 +6294,25 @@ class LandingPage(Annex):
 #
 # What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
 #
-# A terminal gets colour and a line for each exchange.  Where stdout is no terminal its first line
-# is the URL alone, and everything else goes to stderr; with --json it has one object a line.
+# A terminal gets colour and a line for each exchange.  If stdout is not a terminal, its first line
+# is just the URL, and everything else goes to stderr; with --json it has one object a line.
 # ------------------------------------------------------------------------------------------------
 
 def dropped_lines(count: int) -> str:
-    """What stands where COUNT lines are missing."""
+    """Return what stands where COUNT lines are missing."""
     return f'... {count} lines dropped: the reader of this log is too slow'
 
 
 class Writer:
-    """Writes in a thread of its own, so that a reader who stalls holds nobody up.
+    """Writes in a thread of its own, so that a reader that stalls holds nothing up.
 
     Once too much is unread, lines are dropped until the reader has caught up, and then counted.
     """
 
     def __init__(self) -> None:
         self.failed = False
-        self._queue: Deque[Tuple[TextIO, Union[str, Callable[[int], str]]]] = collections.deque()
+        self._queue: collections.deque[tuple[TextIO, str | Callable[[int], str]]] = (
+            collections.deque())
         self._unwritten = self._dropped = 0         # characters; lines
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
@@ -6331,18 +6347,18 @@ class Writer:
                 self._changed.notify_all()
 
     def finish(self, timeout: float) -> bool:
-        """Wait until all is written: was it?"""
+        """Wait until all is written; return True if it was."""
         with self._changed:
             return self._changed.wait_for(lambda: not (self._unwritten or self._dropped),
                                           timeout) and not self.failed
 
 
-WRITERS: Dict[Tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
+WRITERS: dict[tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
 
 
-def put(stream: Optional[TextIO], text: str,
+def put(stream: TextIO | None, text: str,
         dropped: Callable[[int], str] = dropped_lines) -> None:
-    """Write TEXT soon; a reader who went away, or was never there, is no error."""
+    """Write TEXT soon; ignore a reader that went away or was never there."""
     if stream is None:
         return
     with contextlib.suppress(ValueError):       # it was closed
@@ -6351,53 +6367,53 @@ def put(stream: Optional[TextIO], text: str,
         except OSError:
             stream.write(text)      # to memory
             return
-        place = status.st_dev, status.st_ino or stream.fileno()     # Windows numbers no pipes
+        place = status.st_dev, status.st_ino or stream.fileno()     # Windows gives pipes no numbers
         if place not in WRITERS:
             WRITERS[place] = Writer()
         WRITERS[place].put(stream, text, dropped)
 
 
 def finish_writing() -> bool:
-    """Wait for a moment until all has left: did it?"""
+    """Wait a moment until all has left; return True if it has."""
     deadline = time.monotonic() + LAST_LINES
     return all([writer.finish(deadline - time.monotonic()) for writer in WRITERS.values()])
 
 
-def is_terminal(stream: Optional[TextIO]) -> bool:
-    """Does a person look at STREAM?"""
+def is_terminal(stream: TextIO | None) -> bool:
+    """Return True if STREAM is a terminal."""
     return stream is not None and not stream.closed and stream.isatty()
 
 
 def say(text: str) -> None:
-    """A line on stderr."""
+    """Write a line to stderr."""
     put(sys.stderr, text + '\n')
 
 
 @functools.lru_cache(maxsize=1)
 def clock_at(second: int) -> str:
-    """Date and time of SECOND, in Unix seconds: a busy log asks a thousand times a second."""
+    """Return the date and time of SECOND, Unix time: a busy log asks a thousand times a second."""
     return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
 
 
 class Complaints(logging.Handler):
-    """What asyncio has to say; by itself it would wait for the reader."""
+    """Passes on what asyncio has to say; by itself asyncio would wait for the reader."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
 
 
 def clock() -> str:
-    """Date and time, now."""
+    """Return the date and time, now."""
     return clock_at(int(time.time()))
 
 
 def milliseconds(seconds: float) -> str:
-    """SECONDS for people."""
+    """Return SECONDS as people read them."""
     return f'{round(seconds * 1000)}ms' if seconds < 10 else f'{seconds:.1f}s'
 
 
 def in_bytes(size: int) -> str:
-    """SIZE in bytes, for people."""
+    """Return SIZE, in bytes, as people read it."""
     if size < 1000:
         return f'{size}B'
     unit, name = (1e3, 'kB') if size < 1e6 else (1e6, 'MB') if size < 1e9 else (1e9, 'GB')
@@ -6412,7 +6428,7 @@ class Lines:
                  dropped: Callable[[int], str] = dropped_lines) -> None:
         """LATER is called as later(seconds, function); DROPPED says how many lines are missing."""
         self._stream, self._later, self._dropped = stream, later, dropped
-        self._lines: List[str] = []
+        self._lines: list[str] = []
         self._waiting = False       # for the next write; until then lines are kept
         self._clock = ''            # that of what is written next
 
@@ -6423,7 +6439,7 @@ class Lines:
         return self._clock
 
     def add(self, text: str) -> None:
-        """One more line; the first after a silence is written at once."""
+        """Add a line; the first after a silence is written at once."""
         self._lines.append(text)
         if not self._waiting:
             self._write()
@@ -6441,7 +6457,7 @@ class Lines:
         self._lines.clear()
 
     def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """A line for a frame of the protocol (--verbose)."""
+        """Add a line for a frame of the protocol (--verbose)."""
         name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
         self.add(f'{direction} {name} #{stream} {size}')
 
@@ -6455,7 +6471,7 @@ class Terminal(ClientObserver):
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
                  as_json: bool = False, quiet: bool = False,
                  first: Callable[[], None] = lambda: None) -> None:
-        """FIRST is called when the tunnel is there the first time."""
+        """FIRST is called when the tunnel is up for the first time."""
         self._target, self._server, self._public, self._first = target, server, public, first
         self._json, self._quiet = as_json, quiet
         self._tty = is_terminal(sys.stdout)
@@ -6506,8 +6522,8 @@ class Terminal(ClientObserver):
                             f'{shown} {milliseconds(seconds)} {in_bytes(exchange.size)}'
                             + (f' {printable(why)}' if why else ''))
 
-    def _paint(self, code: str, text: str, stream: Optional[TextIO] = None) -> str:
-        """TEXT in colour for STREAM (stdout), where that is a terminal."""
+    def _paint(self, code: str, text: str, stream: TextIO | None = None) -> str:
+        """Return TEXT, in colour if STREAM (stdout) is a terminal."""
         coloured = (stream or sys.stdout) in self._coloured
         return f'\x1b[{code}m{text}\x1b[0m' if coloured else text
 
@@ -6516,7 +6532,7 @@ class Terminal(ClientObserver):
         return json.dumps({'event': 'dropped', 'lines': count})
 
     def _event(self, event: str, **values: Any) -> None:
-        """A line for scripts, if they are who looks."""
+        """Write a line for scripts (--json)."""
         if self._json:
             self._lines.add(json.dumps({'event': event, **values}))
 
@@ -6537,7 +6553,7 @@ class ServerLog(Observer):
                 f'{clock()} {text}')
 
     def exchange(self, exchange: Record, seconds: float) -> None:
-        """A request was answered.  Of its target the query is left out: it may hold secrets."""
+        """Write a line for a request; without the query of its target, which may hold secrets."""
         path, host = exchange.target.partition('?')[0], exchange.host
         if self._json:
             self._lines.add(json.dumps({
@@ -6565,30 +6581,30 @@ def client_options(parser: argparse.ArgumentParser) -> None:
                         help='what visitors reach: 8000, ./FOLDER, ... (see below)')
 
     add = parser.add_argument_group('the server').add_argument
-    add('--server', metavar='URL', help='the relay (LOCALTUNNEL_SERVER); a bare host means https')
-    add('--token', help='for a server that wants one (LOCALTUNNEL_TOKEN)')
-    add('--pin', metavar='SHA256', help='accept exactly this certificate of the server')
-    add('--once', action='store_true', help='end with an error instead of reconnecting')
+    add('--server', metavar='URL', help='server: URL, or HOST for https (LOCALTUNNEL_SERVER)')
+    add('--token', help='token that the server asks for (LOCALTUNNEL_TOKEN)')
+    add('--pin', metavar='SHA256', help='accept only this certificate of the server')
+    add('--once', action='store_true', help='exit with an error instead of reconnecting')
 
     add = parser.add_argument_group('the tunnel').add_argument
-    add('--name', type=str.lower, help='ask for this name; refused is refused')
-    add('--release', action='store_true', help='with --name: give the name back')
-    add('--share', action='store_true', help='several clients of one owner behind one name')
+    add('--name', type=str.lower, help='ask for this name; exit with 3 if it is refused')
+    add('--release', action='store_true', help='with --name: give the name back, and exit')
+    add('--share', action='store_true', help='let several of your clients serve one name')
     add('--auth', action='append', default=[], metavar='USER:PASSWORD',
         help='visitors must log in')
     add('--allow', type=network, action='append', default=[], metavar='CIDR',
-        help='only these visitors')
+        help='only these visitors may come (repeatable)')
 
     add = parser.add_argument_group('the app').add_argument
     add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
-        help='how long the app may take to begin an answer (%(default).0f)')
-    add('--ca', metavar='FILE', help='one more authority for the certificates of server and app')
-    add('--insecure', action='store_true', help='do not check the certificate of an https app')
+        help='wait this long for the app to respond (%(default).0f)')
+    add('--ca', metavar='FILE', help='also trust this authority, for server and app')
+    add('--insecure', action='store_true', help="don't check the certificate of an https app")
 
     add = parser.add_argument_group('output').add_argument
-    add('--json', action='store_true', help='one JSON object a line on stdout')
-    add('--quiet', action='store_true', help='only the URL, and what is wrong')
-    add('--verbose', action='store_true', help='a line for each frame of the protocol')
+    add('--json', action='store_true', help='print one JSON object per line on stdout')
+    add('--quiet', action='store_true', help='print only the URL and errors')
+    add('--verbose', action='store_true', help='print a line for each frame of the protocol')
 
     for annex in ANNEXES:
         annex.client_options(parser.add_argument_group(annex.title).add_argument)
@@ -6597,40 +6613,43 @@ def client_options(parser: argparse.ArgumentParser) -> None:
 def server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('where it listens').add_argument
     add('--domain', default='localhost', type=str.lower,
-        help='tunnels are NAME.DOMAIN (%(default)s)')
-    add('--bind', metavar='ADDRESS', help='listen on this address (all; for localhost: loopback)')
-    add('--port', type=port_number, help='for http (80; for localhost 8080)')
+        help='tunnels appear at NAME.DOMAIN (%(default)s)')
+    add('--bind', metavar='ADDRESS', help='listen on this address (all; loopback for localhost)')
+    add('--port', type=port_number, help='port for http (80; 8080 for localhost)')
     add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
-        help='peers whose X-Forwarded-* are believed: the proxy in front')
+        help='believe X-Forwarded-* of this proxy (repeatable)')
 
     add = parser.add_argument_group('who may open tunnels').add_argument
     add('--token', action='append',
-        help='who has it may open tunnels; repeatable (LOCALTUNNEL_TOKEN)')
+        help='token for clients (repeatable; LOCALTUNNEL_TOKEN)')
     add('--token-file', metavar='FILE',
-        help='one a line: USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]')
-    add('--open', action='store_true', help='everybody may open tunnels')
+        help='file of tokens, one per line (see below)')
+    add('--open', action='store_true', help='let anyone open tunnels')
 
     add = parser.add_argument_group('limits').add_argument
     add('--hold', type=number, default=HELD, metavar='SECONDS',
-        help='how long requests wait for a client that is on its way back (%(default).0f)')
+        help='requests wait this long for a lost client (%(default).0f)')
     add('--drain', type=number, default=DRAIN, metavar='SECONDS',
-        help='how long the end may take (%(default).0f)')
-    add('--rate', type=number, default=0, metavar='N', help='requests a second of a tunnel (any)')
+        help='on shutdown, wait this long for requests (%(default).0f)')
+    add('--rate', type=number, default=0, metavar='N',
+        help='most requests per second and tunnel (no limit)')
     add('--buffer', type=count, default=0, metavar='MIB',
-        help='for all windows together (an eighth of the memory)')
-    add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N', help='(%(default)s)')
+        help='most memory for data in transit (1/8 of the RAM)')
+    add('--max-tunnels', type=count, default=MAX_TUNNELS, metavar='N',
+        help='how many tunnels may be open at once (%(default)s)')
 
     add = parser.add_argument_group('this machine').add_argument
-    add('--state', metavar='DIR', help='where leases and keys are kept')
-    add('--log-format', choices=('text', 'json'), default='text', help='(%(default)s)')
-    add('--verbose', action='store_true', help='a line for each frame of the protocol')
+    add('--state', metavar='DIR', help='folder for leases, keys and the token made here')
+    add('--log-format', choices=('text', 'json'), default='text',
+        help='format of the log (%(default)s)')
+    add('--verbose', action='store_true', help='log a line for each frame of the protocol')
 
     for annex in ANNEXES:
         annex.server_options(parser.add_argument_group(annex.title).add_argument)
 
 
 class Parser(argparse.ArgumentParser):
-    """Its help goes the way of all other output."""
+    """A parser whose help goes the way of all other output."""
 
     def _print_message(self, message: str, file: Any = None) -> None:
         put(file or sys.stderr, message)
@@ -6666,8 +6685,40 @@ examples:
 """
 
 
+EPILOG = """examples:
+  localtunnel.py client 8000                      give http://localhost:8000 a URL
+  localtunnel.py server --domain t.example.com    run your own server
+
+Add --help after client or server for their options."""
+
+CLIENT_EPILOG = TARGET_FORMS + """
+
+examples:
+  localtunnel.py client 8000 --server t.example.com   your app on port 8000
+  localtunnel.py client ./dist --auth ann:secret      a folder, with a password
+  localtunnel.py client 8000 --name shop              under a name you choose
+  localtunnel.py client 22 --tcp                      ssh, on a public port
+
+Every user of this machine can see your options in the list of processes; set
+LOCALTUNNEL_TOKEN to hide the token. LOCALTUNNEL_KEY replaces the key file.
+
+exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused,
+4 token refused, 5 superseded"""
+
+SERVER_EPILOG = """a line of the token file:
+  USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
+
+examples:
+  localtunnel.py server            a trial on this machine
+  localtunnel.py server --domain t.example.com --cert chain.pem --key key.pem
+  localtunnel.py server --domain t.example.com --token-file tokens
+
+signals: SIGHUP reads tokens and certificate again, SIGUSR2 hands over to a new
+process, SIGTERM and SIGINT finish open requests, the second one stops at once"""
+
+
 def make_parser() -> argparse.ArgumentParser:
-    """All that a user can type."""
+    """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
     parser = Parser(prog='localtunnel.py', epilog=HELP, **form,
                     description='Puts a local program on the internet under a friendly URL.')
@@ -6677,7 +6728,7 @@ def make_parser() -> argparse.ArgumentParser:
         'client', help='give a local program a public URL', epilog=CLIENT_HELP,
         usage='%(prog)s TARGET [OPTION ...]', **form))
     server_options(commands.add_parser(
-        'server', help='run the relay', epilog=SERVER_HELP, usage='%(prog)s [OPTION ...]', **form))
+        'server', help='run the server', epilog=SERVER_HELP, usage='%(prog)s [OPTION ...]', **form))
     return parser
 
 
@@ -6690,7 +6741,7 @@ def make_parser() -> argparse.ArgumentParser:
 # What the client keeps: its key, the tokens that servers accepted, and which server was the last.
 
 def load_key(warn: Callable[[str], None]) -> bytes:
-    """The user's key of 32 bytes, from LOCALTUNNEL_KEY or the configuration folder; made if new."""
+    """Return the user's 32-byte key, from LOCALTUNNEL_KEY or the configuration folder, or new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
     if given:
         if not re.fullmatch('[0-9a-fA-F]{64}', given):
@@ -6704,7 +6755,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
         if not os.path.exists(path):
             made = f'{path}.{secrets.token_hex(8)}'
             write_secret(made, make_key())
-            with contextlib.suppress(OSError):  # another process was first, or there are no links
+            with contextlib.suppress(OSError):  # another process was first, or no links here
                 os.link(made, path)
             if os.path.exists(path):
                 os.unlink(made)
@@ -6712,11 +6763,12 @@ def load_key(warn: Callable[[str], None]) -> bytes:
                 os.replace(made, path)
         key = read_secret(path, 'has your names; remove it to get new ones', warn)
     except OSError as e:
-        warn(f'{path} can not be kept ({e.strerror}), so your name lasts for this run only; '
-             'LOCALTUNNEL_KEY gives a key where there is no disk')
+        warn(f"can't keep a key at {path} ({e.strerror}), so your name lasts only for this run; "
+             'where there is no disk, set LOCALTUNNEL_KEY')
         return make_key()
     if len(key) != 32:
-        raise UsageError(f'{path} is damaged: it must hold 32 bytes. Remove it to get new names')
+        raise UsageError(f'{path} is damaged (a key is 32 bytes); restore it, or delete it to '
+                         'start over with new names')
     return key
 
 
@@ -6726,8 +6778,8 @@ def warn_once(text: str) -> None:
     say(f'warning: {text}')
 
 
-def kept_tokens() -> Dict[str, Any]:
-    """{"last": address, "tokens": {address: token}}"""
+def kept_tokens() -> dict[str, Any]:
+    """Return {"last": address, "tokens": {address: token}}."""
     path = config_path('tokens.json')
     try:
         kept = json.loads(read_secret(path, 'has your tokens; ask for new ones', warn_once))
@@ -6753,20 +6805,20 @@ def keep_token(address: str, token: str) -> None:
         try:
             write_secret(path, json.dumps(kept, indent=1).encode())
         except OSError as e:
-            say(f'warning: {path} can not be kept: {e.strerror}')
+            say(f"warning: can't write {path}: {e.strerror}")
 
 
-def known_server(given: Optional[str]) -> Optional[ServerAddress]:
-    """The server to use: GIVEN, of the environment, stamped into this file, the last one; None."""
+def known_server(given: str | None) -> ServerAddress | None:
+    """Return the server: GIVEN, else the environment's, the stamped one, the last one; or None."""
     if given == '':
-        raise UsageError('the server is an empty text; it takes a URL')
+        raise UsageError('the server is empty; give a URL')
     known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
              or kept_tokens()['last'])
     return ServerAddress(known) if known else None
 
 
-def known_token(given: Optional[str], address: ServerAddress) -> str:
-    """The token for the server at ADDRESS, or ''.  Raises UsageError."""
+def known_token(given: str | None, address: ServerAddress) -> str:
+    """Return the token for the server at ADDRESS, or ''.  Raises UsageError."""
     token, meant = os.environ.get('LOCALTUNNEL_TOKEN'), os.environ.get('LOCALTUNNEL_SERVER')
     if token and not given and not is_loopback(address.site) and (
             meant or address.scheme == 'http') and not (
@@ -6785,8 +6837,8 @@ def known_token(given: Optional[str], address: ServerAddress) -> str:
 MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
 
 
-def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
-    """How a server is checked: by the system's authorities and those in the file CA, or not."""
+def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
+    """Return a context that checks a server by the system's authorities and the file CA, or not."""
     context = ssl.create_default_context()
     if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
         context.load_verify_locations(MACOS_AUTHORITIES)
@@ -6794,15 +6846,15 @@ def client_tls(ca: Optional[str] = None, check: bool = True) -> ssl.SSLContext:
         try:
             context.load_verify_locations(ca)
         except (OSError, ssl.SSLError) as e:
-            raise UsageError(f'--ca: {ca} can not be used: {e}') from e
+            raise UsageError(f"can't use --ca {ca}: {e}") from e
     if not check:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
-def tls_to(place: Union[ServerAddress, Target], ca: Optional[str] = None,
-           check: bool = True) -> Optional[ssl.SSLContext]:
-    """For connections to PLACE; None where they go without TLS."""
+def tls_to(place: ServerAddress | Target, ca: str | None = None,
+           check: bool = True) -> ssl.SSLContext | None:
+    """Return the context for connections to PLACE; None if they go without TLS."""
     return client_tls(ca, check) if place.scheme == 'https' else None
 
 
@@ -6811,7 +6863,7 @@ FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
 
 async def first_of(*work: Awaitable[Any]) -> None:
     """Wait until one of WORK is done, and end the others.  Raises what it raised."""
-    tasks: List[Any] = [asyncio.ensure_future(one) for one in work]
+    tasks: list[Any] = [asyncio.ensure_future(one) for one in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
@@ -6821,10 +6873,10 @@ async def first_of(*work: Awaitable[Any]) -> None:
             await end_task(task)
 
 
-async def start_local_server(reactor: Reactor, target: Target) -> Tuple[Server, ServerAddress]:
-    """A server on loopback for this process alone, on the first free port."""
+async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, ServerAddress]:
+    """Start a server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
-    server = Server(reactor, 'localhost', tokens, Leases(tokens), Observer(), only=True,
+    server = Server(runtime, 'localhost', tokens, Leases(tokens), Observer(), only=True,
                     drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -6845,23 +6897,23 @@ def find_target(args: Args) -> Target:
     return next((target for target in targets if target), None) or parse_target(args.target)
 
 
-def make_app(reactor: Reactor, args: Args, target: Target, address: ServerAddress,
+def make_app(runtime: Runtime, args: Args, target: Target, address: ServerAddress,
              observer: ClientObserver) -> App:
     """The app at TARGET, for a client of the server at ADDRESS."""
     tls = tls_to(target, args.ca, not (args.insecure or target.local))
-    app = App(reactor, target, observer, timeout=args.timeout, tls=tls)
+    app = App(runtime, target, observer, timeout=args.timeout, tls=tls)
     for annex in ANNEXES:
         annex.at_client(args, app, address)
     return app
 
 
 def make_client(app: App, args: Args, address: ServerAddress, key: bytes, token: str,
-                trace: Optional[Trace] = None) -> Client:
+                trace: Trace | None = None) -> Client:
     """A client of the server at ADDRESS that serves from APP."""
     target, pin = app.target, args.pin or ''
-    dial = functools.partial(dial_server, app.reactor, address,
+    dial = functools.partial(dial_server, app.runtime, address,
                              tls_to(address, args.ca, not pin), pin)
-    return Client(app.reactor, address, target.label, key, dial, app.kinds[target.kind],
+    return Client(app.runtime, address, target.label, key, dial, app.kinds[target.kind],
                   app.observer, token=token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   **Access.encode(args.allow, args.auth, key))
@@ -6874,14 +6926,14 @@ def make_client(app: App, args: Args, address: ServerAddress, key: bytes, token:
 # ------------------------------------------------------------------------------------------------
 
 class tunnel:
-    """A tunnel for a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
+    """A tunnel inside a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
 
     TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
-    this machine only.  Raises what the command line would say: LocaltunnelError and its kinds.
+    this machine only.  Raises LocaltunnelError, with the sentence of the command line.
     """
 
-    def __init__(self, target: Union[int, str], server: Optional[str] = None,
-                 name: Optional[str] = None, token: Optional[str] = None) -> None:
+    def __init__(self, target: int | str, server: str | None = None,
+                 name: str | None = None, token: str | None = None) -> None:
         self.url = ''
         self._args = make_parser().parse_args(['client', '--', str(target)])
         self._target = find_target(self._args)
@@ -6893,12 +6945,12 @@ class tunnel:
     async def __aenter__(self) -> tunnel:
         target, address = self._target, known_server(self._server)
         async with contextlib.AsyncExitStack() as stack:
-            reactor = Reactor(asyncio.get_running_loop())
-            stack.push_async_callback(reactor.close)
+            runtime = Runtime(asyncio.get_running_loop())
+            stack.push_async_callback(runtime.close)
             if address is None:
-                server, address = await start_local_server(reactor, target)
+                server, address = await start_local_server(runtime, target)
                 stack.push_async_callback(server.stop)
-            app = make_app(reactor, self._args, target, address, ClientObserver())
+            app = make_app(runtime, self._args, target, address, ClientObserver())
             stack.callback(app.close)
             client = make_client(app, self._args, address, load_key(say),
                                  known_token(self._token, address))
@@ -6906,7 +6958,7 @@ class tunnel:
             running = asyncio.ensure_future(client.run())
             stack.push_async_callback(end_task, running)
             await first_of(asyncio.shield(running), client.welcomed.wait())
-            self.url, client.once = client.url, False      # from now on it comes back
+            self.url, client.once = client.url, False      # from now on it reconnects
             self._stack = stack.pop_all()
         return self
 
@@ -6939,19 +6991,19 @@ class tunnel:
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
 
-# By what ended the program; all that is not here is a failure, 1.
+# By what ended the program; anything else is a failure, 1.
 EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
               'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
               'superseded': 5}
 
 
-# Running until somebody says stop.
+# Running until told to stop.
 
 TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
 
 
 def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
-    """Run COMMAND, whose event is set at the first SIGINT or SIGTERM; the second ends at once."""
+    """Run COMMAND; its event is set by the first SIGINT or SIGTERM, and the second ends at once."""
     async def body() -> None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
@@ -6964,27 +7016,27 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
                 loop.add_signal_handler(number, asked)
             except NotImplementedError:         # Windows
                 signal.signal(number, asked)
-        reactor = Reactor(loop)
+        runtime = Runtime(loop)
         logging.getLogger('asyncio').handlers = [Complaints()]
         if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
-            asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # from 3.11 on 256 KiB
+            asyncio.sslproto.SSLProtocol.max_size = TLS_BUFFER      # 256 KiB since 3.11
         gc.freeze()         # what was made so far stays
-        gc.set_threshold(10000, 20, 50)     # requests make much garbage and few cycles
+        gc.set_threshold(10000, 20, 50)     # requests make much garbage but few cycles
         try:
-            await command(reactor, stop, *args)
+            await command(runtime, stop, *args)
         finally:
-            await reactor.close()
+            await runtime.close()
     asyncio.run(body())
     return 0
 
 
 def check_client_options(args: Args, target: Target,
-                         address: Optional[ServerAddress]) -> None:
-    """Raises UsageError and Refused for what can't be meant."""
+                         address: ServerAddress | None) -> None:
+    """Raise UsageError or Refused for options that make no sense."""
     if args.release and not (args.name and address):
-        raise UsageError('--release gives back the name of --name on the server of --server')
+        raise UsageError('--release needs --name, and a server to give the name back to')
     if target.kind != 'http' and not address:
-        raise UsageError('--tcp needs a server: name it with --server')
+        raise UsageError('--tcp needs a server; give one with --server')
     if args.name:
         check_name(args.name)
     if any(':' not in user for user in args.auth):
@@ -6992,34 +7044,34 @@ def check_client_options(args: Args, target: Target,
     if args.pin is not None:
         args.pin = args.pin.replace(':', '').lower()
         if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
-            raise UsageError('--pin takes 64 hexadecimal digits, for an https server')
+            raise UsageError('--pin takes 64 hexadecimal digits, and needs an https server')
 
 
-async def run_client(reactor: Reactor, stop: asyncio.Event, args: Args,
-                     target: Target, address: Optional[ServerAddress], token: str) -> None:
+async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
+                     target: Target, address: ServerAddress | None, token: str) -> None:
     """Keep the tunnel up until STOP is set."""
     key = load_key(lambda text: say('warning: ' + text))
     server = None
     if address is None:
-        server, address = await start_local_server(reactor, target)
+        server, address = await start_local_server(runtime, target)
         say('NOT PUBLIC: no server is known, so this URL works on this machine only')
         say(f'  with a server:     python3 localtunnel.py client {args.target} '
             '--server https://HOST')
         say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
-            '(where it is reachable)')
+            '(where visitors can reach it)')
     elif address.scheme == 'http' and not is_loopback(address.site):
-        say(f'warning: {address} is not encrypted: whoever is on the way can read all that passes, '
-            'your token and the proof of your name too')
+        say(f'warning: the connection to {address} is not encrypted: anyone on the path can read '
+            'everything, even your token and the proof of your name')
 
     def accepted() -> None:
         if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
             keep_token(str(address), token)
-    frames = Lines(sys.stderr, reactor.loop.call_later)
-    terminal = Terminal(target.text, str(address), server is None, reactor.loop.call_later,
+    frames = Lines(sys.stderr, runtime.loop.call_later)
+    terminal = Terminal(target.text, str(address), server is None, runtime.loop.call_later,
                         as_json=args.json, quiet=args.quiet, first=accepted)
-    app = make_app(reactor, args, target, address, terminal)
+    app = make_app(runtime, args, target, address, terminal)
     client = make_client(app, args, address, key, token, frames.frame if args.verbose else None)
-    probe = reactor.spawn(app.look())
+    probe = runtime.spawn(app.look())
     try:
         await first_of(client.run(), stop.wait())
     finally:
@@ -7053,8 +7105,8 @@ def client_command(args: Args) -> int:
 
 # The server's side.
 
-def server_tokens(args: Args) -> Tuple[Tokens, str]:
-    """The tokens of a server; and the one that was made where none was given, else ''."""
+def server_tokens(args: Args) -> tuple[Tokens, str]:
+    """Return the tokens of a server, and the one that was made because none was given, or ''."""
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     local = is_loopback(args.domain) and is_loopback(args.bind)
@@ -7067,13 +7119,13 @@ def server_tokens(args: Args) -> Tuple[Tokens, str]:
         made = check_token(read_secret(path, 'may open tunnels; remove it to get a new one',
                                        warn_once).decode('ascii').strip())
     except (OSError, ValueError, UsageError) as e:
-        raise UsageError(f'{path} holds no token; remove it, and a new one is made') from e
+        raise UsageError(f'{path} does not hold a token; delete it to get a new one') from e
     return Tokens([made]), made
 
 
-def announce(args: Args, log: ServerLog, port: int, tls: Optional[Tls],
+def announce(args: Args, log: ServerLog, port: int, tls: Tls | None,
              made: str) -> None:
-    """Say that the server listens, and what its users type."""
+    """Say where the server listens, and what its users type."""
     tls_port, pin = (tls.port, tls.pin) if tls else (0, '')
     http = 'http://' + authority('http', args.domain, port)
     https = 'https://' + authority('https', args.domain, tls_port)
@@ -7081,11 +7133,11 @@ def announce(args: Args, log: ServerLog, port: int, tls: Optional[Tls],
     if args.trust_proxy:
         visitors = clients = f'https://{args.domain}'
     if not is_loopback(args.domain) and visitors == http:
-        log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and what browsers '
-                 'allow to secure pages only will not work; give one with --cert and --key'
-                 + ('. Clients come by TLS all the same: --pin is their check' if pin else ''))
+        log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and browser '
+                 'features that need https will not work; add --cert and --key'
+                 + ('. Clients connect over TLS all the same, checked by --pin' if pin else ''))
     ports = f'ports {port} and {tls_port}' if tls_port else f'port {port}'
-    log.note(f'listening on {ports}: tunnels appear at {visitors.replace("://", "://NAME.")}')
+    log.note(f'listening on {ports}; tunnels will appear at {visitors.replace("://", "://NAME.")}')
     command = f'python3 localtunnel.py client 8000 --server {clients}'
     if pin:
         command += f' --pin {pin}'
@@ -7093,16 +7145,16 @@ def announce(args: Args, log: ServerLog, port: int, tls: Optional[Tls],
         command += f' --token {made}'
     elif made:
         log.note(f'clients need the token in {os.path.join(args.state, "token")}')
-    log.note(f'clients type: {command}')
+    log.note(f'to connect: {command}')
 
 
 # The server, from its start to its end.
 
-async def run_server(reactor: Reactor, stop: asyncio.Event, args: Args,
+async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, leases: Leases, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
-    log = ServerLog(reactor.loop.call_later, args.log_format == 'json')
-    server = Server(reactor, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+    log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
+    server = Server(runtime, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
                     trusted=args.trust_proxy, inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
@@ -7119,18 +7171,18 @@ async def run_server(reactor: Reactor, stop: asyncio.Event, args: Args,
     announce(args, log, sockets[0].getsockname()[1], server.tls, made)
     log.flush()
     if hasattr(signal, 'SIGHUP'):
-        reactor.loop.add_signal_handler(signal.SIGHUP, server.reload)
+        runtime.loop.add_signal_handler(signal.SIGHUP, server.reload)
     await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
     await server.admission.close()
     os.close(args.lock)         # from now on nothing is written into the folder
-    log.note('draining; a second Ctrl-C ends at once')
+    log.note('finishing open requests; Ctrl-C again stops now')
     await server.stop(handed_over=not stop.is_set())
     log.flush()
 
 
 def server_command(args: Args) -> int:
     if not all(map(NAME.fullmatch, args.domain.split('.'))) or is_address(args.domain):
-        raise UsageError(f'--domain {args.domain!r} is no domain; it is a name like t.example.com')
+        raise UsageError(f'--domain needs a host name such as t.example.com, not {args.domain!r}')
     local = is_loopback(args.domain)
     if args.bind is None:
         args.bind = 'localhost' if local else ''
@@ -7146,24 +7198,24 @@ def server_command(args: Args) -> int:
         tokens, made = server_tokens(args)
         leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
     except OSError as e:
-        raise UsageError(f'the state folder {args.state} can not be used: {e.strerror} '
+        raise UsageError(f'can\'t use the state folder {args.state}: {e.strerror} '
                          f'({e.filename or args.state}); name another one with --state') from e
     return run(run_server, args, tokens, leases, made)
 
 
 def command(words: Sequence[str]) -> int:
-    """Do what WORDS say; returns the exit code."""
+    """Do what WORDS say; return the exit code."""
     commands = {'client': client_command, 'server': server_command}
     if words and not words[0].startswith('-') and words[0] not in commands:
-        say(f'localtunnel.py: there is no command {words[0]!r}; did you mean: client {words[0]}')
+        say(f'localtunnel.py: unknown command {words[0]!r}; did you mean: client {words[0]}')
         return EXIT_CODES['usage']
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
-            raise UsageError('what was typed is no valid UTF-8')
+            raise UsageError('the command line is not valid UTF-8')
         args = make_parser().parse_args(words)
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
-                raise UsageError(f'{name.replace("_", "-")} is empty; is a variable not set?')
+                raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
         return commands[args.command](args)
     except KeyboardInterrupt:
         return 0
@@ -7174,8 +7226,8 @@ def command(words: Sequence[str]) -> int:
         return int(e.code or 0)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
-    """The command line; returns the exit code."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')

@@ -28,7 +28,7 @@ FLAT = 512 << 10        # bytes that reading it may hold: a head or a frame, and
 KEPT = 1 << 18          # bytes that may stay allocated by localtunnel.py after a round
 
 loop = asyncio.new_event_loop()
-reactor = lt.Reactor(loop)
+runtime = lt.Runtime(loop)
 
 
 # Input: whole messages, damaged ones, and noise; and the places where it is cut.
@@ -127,12 +127,12 @@ def run_with(coroutine, stream, fed):
         if piece is None:
             stream.feed_eof()
         else:
-            stream.feed(piece)
+            stream.feed_data(piece)
 
 
 def head_of(fed, parse):
     """What reading and parsing a head does: its start line and fields, a status, or a word."""
-    stream = lt.ByteStream(reactor)
+    stream = lt.ByteStream(runtime)
     try:
         head = run_with(lt.read_head(stream, 60, 60), stream, fed)
         if head is None:
@@ -179,11 +179,11 @@ def parsers_alone(data):
 
 def chunked(fed):
     """(bytes, trailers, how it ended, what is left) of the chunked body in the pieces FED."""
-    stream = lt.ByteStream(reactor)
+    stream = lt.ByteStream(runtime)
     body, found, end = lt.ChunkedBody(stream), b'', 'incomplete'
     try:
         for piece in fed:
-            stream.feed(piece)
+            stream.feed_data(piece)
             taken = body.take()
             while taken:
                 found += taken
@@ -232,20 +232,20 @@ def decoder_eats():
 
 def chunks_eat():
     """A consumer: the body is dropped as it comes."""
-    stream = lt.ByteStream(reactor)
+    stream = lt.ByteStream(runtime)
     body = lt.ChunkedBody(stream)
     while True:
-        stream.feed((yield))
+        stream.feed_data((yield))
         while body.take():
             pass
 
 
 def head_eats():
     """A consumer: a head that never ends."""
-    stream = lt.ByteStream(reactor)
+    stream = lt.ByteStream(runtime)
     reading = lt.read_head(stream, 60, 60)
     while True:
-        stream.feed((yield))
+        stream.feed_data((yield))
         try:
             reading.send(None)
         except StopIteration as whole:
@@ -318,5 +318,5 @@ def main(seconds=60.0, first=None):
 
 if __name__ == '__main__':
     main(*[kind(word) for kind, word in zip((float, int), sys.argv[1:])])
-    reactor._timer.cancel()
+    runtime._timer.cancel()
     loop.close()
