@@ -1278,12 +1278,13 @@ class Outbox:
 
     def add(self, kind: int, stream: int, payload: Buffer = b'') -> None:
         """One frame behind those that are here."""
-        self._frames.append(FRAME_HEADER.pack(kind << 24 | len(payload), stream))
-        if payload:
-            self._frames.append(payload)
-        self.size += 8 + len(payload)
+        frames, n = self._frames, len(payload)
+        frames.append(FRAME_HEADER.pack(kind << 24 | n, stream))
+        if n:
+            frames.append(payload)
+        self.size += 8 + n
         if self.trace:
-            self.trace('->', kind, stream, len(payload))
+            self.trace('->', kind, stream, n)
 
     def credit(self, stream: int, n: int) -> None:
         """CREDIT: N bytes more."""
@@ -1591,12 +1592,11 @@ class Session(Sender):
         """Return a new stream to the other side, or None if there are too many."""
         if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
-        budget = self.budget
-        used = budget.used
-        for size, leave in (INITIAL_CREDIT, used), (SMALL_CREDIT, used // 3), (LEAST_CREDIT, 0):
-            if budget.take(size, leave):
-                return Stream(self, ReceiveWindow(size, budget), INITIAL_CREDIT)
-        return None
+        budget, used = self.budget, self.budget.used
+        size = (INITIAL_CREDIT if budget.take(INITIAL_CREDIT, leave=used) else
+                SMALL_CREDIT if budget.take(SMALL_CREDIT, leave=used // 3) else
+                LEAST_CREDIT if budget.take(LEAST_CREDIT) else 0)
+        return Stream(self, ReceiveWindow(size, budget), INITIAL_CREDIT) if size else None
 
     @property
     def usable(self) -> bool:
