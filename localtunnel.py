@@ -701,12 +701,12 @@ class ByteStream:
         self.runtime = runtime
         self.unread = 0               # bytes unread
         self.eof = False          # nothing more arrives
-        self.error: LocaltunnelError | None = None       # why the stream is broken, for good
+        self.error: LocaltunnelError | None = None          # why the stream is broken, for good
         self.timeout = BODY_IDLE       # seconds that a wait may last
         self._chunks: collections.deque[bytes] = collections.deque()    # what is unread, and
         self._at = 0                # how much of the first chunk has been read
         self._readable = Waiter(runtime.loop)
-        self._writable: Waiter | None = None     # made when a writer waits the first time
+        self._writable: Waiter | None = None        # made when a writer waits the first time
 
     # For the side that brings the bytes.
 
@@ -865,10 +865,10 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
         self.serve = serve          # what becomes a task, if anything does
         # Set by a session, or by who waits for the connection's end; None again afterwards.
-        self.receiver: Callable[[memoryview], None] | None = None    # takes all bytes instead
-        self.on_lost: Callable[[], None] | None = None       # already over
-        self.on_eof: Callable[[], None] | None = None        # the other side sends no more
-        self.on_room: Callable[[], None] | None = None       # it is not choked any more
+        self.receiver: Callable[[memoryview], None] | None = None       # takes all bytes instead
+        self.on_lost: Callable[[], None] | None = None          # already over
+        self.on_eof: Callable[[], None] | None = None           # the other side sends no more
+        self.on_room: Callable[[], None] | None = None          # it is not choked any more
         self.writing_paused = False         # more is written than the kernel takes
         self.secure = False         # it has TLS
         self.silent = True          # no byte has arrived yet
@@ -1147,7 +1147,7 @@ class Stream(ByteStream):
         self.window = window            # what the other side may still send
         self.credit = credit            # bytes that we may still send
         self.its_turn = False           # it waited for its turn to write, and this is it
-        self.on_lost: Callable[[], None] | None = None       # the other side ended it
+        self.on_lost: Callable[[], None] | None = None          # the other side ended it
         self.owner: Any = None          # its owner, for those who go through a session's streams
         self._end_sent = False          # we said END
         self._closed = False            # all was given back
@@ -1475,8 +1475,8 @@ class Sender:
                  trace: Trace | None) -> None:
         self.runtime = runtime
         self.state = RUNNING        # see the table above
-        self.error: LocaltunnelError | None = None       # why it is OVER
-        self.connection: Connection | None = None        # None while it is lost
+        self.error: LocaltunnelError | None = None          # why it is OVER
+        self.connection: Connection | None = None           # None while it is lost
         self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
         self.budget = budget        # of all windows, and of what is kept
         self.decoder = Decoder()                            # what was received, and how much
@@ -1578,7 +1578,7 @@ class Session(Sender):
                  trace: Trace | None = None) -> None:
         super().__init__(runtime, Budget(SESSION_BUDGET, budget),
                          Liveness(on_open is not None, runtime.now()), trace)
-        self.goaway: tuple[int, str] | None = None       # what the other side said
+        self.goaway: tuple[int, str] | None = None          # what the other side said
         self.streams: dict[int, Stream] = {}                # those not over, by id
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
@@ -2109,11 +2109,11 @@ def parse_response(head: bytes) -> Response:
     return Response(*match.groups())
 
 
-def encode_request(request: Request, block: bytes, length: int) -> bytes:
+def encode_request(request: Request, block: bytes, chunked: bool = False) -> bytes:
     """Return the head to pass on: the header lines in BLOCK, and those of this hop."""
     if request.upgrade:
         block += b'Connection: Upgrade\r\nUpgrade: %b\r\n' % request.upgrade
-    if length == CHUNKED:
+    if chunked:
         block += b'Transfer-Encoding: chunked\r\n'
     return b'%b %b HTTP/1.1\r\n%b\r\n' % (request.method, request.target, block)
 
@@ -2357,6 +2357,7 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
 
 # Pages.
 
+HTML = 'text/html; charset=utf-8'
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>{title}</title>
@@ -2392,7 +2393,7 @@ def error_message(status: int, text: str, request: Request | None = None,
     accept = request.get(b'accept') if request else b''
     phrase = http.HTTPStatus(status).phrase
     if b'text/html' in accept:
-        form = 'text/html; charset=utf-8'
+        form = HTML
         page = PAGE.format(title=f'{status} {phrase}', text=f'<p>{html.escape(text)}</p>'
                            '<small>localtunnel</small>')
         extra = [*PAGE_HEADERS, *extra]
@@ -2955,13 +2956,14 @@ class Access:
 
 class Record:
     """What observers are told of; this one: of a stream that ended before its request."""
-    __slots__ = ('number', 'visitor', 'method', 'host', 'target', 'status', 'why', 'began')
+    __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began')
+    host = ''                           # whom the request is for
     size = 0                            # bytes of the response's body
 
     def __init__(self, number: int, began: float, method: str = '?', target: str = '?') -> None:
         self.number, self.began = number, began
         self.method, self.target = method, target
-        self.visitor = self.host = ''
+        self.visitor = ''               # whose address it is
         self.status = 0                 # of the response, once that has begun
         self.why = ''                   # what went wrong
 
@@ -2971,24 +2973,26 @@ class Record:
 
 class Exchange(Record):
     """One request and its response."""
-    __slots__ = ('near', 'far', 'request', 'length', 'body', 'whole', 'answer', 'keep', 'fault',
-                 'sending')
+    __slots__ = ('near', 'far', 'request', 'body', 'whole', 'answer', 'keep', 'fault', 'sending')
 
     def __init__(self, near: ByteStream, request: Request, number: int = 0,
                  visitor: str = '') -> None:
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
         self.number, self.visitor, self.began = number, visitor, near.runtime.now()
-        self.method, self.host = request.method.decode(), request.host_name
-        self.target = request.target.decode('latin-1')
+        self.method, self.target = request.method.decode(), request.target.decode('latin-1')
         self.near, self.far = near, near        # `far` is known once the request goes on
-        self.request, self.length = request, request.body_length()
-        self.body = body = body_reader(near, self.length)
-        self.whole = b'' if body.finished else whole_body(body)     # None: it has to be streamed
-        self.answer: Body | None = None      # the body of the response, once that has begun
+        self.request, self.body = request, body_reader(near, request.body_length())
+        # The body, where it is small and all here; None where it has to be streamed.
+        self.whole = b'' if self.body.finished else whole_body(self.body)
+        self.answer: Body | None = None         # the body of the response, once that has begun
         self.status, self.why = 0, ''
         self.keep = False                       # True if the connection may carry another request
-        self.fault: BadHttp | None = None    # what is malformed in the body of the request
-        self.sending: asyncio.Task[None] | None = None   # while the request is streamed
+        self.fault: BadHttp | None = None       # what is malformed in the body of the request
+        self.sending: asyncio.Task[None] | None = None      # while the request is streamed
+
+    @property
+    def host(self) -> str:          # type: ignore[override]
+        return self.request.host_name
 
     @property
     def size(self) -> int:          # type: ignore[override]
@@ -3005,7 +3009,7 @@ class Exchange(Record):
         Await the result; what has to be streamed goes on meanwhile.
         """
         self.far = far
-        head = encode_request(self.request, block, self.length)
+        head = encode_request(self.request, block, type(self.body) is ChunkedBody)
         if self.whole is not None:
             return far.write(head + self.whole, end)
         self.sending = self.near.runtime.spawn(self._stream(head, end))
@@ -3016,7 +3020,7 @@ class Exchange(Record):
         if isinstance(self.near, Connection):       # a visitor's: the other end need not look
             self.near.timeout, taps = HEAD_TIMEOUT, [self.has_begun]
         try:
-            await copy_message(head, self.body, far, self.length == CHUNKED, end, taps)
+            await copy_message(head, self.body, far, type(self.body) is ChunkedBody, end, taps)
         except (LocaltunnelError, OSError) as e:
             if isinstance(e, Overdue):
                 e = BadHttp(408, 'the body of the request did not arrive in time')
@@ -3093,11 +3097,11 @@ class Visitor:
         self.scheme = 'https' if connection.secure else 'http'
         self.host = b''             # what a trusted proxy says was the visitor's Host
         self.trusted = trusted if within(self.peer, trusted) else ()
-        self.refusal: HopFailed | None = None        # there was no room for this connection
+        self.refusal: HopFailed | None = None           # there was no room for this connection
         self.x_forwarded = self._x_forwarded([self.peer])
-        self.stream: Stream | None = None            # by which it is served now
-        self.exchange: Exchange | None = None        # the one that runs; none for raw TCP
-        self.waiting: asyncio.Future[None] | None = None     # for a client
+        self.stream: Stream | None = None               # by which it is served now
+        self.exchange: Exchange | None = None           # the one that runs; none for raw TCP
+        self.waiting: asyncio.Future[None] | None = None        # for a client
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def look_behind(self, request: Request) -> None:
@@ -3481,6 +3485,10 @@ class Tunnels:
     def close(self) -> None:
         """Nobody is expected back."""
         self.closed = True
+        for member in self.members():
+            member.session.drain(DRAINING, 'the server is shutting down')
+            if member.session.connection is None:       # and it can't come back
+                member.session.end(Disconnected('the server is shutting down'))
         for waiting in self._waiting.values():
             self._wake(waiting)
 
@@ -3563,7 +3571,7 @@ class Admission:
         self._wrong: dict[str, float] = {}      # until when a block waits for its wrong tokens
         self._look_at = 0.0                     # when tunnels are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
-        self._written: asyncio.Future[None] | None = None        # the last change of leases
+        self._written: asyncio.Future[None] | None = None           # the last change of leases
 
     async def close(self) -> None:
         """Let nobody in any more, and let who is about to come in do so."""
@@ -3852,7 +3860,7 @@ class Visitors:
     def __init__(self, runtime: Runtime, trusted: Networks) -> None:
         """TRUSTED are the addresses of the proxies in front."""
         self._runtime, self._trusted = runtime, trusted
-        self._here: dict[Visitor, None] = {}      # the least recently active first
+        self._here: dict[Visitor, None] = {}        # the least recently active first
         self._of_block: dict[str, int] = collections.Counter()      # connections of each
         self._descriptors = descriptor_limit()
         self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
@@ -4197,11 +4205,11 @@ class Server:
                  only: bool = False, inherited: dict[int, Sockets] | None = None,
                  trace: Trace | None = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
-        TRUSTED are proxies in front.  ONLY: any Host that means this machine reaches the one tunnel
-        there is.  INHERITED are sockets that listen already, by port.
+        TRUSTED are proxies in front.  ONLY: any Host of this machine reaches the one tunnel there
+        is.  INHERITED are sockets that listen already, by port.
         """
         self.runtime, self.domain, self.log = runtime, domain.lower(), log
-        self.tls: Tls | None = None          # a seam: how TLS is spoken, if at all
+        self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
         self.pages: dict[bytes, Page] = {}      # a seam: of the server's own name, by path
@@ -4231,10 +4239,6 @@ class Server:
         self.draining = True
         await self.admission.close()
         await self.doors.close(handed_over)
-        for member in self.tunnels.members():
-            member.session.drain(DRAINING, 'the server is shutting down')
-            if member.session.connection is None:       # and it can't come back
-                member.session.end(Disconnected('the server is shutting down'))
         self.tunnels.close()
         deadline = self.runtime.now() + self._drain
         while self.runtime.now() < deadline:
@@ -4334,7 +4338,7 @@ class Server:
         """
         request = exchange.request
         exchange.status = status
-        exchange.keep = keep = (request.keep_alive and exchange.length == 0 and not self.draining
+        exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
                                 and not visitor.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
@@ -4578,7 +4582,7 @@ class ServerAddress:
 
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
-        self.route: Route | None = None      # a seam: a socket to (host, port), not dialled here
+        self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
@@ -4887,7 +4891,7 @@ class App:
             block = rewrite.of_response(request, block)
         length = response.body_length(request.method)
         exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
-                         and not exchange.length        # else some of it may lie there unread
+                         and exchange.whole == b''      # else some of it may lie there unread
                          and not logs_in(request, response))
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
@@ -4992,7 +4996,7 @@ class Client:
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
                                         Workers(runtime, serve).start, trace)
         self._sessions: dict[Session, None] = {}    # the current one last; the others drain
-        self._session: Session | None = None     # the current one, which may be without a
+        self._session: Session | None = None        # the current one, which may be without a
         self._session_id = ''                       # connection; by what the server knows it
         self._changed = asyncio.Event()             # something became of it
         wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
@@ -5542,12 +5546,23 @@ def listing(folder: str, path: str) -> bytes:
             f'<ul>\n{items}</ul>\n').encode('utf-8', 'surrogateescape')
 
 
+def send_whole(handler: Any, code: int, page: bytes, **fields: str) -> BinaryIO:
+    """Send the head of an answer that is made here, PAGE, with FIELDS; return what follows it."""
+    handler.left = len(page)
+    handler.send_response(code)
+    for name, value in {**fields, 'Content_Length': str(len(page))}.items():
+        handler.send_header(name.replace('_', '-'), value)
+    handler.end_headers()
+    return io.BytesIO(page)
+
+
 def folder_handler(root: str) -> Any:
     """A class that serves the folder ROOT: nothing outside, no name that begins with a dot."""
     import http.server
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
+        left = 0                # bytes of the body that are yet to be sent
         extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **CONTENT_TYPES}
 
         def translate_path(self, path: str) -> str:
@@ -5562,27 +5577,18 @@ def folder_handler(root: str) -> Any:
             """The head of the answer; what is to be copied after it, of which `left` bytes."""
             found, (path, mark, query) = self.translate_path(self.path), self.path.partition('?')
             if os.path.isdir(found) and not path.endswith('/'):
-                return self.send_whole(301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
+                return send_whole(self, 301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
             if os.path.isdir(found):
                 pages = [os.path.join(found, name) for name in ('index.html', 'index.htm')]
                 page = next(filter(os.path.lexists, pages), None)
                 if page is None:
                     try:
-                        return self.send_whole(200, listing(found, path),
-                                               Content_Type='text/html; charset=utf-8')
+                        return send_whole(self, 200, listing(found, path), Content_Type=HTML)
                     except OSError:
                         return self.send_error(404, 'No permission to list directory')
                 found = page
             f = open_inside(root, found)
             return send_file(self, f) if f else self.send_error(404, 'File not found')
-
-        def send_whole(self, code: int, page: bytes, **fields: str) -> BinaryIO:
-            self.left = len(page)
-            self.send_response(code)
-            for name, value in {**fields, 'Content_Length': str(self.left)}.items():
-                self.send_header(name.replace('_', '-'), value)
-            self.end_headers()
-            return io.BytesIO(page)
 
         def copyfile(self, source: Any, outputfile: Any) -> None:
             """What was promised and no more, though the file grows; less ends the connection."""
@@ -6245,7 +6251,7 @@ python3 localtunnel.py client 8000</pre>
 def landing_page(address: str) -> tuple[str, Sequence[bytes]]:
     """The page on the bare domain."""
     text = LANDING.format(address=html.escape(address))
-    return 'text/html; charset=utf-8', [PAGE.format(title='localtunnel', text=text).encode()]
+    return HTML, [PAGE.format(title='localtunnel', text=text).encode()]
 
 
 @functools.lru_cache(maxsize=None)
