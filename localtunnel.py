@@ -518,23 +518,25 @@ class ReceiveWindow:
 # One shape of stream, `read, write, write_eof, reset`, which sockets and tunnel streams share, so
 # that later rooms copy from any to any.  Knows no frames and no HTTP.
 #
-# asyncio's own StreamReader and StreamWriter have this shape.  They are not used because a tunnel
-# stream is not a socket, which StreamWriter wants, and because each wait on them costs a Future and
-# a turn of the loop.  `await write(data)` is their write() and drain() in one: it returns when
-# there is room for more, and there is no other backpressure.
+# asyncio's own StreamReader and StreamWriter have this shape, and where a name here is theirs it
+# means the same.  They are not used because a tunnel stream is not a socket, which StreamWriter
+# wants, and because each wait on them costs a Future and a turn of the loop: with the rooms below
+# on them, a request took 12% more instructions, and one visitor got 10% fewer answers a second.
+# `await write(data)` is their write() and drain() in one: it returns when there is room for more,
+# and there is no other backpressure.
 #
 # What arrives runs the task that waits for it at once, up to its next await, inside the call that
-# brought it (Waiter.set; and feed, fail, room, which end in it).  So such a call is the last thing
-# that a method does, and a loop that makes it looks again at all that may have changed.  And a loop
-# whose next input may be here already, by an outsider's choice, has to give the others their turn:
-# `await asyncio.sleep(0)`.
+# brought it (Waiter.wake; and feed_data, set_exception, room, which end in it).  So such a call is
+# the last thing that a method does, and a loop that makes it looks again at all that may have
+# changed.  And a loop whose next input may be here already, by an outsider's choice, has to give
+# the others their turn: `await asyncio.sleep(0)`.
 #
 # The ways to end.  What has arrived can still be read after all of them but linger.
 #
 #   call           a socket's peer sees      a stream's peer sees       what is unsent
 #   write_eof()    FIN; with TLS the end     END                        leaves first
 #   reset()        RST                       RESET with its reason      is lost
-#   cut_off()      RST                                                  is lost
+#   abort()        RST                                                  is lost
 #   close()        FIN                       RESET, if it still runs    leaves first
 #   linger()       FIN; for LINGER seconds what it sends is dropped     leaves first
 # ------------------------------------------------------------------------------------------------
@@ -542,7 +544,7 @@ class ReceiveWindow:
 class Waiter:
     """Where one task waits until something happens; used again and again.
 
-    A Future-like object (asyncio.isfuture), made for two reasons: `set` runs the waiting task
+    A Future-like object (asyncio.isfuture), made for two reasons: `wake` runs the waiting task
     inside the callback that brings the news, where a Future takes one more turn of the loop with
     its system call; and a wait needs no new object.  A wait may end early, so waiters loop.  The
     task runs on in the context of its waker: there are no context variables here.
@@ -868,7 +870,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.receiver: Callable[[memoryview], None] | None = None       # takes all bytes instead
         self.on_lost: Callable[[], None] | None = None          # already over
         self.on_eof: Callable[[], None] | None = None           # the other side sends no more
-        self.on_room: Callable[[], None] | None = None          # it is not choked any more
+        self.on_room: Callable[[], None] | None = None          # there is room to write again
         self.writing_paused = False         # more is written than the kernel takes
         self.secure = False         # it has TLS
         self.silent = True          # no byte has arrived yet
