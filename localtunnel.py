@@ -18,6 +18,10 @@ A visitor's request goes out through a session that the client opened from insid
                session => read_head -> copy the body -> visitor
     upgrade    after the heads, and raw TCP from the start: join(left, right)
 
+The objects on the way; an Exchange is the same at both ends:
+
+    Visitor --> Exchange --> Stream === Session === Stream --> Exchange --> App
+
 Words
     server    the public end.  client: the program beside the app.  app: the local program
               that a tunnel leads to; upstream is a connection to it.
