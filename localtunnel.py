@@ -34,17 +34,21 @@ Words
     credit    how many bytes one side may still send on a stream.
 
 Rooms
-    I. The tunnel             8 Exchange             II. Around it
-    1 Constants and errors    9 Tunnels              15 Annex
-    2 Wire                   10 Admission            16 Raw TCP
-    3 Credit                 11 Server               17 Folder and echo
-    4 Byte streams           12 Places               18 Host header
-    5 Session                13 App                  19 Outgoing proxy
-    6 HTTP/1.1               14 Client               20 Certificates
-    7 Names and tokens                               21 Hand-over
-    III. The command line    26 Wiring               22 Operator's page
-    24 Terminal              27 Python               23 Landing page
-    25 Options               28 Command line
+    I. The tunnel             II. Around it             III. The command line
+     1 Constants and errors   15 Annex                  24 Terminal
+     2 Wire                   16 Raw TCP                25 Options
+     3 Credit                 17 Folder and echo        26 Wiring
+     4 Byte streams           18 Host header            27 Python
+     5 Session                19 Outgoing proxy         28 Command line
+     6 HTTP/1.1               20 Certificates
+     7 Names and tokens       21 Hand-over
+     8 Exchange               22 Operator's page
+     9 Tunnels                23 Landing page
+    10 Admission
+    11 Server
+    12 Places
+    13 App
+    14 Client
 """
 
 from __future__ import annotations
@@ -122,10 +126,10 @@ MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind on
 MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye over and over
 MAX_TEXT = 500                  # characters, or bytes, that the other side can make us show
 HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
-FIRST_ATTEMPTS = 4.0            # for that in the first HELD seconds after a loss: visitors wait
+FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
 PING_AFTER = 8.0                # of silence, on the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
-ANSWER = 2.0                    # the same if another client of the owner is to serve
+ANSWER = 2.0                    # for a PONG, where another client of the owner wants the place
 SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
 ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
 RESUME_WITHIN = 60.0            # a session without a connection is kept this long
@@ -166,8 +170,8 @@ MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are checked
-MAX_LEASES = 20                 # chosen names of one owner; also new ones a day without a token
-MAX_LEASES_OF_TOKEN = 1000      # whose clients can make up owners where it has no user's name
+MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
+MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
 MAX_LEASES_IN_ALL = 10000
 LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 DAY = 86400
@@ -348,7 +352,7 @@ class Decoder:
         self._rest = b''            # what has come of the next frames
 
     def feed(self, data: Buffer) -> list[Frame]:
-        """The frames that DATA completes, FRAMES_TOGETHER at most.
+        """Return the frames that DATA completes, at most FRAMES_TOGETHER.
 
         Raises ProtocolError, after which it must not be fed.
         """
@@ -705,12 +709,12 @@ class ByteStream:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.unread = 0               # bytes unread
-        self.eof = False          # nothing more arrives
+        self.unread = 0             # bytes that arrived and were not read
+        self.eof = False            # nothing more arrives
         self.error: LocaltunnelError | None = None          # why the stream is broken, for good
-        self.timeout = BODY_IDLE       # seconds that a wait may last
-        self._chunks: collections.deque[bytes] = collections.deque()    # what is unread, and
-        self._at = 0                # how much of the first chunk has been read
+        self.timeout = BODY_IDLE    # seconds that a wait may last
+        self._chunks: collections.deque[bytes] = collections.deque()    # what is unread
+        self._at = 0                # bytes of the first chunk that have been read
         self._readable = Waiter(runtime.loop)
         self._writable: Waiter | None = None        # made when a writer waits the first time
 
@@ -864,15 +868,14 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
     __slots__ = ('transport', 'serve', 'receiver', 'on_lost', 'on_eof', 'on_room', 'writing_paused',
                  'secure', 'silent', '_paused', '_close_by', '_pending', '__weakref__')
 
-    def __init__(self, runtime: Runtime,
-                 serve: Serve | None = None) -> None:
+    def __init__(self, runtime: Runtime, serve: Serve | None = None) -> None:
         """SERVE runs as a task from the moment of connection."""
         super().__init__(runtime)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
         self.serve = serve          # what becomes a task, if anything does
         # Set by a session, or by who waits for the connection's end; None again afterwards.
         self.receiver: Callable[[memoryview], None] | None = None       # takes all bytes instead
-        self.on_lost: Callable[[], None] | None = None          # already over
+        self.on_lost: Callable[[], None] | None = None          # the connection is over
         self.on_eof: Callable[[], None] | None = None           # the other side sends no more
         self.on_room: Callable[[], None] | None = None          # there is room to write again
         self.writing_paused = False         # more is written than the kernel takes
@@ -1144,7 +1147,7 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_lost', 'owner', '_end_sent',
+    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_lost', 'visitor', '_end_sent',
                  '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
@@ -1154,7 +1157,7 @@ class Stream(ByteStream):
         self.credit = credit            # bytes that we may still send
         self.its_turn = False           # it waited for its turn to write, and this is it
         self.on_lost: Callable[[], None] | None = None          # the other side ended it
-        self.owner: Any = None          # its owner, for those who go through a session's streams
+        self.visitor: Any = None        # whom it serves, at a server
         self._end_sent = False          # we said END
         self._closed = False            # all was given back
 
@@ -1210,7 +1213,7 @@ class Stream(ByteStream):
             self._closed = True
             if not (self._end_sent and self.eof):
                 self.reset(DONE, 'done')
-            self.on_lost = self.owner = None
+            self.on_lost = self.visitor = None
             self.window.close()
 
     def consumed(self, n: int) -> None:
@@ -1275,7 +1278,7 @@ class Outbox:
         self.control_size = 0       # bytes of CREDIT and RESET
         self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
         self.trace = trace          # told of each frame, for good
-        self.awaited = False        # the end of this turn of the loop is: then all leaves
+        self.awaited = False        # a flush is due at the end of this turn of the loop
         self.waiting = 0            # frames since something left
         self.left_at = 0.0          # and when that was
         self._frames: list[Buffer] = []         # in order: headers and payloads
@@ -1442,7 +1445,7 @@ class Liveness:
             self.round_trip, self.asked_at = self.heard - self.asked_at, NEVER
 
     def quiet(self, now: float) -> bool:
-        """True if nothing can be due while nothing is to be sent: there may be thousands such."""
+        """True if nothing can be due while nothing is to be sent, as in thousands of sessions."""
         return not self._unsent and self.asked_at == NEVER and now - self.heard < PONG_WITHIN
 
     def ping_due(self, now: float, unsent: int, woke_up: bool) -> bool:
@@ -1475,7 +1478,7 @@ BURST = 8                       # frames that leave at once: the other side star
 
 
 class Sender:
-    """The writing half of a session: whose turn it is to write, and when all that leaves."""
+    """What a session consists of, and how it writes: whose turn it is, and when all leaves."""
 
     def __init__(self, runtime: Runtime, budget: Budget, liveness: Liveness,
                  trace: Trace | None) -> None:
@@ -1817,7 +1820,7 @@ class Session(Sender):
         self.schedule()
 
     def end(self, error: LocaltunnelError) -> None:
-        """It is over: what still runs is told so, and a peer that broke the protocol, too."""
+        """End it for ERROR: tell what still runs, and a peer that broke the protocol."""
         if self.error is not None:
             return
         self.error = error
@@ -1867,15 +1870,16 @@ _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n'
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
-# In a lower-case block with LF in front: fields that are interpreted, those no visitor may send.
+# The fields that are interpreted, in a lower-case block with LF in front.
 _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
                     rb'|via|accept|authorization|www-authenticate'
                     rb'|proxy-(?:connection|auth(?:orization|enticate))'
                     rb'|x-forwarded-(?:for|proto|host)|localtunnel-(?:hello|welcome)'
                     rb'|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*([^\r]*[^ \t\r]|)')
-# Here `_` stands for whatever CGI and its heirs take for `_`, a hyphen or another sign, and `~` for
-# the same without the hyphen: the app would see it as a second field of that name.
+# The fields that no visitor may send.  `_` stands for whatever CGI and its heirs take for `_`, a
+# hyphen or another sign, and `~` for the same without the hyphen: the app would see it as a second
+# field of that name.
 UNTRUSTED = (
     rb'x_(?:forwarded(?:_[^:]*)?|(?:cluster_)?client_ip|real_ip|rewrite_url'
     rb'|original_(?:host|ur[il]|forwarded_[^:]*))|f(?:orwarded(?:_for)?|(?:ast)?ly_client_ip)'
@@ -2070,7 +2074,7 @@ class Response(Head):
 
 
 def logs_in(request: Request, response: Response) -> bool:
-    """Return True for a login that may hold for everything that comes on the connection."""
+    """Return True if this is a login that may apply to everything on the connection."""
     asked, told = request.fields, response.fields
     if not (b'authorization' in asked or b'www-authenticate' in told
             or b'proxy-authorization' in asked or b'proxy-authenticate' in told):
@@ -2433,15 +2437,17 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 # ------------------------------------------------------------------------------------------------
 # 7. Names and tokens
 #
-# Who may have which name.  Knows no sockets and no clocks: callers bring `now`, in Unix seconds.
+# Who may have which name, what of that is kept on disk, and who may visit.  Knows no sockets and no
+# clocks: callers bring `now`, in Unix seconds.
 #
 # A derived name comes from a proof, which only the user's key can make and any server can check
-# without a record: nobody else can ever get it.  Both that go into it are free to choose, so it is
-# its length that protects: of 112 bits, one of 10,000 known names costs 2**98 hashes.  A slower
-# one would add a few bits, and cost a server most when all its clients come back at once.
-# Keys that were made before (not with LONG_NAMES in front) keep their names of 72 bits for ever.
-# A chosen name is first come, first served, then
-# leased to its owner.  Secrets are compared in constant time and kept as hashes.
+# without a record: nobody else can ever get it.  An attacker may try any key and label, so length
+# alone protects it: with 112 bits, hitting one of 10,000 known names takes 2**98 hashes.  A slower
+# hash would add a few bits, and cost a server most when all its clients come back at once.  Older
+# keys (without LONG_NAMES in front) keep their names of 72 bits for ever.
+#
+# A chosen name is first come, first served, then leased to its owner.  Secrets are compared in
+# constant time and kept as hashes.
 # ------------------------------------------------------------------------------------------------
 
 ADJECTIVES = tuple("""able amber apt azure bold brave breezy bright brisk calm clear clever cool
@@ -2622,7 +2628,9 @@ class Tokens:
         return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
-JOURNAL = '.journal'         # the file with changes of the leases since the last whole file
+# What is kept on disk.
+
+JOURNAL = '.journal'            # the file with changes of the leases since the last whole file
 
 
 def write_secret(path: str, data: bytes) -> None:
@@ -2716,7 +2724,7 @@ class Leases:
         return None
 
     def check_limits(self, owner: str, token: str, now: float) -> None:
-        """Raises Refused where OWNER, with the token of digest TOKEN, may not have a name more."""
+        """Raise Refused if OWNER, whose token has the digest TOKEN, may not have another name."""
         if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you already have {MAX_LEASES} names; give one '
                           'back with: client TARGET --name NAME --release')
@@ -2725,15 +2733,14 @@ class Leases:
                           'already; give one back')
 
     def claim(self, name: str, owner: str, token: str, now: float, over: bool = False) -> Changes:
-        """What gives NAME to OWNER, who came with the token of digest TOKEN, or raise Refused.
+        """Return the change that leases NAME to OWNER, whose token has the digest TOKEN.
 
-        OVER: though somebody else has it.
+        OVER: even if somebody else has it.  Raises Refused.
         """
         current, ended = self.owner(name, now), []
         if current is not None and not same(current, owner):
             if not over:
-                raise Refused(409, 'name_taken', f'the name {name} is taken; choose another '
-                              'name')
+                raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
             current = None
         known = self._leases.get(name)
         if current and known and known['token'] == token and now - known['used'] < DAY:
@@ -2756,7 +2763,7 @@ class Leases:
         return [port for _, port in found]
 
     def release(self, name: str, owner: str, now: float) -> Changes:
-        """What takes NAME back from OWNER, or raise Refused."""
+        """Return the change that takes NAME back from OWNER.  Raises Refused."""
         if self.owner(name, now) != owner:
             raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
         return self.free(name)
@@ -2859,6 +2866,8 @@ def config_path(name: str) -> str:
     return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
 
 
+# Hosts and addresses, and who may visit.
+
 def bracketed(host: str) -> str:
     """Return HOST as written in a URL."""
     return f'[{host}]' if ':' in host else host
@@ -2889,7 +2898,7 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
-def block_of(address: str) -> str:
+def subnet_of(address: str) -> str:
     """ADDRESS as limits count it: of IPv6 everybody has 2**64 (a /64), so those are one."""
     if ':' not in address or is_loopback(address):
         return address
@@ -2984,14 +2993,15 @@ class Exchange(Record):
     def __init__(self, near: ByteStream, request: Request, number: int = 0,
                  visitor: str = '') -> None:
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
+        # What Record sets, once more: a call for each request would cost more than these lines.
         self.number, self.visitor, self.began = number, visitor, near.runtime.now()
         self.method, self.target = request.method.decode(), request.target.decode('latin-1')
+        self.status, self.why = 0, ''
         self.near, self.far = near, near        # `far` is known once the request goes on
         self.request, self.body = request, body_reader(near, request.body_length())
         # The body, where it is small and all here; None where it has to be streamed.
         self.whole = b'' if self.body.finished else whole_body(self.body)
         self.answer: Body | None = None         # the body of the response, once that has begun
-        self.status, self.why = 0, ''
         self.keep = False                       # True if the connection may carry another request
         self.fault: BadHttp | None = None       # what is malformed in the body of the request
         self.sending: asyncio.Task[None] | None = None      # while the request is streamed
@@ -3146,7 +3156,7 @@ class Visitor:
 
     def begin(self, stream: Stream) -> None:
         """Begin an exchange on STREAM."""
-        self.stream, stream.owner = stream, self
+        self.stream, stream.visitor = stream, self
         if self.connection.eof:
             self._half_closed()
 
@@ -3173,9 +3183,8 @@ class Visitor:
         else:
             self._half_closed()
 
-    async def wait(self, seconds: float,
-                   among: set[asyncio.Future[None]] | None = None) -> bool:
-        """Wait for SECONDS, AMONG those that may be woken; return whether that happened.
+    async def wait(self, seconds: float, among: set[asyncio.Future[None]] | None = None) -> bool:
+        """Wait for SECONDS, AMONG those that may be woken; return whether it was.
 
         Raises Disconnected where the visitor goes away.
         """
@@ -3256,8 +3265,8 @@ class Tunnel:
     def pick(self) -> Member | None:
         """Return the member for the next request: the least busy one that is there, or None."""
         there = [member for member in self.members if member.session.usable]
-        return min(there, key=lambda m: len(m.session.streams)) if len(there) > 1 else (
-            there[0] if there else None)
+        return there[0] if len(there) == 1 else min(
+            there, key=lambda m: len(m.session.streams), default=None)
 
     def may_ask(self, now: float, rate: float) -> bool:
         """Return True if one more may come, of RATE a second; a second's worth may come at once."""
@@ -3358,12 +3367,10 @@ class Tunnels:
 
     def end(self, name: str, why: str) -> bool:
         """End all that serves NAME, of any kind; return whether anything did."""
-        found = False
-        for tunnel in [tunnel for tunnel in self if tunnel.name == name]:
-            for member in tuple(tunnel.members):
-                found = True
-                self.revoke(tunnel, member, why)
-        return found
+        found = [(t, member) for t in self if t.name == name for member in t.members]
+        for tunnel, member in found:
+            self.revoke(tunnel, member, why)
+        return bool(found)
 
     async def settle(self) -> None:
         """Wait a moment for clients whose connection broke."""
@@ -3395,7 +3402,7 @@ class Tunnels:
         moves = now - session.liveness.detached_at > self.hold and tunnel.pick() is not None
         overdue = now - session.liveness.heard > UNANSWERED
         for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
-            exchange = stream.owner and stream.owner.exchange
+            exchange = stream.visitor and stream.visitor.exchange
             if not exchange or exchange.status:
                 continue
             goes = moves and exchange.repeatable
@@ -3489,7 +3496,7 @@ class Tunnels:
         self._wake(self._waiting.get(tunnel.key, ()))
 
     def close(self) -> None:
-        """Nobody is expected back."""
+        """Expect nobody back: send clients elsewhere, and wake what waits for one."""
         self.closed = True
         for member in self.members():
             member.session.drain(DRAINING, 'the server is shutting down')
@@ -3510,8 +3517,8 @@ class Tunnels:
 #
 # Who may open a tunnel, under which name, and how many.  Knows no routes and no visitors' requests.
 #
-#   grant     what a token allows; its `digest` is '' for who came without one
-#   owner     whose a chosen name is: the user of the token where it has one, else the proof
+#   grant     what a token allows; its `digest` is '' for a client without a token
+#   owner     whom a chosen name belongs to: the token's user if it has one, else the proof
 #   holder    whose tunnels are counted: the token, else the address
 #
 # First all that may speak against a client is looked at, and nothing changes; then the lease is
@@ -3521,21 +3528,21 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'block', 'holder', 'stranger', 'name',
+    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
                  'tunnel')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        self.block = block_of(visitor.address)
-        self.holder = grant.digest or self.block
+        self.subnet = subnet_of(visitor.address)
+        self.holder = grant.digest or self.subnet
         # Who comes without a token can make up owners, but not addresses.
         self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
 class Kind:
-    """Tunnels of one kind beside http, which are reached in another way."""
+    """Tunnels of a kind other than http, which are reached in another way."""
 
     def check(self, asked: Candidate) -> None:
         """Raises Refused where ASKED may not have a place, or the one that its tunnel has."""
@@ -3557,7 +3564,7 @@ class Kind:
         raise NotImplementedError
 
     def sweep(self) -> None:
-        """Now and then."""
+        """Tidy up; called now and then."""
 
 
 class Admission:
@@ -3572,28 +3579,28 @@ class Admission:
         self.tokens, self.leases, self.budget = tokens, leases, budget
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
-        self._claims: dict[str, int] = collections.Counter()    # new leases without token, by block
+        self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
-        self._wrong: dict[str, float] = {}      # until when a block waits for its wrong tokens
+        self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when tunnels are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
         self._written: asyncio.Future[None] | None = None           # the last change of leases
 
     async def close(self) -> None:
-        """Let nobody in any more, and let who is about to come in do so."""
+        """Let nobody else in, and wait for the one who is about to come in."""
         self.closed = True
         async with self._turn:
             pass
 
     def sweep(self, now: float, at_once: bool) -> None:
-        """Forget old guesses; end whose token is not valid any more.
+        """Forget old guesses; end the tunnels whose token is no longer valid.
 
         Now and then, unless AT_ONCE: there may be thousands of tunnels.
         """
         if now < self._look_at and not at_once:
             return
         self._look_at = now + 4 * SWEEP
-        self._wrong = {block: until for block, until in self._wrong.items() if until > now}
+        self._wrong = {subnet: until for subnet, until in self._wrong.items() if until > now}
         for tunnel in self._tunnels:
             for member in tuple(tunnel.members):
                 if not self.tokens.holds('', member.grant.digest, time.time()):
@@ -3704,18 +3711,18 @@ class Admission:
         """
         scheme, _, given = request.get(b'authorization').partition(b' ')
         token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
-        block, now = block_of(visitor.address), self._runtime.now()
-        turn = self._wrong.get(block, now)
+        subnet, now = subnet_of(visitor.address), self._runtime.now()
+        turn = self._wrong.get(subnet, now)
         if token and turn > now:
             if turn > now + MOST_WRONG_TOKEN:
                 raise Refused(429, 'too_many', f'wrong tokens came from {visitor.address}; try '
                               f'again in {int(turn - now) + 1} seconds')
-            self._wrong[block] = turn + WRONG_TOKEN
+            self._wrong[subnet] = turn + WRONG_TOKEN
             await visitor.wait(turn - now)
         grant = self.tokens.find(token, time.time())
         if grant is None:
             if token:
-                self._wrong[block] = max(self._wrong.get(block, 0.0), now + WRONG_TOKEN)
+                self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), now + WRONG_TOKEN)
                 self._counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired'
                           if token else 'the server needs a token; give it with --token TOKEN or '
@@ -3740,7 +3747,7 @@ class Admission:
         self.leases.check_limits(owner, asked.grant.digest, now)
         if now - self._claims_since > DAY:
             self._claims_since, self._claims = now, collections.Counter()
-        if asked.stranger and self._claims[asked.block] >= MAX_LEASES:
+        if asked.stranger and self._claims[asked.subnet] >= MAX_LEASES:
             raise Refused(429, 'too_many_names', f'{asked.visitor.address} has taken {MAX_LEASES} '
                           'new names today; take one of those, or come again tomorrow')
 
@@ -3752,7 +3759,7 @@ class Admission:
             self.check_limits(owner, asked)
         await self.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
         if new and asked.stranger:
-            self._claims[asked.block] += 1
+            self._claims[asked.subnet] += 1
         asked.visitor.connection.check()      # it may have left meanwhile
 
     async def save(self, changes: Changes) -> bool:
@@ -3775,7 +3782,7 @@ class Admission:
 
     async def _enter(self, asked: Candidate,
                      url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
-        """As `admit`, for who is let in."""
+        """Return what `admit` returns, for a client that is let in."""
         hello, tunnel = asked.hello, asked.tunnel
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
@@ -3867,7 +3874,7 @@ class Visitors:
         """TRUSTED are the addresses of the proxies in front."""
         self._runtime, self._trusted = runtime, trusted
         self._here: dict[Visitor, None] = {}        # the least recently active first
-        self._of_block: dict[str, int] = collections.Counter()      # connections of each
+        self._of_subnet: dict[str, int] = collections.Counter()     # connections of each
         self._descriptors = descriptor_limit()
         self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
 
@@ -3884,7 +3891,7 @@ class Visitors:
         """
         visitor = Visitor(connection, self._trusted)
         self._here[visitor] = None
-        self._of_block[block_of(visitor.peer)] += 1
+        self._of_subnet[subnet_of(visitor.peer)] += 1
         visitor.refusal = self._no_room(visitor.peer)
         if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
             idle = (v for v in self._here if v is not visitor and v.idle)
@@ -3901,10 +3908,10 @@ class Visitors:
     def leave(self, visitor: Visitor) -> None:
         """Drop VISITOR, whose connection ends."""
         self._here.pop(visitor, None)
-        block = block_of(visitor.peer)
-        self._of_block[block] -= 1
-        if not self._of_block[block]:
-            del self._of_block[block]
+        subnet = subnet_of(visitor.peer)
+        self._of_subnet[subnet] -= 1
+        if not self._of_subnet[subnet]:
+            del self._of_subnet[subnet]
 
     def close_idle(self) -> None:
         """Close the connections on which nothing is under way."""
@@ -3921,7 +3928,7 @@ class Visitors:
         if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
             return HopFailed(503, 'the server has too many connections; try again soon',
                              f'Retry-After: {RETRY_AFTER}')
-        if (self._of_block[block_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
+        if (self._of_subnet[subnet_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
                 and not is_loopback(peer) and not within(peer, self._trusted)):
             return HopFailed(429, f'too many connections from {peer}; close some first',
                              'Retry-After: 1')
@@ -3980,18 +3987,14 @@ class Onward:
             raise HopFailed(501, 'Max-Forwards lets this request go no further')
         return int(value) - 1
 
-    def of_response(self, exchange: Exchange, response: Response, length: int,
-                    draining: bool) -> bytes:
-        """Return the header lines of RESPONSE to pass on; decide if the connection is kept."""
+    def of_response(self, exchange: Exchange, response: Response) -> bytes:
+        """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
         block = self._own_cookies(response)
         if response.status == 101:
             return block
-        request = exchange.request
-        exchange.keep = (request.keep_alive and exchange.body.finished and not draining
-                         and (length >= 0 or request.minor == b'1'))
         if not exchange.keep:
             block += b'Connection: close\r\n'
-        elif request.minor == b'0':
+        elif exchange.request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
         if not response.has(b'date'):
             block += b'%b\r\n' % date_line(int(time.time())).encode()
@@ -4093,7 +4096,7 @@ class Doors:
         return sockets
 
     def bind(self, host: str, port: int) -> Sockets:
-        """The same, port 0 being the next one inherited.  Raises LocaltunnelError: what to do."""
+        """The same; port 0 is the next one inherited.  LocaltunnelError says what to do."""
         if self.inherited and not port:
             port = next(iter(self.inherited))
         try:
@@ -4167,7 +4170,7 @@ class Doors:
                 del shaking[accepted]
         sock.setblocking(False)
         while True:
-            while len(shaking) >= MAX_HANDSHAKES:       # those that had their second go
+            while len(shaking) >= MAX_HANDSHAKES:       # cut off those older than a second
                 for old, since in tuple(shaking.items()):
                     if self._runtime.now() - since >= CROWDED_HANDSHAKE:
                         with contextlib.suppress(OSError):
@@ -4192,7 +4195,7 @@ async def last_words(connection: Connection, status: int, text: str) -> None:
 
 
 def no_session(why: Refused) -> bytes:
-    """What a client is told that gets none."""
+    """Return what a client is told that gets no session."""
     reason = {'error': why.code, 'message': str(why), 'final': why.final}
     extra = ['Connection: close']
     if why.status == 429:
@@ -4340,8 +4343,7 @@ class Server:
     async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
                         page: Iterable[bytes] = ()) -> None:
-        """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE.
-        """
+        """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE."""
         request = exchange.request
         exchange.status = status
         exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
@@ -4415,7 +4417,7 @@ class Server:
     # One exchange.
 
     async def _forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
-        """The request by the tunnel of NAME, the response back; again where no harm was done."""
+        """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
         lines = self._onward.of_request(visitor, request, name)
         login = request.get(b'authorization')
@@ -4431,7 +4433,10 @@ class Server:
                 if exchange.sending:
                     exchange.near.allow(BODY_IDLE)
                 length = response.body_length(request.method)
-                lines_back = self._onward.of_response(exchange, response, length, self.draining)
+                exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
+                                 and (length >= 0 or request.minor == b'1')
+                                 and response.status != 101)
+                lines_back = self._onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
                 if exchange.status or e.code == CANCELLED:
@@ -4445,8 +4450,7 @@ class Server:
                     raise Disconnected(str(e)) from e
                 if isinstance(e, Overdue):
                     raise HopFailed(504, f'the client of {name} took too long') from e
-                raise HopFailed(502, f'the client of {name} gave no proper answer: '
-                                f'{e}') from e
+                raise HopFailed(502, f'the client of {name} gave no proper answer: {e}') from e
             finally:
                 visitor.stream = None
                 if exchange.sending:
@@ -5002,9 +5006,9 @@ class Client:
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
                                         Workers(runtime, serve).start, trace)
         self._sessions: dict[Session, None] = {}    # the current one last; the others drain
-        self._session: Session | None = None        # the current one, which may be without a
-        self._session_id = ''                       # connection; by what the server knows it
-        self._changed = asyncio.Event()             # something became of it
+        self._session: Session | None = None        # the current one, perhaps not connected
+        self._session_id = ''                       # the server's name for it
+        self._changed = asyncio.Event()             # it has lost its connection, or is to end
         wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
         chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
         proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
@@ -5035,7 +5039,8 @@ class Client:
             backoff.connected(self.runtime.now())
             return await self._until_lost()
         except Refused as e:
-            ahead = e.code == 'superseded' and not self.url     # a clock is: this one is new
+            # A client that has just begun was not started earlier: a clock is wrong; try again.
+            ahead = e.code == 'superseded' and not self.url
             if self.once or not ahead and (e.final or not (self.url or e.status == 503)):
                 raise
             return str(e)
@@ -5057,8 +5062,8 @@ class Client:
         code, text = session.goaway
         if code in (SUPERSEDED, REVOKED):
             await self._finish({session})
-            raise Refused(409 if code == SUPERSEDED else 401,
-                          'superseded' if code == SUPERSEDED else 'token', text, final=True)
+            status, word = (409, 'superseded') if code == SUPERSEDED else (401, 'token')
+            raise Refused(status, word, text, final=True)
         return text
 
     async def _connect(self, timeout: float) -> bool:
@@ -5201,7 +5206,7 @@ Args = argparse.Namespace       # what was typed, see Options
 Add = Callable[..., Any]        # argparse's add_argument
 
 
-# Types for argparse: they raise ArgumentTypeError, or ValueError, for what is none.
+# Types for argparse: they raise ArgumentTypeError or ValueError for what does not fit.
 
 def count(text: str, most: int = 10 ** 9 - 1) -> int:
     """A whole number that is not negative."""
@@ -5254,7 +5259,7 @@ class Annex:
         """Plug in at SERVER, before it listens for visitors and clients."""
 
     async def run(self, args: Args, server: Server) -> None:
-        """Run as long as SERVER serves.  To return ends it: another process serves now."""
+        """Run as long as SERVER serves.  Returning ends it: another process serves now."""
         await server.runtime.loop.create_future()
 
 
@@ -5457,7 +5462,7 @@ _RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 def open_inside(root: str, path: str) -> BinaryIO | None:
     """The regular file PATH, where what was opened lies in ROOT and no part of it has a dot first.
 
-    None for anything else; to open a FIFO must not wait for who writes to it.
+    None for anything else; opening a FIFO must not wait for a writer.
     """
     try:
         f = open(path, 'rb', opener=lambda name, flags: os.open(
@@ -5757,7 +5762,7 @@ class Addresses(Rewrite):
         return block
 
     def _check_destination(self, block: bytes, own: bytes) -> None:
-        """Let MOVE and COPY not lead out of the base path either.  Raises HopFailed."""
+        """Keep MOVE and COPY inside the base path, too.  Raises HopFailed."""
         for url in re.findall(rb'(?im)^destination:[ \t]*([^\r]*)', block):
             inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
                               url)
@@ -5881,7 +5886,7 @@ def find_proxy(address: ServerAddress) -> str:
 
 
 def connect_through(proxy: str, host: str, port: int) -> socket.socket:
-    """Return a socket to HOST:PORT by way of PROXY (CONNECT).  Blocks.  LocaltunnelError."""
+    """Return a socket to HOST:PORT through PROXY.  Blocks.  Raises LocaltunnelError."""
     import http.client
     try:
         parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
@@ -6099,9 +6104,8 @@ async def start_successor(runtime: Runtime, sockets: Sockets, lock: int) -> int:
                 os.close(fd)
         said = b''
         try:
-            said = await asyncio.wait_for(runtime.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT)
-        except asyncio.TimeoutError:
-            pass
+            with contextlib.suppress(asyncio.TimeoutError):
+                said = await asyncio.wait_for(runtime.loop.sock_recv(ours, 1), SUCCESSOR_TIMEOUT)
         finally:
             if not said:        # it ended, or takes too long, or this server is to end meanwhile
                 os.kill(child, signal.SIGKILL)
@@ -6216,7 +6220,7 @@ class OperatorPage:
                   'memory_bytes': resident_memory()}
         lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
                  for name, value in gauges.items()]
-        counted = sorted(self._server.counters.items(), key=str)
+        counted = sorted(server.counters.items(), key=str)
         for name, label, values in (
                 ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
                 ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
@@ -6304,7 +6308,7 @@ class LandingPage(Annex):
 # ------------------------------------------------------------------------------------------------
 # 24. Terminal
 #
-# What people and scripts see: banner, log lines, JSON events.  Knows no objects of other rooms.
+# What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
 # A terminal gets colour and a line for each exchange.  If stdout is not a terminal, its first line
 # is just the URL, and everything else goes to stderr; with --json it has one object a line.
@@ -6368,8 +6372,7 @@ class Writer:
 WRITERS: dict[tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
 
 
-def put(stream: TextIO | None, text: str,
-        dropped: Callable[[int], str] = dropped_lines) -> None:
+def put(stream: TextIO | None, text: str, dropped: Callable[[int], str] = dropped_lines) -> None:
     """Write TEXT soon; ignore a reader that went away or was never there."""
     if stream is None:
         return
@@ -6401,17 +6404,17 @@ def say(text: str) -> None:
     put(sys.stderr, text + '\n')
 
 
-@functools.lru_cache(maxsize=1)
-def clock_at(second: int) -> str:
-    """Return the date and time of SECOND, Unix time: a busy log asks a thousand times a second."""
-    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
-
-
 class Complaints(logging.Handler):
     """Passes on what asyncio has to say; by itself asyncio would wait for the reader."""
 
     def emit(self, record: logging.LogRecord) -> None:
         say(self.format(record))
+
+
+@functools.lru_cache(maxsize=1)
+def clock_at(second: int) -> str:
+    """Return the date and time of SECOND, Unix time: a busy log asks a thousand times a second."""
+    return time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(second))
 
 
 def clock() -> str:
@@ -6535,7 +6538,7 @@ class Terminal(ClientObserver):
                             + (f' {printable(why)}' if why else ''))
 
     def _paint(self, code: str, text: str, stream: TextIO | None = None) -> str:
-        """Return TEXT, in colour if STREAM (stdout) is a terminal."""
+        """Return TEXT, in colour if STREAM, by default stdout, is a terminal that shows it."""
         coloured = (stream or sys.stdout) in self._coloured
         return f'\x1b[{code}m{text}\x1b[0m' if coloured else text
 
@@ -6667,80 +6670,51 @@ class Parser(argparse.ArgumentParser):
         put(file or sys.stderr, message)
 
 
-HELP = """
-examples:
-  localtunnel.py client 8000                    a URL for http://localhost:8000
-  localtunnel.py server --domain example.com    the relay
-"""
-CLIENT_HELP = f"""
-{TARGET_FORMS}
-
-Secrets in options can be seen in the list of processes; LOCALTUNNEL_TOKEN and LOCALTUNNEL_KEY keep
-them out of it.  Exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused, 4 token
-refused, 5 superseded.
+EPILOG = """Add --help after client or server for their options.
 
 examples:
-  localtunnel.py client 8000
-  localtunnel.py client 8000 --server https://example.com --name demo
-  localtunnel.py client ./dist --auth ana:secret
-  localtunnel.py client 22 --tcp
-"""
-SERVER_HELP = """
-SIGHUP reads tokens and certificate again; SIGUSR2 hands over to a new process; SIGTERM and SIGINT
-drain, the second one ends at once.
-
-examples:
-  localtunnel.py server                         for this machine alone
-  localtunnel.py server --domain example.com
-  localtunnel.py server --domain example.com --cert fullchain.pem --key privkey.pem
-  localtunnel.py server --domain example.com --token-file tokens --tcp-ports 20000-20999
-"""
-
-
-EPILOG = """examples:
   localtunnel.py client 8000                      give http://localhost:8000 a URL
-  localtunnel.py server --domain t.example.com    run your own server
-
-Add --help after client or server for their options."""
+  localtunnel.py server --domain t.example.com    run your own server"""
 
 CLIENT_EPILOG = TARGET_FORMS + """
-
-examples:
-  localtunnel.py client 8000 --server t.example.com   your app on port 8000
-  localtunnel.py client ./dist --auth ann:secret      a folder, with a password
-  localtunnel.py client 8000 --name shop              under a name you choose
-  localtunnel.py client 22 --tcp                      ssh, on a public port
 
 Every user of this machine can see your options in the list of processes; set
 LOCALTUNNEL_TOKEN to hide the token. LOCALTUNNEL_KEY replaces the key file.
 
 exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused,
-4 token refused, 5 superseded"""
+4 token refused, 5 superseded
+
+examples:
+  localtunnel.py client 8000 --server t.example.com   your app on port 8000
+  localtunnel.py client ./dist --auth ann:secret      a folder, with a password
+  localtunnel.py client 8000 --name shop              under a name you choose
+  localtunnel.py client 22 --tcp                      ssh, on a public port"""
 
 SERVER_EPILOG = """a line of the token file:
   USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
 
+signals: SIGHUP reads tokens and certificate again, SIGUSR2 hands over to a new
+process, SIGTERM and SIGINT finish open requests, the second one stops at once
+
 examples:
   localtunnel.py server            a trial on this machine
   localtunnel.py server --domain t.example.com --cert chain.pem --key key.pem
-  localtunnel.py server --domain t.example.com --token-file tokens
-
-signals: SIGHUP reads tokens and certificate again, SIGUSR2 hands over to a new
-process, SIGTERM and SIGINT finish open requests, the second one stops at once"""
+  localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
-    parser = Parser(prog='localtunnel.py', epilog=HELP, **form,
+    parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
     client_options(commands.add_parser(
-        'client', help='give a local program a public URL', epilog=CLIENT_HELP,
+        'client', help='give a local program a public URL', epilog=CLIENT_EPILOG,
         usage='%(prog)s TARGET [OPTION ...]', **form))
     server_options(commands.add_parser(
-        'server', help='run the server', epilog=SERVER_HELP, usage='%(prog)s [OPTION ...]', **form))
+        'server', help='run the server', epilog=SERVER_EPILOG, usage='%(prog)s [OPTION ...]',
+        **form))
     return parser
 
 
@@ -6786,7 +6760,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
 
 @functools.lru_cache(maxsize=None)
 def warn_once(text: str) -> None:
-    """A warning about what is looked at again and again."""
+    """Warn once about something that is looked at again and again."""
     say(f'warning: {text}')
 
 
@@ -6832,9 +6806,9 @@ def known_server(given: str | None) -> ServerAddress | None:
 def known_token(given: str | None, address: ServerAddress) -> str:
     """Return the token for the server at ADDRESS, or ''.  Raises UsageError."""
     token, meant = os.environ.get('LOCALTUNNEL_TOKEN'), os.environ.get('LOCALTUNNEL_SERVER')
-    if token and not given and not is_loopback(address.site) and (
-            meant or address.scheme == 'http') and not (
-            meant and str(ServerAddress(meant)) == str(address)):
+    if (token and not given and not is_loopback(address.site)
+            and (meant or address.scheme == 'http')
+            and (not meant or str(ServerAddress(meant)) != str(address))):
         what = f'{address}, which LOCALTUNNEL_SERVER does not name'
         if address.scheme == 'http':
             say(f'warning: LOCALTUNNEL_TOKEN is not sent in clear to {what}; set it, or give '
@@ -7003,7 +6977,7 @@ class tunnel:
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
 
-# By what ended the program; anything else is a failure, 1.
+# The exit code, by what ended the program; anything else is a failure, 1.
 EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
               'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
               'superseded': 5}
@@ -7042,8 +7016,7 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     return 0
 
 
-def check_client_options(args: Args, target: Target,
-                         address: ServerAddress | None) -> None:
+def check_client_options(args: Args, target: Target, address: ServerAddress | None) -> None:
     """Raise UsageError or Refused for options that make no sense."""
     if args.release and not (args.name and address):
         raise UsageError('--release needs --name, and a server to give the name back to')
@@ -7135,8 +7108,7 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
     return Tokens([made]), made
 
 
-def announce(args: Args, log: ServerLog, port: int, tls: Tls | None,
-             made: str) -> None:
+def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) -> None:
     """Say where the server listens, and what its users type."""
     tls_port, pin = (tls.port, tls.pin) if tls else (0, '')
     http = 'http://' + authority('http', args.domain, port)

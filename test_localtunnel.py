@@ -3157,7 +3157,7 @@ class AdmissionTest(WorldTest):
         for address, block in {'192.0.2.1': '192.0.2.1', '2001:db8::1': '2001:db8::/64',
                                '2001:db8::ffff:2%eth0': '2001:db8::/64', '::1': '::1', '': '',
                                '::ffff:192.0.2.1': '192.0.2.1'}.items():
-            self.assertEqual(lt.block_of(address), block)
+            self.assertEqual(lt.subnet_of(address), block)
 
     async def test_the_tunnels_of_each_holder_are_counted_as_they_come_and_go(self):
         await self.world(tokens=['one', 'two'])
@@ -7606,7 +7606,7 @@ class HostileVisitorTest(HostileTest):
                          [None, None, 429, None])
         for visit in came:
             visitors.leave(visit)
-        self.assertEqual(visitors._of_block, {})
+        self.assertEqual(visitors._of_subnet, {})
 
     async def test_those_who_wait_for_room_in_one_tunnel_leave_places_to_others(self):
         await self.world()
