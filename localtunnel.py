@@ -678,21 +678,21 @@ class Workers:
     def start(self, item: Any) -> None:
         """Begin work on ITEM."""
         if self._idle:
-            signal, box = self._idle.pop()
+            waiter, box = self._idle.pop()
             box.append(item)
-            signal.wake()
+            waiter.wake()
         else:
             self._runtime.spawn(self._run(item))
 
     async def _run(self, item: Any) -> None:
-        place: tuple[Waiter, list[Any]] = Waiter(self._runtime.loop), [item]
-        signal, box = place
+        slot: tuple[Waiter, list[Any]] = Waiter(self._runtime.loop), [item]
+        waiter, box = slot
         while box:
             await self._work(box.pop())
             if len(self._idle) < IDLE_WORKERS:
-                self._idle.append(place)
+                self._idle.append(slot)
                 while not box:
-                    await signal
+                    await waiter
 
 
 SMALL_PIECE = 16 * KIB          # smaller unread pieces, on average, are joined
@@ -3103,7 +3103,7 @@ MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-
 
 
 class Visitor:
-    """One visitor's connection, and the exchange that runs on it."""
+    """One visitor's connection, and the exchange that runs on it; a client comes as one, too."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
                  'refusal', 'stream', 'exchange', 'waiting')
 
@@ -3389,8 +3389,8 @@ class Tunnels:
             if not tunnel.members and tunnel.key not in self._waiting:
                 away.append(tunnel)
         away.sort(key=lambda tunnel: -tunnel.left_at)
-        for place, tunnel in enumerate(away):
-            if place >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
+        for rank, tunnel in enumerate(away):
+            if rank >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
                 del self._table[tunnel.key]
                 self.on_forget(tunnel)
 
@@ -5230,7 +5230,7 @@ def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text, strict=False)
 
 
-def place(text: str) -> tuple[str, int]:
+def host_and_port(text: str) -> tuple[str, int]:
     """[HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
     return host.strip('[]') or '127.0.0.1', port_number(port)
@@ -5412,8 +5412,8 @@ class RawTcp(Annex):
             raise UsageError(f'raw TCP leads to PORT or HOST:PORT, not to {text!r}')
         if args.name or args.auth:
             raise UsageError('--name and --auth are for HTTP, not for --tcp')
-        place = parse_target(text)
-        return Target('tcp', place.host, place.port, kind='tcp', public_port=args.tcp_port or 0)
+        app = parse_target(text)
+        return Target('tcp', app.host, app.port, kind='tcp', public_port=args.tcp_port or 0)
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         app.kinds['tcp'] = functools.partial(self.serve, app)
@@ -6235,7 +6235,7 @@ class Operator(Annex):
     title = "the operator's page"
 
     def server_options(self, add: Add) -> None:
-        add('--admin', type=place, metavar='[HOST:]PORT',
+        add('--admin', type=host_and_port, metavar='[HOST:]PORT',
             help='serve /metrics, /tunnels and /healthz here (off)')
 
     async def at_server(self, args: Args, server: Server) -> None:
@@ -6382,10 +6382,10 @@ def put(stream: TextIO | None, text: str, dropped: Callable[[int], str] = droppe
         except OSError:
             stream.write(text)      # to memory
             return
-        place = status.st_dev, status.st_ino or stream.fileno()     # Windows gives pipes no numbers
-        if place not in WRITERS:
-            WRITERS[place] = Writer()
-        WRITERS[place].put(stream, text, dropped)
+        file = status.st_dev, status.st_ino or stream.fileno()      # Windows gives pipes no numbers
+        if file not in WRITERS:
+            WRITERS[file] = Writer()
+        WRITERS[file].put(stream, text, dropped)
 
 
 def finish_writing() -> bool:
