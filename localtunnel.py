@@ -5488,8 +5488,14 @@ CONTENT_TYPES = dict(word.split('=') for word in """.html=text/html .htm=text/ht
 _RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 
 
+def may_be_seen(root: str, path: str) -> bool:
+    """Return True if PATH is ROOT or lies in it, and no part of it below has a dot first."""
+    return path == root or (path.startswith(os.path.join(root, ''))
+                            and os.sep + '.' not in os.sep + path[len(root):])
+
+
 def open_inside(root: str, path: str) -> BinaryIO | None:
-    """The regular file PATH, where what was opened lies in ROOT and no part of it has a dot first.
+    """The regular file PATH, where what was opened may be seen of ROOT.
 
     None for anything else; opening a FIFO must not wait for a writer.
     """
@@ -5500,8 +5506,8 @@ def open_inside(root: str, path: str) -> BinaryIO | None:
         return None
     real, status = os.path.realpath(path), os.fstat(f.fileno())
     with contextlib.suppress(OSError):      # it is gone
-        if (real.startswith(os.path.join(root, '')) and os.sep + '.' not in real[len(root):]
-                and stat.S_ISREG(status.st_mode) and os.path.samestat(status, os.stat(real))):
+        if (may_be_seen(root, real) and stat.S_ISREG(status.st_mode)
+                and os.path.samestat(status, os.stat(real))):
             return f
     f.close()
     return None
@@ -5609,9 +5615,8 @@ def folder_handler(root: str) -> Any:
             """Return the file for PATH, or one that does not exist."""
             found = super().translate_path(path)
             real = os.path.realpath(found) if '\0' not in found else ''
-            inside = real == root or real.startswith(os.path.join(root, ''))
-            hidden = os.sep + '.' in os.sep + found[len(root):]
-            return found if inside and not hidden else os.path.join(root, '.', 'no such file', '')
+            seen = may_be_seen(root, found) and may_be_seen(root, real)
+            return found if seen else os.path.join(root, '.', 'no such file', '')
 
         def send_head(self) -> Any:
             """The head of the answer; what is to be copied after it, of which `left` bytes."""

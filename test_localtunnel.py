@@ -4313,10 +4313,11 @@ class FolderTargetTest(FolderTest, WorldTest):
     async def test_a_link_is_followed_inside_the_folder_only(self):
         for name, to in (('in', 'page.html'), ('file', '../x'), ('folder', '../outside'),
                          ('beside', '../served-too'), ('far', self.path('x')), ('up', '..'),
-                         ('sub/two', '../file'), ('dot.txt', '.env')):
+                         ('sub/two', '../file'), ('dot.txt', '.env'), ('dots', '.git')):
             os.symlink(to, self.path('served', name))
         self.assertEqual(await self.page('/in'), (200, b'it is seen'))
-        for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two'):
+        for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two',
+                     '/dot.txt', '/dots/', '/dots/config'):
             await self.not_seen(path)
 
     async def test_nothing_can_be_changed(self):
