@@ -2920,7 +2920,7 @@ def is_address(host: str) -> bool:
 def is_loopback(host: str) -> bool:
     """Return True if HOST names this machine and no other."""
     if is_address(host):
-        return ipaddress.ip_address(host).is_loopback
+        return ipaddress.ip_address(host.strip('[]')).is_loopback
     return host == 'localhost' or host.endswith('.localhost')
 
 
@@ -4623,7 +4623,7 @@ class ServerAddress:
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
-            text = ('http://' if is_loopback(host.strip('[]')) else 'https://') + text
+            text = ('http://' if is_loopback(host) else 'https://') + text
         self.scheme, site, self.port, path = split_url(text, ('https', 'http'))
         if path not in ('', '/'):
             raise UsageError(f'--server {text} has a path; give only scheme, host and port')
@@ -7204,6 +7204,7 @@ def server_command(args: Args) -> int:
     local = is_loopback(args.domain)
     if args.bind is None:
         args.bind = 'localhost' if local else ''
+    args.bind = args.bind.strip('[]')       # of an IPv6 address, as in a URL
     if args.port is None:
         args.port = 8080 if local else 80
     args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's

@@ -3513,6 +3513,13 @@ class AddressTest(unittest.TestCase):
             with self.subTest(text), self.assertRaises(lt.UsageError):
                 lt.parse_target(text)
 
+    def test_this_machine_is_known_by_each_of_its_spellings(self):
+        for host, here in (('localhost', True), ('a.localhost', True), ('127.9.9.9', True),
+                           ('::1', True), ('[::1]', True), ('[::2]', False), ('10.0.0.1', False),
+                           ('localhost.example', False)):
+            with self.subTest(host):
+                self.assertIs(lt.is_loopback(host), here)
+
     def test_a_bare_server_means_https_and_http_on_this_machine(self):
         for text, url in (('example.com', 'https://example.com'),
                           ('Example.com.:8443', 'https://example.com:8443'),
