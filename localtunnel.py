@@ -2937,6 +2937,8 @@ Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
 
 def within(address: str, networks: Networks) -> bool:
     """Return True if the IP ADDRESS is in one of NETWORKS."""
+    if not networks:
+        return False        # asked for each connection, and to parse an address takes long
     try:
         ip = ipaddress.ip_address(address.partition('%')[0])
     except ValueError:
