@@ -2913,15 +2913,22 @@ class VisitorTest(WorldTest):
         self.assertEqual((await visitor.answer())[2], b'hello')
         self.assertEqual(await visitor.reader.read(), b'')
 
+    @staticmethod
+    def until_gone(opening=b''):
+        """(answer, asked, gone) of an app that says OPENING and waits until nobody is left."""
+        asked, gone = asyncio.Event(), asyncio.Event()
+
+        async def answer(head, reader, writer):
+            asked.set()
+            writer.write(opening)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            gone.set()
+        return answer, asked, gone
+
     async def test_the_app_learns_when_the_visitor_is_gone(self):
         for end in (Peer.reset, lambda visitor: visitor.writer.write_eof()):
-            asked, gone = asyncio.Event(), asyncio.Event()
-
-            async def answer(head, reader, writer):
-                asked.set()
-                with contextlib.suppress(ConnectionError):
-                    await reader.read()
-                gone.set()
+            answer, asked, gone = self.until_gone()
             with self.constant(HALF_CLOSED=0.0):
                 _, visitor = await self.through(answer)
                 visitor.ask()
@@ -2931,13 +2938,8 @@ class VisitorTest(WorldTest):
                 await self.end_of_the_world()
 
     async def test_the_app_learns_that_nobody_is_left_for_an_answer_that_is_idle(self):
-        gone = asyncio.Event()
-
-        async def answer(head, reader, writer):
-            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n')
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
+        answer, _, gone = self.until_gone(
+            b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\ndata: 1\n\n')
         with self.constant(HALF_CLOSED=0.01):
             _, visitor = await self.through(answer)
             visitor.ask()
@@ -2947,12 +2949,7 @@ class VisitorTest(WorldTest):
 
     @unittest.skipUnless(sys.platform == 'linux', 'only Linux tells of an end behind bytes')
     async def test_what_is_sent_behind_an_idle_answer_takes_little_and_hides_no_end(self):
-        gone = asyncio.Event()
-
-        async def answer(head, reader, writer):
-            with contextlib.suppress(ConnectionError):
-                await reader.read()
-            gone.set()
+        answer, _, gone = self.until_gone()
         with self.constant(HALF_CLOSED=0.01):
             _, visitor = await self.through(answer)
             visitor.ask()
