@@ -5280,6 +5280,12 @@ class Annex:
     def server_options(self, add: Add) -> None:
         """Options of `server`."""
 
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        """Commands beside client and server, as add(NAME, help=...).
+
+        Each sets the default `run`, which is called with what was typed, and returns the exit code.
+        """
+
     def target(self, args: Args) -> Target | None:
         """What the tunnel leads to, where this annex knows what ARGS mean."""
 
@@ -6700,7 +6706,8 @@ def server_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help goes the way of all other output."""
+    """A parser whose help goes the way of all other output, and that knows all commands."""
+    names: Iterable[str] = ()
 
     def _print_message(self, message: str, file: Any = None) -> None:
         put(file or sys.stderr, message)
@@ -6738,19 +6745,22 @@ examples:
   localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
     parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
-    commands = parser.add_subparsers(dest='command', metavar='client | server', required=True)
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    parser.names = commands.choices
     client_options(commands.add_parser(
         'client', help='give a local program a public URL', epilog=CLIENT_EPILOG,
         usage='%(prog)s TARGET [OPTION ...]', **form))
     server_options(commands.add_parser(
         'server', help='run the server', epilog=SERVER_EPILOG, usage='%(prog)s [OPTION ...]',
         **form))
+    for annex in ANNEXES:
+        annex.commands(functools.partial(commands.add_parser, **form))
     return parser
 
 
@@ -7226,18 +7236,18 @@ def server_command(args: Args) -> int:
 
 def command(words: Sequence[str]) -> int:
     """Do what WORDS say; return the exit code."""
-    commands = {'client': client_command, 'server': server_command}
-    if words and not words[0].startswith('-') and words[0] not in commands:
+    commands, parser = {'client': client_command, 'server': server_command}, make_parser()
+    if words and not words[0].startswith('-') and words[0] not in parser.names:
         say(f'localtunnel.py: unknown command {words[0]!r}; did you mean: client {words[0]}')
         return EXIT_CODES['usage']
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
-        args = make_parser().parse_args(words)
+        args = parser.parse_args(words)
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
-        return commands[args.command](args)
+        return int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         return 0
     except LocaltunnelError as e:

@@ -8706,6 +8706,15 @@ class AnnexTest(FolderTest):
                     self.assertEqual(asyncio.run(
                         self.carries(module, CommandTest.free_port())), b'hello')
 
+    def test_an_annex_brings_commands_of_its_own(self):
+        class Greeter(lt.Annex):
+            def commands(self, add):
+                parser = add('greet', help='say hello')
+                parser.add_argument('code', type=int)
+                parser.set_defaults(run=lambda args: args.code)
+        with unittest.mock.patch.object(lt, 'ANNEXES', (*lt.ANNEXES, Greeter())):
+            self.assertEqual(lt.main(['greet', '7']), 7)
+
 
 # ------------------------------------------------------------------------------------------------
 # E. Benchmark
