@@ -6672,6 +6672,8 @@ def client_options(parser: argparse.ArgumentParser) -> None:
 
     add = parser.add_argument_group('the server').add_argument
     add('--server', metavar='URL', help='server: URL, or HOST for https (LOCALTUNNEL_SERVER)')
+    add('--local', action='store_true', help='stay on this machine, whatever server is known')
+    add('--public', action='store_true', help='exit with 2 if no public server is known')
     add('--token', help='token that the server asks for (LOCALTUNNEL_TOKEN)')
     add('--pin', metavar='SHA256', help='accept only this certificate of the server')
     add('--once', action='store_true', help='exit with an error instead of reconnecting')
@@ -6803,7 +6805,7 @@ def make_parser() -> Parser:
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
 
-# What the client keeps: its key, the tokens that servers accepted, and which server was the last.
+# What the client keeps: its key, the servers that said welcome, and which was the last.
 
 def load_key(warn: Callable[[str], None]) -> bytes:
     """Return the user's 32-byte key, from LOCALTUNNEL_KEY or the configuration folder, or new."""
@@ -6843,60 +6845,109 @@ def warn_once(text: str) -> None:
     say(f'warning: {text}')
 
 
-def kept_tokens() -> dict[str, Any]:
-    """Return {"last": address, "tokens": {address: token}}."""
-    path = config_path('tokens.json')
+class KnownServer:
+    """A server, and what its user knows of it.
+
+    `pin` is of its certificate, `ca` a file with its authority.  `source` says where the server was
+    taken from: "--server", "LOCALTUNNEL_SERVER", "this script", "remembered"; '' where this process
+    runs it.
+    """
+    __slots__ = ('address', 'source', 'token', 'pin', 'ca')
+
+    def __init__(self, address: str, source: str = '', token: str = '', pin: str = '',
+                 ca: str = '') -> None:
+        """Raises UsageError for what can't be right, be it typed, kept or sent by someone."""
+        self.address, self.source = ServerAddress(address), source
+        self.token = check_token(token) if token != '' else ''
+        self.pin = pin.replace(':', '').lower()
+        if self.pin and not (re.fullmatch('[0-9a-f]{64}', self.pin)
+                             and self.address.scheme == 'https'):
+            raise UsageError('--pin takes 64 hexadecimal digits, and needs an https server')
+        self.ca = os.path.abspath(ca) if ca != '' else ''
+
+
+def kept_servers() -> dict[str, Any]:
+    """Return {"last": address, "servers": {address: {"token": ..., "pin": ..., "ca": ...}}}."""
+    path = config_path('servers.json')
+    if not os.path.exists(path):
+        path = config_path('tokens.json')       # {"last": address, "tokens": {address: token}}
     try:
         kept = json.loads(read_secret(path, 'has your tokens; ask for new ones', warn_once))
-        last, tokens = kept['last'], dict(kept['tokens'])
-        for address in (last, *tokens):
-            ServerAddress(address)
-        for token in tokens.values():
-            check_token(token)
-        return {'last': last, 'tokens': tokens}
+        servers = dict(kept['servers']) if 'servers' in kept else {
+            address: {'token': token} for address, token in kept['tokens'].items()}
+        for address, fields in ((kept['last'], {}), *servers.items()):
+            KnownServer(address, **fields)
+        return {'last': kept['last'], 'servers': servers}
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError,
             UsageError) as e:
         warn_once(f'{path} is damaged, so what it keeps is not used: {printable(str(e))}')
-    return {'last': '', 'tokens': {}}
+    return {'last': '', 'servers': {}}
 
 
-def keep_token(address: str, token: str) -> None:
-    """Remember that the server at ADDRESS accepted TOKEN."""
-    kept, path = kept_tokens(), config_path('tokens.json')
-    if kept['last'] != address or kept['tokens'].get(address) != token:
-        kept['tokens'][address], kept['last'] = token, address
+def keep_server(server: KnownServer) -> None:
+    """Remember SERVER, which said welcome; but never a token that the environment gives."""
+    kept, path, address = kept_servers(), config_path('servers.json'), str(server.address)
+    before = kept['servers'].get(address, {})
+    token = server.token
+    if token == os.environ.get('LOCALTUNNEL_TOKEN'):
+        token = before.get('token', '')
+    now = {'token': token, 'pin': server.pin, 'ca': server.ca}
+    if (kept['last'], before) != (address, now):
+        kept['servers'][address], kept['last'] = now, address
         try:
+            os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
             write_secret(path, json.dumps(kept, indent=1).encode())
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(config_path('tokens.json'))
         except OSError as e:
-            say(f"warning: can't write {path}: {e.strerror}")
+            say(f"warning: can't write {path} ({e.strerror}), so the server is not remembered")
 
 
-def known_server(given: str | None) -> ServerAddress | None:
-    """Return the server: GIVEN, else the environment's, the stamped one, the last one; or None."""
-    if given == '':
-        raise UsageError('the server is empty; give a URL')
-    known = (given or os.environ.get('LOCALTUNNEL_SERVER') or STAMPED_SERVER
-             or kept_tokens()['last'])
-    return ServerAddress(known) if known else None
-
-
-def known_token(given: str | None, address: ServerAddress) -> str:
-    """Return the token for the server at ADDRESS, or ''.  Raises UsageError."""
-    token, meant = os.environ.get('LOCALTUNNEL_TOKEN'), os.environ.get('LOCALTUNNEL_SERVER')
-    if (token and not given and not is_loopback(address.site)
-            and (meant or address.scheme == 'http')
+def token_of_environment(address: ServerAddress) -> str:
+    """Return LOCALTUNNEL_TOKEN, where it may be meant for the server at ADDRESS; else ''."""
+    token, meant = os.environ.get('LOCALTUNNEL_TOKEN', ''), os.environ.get('LOCALTUNNEL_SERVER')
+    if (token and not is_loopback(address.site) and (meant or address.scheme == 'http')
             and (not meant or str(ServerAddress(meant)) != str(address))):
         what = f'{address}, which LOCALTUNNEL_SERVER does not name'
         if address.scheme == 'http':
             say(f'warning: LOCALTUNNEL_TOKEN is not sent in clear to {what}; set it, or give '
                 '--token')
-            token = ''
-        else:
-            say(f'warning: LOCALTUNNEL_TOKEN goes to {what}')
-    token = given or token or kept_tokens()['tokens'].get(str(address), '')
-    return check_token(token) if token else ''
+            return ''
+        say(f'warning: LOCALTUNNEL_TOKEN goes to {what}')
+    return token
+
+
+def known_server(args: Args) -> KnownServer | None:
+    """Return the server that ARGS mean, with what is typed, else kept; None: one in this process.
+
+    Raises UsageError.
+    """
+    if args.server == '':
+        raise UsageError('the server is empty; give a URL')
+    if args.local and (args.server or args.public):
+        raise UsageError('--local stays on this machine, so it goes with neither --server nor '
+                         '--public')
+    kept = kept_servers()
+    known = [(source, address) for source, address in (
+        ('--server', args.server), ('LOCALTUNNEL_SERVER', os.environ.get('LOCALTUNNEL_SERVER')),
+        ('this script', STAMPED_SERVER), ('remembered', kept['last'])) if address]
+    if args.local or not known:
+        if args.public:
+            raise UsageError('--public needs a server, and none is known; give --server URL')
+        if args.pin:
+            raise UsageError('--pin needs an https server; give one with --server')
+        return None
+    source, address = known[0]
+    place = ServerAddress(address)
+    if args.public and is_loopback(place.site):
+        raise UsageError(f'--public needs a server that others reach, and {place} ({source}) is on '
+                         'this machine; give --server URL')
+    fields = kept['servers'].get(str(place), {})
+    return KnownServer(
+        address, source, args.token or token_of_environment(place) or fields.get('token', ''),
+        args.pin or fields.get('pin', ''), args.ca or fields.get('ca', ''))
 
 
 MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
@@ -6938,7 +6989,7 @@ async def first_of(*work: Awaitable[Any]) -> None:
             await end_task(task)
 
 
-async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, ServerAddress]:
+async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
     tokens = Tokens(open=True)
     server = Server(runtime, 'localhost', tokens, Leases(tokens), Observer(), only=True,
@@ -6952,7 +7003,7 @@ async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, 
             continue
         for sock in sockets:
             await server.listen(sock)
-        return server, ServerAddress(f'http://localhost:{port}')
+        return server, KnownServer(f'http://localhost:{port}')
     raise LocaltunnelError('no port is free on this machine')
 
 
@@ -6962,24 +7013,24 @@ def find_target(args: Args) -> Target:
     return next((target for target in targets if target), None) or parse_target(args.target)
 
 
-def make_app(runtime: Runtime, args: Args, target: Target, address: ServerAddress,
+def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver) -> App:
-    """The app at TARGET, for a client of the server at ADDRESS."""
-    tls = tls_to(target, args.ca, not (args.insecure or target.local))
+    """The app at TARGET, for a client of SERVER."""
+    tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
     app = App(runtime, target, observer, timeout=args.timeout, tls=tls)
     for annex in ANNEXES:
-        annex.at_client(args, app, address)
+        annex.at_client(args, app, server.address)
     return app
 
 
-def make_client(app: App, args: Args, address: ServerAddress, key: bytes, token: str,
+def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                 trace: Trace | None = None) -> Client:
-    """A client of the server at ADDRESS that serves from APP."""
-    target, pin = app.target, args.pin or ''
+    """A client of SERVER that serves from APP."""
+    target, address = app.target, server.address
     dial = functools.partial(dial_server, app.runtime, address,
-                             tls_to(address, args.ca, not pin), pin)
+                             tls_to(address, server.ca, not server.pin), server.pin)
     return Client(app.runtime, address, target.label, key, dial, app.kinds[target.kind],
-                  app.observer, token=token, once=args.once, trace=trace, kind=target.kind,
+                  app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   **Access.encode(args.allow, args.auth, key))
 
@@ -7005,20 +7056,19 @@ class tunnel:
         if name is not None:
             check_name(name)
         self._args.name, self._args.once = name, True
-        self._server, self._token = server, token
+        self._args.server, self._args.token = server, token
 
     async def __aenter__(self) -> tunnel:
-        target, address = self._target, known_server(self._server)
+        target, known = self._target, known_server(self._args)
         async with contextlib.AsyncExitStack() as stack:
             runtime = Runtime(asyncio.get_running_loop())
             stack.push_async_callback(runtime.close)
-            if address is None:
-                server, address = await start_local_server(runtime, target)
+            if known is None:
+                server, known = await start_local_server(runtime, target)
                 stack.push_async_callback(server.stop)
-            app = make_app(runtime, self._args, target, address, ClientObserver())
+            app = make_app(runtime, self._args, target, known, ClientObserver())
             stack.callback(app.close)
-            client = make_client(app, self._args, address, load_key(say),
-                                 known_token(self._token, address))
+            client = make_client(app, self._args, known, load_key(say))
             stack.push_async_callback(client.stop)
             running = asyncio.ensure_future(client.run())
             stack.push_async_callback(end_task, running)
@@ -7095,46 +7145,40 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
     return 0
 
 
-def check_client_options(args: Args, target: Target, address: ServerAddress | None) -> None:
+def check_client_options(args: Args, target: Target, known: KnownServer | None) -> None:
     """Raise UsageError or Refused for options that make no sense."""
-    if args.release and not (args.name and address):
+    if args.release and not (args.name and known):
         raise UsageError('--release needs --name, and a server to give the name back to')
-    if target.kind != 'http' and not address:
+    if target.kind != 'http' and not known:
         raise UsageError('--tcp needs a server; give one with --server')
     if args.name:
         check_name(args.name)
     if any(':' not in user for user in args.auth):
         raise UsageError('--auth takes USER:PASSWORD')
-    if args.pin is not None:
-        args.pin = args.pin.replace(':', '').lower()
-        if not re.fullmatch('[0-9a-f]{64}', args.pin) or not address or address.scheme != 'https':
-            raise UsageError('--pin takes 64 hexadecimal digits, and needs an https server')
 
 
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
-                     target: Target, address: ServerAddress | None, token: str) -> None:
+                     target: Target, known: KnownServer | None) -> None:
     """Keep the tunnel up until STOP is set."""
     key = load_key(lambda text: say('warning: ' + text))
     server = None
-    if address is None:
-        server, address = await start_local_server(runtime, target)
+    if known is None:
+        server, known = await start_local_server(runtime, target)
         say('NOT PUBLIC: no server is known, so this URL works on this machine only')
         say(f'  with a server:     python3 localtunnel.py client {args.target} '
             '--server https://HOST')
         say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
             '(where visitors can reach it)')
-    elif address.scheme == 'http' and not is_loopback(address.site):
-        say(f'warning: the connection to {address} is not encrypted: anyone on the path can read '
-            'everything, even your token and the proof of your name')
+    elif known.address.scheme == 'http' and not is_loopback(known.address.site):
+        say(f'warning: the connection to {known.address} is not encrypted: anyone on the path can '
+            'read everything, even your token and the proof of your name')
 
-    def accepted() -> None:
-        if token and not os.environ.get('LOCALTUNNEL_TOKEN'):
-            keep_token(str(address), token)
     frames = Lines(sys.stderr, runtime.loop.call_later)
-    terminal = Terminal(target.text, str(address), server is None, runtime.loop.call_later,
-                        as_json=args.json, quiet=args.quiet, first=accepted)
-    app = make_app(runtime, args, target, address, terminal)
-    client = make_client(app, args, address, key, token, frames.frame if args.verbose else None)
+    terminal = Terminal(
+        target.text, str(known.address), server is None, runtime.loop.call_later, as_json=args.json,
+        quiet=args.quiet, first=lambda: None if server else keep_server(known))
+    app = make_app(runtime, args, target, known, terminal)
+    client = make_client(app, args, known, key, frames.frame if args.verbose else None)
     probe = runtime.spawn(app.look())
     try:
         await first_of(client.run(), stop.wait())
@@ -7149,22 +7193,22 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def client_command(args: Args) -> int:
-    target, address = find_target(args), known_server(args.server)
-    check_client_options(args, target, address)
-    token = known_token(args.token, address) if address else ''
+    target, known = find_target(args), known_server(args)
+    check_client_options(args, target, known)
     try:
-        return run(run_client, args, target, address, token)
+        return run(run_client, args, target, known)
     except Refused as e:
         given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
-        if e.code != 'token' or e.final or given or not (address and is_terminal(sys.stderr)):
+        if e.code != 'token' or e.final or given or not (known and is_terminal(sys.stderr)):
             raise
         import getpass
         token = ''
         with contextlib.suppress(EOFError):
-            token = getpass.getpass(f'{e}\ntoken for {address}: ').strip()
+            token = getpass.getpass(f'{e}\ntoken for {known.address}: ').strip()
         if not token:
             raise
-    return run(run_client, args, target, address, check_token(token))
+    known.token = check_token(token)
+    return run(run_client, args, target, known)
 
 
 # The server's side.

@@ -5154,6 +5154,127 @@ class KeyTest(FolderTest):
         self.assertEqual(len(self.warnings), 1)
 
 
+class KnownServerTest(FolderTest):
+    """Which server is meant, and what is kept of it."""
+
+    def known(self, *words):
+        return lt.known_server(lt.make_parser().parse_args(['client', '8000', *words]))
+
+    def keep(self, *words):
+        lt.keep_server(self.known(*words))
+
+    def fields(self, *words):
+        known = self.known(*words)
+        return known and (str(known.address), known.source, known.token, known.pin, known.ca)
+
+    def kept(self, name='servers.json'):
+        return self.path('config', 'localtunnel', name)
+
+    def test_each_way_to_name_a_server_yields_to_those_before_and_says_its_name(self):
+        self.assertIsNone(self.known())
+        self.keep('--server', 'a.example')
+        self.assertEqual(self.fields(), ('https://a.example', 'remembered', '', '', ''))
+        with unittest.mock.patch.object(lt, 'STAMPED_SERVER', 'https://b.example'):
+            self.assertEqual(self.fields()[:2], ('https://b.example', 'this script'))
+            os.environ['LOCALTUNNEL_SERVER'] = 'c.example'
+            self.assertEqual(self.fields()[:2], ('https://c.example', 'LOCALTUNNEL_SERVER'))
+            self.assertEqual(self.fields('--server', 'd.example')[:2],
+                             ('https://d.example', '--server'))
+            self.assertIsNone(self.known('--local'))
+
+    def test_token_pin_and_authority_are_kept_for_each_server_and_what_is_typed_wins(self):
+        self.keep('--server', 'a.example', '--token', 'T', '--pin', 'AB:' * 31 + 'AB',
+                  '--ca', 'ca.pem')
+        all_ = ('T', 'ab' * 32, os.path.abspath('ca.pem'))
+        self.keep('--server', 'http://b.example')
+        self.assertEqual(self.fields(), ('http://b.example', 'remembered', '', '', ''))
+        self.assertEqual(self.fields('--server', 'a.example')[2:], all_)
+        self.assertEqual(self.fields('--server', 'a.example', '--token', 'N')[2:], ('N', *all_[1:]))
+        self.assertEqual(self.fields('--server', 'a.example')[2:], all_)    # it said no welcome
+        self.keep('--server', 'a.example', '--pin', 'cd' * 32)
+        self.assertEqual(self.fields()[2:], ('T', 'cd' * 32, all_[2]))
+
+    def test_a_token_of_the_environment_is_never_written_and_the_kept_one_stays(self):
+        self.keep('--server', 'a.example', '--token', 'typed')
+        os.environ['LOCALTUNNEL_TOKEN'] = 'secret'
+        for server in 'a.example', 'b.example':
+            self.keep('--server', server)
+            self.assertEqual(self.known().token, 'secret')
+            self.assertNotIn(b'secret', open_and_read(self.kept()))
+        del os.environ['LOCALTUNNEL_TOKEN']
+        self.assertEqual(self.known('--server', 'a.example').token, 'typed')
+
+    def test_it_goes_to_no_other_server_by_http_and_with_a_warning_by_https(self):
+        os.environ['LOCALTUNNEL_TOKEN'] = 'T'
+        for meant, server, token, warnings in (
+                ('', 'http://localhost:8080', 'T', 0), ('', 'https://a.example', 'T', 0),
+                ('', 'http://a.example', '', 1), ('http://a.example', 'http://a.example', 'T', 0),
+                ('https://a.example', 'http://a.example', '', 1),
+                ('a.example', 'https://a.example', 'T', 0), ('b.example', 'a.example', 'T', 1)):
+            os.environ['LOCALTUNNEL_SERVER'] = meant
+            with self.subTest((meant, server)), unittest.mock.patch.object(lt, 'say') as say:
+                self.assertEqual(self.known('--server', server).token, token)
+                self.assertEqual(say.call_count, warnings)
+                self.assertEqual(self.known('--server', server, '--token', 'mine').token, 'mine')
+
+    def test_what_an_earlier_version_kept_is_taken_over(self):
+        os.makedirs(self.path('config', 'localtunnel'))
+        write = lt.write_secret
+        write(self.kept('tokens.json'),
+              b'{"last": "http://a.example", "tokens": {"http://a.example": "T"}}')
+        self.assertEqual(self.fields(), ('http://a.example', 'remembered', 'T', '', ''))
+        self.keep()
+        self.assertEqual(os.listdir(self.path('config', 'localtunnel')), ['servers.json'])
+        self.assertEqual(self.fields(), ('http://a.example', 'remembered', 'T', '', ''))
+
+    def test_a_damaged_file_is_none_and_one_warning(self):
+        os.makedirs(self.kept())
+        server = '{"last": "a", "servers": {"a": %s}}'
+        for text in (None, '[' * 100000, '', '\xff', '[]', '{}', '{"last": 5, "servers": {}}',
+                     '{"last": "a", "servers": 5}', '{"last": "", "servers": {}}', server % '5',
+                     server % '{"token": {}}', server % '{"token": "b c"}', server % '{"pin": "x"}',
+                     server % '{"ca": 5}', server % '{"more": ""}',
+                     '{"last": "a", "tokens": {"a": {}}}', '{"last": "a", "tokens": {"a": "b c"}}'):
+            with self.subTest(str(text)[:40]), unittest.mock.patch.object(lt, 'say') as say:
+                if text is not None:
+                    self.write(os.path.relpath(self.kept(), self.folder), text)
+                    os.chmod(self.kept(), 0o600)
+                lt.warn_once.cache_clear()
+                for _ in range(2):
+                    self.assertIsNone(self.known())
+                self.assertIn('servers.json is damaged', say.call_args_list[0][0][0])
+                self.assertEqual(say.call_count, 1)
+            if text is None:
+                os.rmdir(self.kept())
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_it_is_for_its_user_alone_and_made_so_with_one_warning(self):
+        self.keep('--server', 'a.example')
+        self.assertEqual(os.stat(self.kept()).st_mode & 0o777, 0o600)
+        os.chmod(self.kept(), 0o644)
+        with unittest.mock.patch.object(lt, 'say') as say:
+            for _ in range(2):
+                self.assertEqual(self.known().source, 'remembered')
+        self.assertEqual(say.call_count, 1)
+        self.assertEqual(os.stat(self.kept()).st_mode & 0o777, 0o600)
+
+    def test_where_it_can_not_be_kept_there_is_a_warning(self):
+        self.write('config', 'this is no folder')
+        with unittest.mock.patch.object(lt, 'say') as say:
+            self.keep('--server', 'a.example')
+        self.assertIn('is not remembered', say.call_args[0][0])
+
+    def test_what_makes_no_sense_is_an_error_that_says_what_does(self):
+        for words, text in (
+                (['--public'], 'give --server'), (['--pin', 'ab' * 32], 'https server'),
+                (['--public', '--server', 'localhost:8080'], 'on this machine'),
+                (['--local', '--public'], '--local'), (['--local', '--server', 'a'], '--local'),
+                (['--server', 'a', '--pin', 'abc'], '64 hexadecimal'),
+                (['--server', 'http://a', '--pin', 'ab' * 32], 'https server')):
+            with self.subTest(words), self.assertRaisesRegex(lt.UsageError, text):
+                self.known(*words)
+
+
 # ------------------------------------------------------------------------------------------------
 # 27. Python
 # ------------------------------------------------------------------------------------------------
@@ -5652,57 +5773,6 @@ class PythonTest(CommandTest):
                 self.assertEqual(len({app.port, first.url, second.url}), 3)
 
 
-class TokenOfTheEnvironmentTest(FolderTest):
-    """LOCALTUNNEL_TOKEN is for the server that LOCALTUNNEL_SERVER names."""
-
-    def test_by_http_it_goes_to_no_other_server_and_by_https_with_a_warning(self):
-        os.environ['LOCALTUNNEL_TOKEN'] = 'T'
-        for meant, server, token, warnings in (
-                ('', 'http://localhost:8080', 'T', 0), ('', 'https://a.example', 'T', 0),
-                ('', 'http://a.example', '', 1), ('http://a.example', 'http://a.example', 'T', 0),
-                ('https://a.example', 'http://a.example', '', 1),
-                ('a.example', 'https://a.example', 'T', 0), ('b.example', 'a.example', 'T', 1)):
-            os.environ['LOCALTUNNEL_SERVER'] = meant
-            with self.subTest((meant, server)), unittest.mock.patch.object(lt, 'say') as say:
-                address = lt.ServerAddress(server)
-                self.assertEqual(lt.known_token(None, address), token)
-                self.assertEqual(say.call_count, warnings)
-                self.assertEqual(lt.known_token('mine', address), 'mine')
-
-    def test_a_damaged_file_of_tokens_is_none_and_one_warning(self):
-        path = self.path('config', 'localtunnel', 'tokens.json')
-        os.makedirs(path)
-        for text in (None, '[' * 100000, '', '\xff', '[]', '{}', '{"last": 5, "tokens": {}}',
-                     '{"last": "a", "tokens": 5}', '{"last": "a", "tokens": {"a": {}}}',
-                     '{"last": "a", "tokens": {"a": "b c"}}', '{"last": "", "tokens": {}}'):
-            with self.subTest(str(text)[:40]), unittest.mock.patch.object(lt, 'say') as say:
-                if text is not None:
-                    with open(path, 'w', encoding='latin-1') as f:
-                        f.write(text)
-                    os.chmod(path, 0o600)
-                lt.warn_once.cache_clear()
-                for _ in range(2):
-                    self.assertEqual(lt.known_token(None, lt.ServerAddress('a.example')), '')
-                    self.assertIsNone(lt.known_server(None))
-                self.assertIn('tokens.json is damaged', say.call_args_list[0][0][0])
-                self.assertEqual(say.call_count, 1)
-            if text is None:
-                os.rmdir(path)
-
-    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
-    def test_one_that_others_can_read_is_made_private_with_one_warning(self):
-        address = lt.ServerAddress('a.example')
-        os.makedirs(self.path('config', 'localtunnel'))
-        lt.keep_token(str(address), 'T')
-        path = self.path('config', 'localtunnel', 'tokens.json')
-        os.chmod(path, 0o644)
-        with unittest.mock.patch.object(lt, 'say') as say:
-            for _ in range(2):
-                self.assertEqual(lt.known_token(None, address), 'T')
-        self.assertEqual(say.call_count, 1)
-        self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
-
-
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 class TokenPromptTest(CommandTest):
     """A server wants a token, and none was given."""
@@ -5721,7 +5791,7 @@ class TokenPromptTest(CommandTest):
         self.assertEqual(fetch(url), (200, b'app /'))
         self.assertEqual(client.interrupt(), 0)
         self.assertNotIn('right', '\n'.join(client.lines['out']))
-        kept = self.path('config', 'localtunnel', 'tokens.json')
+        kept = self.path('config', 'localtunnel', 'servers.json')
         self.assertEqual(os.stat(kept).st_mode & 0o777, 0o600)
         for args in ('--server', address), ():      # which is the last one then
             client = self.start('client', 1, *args)
@@ -5734,7 +5804,7 @@ class TokenPromptTest(CommandTest):
             client = self.asked('--server', address)
             client.type(answer)
             self.assertEqual(client.ends(), 4)
-        self.assertFalse(os.path.exists(self.path('config', 'localtunnel', 'tokens.json')))
+        self.assertFalse(os.path.exists(self.path('config', 'localtunnel', 'servers.json')))
 
     def test_a_kept_token_that_is_refused_is_asked_for_again(self):
         first = self.server('--token', 'old')
@@ -8690,9 +8760,9 @@ class AnnexTest(FolderTest):
         server = asyncio.ensure_future(module.run_server(
             runtime, stop, args, tokens, module.Leases(tokens), ''))
         args = parse(['client', str(serving.sockets[0].getsockname()[1])])
-        address, target = module.ServerAddress(f'localhost:{port}'), module.find_target(args)
-        app = module.make_app(runtime, args, target, address, module.ClientObserver())
-        client = module.make_client(app, args, address, KEY, '')
+        known, target = module.KnownServer(f'localhost:{port}'), module.find_target(args)
+        app = module.make_app(runtime, args, target, known, module.ClientObserver())
+        client = module.make_client(app, args, known, KEY)
         running = asyncio.ensure_future(client.run())
         await asyncio.wait_for(client.welcomed.wait(), PATIENCE)
         visitor = Peer(*await asyncio.open_connection('127.0.0.1', port),
