@@ -1573,7 +1573,8 @@ class Sender:
             if self.turns:
                 self._call_up()
             connection = self.connection
-            if connection is None or connection.writing_paused:
+            if (connection is None or connection.writing_paused
+                    or connection.transport.is_closing()):      # a send failed in this turn
                 break
             data = outbox.take(self.decoder.received)
             if not data:
