@@ -2736,14 +2736,14 @@ class WorldTest(LoopTest):
     async def client(self, target, key=KEY, site='http://localhost', port=None, wait=True,
                      token='', app_tls=None, tls=None, **options):
         """A client whose tunnel is there, or has failed; OPTIONS are those of the command line."""
-        address = lt.ServerAddress(f'{site}:{port or self.port}')
+        server = lt.KnownServer(f'{site}:{port or self.port}', token=token)
         target = target.address[1] if isinstance(target, App) else target
         args = lt.make_parser().parse_args(['client', str(target)])
         self.assertLessEqual(set(options), set(vars(args)))
         vars(args).update(options)
         with unittest.mock.patch.object(lt, 'tls_to', side_effect=[app_tls, tls]):
-            app = lt.make_app(self.runtime, args, lt.find_target(args), address, self.log)
-            client = lt.make_client(app, args, address, key, token)
+            app = lt.make_app(self.runtime, args, lt.find_target(args), server, self.log)
+            client = lt.make_client(app, args, server, key)
         client.app = app
         self.clients.append(client)
         client.running = asyncio.ensure_future(client.run())
@@ -9011,9 +9011,9 @@ class Bench:
     async def idle_tunnels(address, pid):
         before = resident(pid)
         runtime = lt.Runtime(asyncio.get_running_loop())
-        address, args = lt.ServerAddress(address), lt.make_parser().parse_args(['client', '1'])
-        app = lt.make_app(runtime, args, lt.parse_target('1'), address, lt.ClientObserver())
-        clients = [lt.make_client(app, args, address, os.urandom(32), '') for _ in range(TUNNELS)]
+        server, args = lt.KnownServer(address), lt.make_parser().parse_args(['client', '1'])
+        app = lt.make_app(runtime, args, lt.parse_target('1'), server, lt.ClientObserver())
+        clients = [lt.make_client(app, args, server, os.urandom(32)) for _ in range(TUNNELS)]
         tasks = [runtime.spawn(client.run()) for client in clients]
         for client in clients:
             await client.welcomed.wait()
