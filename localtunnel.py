@@ -5482,7 +5482,8 @@ class RawTcp(Annex):
 # ------------------------------------------------------------------------------------------------
 # 17. Folder and echo
 #
-# Two apps that need not be started: a folder, and one that answers requests with themselves.
+# Two apps that need not be started: a folder, and one that answers requests with themselves.  One
+# rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
 # ------------------------------------------------------------------------------------------------
 
 # What browsers insist on, whatever the table of this system says.
@@ -5497,29 +5498,66 @@ CONTENT_TYPES = dict(word.split('=') for word in """.html=text/html .htm=text/ht
 _RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 
 
-def may_be_seen(root: str, path: str) -> bool:
-    """Return True if PATH is ROOT or lies in it, and no part of it below has a dot first."""
-    return path == root or (path.startswith(os.path.join(root, ''))
-                            and os.sep + '.' not in os.sep + path[len(root):])
+# In a path below the folder, a part that is hidden, or looks like a key; whatever is below it, too.
+# A sign after the ending makes it a copy (server.key.bak, server.key~) or, on Windows, the same.
+HIDDEN = re.compile(r'[\\/]\.')
+KEYS = re.compile(r'(?i)[\\/]id_|\.(?:pem|key|p12|pfx|kdbx?|ppk|jks|keystore|env)(?![a-z0-9])')
 
 
-def open_inside(root: str, path: str) -> BinaryIO | None:
-    """The regular file PATH, where what was opened may be seen of ROOT.
+class Site:
+    """A folder as visitors see it: SPA answers paths that are not there with index.html."""
 
-    None for anything else; opening a FIFO must not wait for a writer.
-    """
-    try:
-        f = open(path, 'rb', opener=lambda name, flags: os.open(
-            name, flags | getattr(os, 'O_NONBLOCK', 0)))
-    except (OSError, ValueError):
+    def __init__(self, folder: str, all_files: bool = False, spa: bool = False) -> None:
+        """ALL_FILES: even what is hidden or looks like a key."""
+        self.root, self.spa, self._all = os.path.realpath(folder), spa, all_files
+
+    def shows(self, path: str) -> bool:
+        """Return True if PATH may be seen: it is in the folder, and no part of it is kept back."""
+        if path == self.root or not path.startswith(os.path.join(self.root, '')):
+            return path == self.root
+        below = os.sep + path[len(self.root):]
+        return self._all or not (HIDDEN.search(below) or KEYS.search(below))
+
+    def open(self, path: str) -> BinaryIO | None:
+        """The regular file PATH, where what was opened may be seen.
+
+        None for anything else; opening a FIFO must not wait for a writer.
+        """
+        try:
+            f = open(path, 'rb', opener=lambda name, flags: os.open(
+                name, flags | getattr(os, 'O_NONBLOCK', 0)))
+        except (OSError, ValueError):
+            return None
+        real, status = os.path.realpath(path), os.fstat(f.fileno())
+        with contextlib.suppress(OSError):      # it is gone
+            if (self.shows(real) and stat.S_ISREG(status.st_mode)
+                    and os.path.samestat(status, os.stat(real))):
+                return f
+        f.close()
         return None
-    real, status = os.path.realpath(path), os.fstat(f.fileno())
-    with contextlib.suppress(OSError):      # it is gone
-        if (may_be_seen(root, real) and stat.S_ISREG(status.st_mode)
-                and os.path.samestat(status, os.stat(real))):
-            return f
-    f.close()
-    return None
+
+    def index(self, folder: str) -> str | None:
+        """The page that stands for FOLDER, if there is one."""
+        pages = (os.path.join(folder, name) for name in ('index.html', 'index.htm'))
+        return next(filter(os.path.lexists, pages), None)
+
+    def names(self, folder: str) -> list[str]:
+        """What may be seen of FOLDER, folders with a slash.  Raises OSError."""
+        paths = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}
+        return [name + '/' if os.path.isdir(path) else name for name, path in paths.items()
+                if self.shows(path) and self.shows(os.path.realpath(path))]
+
+    def keys(self) -> int:
+        """How many names at the top are kept back because they look like keys."""
+        with contextlib.suppress(OSError):      # it is gone
+            names = [os.sep + name for name in os.listdir(self.root) if not self._all]
+            return sum(bool(KEYS.search(name)) and not HIDDEN.search(name) for name in names)
+        return 0
+
+    def stands_in(self, path: str, accept: str) -> bool:
+        """Return True if index.html answers for PATH, which is not there: it may be a page."""
+        last = urllib.parse.unquote(path.partition('?')[0]).rpartition('/')[2]
+        return self.spa and '.' not in last and ('text/html' in accept or '*/*' in accept)
 
 
 def precondition(fields: Any, etag: str, modified: float) -> int:
@@ -5590,10 +5628,8 @@ def send_file(handler: Any, f: BinaryIO) -> BinaryIO | None:
     return None
 
 
-def listing(folder: str, path: str) -> bytes:
-    """A page with what may be seen of FOLDER, which is asked for as PATH.  Raises OSError."""
-    names = sorted(name for name in os.listdir(folder) if not name.startswith('.'))
-    names = [n + '/' if os.path.isdir(os.path.join(folder, n)) else n for n in names]
+def listing(names: Iterable[str], path: str) -> bytes:
+    """A page with the NAMES in a folder, which is asked for as PATH."""
     items = ''.join(f'<li><a href="{urllib.parse.quote("./" + n, errors="surrogatepass")}">'
                     f'{html.escape(n)}</a>\n' for n in names)
     title = html.escape(urllib.parse.unquote(path))
@@ -5611,8 +5647,8 @@ def send_whole(handler: Any, code: int, page: bytes, **fields: str) -> BinaryIO:
     return io.BytesIO(page)
 
 
-def folder_handler(root: str) -> Any:
-    """A class that serves the folder ROOT: nothing outside, no name that begins with a dot."""
+def folder_handler(site: Site) -> Any:
+    """A class that serves what may be seen of SITE."""
     import http.server
 
     class Handler(http.server.SimpleHTTPRequestHandler):
@@ -5624,24 +5660,24 @@ def folder_handler(root: str) -> Any:
             """Return the file for PATH, or one that does not exist."""
             found = super().translate_path(path)
             real = os.path.realpath(found) if '\0' not in found else ''
-            seen = may_be_seen(root, found) and may_be_seen(root, real)
-            return found if seen else os.path.join(root, '.', 'no such file', '')
+            seen = site.shows(found) and site.shows(real)
+            return found if seen else os.path.join(site.root, '.', 'no such file', '')
 
         def send_head(self) -> Any:
             """The head of the answer; what is to be copied after it, of which `left` bytes."""
             found, (path, mark, query) = self.translate_path(self.path), self.path.partition('?')
-            if os.path.isdir(found) and not path.endswith('/'):
-                return send_whole(self, 301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
+            page: str | None = found
             if os.path.isdir(found):
-                pages = [os.path.join(found, name) for name in ('index.html', 'index.htm')]
-                page = next(filter(os.path.lexists, pages), None)
-                if page is None:
-                    try:
-                        return send_whole(self, 200, listing(found, path), Content_Type=HTML)
-                    except OSError:
-                        return self.send_error(404, 'No permission to list directory')
-                found = page
-            f = open_inside(root, found)
+                page = site.index(found)
+                if not path.endswith('/') and (page or not site.spa):
+                    return send_whole(self, 301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
+                if not (page or site.spa):
+                    with contextlib.suppress(OSError):      # it can't be read
+                        return send_whole(self, 200, listing(site.names(found), path),
+                                          Content_Type=HTML)
+            f = site.open(page) if page else None
+            if f is None and site.stands_in(path, self.headers.get('Accept', '*/*')):
+                f = site.open(os.path.join(site.root, 'index.html'))
             return send_file(self, f) if f else self.send_error(404, 'File not found')
 
         def copyfile(self, source: Any, outputfile: Any) -> None:
@@ -5662,14 +5698,13 @@ def folder_handler(root: str) -> Any:
     return Handler
 
 
-def serve_folder(folder: str) -> socket.socket:
-    """A connection to what serves FOLDER, with listings, in a thread of its own."""
-    root = os.path.realpath(folder)
-    handler, (ours, theirs) = folder_handler(root), socket.socketpair()
+def serve_folder(site: Site) -> socket.socket:
+    """A connection to what serves SITE, with listings, in a thread of its own."""
+    handler, (ours, theirs) = folder_handler(site), socket.socketpair()
 
     def serve() -> None:
         with theirs, contextlib.suppress(OSError):      # the visitor may go away
-            handler(theirs, ('127.0.0.1', 0), None, directory=root)
+            handler(theirs, ('127.0.0.1', 0), None, directory=site.root)
     threading.Thread(target=serve, daemon=True).start()
     return ours
 
@@ -5703,6 +5738,12 @@ async def echo(connection: Connection) -> None:
 
 class FolderAndEcho(Annex):
     """Their targets, and how to connect to them."""
+    title = 'a folder'
+
+    def client_options(self, add: Add) -> None:
+        add('--all-files', action='store_true',
+            help='serve hidden files, and those that look like keys, too')
+        add('--spa', action='store_true', help='answer paths that are not there with index.html')
 
     def target(self, args: Args) -> Target | None:
         text = args.target
@@ -5716,14 +5757,33 @@ class FolderAndEcho(Annex):
         return Target('folder', path=text, text=text)
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.dialers['folder'] = functools.partial(self.dial_folder, app.runtime)
+        if app.target.scheme == 'folder':
+            site = Site(app.target.path, args.all_files, args.spa)
+            app.dialers['folder'] = functools.partial(self.dial_folder, app.runtime, site)
+            self.look(site, app.observer)
+        elif args.all_files or args.spa:
+            raise UsageError('--all-files and --spa are for a folder, and '
+                             f'{app.target.text} is something else')
         app.dialers['echo'] = functools.partial(self.dial_echo, app.runtime)
 
     @staticmethod
-    async def dial_folder(runtime: Runtime, target: Target) -> Connection:
-        """A connection to what serves the folder TARGET."""
+    def look(site: Site, observer: ClientObserver) -> None:
+        """Tell the user what of SITE visitors will miss."""
+        keys = site.keys()
+        if keys:
+            observer.hint(
+                f'{keys} files that look like keys are not served; --all-files serves them'
+                if keys > 1 else
+                'a file that looks like a key is not served; --all-files serves it')
+        if site.spa and not os.path.exists(os.path.join(site.root, 'index.html')):
+            observer.hint(f'there is no index.html in {site.root} yet, which --spa answers with; '
+                          'until it is there, visitors get 404')
+
+    @staticmethod
+    async def dial_folder(runtime: Runtime, site: Site, target: Target) -> Connection:
+        """A connection to what serves SITE, the folder TARGET."""
         _, connection = await runtime.loop.create_connection(
-            lambda: Connection(runtime), sock=serve_folder(target.path))
+            lambda: Connection(runtime), sock=serve_folder(site))
         return connection
 
     @staticmethod

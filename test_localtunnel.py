@@ -82,6 +82,7 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
+import urllib.parse
 
 import localtunnel as lt
 
@@ -4166,6 +4167,7 @@ class RawTcpTest(WorldTest):
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
 class FolderFilesTest(FolderTest):
+    options = {}
 
     def setUp(self):
         super().setUp()
@@ -4175,7 +4177,7 @@ class FolderFilesTest(FolderTest):
 
     def ask(self, path, method='GET', **fields):
         """(status, header fields, body) of an answer of the folder."""
-        with contextlib.closing(lt.serve_folder(self.site)) as sock:
+        with contextlib.closing(lt.serve_folder(lt.Site(self.site, **self.options))) as sock:
             sock.settimeout(PATIENCE)
             lines = [f'{name.replace("_", "-")}: {value}\r\n' for name, value in fields.items()]
             sock.sendall(f'{method} {path} HTTP/1.1\r\nHost: a\r\n{"".join(lines)}\r\n'.encode())
@@ -4263,13 +4265,132 @@ class FolderFilesTest(FolderTest):
             self.assertEqual(self.ask('/' + name)[1]['Content-Type'], form)
 
     def test_a_file_that_grows_or_shrinks_does_not_break_the_framing(self):
-        handler = lt.folder_handler(self.site)
+        handler = lt.folder_handler(lt.Site(self.site))
         copy = handler.__new__(handler)
         copy.left, sink = 3, io.BytesIO()
         copy.copyfile(io.BytesIO(b'12345'), sink)
         self.assertEqual(sink.getvalue(), b'123')
         copy.left = 3
         self.assertRaises(ConnectionError, copy.copyfile, io.BytesIO(b'12'), sink)
+
+
+    def lay_out(self, *names):
+        """Files with these names, in the folders that these take."""
+        for name in names:
+            path = self.path('site', *name.split('/'))
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            with open(path, 'w', encoding='utf-8') as f:
+                f.write('SECRET')
+
+    def test_what_looks_like_a_key_is_neither_listed_nor_served(self):
+        keys = ('server.pem', 'SERVER.PEM', 'a.key', 'server.key.bak', 'server.key~', 'a.p12',
+                'a.pfx', 'a.kdb', 'a.KDBX', 'a.ppk', 'a.jks', 'a.keystore', 'prod.env',
+                'prod.env.local', 'id_rsa', 'ID_ED25519', 'id_rsa.pub', 'a.key::$DATA',
+                'a.\u212aey', '.env', '.env.local', '.htpasswd')
+        others = ('monkey', 'key', 'pem.txt', 'keys.html', 'a.keys', 'paid_ads', 'environment.js',
+                  'a.pemx', 'kid_1')
+        self.lay_out(*keys, *others, 'id_all/a.txt', 'certs.pem/a.txt')
+        listed = self.ask('/')[2].decode()
+        for name in (*keys, 'id_all/', 'certs.pem/'):
+            with self.subTest(name):
+                self.assertNotIn(f'>{name}<', listed)
+                for path in (name, f'./{name}', f'%2e/{name}', f'monkey/../{name}', f'/{name}'):
+                    self.assertEqual(self.ask('/' + urllib.parse.quote(path, '/%'))[0], 404)
+        for name in others:
+            with self.subTest(name):
+                self.assertIn(f'>{name}<', listed)
+                self.assertEqual(self.ask('/' + name)[2], b'SECRET')
+        self.assertEqual(self.ask('/id_all/a.txt')[0], 404)
+        self.assertEqual(self.ask('/certs.pem/a.txt')[0], 404)
+        self.options = {'all_files': True}
+        listed = self.ask('/')[2].decode()
+        for name in (*keys, *others, 'id_all/a.txt'):
+            with self.subTest(f'{name} with --all-files'):
+                self.assertEqual(self.ask('/' + urllib.parse.quote(name))[2], b'SECRET')
+                self.assertIn('>' + name.partition('/')[0], listed)
+
+    def test_no_way_around_leads_to_a_key(self):
+        self.lay_out('server.key', 'sub/id_rsa')
+        for name, to in (('link.txt', 'server.key'), ('sub.txt', 'sub/id_rsa'),
+                         ('again.txt', 'link.txt'), ('real.pem', 'film.mp4')):
+            os.symlink(to, self.path('site', name))
+        os.symlink('sub', self.path('site', 'id_link'))
+        listed = self.ask('/')[2]
+        for path in ('/server.key', '/SERVER.KEY', '/server%2ekey', '/server.%6bey', '//server.key',
+                     '/sub/../server.key', '/sub/..%2fserver.key', '/sub%5c..%5cserver.key',
+                     '/server.key/', '/server.key/.', '/server.key.', '/server.key%20',
+                     '/server.key%00', '/server.key%00.txt', '/server.key?.txt', '/server.key;.txt',
+                     '/sub/id_rsa', '/sub//id_rsa', '/sub/%69d_rsa', '/link.txt', '/sub.txt',
+                     '/again.txt', '/real.pem', '/id_link/', '/id_link/id_rsa'):
+            for options in ({}, {'spa': True}):
+                self.options = options
+                for words in ({}, {'method': 'HEAD'}, {'Range': 'bytes=0-0'},
+                              {'If_None_Match': '*'}, {'If_Match': '*'}, {'Accept': 'text/html'}):
+                    with self.subTest(path=path, **options, **words):
+                        status, fields, body = self.ask(path, **words)
+                        self.assertEqual((status, fields['ETag']), (404, None))
+                        self.assertNotIn(b'SECRET', body)
+        for name in (b'server.key', b'link.txt', b'sub.txt', b'again.txt', b'real.pem', b'id_link'):
+            self.assertNotIn(b'>' + name, listed)
+        self.options = {'all_files': True}
+        self.write('outside', 'SECRET')
+        os.symlink('../outside', self.path('site', 'far'))
+        for path in ('/far', '/../outside', '/..%2foutside'):
+            self.assertEqual(self.ask(path)[0], 404)
+
+    def test_a_page_that_is_not_there_is_the_index_of_a_single_page_app(self):
+        self.write('site/index.html', 'app')
+        self.lay_out('.git/config', 'id_rsa', 'docs/index.html', 'assets/a.js')
+        html = {'Accept': 'text/html,*/*;q=0.8'}
+        for path, words, answer in (
+                ('/', html, (200, b'app')),
+                ('/about', html, (200, b'app')),
+                ('/about', {}, (200, b'app')),
+                ('/about', {'Accept': '*/*'}, (200, b'app')),
+                ('/about', {'Accept': 'application/json'}, (404, None)),
+                ('/about/', html, (200, b'app')),
+                ('/user/7?tab=a.b', html, (200, b'app')),
+                ('/v1.2/about', html, (200, b'app')),
+                ('/about', {'method': 'HEAD'}, (200, b'')),
+                ('/about', {'Range': 'bytes=1-1'}, (206, b'p')),
+                ('/about', {'method': 'POST'}, (501, None)),
+                ('/missing.js', html, (404, None)),
+                ('/missing%2ejs', html, (404, None)),
+                ('/assets/b.js', html, (404, None)),
+                ('/.env', html, (404, None)),
+                ('/.git/config', html, (200, b'app')),
+                ('/id_rsa', html, (200, b'app')),
+                ('/%00', html, (200, b'app')),
+                ('/docs/', html, (200, b'SECRET')),
+                ('/docs', html, (301, b'')),
+                ('/assets', html, (200, b'app')),
+                ('/assets/', html, (200, b'app')),
+                ('/assets/a.js', html, (200, b'SECRET'))):
+            with self.subTest(path=path, **words):
+                self.options = {'spa': True}
+                status, fields, body = self.ask(path, **words)
+                self.assertEqual((status, answer[1] if answer[1] is None else body), answer)
+        self.options = {}
+        self.assertEqual(self.ask('/about', **html)[0], 404)
+        os.remove(self.path('site', 'index.html'))
+        os.symlink('id_rsa', self.path('site', 'index.html'))
+        self.options = {'spa': True}
+        self.assertEqual(self.ask('/about', **html)[0], 404)
+
+    def test_the_user_is_told_what_visitors_will_miss(self):
+        for names, options, hint in (
+                ((), {}, ''),
+                (('.env',), {}, ''),
+                (('a.key',), {}, 'hint\na file that looks like a key is not served'),
+                (('id_rsa',), {}, 'hint\n2 files that look like keys are not served'),
+                ((), {'all_files': True}, ''),
+                ((), {'all_files': True, 'spa': True}, 'hint\nthere is no index.html'),
+                (('index.html',), {'all_files': True, 'spa': True}, '')):
+            with self.subTest(names=names, **options):
+                self.lay_out(*names)
+                log = Everything()
+                lt.FolderAndEcho.look(lt.Site(self.site, **options), log)
+                self.assertEqual(log.text()[:len(hint) or None], hint)
 
 
 class FolderTargetTest(FolderTest, WorldTest):
@@ -4325,6 +4446,16 @@ class FolderTargetTest(FolderTest, WorldTest):
         for path in ('/file', '/folder/x', '/folder/', '/beside/x', '/far', '/up/x', '/sub/two',
                      '/dot.txt', '/dots/', '/dots/config'):
             await self.not_seen(path)
+
+    async def test_options_of_a_folder_are_for_a_folder(self):
+        for name in ('all_files', 'spa'):
+            with self.assertRaisesRegex(lt.UsageError, 'for a folder'):
+                await self.client('echo', **{name: True})
+        self.write('served/index.html', 'app')
+        visitor = await self.visitor(await self.client(self.path('served'), all_files=True,
+                                                       spa=True, name='all'))
+        self.assertEqual((await visitor.get('/.env'))[2], b'SECRET')
+        self.assertEqual((await visitor.get('/about'))[2], b'app')
 
     async def test_nothing_can_be_changed(self):
         for method in ('PUT', 'POST', 'DELETE'):
