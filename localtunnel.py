@@ -1113,20 +1113,29 @@ async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, Non
             await end_task(tasks.pop())
 
 
-async def pipe(source: ByteStream, sink: ByteStream) -> None:
-    """Copy bytes from SOURCE to SINK until they end, and pass the end on."""
+Tap = Callable[[bytes], None]       # is shown what passes, piece by piece; it must not fail
+
+
+async def pipe(source: ByteStream, sink: ByteStream, taps: Iterable[Tap] = ()) -> None:
+    """Copy bytes from SOURCE to SINK until they end, and pass the end on; TAPS are shown them."""
     while True:
         data = await source.read()
         if not data:
             return await sink.write_eof()
+        for tap in taps:
+            tap(data)
         await sink.write(data)
 
 
-async def join(left: ByteStream, right: ByteStream) -> None:
-    """Make two streams one conversation: bytes, half closes and resets pass both ways."""
+async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (),
+               right_taps: Iterable[Tap] = ()) -> None:
+    """Make two streams one conversation: bytes, half closes and resets pass both ways.
+
+    LEFT_TAPS are shown what comes from LEFT, RIGHT_TAPS what comes from RIGHT.
+    """
     left.timeout = right.timeout = NEVER      # a WebSocket may be silent for days
     try:
-        await both(pipe(left, right), pipe(right, left))
+        await both(pipe(left, right, left_taps), pipe(right, left, right_taps))
     except (LocaltunnelError, OSError) as e:
         left.reset(CANCELLED, str(e))
         right.reset(CANCELLED, str(e))
@@ -2358,9 +2367,6 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
     raise BadHttp(502, f'more than {MAX_INTERIM} interim responses')
 
 
-Tap = Callable[[bytes], None]       # is shown a body, piece by piece
-
-
 async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool, end: bool,
                        taps: Iterable[Tap] = ()) -> None:
     """Write HEAD and then BODY to SINK, as it arrives; what is here already leaves in one write.
@@ -3002,7 +3008,7 @@ class Record:
     """What observers are told of; this one: of a stream that ended before its request."""
     __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began')
     host = ''                           # whom the request is for
-    size = 0                            # bytes of the response's body
+    sent = size = 0                     # bytes of the body of the request, and of the response
 
     def __init__(self, number: int, began: float, method: str = '?', target: str = '?') -> None:
         self.number, self.began = number, began
@@ -3040,6 +3046,10 @@ class Exchange(Record):
         return self.request.host_name
 
     @property
+    def sent(self) -> int:          # type: ignore[override]
+        return self.body.taken
+
+    @property
     def size(self) -> int:          # type: ignore[override]
         return self.answer.taken if self.answer else 0
 
@@ -3048,22 +3058,23 @@ class Exchange(Record):
         """True if the request may be sent again while no response has begun."""
         return self.whole is not None and self.request.method in IDEMPOTENT
 
-    def send(self, far: ByteStream, block: bytes, end: bool) -> Awaitable[None]:
+    def send(self, far: ByteStream, block: bytes, end: bool,
+             taps: Iterable[Tap] = ()) -> Awaitable[None]:
         """Pass the request on to FAR, with the header lines in BLOCK.  With END nothing follows.
 
-        Await the result; what has to be streamed goes on meanwhile.
+        Await the result; what has to be streamed goes on meanwhile, and is shown to TAPS.
         """
         self.far = far
         head = encode_request(self.request, block, type(self.body) is ChunkedBody)
         if self.whole is not None:
             return far.write(head + self.whole, end)
-        self.sending = self.near.runtime.spawn(self._stream(head, end))
+        self.sending = self.near.runtime.spawn(self._stream(head, end, taps))
         return asyncio.sleep(0)
 
-    async def _stream(self, head: bytes, end: bool) -> None:
-        far, taps = self.far, []
+    async def _stream(self, head: bytes, end: bool, taps: Iterable[Tap]) -> None:
+        far = self.far
         if isinstance(self.near, Connection):       # a visitor's: the other end need not look
-            self.near.timeout, taps = HEAD_TIMEOUT, [self.has_begun]
+            self.near.timeout, taps = HEAD_TIMEOUT, [self.has_begun, *taps]
         try:
             await copy_message(head, self.body, far, type(self.body) is ChunkedBody, end, taps)
         except (LocaltunnelError, OSError) as e:
@@ -3074,20 +3085,22 @@ class Exchange(Record):
                 far.reset(INCOMPLETE if self.fault else CANCELLED, f'the request broke off: {e}')
 
     def respond(self, response: Response, length: int, block: bytes, end: bool,
-                taps: Iterable[Tap] = ()) -> Awaitable[None]:
+                taps: Iterable[Tap] = (), near_taps: Iterable[Tap] = ()) -> Awaitable[None]:
         """Pass RESPONSE back with the header lines in BLOCK, and its body of LENGTH.
 
-        To be awaited.  END: nothing follows it.  TAPS are shown the body.
+        To be awaited.  END: nothing follows it.  TAPS are shown the body, or what comes after an
+        upgrade; then NEAR_TAPS are shown what comes the other way.
         """
         if response.status == 101:
-            return self._upgrade(response, block)
+            return self._upgrade(response, block, taps, near_taps)
         self.status = response.status
         self.answer = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor == b'1'
         return copy_message(encode_response(response, block, chunked), self.answer, self.near,
                             chunked, end, taps)
 
-    async def _upgrade(self, response: Response, block: bytes) -> None:
+    async def _upgrade(self, response: Response, block: bytes, taps: Iterable[Tap],
+                       near_taps: Iterable[Tap]) -> None:
         check_upgrade(self.request, response)
         if self.sending:            # two readers of one stream are one too many
             lost = self.near.runtime.spawn(self.far.until_broken())
@@ -3098,7 +3111,7 @@ class Exchange(Record):
             self.far.check()
         self.status = 101
         await self.near.write(encode_response(response, block))
-        await join(self.near, self.far)
+        await join(self.near, self.far, near_taps, taps)
 
     def has_begun(self, piece: bytes) -> None:
         """Note that a PIECE of the body is there: the next one may take longer."""
@@ -3120,6 +3133,22 @@ class Observer:
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """EXCHANGE has ended, after SECONDS."""
+
+
+class Observers:
+    """Tells several observers what it is told, one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        methods = [getattr(observer, name) for observer in self._observers]
+
+        def tell(*what: Any) -> None:
+            for method in methods:
+                method(*what)
+        self.__dict__[name] = tell      # from now on it is found at once
+        return tell
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4803,8 +4832,10 @@ class App:
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
-        # Asked about each response; what one returns, if anything, is shown the body.
-        self.taps: list[Callable[[Exchange, Response], Tap | None]] = []
+        # Asked about each request, and each response; what one returns is shown the body (of a
+        # request: unless that is `whole`), and what comes after an upgrade.
+        self.request_taps: list[Callable[[Exchange], Tap]] = []
+        self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
         self._timeout, self._tls = timeout, tls
         self._hosts = addresses(target.host)    # the one that answered last comes first
         self._pool = Pool(runtime)
@@ -4877,6 +4908,7 @@ class App:
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
         """Send the request to the app, and again if an idle connection had been closed."""
+        taps = [ask(exchange) for ask in self.request_taps]
         request, lines = exchange.request, self._request_lines(exchange.request)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
@@ -4885,9 +4917,9 @@ class App:
             try:
                 if not reused:
                     stream.check()      # it may be gone by now
-                await exchange.send(upstream, lines, end=False)
+                await exchange.send(upstream, lines, False, taps)
                 response = await read_final(upstream, stream, self._timeout)
-                await self._respond(exchange, response)
+                await self._respond(exchange, response, taps)
                 whole = True
                 return self._pool.give(upstream) if exchange.keep else upstream.close()
             except (Disconnected, BadHttp) as e:
@@ -4925,7 +4957,8 @@ class App:
                 if upstream.silent and self.target.scheme == 'http' else '')
         return HopFailed(502, f'{where} closed the connection without an answer{cure}')
 
-    def _respond(self, exchange: Exchange, response: Response) -> Awaitable[None]:
+    def _respond(self, exchange: Exchange, response: Response,
+                 request_taps: Iterable[Tap]) -> Awaitable[None]:
         """Pass RESPONSE on; to be awaited.  Decides what becomes of the connection."""
         request, block = exchange.request, response.forwarded_block()
         for rewrite in self.rewrites:
@@ -4938,11 +4971,11 @@ class App:
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
         taps: list[Tap] = []
-        for ask in self.taps:
+        for ask in self.response_taps:
             tap = ask(exchange, response)
             if tap is not None:
                 taps.append(tap)
-        return exchange.respond(response, length, block, True, taps)
+        return exchange.respond(response, length, block, True, taps, request_taps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5429,6 +5462,23 @@ class TcpPorts(Kind):
                             f'{server.runtime.now() - began:.1f}s')
 
 
+class TcpRecord(Record):
+    """What observers are told of a visitor's connection."""
+    __slots__ = ('sent', 'size')
+
+    def __init__(self, number: int, began: float, visitor: str) -> None:
+        super().__init__(number, began, 'TCP', visitor)
+        self.visitor, self.sent, self.size = visitor, 0, 0
+
+    def upward(self, data: bytes) -> None:
+        """Count DATA of the visitor."""
+        self.sent += len(data)
+
+    def downward(self, data: bytes) -> None:
+        """Count DATA of the app."""
+        self.size += len(data)
+
+
 class RawTcp(Annex):
     """Tunnels of bytes."""
     title = 'raw TCP'
@@ -5464,12 +5514,12 @@ class RawTcp(Annex):
         """Serve one stream of raw bytes, which opens with the visitor's address."""
         visitor = printable(stream.read_nowait(MAX_PAYLOAD).decode('latin-1'))
         app.exchanges += 1
-        record = Record(app.exchanges, app.runtime.now(), 'TCP', visitor)
+        record = TcpRecord(app.exchanges, app.runtime.now(), visitor)
         try:
             upstream = await app.connect()
             stream.on_lost = upstream.abort
             record.status = 200
-            await join(upstream, stream)
+            await join(upstream, stream, [record.downward], [record.upward])
             upstream.close()
         except HopFailed as e:
             record.status, record.why = e.status, str(e)
@@ -5968,7 +6018,7 @@ class HostHeader(Annex):
         if args.host_header or app.target.port and app.target.path:
             app.rewrites.append(Addresses(app.target, args.host_header or ''))
         if args.host_header is None:
-            app.taps.append(Strangers(app).tap)
+            app.response_taps.append(Strangers(app).tap)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -3763,6 +3763,56 @@ class ExchangeTest(WorldTest):
                              ('PUT', '/path?query', 200, 5))
 
 
+class TapTest(WorldTest):
+    """What passes at a client is shown to those who ask."""
+
+    async def tapped(self, answer):
+        """A visitor; the taps of the client's app tell `seen`, in order."""
+        visitor, self.seen = (await self.through(answer))[1], []
+        app = self.clients[-1].app
+        app.request_taps.append(lambda exchange: self.tap('request', exchange.whole))
+        app.response_taps.append(lambda exchange, response: self.tap('response', response.status))
+        app.response_taps.append(lambda exchange, response: None)
+        return visitor
+
+    def tap(self, *what):
+        self.seen.append(what)
+        return lambda piece: self.seen.append((what[0], bytes(piece)))
+
+    def pieces(self, side):
+        return b''.join(piece for name, piece in self.seen if name == side and type(piece) is bytes)
+
+    async def test_a_small_request_is_whole_and_a_streamed_one_comes_in_pieces(self):
+        visitor = await self.tapped(OK)
+        await visitor.get(method='POST', fields='Content-Length: 5', body=b'small')
+        self.assertEqual(self.seen, [('request', b'small'), ('response', 200),
+                                     ('response', b'hello')])
+        self.seen.clear()
+        large = pattern(300000)
+        await visitor.get(method='POST', fields='Content-Length: 300000', body=large)
+        self.assertIn(('request', None), self.seen)
+        self.assertEqual(self.pieces('request'), large)
+        self.assertEqual(self.pieces('response'), b'hello')
+
+    async def test_after_an_upgrade_each_way_has_its_tap(self):
+        async def app(head, reader, writer):
+            writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\nfirst')
+            writer.write((await reader.readexactly(4)).upper())
+        visitor = await self.tapped(app)
+        visitor.ask(fields='Connection: Upgrade\nUpgrade: echo')
+        await visitor.answer()
+        visitor.send(b'ping')
+        await visitor.reader.readuntil(b'PING')
+        self.assertEqual((self.pieces('request'), self.pieces('response')), (b'ping', b'firstPING'))
+
+    async def test_several_observers_are_told_in_turn(self):
+        told = Everything(), Everything()
+        both = lt.Observers(*told)
+        both.note('x')
+        both.lost('why', 1.0)
+        self.assertEqual([one.told for one in told], [[('note', 'x'), ('lost', 'why', 1.0)]] * 2)
+
+
 class UpstreamTest(WorldTest):
 
     async def test_connections_to_the_app_are_used_again(self):
@@ -4093,6 +4143,18 @@ class RawTcpTest(WorldTest):
     async def raw_through(self, app):
         """The same, to APP(reader, writer)."""
         return await self.raw_visitor((await self.serves(app))[1])
+
+    async def test_the_observer_is_told_how_many_bytes_went_each_way(self):
+        async def app(reader, writer):
+            writer.write((await reader.readexactly(5)) * 3)
+            writer.close()
+        visitor = await self.raw_through(app)
+        visitor.send(b'hello')
+        self.assertEqual(await visitor.reader.read(), b'hello' * 3)
+        visitor.writer.close()
+        await eventually(lambda: any(line[0] == 'exchange' for line in self.log.told))
+        record = next(line[1] for line in self.log.told if line[0] == 'exchange')
+        self.assertEqual((record.method, record.sent, record.size), ('TCP', 5, 15))
 
     async def test_bytes_pass_both_ways_and_a_half_close_ends_one_way_only(self):
         there, back = pattern(3 << 20, 1), pattern(3 << 20, 2)
