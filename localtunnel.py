@@ -4665,21 +4665,27 @@ class ServerAddress:
         return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
 
 
-def explain_tls(error: BaseException, host: str) -> str:
-    """Return one sentence for what TLS complains about."""
-    reason = str(getattr(error, 'verify_message', '') or error)
-    if 'self' in reason and 'signed' in reason or 'unable to get local issuer' in reason:
-        return (f'the certificate of {host} is not signed by an authority that this machine knows; '
-                'name the authority with --ca FILE, or give the --pin that the server prints')
-    if 'expired' in reason:
-        return f'the certificate of {host} has expired, or the clock of this machine is wrong'
-    if 'not yet valid' in reason:
-        return f'the certificate of {host} is not valid yet; check the clock of this machine'
-    if 'mismatch' in reason or "doesn't match" in reason or 'not valid for' in reason:
-        return f'the certificate of {host} is for another name'
-    if 'WRONG_VERSION_NUMBER' in reason or 'record layer' in reason:
-        return f'{host} does not speak TLS on this port; if that is intended, use http://'
-    return f'TLS with {host} failed: {printable(reason)}'
+# Where trying again can't help: words in what TLS complains of, and a sentence about {0}, with a
+# cure {1} for distrust, or the reason {2}.
+TLS_FAULTS = {
+    "mismatch|doesn't match": 'the certificate of {0} is for another name',
+    'has expired': 'the certificate of {0} has expired (renew it there), or the clock of this '
+                   'machine is wrong',
+    'not yet valid': 'the certificate of {0} is not valid yet; check the clocks of both machines',
+    'self.signed|local issuer': 'the certificate of {0} is not signed by an authority that this '
+                                'machine knows; name the authority with --ca FILE, or {1}',
+    'CERTIFICATE_VERIFY_FAILED': "the certificate of {0} can't be trusted ({2}); {1}",
+    'WRONG_VERSION_NUMBER|record layer': '{0} does not speak TLS on this port; if that is '
+                                         'intended, use http:// instead of https://',
+}
+
+
+def tls_fault(error: BaseException, host: str, cure: str = 'use --insecure') -> str:
+    """Return one sentence for what is wrong with the TLS of HOST, '' if it may pass by itself."""
+    reason = printable(str(getattr(error, 'verify_message', '') or error))
+    sentences = (sentence for words, sentence in TLS_FAULTS.items()
+                 if re.search(words, f'{reason} {error}'))
+    return next(sentences, '').format(host, cure, reason)
 
 
 def addresses(host: str) -> list[str]:
@@ -4700,14 +4706,24 @@ def explain(error: BaseException, where: str) -> str:
     if isinstance(error, FileNotFoundError):
         return f'{where} does not exist'
     if isinstance(error, ssl.SSLError):
-        return explain_tls(error, where)
+        return tls_fault(error, where) or f'TLS with {where} failed: {printable(str(error))}'
     return f"can't reach {where}: {getattr(error, 'strerror', None) or error}"
+
+
+# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
+WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
+                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
+
+
+def speaks_tls(where: str) -> str:
+    """Return a sentence with the cure for speaking without TLS to WHERE."""
+    return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
 
 
 def not_http(said: bytes, where: str) -> str:
     """Return a sentence if what WHERE said is not HTTP, else ''."""
     if said[:1] in (b'\x15', b'\x16'):
-        return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
+        return speaks_tls(where)
     if not said or said[:5] == b'HTTP/'[:len(said)]:
         return ''
     line = printable(said[:60].splitlines()[0].decode('latin-1'))
@@ -5025,6 +5041,23 @@ class Backoff:
         return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
+OTHER_NAME = 62, 64             # verify_code of OpenSSL: for another host, for another address
+
+
+async def certificate_names(tls: ssl.SSLContext,
+                            dial: Callable[[], Awaitable[Connection]]) -> str:
+    """The names that a server is certified for, where it was not for the one that DIAL asks for."""
+    tls.check_hostname = False      # all the rest is checked, and nothing is said to it
+    try:
+        connection = await dial()
+    finally:
+        tls.check_hostname = True
+    shown = connection.transport.get_extra_info('peercert')
+    connection.abort()
+    names = ', '.join(name for _, name in shown.get('subjectAltName', ()))
+    return f' ({printable(names[:MAX_TEXT])}); give one of these to --server' if names else ''
+
+
 async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLContext | None,
                       pin: str, timeout: float) -> Connection:
     """A connection to the server at ADDRESS; TLS checks its certificate, and so does PIN, a SHA256.
@@ -5038,15 +5071,28 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
             lambda: Connection(runtime), ssl=tls, server_hostname=address.site if tls else None,
             **where)
         return connection
-    connection = await first_to_answer(addresses(address.site), timeout, dial)
+    reach = functools.partial(first_to_answer, addresses(address.site), timeout, dial)
+    try:
+        connection = await reach()
+    except ssl.SSLError as e:
+        fault = tls_fault(e, str(address), 'paste the command that the server printed, with --join '
+                          'or --pin')
+        if not fault:
+            raise
+        if tls and getattr(e, 'verify_code', 0) in OTHER_NAME:
+            fault += await certificate_names(tls, reach)
+        raise Refused(495, 'tls', fault) from e
     if pin:
         shown = digest_of(
             connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
         if not hmac.compare_digest(shown, pin):
             connection.abort()
-            raise Refused(495, 'pin', f'the certificate of {address} does not match '
-                          f'--pin; its SHA256 is {shown}', final=True)
+            raise Refused(495, 'tls', f'the certificate of {address} does not match --pin; its '
+                          f'SHA256 is {shown}: compare that with what the server prints')
     return connection
+
+
+PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
 
 
 class Client:
@@ -5183,8 +5229,11 @@ class Client:
         try:
             response = await read_final(connection, None, timeout)
         except (BadHttp, Incomplete) as e:
-            why = f'{self.address} does not look like a localtunnel server: {e}'
-            raise Disconnected(not_http(connection.peek(), str(self.address)) or why) from e
+            why = f'{self.address} is not a localtunnel server: {e}'
+            strange = not_http(connection.peek(), str(self.address))
+            if strange or isinstance(e, BadHttp):
+                raise Refused(502, 'no_upgrade', strange or why) from e
+            raise Disconnected(f'{self.address} closed the connection without an answer') from e
         if response.status != 101:
             refused = await self._refused(connection, response)
             if refused.code != 'released':
@@ -5195,28 +5244,39 @@ class Client:
         except (ValueError, RecursionError):
             welcome = None
         if not isinstance(welcome, dict) or not welcome.get('url'):
-            raise Disconnected(f'{self.address} is not a localtunnel server: it sent no welcome')
+            raise Refused(502, 'no_upgrade', f'{self.address} is not a localtunnel server: it sent '
+                          'no welcome')
         return welcome
 
     async def _refused(self, connection: Connection, response: Response) -> Refused:
-        """What a server says that opens no session.  Raises Refused where it is not one of ours."""
+        """What a server says that opens no session.  Raises what `_stranger` makes."""
+        said = b''
         try:
             connection.timeout = HANDSHAKE_TIMEOUT
-            body = body_reader(connection, response.body_length(b'GET'))
-            said = json.loads(await read_whole(body, MAX_HEAD))
-            if said['error'] == 'released' and not self._hello['release']:
+            said = await read_whole(body_reader(connection, response.body_length(b'GET')), MAX_HEAD)
+            told = json.loads(said)
+            if told['error'] == 'released' and not self._hello['release']:
                 raise ValueError        # that would be success, and nobody asked for it
-            return Refused(response.status, str(said['error']),
-                           printable(str(said['message'])[:MAX_TEXT]), bool(said.get('final')))
+            return Refused(response.status, str(told['error']),
+                           printable(str(told['message'])[:MAX_TEXT]), bool(told.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
-            if 300 <= response.status < 400 and self.address.scheme == 'http':
-                raise Refused(response.status, 'no_upgrade', f'{self.address} redirects; try '
-                              f'--server https://{self.address.site}') from None
-            raise Refused(
-                response.status, 'no_upgrade', f'{self.address} answered {response.status} instead '
-                'of opening a session: is it a localtunnel server? If a proxy stands in front, it '
-                "must forward Upgrade. Cloudflare and Envoy don't by default: set the DNS record "
-                f'to "DNS only", or allow the upgrade "{PROTOCOL}"') from None
+            raise self._stranger(response.status, said) from None
+
+    def _stranger(self, status: int, said: bytes) -> LocaltunnelError:
+        """The error for an answer that is not of a localtunnel server."""
+        where = str(self.address)
+        if status in PROXY_FAILED:
+            return Disconnected(f'a proxy in front of {where} answers {status}: the server behind '
+                                'it does not answer')
+        why = (f'{where} answered {status} instead of opening a session: is it a localtunnel '
+               'server? If a proxy stands in front, it must forward Upgrade. Cloudflare and Envoy '
+               'don\'t by default: set the DNS record to "DNS only", or allow the upgrade '
+               f'"{PROTOCOL}"')
+        if WANTS_TLS.search(said):
+            why = speaks_tls(where)
+        elif 300 <= status < 400 and self.address.scheme == 'http':
+            why = f'{where} redirects; try --server https://{self.address.site}'
+        return Refused(status, 'no_upgrade', why)
 
     def _new_session(self) -> Session:
         for old in tuple(self._sessions)[:-MAX_DRAINING]:
@@ -5956,9 +6016,6 @@ STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'web
              b'Unauthorized request from': 'Next', b'403 : Forbidden': 'Jupyter',
              b'Cross origin websockets not allowed': 'Jupyter or another Tornado app'}
 STRANGER_IN_200 = b'19'     # the Content-Length of `Invalid Host header`: some say it with a 200
-# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
-WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
-                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
 LONGEST_WORDS = 64          # of them all, at most
 
 
@@ -5987,7 +6044,7 @@ class Strangers:
     def _look(self, text: bytes) -> None:
         target, hint = self._app.target.text, ''
         if WANTS_TLS.search(text):
-            hint = f'{target} speaks TLS: use https://{target}'
+            hint = speaks_tls(target)
         for words, server in STRANGERS.items():
             if words in text and not hint:
                 hint = (f'{server} refused the name of this tunnel; start the client with '

@@ -2737,7 +2737,8 @@ class WorldTest(LoopTest):
     async def client(self, target, key=KEY, site='http://localhost', port=None, wait=True,
                      token='', app_tls=None, tls=None, **options):
         """A client whose tunnel is there, or has failed; OPTIONS are those of the command line."""
-        server = lt.KnownServer(f'{site}:{port or self.port}', token=token)
+        server = lt.KnownServer(f'{site}:{port or self.port}', token=token,
+                                pin=options.get('pin', ''))
         target = target.address[1] if isinstance(target, App) else target
         args = lt.make_parser().parse_args(['client', str(target)])
         self.assertLessEqual(set(options), set(vars(args)))
@@ -3550,12 +3551,12 @@ class TlsWordsTest(FolderTest):
 
     def test_what_tls_complains_of_is_one_sentence(self):
         for reason, word in (
-                ('certificate verify failed: self-signed certificate', '--ca'),
+                ('certificate verify failed: self-signed certificate', '--ca FILE.*--insecure'),
                 ('certificate has expired', 'expired'), ("Hostname mismatch, certificate is not "
                  "valid for 'a'", 'another name'),
                  ('[SSL: WRONG_VERSION_NUMBER]', 'does not speak TLS'),
                 ('something \x1b else', r'something \? else')):
-            self.assertRegex(lt.explain_tls(OSError(reason), 'example.com'), word)
+            self.assertRegex(lt.explain(ssl.SSLError(1, reason), 'example.com'), word)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4027,15 +4028,20 @@ class StrangeAnswerTest(WorldTest):
     async def test_a_server_that_is_none_is_told_apart(self):
         for said, told in ((b'SSH-2.0-x\r\n', "http://local.* does not speak HTTP: it says 'SSH-"),
                            (b'\x15\x03\x01\x00\x02\x02\x46', 'TLS: use https://localhost:[0-9]+$'),
-                           (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'not look like a localtunnel')):
+                           (b'HTTP/1.1 400 No\r\nContent-Length: 46\r\n\r\nClient sent an HTTP '
+                            b'request to an HTTPS server', 'TLS: use https://localhost:[0-9]+$'),
+                           (b'HTTP/1.1 302 Found\r\nContent-Length: 0\r\n\r\n', 'try --server h'),
+                           (b'HTTP/1.1 404 No\r\nContent-Length: 2\r\n\r\n{}', 'answered 404'),
+                           (b'HTTP/1.1 101 x\r\n\r\n', 'sent no welcome'),
+                           (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'not a localtunnel server')):
             async def serve(reader, writer, said=said):
                 with contextlib.closing(writer):
                     await reader.readuntil(b'\r\n\r\n')
                     writer.write(said)
             await self.world()
             port = (await self.serves(serve))[1]
-            with self.assertRaisesRegex(lt.LocaltunnelError, told):
-                await (await self.client(1, port=port, once=True)).running
+            with self.assertRaisesRegex(lt.Refused, told):
+                await (await self.client(1, port=port)).running
             await self.end_of_the_world()
 
     async def test_a_hint_says_what_an_app_wants(self):
@@ -4084,6 +4090,61 @@ class BackoffTest(unittest.TestCase):
         backoff.failed(100.0)
         self.assertEqual(backoff.patience(100.0), lt.FIRST_ATTEMPTS)
         self.assertEqual(backoff.patience(100.0 + lt.HELD), lt.HANDSHAKE_TIMEOUT)
+
+
+class GiveUpTest(FolderTest, WorldTest):
+    """Before its first welcome a client ends at what will not pass by itself."""
+
+    async def test_a_certificate_that_can_not_be_trusted_ends_it_with_the_cure(self):
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        theirs.load_cert_chain(*files)
+        await self.world()
+        self.server.tls = lt.Tls(theirs)
+        port = await self.listen(tls=True)
+        trusting, unsure = lt.client_tls(files[0]), lt.client_tls(check=False)
+        for site, tls, words, pin in (
+                ('https://localhost', lt.client_tls(), '--ca FILE, or paste the command', ''),
+                ('https://127.0.0.1', unsure, 'SHA256 is [0-9a-f]{64}', '0' * 64)):
+            with self.subTest(words), self.assertRaisesRegex(lt.Refused, words):
+                await (await self.client(1, site=site, port=port, tls=tls, pin=pin)).running
+        with self.assertRaisesRegex(lt.Refused, r'name \(localhost, .*\); give one of these'):
+            await (await self.client(1, site='https://x.y.localhost', port=port,
+                                     tls=trusting)).running
+        self.assertTrue(trusting.check_hostname)
+
+    async def test_tls_where_there_is_none_ends_it(self):
+        await self.world()
+        with self.assertRaisesRegex(lt.Refused, 'does not speak TLS.*http://'):
+            await (await self.client(1, site='https://localhost', tls=lt.client_tls())).running
+
+    async def test_a_proxy_whose_server_is_away_is_named_and_tried_again(self):
+        for status in (502, 504, 521, 530):
+            async def proxy(reader, writer, status=status):
+                with contextlib.closing(writer):
+                    await reader.readuntil(b'\r\n\r\n')
+                    writer.write(b'HTTP/1.1 %d Bad\r\nContent-Length: 3\r\n\r\n<p>' % status)
+            await self.world()
+            port = (await self.serves(proxy))[1]
+            client = await self.client(1, port=port, wait=False)
+            why = (f'a proxy in front of http://localhost:{port} answers {status}: the server '
+                   'behind it does not answer')
+            await eventually(lambda why=why: why in self.log.text())
+            self.assertFalse(client.running.done())
+            await self.end_of_the_world()
+
+    async def test_after_a_welcome_it_waits_for_any_server_to_be_repaired(self):
+        await self.world()
+        client = await self.client(1)
+        await self.server.stop()
+
+        async def nginx(reader, writer):
+            with contextlib.closing(writer):
+                await reader.readuntil(b'\r\n\r\n')
+                writer.write(b'HTTP/1.1 404 Not Found\r\nContent-Length: 4\r\n\r\nnone')
+        await self.serves(nginx, where=('127.0.0.1', self.port))
+        await eventually(lambda: 'answered 404' in self.log.text())
+        self.assertFalse(client.running.done())
 
 
 class ComeBackTest(WorldTest):
