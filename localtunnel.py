@@ -5087,8 +5087,9 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
             connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
         if not hmac.compare_digest(shown, pin):
             connection.abort()
-            raise Refused(495, 'tls', f'the certificate of {address} does not match --pin; its '
-                          f'SHA256 is {shown}: compare that with what the server prints')
+            raise Refused(495, 'tls', f'the certificate of {address} does not match the pin: its '
+                          f'SHA256 is {shown}; if its operator has made a new one, ask for a new '
+                          'code for --join')
     return connection
 
 
@@ -5359,6 +5360,49 @@ def host_and_port(text: str) -> tuple[str, int]:
     """[HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
     return host.strip('[]') or '127.0.0.1', port_number(port)
+
+
+# A code is all that a client needs to come to a server, for --join: a word that a double click
+# takes whole, and that no shell changes.  It is "lt1" and then, in base32, a byte of flags, the pin
+# (32 bytes) if there is one, HOST:PORT, a zero byte, the token, and some bytes of a hash of these.
+
+CODE = re.compile('lt[1-9][a-z2-7]{16,4000}', re.IGNORECASE)
+HAS_PIN, HEX_TOKEN, BY_TLS = 1, 2, 4    # the flags; in bytes, a token of hex digits is half as long
+CHECKED = 4                             # bytes of the hash: nobody mistypes a code and meets these
+
+
+def make_code(address: ServerAddress, token: str = '', pin: str = '') -> str:
+    """Return the code for the server at ADDRESS, which asks for TOKEN and shows what PIN is of."""
+    packed = re.fullmatch('([0-9a-f]{2})+', token) is not None
+    flags = HAS_PIN * bool(pin) | HEX_TOKEN * packed | BY_TLS * (address.scheme == 'https')
+    data = (bytes([flags]) + bytes.fromhex(pin) + str(address).partition('://')[2].encode() + b'\0'
+            + (bytes.fromhex(token) if packed else token.encode()))
+    data += hashlib.sha256(data).digest()[:CHECKED]
+    return 'lt1' + base64.b32encode(data).decode().rstrip('=').lower()
+
+
+def read_code(code: str) -> tuple[str, str, str]:
+    """Return the (address, token, pin) of a CODE, as if someone had typed them.
+
+    Raises UsageError, which does not repeat the code: it is a secret.
+    """
+    code = code.strip().lower()
+    if not code.startswith('lt1') and CODE.fullmatch(code):
+        raise UsageError('this code is of a later version; get localtunnel.py from its server')
+    digits = code[3:].upper()
+    try:
+        data = base64.b32decode(digits + '=' * (-len(digits) % 8))
+        data, check = data[:-CHECKED], data[-CHECKED:]
+        if not code.startswith('lt1') or hashlib.sha256(data).digest()[:CHECKED] != check:
+            raise ValueError
+        pin, rest = (data[1:33], data[33:]) if data[0] & HAS_PIN else (b'', data[1:])
+        host, _, token = rest.partition(b'\0')
+        scheme = 'https' if data[0] & BY_TLS else 'http'
+        return (f'{scheme}://{printable(host.decode())}',
+                token.hex() if data[0] & HEX_TOKEN else token.decode(), pin.hex())
+    except (ValueError, IndexError) as e:
+        raise UsageError('this is not a whole code: a part is missing or mistyped; copy all of it, '
+                         'from lt1 to its end') from e
 
 
 class Annex:
@@ -6834,11 +6878,16 @@ ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingPro
                             Certificates(), HandOver(), Operator(), LandingPage())
 
 
+ASK = object()      # what stands for a value that is to be asked for
+
+
 def client_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('target', metavar='TARGET',
                         help='what visitors reach: 8000, ./FOLDER, ... (see below)')
 
     add = parser.add_argument_group('the server').add_argument
+    add('--join', nargs='?', const=ASK, metavar='CODE',
+        help='go to the server that printed this code (without CODE: ask for it)')
     add('--server', metavar='URL', help='server: URL, or HOST for https (LOCALTUNNEL_SERVER)')
     add('--local', action='store_true', help='stay on this machine, whatever server is known')
     add('--public', action='store_true', help='exit with 2 if no public server is known')
@@ -6924,13 +6973,15 @@ examples:
 
 CLIENT_EPILOG = TARGET_FORMS + """
 
-Every user of this machine can see your options in the list of processes; set
-LOCALTUNNEL_TOKEN to hide the token. LOCALTUNNEL_KEY replaces the key file.
+Every user of this machine can see your options in the list of processes: --join
+without CODE asks for it, LOCALTUNNEL_TOKEN hides a token. LOCALTUNNEL_KEY
+replaces the key file.
 
 exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused,
 4 token refused, 5 superseded
 
 examples:
+  localtunnel.py client 8000 --join                   asks for the server's code
   localtunnel.py client 8000 --server t.example.com   your app on port 8000
   localtunnel.py client ./dist --auth ann:secret      a folder, with a password
   localtunnel.py client 8000 --name shop              under a name you choose
@@ -7017,8 +7068,8 @@ class KnownServer:
     """A server, and what its user knows of it.
 
     `pin` is of its certificate, `ca` a file with its authority.  `source` says where the server was
-    taken from: "--server", "LOCALTUNNEL_SERVER", "this script", "remembered"; '' where this process
-    runs it.
+    taken from: "--join", "--server", "LOCALTUNNEL_SERVER", "this script", "remembered"; '' where
+    this process runs it.
     """
     __slots__ = ('address', 'source', 'token', 'pin', 'ca')
 
@@ -7087,6 +7138,42 @@ def token_of_environment(address: ServerAddress) -> str:
     return token
 
 
+def ask(prompt: str) -> str:
+    """Return what the user types, without an echo; '' without a terminal, or if it is nothing."""
+    import getpass
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', getpass.GetPassWarning)      # it would be seen
+        try:
+            return getpass.getpass(prompt).strip()
+        except (EOFError, getpass.GetPassWarning):
+            return ''
+
+
+def joined_server(code: str, ca: str = '') -> KnownServer:
+    """Return the server that CODE names.  Raises UsageError."""
+    address, token, pin = read_code(code)
+    return KnownServer(address, '--join', token, pin, ca)
+
+
+def named_server(args: Args) -> KnownServer | None:
+    """Return what `known_server` does, if --join does not say it."""
+    kept = kept_servers()
+    known = [(source, address) for source, address in (
+        ('--server', args.server), ('LOCALTUNNEL_SERVER', os.environ.get('LOCALTUNNEL_SERVER')),
+        ('this script', STAMPED_SERVER), ('remembered', kept['last'])) if address]
+    if args.local or not known:
+        if args.pin:
+            raise UsageError('--pin needs an https server; give one with --server')
+        return None
+    source, address = known[0]
+    place = ServerAddress(address)
+    fields = kept['servers'].get(str(place), {})
+    return KnownServer(
+        address, source, args.token or token_of_environment(place) or fields.get('token', ''),
+        args.pin or fields.get('pin', ''), args.ca or fields.get('ca', ''))
+
+
 def known_server(args: Args) -> KnownServer | None:
     """Return the server that ARGS mean, with what is typed, else kept; None: one in this process.
 
@@ -7094,28 +7181,27 @@ def known_server(args: Args) -> KnownServer | None:
     """
     if args.server == '':
         raise UsageError('the server is empty; give a URL')
-    if args.local and (args.server or args.public):
-        raise UsageError('--local stays on this machine, so it goes with neither --server nor '
-                         '--public')
-    kept = kept_servers()
-    known = [(source, address) for source, address in (
-        ('--server', args.server), ('LOCALTUNNEL_SERVER', os.environ.get('LOCALTUNNEL_SERVER')),
-        ('this script', STAMPED_SERVER), ('remembered', kept['last'])) if address]
-    if args.local or not known:
-        if args.public:
-            raise UsageError('--public needs a server, and none is known; give --server URL')
-        if args.pin:
-            raise UsageError('--pin needs an https server; give one with --server')
-        return None
-    source, address = known[0]
-    place = ServerAddress(address)
-    if args.public and is_loopback(place.site):
-        raise UsageError(f'--public needs a server that others reach, and {place} ({source}) is on '
-                         'this machine; give --server URL')
-    fields = kept['servers'].get(str(place), {})
-    return KnownServer(
-        address, source, args.token or token_of_environment(place) or fields.get('token', ''),
-        args.pin or fields.get('pin', ''), args.ca or fields.get('ca', ''))
+    if args.join and (args.server or args.token or args.pin):
+        raise UsageError('a code has server, token and pin in it, so --join goes with none of '
+                         '--server, --token and --pin')
+    if args.local and (args.join or args.server or args.public):
+        raise UsageError('--local stays on this machine, so it goes with none of --join, --server '
+                         'and --public')
+    if args.join:
+        code = args.join if args.join is not ASK else ask('code: ')
+        if not code:
+            raise UsageError('--join needs the code that the server printed, or a terminal where '
+                             'you can paste it')
+        known: KnownServer | None = joined_server(code, args.ca or '')
+    else:
+        known = named_server(args)
+    if args.public and known is None:
+        raise UsageError('--public needs a server, and none is known; give --server URL, or --join '
+                         'with the code that a server printed')
+    if args.public and known and is_loopback(known.address.site):
+        raise UsageError(f'--public needs a server that others reach, and {known.address} '
+                         f'({known.source}) is on this machine; give --server URL')
+    return known
 
 
 MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
@@ -7367,15 +7453,18 @@ def client_command(args: Args) -> int:
         return run(run_client, args, target, known)
     except Refused as e:
         given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
-        if e.code != 'token' or e.final or given or not (known and is_terminal(sys.stderr)):
+        if (e.code != 'token' or e.final or given or not (known and is_terminal(sys.stderr))
+                or (args.join and known.token)):
             raise
-        import getpass
-        token = ''
-        with contextlib.suppress(EOFError):
-            token = getpass.getpass(f'{e}\ntoken for {known.address}: ').strip()
-        if not token:
+        said = ask(f'{e}\ntoken or code for {known.address}: ')
+        if not said:
             raise
-    known.token = check_token(token)
+    if CODE.fullmatch(said):
+        site, known = known.address.site, joined_server(said, known.ca)
+        if known.address.site != site:
+            raise UsageError(f'this code is for {known.address}, not for {site}; give it to --join')
+    else:
+        known.token = check_token(said)
     return run(run_client, args, target, known)
 
 
@@ -7390,7 +7479,7 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
         return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
-        write_secret(path, secrets.token_hex(20).encode() + b'\n')
+        write_secret(path, secrets.token_hex(16).encode() + b'\n')
     try:
         made = check_token(read_secret(path, 'may open tunnels; remove it to get a new one',
                                        warn_once).decode('ascii').strip())
@@ -7399,28 +7488,33 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
     return Tokens([made]), made
 
 
+def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:
+    """Return where clients come in: its URL, and the pin if its certificate is our own."""
+    if args.trust_proxy:
+        return f'https://{args.domain}', ''
+    if tls and tls.port:
+        return 'https://' + authority('https', args.domain, tls.port), tls.pin
+    return 'http://' + authority('http', args.domain, port), ''
+
+
 def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) -> None:
     """Say where the server listens, and what its users type."""
-    tls_port, pin = (tls.port, tls.pin) if tls else (0, '')
-    http = 'http://' + authority('http', args.domain, port)
-    https = 'https://' + authority('https', args.domain, tls_port)
-    visitors, clients = https if tls_port and not pin else http, https if tls_port else http
-    if args.trust_proxy:
-        visitors = clients = f'https://{args.domain}'
-    if not is_loopback(args.domain) and visitors == http:
+    clients, pin = args.entrance
+    visitors = 'http://' + authority('http', args.domain, port) if pin else clients
+    if not is_loopback(args.domain) and visitors.startswith('http://'):
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and browser '
                  'features that need https will not work; add --cert and --key'
-                 + ('. Clients connect over TLS all the same, checked by --pin' if pin else ''))
-    ports = f'ports {port} and {tls_port}' if tls_port else f'port {port}'
+                 + ('. Clients connect over TLS all the same, checked by a pin' if pin else ''))
+    ports = f'ports {port} and {tls.port}' if tls and tls.port else f'port {port}'
     log.note(f'listening on {ports}; tunnels will appear at {visitors.replace("://", "://NAME.")}')
-    command = f'python3 localtunnel.py client 8000 --server {clients}'
-    if pin:
-        command += f' --pin {pin}'
-    if made and is_terminal(sys.stderr):
-        command += f' --token {made}'
-    elif made:
+    token = made or (args.token or [''])[0]
+    if made and not is_terminal(sys.stderr):
         log.note(f'clients need the token in {os.path.join(args.state, "token")}')
-    log.note(f'to connect: {command}')
+    if not is_terminal(sys.stderr):     # what is written there may be kept, and read by others
+        token = ''
+    way = (f'--join {make_code(ServerAddress(clients), token, pin)}' if token or pin else
+           f'--server {clients}')
+    log.note(f'to connect: python3 localtunnel.py client 8000 {way}')
 
 
 # The server, from its start to its end.
@@ -7443,7 +7537,9 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
         for sock in unused:
             sock.close()
-    announce(args, log, sockets[0].getsockname()[1], server.tls, made)
+    port = sockets[0].getsockname()[1]
+    args.entrance = entrance(args, port, server.tls)
+    announce(args, log, port, server.tls, made)
     log.flush()
     if hasattr(signal, 'SIGHUP'):
         runtime.loop.add_signal_handler(signal.SIGHUP, server.reload)

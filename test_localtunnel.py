@@ -4182,6 +4182,51 @@ class ComeBackTest(WorldTest):
 # 15. Annex
 # ------------------------------------------------------------------------------------------------
 
+class CodeTest(unittest.TestCase):
+    """What --join takes."""
+
+    def code(self, *words):
+        address, *secrets = words
+        return lt.make_code(lt.ServerAddress(address), *secrets)
+
+    def test_it_brings_address_token_and_pin(self):
+        for address in 'https://t.example.com', 'http://t.example.com:8080', 'http://[::1]:1':
+            for token in '', 'ab' * 20, 'ABc', '--x~', 'odd', 'lt1':
+                for pin in '', '00' * 32, 'ef' * 32:
+                    code = self.code(address, token, pin)
+                    self.assertEqual(lt.read_code(code), (address, token, pin))
+                    self.assertEqual(lt.read_code(f' {code.upper()}\n'), (address, token, pin))
+                    self.assertRegex(code, lt.CODE)
+
+    def test_it_is_short_and_one_word_for_a_double_click_and_a_shell(self):
+        code = self.code('https://t.example.com', 'ab' * 20)
+        self.assertRegex(code, '^[a-z0-9]{66}$')
+
+    def test_one_that_is_cut_or_mistyped_is_said_to_be_so_and_not_repeated(self):
+        code = self.code('https://t.example.com', 'ab' * 20)
+        wrong = [code[:n] for n in range(len(code))] + [code + 'a', code + '!', 'x' + code]
+        wrong += [code[:n] + 'a2'[code[n] == 'a'] + code[n + 1:] for n in range(3, len(code) - 1)]
+        for text in (*wrong, 'lt1', 'lt1' + 'a' * 7, '\xff' * 20):
+            with self.subTest(text), self.assertRaisesRegex(lt.UsageError, 'not a whole code') as e:
+                lt.read_code(text)
+            self.assertNotIn(text[4:] or '?', str(e.exception))
+
+    def test_one_of_a_later_version_is_said_to_be_so(self):
+        with self.assertRaisesRegex(lt.UsageError, 'later version'):
+            lt.read_code('lt2' + 'a' * 40)
+
+    def test_a_hostile_one_is_an_error_of_its_address_token_or_pin(self):
+        for data in (b'', b'\0', b'\0\0', b'\xff', b'\1' + bytes(9), b'\4t.example/path\0',
+                     b'\4a@t.example\0', b'\0t.example\0a b', b'\0t.example\0\r\nX: 1',
+                     b'\0t\x1b[2J\0', b'\0t.example\0\xff', b'\1' + bytes(32) + b't.example\0',
+                     b'\4-\xff\0'):
+            data += hashlib.sha256(data).digest()[:lt.CHECKED]
+            code = 'lt1' + base64.b32encode(data).decode().rstrip('=').lower()
+            with self.subTest(data), self.assertRaises(lt.UsageError) as e:
+                address, token, pin = lt.read_code(code)
+                lt.KnownServer(address, '--join', token, pin)
+            self.assertTrue(str(e.exception).isprintable())
+
 # What stands around the tunnel can be cut out, see house rules.
 
 
@@ -5521,10 +5566,23 @@ class KnownServerTest(FolderTest):
             self.keep('--server', 'a.example')
         self.assertIn('is not remembered', say.call_args[0][0])
 
+    def test_a_code_replaces_all_that_is_kept_of_its_server(self):
+        self.keep('--server', 'a.example', '--token', 'T', '--pin', 'ab' * 32, '--ca', '/ca')
+        os.environ['LOCALTUNNEL_TOKEN'] = 'E'
+        code = lt.make_code(lt.ServerAddress('a.example'))
+        self.assertEqual(self.fields('--join', code), ('https://a.example', '--join', '', '', ''))
+        self.keep('--join', lt.make_code(lt.ServerAddress('a.example'), 'N', 'cd' * 32))
+        del os.environ['LOCALTUNNEL_TOKEN']
+        self.assertEqual(self.fields(), ('https://a.example', 'remembered', 'N', 'cd' * 32, ''))
+
     def test_what_makes_no_sense_is_an_error_that_says_what_does(self):
         for words, text in (
                 (['--public'], 'give --server'), (['--pin', 'ab' * 32], 'https server'),
                 (['--public', '--server', 'localhost:8080'], 'on this machine'),
+                (['--join', 'x'], 'not a whole code'), (['--join', 'x', '--local'], '--local'),
+                (['--join', 'x', '--server', 'a'], '--join'),
+                (['--join', 'x', '--token', 'T'], '--join'),
+                (['--join', 'x', '--pin', 'ab' * 32], '--join'),
                 (['--local', '--public'], '--local'), (['--local', '--server', 'a'], '--local'),
                 (['--server', 'a', '--pin', 'abc'], '64 hexadecimal'),
                 (['--server', 'http://a', '--pin', 'ab' * 32], 'https server')):
@@ -6037,7 +6095,7 @@ class TokenPromptTest(CommandTest):
     def asked(self, *args):
         """A client on a terminal, which asks for the token."""
         client = self.start('client', self.app().port, *args, terminal=True)
-        client.says(r'token for http://localhost:\d+: $', 'out')
+        client.says(r'token or code for http://localhost:\d+: $', 'out')
         return client
 
     def test_a_terminal_is_asked_once_and_the_answer_kept_for_this_user_alone(self):
@@ -6078,6 +6136,81 @@ class TokenPromptTest(CommandTest):
         client.says(' -> ', 'out')
         client.interrupt()
         self.start('client', 1).url()
+
+
+    def test_a_code_may_be_given_there_too_if_it_is_for_that_server(self):
+        address = self.server('--token', 'right')
+        for place, code in (address, 0), ('https://b.example', 2):
+            client = self.asked('--server', address)
+            client.type(lt.make_code(lt.ServerAddress(place), 'right') + '\n')
+            if code:
+                self.assertEqual(client.ends(), code)
+                client.says('this code is for https://b.example', 'out')
+            else:
+                client.says(' -> ', 'out')
+                client.interrupt()
+                os.unlink(self.path('config', 'localtunnel', 'servers.json'))
+
+    def test_join_asks_for_its_code(self):
+        code = lt.make_code(lt.ServerAddress(self.server('--token', 'right')), 'right')
+        client = self.start('client', self.app().port, '--join', terminal=True)
+        client.says('code: $', 'out')
+        client.type(code + '\n')
+        client.says(' -> ', 'out')
+        client.interrupt()
+        self.assertNotIn(code, '\n'.join(client.lines['out']))
+
+    def test_join_without_a_terminal_is_2_and_says_what_it_needs(self):
+        client = self.start('client', 1, '--join', start_new_session=True)
+        self.assertEqual(client.ends(), 2)
+        client.says('needs the code that the server printed')
+
+
+class JoinTest(CommandTest):
+    """From server to client in one paste, and the second day."""
+
+    def printed(self, relay):
+        """The words that a server says are to be typed, with the port of an app."""
+        line = relay.says('to connect: python3 localtunnel.py (client 8000 .*)', 'out').group(1)
+        return line.replace('8000', str(self.app().port)).split()
+
+    @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+    def test_what_a_server_prints_is_typed_once_and_never_again(self):
+        for options in (('--token', 'secret'), ()):
+            with self.subTest(options):
+                relay = self.start('server', '--domain', 'localhost', '--port', 0, *options,
+                                   terminal=True)
+                words = self.printed(relay)
+                self.assertIn('--join' if options else '--server', words)
+                self.assertNotIn('secret', ' '.join(words))
+                client = self.start(*words)
+                self.assertEqual(fetch(client.url()), (200, b'app /'))
+                client.interrupt()
+                client = self.start('client', words[1])
+                self.assertEqual(fetch(client.url()), (200, b'app /'))
+                client.interrupt()
+                relay.interrupt()
+
+    def test_a_pin_in_it_is_kept_and_another_certificate_refused_with_the_cure(self):
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
+                           '--key', files[1])
+        port = int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
+        address = lt.ServerAddress(f'https://localhost:{port}')
+        pin = lt.digest_of(ssl.PEM_cert_to_DER_cert(CERTIFICATE))
+        for words in ('--join', lt.make_code(address, '', pin)), ():
+            client = self.start('client', 1, *words)
+            self.assertTrue(client.url().endswith(f'localhost:{port}'))
+            client.interrupt()
+        client = self.start('client', 1, '--join', lt.make_code(address, '', 'ab' * 32))
+        self.assertEqual(client.ends(), 1)
+        client.says('does not match the pin')
+
+    def test_without_a_terminal_no_secret_is_logged(self):
+        relay = self.start('server', '--port', 0, '--token', 'secret')
+        line = relay.says('to connect: .*').group()
+        self.assertNotIn('secret', line)
+        self.assertNotIn('--join', line)
 
 
 class SelfSignedTest(FolderTest):
