@@ -6166,7 +6166,7 @@ class TokenPromptTest(CommandTest):
         client.says('needs the code that the server printed')
 
 
-class JoinTest(CommandTest):
+class OnePasteTest(CommandTest):
     """From server to client in one paste, and the second day."""
 
     def printed(self, relay):
