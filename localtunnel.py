@@ -269,6 +269,7 @@ class Refused(LocaltunnelError):
     def __init__(self, status: int, code: str, text: str, final: bool = False) -> None:
         super().__init__(text)
         self.status, self.code, self.final = status, code, final
+        self.facts: dict[str, str] = {}         # for the log: who was refused
 
 
 # ------------------------------------------------------------------------------------------------
@@ -697,6 +698,9 @@ class Workers:
                     await waiter
 
 
+Facts = Dict[str, str]          # what a log tells beside its sentence, by the names for programs
+UNSERVED: Facts = {'name': '', 'user': '', 'client': '', 'version': ''}
+
 SMALL_PIECE = 16 * KIB          # smaller unread pieces, on average, are joined
 MANY_PIECES = 16                # unread on a stream: beyond this, small ones are joined
 
@@ -706,6 +710,7 @@ class ByteStream:
 
     Only one task reads and only one writes.
     """
+    facts = UNSERVED                # of a tunnel's stream, at a server: whose it is
     __slots__ = ('runtime', 'unread', 'eof', 'error', 'timeout', '_chunks', '_at', '_readable',
                  '_writable', '_paused')
 
@@ -1182,12 +1187,12 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'id', 'credit', 'window', 'its_turn', 'on_lost', 'visitor', '_end_sent',
-                 '_closed')
+    __slots__ = ('session', 'facts', 'id', 'credit', 'window', 'its_turn', 'on_lost', 'visitor',
+                 '_end_sent', '_closed')
 
     def __init__(self, session: Session, window: ReceiveWindow, credit: int, id: int = 0) -> None:
         ByteStream.__init__(self, session.runtime)      # on each request, and super() costs more
-        self.session, self.id = session, id
+        self.session, self.facts, self.id = session, session.facts, id
         self.window = window            # what the other side may still send
         self.credit = credit            # bytes that we may still send
         self.its_turn = False           # it waited for its turn to write, and this is it
@@ -1623,6 +1628,7 @@ class Session(Sender):
                  trace: Trace | None = None) -> None:
         super().__init__(runtime, Budget(SESSION_BUDGET, budget),
                          Liveness(on_open is not None, runtime.now()), trace)
+        self.facts = UNSERVED       # at a server: whose it is
         self.goaway: tuple[int, str] | None = None          # what the other side said
         self.streams: dict[int, Stream] = {}                # those not over, by id
         self.on_open = on_open      # None at the server's side, which opens the streams
@@ -3009,6 +3015,7 @@ class Record:
     __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began')
     host = ''                           # whom the request is for
     sent = size = 0                     # bytes of the body of the request, and of the response
+    facts = UNSERVED                    # at a server: whose client serves it
 
     def __init__(self, number: int, began: float, method: str = '?', target: str = '?') -> None:
         self.number, self.began = number, began
@@ -3019,6 +3026,17 @@ class Record:
 
     def __repr__(self) -> str:
         return f'<#{self.number} {self.method} {self.target} {self.status} {self.why}>'
+
+
+class Count:
+    """Counts bytes that are not read from a body."""
+
+    def __init__(self, taken: int = 0) -> None:
+        self.taken = taken
+
+    def add(self, data: bytes) -> None:
+        """DATA passed."""
+        self.taken += len(data)
 
 
 class Exchange(Record):
@@ -3036,7 +3054,8 @@ class Exchange(Record):
         self.request, self.body = request, body_reader(near, request.body_length())
         # The body, where it is small and all here; None where it has to be streamed.
         self.whole = b'' if self.body.finished else whole_body(self.body)
-        self.answer: Body | None = None         # the body of the response, once that has begun
+        # What the visitor gets, once that has begun: a body, or what is counted of it.
+        self.answer: Body | Count | None = None
         self.keep = False                       # True if the connection may carry another request
         self.fault: BadHttp | None = None       # what is malformed in the body of the request
         self.sending: asyncio.Task[None] | None = None      # while the request is streamed
@@ -3044,6 +3063,10 @@ class Exchange(Record):
     @property
     def host(self) -> str:          # type: ignore[override]
         return self.request.host_name
+
+    @property
+    def facts(self) -> Facts:       # type: ignore[override]
+        return self.far.facts
 
     @property
     def sent(self) -> int:          # type: ignore[override]
@@ -3094,10 +3117,10 @@ class Exchange(Record):
         if response.status == 101:
             return self._upgrade(response, block, taps, near_taps)
         self.status = response.status
-        self.answer = body_reader(self.far, length)
+        self.answer = body = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor == b'1'
-        return copy_message(encode_response(response, block, chunked), self.answer, self.near,
-                            chunked, end, taps)
+        return copy_message(encode_response(response, block, chunked), body, self.near, chunked,
+                            end, taps)
 
     async def _upgrade(self, response: Response, block: bytes, taps: Iterable[Tap],
                        near_taps: Iterable[Tap]) -> None:
@@ -3111,7 +3134,8 @@ class Exchange(Record):
             self.far.check()
         self.status = 101
         await self.near.write(encode_response(response, block))
-        await join(self.near, self.far, near_taps, taps)
+        self.answer = count = Count()
+        await join(self.near, self.far, near_taps, [count.add, *taps])
 
     def has_begun(self, piece: bytes) -> None:
         """Note that a PIECE of the body is there: the next one may take longer."""
@@ -3128,8 +3152,8 @@ class Exchange(Record):
 class Observer:
     """Listens to what happens at one end; this one ignores it."""
 
-    def note(self, text: str) -> None:
-        """Something to know."""
+    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+        """Something to know: FACTS belong to TEXT, which does not repeat them."""
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """EXCHANGE has ended, after SECONDS."""
@@ -3144,9 +3168,9 @@ class Observers:
     def __getattr__(self, name: str) -> Callable[..., None]:
         methods = [getattr(observer, name) for observer in self._observers]
 
-        def tell(*what: Any) -> None:
+        def tell(*what: Any, **facts: Any) -> None:
             for method in methods:
-                method(*what)
+                method(*what, **facts)
         self.__dict__[name] = tell      # from now on it is found at once
         return tell
 
@@ -3259,10 +3283,13 @@ class Visitor:
         return future.done()
 
 
+MAX_VERSION = 20                # characters of a client's version
+
+
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume', 'attempt')
+                 'rules', 'access', 'resume', 'attempt', 'version')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -3277,6 +3304,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
+            self.version = printable(str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
             self.resume = str(resume['session']), int(resume['received'])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
@@ -3365,7 +3393,7 @@ class Tunnels:
         self.received = self.sent = 0   # bytes of the sessions that are over
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
-        self._runtime, self._log = runtime, log
+        self.log, self._runtime = log, runtime
         self._table: dict[str, Tunnel] = {}
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
         self._started = runtime.now()
@@ -3403,7 +3431,8 @@ class Tunnels:
             if member in tunnel.members:
                 self.remove(tunnel, member)
                 self._left(tunnel, session)
-                self._log.note(f'the client of {tunnel.url} is gone: {session.error}')
+                self.log.note('tunnel closed', event='closed', url=tunnel.url, **session.facts,
+                              reason=session.goaway[1] if session.goaway else str(session.error))
         session.on_change = changed
 
     def _left(self, tunnel: Tunnel, session: Session) -> None:
@@ -3423,7 +3452,8 @@ class Tunnels:
         self.remove(tunnel, member)
         tunnel.said_goodbye, tunnel.left_at = True, self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
-        self._log.note(f'{tunnel.url}: {why}')
+        self.log.note('tunnel ended', event='ended', url=tunnel.url, **member.session.facts,
+                      reason=why)
 
     def end(self, name: str, why: str) -> bool:
         """End all that serves NAME, of any kind; return whether anything did."""
@@ -3589,7 +3619,7 @@ class Tunnels:
 class Candidate:
     """A client that asks for a tunnel."""
     __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
-                 'tunnel')
+                 'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
@@ -3599,6 +3629,8 @@ class Candidate:
         # Who comes without a token can make up owners, but not addresses.
         self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
+        self.facts = {'name': name, 'user': grant.user, 'client': visitor.address,
+                      'version': hello.version}
 
 
 class Kind:
@@ -3691,11 +3723,19 @@ class Admission:
         None for one that gave its name back.  URL gives that of a name.  Raises Refused.
         """
         asked = await self._check(visitor, request)
+        try:
+            return await self._admit(asked, url)
+        except Refused as e:
+            e.facts = asked.facts
+            raise
+
+    async def _admit(self, asked: Candidate,
+                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
         async with self._turn:      # one after the other: what was looked at stays so
-            visitor.connection.check()
+            asked.visitor.connection.check()
             asked.tunnel = self._find(asked)
             goes_on = self._resumed(asked)      # an attempt before this one came in meanwhile
             if goes_on:
@@ -3848,6 +3888,7 @@ class Admission:
             tunnel.url = url(asked.name)
         self._make_way(asked)
         session = Session(self._runtime, self.budget, trace=self._trace)
+        session.facts = asked.facts
         member = Member(session, hello, asked.grant, asked.holder)
         self._tunnels.enter(tunnel, member)
         if hello.kind != 'http':
@@ -3859,11 +3900,15 @@ class Admission:
         tunnel, new = asked.tunnel, asked.hello
         for old in tunnel.beside(new):
             self._tunnels.remove(tunnel, old)
+            event, why = 'closed', 'the client came back without this session'
             if old.hello.instance == new.instance:
-                old.session.end(Disconnected('the client came back without this session'))
+                old.session.end(Disconnected(why))
             else:
+                event, why = 'taken_over', f'a client at {asked.visitor.address} was started later'
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
+            self._tunnels.log.note(f'tunnel {event.replace("_", " ")}', event=event,
+                                   url=tunnel.url, **old.session.facts, reason=why)
 
     def _resumed(self, asked: Candidate) -> tuple[Member, Tunnel, int | None] | None:
         """As `admit`, where a session of this client goes on, since nothing is missing; else None.
@@ -3886,7 +3931,7 @@ class Admission:
             return None         # somebody else's session: this client begins its own
         if hello.kind != 'http':
             self.kinds[hello.kind].check(asked)
-        member.hello.attempt, member.grant = hello.attempt, grant
+        member.hello.attempt, member.grant, session.facts = hello.attempt, grant, asked.facts
         return member, tunnel, theirs
 
 
@@ -4402,16 +4447,16 @@ class Server:
 
     async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
-                        page: Iterable[bytes] = ()) -> None:
+                        page: Sequence[bytes] = ()) -> None:
         """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE."""
-        request = exchange.request
-        exchange.status = status
+        request, exchange.status = exchange.request, status
         exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
                                 and not visitor.refusal)
         more = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
-        await write_own(visitor.connection, message([*extra, *more, date_line(int(time.time()))]),
-                        *page)
+        first = message([*extra, *more, date_line(int(time.time()))])
+        exchange.answer = Count(len(first.partition(b'\r\n\r\n')[2]) + sum(map(len, page)))
+        await write_own(visitor.connection, first, *page)
 
     # Routes.
 
@@ -4527,24 +4572,26 @@ class Server:
                 visitor, request, lambda name: self._url(visitor, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
-            self.log.note(f'a client at {visitor.address} was refused: {e.code}')
+            self.log.note('client refused', event='refused', **{
+                'client': visitor.address, **e.facts, 'reason': e.code})
             await write_own(visitor.connection, no_session(e))
             return False
         if admitted is None:
             done = Refused(200, 'released', 'the name was given back')      # as clients know it
-            self.log.note(f'a client at {visitor.address} gave its name back')
+            self.log.note('name given back', event='released', client=visitor.address)
             await write_own(visitor.connection, no_session(done))
             return False
         member, tunnel, theirs = admitted
         session, connection = member.session, visitor.connection
         welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
-                              'received': session.decoder.received})
+                              'received': session.decoder.received, 'user': member.grant.user})
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
-        self.log.note(f'{tunnel.url} is served by a client at {visitor.address}')
+        self.log.note('tunnel opened' if theirs is None else 'tunnel resumed', event='opened' if
+                      theirs is None else 'resumed', url=tunnel.url, **session.facts)
         return True
 
     def _check_version(self, visitor: Visitor, request: Request) -> None:
@@ -5125,7 +5172,8 @@ class Client:
         proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
         self.name = wish['name'] or derive_name(address.site, proof, long)
         self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
-                       'instance': secrets.token_hex(16), 'started': time.time()}
+                       'instance': secrets.token_hex(16), 'started': time.time(),
+                       'version': __version__}
 
     # Sessions: the loop, and the single attempt.
 
@@ -5449,6 +5497,25 @@ def port_of(tunnel: Tunnel) -> int:
     return int(tunnel.url.rpartition(':')[2])
 
 
+class TcpRecord(Record):
+    """What observers are told of a visitor's connection."""
+    __slots__ = ('sent', 'size', 'facts')
+
+    def __init__(self, number: int, began: float, target: str,
+                 visitor: str) -> None:
+        super().__init__(number, began, 'TCP', target)
+        self.visitor, self.sent, self.size = visitor, 0, 0
+        self.facts = UNSERVED
+
+    def upward(self, data: bytes) -> None:
+        """Count DATA of the visitor."""
+        self.sent += len(data)
+
+    def downward(self, data: bytes) -> None:
+        """Count DATA of the app."""
+        self.size += len(data)
+
+
 class TcpPorts(Kind):
     """The ports of raw TCP tunnels, on a server."""
 
@@ -5546,41 +5613,26 @@ class TcpPorts(Kind):
     async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
         """One visitor."""
         server, stream = self._server, None
-        visitor, began = server.visitors.enter(connection), server.runtime.now()
+        visitor = server.visitors.enter(connection)
+        record = TcpRecord(0, server.runtime.now(), tunnel.url, visitor.address)
         try:
             if visitor.refusal:
                 raise visitor.refusal.again()
             stream, _ = (server.tunnels.open_stream(tunnel.key, visitor)
                          or await server.tunnels.wait_for_stream(tunnel.key, visitor))
+            record.facts, record.status = stream.facts, 200
             visitor.begin(stream)
             await stream.write(visitor.address.encode())
-            await join(connection, stream)
+            await join(connection, stream, [record.upward], [record.downward])
         except (LocaltunnelError, OSError) as e:
-            connection.reset(CANCELLED, str(e))
+            record.status, record.why = getattr(e, 'status', record.status), str(e)
+            connection.reset(CANCELLED, record.why)
         finally:
             server.visitors.leave(visitor)
             connection.close()
             if stream:
                 stream.close()
-            server.log.note(f'{visitor.address} TCP {tunnel.url} '
-                            f'{server.runtime.now() - began:.1f}s')
-
-
-class TcpRecord(Record):
-    """What observers are told of a visitor's connection."""
-    __slots__ = ('sent', 'size')
-
-    def __init__(self, number: int, began: float, visitor: str) -> None:
-        super().__init__(number, began, 'TCP', visitor)
-        self.visitor, self.sent, self.size = visitor, 0, 0
-
-    def upward(self, data: bytes) -> None:
-        """Count DATA of the visitor."""
-        self.sent += len(data)
-
-    def downward(self, data: bytes) -> None:
-        """Count DATA of the app."""
-        self.size += len(data)
+            server.log.exchange(record, server.runtime.now() - record.began)
 
 
 class RawTcp(Annex):
@@ -5618,7 +5670,7 @@ class RawTcp(Annex):
         """Serve one stream of raw bytes, which opens with the visitor's address."""
         visitor = printable(stream.read_nowait(MAX_PAYLOAD).decode('latin-1'))
         app.exchanges += 1
-        record = TcpRecord(app.exchanges, app.runtime.now(), visitor)
+        record = TcpRecord(app.exchanges, app.runtime.now(), visitor, visitor)
         try:
             upstream = await app.connect()
             stream.on_lost = upstream.abort
@@ -6709,6 +6761,19 @@ def clock() -> str:
     return clock_at(int(time.time()))
 
 
+def timestamp() -> str:
+    """Return the time for programs: RFC 3339, to the millisecond, in UTC."""
+    now = datetime.datetime.now(datetime.timezone.utc)
+    return now.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+
+def in_text(facts: Facts) -> str:
+    """Return FACTS as they follow a sentence; those that are empty are left out."""
+    shown = ((name, printable(value)) for name, value in facts.items() if value)
+    return ''.join(f' {name}={value}' if re.fullmatch('[^\\s"=]+', value) else
+                   f' {name}={json.dumps(value)}' for name, value in shown)
+
+
 def milliseconds(seconds: float) -> str:
     """Return SECONDS as people read them."""
     return f'{round(seconds * 1000)}ms' if seconds < 10 else f'{seconds:.1f}s'
@@ -6783,9 +6848,9 @@ class Terminal(ClientObserver):
                             self._missing if as_json else dropped_lines)
         self.flush = self._lines.flush
 
-    def note(self, text: str) -> None:
+    def note(self, text: str, event: str = 'note', **facts: str) -> None:
         if not self._quiet:
-            say(text)
+            say(text + in_text(facts))
 
     def hint(self, text: str) -> None:
         self.note(self._paint('36', 'hint: ', sys.stderr) + text)
@@ -6839,33 +6904,63 @@ class Terminal(ClientObserver):
             self._lines.add(json.dumps({'event': event, **values}))
 
 
+REFUSALS, REFUSALS_WITHIN = 10, 10.0    # lines about refused clients in seconds
+
+
 class ServerLog(Observer):
-    """Tells an operator what a server does, in lines of text or JSON on stderr."""
+    """Tells an operator what a server does, in lines of text or JSON on stderr.
+
+    Both carry the same facts: in text they follow the sentence as NAME=VALUE.
+    """
 
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
-        self._json = as_json
-        self._lines = Lines(sys.stderr, later, lambda count: self._entry(dropped_lines(count)))
-        self.flush, self.frame = self._lines.flush, self._lines.frame
+        self._json, self._later = as_json, later
+        self._lines = Lines(sys.stderr, later, lambda count: self._entry(
+            dropped_lines(count), 'dropped', {'lines': str(count)}))
+        self.frame = self._lines.frame
+        self._refused = 0           # clients, since lines about them are counted
 
-    def note(self, text: str) -> None:
-        self._lines.add(self._entry(text))
+    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+        if event == 'refused':      # they may come by the thousand a second
+            self._refused += 1
+            if self._refused == 1:
+                self._later(REFUSALS_WITHIN, self._tell_refused)
+            if self._refused > REFUSALS:
+                return
+        self._lines.add(self._entry(text, event, facts))
 
-    def _entry(self, text: str) -> str:
-        return (json.dumps({'time': clock(), 'message': text}) if self._json else
-                f'{clock()} {text}')
+    def _tell_refused(self) -> None:
+        more, self._refused = self._refused - REFUSALS, 0
+        if more > 0:
+            self.note(f'... and {more:,} more refused', event='more_refused', count=str(more))
+
+    def flush(self) -> None:
+        """Write what is queued, and what was counted."""
+        self._tell_refused()
+        self._lines.flush()
+
+    def _entry(self, text: str, event: str, facts: Facts) -> str:
+        if self._json:
+            return json.dumps({'time': timestamp(), 'event': event, 'message': text, **facts})
+        return f'{clock()} {text}' + in_text(facts)
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """Write a line for a request; without the query of its target, which may hold secrets."""
-        path, host = exchange.target.partition('?')[0], exchange.host
+        path, host, why = exchange.target.partition('?')[0], exchange.host, exchange.why
         if self._json:
+            error = {'error': why} if why else {}
             self._lines.add(json.dumps({
-                'time': self._lines.clock(), 'visitor': exchange.visitor, 'method': exchange.method,
-                'host': host, 'path': path, 'status': exchange.status,
-                'ms': round(seconds * 1000, 1), 'bytes': exchange.size}))
+                'time': timestamp(), 'event': 'request', 'visitor': exchange.visitor,
+                'method': exchange.method, 'host': host, 'path': path, 'status': exchange.status,
+                'ms': round(seconds * 1000, 1), 'bytes': exchange.size, **exchange.facts, **error}))
         else:
-            self._lines.add(f'{self._lines.clock()} {exchange.visitor} {exchange.method} {host} '
+            facts = exchange.facts      # the name stands in the host
+            client = facts['client']
+            whose = f' user={facts["user"] or "-"} client={client}' if client else ''
+            self._lines.add(f'{self._lines.clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
-                            f'{round(seconds * 1000)}ms {exchange.size}B')
+                            f'{round(seconds * 1000)}ms {exchange.size}B{whose}'
+                            + (in_text({'error': why}) if why else ''))
 
 
 # ------------------------------------------------------------------------------------------------

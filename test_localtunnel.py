@@ -297,13 +297,21 @@ class Everything:
     """A log and an observer who keep all that they are told."""
 
     def __init__(self):
-        self.told = []
+        self.told, self.facts = [], []
 
     def __getattr__(self, name):
-        return lambda *args, **words: self.told.append((name, *args))
+        def tell(*args, **facts):
+            self.told.append((name, *args))
+            self.facts.append(facts)
+        return tell
 
     def text(self):
-        return '\n'.join(str(x) for line in self.told for x in line)
+        return '\n'.join(str(x) for line, facts in zip(self.told, self.facts)
+                         for x in (*line, *facts.values()))
+
+    def events(self, name):
+        """The facts of each event of this NAME."""
+        return [facts for facts in self.facts if facts.get('event') == name]
 
 
 async def all_of(stream):
@@ -6425,30 +6433,89 @@ class SystemdTest(CommandTest):
 
 class LogFormatTest(CommandTest):
 
-    def test_all_that_a_server_says_is_json_and_no_query_is_in_it(self):
-        address = self.server_of_json()
-        client = self.start('client', self.app().port, '--server', address, '--json')
-        client.says('"open"', 'out')
-        url = json.loads(client.lines['out'][0])['url']
+    def visited(self, *words):
+        """The lines of a server that had a request, an upgrade and a page of its own."""
+        self.write('tokens', 'ana letmein')
+        address = self.server('--token-file', os.path.join(self.folder, 'tokens'), *words)
+        client = self.start('client', self.app().port, '--server', address, '--token', 'letmein')
+        url = client.url()
         fetch(url, '/a/b?secret')
-        client.says('"exchange"', 'out')
-        self.relay.says('"path"')
-        self.relay.interrupt()
-        client.says('"lost"', 'out')
+        fetch(address, '/')
+        with socket.create_connection(('127.0.0.1', int(url.rpartition(':')[2]))) as visitor:
+            visitor.sendall(f'GET /up HTTP/1.1\r\nHost: {url[7:]}\r\nConnection: Upgrade\r\n'
+                            'Upgrade: echo\r\n\r\n12345'.encode())
+            answer = b''
+            while not answer.endswith(b'12345'):
+                answer += visitor.recv(100)
+        self.relay.says('/up')
         client.interrupt()
-        lines = [json.loads(line) for line in self.relay.lines['err']]
-        self.assertTrue(all({'time', 'message'} == set(line) or 'path' in line for line in lines))
-        entry, = [line for line in lines if 'path' in line]
-        self.assertRegex(entry.pop('time'), r'^\d{4}-\d\d-\d\d.\d\d:\d\d:\d\d')
-        self.assertGreaterEqual(entry.pop('ms'), 0)
-        self.assertEqual(entry, {
-            'visitor': '127.0.0.1', 'method': 'GET', 'host': url[7:].partition(':')[0],
-            'path': '/a/b', 'status': 200, 'bytes': len('app /a/b?secret')})
-        self.assertNotIn('secret', str(lines))
+        self.relay.says('closed')
+        self.relay.interrupt()
+        self.assertNotIn('secret', str(self.relay.lines['err']))
+        return url[7:].partition(':')[0], self.relay.lines['err']
 
-    def server_of_json(self):
-        self.relay = self.start('server', '--port', 0, '--log-format', 'json')
-        return f'http://localhost:{self.relay.port()}'
+    def test_each_line_of_json_says_when_and_what_and_whose(self):
+        host, lines = self.visited('--log-format', 'json')
+        entries = [json.loads(line) for line in lines]
+        for entry in entries:
+            self.assertRegex(entry['time'], r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$')
+        whose = {'name': host.partition('.')[0], 'user': 'ana', 'client': '127.0.0.1',
+                 'version': lt.__version__}
+        opened, = [entry for entry in entries if entry['event'] == 'opened']
+        self.assertEqual({**opened, **whose}, opened)
+        closed, = [entry for entry in entries if entry['event'] == 'closed']
+        self.assertEqual({**closed, **whose, 'reason': 'the client is stopping'}, closed)
+        requests = {entry['path']: entry for entry in entries if entry['event'] == 'request'}
+        entry = requests['/a/b']
+        self.assertGreaterEqual(entry.pop('ms'), 0)
+        del entry['time']
+        self.assertEqual(entry, {
+            'event': 'request', 'visitor': '127.0.0.1', 'method': 'GET', 'host': host,
+            'path': '/a/b', 'status': 200, 'bytes': len('app /a/b?secret'), **whose})
+        self.assertEqual((requests['/up']['status'], requests['/up']['bytes']), (101, 5))
+        self.assertEqual(requests['/']['name'], '')
+        self.assertGreater(requests['/']['bytes'], 100)
+
+    def test_each_line_of_text_says_the_same(self):
+        host, lines = self.visited()
+        tail = 'user=ana client=127.0.0.1'
+        for words in (f'tunnel opened url=http://{host}:\\d+ name={host.partition(".")[0]} {tail} '
+                      f'version={lt.__version__}$', f'tunnel closed url=.* {tail} .*reason="the ',
+                      f'127.0.0.1 GET {host}/a/b 200 \\d+ms 15B {tail}$',
+                      f'127.0.0.1 GET {host}/up 101 \\d+ms 5B {tail}$',
+                      r'127.0.0.1 GET localhost/ 200 \d+ms \d{3,}B$'):
+            self.assertTrue(any(re.search(words, line) for line in lines), (words, lines))
+
+
+class ThinLogTest(unittest.TestCase):
+
+    def log(self, as_json=False):
+        """A server's log, what it wrote, and what it does later."""
+        written, later = [], []
+        write = unittest.mock.patch.object(
+            lt, 'put', lambda stream, text, *dropped: written.append(text))
+        write.start()
+        self.addCleanup(write.stop)
+        return lt.ServerLog(lambda seconds, do: later.append(do), as_json), written, later
+
+    def test_a_flood_of_refusals_is_counted(self):
+        log, written, later = self.log()
+        for _ in range(lt.REFUSALS + 3112):
+            log.note('client refused', event='refused', client='192.0.2.1', reason='token')
+        self.assertEqual(len([do for do in later if do == log._tell_refused]), 1)
+        log.flush()
+        lines = ''.join(written).splitlines()
+        self.assertEqual(len(lines), lt.REFUSALS + 1)
+        self.assertIn('client refused client=192.0.2.1 reason=token', lines[0])
+        self.assertIn('... and 3,112 more refused', lines[-1])
+        log.note('client refused', event='refused')
+        log.flush()
+        self.assertIn('client refused', written[-1])
+
+    def test_facts_are_printable_and_can_be_told_apart(self):
+        log, written, _ = self.log()
+        log.note('tunnel closed', reason='a "b"\x1b[31m\n', user='', name='x')
+        self.assertTrue(written[0].endswith('tunnel closed reason="a \\"b\\"?[31m?" name=x\n'))
 
 
 class RealProxyTest(CommandTest):
