@@ -213,6 +213,11 @@ class LocaltunnelError(Exception):
         return error
 
 
+def plainly(error: BaseException) -> str:
+    """Return what ERROR says, without the number that Python gives it."""
+    return getattr(error, 'strerror', None) or str(error)
+
+
 class UsageError(LocaltunnelError):
     """What the user typed can't be done; exit code 2."""
 
@@ -2632,7 +2637,7 @@ class Tokens:
                     grants += [self._parse(number, line) for number, line in enumerate(f, 1)
                                if line.split('#')[0].strip()]
             except (OSError, ValueError, OverflowError) as e:
-                return f"can't use the token file {self._path}: {e}"
+                return f"can't use the token file {self._path}: {plainly(e)}"
         self._grants, self._until = grants, {}
         for grant in grants:
             for key in (grant.digest, f'user:{grant.user}'):
@@ -4149,7 +4154,7 @@ def inherited_sockets() -> dict[int, Sockets]:
                 found.setdefault(sock.getsockname()[1], []).append(sock)
             except (OSError, IndexError) as e:
                 raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is not a TCP socket '
-                                 f'({e})') from e
+                                 f'({plainly(e)})') from e
             sock.set_inheritable(False)
     return found
 
@@ -4754,7 +4759,7 @@ def explain(error: BaseException, where: str) -> str:
         return f'{where} does not exist'
     if isinstance(error, ssl.SSLError):
         return tls_fault(error, where) or f'TLS with {where} failed: {printable(str(error))}'
-    return f"can't reach {where}: {getattr(error, 'strerror', None) or error}"
+    return f"can't reach {where}: {plainly(error)}"
 
 
 # What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
@@ -4899,6 +4904,8 @@ class App:
         # request: unless that is `whole`), and what comes after an upgrade.
         self.request_taps: list[Callable[[Exchange], Tap]] = []
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
+        # Told what the app says to a request that is not HTTP.
+        self.strange: list[Callable[[Request, bytes], None]] = []
         self._timeout, self._tls = timeout, tls
         self._hosts = addresses(target.host)    # the one that answered last comes first
         self._pool = Pool(runtime)
@@ -4989,7 +4996,7 @@ class App:
                 if stream.error is not None or exchange.status:
                     raise       # the response has begun, or nobody waits for it
                 if reused is None or not upstream.silent or isinstance(e, Overdue):
-                    raise self._no_response(upstream, e) from e
+                    raise self._no_response(request, upstream, e) from e
                 reused = None       # once more, on a fresh one
             finally:
                 stream.on_lost = None
@@ -5005,13 +5012,16 @@ class App:
             block = rewrite.of_request(request, block)
         return block
 
-    def _no_response(self, upstream: Connection, error: Exception) -> HopFailed:
-        """Why there is none from UPSTREAM, which failed with ERROR."""
+    def _no_response(self, request: Request, upstream: Connection, error: Exception) -> HopFailed:
+        """Why there is none to REQUEST from UPSTREAM, which failed with ERROR."""
         where = self.target.text
         if isinstance(error, Overdue):
             return HopFailed(504, f'{where} took too long')
-        strange = not_http(upstream.peek(), where)
+        said = upstream.peek()
+        strange = not_http(said, where)
         if strange:
+            for tell in self.strange:
+                tell(request, said)
             return HopFailed(502, strange)
         if isinstance(error, BadHttp):
             fault = 'too large' if error.status == 431 else 'malformed'
@@ -6138,16 +6148,25 @@ class Strangers:
         return look
 
     def _look(self, text: bytes) -> None:
-        target, hint = self._app.target.text, ''
         if WANTS_TLS.search(text):
-            hint = speaks_tls(target)
+            return self._hint(speaks_tls(self._app.target.text))
         for words, server in STRANGERS.items():
-            if words in text and not hint:
-                hint = (f'{server} refused the name of this tunnel; start the client with '
-                        '--host-header rewrite, or allow the name in the settings of your app')
-        if hint:
+            if words in text:
+                return self._refused_by(server)
+
+    def no_http(self, request: Request, said: bytes) -> None:
+        """Next refuses the WebSocket of its pages with a single word."""
+        if said == b'Unauthorized' and request.target.startswith(b'/_next/'):
+            self._refused_by('Next')
+
+    def _refused_by(self, server: str) -> None:
+        self._hint(f'{server} refused the name of this tunnel; start the client with --host-header '
+                   'rewrite, or allow the name in the settings of your app')
+
+    def _hint(self, text: str) -> None:
+        if not self._hinted:
             self._hinted = True
-            self._app.observer.hint(hint)
+            self._app.observer.hint(text)
 
 
 def host_to_send(text: str) -> str:
@@ -6171,7 +6190,9 @@ class HostHeader(Annex):
         if args.host_header or app.target.port and app.target.path:
             app.rewrites.append(Addresses(app.target, args.host_header or ''))
         if args.host_header is None:
-            app.response_taps.append(Strangers(app).tap)
+            strangers = Strangers(app)
+            app.response_taps.append(strangers.tap)
+            app.strange.append(strangers.no_http)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6267,11 +6288,17 @@ class Certificate(Tls):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.set_alpn_protocols(['http/1.1'])
+        cert, key = self._files
         try:
-            context.load_cert_chain(*self._files)
-        except (OSError, ssl.SSLError) as e:
-            raise UsageError(f"can't use the certificate {self._files[0]} with the key "
-                             f'{self._files[1]}: {e}') from e
+            for path in self._files:
+                open(path, 'rb').close()        # OpenSSL does not say which one is missing
+            context.load_cert_chain(cert, key)
+        except ssl.SSLError as e:
+            why = ('they do not belong together' if e.reason == 'KEY_VALUES_MISMATCH' else
+                   'it takes two files in PEM form')
+            raise UsageError(f"can't use the certificate {cert} with the key {key}: {why}") from e
+        except OSError as e:
+            raise UsageError(f"can't read {e.filename or cert}: {e.strerror}") from e
         return context
 
     def changed(self) -> bool:
@@ -6360,7 +6387,8 @@ class Certificates(Annex):
 
     async def at_server(self, args: Args, server: Server) -> None:
         if bool(args.cert) != bool(args.key):
-            raise UsageError('--cert and --key go together')
+            raise UsageError('--cert and --key go together; add '
+                             + ('--key FILE' if args.cert else '--cert FILE'))
         cert, key, pin = args.cert, args.key, ''
         if not cert:
             made = None if is_loopback(args.domain) or args.trust_proxy else self_signed(
@@ -7310,8 +7338,10 @@ def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
     if ca:
         try:
             context.load_verify_locations(ca)
-        except (OSError, ssl.SSLError) as e:
-            raise UsageError(f"can't use --ca {ca}: {e}") from e
+        except ssl.SSLError as e:
+            raise UsageError(f'--ca {ca} holds no certificate in PEM form') from e
+        except OSError as e:
+            raise UsageError(f"can't read --ca {ca}: {e.strerror}") from e
     if not check:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -7528,11 +7558,12 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         quiet=args.quiet, first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
-    probe = runtime.spawn(app.look())
+    probe = [] if args.release else [runtime.spawn(app.look())]
     try:
         await first_of(client.run(), stop.wait())
     finally:
-        await end_task(probe)
+        for task in probe:
+            await end_task(task)
         await client.stop()
         app.close()
         if server:

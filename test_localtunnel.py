@@ -4765,6 +4765,19 @@ class HintTest(WorldTest):
                 self.assertIn(server, hint)
                 self.assertIn('--host-header rewrite', hint)
 
+    async def test_next_refuses_the_socket_of_its_pages_with_a_word(self):
+        async def refuse(head, reader, writer):
+            writer.write(b'Unauthorized')
+        for path, count in (('/_next/webpack-hmr', 1), ('/chat', 0)):
+            _, visitor = await self.through(refuse)
+            socket = 'Connection: Upgrade\nUpgrade: websocket'
+            self.assertEqual((await visitor.get(path, socket))[0], 502)
+            hints = [told[1] for told in self.log.told if told[0] == 'hint']
+            self.assertEqual(len(hints), count)
+            self.assertIn('Next refused' * count, ''.join(hints))
+            await self.end_of_the_world()
+            self.log.told.clear()
+
     async def test_pages_that_only_say_such_words_and_users_who_know_get_none(self):
         self.assertEqual(await self.hints(200, 'Blocked request. This host is blue.'), [])
         self.assertEqual(await self.hints(404, 'Unauthorized request from you'), [])
@@ -5806,7 +5819,7 @@ class ExitCodeTest(CommandTest):
         self.ended(2, 'client', '1', '--server', 'http://a/b', word='--server')
         self.ended(2, 'client', word='TARGET')
         self.ended(2, 'server', '--port', 'x', word='--port')
-        self.ended(2, 'server', '--cert', 'x', word='--key')
+        self.ended(2, 'server', '--cert', 'x', word='add --key FILE')
 
     def test_what_can_not_be_meant_is_2(self):
         to = ['--server', 'localhost:1', '--once']
@@ -5825,6 +5838,25 @@ class ExitCodeTest(CommandTest):
             with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
                 self.assertEqual(lt.main(words), 2)
             self.assertIn(said, told.getvalue())
+
+    def test_a_file_that_can_not_be_read_is_named_without_a_number(self):
+        to, wrong = ['--server', 'https://a.example'], self.write('wrong.pem', 'wrong')
+        for words, said in (
+                (['client', './none'], 'no folder ./none'),
+                (['client', '1', '--ca', 'none', *to], 'none: No such file'),
+                (['client', '1', '--ca', self.folder, *to], 'Is a directory'),
+                (['client', '1', '--ca', wrong, *to], 'no certificate in PEM form'),
+                (['server', '--state', wrong], '--state')):
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
+                self.assertEqual(lt.main(words), 2)
+                self.assertIn(said, told.getvalue())
+                self.assertNotIn('rrno', told.getvalue())
+        for make, words, said in (
+                (lt.Certificate, (wrong, 'none'), 'read none: No such file'),
+                (lt.Certificate, (wrong, wrong), 'two files in PEM form'),
+                (lt.Tokens, ((), 'none'), 'token file none: No such file')):
+            with self.subTest(words), self.assertRaisesRegex(lt.UsageError, said):
+                make(*words)
 
     def test_a_proxy_that_is_none_is_1(self):
         for proxy in 'http://[bad', 'http://a:99999', 'socks5://a', 'http://':
@@ -5879,7 +5911,7 @@ class ExitCodeTest(CommandTest):
         client.url()
         client.interrupt()
         self.ended(0, 'client', 1, '--server', address, '--name', 'mine', '--release',
-                   word='given back')
+                   word='^the name mine was given back$')
         self.another_user()
         self.start('client', 1, '--server', address, '--name', 'mine').url()
 
