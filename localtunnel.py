@@ -35,16 +35,16 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  24 Terminal
-     2 Wire                   16 Raw TCP                25 Options
-     3 Credit                 17 Folder and echo        26 Wiring
-     4 Byte streams           18 Host header            27 Python
-     5 Session                19 Outgoing proxy         28 Command line
+     1 Constants and errors   15 Annex                  25 Terminal
+     2 Wire                   16 Raw TCP                26 Options
+     3 Credit                 17 Folder and echo        27 Wiring
+     4 Byte streams           18 Host header            28 Python
+     5 Session                19 Outgoing proxy         29 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
-     9 Tunnels                23 Landing page
-    10 Admission
+     9 Tunnels                23 Block list
+    10 Admission              24 Landing page
     11 Server
     12 Places
     13 App
@@ -2686,6 +2686,9 @@ def write_secret(path: str, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
+            if hasattr(os, 'geteuid') and os.geteuid() == 0:    # sudo, and the folder of a service
+                folder = os.stat(os.path.dirname(beside) or os.curdir)
+                os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
         os.replace(beside, path)
     except OSError:
         with contextlib.suppress(OSError):
@@ -2908,6 +2911,12 @@ def user_folder(variable: str, default: str) -> str:
 def config_path(name: str) -> str:
     """Return where the client keeps the file NAME."""
     return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
+
+
+def state_folder(given: str | None) -> str:
+    """Return the server's folder: the one GIVEN, systemd's, or this user's."""
+    return (given or os.environ.get('STATE_DIRECTORY')
+            or user_folder('XDG_STATE_HOME', '~/.local/state'))
 
 
 # Hosts and addresses, and who may visit.
@@ -3345,11 +3354,13 @@ class Member:
 
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
-    __slots__ = ('name', 'kind', 'key', 'url', 'members', 'left_at', 'said_goodbye', '_allowance')
+    __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'left_at', 'said_goodbye',
+                 '_allowance')
 
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
         self.url = ''                   # '' until a client serves it; and for TCP without a port
+        self.user = ''                  # of the last client's token
         self.members: list[Member] = []         # none: its client is away
         self.left_at = -NEVER           # when the last one went, or lost its connection
         self.said_goodbye = False       # it went on purpose
@@ -3379,6 +3390,29 @@ class Tunnel:
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
+class Bars:
+    """Whom the operator keeps out, in a file; false while that is nobody."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def check_client(self, name: str, user: str, address: str) -> None:
+        """Raises Refused where no client of USER at ADDRESS may serve NAME."""
+        raise NotImplementedError
+
+    def check_visitor(self, name: str, address: str) -> None:
+        """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
+        raise NotImplementedError
+
+    def changed(self) -> bool:
+        """Return True if the file has changed since it was read."""
+        raise NotImplementedError
+
+    def reload(self) -> str | None:
+        """Read it again, and end what it bars; return what is wrong with it, if anything is."""
+        raise NotImplementedError
+
+
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
 SETTLE = 5.0                    # before a hand-over: clients that are away try every 2 s at first
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
@@ -3398,6 +3432,7 @@ class Tunnels:
         self.received = self.sent = 0   # bytes of the sessions that are over
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
+        self.bars: Bars | None = None   # a seam: whom the operator keeps out
         self.log, self._runtime = log, runtime
         self._table: dict[str, Tunnel] = {}
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
@@ -3424,6 +3459,7 @@ class Tunnels:
     def enter(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER serves TUNNEL from now on."""
         self._table[tunnel.key] = tunnel
+        tunnel.user = member.grant.user
         self.served[member.holder] += 1
         tunnel.members.append(member)
         session = member.session
@@ -3736,6 +3772,7 @@ class Admission:
 
     async def _admit(self, asked: Candidate,
                      url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
+        self._check_bars(asked)
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
@@ -3772,6 +3809,11 @@ class Admission:
             visitor.connection.check()
         asked.tunnel = self._find(asked)
         return asked
+
+    def _check_bars(self, asked: Candidate) -> None:
+        """Raises Refused where the operator keeps ASKED out."""
+        if self._tunnels.bars:
+            self._tunnels.bars.check_client(asked.name, asked.grant.user, asked.visitor.address)
 
     def _is_owner(self, asked: Candidate) -> bool:
         """True if ASKED may replace clients of that name: nobody else can own it, or does."""
@@ -3887,8 +3929,9 @@ class Admission:
 
     async def _enter(self, asked: Candidate,
                      url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
-        """Return what `admit` returns, for a client that is let in."""
+        """Return what `admit` returns, for a client that is let in.  Raises Refused."""
         hello, tunnel = asked.hello, asked.tunnel
+        self._check_bars(asked)         # once more: it has waited for others, and for the disk
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
         self._make_way(asked)
@@ -4376,21 +4419,19 @@ class Server:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Check what changes by itself: files, tokens, names that nobody serves."""
-        changed = self.reload(changed_only=True)
-        self.admission.sweep(now, at_once=changed)
+        self.admission.sweep(now, at_once=self.reload(changed_only=True))
 
     def reload(self, changed_only: bool = False) -> bool:
-        """Read tokens and certificate again, or those that have changed; return whether any was."""
-        sources: list[tuple[str, Tokens | Tls]] = [('tokens', self.admission.tokens)]
-        if self.tls:
-            sources.append(('certificate', self.tls))
-        sources = [(what, source) for what, source in sources
-                   if not changed_only or source.changed()]
-        for what, source in sources:
-            error = source.reload()
+        """Read tokens, certificate and bars again, or what of them has changed; whether any was."""
+        sources: list[tuple[str, Tokens | Tls | Bars | None]] = [
+            ('tokens', self.admission.tokens), ('certificate', self.tls),
+            ('block list', self.tunnels.bars)]
+        read = [(what, source.reload()) for what, source in sources
+                if source is not None and (not changed_only or source.changed())]
+        for what, error in read:
             self.counters['reload_errors' if error else 'reloads'] += 1
             self.log.note(f'error: {error}' if error else f'{what} read again')
-        return bool(sources)
+        return bool(read)
 
     # One connection.
 
@@ -4474,6 +4515,8 @@ class Server:
             raise visitor.refusal.again()
         host = request.host_name
         name, _, parent = host.partition('.')
+        if self.tunnels.bars:
+            self.tunnels.bars.check_visitor(name if parent == self.domain else '', visitor.address)
         tls = self.tls
         if (tls is not None and tls.redirects and visitor.scheme == 'http'
                 and request.target != b'*' and self.domain in (parent, host)):
@@ -5480,6 +5523,7 @@ class Annex:
         """Commands beside client and server, as add(NAME, help=...).
 
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
+        What was typed has a function `say` with it, which prints a line.
         """
 
     def target(self, args: Args) -> Target | None:
@@ -5628,6 +5672,8 @@ class TcpPorts(Kind):
         try:
             if visitor.refusal:
                 raise visitor.refusal.again()
+            if server.tunnels.bars:
+                server.tunnels.bars.check_visitor(tunnel.name, visitor.address)
             stream, _ = (server.tunnels.open_stream(tunnel.key, visitor)
                          or await server.tunnels.wait_for_stream(tunnel.key, visitor))
             record.facts, record.status = stream.facts, 200
@@ -6611,7 +6657,287 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Landing page
+# 23. Block list
+#
+# Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
+# entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
+# anyone free: a file that can't be read, or a mistake in it, does not.
+# ------------------------------------------------------------------------------------------------
+
+BLOCKED = 'blocked'             # the file
+MAX_REASON = 200                # characters: with the contact it must fit into MAX_TEXT
+BLOCKED_HEAD = ('# One entry a line: name:NAME, user:USER, an address or ADDRESS/BITS.  What\n'
+                '# follows it after a # is the reason, which those who are blocked are told.\n')
+
+# ('name', NAME), ('user', USER), or of addresses (version, bits that differ, those that don't).
+Key = Union[Tuple[str, str], Tuple[int, int, int]]
+
+
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """ADDRESS, as IPv4 if an IPv6 socket has it (::ffff:203.0.113.7).  Raises ValueError."""
+    ip = ipaddress.ip_address(address.partition('%')[0])
+    return getattr(ip, 'ipv4_mapped', None) or ip
+
+
+def read_entry(text: str) -> tuple[Key, str]:
+    """What TEXT names, and how that is written; a bare word is a name.  Raises ValueError."""
+    with contextlib.suppress(ValueError):
+        net = ipaddress.ip_network(text, strict=False)
+        first, bits = plain_address(str(net.network_address)), net.max_prefixlen - net.prefixlen
+        written = f'{first}/{first.max_prefixlen - bits}' if bits else str(first)
+        return (first.version, bits, int(first) >> bits), written
+    kind, colon, word = text.partition(':')
+    if not colon:
+        kind, word = 'name', text
+    if kind == 'name' and NAME.fullmatch(word.lower()):
+        return ('name', word.lower()), f'name:{word.lower()}'
+    if kind == 'user' and re.fullmatch('[^\\s#]+', word):
+        return ('user', word), text
+    raise ValueError(f'{printable(text)!r} is not name:NAME, user:USER, an address or ADDRESS/BITS '
+                     '(a name is what stands before the domain, such as demo)')
+
+
+def read_line(line: str) -> tuple[Key, str, str] | None:
+    """What a LINE of the file names, how that is written, and the reason; None if it names nothing.
+
+    Raises ValueError.
+    """
+    entry, _, reason = line.partition('#')
+    if not entry.strip():
+        return None
+    key, text = read_entry(entry.strip())
+    return key, text, printable(reason.strip())[:MAX_REASON]
+
+
+class BlockList(Bars):
+    """Whom a server keeps out."""
+
+    def __init__(self, path: str, server: Server, contact: str) -> None:
+        """Raises UsageError where the file is there and can't be read."""
+        self._path, self._server, self._seen = path, server, stamp_of(path)
+        self._contact = f'; to ask about it, write to {contact}' if contact else ''
+        self._lines: dict[str, tuple[Key, str, str] | None] = {}       # as they were read last
+        self._reasons: dict[Key, str] = {}      # of all who are blocked
+        self._widths: set[tuple[int, int]] = set()      # the first two of the keys of addresses
+        try:
+            error = self._read()
+        except OSError as e:
+            raise UsageError(f"can't read the block list {path}: {e.strerror}") from e
+        if error:
+            server.log.note(f'error: {error}')
+
+    def __len__(self) -> int:
+        return len(self._reasons)
+
+    def changed(self) -> bool:
+        return stamp_of(self._path) != self._seen
+
+    def reload(self) -> str | None:
+        try:
+            wrong = self._read()
+        except OSError as e:
+            return f"can't read the block list {self._path} ({e.strerror}); it stays as it was"
+        self._end()
+        return wrong
+
+    def _read(self) -> str | None:
+        """Read the file; return what is wrong in it, and then keep those who were blocked, too."""
+        self._seen, lines, wrong = stamp_of(self._path), {}, []
+        with contextlib.suppress(FileNotFoundError), open(
+                self._path, encoding='utf-8-sig', errors='replace') as f:
+            for number, line in enumerate(f, 1):
+                try:            # to parse a hundred thousand networks takes a second
+                    lines[line] = self._lines[line] if line in self._lines else read_line(line)
+                except ValueError as e:
+                    wrong.append(f'line {number}: {e}')
+        reasons = {key: reason for key, _, reason in filter(None, lines.values())}
+        self._lines, self._reasons = lines, {**self._reasons, **reasons} if wrong else reasons
+        self._widths = {(key[0], key[1]) for key in self._reasons if len(key) == 3}
+        return (f'a mistake in the block list {self._path}, {wrong[0]}. The other lines hold, and '
+                'all who were blocked stay so until it is mended') if wrong else None
+
+    def _end(self) -> None:
+        """End clients and visitors who are blocked and here."""
+        tunnels = self._server.tunnels
+        for tunnel in tunnels:
+            for member in tuple(tunnel.members):
+                client = member.session.facts['client']
+                why = self._why(tunnel.name, member.grant.user, client)
+                if why:
+                    tunnels.revoke(tunnel, member, why)
+        for visitor in self._server.visitors:
+            if not visitor.idle and self._has(visitor.address):
+                visitor.connection.reset(CANCELLED, 'the operator has blocked this address')
+
+    def _has(self, address: str) -> Key | None:
+        """The key by which ADDRESS is blocked, None if it is not."""
+        if not self._widths:
+            return None
+        try:
+            ip = plain_address(address)
+        except ValueError:
+            return None
+        keys = ((version, bits, int(ip) >> bits) for version, bits in self._widths
+                if version == ip.version)
+        return next((key for key in keys if key in self._reasons), None)
+
+    def _why(self, name: str, user: str, address: str) -> str:
+        """Why no client of USER at ADDRESS may serve NAME; '' if one may."""
+        for what, key in ((f'the name {name}', ('name', name)),
+                          (f'the user {user}', ('user', user)),
+                          (f'the address {address}', self._has(address))):
+            reason = self._reasons.get(key) if key else None
+            if reason is not None:
+                return (f'the operator of this server has blocked {what}'
+                        + (f' ({reason})' if reason else '') + self._contact)
+        return ''
+
+    def check_client(self, name: str, user: str, address: str) -> None:
+        why = self._why(name, user, address)
+        if why:
+            raise Refused(403, 'blocked', why, final=True)
+
+    def check_visitor(self, name: str, address: str) -> None:
+        if self._has(address):
+            why = HopFailed(403, 'the operator of this server has blocked the address '
+                            f'{address}{self._contact}')
+        elif ('name', name) in self._reasons or ('user', self._user_of(name)) in self._reasons:
+            why = HopFailed(410, 'the operator of this server has ended the tunnel '
+                            f'{name}{self._contact}')
+        else:
+            return
+        self._server.counters['blocked_visitors'] += 1
+        raise why
+
+    def _user_of(self, name: str) -> str:
+        """The user whose NAME it is, or was when it was served last."""
+        owner = self._server.admission.leases.owner(name, time.time()) or ''
+        tunnel = self._server.tunnels.get(name)
+        return owner[5:] if owner.startswith('user:') else tunnel.user if tunnel else ''
+
+
+BLOCK_EPILOG = """ENTRY is one of
+  demo, name:demo             a name: what stands before the server's domain
+  user:ana                    a user of the token file, with all names of theirs
+  203.0.113.7, 2001:db8::/32  addresses, of clients and of visitors
+
+A running server knows within a second. It ends their clients, tells them the
+reason, and lets nobody have the name; visitors of a name get 410, and visitors from
+an address 403.
+
+examples:
+  localtunnel.py block demo --reason phishing
+  localtunnel.py block 203.0.113.0/24 --state /var/lib/localtunnel
+  localtunnel.py block --remove user:ana
+  localtunnel.py block --list"""
+
+LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes the list
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Change what is in FOLDER while no other `block` does.  Raises OSError."""
+    if sys.platform == 'win32':
+        return (yield)          # a folder can't be locked there
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(LOCK_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_LOOK)
+        else:
+            raise LocaltunnelError(f'another program is changing {folder}; try again')
+        yield
+    finally:
+        os.close(handle)
+
+
+def entry_of(line: str) -> Key | None:
+    """The key of LINE in the file; None for a comment, and for what makes no sense."""
+    try:
+        found = read_line(line.lstrip('\ufeff'))
+    except ValueError:
+        return None
+    return found[0] if found else None
+
+
+def change(path: str, key: Key, line: str) -> bool:
+    """Let LINE stand for KEY in the file PATH; return whether one did.  Other lines stay."""
+    lines = [BLOCKED_HEAD]
+    with contextlib.suppress(FileNotFoundError), open(
+            path, encoding='utf-8', errors='surrogateescape', newline='') as f:
+        lines = f.readlines()
+    others = [other for other in lines if entry_of(other) != key]
+    if others and not others[-1].endswith('\n'):
+        others[-1] += '\n'
+    write_secret(path, ''.join([*others, line]).encode(errors='surrogateescape'))
+    return len(others) < len(lines)
+
+
+def print_list(path: str, say: Callable[[str], None]) -> int:
+    """Print the entries in the file PATH, and what is wrong in it; return the exit code."""
+    code = 0
+    with contextlib.suppress(FileNotFoundError), open(
+            path, encoding='utf-8-sig', errors='replace') as f:
+        for number, line in enumerate(f, 1):
+            try:
+                found = read_line(line)
+                if found:
+                    say(f'{found[1]}  # {found[2]}' if found[2] else found[1])
+            except ValueError as e:
+                code = 1
+                say(f'# line {number}: {e}')
+    return code
+
+
+class Blocking(Annex):
+    """The command `block`, and the list at a server."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('block', help='keep a name, a user or addresses out of your server',
+                     usage='%(prog)s ENTRY [OPTION ...] | --list [OPTION ...]', epilog=BLOCK_EPILOG)
+        parser.add_argument('entry', nargs='?', metavar='ENTRY', help='whom to block (see below)')
+        parser.add_argument('--reason', metavar='TEXT', help='told to those who are blocked')
+        parser.add_argument('--remove', action='store_true', help='block ENTRY no longer')
+        parser.add_argument('--list', action='store_true', help='print who is blocked')
+        parser.add_argument('--state', metavar='DIR', help="the server's folder")
+        parser.set_defaults(run=self.block)
+
+    @staticmethod
+    def block(args: Args) -> int:
+        """Change or print the list; return the exit code."""
+        folder = state_folder(args.state)
+        path = os.path.realpath(os.path.join(folder, BLOCKED))
+        if bool(args.entry) == args.list or args.reason and (args.list or args.remove):
+            raise UsageError('block takes an entry, with --reason TEXT or --remove, or --list')
+        if not os.path.isdir(folder):
+            raise UsageError(f"{folder} is not there; name your server's folder with --state")
+        try:
+            if args.list:
+                return print_list(path, args.say)
+            key, text = read_entry(args.entry)
+            reason = printable(' '.join((args.reason or '').split()))[:MAX_REASON]
+            line = '' if args.remove else f'{text}  # {reason}\n' if reason else f'{text}\n'
+            with alone_in(os.path.dirname(path)):
+                was = change(path, key, line)
+        except ValueError as e:
+            raise UsageError(str(e)) from e
+        except OSError as e:
+            raise LocaltunnelError(f"can't use {path}: {e.strerror}") from e
+        if args.remove and not was:
+            raise LocaltunnelError(f'{text} is not in {path}; see block --list')
+        args.say(f'{text} is {"no longer blocked" if args.remove else "blocked"}, in {path}')
+        return 0
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        server.tunnels.bars = BlockList(os.path.join(args.state, BLOCKED), server,
+                                        getattr(args, 'contact', None) or '')
+
+
+# ------------------------------------------------------------------------------------------------
+# 24. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -6673,7 +6999,7 @@ class LandingPage(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 24. Terminal
+# 25. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -6992,13 +7318,14 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Options
+# 26. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
-                            Certificates(), HandOver(), Operator(), LandingPage())
+                            Certificates(), HandOver(), Operator(), Blocking(),
+                            LandingPage())
 
 
 ASK = object()      # what stands for a value that is to be asked for
@@ -7142,7 +7469,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Wiring
+# 27. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -7415,7 +7742,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Python
+# 28. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -7480,7 +7807,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Command line
+# 29. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -7488,7 +7815,7 @@ class tunnel:
 # The exit code, by what ended the program; anything else is a failure, 1.
 EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
               'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
-              'superseded': 5}
+              'blocked': 4, 'superseded': 5}
 
 
 # Running until told to stop.
@@ -7686,8 +8013,7 @@ def server_command(args: Args) -> int:
     args.bind = args.bind.strip('[]')       # of an IPv6 address, as in a URL
     if args.port is None:
         args.port = 8080 if local else 80
-    args.state = (args.state or os.environ.get('STATE_DIRECTORY')       # systemd's
-                  or user_folder('XDG_STATE_HOME', '~/.local/state'))
+    args.state = state_folder(args.state)
     try:
         os.makedirs(args.state, mode=0o700, exist_ok=True)
         if not os.access(args.state, os.W_OK):
@@ -7714,6 +8040,7 @@ def command(words: Sequence[str]) -> int:
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
+        args.say = lambda text: put(sys.stdout, f'{text}\n')
         return int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         return 0

@@ -27,15 +27,16 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 28)
-   21 Hand-over               from one process to the next (in 28)
+   20 Certificates            what a server shows (in 29)
+   21 Hand-over               from one process to the next (in 29)
    22 Operator's page         what he sees, and what he ends (in B)
-   23 Landing page            what to type, and the file itself (in 11 and 28)
-   24 Terminal                what a person sees
-   25 Options                 what can be typed
-   26 Wiring                  the key; which server, which token (in 28)
-   27 Python                  a tunnel inside another program (in 28)
-   28 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   23 Block list              what an entry is, and who is kept out
+   24 Landing page            what to type, and the file itself (in 11 and 29)
+   25 Terminal                what a person sees
+   26 Options                 what can be typed
+   27 Wiring                  the key; which server, which token (in 29)
+   28 Python                  a tunnel inside another program (in 29)
+   29 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -48,6 +49,7 @@ import ast
 import asyncio
 import base64
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import faulthandler
@@ -5041,14 +5043,276 @@ class CertificateFactsTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Landing page
+# 23. Block list
+# ------------------------------------------------------------------------------------------------
+
+class EntryTest(unittest.TestCase):
+
+    def test_each_form_is_read_as_it_was_meant(self):
+        for text, written in (
+                ('demo', 'name:demo'), ('DEMO', 'name:demo'), ('name:Demo', 'name:demo'),
+                ('10', 'name:10'), ('name:10', 'name:10'), ('user:Ana', 'user:Ana'),
+                ('user:a:b', 'user:a:b'), ('user:203.0.113.7', 'user:203.0.113.7'),
+                ('bold-cat-k3v7q2m4tzha', 'name:bold-cat-k3v7q2m4tzha'),
+                ('203.0.113.7', '203.0.113.7'), ('203.0.113.7/32', '203.0.113.7'),
+                ('203.0.113.7/24', '203.0.113.0/24'), ('0.0.0.0/0', '0.0.0.0/0'),
+                ('2001:DB8::7', '2001:db8::7'), ('2001:db8::/32', '2001:db8::/32'),
+                ('::ffff:203.0.113.7', '203.0.113.7'), ('::ffff:cb00:7100/120', '203.0.113.0/24'),
+                ('::ffff:0:0/96', '0.0.0.0/0'), ('::/0', '::/0'), ('::/95', '::/95')):
+            with self.subTest(text):
+                self.assertEqual(lt.read_entry(text)[1], written)
+                self.assertEqual(lt.read_entry(written), lt.read_entry(text))
+
+    def test_what_cannot_be_meant_is_not_guessed(self):
+        for text in ('', 'demo.', 'demo.t.example.com', 'http://demo.t.example.com/', '-demo',
+                     'user:', 'name:', 'name:user:ana', 'nam:demo', 'xn--\u00e9', 'b\u00fccher',
+                     'user:a b', '203.0.113', '203.0.113.0/33', '203.0.113.256', '2001:db8::/129',
+                     'a' * 64, '\x1b[31m', 'user:a#b', '1.2.3.4/0.255.0.0'):
+            with self.subTest(text):
+                with self.assertRaises(ValueError) as caught:
+                    lt.read_entry(text)
+                self.assertTrue(str(caught.exception).isprintable())
+
+
+class BlockListTest(FolderTest, WorldTest):
+    """A running server, and a file that changes under it."""
+
+    async def barred_world(self, text='', tokens='ana one\nbob two\n', **options):
+        self.write('blocked', text)
+        tokens = lt.Tokens((), self.write('tokens', tokens), open=not tokens)
+        await self.world(tokens, trusted=[lt.network('127.0.0.1')], **options)
+        self.server.tunnels.bars = lt.BlockList(self.path('blocked'), self.server, 'x@y.z')
+
+    async def block(self, text):
+        """Another list holds from now on."""
+        read = self.server.counters['reloads'] + self.server.counters['reload_errors']
+        self.write('new', text)
+        os.replace(self.path('new'), self.path('blocked'))
+        await eventually(lambda: self.server.counters['reloads']
+                         + self.server.counters['reload_errors'] > read)
+
+    async def visit_from(self, address, host, **words):
+        return await self.visit(host, fields=f'X-Forwarded-For: {address}\n', **words)
+
+    async def refusal(self, token, **words):
+        """(status, code, final, text) of what a client is told."""
+        _, status, said = await self.hello(token, **words)
+        return status, said['error'], said['final'], said['message']
+
+    @staticmethod
+    async def upgrade(head, reader, writer):
+        writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n')
+        await reader.read()
+
+    async def test_a_blocked_name_ends_its_client_for_good_and_goes_to_nobody(self):
+        await self.barred_world()
+        client = await self.client(await self.app(), token='one', name='demo')
+        self.assertEqual((await self.visit(client))[0], 200)
+        await self.block('name:demo # spam\n')
+        with self.assertRaises(lt.Refused) as caught:
+            await client.running
+        told = 'the operator of this server has blocked the name demo (spam); to ask about it, ' \
+               'write to x@y.z'
+        self.assertEqual((str(caught.exception), caught.exception.final), (told, True))
+        for token in ('one', 'two'):
+            self.assertEqual(await self.refusal(token, name='DEMO'), (403, 'blocked', True, told))
+        self.assertEqual(await self.refusal('one', name='demo', release=True),
+                         (403, 'blocked', True, told))
+        for host in ('demo.localhost', 'DEMO.localhost', 'demo.localhost.:80'):
+            status, _, body = await self.visit(host)
+            self.assertEqual(status, 410)
+            self.assertIn(b'write to x@y.z', body)
+            self.assertNotIn(b'spam', body)
+        self.assertEqual(self.server.counters['refused_blocked'], 3)
+        self.assertEqual(self.server.counters['blocked_visitors'], 3)
+        await self.block('')
+        self.assertEqual((await self.visit('demo.localhost'))[0], 503)      # the lease stayed
+        self.assertEqual((await self.hello('two', name='demo'))[1], 409)
+        self.assertEqual((await self.hello('one', name='demo'))[1], 101)
+
+    async def test_a_blocked_user_loses_every_tunnel_and_others_keep_theirs(self):
+        await self.barred_world()
+        app = await self.app()
+        chosen = await self.client(app, token='one', name='demo')
+        derived = await self.client(app, token='one')
+        other = await self.client(app, token='two', name='shop')
+        await self.block('user:ana\nuser:BOB\n')
+        for client in chosen, derived:
+            with self.assertRaises(lt.Refused):
+                await client.running
+            self.assertEqual((await self.visit(client))[0], 410)
+        self.assertEqual((await self.visit(other))[0], 200)
+        self.assertEqual((await self.refusal('one', name='new'))[:3], (403, 'blocked', True))
+
+    async def test_a_derived_name_can_be_blocked(self):
+        await self.barred_world()
+        client = await self.client(await self.app(), token='one')
+        await self.block(client.url[7:].partition('.')[0])
+        self.assertEqual((await self.visit(client))[0], 410)
+
+    async def test_visitors_from_blocked_addresses_get_no_page_and_others_do(self):
+        await self.barred_world('203.0.113.0/24\n2001:db8::/32\n198.51.100.7\n')
+        client = await self.client(await self.app(), token='one', name='demo')
+        for address in ('203.0.113.255', '::ffff:203.0.113.1', '2001:db8:1::7', '198.51.100.7'):
+            for host in ('demo.localhost', 'localhost', 'nobody.localhost'):
+                with self.subTest(address, host=host):
+                    self.assertEqual((await self.visit_from(address, host))[0], 403)
+        for address in ('203.0.114.0', '2001:db9::', '198.51.100.8', '::cb00:7101'):
+            with self.subTest(address):
+                self.assertEqual((await self.visit_from(address, 'demo.localhost'))[0], 200)
+        self.assertEqual((await self.visit(client))[0], 200)
+
+    async def test_clients_and_visitors_of_a_blocked_address_are_ended(self):
+        await self.barred_world()
+        app = await self.app(self.upgrade)
+        client = await self.client(app, token='one', name='demo')
+        visitor = await self.visitor('demo.localhost')
+        visitor.ask('/', 'X-Forwarded-For: 203.0.113.7\nConnection: Upgrade\nUpgrade: x\n')
+        self.assertEqual((await visitor.answer())[0], 101)
+        await self.block('203.0.113.7\n')
+        with self.assertRaises(ConnectionResetError):
+            await visitor.reader.read()
+        self.assertFalse(client.running.done())
+        await self.block('127.0.0.0/8')
+        with self.assertRaisesRegex(lt.Refused, 'the address 127.0.0.1'):
+            await client.running
+
+    @unittest.skipUnless(sys.platform == 'linux', 'others have no second address of loopback')
+    async def test_a_visitor_of_raw_tcp_is_kept_out_too(self):
+        await self.barred_world(host='127.0.0.1', tcp_ports=(CommandTest.free_port(),))
+        client = await self.client(await self.app(), token='one', tcp=True, tcp_port=None)
+        await self.block('127.0.0.2')
+        port = int(client.url.rpartition(':')[2])
+        for source, pattern in (('127.0.0.1', b'HTTP'), ('127.0.0.2', b'$')):
+            peer = await self.raw('127.0.0.1', port, local_addr=(source, 0))
+            peer.send(b'GET / HTTP/1.0\r\nHost: x\r\n\r\n')
+            with contextlib.suppress(ConnectionError):
+                self.assertRegex(await peer.reader.read(4), pattern)
+
+    async def test_a_client_that_waited_for_the_disk_is_asked_about_again(self):
+        await self.barred_world()
+        lease = self.server.admission._lease
+
+        async def slow(asked):
+            await lease(asked)
+            self.write('blocked', 'name:demo # just now')
+            self.server.reload()
+        with unittest.mock.patch.object(self.server.admission, '_lease', slow):
+            self.assertEqual((await self.refusal('one', name='demo'))[1], 'blocked')
+        self.assertEqual(self.server.tunnels.members(), [])
+
+    async def test_a_mistake_sets_nobody_free_and_the_rest_holds(self):
+        await self.barred_world('name:a\n')
+        await self.block('nam:a\nname:b\n')
+        for name, status in (('a', 410), ('b', 410), ('c', 404)):
+            self.assertEqual((await self.visit(f'{name}.localhost'))[0], status)
+        self.assertEqual(self.log.text().count("line 1: 'nam:a' is not"), 1)
+        await self.block('name:b\n')
+        for name, status in (('a', 404), ('b', 410)):
+            self.assertEqual((await self.visit(f'{name}.localhost'))[0], status)
+
+    async def test_a_file_that_cannot_be_read_sets_nobody_free(self):
+        await self.barred_world('name:a\n')
+        os.unlink(self.path('blocked'))
+        os.mkdir(self.path('blocked'))
+        await eventually(lambda: 'it stays as it was' in self.log.text())
+        self.assertEqual((await self.visit('a.localhost'))[0], 410)
+        with self.assertRaisesRegex(lt.UsageError, "can't read the block list"):
+            lt.BlockList(self.path('blocked'), self.server, '')
+        os.rmdir(self.path('blocked'))
+        await eventually(lambda: not self.server.tunnels.bars)      # it is gone: nobody is blocked
+
+    async def test_an_editor_may_leave_other_line_ends_and_bytes(self):
+        await self.barred_world()
+        with open(self.path('new'), 'wb') as f:
+            f.write(b'\xef\xbb\xbf# list\r\n\r\n  name:a  #caf\xe9\r\nname:b')
+        os.replace(self.path('new'), self.path('blocked'))
+        await eventually(lambda: len(self.server.tunnels.bars) == 2)
+        self.assertNotIn('mistake', self.log.text())
+
+
+class BlockCommandTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        os.mkdir(self.path('s'))
+
+    def block(self, *words):
+        """(exit code, what was said)."""
+        with unittest.mock.patch.object(lt, 'put') as put:
+            code = lt.main(['block', *words, '--state', self.path('s')])
+        return code, ''.join(call[0][1] for call in put.call_args_list)
+
+    def test_an_entry_is_added_once_listed_and_removed(self):
+        self.assertEqual(self.block('Demo', '--reason', 'a #1\nb\x1b')[0], 0)
+        self.assertEqual(self.block('203.0.113.9/24')[0], 0)
+        self.assertEqual(self.block('name:demo', '--reason', 'other')[0], 0)
+        self.assertEqual(self.block('--list'), (0, '203.0.113.0/24\nname:demo  # other\n'))
+        self.assertEqual(self.block('203.0.113.0/24', '--remove')[0], 0)
+        self.assertEqual(self.block('--list'), (0, 'name:demo  # other\n'))
+        code, said = self.block('--remove', 'shop')
+        self.assertEqual(code, 1)
+        self.assertIn('name:shop is not in', said)
+
+    def test_a_reason_is_one_line(self):
+        self.block('demo', '--reason', 'a #1\n name:x\x1b[1m')
+        self.assertEqual(self.block('--list')[1], 'name:demo  # a #1 name:x?[1m\n')
+
+    def test_lines_of_others_stay_as_they_are(self):
+        theirs = b'\xef\xbb\xbfname:x # caf\xe9\r\n# note\r\n\r\nnam:y'
+        with open(self.path('s', 'blocked'), 'wb') as f:
+            f.write(theirs)
+        self.block('demo')
+        self.assertEqual(open_and_read(self.path('s', 'blocked')), theirs + b'\nname:demo\n')
+        self.block('demo', '--remove')
+        self.assertEqual(open_and_read(self.path('s', 'blocked')), theirs + b'\n')
+        code, said = self.block('--list')
+        self.assertEqual(code, 1)
+        self.assertIn("# line 4: 'nam:y' is not", said)
+        self.block('x', '--remove')
+        self.assertNotIn(b'name:x', open_and_read(self.path('s', 'blocked')))
+
+    def test_what_makes_no_sense_is_a_usage_error(self):
+        for words in ((), ('demo', '--list'), ('--remove',), ('--list', '--reason', 'x'),
+                      ('demo', '--remove', '--reason', 'x'), ('demo.t.example.com',), ('',)):
+            with self.subTest(words):
+                self.assertEqual(self.block(*words)[0], 2)
+        self.assertEqual(os.listdir(self.path('s')), [])
+
+    def test_a_folder_that_is_not_there_is_told_with_the_cure(self):
+        os.rmdir(self.path('s'))
+        for words in (('demo',), ('--list',)):
+            code, said = self.block(*words)
+            self.assertEqual(code, 2)
+            self.assertIn('--state', said)
+
+    @unittest.skipUnless(POSIX, 'a folder can be locked')
+    def test_those_who_change_the_list_at_a_time_lose_nothing(self):
+        args = [types.SimpleNamespace(entry=f'n{i}', reason=None, remove=False, list=False,
+                                      state=self.path('s'), say=str) for i in range(40)]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool, unittest.mock.patch.object(
+                lt, 'LOCK_LOOK', 0.001):
+            self.assertEqual(set(pool.map(lt.Blocking.block, args)), {0})
+        self.assertEqual(len(self.block('--list')[1].splitlines()), 40)
+
+    @unittest.skipUnless(POSIX and os.geteuid() == 0, 'needs root')
+    def test_what_root_writes_belongs_to_the_service_whose_folder_it_is(self):
+        os.chown(self.path('s'), 12345, 54321)
+        self.block('demo')
+        status = os.stat(self.path('s', 'blocked'))
+        self.assertEqual((status.st_uid, status.st_gid, status.st_mode & 0o777),
+                         (12345, 54321, 0o600))
+
+
+# ------------------------------------------------------------------------------------------------
+# 24. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Terminal
+# 25. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -5402,7 +5666,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Options
+# 26. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -5425,7 +5689,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Wiring
+# 27. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -5612,14 +5876,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Python
+# 28. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Command line
+# 29. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -5821,7 +6085,7 @@ class ExitCodeTest(CommandTest):
         self.ended(2, 'server', '--port', 'x', word='--port')
         self.ended(2, 'server', '--cert', 'x', word='add --key FILE')
 
-    def test_what_can_not_be_meant_is_2(self):
+    def test_what_cannot_be_meant_is_2(self):
         to = ['--server', 'localhost:1', '--once']
         for words, said in (
                 (['client', 'unix:/x', '--tcp', *to], 'raw TCP leads to'),
