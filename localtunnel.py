@@ -7097,6 +7097,14 @@ def say(text: str) -> None:
     put(sys.stderr, text + '\n')
 
 
+def print_line(text: str) -> None:
+    """Print TEXT, which a command was asked for: however slow the reader is, nothing is dropped."""
+    try:
+        print(text, flush=True)
+    except OSError:         # the reader went away, or the disk is full; Python would try once more
+        os._exit(1)
+
+
 class Complaints(logging.Handler):
     """Passes on what asyncio has to say; by itself asyncio would wait for the reader."""
 
@@ -8040,7 +8048,7 @@ def command(words: Sequence[str]) -> int:
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
-        args.say = lambda text: put(sys.stdout, f'{text}\n')
+        args.say = print_line
         return int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         return 0

@@ -5239,9 +5239,10 @@ class BlockCommandTest(FolderTest):
 
     def block(self, *words):
         """(exit code, what was said)."""
-        with unittest.mock.patch.object(lt, 'put') as put:
+        with unittest.mock.patch.object(lt, 'put') as put, contextlib.redirect_stdout(
+                io.StringIO()) as out:
             code = lt.main(['block', *words, '--state', self.path('s')])
-        return code, ''.join(call[0][1] for call in put.call_args_list)
+        return code, out.getvalue() + ''.join(call[0][1] for call in put.call_args_list)
 
     def test_an_entry_is_added_once_listed_and_removed(self):
         self.assertEqual(self.block('Demo', '--reason', 'a #1\nb\x1b')[0], 0)
