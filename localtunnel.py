@@ -4209,6 +4209,8 @@ class Tls:
         self.context = context
         self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
         self.redirects = port != 0 and not pin      # visitors of http are sent there
+        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
+        self.validity: tuple[float, float, list[str]] | None = None
 
     def changed(self) -> bool:
         """Return True if there is something to read again."""
@@ -6313,6 +6315,41 @@ class OutgoingProxy(Annex):
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
 
+# Of OpenSSL's verify flags: what is in the store is trusted without its authority; at any time.
+PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
+    """Let CLIENT visit SERVER, in memory; return the client's end.  Raises SSLError."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near, far = client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)
+    for end in (near, far) * 4:         # a client that guessed the wrong curve says hello again
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return near
+
+
+def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
+    """From when, until when and for which names the certificate is valid that SERVER shows.
+
+    None where it is not one for servers.  Python reads no certificate to us but one that a client
+    has accepted; so here is a client that trusts this very one.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    try:
+        shown = shake_hands(client, server).getpeercert(binary_form=True)
+        client.load_verify_locations(cadata=shown)
+        client.verify_mode = ssl.CERT_REQUIRED
+        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+        facts: Any = shake_hands(client, server).getpeercert()
+    except ssl.SSLError:
+        return None
+    return (ssl.cert_time_to_seconds(facts['notBefore']),
+            ssl.cert_time_to_seconds(facts['notAfter']),
+            [name.lower() for kind, name in facts.get('subjectAltName', ()) if kind == 'DNS'])
+
+
 class Certificate(Tls):
     """What a server shows, read again when its files change.
 
@@ -6325,6 +6362,7 @@ class Certificate(Tls):
         self._seen = stamp_of(cert, key)
         self._current = self._load()
         super().__init__(self._current, port, pin)
+        self.validity = validity_of(self._current)
         self.context.sni_callback = self._choose
 
     def _choose(self, connection: Any, name: Any, context: Any) -> None:
@@ -6356,40 +6394,8 @@ class Certificate(Tls):
             self._current = self._load()
         except UsageError as e:
             return f'{e}; the old certificate stays'
+        self.validity = validity_of(self._current)
         return None
-
-
-# Of OpenSSL's verify flags: what is in the store is trusted without its authority; at any time.
-PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
-
-
-def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext, host: str) -> ssl.SSLObject:
-    """Let CLIENT visit SERVER as HOST, in memory; return the client's end.  Raises SSLError."""
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    near = client.wrap_bio(back, there, server_hostname=host)
-    far = server.wrap_bio(there, back, server_side=True)
-    for end in (near, far) * 4:         # a client that guessed the wrong curve says hello again
-        with contextlib.suppress(ssl.SSLWantReadError):
-            end.do_handshake()
-    return near
-
-
-def certificate_facts(server: ssl.SSLContext, host: str) -> tuple[float, float, list[str]]:
-    """From when, until when and for which names the certificate is valid that SERVER shows HOST.
-
-    Python reads no certificate to us but one that a client has accepted; so here is a client that
-    trusts this very one.  Raises SSLError.
-    """
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    shown = shake_hands(client, server, host).getpeercert(binary_form=True)
-    client.load_verify_locations(cadata=shown)
-    client.verify_mode = ssl.CERT_REQUIRED
-    client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
-    facts: Any = shake_hands(client, server, host).getpeercert()
-    return (ssl.cert_time_to_seconds(facts['notBefore']),
-            ssl.cert_time_to_seconds(facts['notAfter']),
-            [name.lower() for kind, name in facts.get('subjectAltName', ()) if kind == 'DNS'])
 
 
 OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate

@@ -5011,21 +5011,17 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 # See also the last room, where processes try them, and the hostile peers.
 
-class CertificateFactsTest(FolderTest):
+class ValidityTest(FolderTest):
 
-    def facts(self, host='localhost'):
+    def test_dates_and_names_are_those_of_what_is_shown_though_no_authority_signed_it(self):
         files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        return lt.certificate_facts(lt.Certificate(*files).context, host)
-
-    def test_names_and_dates_are_those_of_what_is_shown_though_no_authority_signed_it(self):
-        since, until, names = self.facts()
+        since, until, names = lt.Certificate(*files).validity
         self.assertEqual([time.strftime('%Y-%m-%d', time.gmtime(t)) for t in (since, until)],
                          ['2026-11-22', '2126-10-29'])
         self.assertEqual(names, ['localhost', '*.localhost'])
 
-    def test_what_shows_no_certificate_has_none(self):
-        with self.assertRaises(ssl.SSLError):
-            lt.certificate_facts(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), 'localhost')
+    def test_it_is_unknown_where_no_certificate_is_shown(self):
+        self.assertIsNone(lt.validity_of(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
 
 
 # ------------------------------------------------------------------------------------------------
