@@ -35,19 +35,19 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  25 Terminal
-     2 Wire                   16 Raw TCP                26 Options
-     3 Credit                 17 Folder and echo        27 Wiring
-     4 Byte streams           18 Host header            28 Python
-     5 Session                19 Outgoing proxy         29 Command line
+     1 Constants and errors   15 Annex                  28 Terminal
+     2 Wire                   16 Raw TCP                29 Options
+     3 Credit                 17 Folder and echo        30 Wiring
+     4 Byte streams           18 Host header            31 Python
+     5 Session                19 Outgoing proxy         32 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
      9 Tunnels                23 Block list
     10 Admission              24 Landing page
-    11 Server
-    12 Places
-    13 App
+    11 Server                 25 Exchanges
+    12 Places                 26 Inspector's page
+    13 App                    27 Inspector
     14 Client
 """
 
@@ -57,6 +57,7 @@ import argparse
 import asyncio
 import asyncio.sslproto
 import base64
+import codecs
 import collections
 import contextlib
 import datetime
@@ -85,7 +86,9 @@ import struct
 import sys
 import threading
 import time
+import types
 import urllib.parse
+import zlib
 from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator, Iterable,
                     Iterator, List, Optional, Sequence, TextIO, Tuple, Union)
 
@@ -4862,6 +4865,9 @@ class ClientObserver(Observer):
     def hint(self, text: str) -> None:
         """Advice for the user."""
 
+    def watched(self, url: str) -> None:
+        """What passes can be seen at URL."""
+
 
 UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
 
@@ -4955,6 +4961,7 @@ class App:
         self._hosts = addresses(target.host)    # the one that answered last comes first
         self._pool = Pool(runtime)
         self.exchanges = 0                      # so far; they are numbered
+        self.seen: Any = ()                     # a sequence of those that an annex keeps
 
     # Connections.
 
@@ -5533,6 +5540,9 @@ class Annex:
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         """Plug in at APP, and on the way to the server at ADDRESS."""
+
+    async def beside(self, args: Args, app: App) -> None:
+        """Open what stands beside a client of the command line; APP's runtime closes it."""
 
     async def at_server(self, args: Args, server: Server) -> None:
         """Plug in at SERVER, before it listens for visitors and clients."""
@@ -6998,6 +7008,987 @@ class LandingPage(Annex):
         server.pages[b'/'], server.pages[b'/localtunnel.py'] = landing_page, script_page
 
 
+# ------------------------------------------------------------------------------------------------
+# 25. Exchanges
+#
+# What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
+# each request, so they keep what they are shown and no more; what people see is made when they ask.
+# One annex with the two rooms below.
+#
+# An exchange has two forms: Kept, and a dict (Kept.details) that the API and record files share.
+# In the dict secrets are masked, unless asked otherwise; filters, HAR and replay work on it.
+# ------------------------------------------------------------------------------------------------
+
+KEPT_EXCHANGES = 500
+KEPT_BYTES = 64 * MIB           # of all of them
+KEPT_REQUEST = 1 * MIB          # of a request's body: a replay needs it whole
+KEPT_RESPONSE = 64 * KIB        # of a response's body: enough to see what it is
+KEPT_OBJECTS = 2 * KIB          # that an exchange takes beside its bytes
+KEPT_MESSAGES, KEPT_MESSAGE = 20, 1 * KIB       # of a WebSocket or an event stream, and of each
+MAX_DEFLATED, MAX_INFLATED = 64 * KIB, 1 * MIB  # of a compressed message that is read
+PACE_SECONDS = 300              # for which the pace is known, second by second
+PACE_SAMPLES = 1000             # of a second's durations, for their median
+PACE_NOW = 5                    # seconds of which the mean is the pace now
+
+MASK = '***'
+SECRET_FIELDS = {'authorization', 'proxy-authorization', 'cookie', 'set-cookie'}
+# Names of query parameters: words that people glue to others, and short ones that stand alone.
+_SECRET_NAME = re.compile(r'(?i:token|secret|passw|signature|credential|api_?-?key)'
+                          r'|(?<![A-Za-z])(?i:key|sig|auth|pwd|jwt)(?![a-z])|(?:Key|Sig)(?![a-z])')
+_PARAMETER = re.compile(r'(?<=[?&;])([^=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
+
+
+def hide_parameter(match: re.Match[str]) -> str:
+    """Return a parameter of a query, masked if its name says that it is secret."""
+    secret = _SECRET_NAME.search(urllib.parse.unquote(match.group(1)))
+    return f'{match.group(1)}={MASK}' if secret else match.group()
+
+
+def masked(text: str) -> str:
+    """Return TEXT with the secret parameters of its URLs masked."""
+    return _PARAMETER.sub(hide_parameter, text) if '=' in text else text
+
+
+def fields_of(block: bytes, show: bool) -> list[list[str]]:
+    """Return the header lines of BLOCK as [name, value]; secrets are masked, or SHOWn."""
+    fields = []
+    for line in block.decode('latin-1').split('\r\n')[:-1]:
+        name, _, value = line.partition(':')
+        value = value.strip(' \t')
+        if not show:
+            value = MASK if name.lower() in SECRET_FIELDS else masked(value)
+        fields.append([name, value])
+    return fields
+
+
+def text_of(body: bytes, whole: bool) -> tuple[str, str]:
+    """Return (text, encoding) of BODY: utf-8 if it is that, until it was cut; else base64."""
+    try:
+        return codecs.getincrementaldecoder('utf-8')().decode(body, whole), 'utf-8'
+    except UnicodeDecodeError:
+        return base64.b64encode(body).decode(), 'base64'
+
+
+def rfc3339(seconds: float) -> str:
+    """Return SECONDS, Unix time, as text."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+
+# The messages inside a WebSocket, or a stream of events.
+
+class Reader:
+    """Finds the messages in what passes one way, counts them, and keeps the first of an exchange.
+
+    It reads what strangers send, on the path of the tunnel: nothing makes it fail.
+    """
+
+    def __init__(self, kept: Kept, sender: str) -> None:
+        self.kept, self.sender = kept, sender
+        self.count = 0              # messages so far
+        self._rest = b''            # of what is not yet complete
+
+    def feed(self, data: bytes) -> None:
+        """Read DATA."""
+        raise NotImplementedError
+
+    @property
+    def full(self) -> bool:
+        """True if no more messages are kept."""
+        return len(self.kept.messages) >= KEPT_MESSAGES
+
+    def keep(self, kind: str, payload: bytes, size: int) -> None:
+        """Count a message of SIZE bytes, and keep PAYLOAD if it is among the first."""
+        self.count += 1
+        if not self.full:
+            shown = payload[:KEPT_MESSAGE]
+            text = shown.hex(' ') if kind == 'binary' else shown.decode('utf-8', 'replace')
+            seconds = time.monotonic() - self.kept.record.began
+            self.kept.messages.append({
+                'from': self.sender, 'kind': kind, 'text': text, 'size': size,
+                'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)})
+            self.kept.hold(len(text) + KIB // 4)
+            self.kept.book.tell(self.kept)
+
+
+class Events(Reader):
+    """Reads server-sent events."""
+    END = re.compile(rb'\r\n\r\n|\n\n|\r\r')
+
+    def feed(self, data: bytes) -> None:
+        *events, rest = self.END.split(self._rest + data)
+        for event in events:
+            if event:
+                self.keep('event', event, len(event))
+        if len(rest) > 2 * KEPT_MESSAGE:        # its beginning is shown; its end may end it
+            rest = rest[:KEPT_MESSAGE + 1] + rest[-3:]
+        self._rest = rest
+
+
+class Frames(Reader):
+    """Reads WebSocket messages (RFC 6455), with permessage-deflate (RFC 7692)."""
+    KINDS = {1: 'text', 2: 'binary', 8: 'close', 9: 'ping', 10: 'pong'}
+
+    def __init__(self, kept: Kept, sender: str, deflated: bool) -> None:
+        super().__init__(kept, sender)
+        self._left = self._length = self._first = 0     # of the frame: to come, in all, first byte
+        self._mask = b''
+        self._frame = bytearray()       # its payload, as far as it is read
+        self._opening = 0               # the first byte of the message
+        self._message, self._size = bytearray(), 0
+        self._inflater = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
+
+    def feed(self, data: bytes) -> None:
+        data, at = self._rest + data, 0
+        while at < len(data):
+            if self._left:
+                n = min(self._left, len(data) - at)
+                if not self.full:
+                    room = MAX_DEFLATED - len(self._frame)
+                    self._frame += data[at:at + min(n, room)]
+                self._left -= n
+            else:
+                n = self._header(data, at)
+                if not n:
+                    break
+            at += n
+            if not self._left:
+                self._frame_ends()
+        self._rest = data[at:]
+
+    def _header(self, data: bytes, at: int) -> int:
+        """Read a frame's header; return its size, or 0 if it is not all here."""
+        if len(data) < at + 2:
+            return 0
+        length, key = data[at + 1] & 127, 4 * (data[at + 1] >> 7)
+        start = at + 2 + {126: 2, 127: 8}.get(length, 0)
+        if len(data) < start + key:
+            return 0
+        self._first, self._mask = data[at], data[start:start + key]
+        self._length = self._left = int.from_bytes(data[at + 2:start], 'big') or length
+        return start + key - at
+
+    def _frame_ends(self) -> None:
+        payload, code = bytes(self._frame), self._first & 15
+        n, self._frame = len(payload), bytearray()
+        key = (self._mask * (n // 4 + 1))[:n]       # of a frame from a visitor
+        payload = (int.from_bytes(payload, 'big') ^ int.from_bytes(key, 'big')).to_bytes(n, 'big')
+        if code >= 8:       # it may come between the frames of a message
+            if code == 8 and n >= 2:
+                payload = b'%d %b' % (int.from_bytes(payload[:2], 'big'), payload[2:])
+            return self.keep(self.KINDS.get(code, 'control'), payload, self._length)
+        if code:
+            self._opening, self._message, self._size = self._first, bytearray(), 0
+        self._size += self._length
+        self._message += payload[:max(0, MAX_DEFLATED + 1 - len(self._message))]
+        if self._first & 0x80:
+            payload, self._message = bytes(self._message), bytearray()
+            if self._opening & 0x40 and not self.full:
+                payload = self._inflated(payload)
+            self.keep(self.KINDS.get(self._opening & 15, 'binary'), payload, self._size)
+
+    def _inflated(self, payload: bytes) -> bytes:
+        """Return PAYLOAD inflated, as long as all before it was: they share a dictionary."""
+        inflater, self._inflater = self._inflater, None
+        if inflater is not None and self._size <= MAX_DEFLATED:
+            with contextlib.suppress(zlib.error):
+                text = inflater.decompress(payload + b'\0\0\xff\xff', MAX_INFLATED)
+                if not inflater.unconsumed_tail and not inflater.eof:
+                    self._inflater = inflater
+                return text
+        return b'(compressed)'
+
+
+# One exchange.
+
+class Side:
+    """One message of an exchange, as far as it is kept."""
+    __slots__ = ('kept', 'line', 'block', 'body', 'most', 'size', 'finished', 'trailers', 'reader')
+
+    def __init__(self, kept: Kept, line: bytes, block: bytes, most: int) -> None:
+        self.kept, self.line, self.block, self.most = kept, line, block, most
+        self.body, self.size, self.trailers = bytearray(), 0, b''
+        self.finished = False           # the body has come to its end
+        self.reader: Reader | None = None       # of the messages in it
+        kept.hold(len(line) + len(block))
+
+    def take(self, piece: bytes) -> None:
+        """Keep a PIECE of the body while there is room; this is a tap."""
+        self.size += len(piece)
+        if self.reader is not None:
+            self.reader.feed(piece)
+        room = self.most - len(self.body)
+        if room > 0:
+            self.body += piece[:room]
+            self.kept.hold(min(room, len(piece)))
+
+    def details(self, show: bool) -> dict[str, Any]:
+        """Return what is known of it, with secrets if they are to be SHOWn."""
+        whole = self.finished and self.size == len(self.body)
+        body, encoding = text_of(bytes(self.body), whole)
+        line = self.line.decode('latin-1')
+        return {'line': line if show else masked(line), 'headers': fields_of(self.block, show),
+                'trailers': fields_of(self.trailers, show), 'body': body, 'encoding': encoding,
+                'truncated': not whole}
+
+
+class Replay(ByteStream):
+    """A stream with one request that was sent before; nobody reads the response."""
+    __slots__ = ('of', 'edited', 'made', 'on_lost')
+
+    def __init__(self, runtime: Runtime, of: int, edited: bool, message: bytes) -> None:
+        super().__init__(runtime)
+        self.of, self.edited = of, edited       # the exchange that it repeats; not as it was
+        self.made: Kept | None = None           # the exchange that it became
+        self.on_lost: Callable[[], None] | None = None
+        self.feed_data(message)
+        self.feed_eof()
+
+    async def write(self, data: Buffer, end: bool = False) -> None:
+        self.check()
+
+    async def write_eof(self) -> None:
+        self.check()
+
+    def reset(self, code: int, text: str) -> None:
+        self.set_exception(StreamReset(code, text))
+        if self.on_lost:
+            self.on_lost()
+
+    def close(self) -> None:
+        """Nothing has to be given back."""
+
+
+def failed_hop(record: Record) -> str:
+    """Return which hop failed RECORD, which did not go well; '' if the visitor left."""
+    if not isinstance(record, Exchange):
+        return 'app' if record.method == 'TCP' else 'relay'
+    code = getattr(record.near.error, 'code', FAILED)
+    if code in (DONE, FAILED):      # so its stream was ended here
+        return 'client' if record.status == 400 else 'app'
+    return '' if code == CANCELLED else 'relay'
+
+
+# By the field with the signature: whose it is, and how many seconds it is accepted, by default.
+SIGNATURES = {'stripe-signature': ('Stripe', 300), 'x-slack-signature': ('Slack', 300),
+              'x-hub-signature-256': ('GitHub', 0), 'x-twilio-signature': ('Twilio', 0),
+              'x-shopify-hmac-sha256': ('Shopify', 0)}
+
+
+def about_signature(exchange: dict[str, Any], now: float) -> str:
+    """Return a sentence on whether a provider's signature survives a replay of EXCHANGE, or ''."""
+    fields = {name.lower(): value for name, value in exchange['request']['headers']}
+    for field in SIGNATURES.keys() & fields.keys():
+        provider, seconds = SIGNATURES[field]
+        if exchange['edited']:
+            return f'edited after {provider} had signed it, so a check of the signature refuses it'
+        signed = re.search(r'(?:^|[, ])t=([0-9]{1,12})(?:,|$)', fields[field]) or re.match(
+            '([0-9]{1,12})$', fields.get('x-slack-request-timestamp', ''))
+        if not seconds:
+            return (f"{provider}'s signature has no age: a replay is accepted as it was, "
+                    'but not edited')
+        left = seconds - (now - int(signed.group(1))) if signed else 0
+        if left <= 0:
+            return (f"{provider}'s signature is older than {seconds // 60} minutes, so a replay is "
+                    'refused unless your code allows more')
+        return (f"{provider}'s signature is accepted for {round(left)} s more, if the replay is "
+                'not edited')
+    return ''
+
+
+class Kept:
+    """One exchange, as far as it is kept."""
+    __slots__ = ('book', 'record', 'at', 'seconds', 'first', 'request', 'response', 'messages',
+                 'replay', 'failed', 'held', 'gone')
+
+    def __init__(self, book: Exchanges, record: Record) -> None:
+        self.book = book
+        self.record = record            # an Exchange while it runs, then what remains of it
+        self.at = time.time()           # when it began
+        self.seconds: float | None = None       # that it took, once it has ended
+        self.first = 0.0                # seconds until the response began
+        self.request: Side | None = None
+        self.response: Side | None = None
+        self.messages: list[dict[str, Any]] = []
+        self.replay: Replay | None = None       # where it came from, if it is one
+        self.failed = ''                # which hop did: app, client, relay
+        self.held, self.gone = 0, False         # bytes of memory; it is no longer in the book
+
+    def hold(self, size: int) -> None:
+        """Count SIZE bytes of memory."""
+        if not self.gone:
+            self.held += size
+            self.book.used += size
+            if self.book.used > KEPT_BYTES:
+                self.book.shrink()
+
+    def look(self) -> None:
+        """See how far the messages of an exchange that runs have come."""
+        record, request, response = self.record, self.request, self.response
+        if isinstance(record, Exchange) and request is not None:
+            request.finished, request.trailers = record.body.finished, record.body.trailers
+            if response is not None and record.answer is not None:
+                response.finished = record.answer.finished
+                response.trailers = record.answer.trailers
+
+    def end(self, record: Record, seconds: float) -> None:
+        """Note that it has ended, after SECONDS, and let go of its streams."""
+        self.look()
+        self.seconds, self.record = seconds, record
+        if record.why:
+            self.failed = failed_hop(record)
+        if isinstance(record, Exchange):
+            self.record = Record(record.number, record.began, record.method, record.target)
+            self.record.status, self.record.why = record.status, record.why
+
+    @property
+    def kind(self) -> str:
+        """http, websocket or tcp."""
+        if self.record.method == 'TCP' and self.request is None:
+            return 'tcp'
+        upgrade = self.request and re.search(rb'(?im)^upgrade:[ \t]*websocket', self.request.block)
+        return 'websocket' if upgrade else 'http'
+
+    def summary(self, show: bool = False) -> dict[str, Any]:
+        """Return what a list shows of it, with secrets if they are to be SHOWn."""
+        record, request, response = self.record, self.request, self.response
+        seconds = time.monotonic() - record.began if self.seconds is None else self.seconds
+        visitor = request and re.search(rb'(?im)^x-forwarded-for:[ \t]*([^\r, ]+)', request.block)
+        return {
+            'id': record.number, 'kind': self.kind, 'at': rfc3339(self.at),
+            'visitor': visitor.group(1).decode('latin-1') if visitor else record.visitor,
+            'method': record.method, 'target': record.target if show else masked(record.target),
+            'status': record.status, 'ms': round(seconds * 1e3, 1),
+            'request_bytes': request.size if request else record.sent,
+            'response_bytes': response.size if response else record.size if not request else 0,
+            'error': record.why, 'failed': self.failed,
+            'replay_of': self.replay.of if self.replay else None, 'pending': self.seconds is None}
+
+    def details(self, show: bool = False) -> dict[str, Any]:
+        """Return all that is known of it, with secrets if they are to be SHOWn."""
+        self.look()
+        summary, request, response = self.summary(show), self.request, self.response
+        details = {**summary, 'request': request and request.details(show),
+                   'response': response and response.details(show),
+                   'timing': {'first_byte_ms': round(self.first * 1e3, 1) if response else None,
+                              'end_ms': None if self.seconds is None else summary['ms']}}
+        readers = [side.reader if side else None for side in (request, response)]
+        if any(readers):
+            details['messages'] = self.messages
+            details['message_counts'] = [reader.count if reader else 0 for reader in readers]
+        if request:
+            details['edited'] = bool(self.replay and self.replay.edited)
+            details['signature'] = about_signature(details, time.time())
+        return details
+
+
+# All of them.
+
+class Pace:
+    """How it went in each of the last seconds: [Unix time, requests, errors, median, slowest]."""
+
+    def __init__(self) -> None:
+        self.past: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
+        self._second = self._requests = self._errors = 0        # the one that runs
+        self._slowest, self._took = 0.0, [0.0]
+
+    def add(self, now: float, seconds: float, failed: bool) -> None:
+        """Count a request that ended NOW, after SECONDS."""
+        if now >= self._second + 1:
+            self.turn(now)
+        self._requests += 1
+        self._errors += failed
+        self._slowest = max(self._slowest, seconds)
+        if self._requests <= PACE_SAMPLES:
+            self._took.append(seconds)
+
+    def turn(self, now: float) -> None:
+        """Close the second that runs, if it is over."""
+        if now >= self._second + 1 and self._requests:
+            median = sorted(self._took)[len(self._took) // 2]
+            self.past.append([self._second, self._requests, self._errors,
+                              round(median * 1e3, 1), round(self._slowest * 1e3, 1)])
+            self._requests = self._errors = 0
+            self._slowest, self._took = 0.0, []
+        self._second = int(now)
+
+    def now(self, now: float) -> float:
+        """Return the requests a second of late."""
+        self.turn(now)
+        return sum(second[1] for second in self.past if second[0] >= int(now) - PACE_NOW) / PACE_NOW
+
+
+def as_object(kept: Kept) -> types.SimpleNamespace:
+    """Return KEPT as an object, whose attributes have the names of the list."""
+    return types.SimpleNamespace(**kept.summary())
+
+
+class Exchanges(ClientObserver):
+    """Keeps what passes at an app, the latest of it."""
+
+    def __init__(self, app: App, server: str, most: int) -> None:
+        """Of a client of SERVER; MOST bytes are kept of a request's body."""
+        self.app, self.server, self.most = app, server, most
+        self.url = ''               # of the tunnel, once it is there
+        self.kept: collections.OrderedDict[int, Kept] = collections.OrderedDict()
+        self.open: dict[int, Kept] = {}         # those that run
+        self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
+        self.pace = Pace()
+        # Seams.  They are told of an exchange that has begun, come further, or ended.
+        self.listeners: list[Callable[[Kept], None]] = []
+        app.request_taps.append(self.begun)
+        app.response_taps.append(self.responded)
+        observers: Any = Observers(app.observer, self)
+        app.observer = observers
+
+    def tell(self, kept: Kept) -> None:
+        """Tell the listeners of KEPT."""
+        for listener in self.listeners:
+            listener(kept)
+
+    # Of an observer, and the taps.
+
+    def ready(self, url: str) -> None:
+        self.url = url
+
+    def begun(self, exchange: Exchange) -> Tap:
+        """Keep EXCHANGE; return what keeps the body of its request."""
+        request, near = exchange.request, exchange.near
+        kept = self.open[exchange.number] = Kept(self, exchange)
+        if type(near) is Replay:
+            kept.replay, near.made = near, kept
+        side = kept.request = Side(kept, b'%b %b HTTP/1.1' % (request.method, request.target),
+                                   request.block, self.most)
+        if exchange.whole:
+            side.take(exchange.whole)
+        self._add(kept)
+        return side.take
+
+    def responded(self, exchange: Exchange, response: Response) -> Tap | None:
+        """Keep RESPONSE; return what keeps its body."""
+        kept = self.open.get(exchange.number)
+        if kept is None or kept.request is None:
+            return None
+        kept.first = time.monotonic() - exchange.began
+        side = kept.response = Side(
+            kept, b'HTTP/1.%b %d%b' % (response.minor, response.status, response.reason),
+            response.block, KEPT_RESPONSE if not kept.gone else 0)
+        if response.status == 101:
+            kept.request.most = side.most = 0
+            if kept.kind == 'websocket':
+                deflated = b'permessage-deflate' in response.block
+                kept.request.reader = Frames(kept, 'visitor', deflated)
+                side.reader = Frames(kept, 'app', deflated)
+        elif b'text/event-stream' in response.block:
+            side.reader = Events(kept, 'app')
+        self.tell(kept)
+        return side.take
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        kept = self.open.pop(exchange.number, None)
+        if kept is None:
+            kept = Kept(self, exchange)
+            self._add(kept)
+        kept.end(exchange, seconds)
+        self.pace.add(time.time(), seconds, bool(exchange.why or exchange.status >= 500))
+        self.tell(kept)
+
+    # What is kept; for people in Python it is a sequence.
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def __getitem__(self, at: Any) -> Any:
+        kept = list(self.kept.values())[at]
+        return [as_object(one) for one in kept] if isinstance(kept, list) else as_object(kept)
+
+    def _add(self, kept: Kept) -> None:
+        self.seen += 1
+        self.kept[kept.record.number] = kept
+        kept.hold(KEPT_OBJECTS)
+        if len(self.kept) > KEPT_EXCHANGES:
+            self.shrink()
+        self.tell(kept)
+
+    def shrink(self) -> None:
+        """Let go of the oldest, until there is room."""
+        while self.kept and (self.used > KEPT_BYTES or len(self.kept) > KEPT_EXCHANGES):
+            self._let_go()
+
+    def clear(self) -> None:
+        """Let go of all."""
+        while self.kept:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        _, kept = self.kept.popitem(last=False)
+        self.used -= kept.held
+        kept.held, kept.gone = 0, True
+        for side in (kept.request, kept.response):
+            if side and kept.seconds is None:       # it runs: nothing more of it is kept
+                side.most = 0
+                side.body.clear()
+
+
+# What is made of them: a choice, an archive, a request to send again.
+
+def wanted_status(value: str) -> Callable[[dict[str, Any]], bool]:
+    """Return a test for status:404 or status:5xx."""
+    if not re.fullmatch('[0-9][0-9x]{2}', value):
+        raise BadHttp(400, f'status takes 404 or 5xx, not {value!r}')
+    pattern = re.compile(value.replace('x', '[0-9]'))
+    return lambda exchange: bool(pattern.fullmatch(f'{exchange["status"]:03}'))
+
+
+def wanted_slow(value: str) -> Callable[[dict[str, Any]], bool]:
+    """Return a test for slow:>500, in milliseconds."""
+    if not re.fullmatch('>?[0-9]{1,9}([.][0-9]{1,9})?', value):
+        raise BadHttp(400, f'slow takes >MILLISECONDS, such as >500, not {value!r}')
+    return lambda exchange: bool(exchange['ms'] > float(value.lstrip('>')))
+
+
+def wanted_word(key: str) -> Callable[[str], Callable[[dict[str, Any]], bool]]:
+    """Return what makes a test for KEY:value."""
+    return lambda value: lambda exchange: bool(exchange[key].lower() == value)
+
+
+class Filter:
+    """Words that must all fit an exchange: method:post, status:5xx, slow:>500, or any text."""
+    WORDS = {'status': wanted_status, 'slow': wanted_slow, 'method': wanted_word('method'),
+             'kind': wanted_word('kind'), 'failed': wanted_word('failed')}
+
+    def __init__(self, text: str) -> None:
+        """Raises BadHttp."""
+        self.tests, self.texts = [], []
+        for word in text.lower().split():
+            name, colon, value = word.partition(':')
+            if colon and name in self.WORDS:
+                self.tests.append(self.WORDS[name](value))
+            else:
+                self.texts.append(word)
+
+    def fits(self, exchange: dict[str, Any], details: Callable[[], dict[str, Any]]) -> bool:
+        """Return True if EXCHANGE fits; texts are looked for in its DETAILS."""
+        if not all(test(exchange) for test in self.tests):
+            return False
+        if not self.texts:
+            return True
+        exchange, parts = details(), [exchange['target']]
+        for side in (exchange['request'], exchange['response']):
+            if side:
+                parts += [': '.join(field) for field in side['headers'] + side['trailers']]
+                parts += [side['body']] if side['encoding'] == 'utf-8' else []
+        parts += [message['text'] for message in exchange.get('messages', ())]
+        whole = '\n'.join(parts).lower()
+        return all(text in whole for text in self.texts)
+
+
+def har_entry(exchange: dict[str, Any]) -> dict[str, Any]:
+    """Return EXCHANGE as HTTP Archive 1.2 has it."""
+    request, response = exchange['request'], exchange['response'] or {
+        'line': 'HTTP/1.1 0', 'headers': [], 'body': '', 'encoding': 'utf-8'}
+    fields = {name.lower(): value for name, value in request['headers']}
+    types = {name.lower(): value for name, value in response['headers']}
+    scheme = fields.get('x-forwarded-proto', 'http')
+    query = exchange['target'].partition('?')[2]
+
+    def headers(side: dict[str, Any]) -> list[dict[str, str]]:
+        return [{'name': name, 'value': value} for name, value in side['headers']]
+    wait = min(exchange['timing']['first_byte_ms'] or exchange['ms'], exchange['ms'])
+    entry = {
+        'startedDateTime': exchange['at'], 'time': exchange['ms'], 'cache': {},
+        'request': {
+            'method': exchange['method'], 'httpVersion': 'HTTP/1.1', 'cookies': [],
+            'url': f'{scheme}://{fields.get("host", "localhost")}{exchange["target"]}',
+            'headers': headers(request), 'headersSize': -1,
+            'bodySize': exchange['request_bytes'], 'queryString': [
+                {'name': name, 'value': value} for name, value in
+                urllib.parse.parse_qsl(query, keep_blank_values=True)]},
+        'response': {
+            'status': exchange['status'], 'statusText': response['line'][13:],
+            'httpVersion': 'HTTP/1.1', 'cookies': [], 'headers': headers(response),
+            'redirectURL': types.get('location', ''), 'headersSize': -1,
+            'bodySize': exchange['response_bytes'],
+            'content': {'size': exchange['response_bytes'], 'text': response['body'],
+                        'mimeType': types.get('content-type', '')}},
+        'timings': {'send': 0, 'wait': wait, 'receive': round(exchange['ms'] - wait, 1)}}
+    if response['encoding'] == 'base64':
+        entry['response']['content']['encoding'] = 'base64'
+    if request['body']:
+        entry['request']['postData'] = {'mimeType': fields.get('content-type', ''),
+                                        'text': request['body']}
+        if request['encoding'] == 'base64':
+            entry['request']['postData']['encoding'] = 'base64'
+    if exchange['error']:
+        entry['comment'] = exchange['error']
+    return entry
+
+
+HAR_HEAD = ('{"log": {"version": "1.2", "creator": {"name": "localtunnel", "version": "%s"}, '
+            '"entries": [' % __version__)
+
+
+def har_pieces(exchanges: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Return EXCHANGES as an HTTP Archive, piece by piece."""
+    yield HAR_HEAD
+    comma = ''
+    for exchange in exchanges:
+        if exchange['kind'] != 'tcp' and exchange['request']:
+            yield comma + json.dumps(har_entry(exchange))
+            comma = ',\n'
+    yield ']}}\n'
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Inspector's page
+#
+# The page: it knows the API of the next room, and nothing else.  Its one script and its one style
+# sheet are all that may run there, by their hashes.
+# ------------------------------------------------------------------------------------------------
+
+INSPECTOR_PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>localtunnel inspector</title>
+<style>body { font: 16px/1.6 system-ui, sans-serif }</style>
+<h1>localtunnel inspector</h1>
+<script></script>
+</html>
+"""
+
+
+# ------------------------------------------------------------------------------------------------
+# 27. Inspector
+#
+# Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
+# an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
+# ------------------------------------------------------------------------------------------------
+
+INSPECTOR_PORT, INSPECTOR_PORTS = 4040, 100     # the first to try, by habit, and how many
+MAX_INSPECTORS = 100            # connections at a time
+EVENTS_TOGETHER = 0.25          # seconds between the events of a page: under load, many at once
+EVENTS_UNREAD = 1 * MIB         # by a page that has stopped reading; then it is let go
+EVENTS_SILENT = 15.0            # a comment is sent, so that a page that is gone is noticed
+REPLAY_WAIT = 30.0              # for the answer of a replay; then it goes on by itself
+REPLAY_MOST = 3600.0            # for all of a replay: an endless answer has an end
+MAX_REPLAYS = 16                # at a time
+EDIT_ROOM = 256 * KIB           # of JSON around the body of an edited replay
+RECORD_QUEUE = 1000             # exchanges that wait for the disk; more are dropped and counted
+
+
+def header_of(head: Head, name: bytes) -> str:
+    """Return the value of the field NAME of HEAD, or ''."""
+    match = re.search(rb'(?im)^%b:[ \t]*([^\r]*)' % name, head.block)
+    return match.group(1).decode('latin-1').rstrip() if match else ''
+
+
+def page_policy(page: str) -> str:
+    """Return the Content-Security-Policy by which nothing runs but the scripts in PAGE itself."""
+    def hashes(tag: str) -> str:
+        digests = [hashlib.sha256(text.encode()).digest()
+                   for text in re.findall(f'(?s)<{tag}>(.*?)</{tag}>', page)]
+        return ' '.join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+    return (f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
+            "img-src data: blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
+
+
+class Live:
+    """One reader of /api/events.  It is told, at its own pace, or it is dropped."""
+
+    def __init__(self, connection: Connection, chosen: Filter) -> None:
+        self._connection, self._chosen = connection, chosen
+        self._due: dict[int, Kept] = {}     # what it has to be told
+        self._missed = 0                    # of these, too many at once
+        self._waiting = False               # until the next may be sent
+
+    def tell(self, kept: Kept) -> None:
+        """Tell it of KEPT, soon."""
+        self._due[kept.record.number] = kept
+        if len(self._due) > KEPT_EXCHANGES:
+            del self._due[next(iter(self._due))]
+            self._missed += 1
+        if not self._waiting:
+            self._waiting = True
+            self._connection.runtime.loop.call_soon(self._send)
+
+    def _send(self) -> None:
+        transport = self._connection.transport
+        if transport.is_closing():
+            return
+        if transport.get_write_buffer_size() > EVENTS_UNREAD:
+            return transport.abort()
+        self._waiting = bool(self._due)
+        if self._due:
+            lines = [f'data: {json.dumps(kept.summary())}\n\n' for kept in self._due.values()
+                     if self._chosen.fits(kept.summary(), kept.details)]
+            if self._missed:
+                lines.append(f'event: missed\ndata: {self._missed}\n\n')
+            self._due, self._missed = {}, 0
+            transport.write(''.join(lines).encode())
+            self._connection.runtime.loop.call_later(EVENTS_TOGETHER, self._send)
+
+    async def until_gone(self) -> None:
+        """Wait until the reader has left."""
+        connection = self._connection
+        while True:
+            try:
+                if not await connection.wait_for_data(EVENTS_SILENT):
+                    return
+                connection.read_nowait(READ_SIZE)
+            except Overdue:
+                if connection.transport.get_write_buffer_size() > EVENTS_UNREAD:
+                    return connection.abort()
+                connection.transport.write(b':\n\n')
+
+
+class Inspector:
+    """The inspector of one client."""
+
+    def __init__(self, book: Exchanges, host: str, password: str) -> None:
+        """It was told to listen on HOST, and to ask for PASSWORD, if there is one."""
+        self._book, self._host, self._password = book, host, password
+        self._runtime = book.app.runtime
+        self._connections = self._replays = 0
+        self._routes: list[tuple[str, str, Callable[..., Awaitable[Any]]]] = [
+            ('GET', '/', self._page), ('GET', '/api/exchanges', self._list),
+            ('DELETE', '/api/exchanges', self._clear),
+            ('GET', '/api/exchanges/([0-9]{1,15})', self._one),
+            ('POST', '/api/exchanges/([0-9]{1,15})/replay', self._replay),
+            ('GET', '/api/events', self._events), ('GET', '/api/har', self._har),
+            ('GET', '/api/status', self._status)]
+
+    async def serve(self, connection: Connection) -> None:
+        """Serve one connection, which is for one request."""
+        self._connections += 1
+        connection.timeout = HEAD_TIMEOUT
+        try:
+            if self._connections <= MAX_INSPECTORS:
+                await self._serve(connection)
+                await connection.linger()
+        except (LocaltunnelError, OSError):
+            connection.abort()
+        finally:
+            connection.close()
+            self._connections -= 1
+
+    async def _serve(self, connection: Connection) -> None:
+        try:
+            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            if head is None:
+                return
+            request = parse_request(head)
+            self._check(connection, request)
+            if 'continue' in header_of(request, b'expect').lower():
+                await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
+            most = 2 * self._book.most + EDIT_ROOM
+            body = await read_whole(body_reader(connection, request.body_length()), most)
+            if len(body) > most:
+                raise BadHttp(413, f'the body has more than {most} bytes')
+            await self._answer(connection, request, body)
+        except (BadHttp, HopFailed) as e:
+            extra = e.extra if isinstance(e, HopFailed) else ()
+            await self._write(connection, e.status, 'application/json',
+                              json.dumps({'error': str(e)}), *extra)
+
+    def _check(self, connection: Connection, request: Request) -> None:
+        """Raise HopFailed unless REQUEST comes from this machine, and from no other site's page."""
+        host, origin = request.host_name, header_of(request, b'origin')
+        passed = request.untrusted() or request.has(b'via')
+        sock = connection.transport.get_extra_info('peername')
+        ours = any(transport.get_extra_info('sockname') == sock
+                   for transport in self._runtime.transports)
+        if passed or ours:
+            raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
+        if not self._password and not is_loopback(connection.peer):
+            raise HopFailed(403, 'the inspector is for its own machine')
+        if not (host == 'localhost' or is_address(host) and is_loopback(host)
+                or host == self._host or self._host in ('0.0.0.0', '[::]') and is_address(host)):
+            raise HopFailed(403, 'open the inspector as localhost')      # DNS rebinding
+        site = header_of(request, b'sec-fetch-site')
+        page = request.target.partition(b'?')[0] == b'/' and request.method == b'GET'
+        if origin and origin.lower() != f'http://{request.host.decode()}' or (
+                site not in ('', 'same-origin', 'none') and not page):
+            raise HopFailed(403, 'a page of another site asks for this')
+        self._check_password(request)
+
+    def _check_password(self, request: Request) -> None:
+        scheme, _, said = header_of(request, b'authorization').partition(' ')
+        given = b''
+        with contextlib.suppress(ValueError):
+            given = base64.b64decode(said, validate=True).partition(b':')[2]
+        if self._password and not (scheme.lower() == 'basic' and hmac.compare_digest(
+                given, self._password.encode())):
+            raise HopFailed(401, 'the inspector asks for its password; any user name will do',
+                            'WWW-Authenticate: Basic realm="localtunnel inspector"')
+
+    async def _answer(self, connection: Connection, request: Request, body: bytes) -> None:
+        """Find who answers REQUEST; what it returns is JSON, or None if it has answered itself."""
+        path, _, query = request.target.decode('latin-1').partition('?')
+        method = request.method.decode()
+        allowed = []
+        for verb, pattern, handler in self._routes:
+            match = re.fullmatch(pattern, path)
+            if match and verb == method:
+                words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
+                answer = await handler(connection, request, words, body, *match.groups())
+                if answer is not None:
+                    await self._write(connection, 200, 'application/json', json.dumps(answer))
+                return
+            if match:
+                allowed.append(verb)
+        if allowed:
+            raise HopFailed(405, f'{path} takes {" and ".join(allowed)}',
+                            'Allow: ' + ', '.join(allowed))
+        raise HopFailed(404, 'there is nothing here; the API is described in README')
+
+    @staticmethod
+    async def _write(connection: Connection, status: int, form: str, text: str,
+                     *extra: str) -> None:
+        await write_own(connection, plain_message(status, form, text.encode(), [
+            'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
+            'Cross-Origin-Resource-Policy: same-origin', *extra]))
+
+    # What it answers.
+
+    async def _page(self, connection: Connection, *_: Any) -> None:
+        await self._write(connection, 200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
+                          'Content-Security-Policy: ' + page_policy(INSPECTOR_PAGE))
+
+    async def _chosen(self, words: dict[str, str]) -> list[Kept]:
+        """Return what WORDS ask for, oldest first; it takes its time."""
+        chosen = Filter(words.get('q', ''))
+        found: list[Kept] = []
+        for name in ('after', 'limit'):
+            if not re.fullmatch('[0-9]{1,15}', words.get(name, '0')):
+                raise BadHttp(400, f'{name} takes a number, not {words[name]!r}')
+        after, most = int(words.get('after', 0)), int(words.get('limit', KEPT_EXCHANGES))
+        for kept in tuple(self._book.kept.values()):
+            if len(found) < most and kept.record.number > after and chosen.fits(
+                    kept.summary(), kept.details):
+                found.append(kept)
+            if chosen.texts:
+                await asyncio.sleep(0)
+        return found
+
+    async def _list(self, connection: Connection, request: Request, words: dict[str, str],
+                    body: bytes) -> Any:
+        found = await self._chosen(words)
+        return {'exchanges': [kept.summary() for kept in found],
+                'dropped': self._book.seen - len(self._book.kept)}
+
+    async def _clear(self, connection: Connection, *_: Any) -> None:
+        self._book.clear()
+        await write_own(connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
+
+    def _find(self, number: str) -> Kept:
+        kept = self._book.kept.get(int(number))
+        if kept is None:
+            raise HopFailed(404, f'exchange {number} is not kept, or never was')
+        return kept
+
+    async def _one(self, connection: Connection, request: Request, words: dict[str, str],
+                   body: bytes, number: str) -> Any:
+        show = words.get('secrets') == '1'
+        if show and not header_of(request, b'localtunnel-inspector'):
+            raise HopFailed(403, 'secrets are shown to a request with the field '
+                            'Localtunnel-Inspector, which no other site can send')
+        return self._find(number).details(show)
+
+    async def _status(self, *_: Any) -> Any:
+        book, now = self._book, time.time()
+        took = sorted(kept.seconds for kept in tuple(book.kept.values())[-100:]
+                      if kept.seconds is not None)
+        return {'url': book.url, 'target': book.app.target.text, 'server': book.server,
+                'requests_per_second': book.pace.now(now), 'open': len(book.open),
+                'median_ms': round(took[len(took) // 2] * 1e3, 1) if took else None,
+                'seen': book.seen, 'kept': len(book.kept), 'kept_bytes': book.used,
+                'dropped': book.seen - len(book.kept), 'pace': list(book.pace.past),
+                'version': __version__}
+
+    async def _events(self, connection: Connection, request: Request, words: dict[str, str],
+                      body: bytes) -> None:
+        live = Live(connection, Filter(words.get('q', '')))
+        await connection.write(
+            b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n'
+            b'Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n:\n\n')
+        self._book.listeners.append(live.tell)
+        try:
+            await live.until_gone()
+        finally:
+            self._book.listeners.remove(live.tell)
+
+    async def _har(self, connection: Connection, request: Request, words: dict[str, str],
+                   body: bytes) -> None:
+        found = await self._chosen(words)
+        await connection.write(
+            b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n'
+            b'Content-Disposition: attachment; filename="localtunnel.har"\r\n'
+            b'Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n')
+        for piece in har_pieces(kept.details() for kept in found):
+            await write_own(connection, piece.encode())
+            await asyncio.sleep(0)
+
+    async def _replay(self, connection: Connection, request: Request, words: dict[str, str],
+                      body: bytes, number: str) -> Any:
+        raise HopFailed(501, 'soon')
+
+
+async def listen_on(inspector: Inspector, runtime: Runtime,
+                    sockets: Sequence[socket.socket]) -> None:
+    """Serve on SOCKETS, until it is cancelled."""
+    doors = [await runtime.loop.create_server(
+        lambda: Connection(runtime, inspector.serve), sock=sock) for sock in sockets]
+    try:
+        await runtime.loop.create_future()
+    finally:
+        for door in doors:
+            door.close()
+
+
+class Inspect(Annex):
+    """--inspect."""
+    title = 'the inspector'
+
+    def client_options(self, add: Add) -> None:
+        add('--inspect', type=host_and_port, metavar='[HOST:]PORT',
+            help='show what passes at this address (127.0.0.1:4040, or the next free port)')
+        add('--no-inspect', action='store_true', help='keep and show nothing of what passes')
+        add('--inspect-body', type=functools.partial(count, most=32 * KIB), metavar='KIB',
+            default=KEPT_REQUEST // KIB,
+            help='how much of a request is kept, to replay it (%(default)s)')
+        add('--inspect-password', metavar='PASSWORD', help='what the inspector asks for')
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
+        if not args.inspect_password and not is_loopback(host):
+            raise UsageError(
+                f'--inspect on {host} needs --inspect-password; or leave it on this machine, and '
+                f'look at it from another one through ssh -L {port}:localhost:{port} THIS-MACHINE')
+        if not args.no_inspect:
+            app.seen = Exchanges(app, str(address), args.inspect_body * KIB)
+
+    async def beside(self, args: Args, app: App) -> None:
+        if not isinstance(app.seen, Exchanges):
+            return
+        host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
+        sockets = self.sockets(host, port, 1 if args.inspect else INSPECTOR_PORTS)
+        inspector = Inspector(app.seen, bracketed(host), args.inspect_password or '')
+        app.runtime.spawn(listen_on(inspector, app.runtime, sockets))
+        app.observer.watched(
+            f'http://{authority("http", host, sockets[0].getsockname()[1])}')
+
+    @staticmethod
+    def sockets(host: str, port: int, tries: int) -> list[socket.socket]:
+        """Bind PORT of HOST, or one of the next TRIES that is free.  Raises UsageError."""
+        for port in range(port, port + tries):
+            try:
+                return bind(host, port)
+            except OSError as e:
+                why = e.strerror
+        raise UsageError(f"the inspector can't listen on {host}, port {port}: {why}; choose "
+                         'another one with --inspect, or none with --no-inspect')
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -7005,7 +7996,7 @@ class LandingPage(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 25. Terminal
+# 28. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -7235,6 +8226,9 @@ class Terminal(ClientObserver):
             put(sys.stdout, f'\n  {self._paint("1;32", url)} -> {self._target}\n'
                 f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
 
+    def watched(self, url: str) -> None:
+        self.note(f'what passes can be seen at {url}')
+
     def back(self) -> None:
         self._event('back')
         say(self._paint('32', 'connected again', sys.stderr))
@@ -7332,14 +8326,14 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Options
+# 29. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Certificates(), HandOver(), Operator(), Blocking(),
-                            LandingPage())
+                            LandingPage(), Inspect())
 
 
 ASK = object()      # what stands for a value that is to be asked for
@@ -7483,7 +8477,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Wiring
+# 30. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -7756,7 +8750,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Python
+# 31. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -7821,7 +8815,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Command line
+# 32. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -7898,6 +8892,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         target.text, str(known.address), server is None, runtime.loop.call_later, as_json=args.json,
         quiet=args.quiet, first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
+    for annex in ANNEXES:
+        await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
     probe = [] if args.release else [runtime.spawn(app.look())]
     try:

@@ -27,16 +27,19 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 29)
-   21 Hand-over               from one process to the next (in 29)
+   20 Certificates            what a server shows (in 32)
+   21 Hand-over               from one process to the next (in 32)
    22 Operator's page         what he sees, and what he ends (in B)
    23 Block list              what an entry is, and who is kept out
-   24 Landing page            what to type, and the file itself (in 11 and 29)
-   25 Terminal                what a person sees
-   26 Options                 what can be typed
-   27 Wiring                  the key; which server, which token (in 29)
-   28 Python                  a tunnel inside another program (in 29)
-   29 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   24 Landing page            what to type, and the file itself (in 11 and 32)
+   25 Exchanges               what is kept of what passes, and for how long
+   26 Inspector's page        shown by the next room
+   27 Inspector               who sees it, and how; replays, files, commands
+   28 Terminal                what a person sees
+   29 Options                 what can be typed
+   30 Wiring                  the key; which server, which token (in 32)
+   31 Python                  a tunnel inside another program (in 32)
+   32 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5309,7 +5312,70 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Terminal
+# 25. Exchanges
+#
+# What is kept, tried by the inspector's API below.
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Inspector's page
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 27. Inspector
+#
+# Who sees what passes, and how.
+# ------------------------------------------------------------------------------------------------
+
+class InspectorTest(WorldTest):
+    """The inspector of a client, asked as its page and programs ask."""
+
+    async def inspected(self, answer=OK, **options):
+        """A visitor of a client with an inspector, whose address is `place`."""
+        visitor = (await self.through(answer, **options))[1]
+        client = self.clients[-1]
+        self.book = client.app.seen
+        args = lt.make_parser().parse_args(['client', '1', '--inspect', '0'])
+        vars(args).update(options)
+        await lt.Inspect().beside(args, client.app)
+        self.place = next(line[1] for line in self.log.told if line[0] == 'watched')
+        self.port = int(self.place.rpartition(':')[2])
+        return visitor
+
+    async def ask(self, path, method='GET', fields='', body=b'', host=None):
+        """(status, fields, body) of the inspector's answer."""
+        peer = await self.raw('127.0.0.1', self.port, host=host or f'127.0.0.1:{self.port}')
+        if body:
+            fields += f'\nContent-Length: {len(body)}'
+        return await peer.get(path, fields.strip(), method, body=body)
+
+    async def api(self, path, method='GET', value=None, **words):
+        """What the API answers."""
+        body = b'' if value is None else json.dumps(value).encode()
+        status, _, answer = await self.ask('/api/' + path, method, body=body, **words)
+        self.assertEqual(status, 200, answer)
+        return json.loads(answer)
+
+    async def test_what_passed_is_listed_and_shown(self):
+        visitor = await self.inspected()
+        await visitor.get('/hook?x=1', 'Content-Length: 5', 'POST', body=b'small')
+        one, = (await self.api('exchanges'))['exchanges']
+        self.assertEqual(
+            [one[key] for key in ('id', 'kind', 'method', 'target', 'status', 'request_bytes',
+                                  'response_bytes', 'error', 'failed', 'replay_of', 'visitor')],
+            [1, 'http', 'POST', '/hook?x=1', 200, 5, 5, '', '', None, '127.0.0.1'])
+        details = await self.api('exchanges/1')
+        self.assertEqual(details['request']['line'], 'POST /hook?x=1 HTTP/1.1')
+        self.assertEqual((details['request']['body'], details['response']['body']),
+                         ('small', 'hello'))
+        self.assertFalse(details['request']['truncated'] or details['response']['truncated'])
+        self.assertIn(['Content-Length', '5'], details['request']['headers'])
+
+
+# ------------------------------------------------------------------------------------------------
+# 28. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -5663,7 +5729,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Options
+# 29. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -5686,7 +5752,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Wiring
+# 30. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -5873,14 +5939,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Python
+# 31. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Command line
+# 32. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -9329,7 +9395,15 @@ def read_rooms(source, tree):
 
 
 def annexes(rooms):
-    return [room for room in rooms if room.part.startswith('II.') and room.title != 'Annex']
+    """The rooms of each annex; the last of them has its class."""
+    found, own = [], []
+    for room in rooms:
+        if room.part.startswith('II.') and room.title != 'Annex':
+            own.append(room)
+            if any(getattr(base, 'id', '') == 'Annex' for statement in room.statements
+                   for base in getattr(statement, 'bases', ())):
+                found, own = [*found, own], []
+    return found
 
 
 class HouseTest(unittest.TestCase):
@@ -9413,10 +9487,11 @@ class HouseTest(unittest.TestCase):
                     listed = [element.func.id for element in statement.value.elts]
         uses = [(room, list(room.uses())) for room in self.rooms]
         for annex in annexes(self.rooms):
-            self.assertEqual(len(annex.names & set(listed)), 1, annex.title)
-            wrong += [f'line {line}: {room.title} uses {name} of {annex.title}'
-                      for room, used in uses if room is not annex for line, name in used
-                      if name in annex.names and (name not in listed or room.title != 'Options')]
+            names = set().union(*(room.names for room in annex))
+            self.assertEqual(len(names & set(listed)), 1, annex[-1].title)
+            wrong += [f'line {line}: {room.title} uses {name} of {annex[-1].title}'
+                      for room, used in uses if room not in annex for line, name in used
+                      if name in names and (name not in listed or room.title != 'Options')]
         self.assertEqual(wrong, [])
         self.assertEqual(len(listed), len(annexes(self.rooms)))
 
@@ -9488,7 +9563,7 @@ class AnnexTest(FolderTest):
         rest, words = copy.deepcopy(statement), statement.value.elts
         rest.value.elts = [word for word in words if word.func.id not in names]
         self.assertEqual(len(words) - len(rest.value.elts),
-                         sum(room.part.startswith('II.') for room in rooms))
+                         sum(annex[-1] in rooms for annex in annexes(self.rooms)))
         return rest
 
     def cut(self, *rooms):
@@ -9540,7 +9615,7 @@ class AnnexTest(FolderTest):
     def test_each_annex_can_be_cut_out_and_all_of_them(self):
         around = annexes(self.rooms)
         python = [room for room in self.rooms if room.title == 'Python']
-        for rooms in (*([annex] for annex in around), around, python):
+        for rooms in (*around, sum(around, []), python):
             with self.subTest(', '.join(room.title for room in rooms)):
                 module = self.cut(*rooms)
                 with unittest.mock.patch.object(module, 'put') as put:
