@@ -7980,9 +7980,9 @@ class Inspect(Annex):
     @staticmethod
     def sockets(host: str, port: int, tries: int) -> list[socket.socket]:
         """Bind PORT of HOST, or one of the next TRIES that is free.  Raises UsageError."""
-        for port in range(port, port + tries):
+        for tried in range(port, port + tries):
             try:
-                return bind(host, port)
+                return bind(host, tried)
             except OSError as e:
                 why = e.strerror
         raise UsageError(f"the inspector can't listen on {host}, port {port}: {why}; choose "
