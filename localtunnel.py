@@ -7327,7 +7327,7 @@ class Kept:
         record, request, response = self.record, self.request, self.response
         if isinstance(record, Exchange) and request is not None:
             request.finished, request.trailers = record.body.finished, record.body.trailers
-            if response is not None and record.answer is not None:
+            if response is not None and isinstance(record.answer, Body):
                 response.finished = record.answer.finished
                 response.trailers = record.answer.trailers
 
