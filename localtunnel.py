@@ -57,9 +57,11 @@ import argparse
 import asyncio
 import asyncio.sslproto
 import base64
+import bisect
 import codecs
 import collections
 import contextlib
+import copy
 import datetime
 import errno
 import fnmatch
@@ -133,6 +135,7 @@ HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcom
 FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
 PING_AFTER = 8.0                # of silence, on the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
+ROUND_TRIP = 0.1                # to the other side and back, until it is measured
 ANSWER = 2.0                    # for a PONG, where another client of the owner wants the place
 SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
 ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
@@ -295,6 +298,7 @@ class Refused(LocaltunnelError):
 
 PROTOCOL = 'localtunnel/1'
 WELL_KNOWN = '/.well-known/localtunnel'      # where a session is asked for
+HEALTH = b'/.well-known/localtunnel/health'  # where balancers ask, by any Host
 
 # kind            payload                             who sends it, and when
 OPEN = 1        # opening bytes: an HTTP head,        the server, for a new stream: ids 1, 2, 3, ...
@@ -1470,7 +1474,7 @@ class Liveness:
     def __init__(self, pings: bool, now: float) -> None:
         self.pings = pings
         self.heard = now            # when something arrived last
-        self.round_trip = 0.1       # seconds, until measured
+        self.round_trip = ROUND_TRIP
         self.detached_at = NEVER    # when the connection was lost; NEVER while there is one
         self.asked_at = NEVER       # when the PING left whose PONG is awaited; NEVER for none
         self._after = 0             # and behind how many bytes
@@ -1642,7 +1646,7 @@ class Session(Sender):
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
-        self._last_id = 0           # of a stream, by either side
+        self.last_id = 0            # of a stream, by either side: how many there have been
         runtime.swept.add(self)
 
     # Streams.
@@ -1669,9 +1673,9 @@ class Session(Sender):
         if stream.window.size != self._first_credit:    # said now, so that it counts for this one
             self._first_credit = stream.window.size
             self.outbox.add(CREDIT, 0, U32.pack(self._first_credit))
-        self._last_id += 1
-        self.streams[self._last_id] = stream
-        return self._last_id
+        self.last_id += 1
+        self.streams[self.last_id] = stream
+        return self.last_id
 
     def forget(self, stream: Stream) -> None:
         """Drop STREAM, which is over both ways."""
@@ -1732,7 +1736,7 @@ class Session(Sender):
             stream.data_arrived(payload, kind & END != 0)
         elif kind & ~END == OPEN:
             self._opened(id, payload, kind & END != 0)
-        elif id > self._last_id:
+        elif id > self.last_id:
             raise ProtocolError(f'a frame for stream {id}, which was never opened')
         elif kind == CREDIT:
             n = U32.unpack(payload)[0]
@@ -1756,9 +1760,9 @@ class Session(Sender):
                 self.schedule()
 
     def _opened(self, id: int, payload: bytes, end: bool) -> None:
-        if self.on_open is None or id != self._last_id + 1:
+        if self.on_open is None or id != self.last_id + 1:
             raise ProtocolError(f'OPEN of stream {id}')
-        self._last_id = id
+        self.last_id = id
         window = ReceiveWindow(INITIAL_CREDIT, self.budget)
         stream = Stream(self, window, self._first_credit, id)
         self.streams[id] = stream
@@ -3029,7 +3033,7 @@ class Access:
 
 class Record:
     """What observers are told of; this one: of a stream that ended before its request."""
-    __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began')
+    __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began', 'answered')
     host = ''                           # whom the request is for
     sent = size = 0                     # bytes of the body of the request, and of the response
     facts = UNSERVED                    # at a server: whose client serves it
@@ -3040,6 +3044,7 @@ class Record:
         self.visitor = ''               # whose address it is
         self.status = 0                 # of the response, once that has begun
         self.why = ''                   # what went wrong
+        self.answered = 0.0             # when the app's response came; 0 until it has
 
     def __repr__(self) -> str:
         return f'<#{self.number} {self.method} {self.target} {self.status} {self.why}>'
@@ -3065,8 +3070,8 @@ class Exchange(Record):
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
         # What Record sets, once more: a call for each request would cost more than these lines.
         self.number, self.visitor, self.began = number, visitor, near.runtime.now()
-        self.method, self.target = request.method.decode(), request.target.decode('latin-1')
-        self.status, self.why = 0, ''
+        self.target = request.target.decode('latin-1')
+        self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
         self.request, self.body = request, body_reader(near, request.body_length())
         # The body, where it is small and all here; None where it has to be streamed.
@@ -3076,6 +3081,10 @@ class Exchange(Record):
         self.keep = False                       # True if the connection may carry another request
         self.fault: BadHttp | None = None       # what is malformed in the body of the request
         self.sending: asyncio.Task[None] | None = None      # while the request is streamed
+
+    @property
+    def method(self) -> str:        # type: ignore[override]
+        return self.request.method.decode()
 
     @property
     def host(self) -> str:          # type: ignore[override]
@@ -3131,6 +3140,7 @@ class Exchange(Record):
         To be awaited.  END: nothing follows it.  TAPS are shown the body, or what comes after an
         upgrade; then NEAR_TAPS are shown what comes the other way.
         """
+        self.answered = self.near.runtime.now()
         if response.status == 101:
             return self._upgrade(response, block, taps, near_taps)
         self.status = response.status
@@ -3181,6 +3191,11 @@ class Observers:
 
     def __init__(self, *observers: Observer) -> None:
         self._observers = observers
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        """As an Observer is told; for each request, the general way would take thrice as long."""
+        for observer in self._observers:
+            observer.exchange(exchange, seconds)
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         methods = [getattr(observer, name) for observer in self._observers]
@@ -3346,6 +3361,20 @@ def tunnel_key(name: str, kind: str) -> str:
     return name if kind == 'http' else f'{kind}:{name}'
 
 
+class Traffic:
+    """What sessions have carried: requests, and bytes from their clients and to them."""
+    __slots__ = ('requests', 'received', 'sent')
+
+    def __init__(self) -> None:
+        self.requests = self.received = self.sent = 0
+
+    def add(self, session: Session) -> None:
+        """Add what SESSION has carried until now; each stream is a request."""
+        self.requests += session.last_id
+        self.received += session.decoder.received
+        self.sent += session.unacknowledged.sent
+
+
 class Member:
     """One session of a tunnel, and its owner."""
     __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
@@ -3357,16 +3386,18 @@ class Member:
 
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
-    __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'left_at', 'said_goodbye',
-                 '_allowance')
+    __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at',
+                 'said_goodbye', 'carried', '_allowance')
 
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
         self.url = ''                   # '' until a client serves it; and for TCP without a port
         self.user = ''                  # of the last client's token
         self.members: list[Member] = []         # none: its client is away
+        self.since = -NEVER             # when the first of its members came
         self.left_at = -NEVER           # when the last one went, or lost its connection
         self.said_goodbye = False       # it went on purpose
+        self.carried = Traffic()        # by the sessions that are over
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
     def pick(self) -> Member | None:
@@ -3432,7 +3463,8 @@ class Tunnels:
         self.hold = hold
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.held = 0                   # requests that wait
-        self.received = self.sent = 0   # bytes of the sessions that are over
+        self.carrying: dict[Member, Tunnel] = {}    # all whose sessions are not over
+        self.carried: dict[str, Traffic] = collections.defaultdict(Traffic)     # by user, of others
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
@@ -3464,14 +3496,18 @@ class Tunnels:
         self._table[tunnel.key] = tunnel
         tunnel.user = member.grant.user
         self.served[member.holder] += 1
+        if not tunnel.members:
+            tunnel.since = self._runtime.now()
         tunnel.members.append(member)
+        self.carrying[member] = tunnel
         session = member.session
 
         def changed() -> None:
             if session.state != OVER:
                 return self._left(tunnel, session)
-            self.received += session.decoder.received
-            self.sent += session.unacknowledged.sent
+            del self.carrying[member]
+            for carried in (tunnel.carried, self.carried[member.grant.user]):
+                carried.add(session)
             if member in tunnel.members:
                 self.remove(tunnel, member)
                 self._left(tunnel, session)
@@ -3638,6 +3674,16 @@ class Tunnels:
                 member.session.end(Disconnected('the server is shutting down'))
         for waiting in self._waiting.values():
             self._wake(waiting)
+
+    async def end_all(self) -> None:
+        """Say goodbye to all clients, and end what is left of their sessions a moment later."""
+        for member in self.members():
+            member.session.leave(DRAINING, 'the server is shutting down')
+        deadline = self._runtime.now() + LINGER
+        while self.members() and self._runtime.now() < deadline:
+            await asyncio.sleep(DRAIN_LOOK)
+        for member in self.members():
+            member.session.end(Disconnected('the server has shut down'))
 
     @staticmethod
     def _wake(waiting: Iterable[asyncio.Future[None]]) -> None:
@@ -4379,7 +4425,7 @@ class Server:
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
-        self.pages: dict[bytes, Page] = {}      # a seam: of the server's own name, by path
+        self.pages: dict[bytes, Page] = {}      # a seam: by path; of its own name, HEALTH of any
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, log, self.counters, inherited)
         self.visitors = Visitors(runtime, trusted)
@@ -4414,13 +4460,7 @@ class Server:
                 self.visitors.close_idle()
             if not (self.visitors or self.doors.busy):
                 break
-        for member in self.tunnels.members():
-            member.session.leave(DRAINING, 'the server is shutting down')
-        deadline = self.runtime.now() + LINGER
-        while self.tunnels.members() and self.runtime.now() < deadline:
-            await asyncio.sleep(DRAIN_LOOK)
-        for member in self.tunnels.members():
-            member.session.end(Disconnected('the server has shut down'))
+        await self.tunnels.end_all()
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Check what changes by itself: files, tokens, names that nobody serves."""
@@ -4483,7 +4523,7 @@ class Server:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
         try:
-            name = self._route(visitor, request)
+            name = '' if request.target == HEALTH else self._route(visitor, request)
             if name:
                 await self._forward(visitor, exchange, name)
             else:
@@ -4494,7 +4534,8 @@ class Server:
                 error_message, e.status, str(e), request), e.extra)
         finally:
             self.counters[exchange.status] += 1
-            self.log.exchange(exchange, self.runtime.now() - exchange.began)
+            if request.target != HEALTH:        # balancers ask every second or two
+                self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
     async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
                         message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
@@ -6573,22 +6614,211 @@ class HandOver(Annex):
 # 22. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
+#
+# Metrics are reckoned when they are asked for.  Requests and bytes of users and tunnels are those
+# that sessions count anyway, and the times of requests are noted with --admin alone.
 # ------------------------------------------------------------------------------------------------
 
-def resident_memory() -> int:
-    """Return the bytes of memory that this process holds; 0 if the system does not say."""
+ADMIN_PORT = '9180'             # 9100 is that of Prometheus' node_exporter
+BUSIEST = 10                    # users with metrics of their own: each label is a series for ever
+# Of the histograms, in seconds: from a cached page to an answer that is given up.
+BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+Sample = Tuple[str, float]      # what follows the name of a metric, and its value
+
+
+def labels(**values: str) -> str:
+    """Return VALUES as Prometheus' labels."""
+    escaped = {name: value.replace('\\', r'\\').replace('"', r'\"').replace('\n', r'\n')
+               for name, value in values.items()}
+    return '{' + ','.join(f'{name}="{value}"' for name, value in escaped.items()) + '}'
+
+
+def metric(name: str, kind: str, text: str, samples: Iterable[Sample] | float) -> str:
+    """Return one metric in Prometheus' text format; TEXT says what it is."""
+    if isinstance(samples, (int, float)):
+        samples = [('', samples)]
+    return ''.join([f'# HELP {name} {text}\n# TYPE {name} {kind}\n',
+                    *(f'{name}{rest} {value}\n' for rest, value in samples)])
+
+
+class Histogram:
+    """How many requests took how long.
+
+    Sorting them together, now and then, takes a tenth of what it takes to count each at once.
+    """
+
+    def __init__(self) -> None:
+        self._fresh: list[float] = []               # not yet counted
+        self._counts = [0] * len(BOUNDS)            # that took no longer than each bound
+        self._count, self._sum = 0, 0.0             # of all
+        self.add = self._fresh.append               # one took this many seconds
+
+    def count(self) -> None:
+        """Count those that came since."""
+        fresh = sorted(self._fresh)
+        self._fresh.clear()
+        self._counts = [n + bisect.bisect_right(fresh, bound)
+                        for n, bound in zip(self._counts, BOUNDS)]
+        self._count, self._sum = self._count + len(fresh), self._sum + sum(fresh)
+
+    def samples(self) -> list[Sample]:
+        """What Prometheus is told."""
+        self.count()
+        return [*((f'_bucket{{le="{bound}"}}', n)
+                  for bound, n in zip((*BOUNDS, '+Inf'), (*self._counts, self._count))),
+                ('_sum', round(self._sum, 6)), ('_count', self._count)]
+
+
+def open_files() -> int | None:
+    """Return how many descriptors this process has open; None where the system does not say."""
+    for folder in ('/proc/self/fd', '/dev/fd'):
+        with contextlib.suppress(OSError):
+            return len(os.listdir(folder)) - 1      # one reads the folder
+    return None
+
+
+def resident_memory() -> int | None:
+    """Return the bytes of memory that this process holds; None where the system does not say."""
     try:
         with open('/proc/self/statm', encoding='ascii') as f:
             return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except (OSError, ValueError):
-        return 0
+        return None
+
+
+def health(server: Server, address: str = '') -> tuple[str, Sequence[bytes]]:
+    """The page that says whether SERVER takes new requests.  Raises HopFailed."""
+    if server.draining:
+        raise HopFailed(503, 'the server is shutting down')
+    return 'text/plain', [b'ok\n']
+
+
+def traffic(over: Iterable[tuple[Any, Traffic]],
+            now: Iterable[tuple[Any, Session]]) -> dict[Any, Traffic]:
+    """What was carried of each, in sessions that are OVER, and until NOW in others."""
+    found = collections.defaultdict(Traffic, {key: copy.copy(carried) for key, carried in over})
+    for key, session in now:
+        found[key].add(session)
+    return found
+
+
+class Metrics(Observer):
+    """What Prometheus is told."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._started = server, time.time()
+        self._first_byte, self._whole = Histogram(), Histogram()
+        server.runtime.swept.add(self)
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        if exchange.answered:
+            self._first_byte.add(exchange.answered - exchange.began)
+            if exchange.status != 101:
+                self._whole.add(seconds)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Count what came since, so that it does not pile up."""
+        self._first_byte.count()
+        self._whole.count()
+
+    def text(self) -> str:
+        """All of it."""
+        return ''.join([*self._gauges(), *self._counters(), *self._users(), *self._times(),
+                        *self._process()])
+
+    def _gauges(self) -> Iterator[str]:
+        server, tunnels = self._server, self._server.tunnels
+        members = tunnels.members()
+        about = labels(version=__version__, python=sys.version.split()[0])
+        for name, text, samples in (
+                ('build_info', 'What runs here.', [(about, 1)]),
+                ('tunnels', 'Tunnels that are served.', sum(bool(t.members) for t in tunnels)),
+                ('sessions', 'Clients that serve them.', len(members)),
+                ('streams', 'Requests, upgrades and TCP connections that are under way.',
+                 sum(len(member.session.streams) for member in members)),
+                ('visitors', 'Connections of visitors.', len(server.visitors)),
+                ('held_requests', 'Requests that wait for a client, or for room at one.',
+                 tunnels.held),
+                ('window_bytes', 'Memory that is promised to data in transit.',
+                 server.admission.budget.used),
+                ('event_loop_lag_seconds', 'How late the event loop was when it looked last.',
+                 round(server.runtime.lag, 6))):
+            yield metric('localtunnel_' + name, 'gauge', text, samples)
+        trips = sorted(t for t in (member.session.liveness.round_trip for member in members)
+                       if t != ROUND_TRIP)
+        if trips:
+            yield metric('localtunnel_round_trip_seconds', 'gauge',
+                         'To a client and back, as measured last: the median.',
+                         round(trips[len(trips) // 2], 6))
+        if server.tls and server.tls.validity:
+            yield metric('localtunnel_certificate_expires_seconds', 'gauge',
+                         'When the certificate ends, in Unix time.', server.tls.validity[1])
+
+    def _counters(self) -> Iterator[str]:
+        counted = sorted(self._server.counters.items(), key=str)
+        yield metric('localtunnel_requests_total', 'counter',
+                     'Requests by the status of the answer; 0 if the visitor did not wait for it.',
+                     [(labels(status=str(key)), n) for key, n in counted if isinstance(key, int)])
+        yield metric('localtunnel_events_total', 'counter',
+                     'Clients refused, by the reason; wrong tokens; failed TLS handshakes; files '
+                     'read again, or in vain.',
+                     [(labels(event=key), n) for key, n in counted if isinstance(key, str)])
+
+    def _users(self) -> Iterator[str]:
+        """Traffic: of all, and of the busiest users."""
+        tunnels = self._server.tunnels
+        users = traffic(tunnels.carried.items(), (
+            (member.grant.user, member.session) for member in tunnels.carrying))
+
+        def size(carried: Traffic) -> int:
+            return carried.received + carried.sent
+
+        def busiest(most: Callable[[Traffic], int]) -> list[tuple[str, Traffic]]:
+            ranked = sorted(users.items(), key=lambda item: -most(item[1]))
+            return [(user or '-', carried) for user, carried in ranked[:BUSIEST]]
+        yield metric('localtunnel_bytes_total', 'counter',
+                     'Bytes that came from clients (in) and went to them (out).',
+                     [(labels(direction='in'), sum(c.received for c in users.values())),
+                      (labels(direction='out'), sum(c.sent for c in users.values()))])
+        yield metric('localtunnel_user_requests_total', 'counter',
+                     f'Requests passed to the clients of a user, of the {BUSIEST} with most.',
+                     [(labels(user=user), carried.requests)
+                      for user, carried in busiest(lambda carried: carried.requests)])
+        yield metric('localtunnel_user_bytes_total', 'counter',
+                     f'Bytes from the clients of a user and to them, of the {BUSIEST} with most.',
+                     [(labels(user=user, direction=direction), n)
+                      for user, carried in busiest(size)
+                      for direction, n in (('in', carried.received), ('out', carried.sent))])
+
+    def _times(self) -> Iterator[str]:
+        """How long apps take, and all; only a client could tell the way to its app from the app."""
+        yield metric('localtunnel_first_byte_seconds', 'histogram',
+                     "From the end of a request's head until the app's answer begins: the app's "
+                     'time, the round trip to its client, and any wait for a client.',
+                     self._first_byte.samples())
+        yield metric('localtunnel_request_duration_seconds', 'histogram',
+                     "From the end of a request's head to the end of the app's answer, however "
+                     'slowly the visitor reads it; without upgrades.', self._whole.samples())
+
+    def _process(self) -> Iterator[str]:
+        """The metrics that every exporter has; those that the system does not tell are left out."""
+        for name, kind, text, value in (
+                ('start_time_seconds', 'gauge', 'When the process started, in Unix time.',
+                 round(self._started, 2)),
+                ('cpu_seconds_total', 'counter', 'Processor time.', round(time.process_time(), 2)),
+                ('resident_memory_bytes', 'gauge', 'Resident memory.', resident_memory()),
+                ('open_fds', 'gauge', 'Open file descriptors.', open_files()),
+                ('max_fds', 'gauge', 'Most open file descriptors.', descriptor_limit())):
+            if value is not None:
+                yield metric('process_' + name, kind, text, value)
 
 
 class OperatorPage:
     """The operator's page (--admin): /healthz, /metrics, /tunnels."""
 
-    def __init__(self, server: Server) -> None:
-        self._server = server
+    def __init__(self, server: Server, metrics: Metrics) -> None:
+        self._server, self._metrics = server, metrics
 
     async def serve(self, connection: Connection) -> None:
         request, close = None, ['Connection: close']
@@ -6596,7 +6826,7 @@ class OperatorPage:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
             request = parse_request(head or b'')
             form, page = await self._page(request)
-            answer = plain_message(200, form, page.encode(), close, request.method)
+            answer = plain_message(200, form, page, close, request.method)
         except (BadHttp, HopFailed, Refused) as e:
             answer = error_message(e.status, str(e), request, close)
         except (LocaltunnelError, OSError):
@@ -6604,72 +6834,72 @@ class OperatorPage:
         connection.transport.write(answer)
         await connection.linger()
 
-    async def _page(self, request: Request) -> tuple[str, str]:
+    async def _page(self, request: Request) -> tuple[str, bytes]:
         """(content type, text) for REQUEST.  Raises HopFailed and Refused."""
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
         if request.host_name != 'localhost' and not is_address(request.host_name):
             raise HopFailed(403, 'open it by IP address or as localhost')        # DNS rebinding
-        if path == '/healthz' and server.draining:
-            raise HopFailed(503, 'the server is shutting down')
         if path == '/healthz' and reads:
-            return 'text/plain', 'ok\n'
+            form, pieces = health(server)
+            return form, b''.join(pieces)
         if path == '/metrics' and reads:
-            return 'text/plain; version=0.0.4', self.metrics()
+            return 'text/plain; version=0.0.4; charset=utf-8', self._metrics.text().encode()
         if path == '/tunnels' and reads:
-            return 'application/json', json.dumps(self.tunnels()) + '\n'
+            return 'application/json', json.dumps(self.tunnels()).encode() + b'\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'try /healthz, /metrics, /tunnels or DELETE /tunnels/NAME')
         if not await server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
                                           'the operator of the server ended this tunnel'):
             raise HopFailed(404, 'there is no such tunnel')
-        return 'text/plain', 'ended\n'
+        return 'text/plain', b'ended\n'
 
     def tunnels(self) -> list[dict[str, Any]]:
-        """What is served."""
+        """What is served, and what was until some minutes ago."""
         tunnels = self._server.tunnels
-        return [{'name': t.name, 'kind': t.kind, 'url': t.url, 'held': tunnels.waiting(t),
-                 'sessions': [
-                     {'user': m.grant.user, 'connected': m.session.connection is not None,
-                      'streams': len(m.session.streams),
-                      'round_trip_ms': round(m.session.liveness.round_trip * 1e3, 1)}
-                     for m in t.members]} for t in tunnels]
+        carried = traffic(((tunnel, tunnel.carried) for tunnel in tunnels), (
+            (tunnel, member.session) for member, tunnel in tunnels.carrying.items()))
+        return [self._tunnel(tunnel, carried[tunnel]) for tunnel in tunnels]
 
-    def metrics(self) -> str:
-        """Return counters and gauges in Prometheus' text format."""
-        server, tunnels = self._server, self._server.tunnels
-        sessions = [m.session for m in tunnels.members()]
-        bytes_in = tunnels.received + sum(s.decoder.received for s in sessions)
-        bytes_out = tunnels.sent + sum(s.unacknowledged.sent for s in sessions)
-        gauges = {'tunnels': sum(bool(t.members) for t in tunnels),
-                  'sessions': len(sessions), 'streams': sum(len(s.streams) for s in sessions),
-                  'visitors': len(server.visitors), 'held_requests': tunnels.held,
-                  'window_bytes': server.admission.budget.used,
-                  'event_loop_lag_seconds': round(server.runtime.lag, 6),
-                  'memory_bytes': resident_memory()}
-        lines = [f'# TYPE localtunnel_{name} gauge\nlocaltunnel_{name} {value}\n'
-                 for name, value in gauges.items()]
-        counted = sorted(server.counters.items(), key=str)
-        for name, label, values in (
-                ('bytes', 'direction', [('in', bytes_in), ('out', bytes_out)]),
-                ('requests', 'status', [(key, n) for key, n in counted if isinstance(key, int)]),
-                ('events', 'event', [(key, n) for key, n in counted if isinstance(key, str)])):
-            lines.append(f'# TYPE localtunnel_{name}_total counter\n')
-            lines += [f'localtunnel_{name}_total{{{label}="{key}"}} {n}\n' for key, n in values]
-        return ''.join(lines)
+    def _tunnel(self, tunnel: Tunnel, carried: Traffic) -> dict[str, Any]:
+        members = tunnel.members
+        lives = [member.session.liveness for member in members]
+        seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
+        return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
+                'since': self._date(tunnel.since), 'last_seen': self._date(seen),
+                'requests': carried.requests, 'bytes_in': carried.received,
+                'bytes_out': carried.sent, 'held': self._server.tunnels.waiting(tunnel),
+                'sessions': [
+                    {'user': member.grant.user, 'client': member.session.facts['client'],
+                     'version': member.session.facts['version'],
+                     'connected': member.session.connection is not None,
+                     'streams': len(member.session.streams),
+                     'round_trip_ms': None if liveness.round_trip == ROUND_TRIP else
+                     round(liveness.round_trip * 1e3, 1)}
+                    for member, liveness in zip(members, lives)]}
+
+    def _date(self, moment: float) -> str:
+        """The date and time (RFC 3339) of MOMENT by the runtime's clock."""
+        ago = self._server.runtime.now() - moment
+        return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() - ago))
 
 
 class Operator(Annex):
-    """--admin."""
+    """--admin, and the page for balancers."""
     title = "the operator's page"
 
     def server_options(self, add: Add) -> None:
-        add('--admin', type=host_and_port, metavar='[HOST:]PORT',
-            help='serve /metrics, /tunnels and /healthz here (off)')
+        add('--admin', type=host_and_port, nargs='?', const=ADMIN_PORT, metavar='[HOST:]PORT',
+            help=f'serve /metrics, /tunnels and /healthz here (off; {ADMIN_PORT} if bare)')
 
     async def at_server(self, args: Args, server: Server) -> None:
-        for sock in server.doors.bind(*args.admin) if args.admin else ():
-            await server.doors.open(sock, OperatorPage(server).serve, stays=True)
+        server.pages[HEALTH] = functools.partial(health, server)
+        if args.admin:
+            metrics = Metrics(server)
+            both: Any = Observers(server.log, metrics)
+            server.log = both
+            for sock in server.doors.bind(*args.admin):
+                await server.doors.open(sock, OperatorPage(server, metrics).serve, stays=True)
 
 
 # ------------------------------------------------------------------------------------------------

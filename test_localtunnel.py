@@ -29,7 +29,7 @@ Contents
    19 Outgoing proxy          the ways out, and what a proxy may answer
    20 Certificates            what a server shows (in 32)
    21 Hand-over               from one process to the next (in 32)
-   22 Operator's page         what he sees, and what he ends (in B)
+   22 Operator's page         what he sees, and what balancers ask; what he ends is in B
    23 Block list              what an entry is, and who is kept out
    24 Landing page            what to type, and the file itself (in 11 and 32)
    25 Exchanges               what is kept of what passes, and for how long
@@ -3181,7 +3181,7 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
-        names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server).tunnels()}
+        names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server, None).tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
         self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
@@ -5038,7 +5038,167 @@ class ValidityTest(FolderTest):
 # 22. Operator's page
 # ------------------------------------------------------------------------------------------------
 
-# It is tried in part B, by an operator under attack.
+# See also part B, where its operator is under attack.
+
+class MetricsTest(FolderTest, WorldTest):
+    """What Prometheus is told."""
+
+    async def observed(self, **options):
+        """A world that is measured; its only token is Ana's."""
+        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')), **options)
+        self.metrics = lt.Metrics(self.server)
+        self.server.log = lt.Observers(self.log, self.metrics)
+
+    def samples(self):
+        """{name with labels: value} of all that is told now; the form of the text is right."""
+        found, kinds = {}, {}
+        for line in self.metrics.text().splitlines():
+            if line.startswith('# HELP '):
+                name, words = line[7:].split(' ', 1)
+                self.assertNotIn(name, kinds)
+                self.assertTrue(words.endswith('.'), line)
+            elif line.startswith('# TYPE '):
+                self.assertEqual(line.split()[2], name)
+                kinds[name] = line.split()[3]
+                self.assertEqual(name.endswith('_total'), kinds[name] == 'counter', line)
+            else:
+                label = r'\w+="(?:[^"\\]|\\.)*"'
+                match = re.fullmatch(rf'(\w+)((?:{{{label}(?:,{label})*}})?) ([0-9.e+-]+)', line)
+                self.assertTrue(match, line)
+                parts = '(_bucket|_sum|_count)' if kinds[name] == 'histogram' else ''
+                self.assertRegex(match.group(1), f'^{name}{parts}$')
+                found[match.group(1) + match.group(2)] = float(match.group(3))
+        return found
+
+    async def test_times_count_what_an_app_has_answered_and_nothing_else(self):
+        await self.observed()
+        app = await self.app()
+        client = await self.client(app, token='letmein')
+        for _ in range(3):
+            await self.visit(client)
+        await self.visit('nobody.localhost')
+        app.answer = b'HTTP/1.1 101 X\r\nConnection: Upgrade, close\r\nUpgrade: x\r\n\r\n'
+        upgrade = await self.visitor(client)
+        upgrade.ask('/up', 'Connection: Upgrade\nUpgrade: x')
+        self.assertEqual((await upgrade.answer())[0], 101)
+        upgrade.writer.transport.abort()
+        await eventually(lambda: self.samples()['localtunnel_first_byte_seconds_count'] == 4)
+        found = self.samples()
+        self.assertEqual(found['localtunnel_request_duration_seconds_count'], 3)
+        self.assertEqual(found['localtunnel_request_duration_seconds_bucket{le="+Inf"}'], 3)
+        self.assertEqual(found['localtunnel_requests_total{status="200"}'], 3)
+        self.assertEqual(found['localtunnel_requests_total{status="404"}'], 1)
+        self.assertEqual(found['localtunnel_tunnels'], 1)
+
+    def test_a_time_belongs_to_each_bound_that_it_does_not_exceed(self):
+        histogram = lt.Histogram()
+        for seconds in (lt.BOUNDS[0], lt.BOUNDS[1] + 1e-9, 1e6, 0.0):
+            histogram.add(seconds)
+        histogram.count()
+        histogram.add(lt.BOUNDS[-1])
+        found = dict(histogram.samples())
+        counts = [n for name, n in found.items() if 'bucket' in name]
+        self.assertEqual(counts, [2, 2, *[3] * (len(lt.BOUNDS) - 3), 4, 5])
+        self.assertEqual(found['_count'], 5)
+        self.assertAlmostEqual(found['_sum'], 1e6 + lt.BOUNDS[0] + lt.BOUNDS[1] + lt.BOUNDS[-1], 3)
+
+    async def test_only_the_busiest_users_have_metrics_and_their_names_are_escaped(self):
+        await self.observed()
+        for n in range(lt.BUSIEST):
+            self.server.tunnels.carried[f'user{n}'].requests = n
+            self.server.tunnels.carried[f'user{n}'].sent = 100 - n
+        self.server.tunnels.carried['a"b\\c'].requests = 1000
+        self.server.tunnels.carried[''].received = 1000
+        found = self.samples()
+        self.assertEqual(found[r'localtunnel_user_requests_total{user="a\"b\\c"}'], 1000)
+        self.assertEqual(found['localtunnel_user_bytes_total{user="-",direction="in"}'], 1000)
+        self.assertNotIn('localtunnel_user_requests_total{user="user0"}', found)
+        self.assertIn('localtunnel_user_bytes_total{user="user0",direction="out"}', found)
+        for name, series in (('requests', 1), ('bytes', 2)):
+            self.assertEqual(sum(f'user_{name}' in key for key in found), series * lt.BUSIEST)
+
+    async def test_no_counter_goes_back_when_a_tunnel_ends_and_its_session_still_finishes(self):
+        await self.observed()
+        client = await self.client(await self.app(), token='letmein')
+        tunnels, name = self.server.tunnels, 'localtunnel_user_requests_total{user="ana"}'
+        await self.visit(client)
+        before = self.samples()
+        tunnels.end(client.url[7:].partition('.')[0], 'the test ends it')
+        self.assertEqual((tunnels.members(), len(tunnels.carrying)), ([], 1))
+        after = self.samples()
+        self.assertEqual((before[name], after[name]), (1, 1))
+        await eventually(lambda: not tunnels.carrying)
+        over = self.samples()
+        for name, value in before.items():
+            if '_total' in name:
+                self.assertGreaterEqual(after[name], value, name)
+                self.assertGreaterEqual(over[name], after[name], name)
+
+    async def test_promtool_finds_nothing_to_blame(self):
+        promtool = shutil.which('promtool') or missing(self, 'promtool')
+        await self.observed()
+        await self.visit(await self.client(await self.app(), token='letmein'))
+        checked = await asyncio.get_running_loop().run_in_executor(None, functools.partial(
+            subprocess.run, [promtool, 'check', 'metrics'], input=self.metrics.text().encode(),
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+        self.assertEqual((checked.returncode, checked.stdout), (0, b''))
+
+
+class OperatorTest(FolderTest, WorldTest):
+    """What an operator, and a balancer, may ask."""
+
+    async def test_tunnels_say_whose_they_are_and_what_they_carried(self):
+        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')))
+        client = await self.client(await self.app(), token='letmein', name='shop')
+        await self.visit(client)
+        page = lt.OperatorPage(self.server, None)
+        tunnel, = page.tunnels()
+        session, = tunnel.pop('sessions')
+        self.assertEqual((session['user'], session['client'], session['connected']),
+                         ('ana', '127.0.0.1', True))
+        await self.leaves(client)
+        await eventually(lambda: not self.server.tunnels.carrying)
+        away, = page.tunnels()
+        for one in (tunnel, away):
+            self.assertEqual((one['name'], one['kind'], one['user'], one['requests'], one['held']),
+                             ('shop', 'http', 'ana', 1, 0))
+            for name in ('since', 'last_seen'):
+                self.assertRegex(one[name], r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$')
+        self.assertEqual(away['sessions'], [])
+        self.assertGreaterEqual(away['bytes_in'], tunnel['bytes_in'])
+        self.assertGreater(tunnel['bytes_in'], 0)
+        self.assertGreater(tunnel['bytes_out'], 0)
+
+    async def asks(self, host, minor=1, method='GET', path='/.well-known/localtunnel/health'):
+        """What a balancer is answered that sends as little as it may."""
+        peer = await self.visitor(host)
+        peer.writer.write(f'{method} {path} HTTP/1.{minor}\r\n'.encode()
+                          + (f'Host: {host}\r\n\r\n' if host else '\r\n').encode())
+        return await peer.answer(method)
+
+    async def test_a_balancer_may_ask_by_any_host_and_disturbs_nobody(self):
+        await self.world(domain='t.example.com', rate=0.001)
+        await lt.Operator().at_server(lt.Args(admin=None), self.server)
+        self.server.tls = lt.Tls(None, 443)         # plain http is sent to https
+        self.assertEqual((await self.hello(name='shop'))[1], 101)
+        self.log.told.clear()
+        for host, minor in (('', 0), ('127.0.0.1', 0), ('203.0.113.9:80', 1), ('[::1]', 1),
+                            ('t.example.com', 1), ('shop.t.example.com', 1),
+                            ('shop.t.example.com', 1), ('nobody.t.example.com', 1)):
+            self.assertEqual((await self.asks(host, minor))[::2], (200, b'ok\n'), host)
+        self.assertEqual((await self.asks('', 0, 'HEAD'))[::2], (200, b''))
+        self.assertEqual((await self.asks('shop.t.example.com', 1, 'POST'))[0], 405)
+        self.assertEqual((await self.asks('shop.t.example.com', path='/x'))[0], 308)
+        self.assertEqual([told[0] for told in self.log.told], ['exchange'])     # the last one
+        self.server.draining = True
+        self.assertEqual((await self.asks('', 0))[0], 503)
+
+    def test_admin_without_a_value_is_a_port_of_loopback(self):
+        parse = lt.make_parser().parse_args
+        self.assertEqual(parse(['server', '--admin']).admin, ('127.0.0.1', 9180))
+        self.assertEqual(parse(['server', '--admin', '--open']).admin, ('127.0.0.1', 9180))
+        self.assertEqual(parse(['server', '--admin', '0.0.0.0:1']).admin, ('0.0.0.0', 1))
+        self.assertIsNone(parse(['server']).admin)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8108,11 +8268,11 @@ class HelloTest(HostileTest):
         self.assertEqual(self.server.counters['wrong_tokens'], 1)
         for peer in self.peers[1:3]:
             peer.reset()
-        self.assertNotIn('wrong1', self.log.text() + lt.OperatorPage(self.server).metrics())
+        self.assertNotIn('wrong1', self.log.text() + lt.Metrics(self.server).text())
         wrong = self.server.admission._wrong
         wrong.update(dict.fromkeys(wrong, self.runtime.now() + 0.01))
         self.assertEqual((await self.hello(token='right'))[1], 101)
-        self.assertNotIn('right', self.log.text() + lt.OperatorPage(self.server).metrics())
+        self.assertNotIn('right', self.log.text() + lt.Metrics(self.server).text())
 
     async def test_a_session_in_clear_is_refused_where_there_is_a_certificate(self):
         await self.world()
@@ -8639,7 +8799,8 @@ class HostileVisitorTest(HostileTest):
         await self.good()
         evil = await self.victim()
         (sock,) = lt.bind('127.0.0.1', 0)
-        await self.server.doors.open(sock, lt.OperatorPage(self.server).serve)
+        page = lt.OperatorPage(self.server, lt.Metrics(self.server))
+        await self.server.doors.open(sock, page.serve)
         port = sock.getsockname()[1]
 
         async def admin(path, host='127.0.0.1', method='GET'):
