@@ -35,20 +35,20 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  28 Terminal
-     2 Wire                   16 Raw TCP                29 Options
-     3 Credit                 17 Folder and echo        30 Wiring
-     4 Byte streams           18 Host header            31 Python
-     5 Session                19 Outgoing proxy         32 Command line
+     1 Constants and errors   15 Annex                  29 Terminal
+     2 Wire                   16 Raw TCP                30 Options
+     3 Credit                 17 Folder and echo        31 Wiring
+     4 Byte streams           18 Host header            32 Python
+     5 Session                19 Outgoing proxy         33 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
      9 Tunnels                23 Block list
     10 Admission              24 Landing page
-    11 Server                 25 Exchanges
-    12 Places                 26 Inspector's page
-    13 App                    27 Inspector
-    14 Client
+    11 Server                 25 Invitations
+    12 Places                 26 Exchanges
+    13 App                    27 Inspector's page
+    14 Client                 28 Inspector
 """
 
 from __future__ import annotations
@@ -2583,20 +2583,24 @@ def port_range(text: str) -> range:
     return ports
 
 
+DATE = re.compile('[0-9T:-]{10,}')
+
+
 class Grant:
     """What one token allows; `user` is '' if it came without a user's name.
 
-    `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once,
-    `expires` in Unix seconds.
+    `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once;
+    `since` and `expires` in Unix seconds.
     """
-    __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'expires')
+    __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'since', 'expires')
 
     def __init__(self, user: str, digest: str, words: Sequence[str] = ()) -> None:
-        """WORDS are names=GLOB,... ports=A-B tunnels=N expires=DATE.  Raises ValueError."""
+        """WORDS are names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.  Raises ValueError.
+        """
         self.user, self.digest = user, digest
         self.names: Sequence[str] = ('*',)
         self.ports = range(65536)
-        self.tunnels, self.expires = MAX_TUNNELS_OF_TOKEN, NEVER
+        self.tunnels, self.since, self.expires = MAX_TUNNELS_OF_TOKEN, 0.0, NEVER
         for word in words:
             key, _, value = word.partition('=')
             if key == 'names' and value:
@@ -2605,11 +2609,31 @@ class Grant:
                 self.ports = port_range(value)
             elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
                 self.tunnels = int(value)
-            elif key == 'expires' and re.fullmatch('[0-9T:-]{10,}', value):
+            elif key == 'since' and DATE.fullmatch(value):
+                self.since = datetime.datetime.fromisoformat(value).timestamp()
+            elif key == 'expires' and DATE.fullmatch(value):
                 self.expires = datetime.datetime.fromisoformat(value).timestamp()
             else:       # the word itself is not repeated: it may be part of a secret
                 raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
                                  'expires=2027-01-31 may follow')
+
+
+HASHED = 'sha256:'              # before a token of which only the hash is kept
+
+
+def parse_grant(line: str) -> Grant | None:
+    """Return what a LINE of a token file allows; None if it is empty.  Raises ValueError."""
+    words = line.split('#')[0].split()
+    if not words:
+        return None
+    if len(words) < 2 or '=' in words[0]:
+        raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
+                         '[expires=...]')
+    if not words[1].startswith(HASHED):
+        return Grant(words[0], digest_of(check_token(words[1])), words[2:])
+    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
+        raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
+    return Grant(words[0], words[1][len(HASHED):], words[2:])
 
 
 def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
@@ -2621,12 +2645,17 @@ def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
 
 
 class Tokens:
-    """The tokens of a server: those given on the command line and those of a file."""
+    """The tokens of a server: those given on the command line and those of its files."""
 
-    def __init__(self, tokens: Iterable[str] = (), path: str | None = None,
-                 open: bool = False) -> None:
-        """OPEN lets anyone in.  Raises UsageError for a bad file."""
-        self._open, self._path = open, path or ''
+    def __init__(self, tokens: Iterable[str] = (), path: str | None = None, open: bool = False,
+                 members: str = '') -> None:
+        """The file at PATH must be there, the one at MEMBERS may.  OPEN lets anyone in.
+
+        Raises UsageError for a bad file.
+        """
+        self.open = open
+        self.seen: dict[str, float] = {}        # when a token came last, by its digest
+        self.paths, self._members = [p for p in (path or '', members) if p], members
         self._given = [Grant('', digest_of(token)) for token in tokens]
         self._grants: Sequence[Grant] = ()
         self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
@@ -2635,16 +2664,15 @@ class Tokens:
             raise UsageError(error)
 
     def reload(self) -> str | None:
-        """Read the file again.  On an error keep the old tokens and return the reason."""
+        """Read the files again.  On an error keep the old tokens and return the reason."""
         grants = list(self._given)
-        if self._path:
-            self._seen = stamp_of(self._path)
-            try:
-                with open(self._path, encoding='utf-8-sig') as f:
-                    grants += [self._parse(number, line) for number, line in enumerate(f, 1)
-                               if line.split('#')[0].strip()]
-            except (OSError, ValueError, OverflowError) as e:
-                return f"can't use the token file {self._path}: {plainly(e)}"
+        self._stamps = [stamp_of(path) for path in self.paths]
+        for path in self.paths:
+            if path != self._members or os.path.exists(path):
+                try:
+                    grants += self._read(path)
+                except (OSError, ValueError, OverflowError) as e:
+                    return f"can't use the token file {path}: {e}"
         self._grants, self._until = grants, {}
         for grant in grants:
             for key in (grant.digest, f'user:{grant.user}'):
@@ -2652,19 +2680,19 @@ class Tokens:
         return None
 
     def changed(self) -> bool:
-        """Return True if the file has changed since it was read."""
-        return self._path != '' and stamp_of(self._path) != self._seen
+        """Return True if a file has changed since it was read."""
+        return [stamp_of(path) for path in self.paths] != self._stamps
 
     @staticmethod
-    def _parse(number: int, line: str) -> Grant:
-        words = line.split('#')[0].split()
-        if len(words) < 2 or '=' in words[0]:
-            raise ValueError(f'line {number} must be: USER TOKEN [names=...] [ports=...] '
-                             '[tunnels=...] [expires=...]')
-        try:
-            return Grant(words[0], digest_of(check_token(words[1])), words[2:])
-        except (ValueError, UsageError) as e:
-            raise ValueError(f'line {number}: {e}') from e
+    def _read(path: str) -> Iterator[Grant]:
+        with open(path, encoding='utf-8-sig') as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    grant = parse_grant(line)
+                except (ValueError, UsageError) as e:
+                    raise ValueError(f'line {number}: {e}') from e
+                if grant:
+                    yield grant
 
     def find(self, token: str, now: float) -> Grant | None:
         """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
@@ -2672,20 +2700,26 @@ class Tokens:
         for grant in self._grants:
             if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
                 found = grant
-        return found or (Grant('', '') if self._open else None)
+        if found:
+            self.seen[found.digest] = now
+        return found or (Grant('', '') if self.open else None)
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
-        return self._open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
+        return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
 # What is kept on disk.
 
+MEMBERS = 'members'             # a token file in the state folder, for those who are invited
 JOURNAL = '.journal'            # the file with changes of the leases since the last whole file
 
 
-def write_secret(path: str, data: bytes) -> None:
-    """Write DATA to PATH for this user alone; the old file stays until the new one is whole."""
+def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
+    """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
+
+    The old file stays until the new one is whole.
+    """
     beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
     handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
@@ -2693,7 +2727,10 @@ def write_secret(path: str, data: bytes) -> None:
             f.write(data)
             f.flush()
             os.fsync(f.fileno())
-            if hasattr(os, 'geteuid') and os.geteuid() == 0:    # sudo, and the folder of a service
+            if os.name == 'posix' and like:
+                os.fchown(f.fileno(), like.st_uid, like.st_gid)
+                os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
+            elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
                 folder = os.stat(os.path.dirname(beside) or os.curdir)
                 os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
         os.replace(beside, path)
@@ -5513,6 +5550,29 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip('[]') or '127.0.0.1', port_number(port)
 
 
+LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Change what is in FOLDER while no other command does.  Raises OSError."""
+    if sys.platform == 'win32':
+        return (yield)          # a folder can't be locked there
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(LOCK_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_LOOK)
+        else:
+            raise LocaltunnelError(f'another program is changing {folder}; try again')
+        yield
+    finally:
+        os.close(handle)
+
+
 # A code is all that a client needs to come to a server, for --join: a word that a double click
 # takes whole, and that no shell changes.  It is "lt1" and then, in base32, a byte of flags, the pin
 # (32 bytes) if there is one, HOST:PORT, a zero byte, the token, and some bytes of a hash of these.
@@ -7077,29 +7137,6 @@ examples:
   localtunnel.py block --remove user:ana
   localtunnel.py block --list"""
 
-LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes the list
-
-
-@contextlib.contextmanager
-def alone_in(folder: str) -> Iterator[None]:
-    """Change what is in FOLDER while no other `block` does.  Raises OSError."""
-    if sys.platform == 'win32':
-        return (yield)          # a folder can't be locked there
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(LOCK_LOOKS):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(LOCK_LOOK)
-        else:
-            raise LocaltunnelError(f'another program is changing {folder}; try again')
-        yield
-    finally:
-        os.close(handle)
-
-
 def entry_of(line: str) -> Key | None:
     """The key of LINE in the file; None for a comment, and for what makes no sense."""
     try:
@@ -7191,15 +7228,28 @@ class Blocking(Annex):
 LANDING = """
 <p>Give the program on port 8000 of your machine a public URL:</p>
 <pre>curl -fsSLO {address}/localtunnel.py
-python3 localtunnel.py client 8000</pre>
-<p>On Windows, type <code>curl.exe</code> and <code>py</code>. To run it without a file:</p>
-<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000</pre>
+python3 localtunnel.py client 8000{join}</pre>
+{whom}<p>On Windows, type <code>curl.exe</code> and <code>py</code>. To run it without a file:</p>
+<pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000{join}</pre>
 """
+WHOM = '<p>This server is private, so it asks for a code. You get one from {operator}.</p>\n'
 
 
-def landing_page(address: str) -> tuple[str, Sequence[bytes]]:
-    """The page on the bare domain."""
-    text = LANDING.format(address=html.escape(address))
+def mail_address(text: str) -> str:
+    """An address for mail."""
+    if not re.fullmatch(r'[!-~]{1,64}@[!-~]{1,189}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a mail address')
+    return text
+
+
+def landing_page(private: bool, contact: str, address: str) -> tuple[str, Sequence[bytes]]:
+    """The page on the bare domain, of a server whose operator has the mail address CONTACT."""
+    operator = 'its operator'
+    if contact:
+        operator = (f'<a href="mailto:{urllib.parse.quote(contact, safe="@")}">'
+                    f'{html.escape(contact)}</a>')
+    text = LANDING.format(address=html.escape(address), join=' --join' if private else '',
+                          whom=WHOM.format(operator=operator) if private else '')
     return HTML, [PAGE.format(title='localtunnel', text=text).encode()]
 
 
@@ -7233,13 +7283,257 @@ def script_page(address: str) -> tuple[str, Sequence[bytes]]:
 
 class LandingPage(Annex):
     """The page, and the script that it hands out."""
+    title = 'the landing page'
+
+    def server_options(self, add: Add) -> None:
+        add('--contact', type=mail_address, metavar='MAIL', help='of whom people ask for a code')
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.pages[b'/'], server.pages[b'/localtunnel.py'] = landing_page, script_page
+        server.pages[b'/'] = functools.partial(
+            landing_page, not server.admission.tokens.open, args.contact)
+        server.pages[b'/localtunnel.py'] = script_page
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Exchanges
+# 25. Invitations
+#
+# Who may use a private server: lines of a token file, with hashes, which are added and taken out on
+# the server's machine.  For that a server writes into its state folder where it is reached and
+# which files it reads, and now and then whom it saw.
+# ------------------------------------------------------------------------------------------------
+
+SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
+SEEN = 'seen.json'              # {digest of a token: Unix seconds}
+SEEN_EVERY = 60.0               # between its changes: a crash loses no more
+READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a file has changed
+USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
+
+
+def grant_of(line: bytes) -> Grant | None:
+    """Return what a LINE of a token file allows, None if it is empty.  Raises UsageError."""
+    try:
+        return parse_grant(line.decode('utf-8-sig'))
+    except (ValueError, UsageError) as e:
+        raise UsageError(f'a line of a token file is wrong: {e}') from e
+
+
+def lines_of(path: str) -> list[bytes]:
+    """Return the lines of the token file at PATH; none if there is none.  Raises OSError."""
+    try:
+        with open(path, 'rb') as f:
+            return f.read().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+
+
+def rewrite(path: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
+    """Replace the lines of the token file at PATH by what CHANGE makes of them.
+
+    A link stays one, and the file keeps its owner and mode.  Raises OSError.
+    """
+    path = os.path.realpath(path) if os.path.exists(path) else path
+    with alone_in(os.path.dirname(path)):
+        like = os.stat(path) if os.path.exists(path) else None
+        write_secret(path, b''.join(change(lines_of(path))), like)
+
+
+class Members:
+    """Those who have tokens of the server that runs, or ran, with a state folder."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises UsageError."""
+        path = os.path.join(folder, SERVED)
+        try:
+            with open(path, encoding='ascii') as f:
+                served = json.load(f)
+            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
+            self.files = [str(name) for name in served['files']]    # the first has new ones
+            self.open = bool(served['open'])
+            if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
+                raise ValueError('a bad pin, or no token file')
+        except FileNotFoundError as e:
+            raise UsageError(f'no server has run with the state folder {folder}; start it once, '
+                             'or give --state as its log says; for one that was started with '
+                             'sudo, type sudo here, too') from e
+        except (OSError, ValueError, KeyError, TypeError, UsageError) as e:
+            raise UsageError(f"can't use {path} ({e}); a server that starts writes it anew") from e
+
+    def __iter__(self) -> Iterator[tuple[str, Grant]]:
+        """All lines with tokens, and what they allow."""
+        for path in self.files:
+            for line in lines_of(path):
+                grant = grant_of(line)
+                if grant:
+                    yield line.decode('utf-8-sig'), grant
+
+    def add(self, user: str, rules: Sequence[str]) -> str:
+        """Give USER one more token, which allows what RULES say; return its code."""
+        if not USER.fullmatch(user):
+            raise UsageError(f'a user has a name of letters, digits and . _ @ + -, not {user!r}')
+        token = secrets.token_hex(16)
+        new = f'{user} {HASHED}{digest_of(token)} since={datetime.date.today()} {" ".join(rules)}'
+        if re.search('[^\x20-\x7e]|#', new):
+            raise UsageError('a rule is of printable ASCII characters, without #')
+        grant_of(new.encode())
+
+        def longer(lines: list[bytes]) -> list[bytes]:
+            for line in lines:
+                grant_of(line)      # with a line that is wrong the server would not read the file
+            if lines and not lines[-1].endswith((b'\n', b'\r')):
+                lines[-1] += b'\n'
+            return [*lines, new.strip().encode() + b'\n']
+        rewrite(self.files[0], longer)
+        return make_code(self.address, token, self.pin)
+
+    def remove(self, user: str) -> None:
+        """Take all tokens of USER out."""
+        def others(lines: list[bytes]) -> list[bytes]:
+            grants = [grant_of(line) for line in lines]
+            return [line for line, grant in zip(lines, grants) if not grant or grant.user != user]
+        for path in self.files:
+            if len(others(lines_of(path))) != len(lines_of(path)):
+                rewrite(path, others)
+
+
+def member_table(members: Members, seen: dict[str, float]) -> Iterator[str]:
+    """Return a line for each token of MEMBERS: whose, since when, when it was seen, its rules."""
+    def day(seconds: float, form: str) -> str:
+        return time.strftime(form, time.localtime(seconds)) if seconds else '-'
+    yield f'{"USER":20} {"SINCE":10}  {"LAST SEEN":16}  RULES'
+    for line, grant in members:
+        rules = [word for word in line.split('#')[0].split()[2:] if not word.startswith('since=')]
+        yield (f'{printable(grant.user):20} {day(grant.since, "%Y-%m-%d"):10}  '
+               f'{day(seen.get(grant.digest, 0), "%Y-%m-%d %H:%M"):16}  '
+               + printable(' '.join(rules))).rstrip()
+
+
+def read_seen(folder: str) -> dict[str, float]:
+    """Return when the server of FOLDER saw which token; a file that is damaged says nothing."""
+    try:
+        with open(os.path.join(folder, SEEN), encoding='ascii') as f:
+            return {str(digest): float(seconds) for digest, seconds in json.load(f).items()}
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError):
+        return {}
+
+
+def invite_command(folder: str) -> str:
+    """Return what the operator of the server with the state FOLDER types."""
+    import shlex
+    words = ['sudo'] if os.environ.get('SUDO_USER') else []     # whose state folder is another one
+    words += ['python3', 'localtunnel.py', 'invite']
+    if folder != user_folder('XDG_STATE_HOME', '~/.local/state'):
+        words += ['--state', os.path.abspath(folder)]
+    return ' '.join(shlex.quote(word) for word in (*words, 'USER'))
+
+
+INVITE_EPILOG = """rules, after USER:
+  names=GLOB,...   ports=A-B   tunnels=N   expires=DATE
+
+examples:
+  localtunnel.py invite ana                        prints what ana types
+  localtunnel.py invite ana names=ana-* tunnels=3  the same, with limits
+  localtunnel.py invite --list                     who, since when, last seen
+  localtunnel.py invite --revoke ana               ends ana's tunnels, too"""
+
+
+class Invitations(Annex):
+    """`invite`, and what a server writes for it."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('invite', help='let someone use your server', epilog=INVITE_EPILOG,
+                     usage='%(prog)s [--state DIR] (USER [RULE ...] | --list | --revoke USER)')
+        parser.add_argument('--state', metavar='DIR', help="the server's state folder")
+        one = parser.add_mutually_exclusive_group(required=True)
+        one.add_argument('user', metavar='USER', nargs='?', help='make one more token for USER')
+        one.add_argument('--list', action='store_true', help='show who has a token')
+        one.add_argument('--revoke', metavar='USER', help='take all tokens of USER away')
+        parser.add_argument('rules', metavar='RULE', nargs='*', help='what it allows (see below)')
+        parser.set_defaults(run=self.invite)
+
+    def invite(self, args: Args) -> int:
+        """Do what ARGS say."""
+        folder = state_folder(args.state)
+        members = Members(folder)
+        try:
+            if args.list:
+                args.say('\n'.join(member_table(members, read_seen(folder))))
+            elif args.revoke:
+                args.say(self.revoke(members, args.revoke))
+            else:
+                args.say(self.welcome(members, args.user, args.rules))
+        except OSError as e:
+            raise LocaltunnelError(f"can't use {e.filename or folder}: {e.strerror}") from e
+        return 0
+
+    @staticmethod
+    def revoke(members: Members, user: str) -> str:
+        """Take the tokens of USER away; return what to say."""
+        count = sum(grant.user == user for _, grant in members)
+        if not count:
+            raise LocaltunnelError(f'{user!r} has no token; see invite --list')
+        members.remove(user)
+        return (f'{user} has no token any more ({count} before); a server that runs ends their '
+                'tunnels within seconds')
+
+    @staticmethod
+    def welcome(members: Members, user: str, rules: Sequence[str]) -> str:
+        """Give USER one more token; return what to say."""
+        address = members.address
+        if members.open:
+            raise LocaltunnelError(f'{address} lets anyone in, so this is enough: python3 '
+                                   f'localtunnel.py client 8000 --server {address}')
+        again = any(grant.user == user for _, grant in members)
+        join = f'client 8000 --join {members.add(user, rules)}'
+        time.sleep(READ_AGAIN)      # what is said works when it is said
+        lines = [f'{user} is a member already; this is one more token, for another machine'] * again
+        lines += [f'{user} types this, with the port of an app (the code is a secret):',
+                  f'  python3 localtunnel.py {join}']
+        if address.scheme == 'https' and not members.pin:
+            lines += ['or this, without a file:',
+                      f'  curl -fsSL {address}/localtunnel.py | python3 - {join}']
+        else:
+            lines += ['Give them localtunnel.py, too: without a certificate of an authority the '
+                      'server can only hand it out over http, where others could change it.']
+        return '\n'.join(lines)
+
+    async def run(self, args: Args, server: Server) -> None:
+        """Write what `invite` needs, and go on writing who was seen."""
+        tokens, (address, pin) = server.admission.tokens, args.entrance
+        seen = read_seen(args.state)
+        try:
+            served = {'address': address, 'pin': pin, 'open': tokens.open,
+                      'files': [os.path.abspath(path) for path in tokens.paths]}
+            write_secret(os.path.join(args.state, SERVED), json.dumps(served).encode())
+            if not tokens.open:
+                server.log.note('to invite others: ' + invite_command(args.state))
+            while True:
+                await asyncio.sleep(SEEN_EVERY)
+                await self.note_seen(args.state, server, seen)
+        except OSError as e:
+            server.log.note(f"warning: can't write {e.filename} ({e.strerror}), so `invite` knows "
+                            'no more from now on')
+        await super().run(args, server)
+
+    @staticmethod
+    async def note_seen(folder: str, server: Server, seen: dict[str, float]) -> None:
+        """Add to SEEN who was here since the last time, and write it if that is anyone."""
+        tokens, now = server.admission.tokens, time.time()
+        new = dict(tokens.seen)
+        tokens.seen.clear()
+        for member in server.tunnels.members():
+            if member.session.connection:
+                new[member.grant.digest] = now
+        new.pop('', None)           # of an open server
+        if new:
+            seen.update(new)
+            for digest in [digest for digest in seen if not tokens.holds('', digest, 0)]:
+                del seen[digest]
+            await server.runtime.loop.run_in_executor(
+                None, write_secret, os.path.join(folder, SEEN), json.dumps(seen).encode())
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they keep what they are shown and no more; what people see is made when they ask.
@@ -7870,7 +8164,7 @@ def har_pieces(exchanges: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Inspector's page
+# 27. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -7887,7 +8181,7 @@ INSPECTOR_PAGE = """<!doctype html>
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Inspector
+# 28. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
@@ -8226,7 +8520,7 @@ class Inspect(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 28. Terminal
+# 29. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -8556,14 +8850,14 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Options
+# 30. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Certificates(), HandOver(), Operator(), Blocking(),
-                            LandingPage(), Inspect())
+                            LandingPage(), Invitations(), Inspect())
 
 
 ASK = object()      # what stands for a value that is to be asked for
@@ -8675,8 +8969,8 @@ examples:
   localtunnel.py client 8000 --name shop              under a name you choose
   localtunnel.py client 22 --tcp                      ssh, on a public port"""
 
-SERVER_EPILOG = """a line of the token file:
-  USER TOKEN [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
+SERVER_EPILOG = """a line of the token file, as invite adds them:
+  USER TOKEN|sha256:HASH [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
 
 signals: SIGHUP reads tokens and certificate again, SIGUSR2 hands over to a new
 process, SIGTERM and SIGINT finish open requests, the second one stops at once
@@ -8707,7 +9001,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Wiring
+# 31. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -8980,7 +9274,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Python
+# 32. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -9045,7 +9339,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Command line
+# 33. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -9168,8 +9462,11 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     local = is_loopback(args.domain) and is_loopback(args.bind)
+    members = os.path.join(args.state, MEMBERS)
     if given or args.token_file or args.open or local:
-        return Tokens(given, args.token_file, args.open or not (given or args.token_file)), ''
+        if args.open or not (given or args.token_file):
+            return Tokens(given, args.token_file, open=True), ''
+        return Tokens(given, args.token_file, members=members), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_hex(16).encode() + b'\n')
@@ -9178,7 +9475,7 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
                                        warn_once).decode('ascii').strip())
     except (OSError, ValueError, UsageError) as e:
         raise UsageError(f'{path} does not hold a token; delete it to get a new one') from e
-    return Tokens([made]), made
+    return Tokens([made], members=members), made
 
 
 def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:

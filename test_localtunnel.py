@@ -22,24 +22,25 @@ Contents
    12 Places                  targets and servers as they are typed
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
-   15 Annex                   nothing by itself: see D
+   15 Annex                   what a code has in it; for the rest see D
    16 Raw TCP                 bytes both ways, and their ends
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 32)
-   21 Hand-over               from one process to the next (in 32)
+   20 Certificates            what a server shows (in 33)
+   21 Hand-over               from one process to the next (in 33)
    22 Operator's page         what he sees, and what balancers ask; what he ends is in B
    23 Block list              what an entry is, and who is kept out
-   24 Landing page            what to type, and the file itself (in 11 and 32)
-   25 Exchanges               what is kept of what passes, and for how long
-   26 Inspector's page        shown by the next room
-   27 Inspector               who sees it, and how; replays, files, commands
-   28 Terminal                what a person sees
-   29 Options                 what can be typed
-   30 Wiring                  the key; which server, which token (in 32)
-   31 Python                  a tunnel inside another program (in 32)
-   32 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   24 Landing page            what to type, and the file itself (in 11 and 33)
+   25 Invitations             who gets in, and who no more
+   26 Exchanges               what is kept of what passes, and for how long
+   27 Inspector's page        shown by the next room
+   28 Inspector               who sees it, and how; replays, files, commands
+   29 Terminal                what a person sees
+   30 Options                 what can be typed
+   31 Wiring                  the key; which server, which token (in 33)
+   32 Python                  a tunnel inside another program (in 33)
+   33 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2431,6 +2432,14 @@ class TokenTest(unittest.TestCase):
         self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
         self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
 
+    def test_a_file_may_have_hashes_in_it(self):
+        for line in (f'ana sha256:{lt.digest_of("T")} since=2026-11-26',
+                     'ana T names=a # sha256:'):
+            self.assertEqual(lt.parse_grant(line).digest, lt.digest_of('T'))
+        for line in 'ana sha256:', 'ana sha256:abc', 'ana sha256:' + 'A' * 64, 'ana', 'a=b c':
+            with self.subTest(line), self.assertRaises(ValueError):
+                lt.parse_grant(line)
+
     def test_an_open_server_lets_everybody_in(self):
         self.assertTrue(lt.Tokens(open=True).find('', 0))
         self.assertFalse(lt.Tokens().find('', 0))
@@ -2712,7 +2721,7 @@ class WorldTest(LoopTest):
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         self.server = lt.Server(self.runtime, domain, self.tokens, self.leases, self.log, **options)
         lt.TcpPorts(self.server, host, ports)
-        self.server.pages[b'/'] = lt.landing_page
+        self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
         self.port = self.door = await self.listen(port)
 
     async def listen(self, port=0, **options):
@@ -2851,6 +2860,16 @@ class RouteTest(WorldTest):
         self.assertIn(f'curl -fsSL http://localhost:{self.port}/localtunnel.py'.encode(), body)
         status, fields, body = await visitor.get('/localtunnel.py')
         self.assertEqual(body, f'script of http://localhost:{self.port}'.encode())
+
+    async def test_that_of_a_private_server_says_whom_to_ask_for_a_code(self):
+        for private, contact, has, has_not in (
+                (False, '', b'client 8000</pre>', b'code. '),
+                (True, '', b'client 8000 --join</pre>', b'mailto'),
+                (True, 'a&"<b@t.example', b'href="mailto:a%26%22%3Cb@t.example">a&amp;', b'<b@')):
+            _, page = lt.landing_page(private, contact, 'https://t.example.com')
+            with self.subTest((private, contact)):
+                self.assertIn(has, page[0])
+                self.assertNotIn(has_not, page[0])
 
     async def test_other_pages_of_the_bare_domain_are_404_and_a_post_is_405(self):
         await self.world()
@@ -5472,19 +5491,164 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Exchanges
+# 25. Invitations
+# ------------------------------------------------------------------------------------------------
+
+class InvitationTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        self.members = self.path('members')
+        self.serve()
+        patch = unittest.mock.patch.object(lt, 'READ_AGAIN', 0)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def serve(self, address='https://t.example.com', pin='', open=False, files=()):
+        """What a server writes."""
+        self.write('server.json', json.dumps({'address': address, 'pin': pin, 'open': open,
+                                              'files': [*files, self.members]}))
+
+    def invite(self, *words, code=0):
+        """What is said, by which it ends with CODE."""
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(lt.main(['invite', '--state', self.folder, *words]), code)
+        return (err if code else out).getvalue()
+
+    def joins(self, said):
+        """(address, token, pin) of the code that is SAID."""
+        return lt.read_code(re.search('--join (.*)', said).group(1))
+
+    def grant(self, token):
+        return lt.Tokens(members=self.members).find(token, 0)
+
+    def test_the_file_has_a_hash_and_its_member_the_token(self):
+        address, token, pin = self.joins(self.invite('ana', 'names=a-*,b', 'tunnels=3'))
+        self.assertEqual((address, pin), ('https://t.example.com', ''))
+        grant = self.grant(token)
+        self.assertEqual((grant.user, grant.names, grant.tunnels), ('ana', ['a-*', 'b'], 3))
+        self.assertNotIn(token.encode(), open_and_read(self.members))
+        self.assertIsNone(self.grant('sha256:' + grant.digest))
+        if POSIX:
+            self.assertEqual(os.stat(self.members).st_mode & 0o777, 0o600)
+
+    def test_a_second_token_is_said_to_be_one_and_both_are_right(self):
+        tokens = []
+        for again in False, True:
+            said = self.invite('ana')
+            self.assertEqual('member already' in said, again)
+            tokens.append(self.joins(said)[1])
+        self.assertTrue(all(map(self.grant, tokens)))
+
+    def test_a_script_through_a_pipe_is_offered_only_where_nobody_can_change_it(self):
+        for address, pin, offered in (('https://t.example.com', '', True),
+                                      ('https://t.example.com', 'ab' * 32, False),
+                                      ('http://t.example.com', '', False)):
+            self.serve(address, pin)
+            with self.subTest((address, pin)):
+                said = self.invite('ana')
+                self.assertEqual('curl -fsSL https://' in said, offered)
+                self.assertEqual('http alone' in said or 'over http' in said, not offered)
+                self.assertEqual(self.joins(said)[::2], (address, pin))
+
+    def test_revoked_is_only_who_is_named_and_other_lines_stay_as_they_are(self):
+        theirs = self.write('theirs', '# ours\r\n\nana secret # typed\nben other')
+        self.serve(files=[theirs])
+        token = self.joins(self.invite('ana'))[1]
+        self.write('members', f'ana sha256:{lt.digest_of("third")}\n')
+        self.assertIn('(3 before)', self.invite('--revoke', 'ana'))
+        self.assertEqual(open_and_read(theirs), b'# ours\r\n\nben other\n')
+        self.assertEqual(open_and_read(self.members), b'')
+        self.assertIsNone(lt.Tokens(path=theirs).find(token, 0))
+        self.assertIn('has no token', self.invite('--revoke', 'ana', code=1))
+
+    def test_the_list_has_who_since_when_and_when_they_were_seen(self):
+        self.invite('ana', 'names=a')
+        self.write('theirs', 'ben secret\n')
+        self.serve(files=[self.path('theirs')])
+        digest = lt.Tokens(members=self.members)._grants[0].digest
+        self.write('seen.json', json.dumps({digest: 86400 * 365}))
+        header, ben, ana = self.invite('--list').splitlines()
+        self.assertEqual(ben.split(), ['ben', '-', '-'])
+        self.assertRegex(ana, r'^ana +20\d\d-\d\d-\d\d  (1970-12-31|1971-01-01) .{5}  names=a$')
+        self.assertNotIn('secret', header + ben)
+        self.write('seen.json', '[damaged')
+        self.assertEqual(self.invite('--list').splitlines()[2].split()[2], '-')
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_a_token_file_keeps_its_mode_and_a_link_stays_one(self):
+        theirs = self.write('theirs', 'ben secret\n')
+        os.chmod(theirs, 0o640)
+        os.symlink(theirs, self.path('link'))
+        self.serve(files=[self.path('link')])
+        token = self.joins(self.invite('ana'))[1]
+        self.assertTrue(os.path.islink(self.path('link')))
+        self.assertEqual(os.stat(theirs).st_mode & 0o777, 0o640)
+        self.assertEqual(lt.Tokens(path=theirs).find(token, 0).user, 'ana')
+
+    def test_invitations_at_the_same_time_lose_nothing(self):
+        members = lt.Members(self.folder)
+        users = [f'user{n}' for n in range(8)]
+        threads = [threading.Thread(target=members.add, args=(user, ())) for user in users]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self.assertEqual(sorted(grant.user for _, grant in members), users)
+
+    def test_what_can_not_be_meant_is_2_and_changes_nothing(self):
+        for words, said in (
+                (['a=b'], 'a user has a name'), (['#'], 'a user has a name'),
+                (['a b'], 'a user has a name'), (['ana', 'names=a\nroot T'], 'printable ASCII'),
+                (['ana', 'names=a#'], 'without #'), (['ana', 'tunnels=x'], 'only names='),
+                (['ana', 'expires=2027-13-01'], 'wrong'), ([], 'required'), ([''], 'empty'),
+                (['ana', '--list'], 'not allowed'), (['--revoke', 'ana', 'ben'], 'not allowed'),
+                (['ana', '--state', self.path('none')], 'no server has run')):
+            with self.subTest(words):
+                self.assertIn(said, self.invite(*words, code=2))
+                self.assertFalse(os.path.exists(self.members))
+        self.write('members', 'ana\n')
+        self.assertIn('a line of a token file is wrong', self.invite('ben', code=2))
+        self.assertEqual(open_and_read(self.members), b'ana\n')
+        for text in '', '[]', '{}', '{"address": "a", "pin": "x", "open": 1, "files": []}':
+            self.write('server.json', text)
+            self.assertIn('a server that starts writes it anew', self.invite('ben', code=2))
+
+    def test_where_anyone_may_come_nobody_is_invited(self):
+        self.serve(open=True)
+        self.assertIn('lets anyone in', self.invite('ana', code=1))
+        self.assertFalse(os.path.exists(self.members))
+
+
+class SeenTest(WorldTest):
+
+    async def test_who_was_here_is_noted_with_who_is(self):
+        await self.world(['one', 'two', 'three'])
+        await self.client('http://localhost:1', token='one')
+        self.tokens.find('two', 5.0)
+        seen = {lt.digest_of('gone'): 1.0, lt.digest_of('three'): 2.0}
+        with tempfile.TemporaryDirectory() as folder:
+            await lt.Invitations.note_seen(folder, self.server, seen)
+            seen = lt.read_seen(folder)
+        self.assertGreater(seen.pop(lt.digest_of('one')), 1e9)
+        self.assertEqual(seen, {lt.digest_of('two'): 5.0, lt.digest_of('three'): 2.0})
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Inspector's page
+# 27. Inspector's page
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Inspector
+# 28. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -5535,7 +5699,7 @@ class InspectorTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Terminal
+# 29. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -5889,7 +6053,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Options
+# 30. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -5912,7 +6076,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Wiring
+# 31. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -6099,14 +6263,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Python
+# 32. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Command line
+# 33. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -6738,6 +6902,35 @@ class OnePasteTest(CommandTest):
         line = relay.says('to connect: .*').group()
         self.assertNotIn('secret', line)
         self.assertNotIn('--join', line)
+
+
+class InvitedTest(CommandTest):
+
+    def test_a_member_of_a_running_server_comes_in_until_he_is_revoked(self):
+        self.server('--token', 'secret')
+        self.relay.says('to invite others: python3 localtunnel.py invite USER')
+        invited = self.start('invite', 'ana')
+        code = invited.says('--join (.*)', 'out').group(1)
+        self.assertEqual(invited.ends(), 0)
+        client = self.start('client', self.app().port, '--join', code)
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        self.assertEqual(self.start('invite', '--revoke', 'ana').ends(), 0)
+        self.assertEqual(client.ends(), 4)
+
+    def test_each_private_server_has_members_and_an_open_one_has_none(self):
+        for options in ([], ['--token', 'T'], ['--token-file', self.write('tokens', 'ben T\n')],
+                        ['--open']):
+            args = lt.make_parser().parse_args(
+                ['server', '--domain', 't.example.com', '--state', self.folder, *options])
+            args.bind = ''
+            tokens, _ = lt.server_tokens(args)
+            self.write('members', f'ana sha256:{lt.digest_of("M")}\n')
+            with self.subTest(options):
+                if '--open' not in options:
+                    self.assertTrue(tokens.changed())
+                tokens.reload()
+                self.assertEqual(tokens.find('M', 0).user, '' if '--open' in options else 'ana')
+            os.unlink(self.path('members'))
 
 
 class SelfSignedTest(FolderTest):
