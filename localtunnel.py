@@ -35,11 +35,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  29 Terminal
-     2 Wire                   16 Raw TCP                30 Options
-     3 Credit                 17 Folder and echo        31 Wiring
-     4 Byte streams           18 Host header            32 Python
-     5 Session                19 Outgoing proxy         33 Command line
+     1 Constants and errors   15 Annex                  30 Terminal
+     2 Wire                   16 Raw TCP                31 Options
+     3 Credit                 17 Folder and echo        32 Wiring
+     4 Byte streams           18 Host header            33 Python
+     5 Session                19 Outgoing proxy         34 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
@@ -49,6 +49,7 @@ Rooms
     12 Places                 26 Exchanges
     13 App                    27 Inspector's page
     14 Client                 28 Inspector
+                              29 Words from elsewhere
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ import types
 import urllib.parse
 import zlib
 from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator, Iterable,
-                    Iterator, List, Optional, Sequence, TextIO, Tuple, Union)
+                    Iterator, List, NoReturn, Optional, Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -2672,7 +2673,7 @@ class Tokens:
                 try:
                     grants += self._read(path)
                 except (OSError, ValueError, OverflowError) as e:
-                    return f"can't use the token file {path}: {e}"
+                    return f"can't use the token file {path}: {plainly(e)}"
         self._grants, self._until = grants, {}
         for grant in grants:
             for key in (grant.digest, f'user:{grant.user}'):
@@ -4816,7 +4817,8 @@ def parse_target(text: str) -> Target:
     if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
         raise UsageError(f'write an IPv6 address in brackets, such as [::1]:8000, not {text!r}')
     if not re.fullmatch(HOST_NAME, host.strip('[]')) or not re.fullmatch('[0-9]+', number):
-        raise UsageError(f"can't tell what {text!r} is; {TARGET_FORMS}")
+        raise UsageError(f"can't tell what {text!r} is, and there is no folder of that name; "
+                         + TARGET_FORMS)
     if not 0 < int(number[:6]) < 65536:
         raise UsageError(f'{number} is not a port; ports are 1 to 65535')
     return Target('http', host.strip('[]').lower(), int(number))
@@ -5638,6 +5640,10 @@ class Annex:
 
     def target(self, args: Args) -> Target | None:
         """What the tunnel leads to, where this annex knows what ARGS mean."""
+
+    def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
+        """WORDS that were not understood, as they were meant; NOTE is told what had to change."""
+        return words
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         """Plug in at APP, and on the way to the server at ADDRESS."""
@@ -8513,6 +8519,117 @@ class Inspect(Annex):
                          'another one with --inspect, or none with --no-inspect')
 
 
+# ------------------------------------------------------------------------------------------------
+# 29. Words from elsewhere
+#
+# What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
+# used here.  It is looked at only once the words were not understood.
+# ------------------------------------------------------------------------------------------------
+
+FIRST_WORDS = {'http': ['client'], 'share': ['client'], 'expose': ['client'], 'tunnel': ['client'],
+               'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'], 'relay': ['server']}
+
+# An option there, and what it is here: an option; TARGET or HOST, if its value is the target or its
+# host; FLAG or VALUE, if it is left out, alone or with its value.
+TARGET, HOST, FLAG, VALUE = 'TARGET', 'HOST', 'FLAG', 'VALUE'
+CLIENT_WORDS = {
+    '--port': TARGET, '-p': TARGET, '--local-port': TARGET, '--local-host': HOST, '-l': HOST,
+    '--name': '--name', '--subdomain': '--name', '-s': '--name', '--hostname': '--name',
+    '--url': '--name', '--domain': '--name', '-n': '--name', '--host': '--server',
+    '--to': '--server', '--server-addr': '--server', '--authtoken': '--token',
+    '--secret': '--token', '-t': '--token', '--basic-auth': '--auth', '--cidr-allow': '--allow',
+    '--remote-port': '--tcp-port', '--allow-invalid-cert': '--insecure', '-v': '--verbose',
+    '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--region': VALUE}
+SERVER_WORDS = {
+    '--domain': '--domain', '-d': '--domain', '--hostname': '--domain', '-p': '--port',
+    '--host': '--bind', '--address': '--bind', '--secret': '--token', '-t': '--token',
+    '-v': '--verbose'}
+
+
+def translated(words: Sequence[str], table: dict[str, str],
+               note: Callable[[str], Any]) -> tuple[list[str], dict[str, str]]:
+    """(WORDS, with the options of TABLE as they are here; the TARGET and HOST among them)."""
+    queue, said, found = collections.deque(words), [], {}
+    while queue:
+        word = queue.popleft()
+        option, equals, value = word.partition('=')
+        here = table.get(option)
+        if here is None:
+            said.append(word)
+            continue
+        if equals:
+            queue.appendleft(value)
+        if here.startswith('-'):
+            said.append(here)
+        elif here != FLAG and queue:
+            found[here] = queue.popleft()
+        if here != option:
+            note(f'{option} is {here} here' if here.startswith('-') else f'{option} is not needed')
+    return said, found
+
+
+def bare(words: list[str], option: str, note: Callable[[str], Any]) -> None:
+    """Make the value of OPTION a name, where it is a URL or a name with a domain."""
+    for i in [i for i, word in enumerate(words[:-1]) if word == option]:
+        match = re.fullmatch(r'(?:\w+://)?(?:\*\.)?([^:/]*?)[.]?(?:[:/].*)?', words[i + 1])
+        name = match.group(1) if match else words[i + 1]
+        if option == '--name':
+            name = name.partition('.')[0]
+        if name != words[i + 1]:
+            note(f'{option} takes a name ' + (
+                'without dots' if option == '--name' else 'such as t.example.com'))
+            words[i + 1] = name
+
+
+def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
+    """WORDS after `client`."""
+    rest, found = translated(words, CLIENT_WORDS, note)
+    if rest[1:] and rest[0] in FIRST_WORDS and not rest[1].startswith('-'):
+        first = rest.pop(0)
+        note(f'say client without {first}')
+        rest += FIRST_WORDS[first][1:]
+    bare(rest, '--name', note)
+    typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
+    port, host = found.get(TARGET, ''), found.get(HOST, '')
+    if port and typed != port:
+        host = host or typed            # localhost --port 8000
+    target = f'{host}:{port or typed}' if host else port or typed
+    if re.fullmatch(r'localhost|[\w-]+(\.[\w-]+)+', target) and not os.path.exists(target):
+        note(f'{target} needs a port')
+        target += ':8000'
+    if not words:
+        note('say what is to get a URL, such as the port of your app')
+        target = '8000'
+    return [*filter(None, [target]), *rest]
+
+
+def server_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
+    """WORDS after `server`."""
+    rest, _ = translated(words, SERVER_WORDS, note)
+    if rest and not rest[0].startswith('-'):
+        rest.insert(0, '--port' if rest[0].isdigit() else '--domain')
+        note(f'say {rest[0]} before {rest[1]}')
+    bare(rest, '--domain', note)
+    return rest
+
+
+class Elsewhere(Annex):
+    """Says in our words what was said in others'."""
+
+    def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
+        first, *rest = words or ['client']
+        if first in FIRST_WORDS:
+            note(f'{first} is {" ".join(FIRST_WORDS[first])} here')
+            first, *more = FIRST_WORDS[first]
+            rest += more
+        elif re.match('-|localhost|.*[0-9:/]', first) or os.path.exists(first):
+            note('the first word is client or server')
+            first, rest = 'client', [first, *rest]
+        if first not in ('client', 'server'):
+            return words
+        return [first, *(client_words if first == 'client' else server_words)(rest, note)]
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -8520,7 +8637,7 @@ class Inspect(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 29. Terminal
+# 30. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -8850,21 +8967,26 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Options
+# 31. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Certificates(), HandOver(), Operator(), Blocking(),
-                            LandingPage(), Invitations(), Inspect())
+                            LandingPage(), Invitations(), Inspect(), Elsewhere())
+
+
+def target_word(text: str) -> str:
+    """TARGET as it was typed, but for `:8000`, which is what some write for 8000."""
+    return text[1:] if re.fullmatch(':[0-9]+', text) else text
 
 
 ASK = object()      # what stands for a value that is to be asked for
 
 
 def client_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('target', metavar='TARGET',
+    parser.add_argument('target', metavar='TARGET', type=target_word,
                         help='what visitors reach: 8000, ./FOLDER, ... (see below)')
 
     add = parser.add_argument_group('the server').add_argument
@@ -8940,11 +9062,56 @@ def server_options(parser: argparse.ArgumentParser) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose help goes the way of all other output, and that knows all commands."""
-    names: Iterable[str] = ()
+    """A parser whose help goes the way of all other output, and whose errors are UsageErrors."""
+    commands: Dict[str, Any] = {}       # parsers by name
 
     def _print_message(self, message: str, file: Any = None) -> None:
         put(file or sys.stderr, message)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError, in our words."""
+        missing = message.partition('arguments are required: ')[2]
+        if missing:
+            message = f'{missing} is missing, as in: {self.prog} {missing}'
+        message = message.replace('expected one argument', 'its value is missing')
+        message = message.replace('unrecognized arguments:', "can't tell what this means:")
+        raise UsageError(f'{re.sub("^argument ", "", message)}; see {self.prog} --help')
+
+
+def spelled(word: str, known: Iterable[str], note: Callable[[str], Any]) -> str:
+    """WORD, or the one of KNOWN that it looks most like."""
+    import difflib
+    text, equals, value = word.partition('=')
+    close = [name for name in known if name.startswith(text) and len(text) > 2]
+    close = close or difflib.get_close_matches(text, known, 1)
+    if text in known or not close:
+        return word
+    note(f'there is no {text}')
+    return close[0] + equals + value
+
+
+def did_you_mean(words: Sequence[str], parser: Parser) -> str:
+    """A sentence with the whole command that WORDS were probably meant to be, or ''."""
+    import shlex
+    notes: list[str] = []
+    end = words.index('--') if '--' in words else len(words)
+    meant = words[:end]
+    for annex in ANNEXES:
+        meant = annex.meant(meant, notes.append)
+    first, *rest = meant or ['']
+    first = spelled(first, parser.commands, notes.append)
+    if first in parser.commands:
+        known = parser.commands[first]._option_string_actions
+        rest = [spelled(word, known, notes.append) if word.startswith('-') else word
+                for word in rest]
+    meant = [first, *rest, *words[end:]]
+    try:
+        parser.parse_args(meant)
+    except (UsageError, SystemExit):
+        return ''
+    program = 'py localtunnel.py ' if os.name == 'nt' else 'python3 localtunnel.py '
+    return printable(f'{", ".join(notes)}; did you mean: {program}{shlex.join(meant)}'
+                     if notes else '')
 
 
 EPILOG = """Add --help after client or server for their options.
@@ -8983,12 +9150,12 @@ examples:
 
 def make_parser() -> Parser:
     """Return the parser of all that a user can type."""
-    form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter}
+    form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
     parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
     parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
-    parser.names = commands.choices
+    parser.commands = commands.choices
     client_options(commands.add_parser(
         'client', help='give a local program a public URL', epilog=CLIENT_EPILOG,
         usage='%(prog)s TARGET [OPTION ...]', **form))
@@ -9001,7 +9168,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Wiring
+# 32. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -9274,7 +9441,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Python
+# 33. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -9339,7 +9506,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Command line
+# 34. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -9567,9 +9734,6 @@ def server_command(args: Args) -> int:
 def command(words: Sequence[str]) -> int:
     """Do what WORDS say; return the exit code."""
     commands, parser = {'client': client_command, 'server': server_command}, make_parser()
-    if words and not words[0].startswith('-') and words[0] not in parser.names:
-        say(f'localtunnel.py: unknown command {words[0]!r}; did you mean: client {words[0]}')
-        return EXIT_CODES['usage']
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
@@ -9582,8 +9746,10 @@ def command(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         return 0
     except LocaltunnelError as e:
-        say(f'localtunnel.py: {e}')
-        return EXIT_CODES.get('usage' if isinstance(e, UsageError) else getattr(e, 'code', ''), 1)
+        code = 'usage' if isinstance(e, UsageError) else getattr(e, 'code', '')
+        meant = did_you_mean(words, parser) if code in ('usage', 'bad_name') else ''
+        say(f'localtunnel.py: {meant or e}')
+        return EXIT_CODES['usage'] if meant else EXIT_CODES.get(code, 1)
     except SystemExit as e:         # of argparse
         return int(e.code or 0)
 

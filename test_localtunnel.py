@@ -27,20 +27,21 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 33)
-   21 Hand-over               from one process to the next (in 33)
+   20 Certificates            what a server shows (in 34)
+   21 Hand-over               from one process to the next (in 34)
    22 Operator's page         what he sees, and what balancers ask; what he ends is in B
    23 Block list              what an entry is, and who is kept out
-   24 Landing page            what to type, and the file itself (in 11 and 33)
+   24 Landing page            what to type, and the file itself (in 11 and 34)
    25 Invitations             who gets in, and who no more
    26 Exchanges               what is kept of what passes, and for how long
    27 Inspector's page        shown by the next room
    28 Inspector               who sees it, and how; replays, files, commands
-   29 Terminal                what a person sees
-   30 Options                 what can be typed
-   31 Wiring                  the key; which server, which token (in 33)
-   32 Python                  a tunnel inside another program (in 33)
-   33 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   29 Words from elsewhere    what users of other programs type
+   30 Terminal                what a person sees
+   31 Options                 what can be typed
+   32 Wiring                  the key; which server, which token (in 34)
+   33 Python                  a tunnel inside another program (in 34)
+   34 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -73,6 +74,7 @@ import os
 import random
 import re
 import select
+import shlex
 import shutil
 import signal
 import socket
@@ -5699,7 +5701,61 @@ class InspectorTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Terminal
+# 29. Words from elsewhere
+# ------------------------------------------------------------------------------------------------
+
+class ElsewhereTest(FolderTest):
+
+    MEANT = (       # what is typed, and the command that it gets to read
+        ('8000', 'client 8000'), ('', 'client 8000'), ('client', 'client 8000'),
+        ('http 8000', 'client 8000'), ('client http 8000', 'client 8000'),
+        ('tcp 22', 'client 22 --tcp'), ('client tcp 22', 'client 22 --tcp'),
+        ('localhost:3000', 'client localhost:3000'), ('-p 8000', 'client 8000'),
+        ('client localhost', 'client localhost:8000'),
+        ('client 192.168.1.20 --share', 'client 192.168.1.20:8000 --share'),
+        ('client --port 8000 --subdomain=x', 'client 8000 --name x'),
+        ('client -p 8000 -s x', 'client 8000 --name x'),
+        ('client localhost --port 8000', 'client localhost:8000'),
+        ('client -l 10.0.0.1 -p 80', 'client 10.0.0.1:80'),
+        ('client 8000 --host https://t.example.com', 'client 8000 --server https://t.example.com'),
+        ('client 8000 --hostname x.t.example.com', 'client 8000 --name x'),
+        ('client 8000 --name X.t.example.com --quiet', 'client 8000 --name X --quiet'),
+        ('client 8000 --region eu --print-requests --once', 'client 8000 --once'),
+        ('client 8000 --verbos', 'client 8000 --verbose'),
+        ('client 8000 --verb', 'client 8000 --verbose'),
+        ('client 8000 --sever=a.example', 'client 8000 --server=a.example'),
+        ('clinet 8000', 'client 8000'),
+        ('local 8000 --to a.example', 'client 8000 --server a.example --tcp'),
+        ('server t.example.com', 'server --domain t.example.com'),
+        ('server 9000', 'server --port 9000'),
+        ('server -d t.example.com --open', 'server --domain t.example.com --open'),
+        ('server --domain https://t.example.com/', 'server --domain t.example.com'),
+        ("client 8000 --auth 'a b:c' -v", "client 8000 --auth 'a b:c' --verbose"))
+
+    def said(self, *words):
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            self.assertEqual(lt.main(words), 2)
+        self.assertEqual(told.getvalue().count('\n'), 1)
+        return told.getvalue()
+
+    def test_what_others_call_it_is_answered_with_the_whole_command(self):
+        program = 'py' if os.name == 'nt' else 'python3'
+        for typed, meant in self.MEANT:
+            with self.subTest(typed):
+                self.assertEqual(self.said(*shlex.split(typed)).partition('; did you mean: ')[2],
+                                 f'{program} localtunnel.py {meant}\n')
+
+    def test_a_folder_that_is_there_is_a_target(self):
+        self.assertIn(f'client {self.folder}', self.said(self.folder))
+
+    def test_what_only_looks_like_it_stays_as_it_is(self):
+        for words in (['client', 'http'], ['client', '8000', '--name', 'tcp'], ['server'],
+                      ['client', './a.b', '--name', 'http', '--token=-p'], ['foo', '-p', '1']):
+            self.assertEqual(lt.Elsewhere().meant(words, self.fail), words)
+
+
+# ------------------------------------------------------------------------------------------------
+# 30. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -6053,7 +6109,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Options
+# 31. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -6076,7 +6132,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Wiring
+# 32. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -6263,14 +6319,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Python
+# 33. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Command line
+# 34. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -6464,11 +6520,13 @@ class ExitCodeTest(CommandTest):
         self.assertEqual(program.lines['out'], [])
 
     def test_what_can_not_be_typed_is_2(self):
-        self.ended(2, '8000', word='did you mean: client 8000')
+        self.ended(2, '8000', word='did you mean: python3 localtunnel.py client 8000')
         self.ended(2, 'client', 'nonsense', word='a target is one of')
         self.ended(2, 'client', '99999', word='not a port')
         self.ended(2, 'client', '1', '--server', 'http://a/b', word='--server')
-        self.ended(2, 'client', word='TARGET')
+        self.ended(2, 'client', '--once', word='TARGET is missing')
+        self.ended(2, 'client', '1', '--xyzzy', word="can't tell what this means: --xyzzy; see")
+        self.ended(2, 'client', '1', '--server', word='--server: its value is missing')
         self.ended(2, 'server', '--port', 'x', word='--port')
         self.ended(2, 'server', '--cert', 'x', word='add --key FILE')
 
@@ -6562,7 +6620,7 @@ class ExitCodeTest(CommandTest):
         client.url()
         client.interrupt()
         self.ended(0, 'client', 1, '--server', address, '--name', 'mine', '--release',
-                   word='^the name mine was given back$')
+                   word=r'\A(?s:(?!.*hint:).*)the name mine was given back$')
         self.another_user()
         self.start('client', 1, '--server', address, '--name', 'mine').url()
 
