@@ -9061,7 +9061,8 @@ class HostileVisitorTest(HostileTest):
         for host in ('evil.com', 'localhost.evil.com', '127.0.0.1.evil.com', ''):
             self.assertIn((await admin('/tunnels', host))[0], (400, 403))
         self.assertRegex((await admin('/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
-        self.assertEqual(len(json.loads((await admin('/tunnels', '[::1]'))[2])), 2)
+        for host in ('[::1]', 'relay:9180'):
+            self.assertEqual(len(json.loads((await admin('/tunnels', host))[2])), 2)
         self.assertEqual((await admin('/tunnels/evil'))[0], 404)
         self.assertEqual((await admin('/tunnels/evil?lease=1', method='DELETE'))[0], 200)
         self.assertEqual((await evil.goaway())[0], lt.REVOKED)
