@@ -35,21 +35,22 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  30 Terminal
-     2 Wire                   16 Raw TCP                31 Options
-     3 Credit                 17 Folder and echo        32 Wiring
-     4 Byte streams           18 Host header            33 Python
-     5 Session                19 Outgoing proxy         34 Command line
+     1 Constants and errors   15 Annex                  31 Terminal
+     2 Wire                   16 Raw TCP                32 Options
+     3 Credit                 17 Folder and echo        33 Wiring
+     4 Byte streams           18 Host header            34 Python
+     5 Session                19 Outgoing proxy         35 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
      9 Tunnels                23 Block list
-    10 Admission              24 Landing page
-    11 Server                 25 Invitations
-    12 Places                 26 Exchanges
-    13 App                    27 Inspector's page
-    14 Client                 28 Inspector
-                              29 Words from elsewhere
+    10 Admission              24 Ground
+    11 Server                 25 Landing page
+    12 Places                 26 Invitations
+    13 App                    27 Exchanges
+    14 Client                 28 Inspector's page
+                              29 Inspector
+                              30 Words from elsewhere
 """
 
 from __future__ import annotations
@@ -6460,7 +6461,7 @@ def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None
         client.verify_mode = ssl.CERT_REQUIRED
         client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
         facts: Any = shake_hands(client, server).getpeercert()
-    except ssl.SSLError:
+    except (ssl.SSLError, ValueError):
         return None
     return (ssl.cert_time_to_seconds(facts['notBefore']),
             ssl.cert_time_to_seconds(facts['notAfter']),
@@ -7227,7 +7228,191 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Landing page
+# 24. Ground
+#
+# What a server stands on: its certificate, its names in DNS, its clock, its files.  It is looked at
+# when the server starts and once a day, in a thread, and nothing waits for it.  A finding is one
+# sentence that says what is wrong; about what can't be known there is none.
+# ------------------------------------------------------------------------------------------------
+
+LOOK_WITHIN = 120.0             # for all of it; a thread that hangs is left alone
+REACHED_WITHIN = 5.0            # for a request of our own to connect, and then to arrive here
+MOST_ADDRESSES = 8              # of a name, which are tried
+ENDS_SOON = 14 * DAY            # of a certificate, or a third of its life: renewal has failed
+
+
+def day(when: float) -> str:
+    """WHEN, in Unix seconds, as people write it."""
+    return time.strftime('%Y-%m-%d', time.gmtime(when))
+
+
+def certificate_findings(since: float, until: float, names: Sequence[str], domain: str,
+                         now: float) -> Iterator[str]:
+    """What is wrong with a certificate for DOMAIN that is valid for NAMES from SINCE to UNTIL."""
+    if now >= until:
+        yield f'the certificate expired on {day(until)}, so browsers and clients refuse it'
+    elif now < since:
+        yield (f'the certificate is valid from {day(since)} on, and the clock of this machine says '
+               f'{day(now)}; set it right')
+    elif until - now < min(ENDS_SOON, (until - since) / 3):
+        yield f'the certificate expires on {day(until)}; it should have been renewed by now'
+    if domain not in names and '*.' + domain.partition('.')[2] not in names:
+        yield (f'the certificate is for {", ".join(names[:3]) or "no host"}, not for {domain}, so '
+               'clients refuse it')
+    if f'*.{domain}' not in names:
+        yield (f'the certificate lacks *.{domain}, so browsers refuse the URLs of tunnels; get one '
+               f'for {domain} and *.{domain}')
+
+
+def clock_findings(now: float) -> Iterator[str]:
+    """Whether the clock is obviously wrong: this file was written later."""
+    if own_path() and now < os.stat(own_path()).st_mtime - DAY:
+        yield (f'the clock of this machine says {day(now)}, and this program was written on '
+               f'{day(os.stat(own_path()).st_mtime)}; set it right')
+
+
+def file_findings(state: str, files: Sequence[str], secret: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the folder STATE and with FILES, some of them SECRET."""
+    for path in files:
+        if not os.access(path, os.R_OK):
+            yield (f"the server can't read {path} any more; it goes on with what it has read, and "
+                   'will not start again')
+    for path, bit, what in ((state, 0o002, 'change'), *((path, 0o004, 'read') for path in secret)):
+        with contextlib.suppress(OSError):
+            if os.name == 'posix' and os.stat(path).st_mode & bit:
+                yield f'every user of this machine can {what} {path}; say: chmod o-rwx {path}'
+
+
+class Probe(Observer):
+    """Requests of our own, which show whether an address is that of this server."""
+
+    def __init__(self, ports: dict[int, bool]) -> None:
+        """PORTS are those to try; True where TLS is spoken."""
+        self._ports = ports
+        self._awaited: dict[str, threading.Event] = {}      # by what they ask for
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        if exchange.target in self._awaited:
+            self._awaited[exchange.target].set()
+
+    def arrives(self, host: str, address: str) -> bool | None:
+        """Return True if a request to HOST at ADDRESS comes here; None if nobody answers there."""
+        answered = None
+        for port, tls in self._ports.items():
+            with contextlib.suppress(OSError):
+                if self._ask(host, address, port, tls):
+                    return True
+                answered = False
+        return answered
+
+    def _ask(self, host: str, address: str, port: int, tls: bool) -> bool:
+        """Send one request; return True if it arrives here.  Raises OSError."""
+        target = f'/.well-known/localtunnel/{secrets.token_hex(16)}'
+        self._awaited[target] = arrived = threading.Event()
+        with contextlib.ExitStack() as closing:
+            sock = closing.enter_context(
+                socket.create_connection((address, port), REACHED_WITHIN))
+            if tls:
+                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+                sock = closing.enter_context(context.wrap_socket(sock, server_hostname=host))
+            sock.sendall(f'GET {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: localtunnel\r\n'
+                         'Connection: close\r\n\r\n'.encode())
+            return arrived.wait(REACHED_WITHIN)
+
+
+def look_up(host: str) -> list[str]:
+    """The addresses of HOST.  Raises OSError."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return sorted({str(place[0]) for *_, place in found})[:MOST_ADDRESSES]
+
+
+def way_to(address: str) -> str:
+    """The address of this machine from which it would reach ADDRESS; '' for no way."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, 9))      # of UDP: nothing is sent
+        return str(sock.getsockname()[0])
+    return ''
+
+
+def why_elsewhere(probe: Probe, host: str, address: str) -> str:
+    """Why ADDRESS, as DNS says for HOST, is not ours; '' where it is, or where that is unknown."""
+    own = way_to(address)
+    if own == address or is_loopback(address):
+        return ''
+    public = own != '' and ipaddress.ip_address(own).is_global
+    arrives = probe.arrives(host, address)
+    if arrives is None and public:
+        return f'where nobody answers, and this machine has the address {own}'
+    if arrives is False:
+        return ('and a request sent there did not arrive at this server'
+                + ('' if public else ' (behind a router, try it from outside)'))
+    return ''
+
+
+def name_findings(domain: str, probe: Probe) -> Iterator[str]:
+    """Whether DNS leads DOMAIN, and the names below it, here."""
+    unknown = (socket.EAI_NONAME, getattr(socket, 'EAI_NODATA', None))
+    for host, record in ((domain, domain), (f'{secrets.token_hex(8)}.{domain}', f'*.{domain}')):
+        try:
+            for address in look_up(host):
+                why = why_elsewhere(probe, host, address)
+                if why:
+                    yield f'DNS leads {record} to {address}, {why}'
+        except socket.gaierror as e:
+            yield (f'DNS has no address for {record}; add a record that leads to this machine'
+                   if e.errno in unknown else f"can't look {record} up in DNS: {e.strerror}")
+
+
+def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
+    """All that is wrong under a server."""
+    now = time.time()
+    yield from clock_findings(now)
+    if tls and tls.validity and not tls.pin:
+        yield from certificate_findings(*tls.validity, args.domain, now)
+    given = [getattr(args, name, None) for name in ('key', 'token_file', 'cert')]
+    yield from file_findings(args.state, [path for path in given if path],
+                             [path for path in given[:2] if path])
+    yield from name_findings(args.domain, probe)
+
+
+class Ground(Annex):
+    """The look at start, and those that follow."""
+
+    async def run(self, args: Args, server: Server) -> None:
+        while not is_loopback(args.domain):
+            await self.look(args, server)
+            await asyncio.sleep(DAY)
+        await super().run(args, server)
+
+    @staticmethod
+    async def look(args: Args, server: Server) -> None:
+        """Say what is wrong."""
+        loop, done, log = server.runtime.loop, asyncio.Event(), server.log
+        ports = {80: False, args.port: False, 443: True}
+        if server.tls:
+            ports[server.tls.port] = True
+        probe = Probe(ports)
+        both: Any = Observers(log, probe)
+
+        def work() -> None:
+            with contextlib.suppress(OSError, ValueError, RuntimeError):    # the loop is closed
+                for finding in findings(args, server.tls, probe):
+                    loop.call_soon_threadsafe(log.note, f'warning: {finding}')
+                loop.call_soon_threadsafe(done.set)
+        server.log = both
+        try:
+            threading.Thread(target=work, daemon=True).start()
+            await asyncio.wait_for(done.wait(), LOOK_WITHIN)
+        except asyncio.TimeoutError:
+            log.note('warning: to look at what this server stands on takes long; DNS may be slow')
+        finally:
+            server.log = log
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -7302,7 +7487,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Invitations
+# 26. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -7540,7 +7725,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Exchanges
+# 27. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they keep what they are shown and no more; what people see is made when they ask.
@@ -8171,7 +8356,7 @@ def har_pieces(exchanges: Iterable[dict[str, Any]]) -> Iterator[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Inspector's page
+# 28. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -8188,7 +8373,7 @@ INSPECTOR_PAGE = """<!doctype html>
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Inspector
+# 29. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
@@ -8521,7 +8706,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Words from elsewhere
+# 30. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -8638,7 +8823,7 @@ class Elsewhere(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 30. Terminal
+# 31. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -8968,13 +9153,13 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Options
+# 32. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
-                            Certificates(), HandOver(), Operator(), Blocking(),
+                            Certificates(), HandOver(), Operator(), Blocking(), Ground(),
                             LandingPage(), Invitations(), Inspect(), Elsewhere())
 
 
@@ -9169,7 +9354,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Wiring
+# 33. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -9442,7 +9627,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Python
+# 34. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -9507,7 +9692,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Command line
+# 35. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

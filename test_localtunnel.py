@@ -27,21 +27,22 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 34)
-   21 Hand-over               from one process to the next (in 34)
+   20 Certificates            what a server shows (in 35)
+   21 Hand-over               from one process to the next (in 35)
    22 Operator's page         what he sees, and what balancers ask; what he ends is in B
    23 Block list              what an entry is, and who is kept out
-   24 Landing page            what to type, and the file itself (in 11 and 34)
-   25 Invitations             who gets in, and who no more
-   26 Exchanges               what is kept of what passes, and for how long
-   27 Inspector's page        shown by the next room
-   28 Inspector               who sees it, and how; replays, files, commands
-   29 Words from elsewhere    what users of other programs type
-   30 Terminal                what a person sees
-   31 Options                 what can be typed
-   32 Wiring                  the key; which server, which token (in 34)
-   33 Python                  a tunnel inside another program (in 34)
-   34 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   24 Ground                  what a look at it finds, and that it harms nobody
+   25 Landing page            what to type, and the file itself (in 11 and 35)
+   26 Invitations             who gets in, and who no more
+   27 Exchanges               what is kept of what passes, and for how long
+   28 Inspector's page        shown by the next room
+   29 Inspector               who sees it, and how; replays, files, commands
+   30 Words from elsewhere    what users of other programs type
+   31 Terminal                what a person sees
+   32 Options                 what can be typed
+   33 Wiring                  the key; which server, which token (in 35)
+   34 Python                  a tunnel inside another program (in 35)
+   35 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5486,14 +5487,168 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Landing page
+# 24. Ground
+# ------------------------------------------------------------------------------------------------
+
+class FindingTest(FolderTest):
+    """What is said, and that nothing is said where nothing is wrong."""
+
+    def test_a_certificate_is_judged_by_its_dates_and_names(self):
+        both, year = ['t.example.com', '*.t.example.com'], 365 * lt.DAY
+        for what, said, (since, until, names) in (
+                ('good', '', (-1, year, both)),
+                ('a third of 90 days is left, but 14 are enough', '',
+                 (-70 * lt.DAY, 20 * lt.DAY, both)),
+                ('13 days', 'expires on 1970-04-24', (-70 * lt.DAY, 13 * lt.DAY, both)),
+                ('of six days', '', (-3 * lt.DAY, 3 * lt.DAY, both)),
+                ('of six days, near the end', 'should have been renewed',
+                 (-5 * lt.DAY, lt.DAY, both)),
+                ('over', 'expired on 1970-04-11', (-year, 0, both)),
+                ('in the future', 'the clock of this machine says 1970-04-11', (1, year, both)),
+                ('another', 'is for www.else.org, [*].t.example.com, not for t.example.com, so', (
+                    -1, year, ['www.else.org', both[1]])),
+                ('for tunnels alone', 'is for [*].t.example.com, not', (-1, year, both[1:])),
+                ('no wildcard', 'lacks .*t.example.com, so browsers', (-1, year, both[:1])),
+                ('a wildcard for the domain', '', (-1, year, ['*.example.com', both[1]]))):
+            with self.subTest(what):
+                now = 100 * lt.DAY
+                found = list(lt.certificate_findings(
+                    now + since, now + until, names, 't.example.com', now))
+                self.assertEqual(len(found), bool(said))
+                self.assertRegex(''.join(found), said or '^$')
+
+    def test_a_clock_is_wrong_that_is_before_this_program(self):
+        self.assertEqual(list(lt.clock_findings(time.time())), [])
+        self.assertIn('says 1970-01-01', next(lt.clock_findings(0.0)))
+        with unittest.mock.patch.object(lt, 'own_path', return_value=''):
+            self.assertEqual(list(lt.clock_findings(0.0)), [])
+
+    @unittest.skipUnless(POSIX, 'needs the modes of files')
+    def test_files_are_there_and_not_for_everybody(self):
+        key, cert = self.write('key', ''), self.write('cert', '')
+        os.chmod(self.folder, 0o770)
+        os.chmod(key, 0o640)
+
+        def found():
+            return list(lt.file_findings(self.folder, [key, cert], [key]))
+        self.assertEqual(found(), [])
+        os.chmod(key, 0o644)
+        os.chmod(self.folder, 0o777)
+        self.assertEqual([text.partition(';')[0] for text in found()],
+                         [f'every user of this machine can change {self.folder}',
+                          f'every user of this machine can read {key}'])
+        os.chmod(self.folder, 0o700)
+        os.unlink(key)
+        self.assertEqual(len(found()), 1)
+        self.assertIn(f"can't read {key} any more", found()[0])
+
+    def names(self, look_up, **probe):
+        with unittest.mock.patch.object(lt, 'look_up', look_up):
+            return list(lt.name_findings('t.example.com', unittest.mock.Mock(**probe)))
+
+    def test_a_name_without_an_address_is_told_with_the_record(self):
+        def look_up(host):
+            if host == 't.example.com':
+                return []
+            self.assertRegex(host, '^[0-9a-f]{16}[.]t[.]example[.]com$')
+            raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+        self.assertEqual(self.names(look_up), ['DNS has no address for *.t.example.com; add a '
+                                               'record that leads to this machine'])
+        slow = unittest.mock.Mock(side_effect=socket.gaierror(socket.EAI_AGAIN, 'try again'))
+        self.assertEqual(self.names(slow)[0], "can't look t.example.com up in DNS: try again")
+
+    def test_an_address_is_not_ours_only_where_that_is_certain(self):
+        for own, arrives, said in (('8.8.8.8', None, 'this machine has the address 8.8.8.8'),
+                                   ('8.8.8.8', False, 'did not arrive at this server$'),
+                                   ('10.0.0.2', False, 'behind a router, try it from outside'),
+                                   ('10.0.0.2', None, '^$'), ('', None, '^$'), ('', True, '^$'),
+                                   ('8.8.8.8', True, '^$'), ('9.9.9.9', False, '^$')):
+            with self.subTest(own, arrives=arrives), unittest.mock.patch.object(
+                    lt, 'way_to', return_value=own):
+                probe = unittest.mock.Mock(arrives=lambda host, address: arrives)
+                self.assertRegex(lt.why_elsewhere(probe, 'x', '9.9.9.9'), said)
+        self.assertEqual(lt.why_elsewhere(None, 'x', '127.0.1.1'), '')
+
+    def test_the_way_to_an_own_address_begins_there(self):
+        self.assertEqual(lt.way_to('127.0.0.1'), '127.0.0.1')
+        self.assertEqual(lt.way_to('::ffff::'), '')
+
+
+class ProbeTest(FolderTest, WorldTest):
+
+    async def arrives(self, *ports, host='x.t.example.com'):
+        """Whether a request by one of PORTS does, each with True for TLS."""
+        probe = lt.Probe(dict(ports))
+        usual, self.server.log = self.server.log, lt.Observers(self.log, probe)
+        try:
+            return await self.loop.run_in_executor(None, probe.arrives, host, '127.0.0.1')
+        finally:
+            self.server.log = usual
+
+    async def test_a_request_arrives_by_any_port_and_not_at_another_server(self):
+        await self.world(domain='t.example.com')
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        self.server.tls = lt.Certificate(*files, port=443)      # plain http is sent to https
+        secure = await self.listen(tls=True)
+        other = (await self.app()).address[1]
+        closed = CommandTest.free_port()
+        for host in ('t.example.com', 'x.t.example.com'):
+            self.assertIs(await self.arrives((closed, False), (self.port, False), host=host), True)
+            self.assertIs(await self.arrives((secure, True), host=host), True)
+        self.assertIsNone(await self.arrives((closed, False), (closed, True)))
+        with self.constant(REACHED_WITHIN=0.05):
+            self.assertIs(await self.arrives((other, False), (closed, False)), False)
+            self.assertIs(await self.arrives((self.port, True)), None)
+
+    def ground(self, domain='t.example.com'):
+        return types.SimpleNamespace(domain=domain, port=80, state=self.folder)
+
+    async def test_a_look_says_what_is_wrong_and_is_gone(self):
+        await self.world(domain='t.example.com')
+        with unittest.mock.patch.object(lt, 'findings', return_value=iter(['one', 'two'])):
+            await lt.Ground.look(self.ground(), self.server)
+        self.assertEqual(self.log.text(), 'note\nwarning: one\nnote\nwarning: two')
+        self.assertIs(self.server.log, self.log)
+
+    async def test_a_look_that_hangs_or_fails_harms_nobody(self):
+        await self.world(domain='t.example.com')
+        end = threading.Event()
+        self.stack.callback(end.set)
+        for look in (lambda *_: end.wait() and (), unittest.mock.Mock(side_effect=OSError)):
+            with unittest.mock.patch.object(lt, 'findings', look), self.constant(LOOK_WITHIN=0.01):
+                await lt.Ground.look(self.ground(), self.server)
+            self.assertIs(self.server.log, self.log)
+            self.assertIn('DNS may be slow', self.log.text())
+
+    async def test_there_is_no_look_for_localhost(self):
+        await self.world()
+        with unittest.mock.patch.object(lt.Ground, 'look') as look:
+            async with self.background(lt.Ground().run(self.ground('localhost'), self.server)):
+                await asyncio.sleep(0)
+        look.assert_not_called()
+
+    async def test_all_that_is_looked_at_stands_in_one_list(self):
+        args = self.ground()
+        args.key = self.path('key')
+        with unittest.mock.patch.object(lt, 'look_up', side_effect=socket.gaierror(-9, 'x')):
+            found = list(lt.findings(args, unittest.mock.Mock(
+                validity=(0, 1, ['x']), pin=''), None))
+            self.assertEqual([re.search('certificate|read|look', text).group() for text in found],
+                             [*3 * ['certificate'], 'read', *2 * ['look']])
+            found = list(lt.findings(args, unittest.mock.Mock(
+                validity=(0, 1, ['x']), pin='of our own'), None))
+            self.assertEqual(len(found), 3)
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Invitations
+# 26. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -5638,19 +5793,19 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Exchanges
+# 27. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Inspector's page
+# 28. Inspector's page
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Inspector
+# 29. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -5701,7 +5856,7 @@ class InspectorTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Words from elsewhere
+# 30. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -5755,7 +5910,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Terminal
+# 31. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -6109,7 +6264,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Options
+# 32. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -6132,7 +6287,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Wiring
+# 33. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -6319,14 +6474,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Python
+# 34. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Command line
+# 35. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
