@@ -3959,9 +3959,10 @@ class Admission:
             if token:
                 self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), now + WRONG_TOKEN)
                 self._counters['wrong_tokens'] += 1
-            raise Refused(401, 'token', 'the server does not know this token, or it has expired'
-                          if token else 'the server needs a token; give it with --token TOKEN or '
-                          'in LOCALTUNNEL_TOKEN')
+            raise Refused(401, 'token', 'the server does not know this token, or it has expired; '
+                          'ask its operator for a new code, for --join' if token else
+                          'the server needs a token; ask its operator for a code for --join, or '
+                          'set LOCALTUNNEL_TOKEN')
         return grant
 
     async def _release(self, asked: Candidate) -> None:
@@ -4735,8 +4736,8 @@ class Server:
         if (self.tls and visitor.scheme == 'http' and not visitor.trusted
                 and not is_loopback(visitor.peer)):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
-                          'and proofs are secrets: say --server https://HOST, with the --pin that '
-                          'it printed if it has no certificate of an authority')
+                          'and proofs are secrets: say --server https://HOST, or ask its operator '
+                          'for a code, for --join')
 
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
@@ -9755,9 +9756,10 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     server = None
     if known is None:
         server, known = await start_local_server(runtime, target)
-        say('NOT PUBLIC: no server is known, so this URL works on this machine only')
-        say(f'  with a server:     python3 localtunnel.py client {args.target} '
-            '--server https://HOST')
+        say(f'NOT PUBLIC: {"--local" if args.local else "no server is known"}, so this URL works '
+            'on this machine only')
+        say(f'  with a server:     python3 localtunnel.py client {args.target} --join CODE   '
+            '(the server prints it)')
         say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
             '(where visitors can reach it)')
     elif known.address.scheme == 'http' and not is_loopback(known.address.site):

@@ -6496,8 +6496,14 @@ class FreshMachineTest(CommandTest):
         self.assertEqual(fetch(url, '/x'), (200, b'app /x'))
         self.assertEqual(client.interrupt(), 0)
         self.assertTrue(client.lines['err'][0].startswith('NOT PUBLIC'))
-        self.assertIn('--server', '\n'.join(client.lines['err'][1:3]))
+        self.assertIn('--join', '\n'.join(client.lines['err'][1:3]))
         self.assertEqual(client.lines['out'], [url])
+
+    def test_it_does_so_too_where_a_server_is_known_and_not_wanted(self):
+        os.environ['LOCALTUNNEL_SERVER'] = 't.example.com'
+        client = self.start('client', self.app().port, '--local')
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        client.says('NOT PUBLIC: --local, so')
 
     def test_any_host_that_means_this_machine_reaches_its_only_tunnel(self):
         client = self.start('client', self.app().port)
