@@ -7287,14 +7287,18 @@ def file_findings(state: str, files: Sequence[str], secret: Sequence[str]) -> It
 class Probe(Observer):
     """Requests of our own, which show whether an address is that of this server."""
 
-    def __init__(self, ports: dict[int, bool]) -> None:
-        """PORTS are those to try; True where TLS is spoken."""
+    def __init__(self, log: Observer, ports: dict[int, bool]) -> None:
+        """LOG is told of all others.  PORTS are those to try; True where TLS is spoken."""
         self._ports = ports
         self._awaited: dict[str, threading.Event] = {}      # by what they ask for
+        self._log, self.note = log, log.note        # type: ignore[method-assign]
 
     def exchange(self, exchange: Record, seconds: float) -> None:
-        if exchange.target in self._awaited:
-            self._awaited[exchange.target].set()
+        arrived = self._awaited.get(exchange.target)
+        if arrived:
+            arrived.set()
+        else:
+            self._log.exchange(exchange, seconds)
 
     def arrives(self, host: str, address: str) -> bool | None:
         """Return True if a request to HOST at ADDRESS comes here; None if nobody answers there."""
@@ -7394,15 +7398,14 @@ class Ground(Annex):
         ports = {80: False, args.port: False, 443: True}
         if server.tls:
             ports[server.tls.port] = True
-        probe = Probe(ports)
-        both: Any = Observers(log, probe)
+        probe = Probe(log, ports)
 
         def work() -> None:
             with contextlib.suppress(OSError, ValueError, RuntimeError):    # the loop is closed
                 for finding in findings(args, server.tls, probe):
                     loop.call_soon_threadsafe(log.note, f'warning: {finding}')
                 loop.call_soon_threadsafe(done.set)
-        server.log = both
+        server.log = probe
         try:
             threading.Thread(target=work, daemon=True).start()
             await asyncio.wait_for(done.wait(), LOOK_WITHIN)

@@ -5578,12 +5578,11 @@ class ProbeTest(FolderTest, WorldTest):
 
     async def arrives(self, *ports, host='x.t.example.com'):
         """Whether a request by one of PORTS does, each with True for TLS."""
-        probe = lt.Probe(dict(ports))
-        usual, self.server.log = self.server.log, lt.Observers(self.log, probe)
+        self.server.log = probe = lt.Probe(self.log, dict(ports))
         try:
             return await self.loop.run_in_executor(None, probe.arrives, host, '127.0.0.1')
         finally:
-            self.server.log = usual
+            self.server.log = self.log
 
     async def test_a_request_arrives_by_any_port_and_not_at_another_server(self):
         await self.world(domain='t.example.com')
@@ -5595,6 +5594,7 @@ class ProbeTest(FolderTest, WorldTest):
         for host in ('t.example.com', 'x.t.example.com'):
             self.assertIs(await self.arrives((closed, False), (self.port, False), host=host), True)
             self.assertIs(await self.arrives((secure, True), host=host), True)
+        self.assertEqual(self.log.told, [])     # of visitors alone
         self.assertIsNone(await self.arrives((closed, False), (closed, True)))
         with self.constant(REACHED_WITHIN=0.05):
             self.assertIs(await self.arrives((other, False), (closed, False)), False)
