@@ -6850,11 +6850,11 @@ class Metrics(Observer):
                      [(labels(direction='in'), sum(c.received for c in users.values())),
                       (labels(direction='out'), sum(c.sent for c in users.values()))])
         yield metric('localtunnel_user_requests_total', 'counter',
-                     f'Requests passed to the clients of a user, of the {BUSIEST} with most.',
+                     f'Requests, and TCP connections, that a user had; of the {BUSIEST} with most.',
                      [(labels(user=user), carried.requests)
                       for user, carried in busiest(lambda carried: carried.requests)])
         yield metric('localtunnel_user_bytes_total', 'counter',
-                     f'Bytes from the clients of a user and to them, of the {BUSIEST} with most.',
+                     f'Bytes from the clients of a user, and to them; of the {BUSIEST} with most.',
                      [(labels(user=user, direction=direction), n)
                       for user, carried in busiest(size)
                       for direction, n in (('in', carried.received), ('out', carried.sent))])
