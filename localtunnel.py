@@ -4573,8 +4573,8 @@ class Server:
             await self._give_own(visitor, exchange, e.status, functools.partial(
                 error_message, e.status, str(e), request), e.extra)
         finally:
-            self.counters[exchange.status] += 1
             if request.target != HEALTH:        # balancers ask every second or two
+                self.counters[exchange.status] += 1
                 self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
     async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,

@@ -5212,6 +5212,7 @@ class OperatorTest(FolderTest, WorldTest):
         self.assertEqual((await self.asks('shop.t.example.com', 1, 'POST'))[0], 405)
         self.assertEqual((await self.asks('shop.t.example.com', path='/x'))[0], 308)
         self.assertEqual([told[0] for told in self.log.told], ['exchange'])     # the last one
+        self.assertEqual(self.server.counters, {308: 1})
         self.server.draining = True
         self.assertEqual((await self.asks('', 0))[0], 503)
 
