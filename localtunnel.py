@@ -2730,7 +2730,8 @@ def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> 
             f.flush()
             os.fsync(f.fileno())
             if os.name == 'posix' and like:
-                os.fchown(f.fileno(), like.st_uid, like.st_gid)
+                group = like.st_gid if like.st_mode & 0o070 else -1     # one that counts
+                os.fchown(f.fileno(), like.st_uid, group)
                 os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
             elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
                 folder = os.stat(os.path.dirname(beside) or os.curdir)
@@ -7551,8 +7552,10 @@ class Members:
             raise UsageError(f'no server has run with the state folder {folder}; start it once, '
                              'or give --state as its log says; for one that was started with '
                              'sudo, type sudo here, too') from e
-        except (OSError, ValueError, KeyError, TypeError, UsageError) as e:
-            raise UsageError(f"can't use {path} ({e}); a server that starts writes it anew") from e
+        except OSError as e:
+            raise UsageError(f"can't read {path}: {e.strerror}") from e
+        except (ValueError, KeyError, TypeError, UsageError) as e:
+            raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
 
     def __iter__(self) -> Iterator[tuple[str, Grant]]:
         """All lines with tokens, and what they allow."""

@@ -5745,6 +5745,16 @@ class InvitationTest(FolderTest):
         self.assertEqual(os.stat(theirs).st_mode & 0o777, 0o640)
         self.assertEqual(lt.Tokens(path=theirs).find(token, 0).user, 'ana')
 
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_its_group_is_kept_where_that_counts(self):
+        for mode, kept in (0o600, False), (0o640, True):
+            os.chmod(self.write('members', ''), mode)
+            with self.subTest(mode), unittest.mock.patch.object(os, 'fchown') as chown:
+                self.invite('ana')
+                status = os.stat(self.members)
+                self.assertEqual(chown.call_args[0][1:],
+                                 (status.st_uid, status.st_gid if kept else -1))
+
     def test_invitations_at_the_same_time_lose_nothing(self):
         members = lt.Members(self.folder)
         users = [f'user{n}' for n in range(8)]
