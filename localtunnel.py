@@ -2735,7 +2735,8 @@ def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> 
                 os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
             elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
                 folder = os.stat(os.path.dirname(beside) or os.curdir)
-                os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
+                with contextlib.suppress(OSError):      # some containers' root may not
+                    os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
         os.replace(beside, path)
     except OSError:
         with contextlib.suppress(OSError):
