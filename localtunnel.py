@@ -7403,9 +7403,10 @@ class Ground(Annex):
         probe = Probe(log, ports)
 
         def work() -> None:
-            with contextlib.suppress(OSError, ValueError, RuntimeError):    # the loop is closed
-                for finding in findings(args, server.tls, probe):
-                    loop.call_soon_threadsafe(log.note, f'warning: {finding}')
+            with contextlib.suppress(RuntimeError):         # the loop is closed
+                with contextlib.suppress(OSError, ValueError):
+                    for finding in findings(args, server.tls, probe):
+                        loop.call_soon_threadsafe(log.note, f'warning: {finding}')
                 loop.call_soon_threadsafe(done.set)
         server.log = probe
         try:
