@@ -35,11 +35,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  31 Terminal
-     2 Wire                   16 Raw TCP                32 Options
-     3 Credit                 17 Folder and echo        33 Wiring
-     4 Byte streams           18 Host header            34 Python
-     5 Session                19 Outgoing proxy         35 Command line
+     1 Constants and errors   15 Annex                  32 Terminal
+     2 Wire                   16 Raw TCP                33 Options
+     3 Credit                 17 Folder and echo        34 Wiring
+     4 Byte streams           18 Host header            35 Python
+     5 Session                19 Outgoing proxy         36 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
@@ -51,6 +51,7 @@ Rooms
     14 Client                 28 Inspector's page
                               29 Inspector
                               30 Words from elsewhere
+                              31 Error pages
 """
 
 from __future__ import annotations
@@ -265,12 +266,14 @@ class BadHttp(LocaltunnelError):
 class HopFailed(LocaltunnelError):
     """A request can't be answered because one hop fails or forbids it.
 
-    `status` is what the visitor is told, with the header lines `extra`.
+    `status` is what the visitor is told, with the header lines `extra`.  `hop` is how far the
+    request came: "relay" (the server), "client" or "app"; `cure` is what helps, for the owner.
     """
 
-    def __init__(self, status: int, text: str, *extra: str) -> None:
+    def __init__(self, status: int, text: str, *extra: str, hop: str = 'relay',
+                 cure: str = '') -> None:
         super().__init__(text)
-        self.status, self.extra = status, extra
+        self.status, self.extra, self.hop, self.cure = status, extra, hop, cure
 
 
 class Refused(LocaltunnelError):
@@ -1930,7 +1933,8 @@ _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
 _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
                     rb'|via|accept|authorization|www-authenticate'
                     rb'|proxy-(?:connection|auth(?:orization|enticate))'
-                    rb'|x-forwarded-(?:for|proto|host)|localtunnel-(?:hello|welcome)'
+                    rb'|localtunnel-(?:failed|hello|kept|replay|user|welcome)'
+                    rb'|x-forwarded-(?:for|proto|host)'
                     rb'|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*([^\r]*[^ \t\r]|)')
 # The fields that no visitor may send.  `_` stands for whatever CGI and its heirs take for `_`, a
@@ -1957,6 +1961,9 @@ MAX_WORDS = 100             # of a field that is a list; even empty ones count
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
                         b'transfer-encoding'))
 CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
+# These, too, an app may not send on: only we say that a hop failed, and the like.
+NOT_OF_APPS = HOP_BY_HOP.union((b'localtunnel-failed', b'localtunnel-kept', b'localtunnel-replay',
+                                b'localtunnel-user'))
 # A Connection that names one of these would take away what routing and framing rely on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge.
@@ -2007,9 +2014,9 @@ class Head:
         return b'close' not in self.connection and (
             self.minor == b'1' or b'keep-alive' in self.connection)
 
-    def hop_by_hop(self) -> set[bytes]:
-        """Return the names of the fields that must not go on.  Raises BadHttp."""
-        names = {*HOP_BY_HOP.intersection(self.fields)}
+    def hop_by_hop(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> set[bytes]:
+        """Return the names of the fields that must not go on, DROPPED ones too.  Raises BadHttp."""
+        names = {*dropped.intersection(self.fields)}
         for word in self.connection:
             if word not in CONNECTION_OPTIONS:
                 if NOT_NOMINATED.match(word):
@@ -2121,9 +2128,9 @@ class Response(Head):
             length = content_length(self)
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else length
 
-    def forwarded_block(self) -> bytes:
-        """Return the header lines to pass on.  Raises BadHttp."""
-        names = self.hop_by_hop()
+    def forwarded_block(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> bytes:
+        """Return the header lines to pass on, without those DROPPED.  Raises BadHttp."""
+        names = self.hop_by_hop(dropped)
         if self.bodiless:
             names.add(b'content-length')
         return self.without(names)
@@ -2379,8 +2386,8 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
         if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
-            block = response.without({*response.hop_by_hop(), b'content-length', b'set-cookie',
-                                      b'clear-site-data'})
+            block = response.without({*response.hop_by_hop(NOT_OF_APPS), b'content-length',
+                                      b'set-cookie', b'clear-site-data'})
             await sink.write(encode_response(response, block))
         if source.unread:
             await asyncio.sleep(0)
@@ -2423,13 +2430,23 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
 HTML = 'text/html; charset=utf-8'
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>{title}</title>
-<style>body {{ font: 16px/1.6 system-ui, sans-serif; margin: 10vh auto; max-width: 44em;
-padding: 0 1em; color: #333 }} h1 {{ font-size: 1.4em }} p {{ overflow-wrap: anywhere }}
-pre {{ background: #f2f2f2; padding: .8em 1em; overflow: auto }}
-@media (prefers-color-scheme: dark) {{ body {{ background: #1b1b1b; color: #ddd }}
-pre {{ background: #2a2a2a }} }}</style>
-<h1>{title}</h1>{text}</html>
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+<style>
+:root {{ --ink: #1d2433; --dim: #5a6475; --line: #d9dee7; --paper: #fff; --ground: #f4f6f9;
+--good: #1a7f4b; --bad: #c4314b }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ebf1; --dim: #a2acbd; --line: #3a4252;
+--paper: #1d222c; --ground: #13161d; --good: #4cc38a; --bad: #ff7a90 }} }}
+* {{ box-sizing: border-box }}
+body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
+background: var(--ground) }}
+main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
+background: var(--paper); border: 1px solid var(--line); border-radius: 14px }}
+h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
+p, h1 {{ overflow-wrap: anywhere }}
+pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; overflow: auto }}
+code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
+</style>
+<main><h1>{title}</h1>{text}</main></html>
 """
 PAGE_HEADERS = [      # no script, no other host
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
@@ -2450,22 +2467,31 @@ def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[s
     return head if method == b'HEAD' else head + body
 
 
-def error_message(status: int, text: str, request: Request | None = None,
-                  extra: Sequence[str] = ()) -> bytes:
-    """Return a whole response that says what went wrong, in the form that Accept prefers."""
-    accept = request.get(b'accept') if request else b''
+ErrorPage = Callable[[HopFailed], str]      # makes what a browser is shown
+
+
+def plain_page(error: HopFailed) -> str:
+    """The page that says what ERROR says, and no more."""
+    title = f'{error.status} {http.HTTPStatus(error.status).phrase}'
+    return PAGE.format(title=title, text=f'<p>{html.escape(printable(str(error)))}</p>')
+
+
+def error_message(error: HopFailed, accept: bytes = b'', extra: Sequence[str] = (),
+                  method: bytes = b'GET', page: ErrorPage = plain_page) -> bytes:
+    """Return a whole response to METHOD that says what went wrong, in the form ACCEPT prefers."""
+    status, text = error.status, printable(str(error))
     phrase = http.HTTPStatus(status).phrase
+    if status >= 400:
+        extra = [f'Localtunnel-Failed: {error.hop}', *extra]
     if b'text/html' in accept:
-        form = HTML
-        page = PAGE.format(title=f'{status} {phrase}', text=f'<p>{html.escape(text)}</p>'
-                           '<small>localtunnel</small>')
+        form, body = HTML, page(error)
         extra = [*PAGE_HEADERS, *extra]
     elif b'json' in accept:
         form = 'application/json'
-        page = json.dumps({'error': phrase, 'status': status, 'message': text}) + '\n'
+        body = json.dumps({'error': phrase, 'status': status, 'message': text}) + '\n'
     else:
-        form, page = 'text/plain; charset=utf-8', f'{status} {phrase}: {text}\n'
-    return plain_message(status, form, page.encode(), extra, request.method if request else b'GET')
+        form, body = 'text/plain; charset=utf-8', f'{status} {phrase}: {text}\n'
+    return plain_message(status, form, body.encode(), extra, method)
 
 
 async def write_own(connection: Connection, *message: bytes) -> None:
@@ -3427,8 +3453,8 @@ class Member:
 
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
-    __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at',
-                 'said_goodbye', 'carried', '_allowance')
+    __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at', 'ended',
+                 'carried', '_allowance')
 
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
@@ -3437,7 +3463,7 @@ class Tunnel:
         self.members: list[Member] = []         # none: its client is away
         self.since = -NEVER             # when the first of its members came
         self.left_at = -NEVER           # when the last one went, or lost its connection
-        self.said_goodbye = False       # it went on purpose
+        self.ended = ''                 # why, where it went on purpose: nobody waits for it
         self.carried = Traffic()        # by the sessions that are over
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
@@ -3544,22 +3570,21 @@ class Tunnels:
         session = member.session
 
         def changed() -> None:
-            if session.state != OVER:
-                return self._left(tunnel, session)
-            del self.carrying[member]
-            for carried in (tunnel.carried, self.carried[member.grant.user]):
-                carried.add(session)
-            if member in tunnel.members:
+            if session.state == OVER:
+                del self.carrying[member]
+                for carried in (tunnel.carried, self.carried[member.grant.user]):
+                    carried.add(session)
+            if member not in tunnel.members:
+                return          # it was replaced, or revoked
+            if session.state == OVER:
                 self.remove(tunnel, member)
-                self._left(tunnel, session)
                 self.log.note('tunnel closed', event='closed', url=tunnel.url, **session.facts,
                               reason=session.goaway[1] if session.goaway else str(session.error))
+            goodbye = session.goaway is not None and all(
+                other.session.goaway is not None for other in tunnel.members)
+            tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
+            tunnel.left_at = self._runtime.now()
         session.on_change = changed
-
-    def _left(self, tunnel: Tunnel, session: Session) -> None:
-        tunnel.said_goodbye = session.goaway is not None and all(
-            other.session.goaway is not None for other in tunnel.members)
-        tunnel.left_at = self._runtime.now()
 
     def remove(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER does not serve TUNNEL any more."""
@@ -3571,7 +3596,7 @@ class Tunnels:
     def revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         """End MEMBER, which may not come back."""
         self.remove(tunnel, member)
-        tunnel.said_goodbye, tunnel.left_at = True, self._runtime.now()
+        tunnel.ended, tunnel.left_at = why, self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
         self.log.note('tunnel ended', event='ended', url=tunnel.url, **member.session.facts,
                       reason=why)
@@ -3638,10 +3663,12 @@ class Tunnels:
             return None
         access = member.hello.access
         if not access.admits_address(visitor.address):
-            raise HopFailed(403, f'{visitor.address} may not visit this tunnel')
+            raise HopFailed(403, f'{visitor.address} may not visit this tunnel',
+                            cure='give the client one more --allow, with this address')
         if access.users and authorization is not None and not access.admits_user(authorization):
             raise HopFailed(401, 'this tunnel needs a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"')
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
+                            cure='the client was started with --auth USER:PASSWORD')
         stream = member.session.open_stream()
         return (stream, access) if stream else None
 
@@ -3666,14 +3693,26 @@ class Tunnels:
                 break
             if not await self._hold(key, visitor, deadline - self._runtime.now()):
                 break
-        raise HopFailed(503, f'the client of {key} is away; try again soon',
-                        f'Retry-After: {RETRY_AFTER}')
+        raise self._away(key, self._table.get(key))
+
+    def _away(self, key: str, tunnel: Tunnel | None) -> HopFailed:
+        """Why nobody serves KEY, which is known."""
+        why, cure, hop = f'the client of {key} is away; try again soon', (
+            'it comes back by itself when its machine is awake and online; if it has ended, start '
+            'it again'), 'client'
+        if self.closed:
+            why, cure, hop = 'the server is shutting down; try again soon', '', 'relay'
+        elif tunnel is None:
+            why, cure = f'the client of {key} is not connected', 'start it'
+        elif tunnel.ended:
+            why, cure = tunnel.ended, 'start the client again; if it may not, it says why'
+        return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', hop=hop, cure=cure)
 
     def _is_expected(self, key: str, tunnel: Tunnel | None) -> bool:
         """True if a client may come back soon, and one more request may wait for it."""
         broke = tunnel is not None and self._runtime.now() - tunnel.left_at < HELD_AFTER_BREAK
-        goodbye = tunnel is not None and tunnel.said_goodbye
-        return ((broke or self.starting) and not goodbye and not self.closed
+        ended = tunnel is not None and tunnel.ended
+        return ((broke or self.starting) and not ended and not self.closed
                 and self._may_hold(key))
 
     def _may_hold(self, key: str) -> bool:
@@ -3694,7 +3733,8 @@ class Tunnels:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
         if self._runtime.now() >= deadline or not self._may_hold(key):
             raise HopFailed(503, f'{key} has too many requests at once; try again soon',
-                            f'Retry-After: {RETRY_AFTER}')
+                            f'Retry-After: {RETRY_AFTER}', hop='client',
+                            cure='let requests end sooner, or start more clients with --share')
         await self._hold(key, visitor, ROOM_LOOK)
 
     def waiting(self, tunnel: Tunnel) -> int:
@@ -3703,7 +3743,7 @@ class Tunnels:
 
     def here(self, tunnel: Tunnel) -> None:
         """A client of TUNNEL is there: requests that wait for it go on."""
-        tunnel.said_goodbye = False
+        tunnel.ended = ''
         self._wake(self._waiting.get(tunnel.key, ()))
 
     def close(self) -> None:
@@ -3827,7 +3867,8 @@ class Admission:
         for tunnel in self._tunnels:
             for member in tuple(tunnel.members):
                 if not self.tokens.holds('', member.grant.digest, time.time()):
-                    self._tunnels.revoke(tunnel, member, 'your token is no longer valid')
+                    self._tunnels.revoke(tunnel, member,
+                                         'the token of this tunnel is no longer valid')
         for kind in self.kinds.values():
             kind.sweep()
         self._tunnels.sweep(now)
@@ -4171,7 +4212,8 @@ class Visitors:
         """Return why a visitor from PEER can't stay: visitors must leave room for sessions."""
         if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
             return HopFailed(503, 'the server has too many connections; try again soon',
-                             f'Retry-After: {RETRY_AFTER}')
+                             f'Retry-After: {RETRY_AFTER}',
+                             cure='the operator of the server can raise its limit of open files')
         if (self._of_subnet[subnet_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
                 and not is_loopback(peer) and not within(peer, self._trusted)):
             return HopFailed(429, f'too many connections from {peer}; close some first',
@@ -4432,12 +4474,35 @@ class Doors:
             self._runtime.spawn(shake_hands(accepted))
 
 
-async def last_words(connection: Connection, status: int, text: str) -> None:
-    """Tell a visitor what is wrong with the request, so that it arrives."""
+_ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
+
+
+async def last_words(connection: Connection, error: BadHttp | Overdue, head: bytes | None,
+                     page: ErrorPage) -> None:
+    """Tell a visitor, so that it arrives, what is wrong with HEAD, or with what has come of one."""
+    here = connection.peek()
+    if isinstance(error, Overdue):
+        if b'\r\n'.startswith(here):
+            return
+        head, error = None, BadHttp(408, 'the request did not arrive in time')
+    accept = _ACCEPT.search(head or here)
     with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
-        await write_own(connection, error_message(status, text, None, [
-            'Connection: close', date_line(int(time.time()))]))
+        await write_own(connection, error_message(
+            HopFailed(error.status, str(error)), accept.group(1) if accept else b'',
+            ['Connection: close', date_line(int(time.time()))], page=page))
         await connection.linger()
+
+
+def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
+    """Why there is none from the client of NAME, which failed with ERROR."""
+    if isinstance(error, StreamReset):
+        return HopFailed(502, f'the tunnel failed: {error}', hop='client',
+                         cure='see what the client says')
+    if isinstance(error, Overdue):
+        return HopFailed(504, f'the client of {name} took too long', hop='client',
+                         cure='see whether its machine is awake and online')
+    return HopFailed(502, f'the client of {name} gave no proper answer: {error}', hop='client',
+                     cure='fetch the client anew from its server')
 
 
 def no_session(why: Refused) -> bytes:
@@ -4449,6 +4514,14 @@ def no_session(why: Refused) -> bytes:
     if why.status == 426:
         extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
     return plain_message(why.status, 'application/json', json.dumps(reason).encode() + b'\n', extra)
+
+
+class Pages(Dict[bytes, Page]):
+    """The pages of the server's own name, by path; and the one that says what went wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.error: ErrorPage = plain_page
 
 
 class Server:
@@ -4467,7 +4540,7 @@ class Server:
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
-        self.pages: dict[bytes, Page] = {}      # a seam: by path; of its own name, HEALTH of any
+        self.pages = Pages()            # a seam: by path; of its own name, HEALTH of any
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, log, self.counters, inherited)
         self.visitors = Visitors(runtime, trusted)
@@ -4526,6 +4599,7 @@ class Server:
         """Answer the requests of one connection, one after the other."""
         visitor = self.visitors.enter(connection)
         idle, taken = HEAD_TIMEOUT, False
+        head: bytes | None = None
         try:
             while True:
                 head = await read_head(connection, HEAD_TIMEOUT, idle)
@@ -4544,16 +4618,13 @@ class Server:
                     if not exchange.body.finished or connection.unread:
                         await connection.linger()
                     break
-                visitor.exchange = None
+                visitor.exchange = head = None
                 self.visitors.active(visitor)
                 idle = KEEP_ALIVE
                 if connection.unread:     # pipelined
                     await asyncio.sleep(0)
-        except BadHttp as e:
-            await last_words(connection, e.status, str(e))
-        except Overdue:
-            if not b'\r\n'.startswith(connection.peek()):
-                await last_words(connection, 408, 'the request did not arrive in time')
+        except (BadHttp, Overdue) as e:
+            await last_words(connection, e, head, self.pages.error)
         except (LocaltunnelError, OSError):
             connection.abort()
         finally:
@@ -4573,7 +4644,8 @@ class Server:
         except HopFailed as e:
             exchange.why = str(e)
             await self._give_own(visitor, exchange, e.status, functools.partial(
-                error_message, e.status, str(e), request), e.extra)
+                error_message, e, request.get(b'accept'), method=request.method,
+                page=self.pages.error), e.extra)
         finally:
             if request.target != HEALTH:        # balancers ask every second or two
                 self.counters[exchange.status] += 1
@@ -4618,9 +4690,11 @@ class Server:
         if (b'via' in request.fields and name
                 and via(name, self.domain)[3:] in request.fields[b'via']):
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
-                            'before: the tunnel leads to itself')
+                            'before: the tunnel leads to itself',
+                            cure="give the client your app's own address, not a public one")
         if self._rate and tunnel and not tunnel.may_ask(self.runtime.now(), self._rate):
-            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1')
+            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1',
+                            cure='the operator of the server can raise --rate')
         return name
 
     def _find(self, name: str, parent: str, host: str) -> str:
@@ -4640,7 +4714,8 @@ class Server:
                                       or (is_derived(name) and self.tunnels.starting)):
             return name
         raise HopFailed(404, f'there is no tunnel at {host}' if host else
-                        'the request names no host')
+                        'the request names no host',
+                        cure='start the client, and compare the URL that it prints with this one')
 
     async def _own_page(self, visitor: Visitor, exchange: Exchange) -> None:
         """What the server shows under its own name."""
@@ -4685,13 +4760,11 @@ class Server:
                 if exchange.fault:
                     raise exchange.fault from e
                 if not (exchange.repeatable and isinstance(e, SessionLost)):
-                    raise HopFailed(502, f'the tunnel failed: {e}') from e
+                    raise no_answer(name, e) from e
             except (BadHttp, Incomplete, Overdue) as e:
                 if exchange.status:
                     raise Disconnected(str(e)) from e
-                if isinstance(e, Overdue):
-                    raise HopFailed(504, f'the client of {name} took too long') from e
-                raise HopFailed(502, f'the client of {name} gave no proper answer: {e}') from e
+                raise no_answer(name, e) from e
             finally:
                 visitor.stream = None
                 if exchange.sending:
@@ -5041,6 +5114,8 @@ class App:
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
         # Told what the app says to a request that is not HTTP.
         self.strange: list[Callable[[Request, bytes], None]] = []
+        # What browsers are shown where something fails.
+        self.error_page: ErrorPage = plain_page
         self._timeout, self._tls = timeout, tls
         self._hosts = addresses(target.host)    # the one that answered last comes first
         self._pool = Pool(runtime)
@@ -5056,7 +5131,9 @@ class App:
             connection = await self.dialers.get(target.scheme, self._dial)(target)
         except (OSError, asyncio.TimeoutError) as e:
             status = 504 if isinstance(e, asyncio.TimeoutError) else 502
-            raise HopFailed(status, explain(e, target.text)) from e
+            cure = (f'start your app on port {target.port}, or check the port'
+                    if target.local and target.port else 'start your app, or check its address')
+            raise HopFailed(status, explain(e, target.text), hop='app', cure=cure) from e
         self._pool.watch(connection)
         return connection
 
@@ -5102,7 +5179,9 @@ class App:
                 await self._forward(stream, exchange)
             except HopFailed as e:
                 exchange.status, exchange.why = e.status, str(e)
-                await stream.write(error_message(e.status, str(e), exchange.request), end=True)
+                await stream.write(error_message(
+                    e, exchange.request.get(b'accept'), method=exchange.request.method,
+                    page=self.error_page), end=True)
         except (LocaltunnelError, OSError) as e:
             why = f'cut short: {stream.error or e}'
             stream.reset(FAILED, str(e))
@@ -5152,24 +5231,27 @@ class App:
         """Why there is none to REQUEST from UPSTREAM, which failed with ERROR."""
         where = self.target.text
         if isinstance(error, Overdue):
-            return HopFailed(504, f'{where} took too long')
+            return HopFailed(504, f'{where} took too long', hop='app',
+                             cure='see what your app is busy with, or give it a longer --timeout')
         said = upstream.peek()
         strange = not_http(said, where)
         if strange:
             for tell in self.strange:
                 tell(request, said)
-            return HopFailed(502, strange)
+            return HopFailed(502, strange, hop='app', cure='check the port and the scheme')
         if isinstance(error, BadHttp):
             fault = 'too large' if error.status == 431 else 'malformed'
-            return HopFailed(502, f'the answer of {where} is {fault}: {error}')
+            return HopFailed(502, f'the answer of {where} is {fault}: {error}', hop='app',
+                             cure='ask your app directly, with curl -v')
         cure = (f'; if it speaks TLS, use https://{where}'
                 if upstream.silent and self.target.scheme == 'http' else '')
-        return HopFailed(502, f'{where} closed the connection without an answer{cure}')
+        return HopFailed(502, f'{where} closed the connection without an answer{cure}', hop='app',
+                         cure='see the log of your app')
 
     def _respond(self, exchange: Exchange, response: Response,
                  request_taps: Iterable[Tap]) -> Awaitable[None]:
         """Pass RESPONSE on; to be awaited.  Decides what becomes of the connection."""
-        request, block = exchange.request, response.forwarded_block()
+        request, block = exchange.request, response.forwarded_block(NOT_OF_APPS)
         for rewrite in self.rewrites:
             block = rewrite.of_response(request, block)
         length = response.body_length(request.method)
@@ -6110,8 +6192,9 @@ async def echo(connection: Connection) -> None:
             body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
             if len(body) > MAX_ECHO:
                 text = f'echo sends back no more than {MAX_ECHO} bytes'
-                await write_own(connection,
-                                error_message(413, text, request, ['Connection: close']))
+                await write_own(connection, error_message(
+                    HopFailed(413, text, hop='app'), request.get(b'accept'),
+                    ['Connection: close']))
                 break
             answer = plain_head(200, 'text/plain; charset=utf-8', len(head) + len(body))
             await write_own(connection, answer,
@@ -6232,7 +6315,7 @@ class Addresses(Rewrite):
     def of_request(self, request: Request, block: bytes) -> bytes:
         if self._base and request.target != b'*':
             if leads_out(request.target):
-                raise HopFailed(400, f'this path leads out of {self._base.decode()}')
+                raise HopFailed(400, f'this path leads out of {self._base.decode()}', hop='client')
             request.target = self._base + request.target
         if self._host:
             block = re.sub(rb'(?im)^(host:)[^\r]*', lambda m: m.group(1) + b' ' + self._host, block)
@@ -6255,7 +6338,8 @@ class Addresses(Rewrite):
             inside = re.match(rb'(?:%b|%b)((?:[/?].*)?$)' % (re.escape(own), re.escape(self._base)),
                               url)
             if not inside or leads_out(inside.group(1)):
-                raise HopFailed(400, f'Destination leads out of {self._base.decode()}')
+                raise HopFailed(400, f'Destination leads out of {self._base.decode()}',
+                                hop='client')
 
     def of_response(self, request: Request, block: bytes) -> bytes:
         public, own, base = self._public(request), re.escape(self._own), re.escape(self._base)
@@ -6898,7 +6982,9 @@ class OperatorPage:
             form, page = await self._page(request)
             answer = plain_message(200, form, page, close, request.method)
         except (BadHttp, HopFailed, Refused) as e:
-            answer = error_message(e.status, str(e), request, close)
+            answer = error_message(
+                HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', close,
+                request.method if request else b'GET')
         except (LocaltunnelError, OSError):
             return connection.close()       # the operator went away
         connection.transport.write(answer)
@@ -8825,6 +8911,79 @@ class Elsewhere(Annex):
         return [first, *(client_words if first == 'client' else server_words)(rest, note)]
 
 
+# ------------------------------------------------------------------------------------------------
+# 31. Error pages
+#
+# What a browser is shown where something fails: the way of the request, and where it stops.  It
+# says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
+# ------------------------------------------------------------------------------------------------
+
+HEADLINES = {
+    ('app', 502): 'The app does not answer', ('app', 504): 'The app took too long',
+    ('client', 502): 'The tunnel broke', ('client', 503): 'This site is not connected',
+    ('client', 504): 'The client does not answer', ('relay', 400): 'This request can\'t be read',
+    ('relay', 401): 'A password is needed', ('relay', 403): 'You may not come in',
+    ('relay', 404): 'Nothing is here', ('relay', 408): 'The request took too long',
+    ('relay', 410): 'This site was ended',
+    ('relay', 414): 'This address is too long', ('relay', 429): 'Too many requests',
+    ('relay', 431): 'This request is too large', ('relay', 503): 'The server is busy',
+    ('relay', 508): 'This tunnel leads to itself'}
+WAY = (('you', 'you'), ('relay', 'server'), ('client', 'client'), ('app', 'app'))
+MARKS = {'works': '&#10003;', 'stops here': '&#10005;', 'not asked': '&middot;'}
+ERROR_TEXT = """<style>
+ol {{ display: flex; list-style: none; margin: 1.5em 0 1.75em; padding: 0; text-align: center }}
+li {{ flex: 1; position: relative; font-weight: 600 }}
+li + li::before {{ content: ""; position: absolute; top: 1.1em; right: calc(50% + 1.5em);
+left: calc(-50% + 1.5em); border-top: 2px solid var(--line) }}
+li b {{ display: block; width: 2.2em; height: 2.2em; margin: 0 auto .4em; border: 2px solid;
+border-radius: 50%; line-height: 2em }}
+li small {{ display: block; font-weight: 400 }}
+.works b {{ color: var(--good) }} .stops b, .stops small {{ color: var(--bad) }}
+li.works::before, li.stops::before {{ border-color: var(--good) }}
+.not, .works small {{ color: var(--dim) }} .not b {{ border-style: dashed }}
+.owner {{ border-left: 3px solid var(--line); padding-left: 1em }}
+footer {{ color: var(--dim); font-size: .85em; margin-top: 2em }}
+</style>
+<ol>{way}</ol><p>{text}</p>{owner}
+<footer>{code} &middot; {time} UTC &middot; localtunnel</footer>"""
+
+
+def sentence(text: str) -> str:
+    """TEXT as a sentence of a page; what begins with a name keeps its case."""
+    text = printable(text)
+    first = text[:1].upper() if re.match('[a-z]+ ', text) else text[:1]
+    return html.escape(first + text[1:]) + '.'
+
+
+def error_page(error: HopFailed) -> str:
+    """The page about ERROR."""
+    way, state = [], 'works'
+    for hop, name in WAY:
+        if state != 'works':
+            state = 'not asked'
+        elif hop == error.hop:
+            state = 'stops here'
+        way.append(f'<li class="{state}"><b aria-hidden="true">{MARKS[state]}</b>{name}'
+                   f'<small>{state}</small></li>')
+    code = f'{error.status} {http.HTTPStatus(error.status).phrase}'
+    later = error.status in (502, 504) and ' Please try again later.'
+    text = ERROR_TEXT.format(
+        way=''.join(way), text=sentence(str(error)) + (later or ''), code=code,
+        owner=error.cure and f'<p class="owner">Is this yours? {sentence(error.cure)}</p>',
+        time=time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime()))
+    return PAGE.format(title=HEADLINES.get((error.hop, error.status), code), text=text)
+
+
+class ErrorPages(Annex):
+    """The pages of both ends."""
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        app.error_page = error_page
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        server.pages.error = error_page
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -8832,7 +8991,7 @@ class Elsewhere(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 31. Terminal
+# 32. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -9162,14 +9321,14 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Options
+# 33. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Certificates(), HandOver(), Operator(), Blocking(), Ground(),
-                            LandingPage(), Invitations(), Inspect(), Elsewhere())
+                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages())
 
 
 def target_word(text: str) -> str:
@@ -9363,7 +9522,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Wiring
+# 34. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -9636,7 +9795,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Python
+# 35. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -9659,7 +9818,7 @@ class tunnel:
         self._args.server, self._args.token = server, token
 
     async def __aenter__(self) -> tunnel:
-        target, known = self._target, known_server(self._args)
+        target, known, server = self._target, known_server(self._args), None
         async with contextlib.AsyncExitStack() as stack:
             runtime = Runtime(asyncio.get_running_loop())
             stack.push_async_callback(runtime.close)
@@ -9668,6 +9827,8 @@ class tunnel:
                 stack.push_async_callback(server.stop)
             app = make_app(runtime, self._args, target, known, ClientObserver())
             stack.callback(app.close)
+            if server:
+                server.pages.error = app.error_page
             client = make_client(app, self._args, known, load_key(say))
             stack.push_async_callback(client.stop)
             running = asyncio.ensure_future(client.run())
@@ -9701,7 +9862,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Command line
+# 36. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -9779,6 +9940,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         target.text, str(known.address), server is None, runtime.loop.call_later, as_json=args.json,
         quiet=args.quiet, first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
+    if server:
+        server.pages.error = app.error_page
     for annex in ANNEXES:
         await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)

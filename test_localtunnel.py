@@ -27,22 +27,23 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 35)
-   21 Hand-over               from one process to the next (in 35)
+   20 Certificates            what a server shows (in 36)
+   21 Hand-over               from one process to the next (in 36)
    22 Operator's page         what he sees, and what balancers ask; what he ends is in B
    23 Block list              what an entry is, and who is kept out
    24 Ground                  what a look at it finds, and that it harms nobody
-   25 Landing page            what to type, and the file itself (in 11 and 35)
+   25 Landing page            what to type, and the file itself (in 11 and 36)
    26 Invitations             who gets in, and who no more
    27 Exchanges               what is kept of what passes, and for how long
    28 Inspector's page        shown by the next room
    29 Inspector               who sees it, and how; replays, files, commands
    30 Words from elsewhere    what users of other programs type
-   31 Terminal                what a person sees
-   32 Options                 what can be typed
-   33 Wiring                  the key; which server, which token (in 35)
-   34 Python                  a tunnel inside another program (in 35)
-   35 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   31 Error pages             the way and where it stops, for each thing that fails
+   32 Terminal                what a person sees
+   33 Options                 what can be typed
+   34 Wiring                  the key; which server, which token (in 36)
+   35 Python                  a tunnel inside another program (in 36)
+   36 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2339,7 +2340,8 @@ class ReadHeadTest(LoopTest):
 class PageTest(unittest.TestCase):
 
     def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
-        message = lt.error_message(502, text, request(f'Accept: {accept}', f'{method} / HTTP/1.1'))
+        message = lt.error_message(lt.HopFailed(502, text), accept.encode(),
+                                   method=method.encode())
         head, _, body = message.partition(b'\r\n\r\n')
         return head.decode(), body.decode()
 
@@ -5924,7 +5926,216 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Terminal
+# 31. Error pages
+# ------------------------------------------------------------------------------------------------
+
+class ErrorPageTest(WorldTest):
+    """What visitors are shown, each through real sockets: the way, and where it stops."""
+    HOPS = ('you', 'relay', 'client', 'app')
+    BROWSER = 'Accept: text/html,*/*;q=0.8'
+
+    async def world(self, *args, **options):
+        await super().world(*args, **options)
+        self.server.pages.error = lt.error_page
+
+    async def raw_client(self, name):
+        """A Peer that is a client of NAME."""
+        return (await self.hello(name=name))[0]
+
+    async def nothing(self):
+        """A port on which nothing listens."""
+        sock, = lt.bind('127.0.0.1', 0)
+        with sock:
+            return sock.getsockname()[1]
+
+    def shows(self, answer, status, hop, *words):
+        """Check that ANSWER stops at HOP, and that WORDS are in its page."""
+        got, fields, body = answer
+        page = body.decode()
+        self.assertEqual((got, fields['localtunnel-failed']), (status, hop))
+        where = self.HOPS.index(hop)
+        self.assertEqual(re.findall('<li class="(.*?)"', page), ['works'] * where + ['stops here']
+                         + ['not asked'] * (3 - where))
+        self.assertRegex(page, f'<footer>{status} .* 20..-..-.. ..:..:.. UTC')
+        self.assertNotRegex(page, r'<(?:script|img|link|iframe)|https?:')
+        for word in words:
+            self.assertIn(word, page)
+
+    async def at_name(self, name):
+        return await self.visit(f'{name}.localhost', '/', self.BROWSER)
+
+    async def test_an_app_that_fails(self):
+        async def waits(head, reader, writer):
+            await reader.read()
+        await self.world()
+        port = await self.nothing()
+        for name, target, status, words in (
+                ('down', port, 502, (
+                    'The app does not answer', f'Nothing is listening on localhost:{port}.',
+                    f'Start your app on port {port}, or check')),
+                ('slow', await self.app(waits), 504, ('took too long', 'longer --timeout')),
+                ('mute', await self.app(b'\r\nclose'), 502, ('does not speak HTTP', 'scheme')),
+                ('shut', await self.app(b'close'), 502, ('does not speak HTTP',)),
+                ('socket', 'unix:/nowhere/app', 502, ('does not exist', 'Start your app'))):
+            with self.subTest(name):
+                client = await self.client(target, name=name, timeout=0.05)
+                answer = await self.visit(client, '/', self.BROWSER)
+                self.shows(answer, status, 'app', *words)
+                self.assertIsNone(answer[1]['retry-after'])
+
+    async def test_each_way_to_be_away_reads_differently(self):
+        await self.world()
+        self.leases.make(self.leases.claim('kept', 'user:ana', '', time.time(), False))
+        lost = await self.raw_client('lost')
+        lost.writer.transport.abort()
+        await eventually(lambda: not self.server.tunnels.get('lost').pick())
+        await self.leaves(await self.client(await self.app(), name='stopped'))
+        tunnels = self.server.tunnels
+        await eventually(lambda: not tunnels.get('stopped').members)
+        await self.client(await self.app(), name='ended')
+        await self.server.admission.end('ended', False, 'the operator of the server ended this')
+        await eventually(lambda: not self.server.visitors)
+        for name, words in (
+                ('lost', ('The client of lost is away; try again soon.', 'It comes back by')),
+                ('kept', ('The client of kept is not connected.', 'Start it.')),
+                ('stopped', ('The client of stopped was stopped.', 'Start the client again')),
+                ('ended', ('The operator of the server ended this.', 'if it may not'))):
+            with self.subTest(name):
+                answer = await self.at_name(name)
+                self.shows(answer, 503, 'client', 'This site is not connected', *words)
+                self.assertEqual(answer[1]['retry-after'], '5')
+        self.shows(await self.at_name('never'), 404, 'relay', 'Nothing is here',
+                   'There is no tunnel at never.localhost.', 'Start the client')
+        tunnels.close()
+        self.shows(await self.at_name('lost'), 503, 'relay', 'The server is shutting down')
+
+    async def test_a_client_whose_token_was_taken_away_is_named_so(self):
+        await self.world(['one'])
+        await self.client(await self.app(), name='a', token='one')
+        self.tokens.holds = lambda *args: False
+        self.server.admission.sweep(0, at_once=True)
+        await eventually(lambda: not self.server.visitors)      # it has said goodbye, too
+        self.shows(await self.at_name('a'), 503, 'client', 'The token of this tunnel is no longer')
+
+    async def test_a_client_that_fails(self):
+        await self.world()
+        client = await self.raw_client('raw')
+        for say, words in (
+                (lambda stream: F(lt.DATA | END, stream, b'what?\r\n\r\n'), 'no proper answer'),
+                (lambda stream: F(lt.DATA | END, stream, b'HTTP/1.1 20'), 'gave no proper answer'),
+                (lambda stream: F(lt.RESET, stream, lt.encode_reason(lt.FAILED, '<b>\u202e')),
+                 'The tunnel failed: &lt;b&gt;?.')):
+            with self.subTest(words):
+                visit = self.meanwhile(self.at_name('raw'))
+                client.send(say((await client.until(lt.OPEN))[1]))
+                self.shows(await visit, 502, 'client', words)
+
+    async def test_what_the_server_refuses(self):
+        await self.world()
+        app = await self.app()
+        await self.client(app, name='shut', auth=['ann:x'])
+        await self.client(app, name='far', allow=['192.0.2.1'], key=bytes(32))
+        for case, host, fields, status, words in (
+                ('password', 'shut.localhost', '', 401, ('A password is needed', '--auth')),
+                ('address', 'far.localhost', '', 403, ('You may not come in', '--allow')),
+                ('loop', 'shut.localhost', 'Via: 1.1 shut.localhost (localtunnel)', 508,
+                 ('leads to itself', "your app&#x27;s own address")),
+                ('page', 'localhost', '', 404, ('There is no such page here.',)),
+                ('long name', 'n' * 60 + '.localhost', '', 404, ('n' * 60,)),
+                ('two lengths', 'shut.localhost', 'Content-Length: 1\nContent-Length: 2', 400,
+                 ("This request can't be read",)),
+                ('malformed', 'shut.localhost', 'Bad Field: 1', 400, ('malformed header field',)),
+                ('connection', 'shut.localhost', 'Connection: host\nX: <b>', 400, ('names host',)),
+                ('cookies', 'shut.localhost', 'Cookie: ' + 'x' * lt.OUTER_HEAD, 431,
+                 ('This request is too large',))):
+            with self.subTest(case):
+                answer = await self.visit(host, '/nothing', f'{self.BROWSER}\n{fields}')
+                self.shows(answer, status, 'relay', *words)
+        status, fields, _ = await self.visit('shut.localhost', '/' + 'x' * lt.MAX_LINE)
+        self.assertEqual((status, fields['localtunnel-failed']), (414, 'relay'))
+
+    async def test_a_tunnel_that_is_asked_too_often(self):
+        await self.world(rate=0.001)
+        await self.client(await self.app(), name='busy')
+        self.assertEqual((await self.at_name('busy'))[0], 200)
+        answer = await self.at_name('busy')
+        self.shows(answer, 429, 'relay', 'Too many requests', '--rate')
+        self.assertEqual(answer[1]['retry-after'], '1')
+
+    async def test_nothing_of_a_request_is_shown_as_it_came(self):
+        await self.world()
+        hostile = '/<script>alert(1)</script>%E2%80%AE%D7%A9%D7%9C?"><img src=x>'
+        for host in ('never.localhost', 'localhost', '<b>.localhost', 'a\x9b31m.localhost'):
+            with self.subTest(host):
+                status, _, body = await self.visit(host, hostile, 'Accept: text/html')
+                self.assertIn(status, (400, 404))
+                self.assertNotRegex(body, b'<script|<img|<b>|alert|\xc2\x9b')
+        for accept in ('text/html', 'application/json', '*/*'):
+            status, _, body = await self.visit('never.localhost', '/',
+                                               f'Accept: {accept}\nConnection: \x9b, host\x9b')
+            self.assertNotIn(b'\xc2\x9b', body)
+
+    async def test_text_json_and_head_are_as_short_as_ever(self):
+        await self.world()
+        line = 'there is no tunnel at never.localhost'
+        visitor = await self.visitor('never.localhost')
+        _, fields, body = await visitor.get('/', 'Accept: */*')
+        self.assertEqual((fields['localtunnel-failed'], body),
+                         ('relay', f'404 Not Found: {line}\n'.encode()))
+        _, fields, body = await visitor.get('/', 'Accept: application/json')
+        self.assertEqual((fields['localtunnel-failed'], json.loads(body)), (
+            'relay', {'error': 'Not Found', 'status': 404, 'message': line}))
+        status, fields, _ = await visitor.get('/', self.BROWSER, method='HEAD')
+        self.assertEqual((status, fields['localtunnel-failed'], fields['connection']),
+                         (404, 'relay', None))
+        _, fields, _ = await visitor.get('/', self.BROWSER + '\nConnection: keep-alive',
+                                         version='1.0')
+        self.assertEqual(fields['connection'], 'keep-alive')
+        self.shows(await visitor.get('/', self.BROWSER, version='1.0'), 404, 'relay')
+        self.assertEqual(await visitor.reader.read(), b'')
+
+    async def test_an_answer_of_the_app_never_has_our_fields(self):
+        async def answer(head, reader, writer):
+            ours = b''.join(b'LocalTunnel-%b: x\r\n' % name for name in (
+                b'Failed', b'FAILED', b'Replay', b'Kept', b'User'))
+            writer.write(b'HTTP/1.1 103 Early Hints\r\n' + ours + b'Link: <a>\r\n\r\n'
+                         b'HTTP/1.1 502 Bad\r\nContent-Length: 2\r\n' + ours + b'X: y\r\n\r\nhi')
+            return True
+        app, visitor = await self.through(answer)
+        visitor.ask('/', 'Localtunnel-User: root\nLocaltunnel-Kept: 1\nLocaltunnel-Failed: app')
+        for status in (103, 502):
+            got, fields, _ = await visitor.answer()
+            self.assertEqual((got, fields['x'] or fields['link']),
+                             (status, 'y' if status == 502 else '<a>'))
+            self.assertNotIn('localtunnel', str(fields).lower().replace('(localtunnel)', ''))
+        self.assertNotIn(b'localtunnel-', app.requests[0].lower())
+
+    async def test_a_redirect_is_not_a_failure(self):
+        await self.world()
+        self.server.tls = lt.Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), 443)
+        self.assertTrue(self.server.tls.redirects)
+        status, fields, _ = await self.at_name('any')
+        self.assertEqual((status, fields['localtunnel-failed']), (308, None))
+
+    def test_colours_can_be_read(self):
+        """WCAG AA: 4.5 to 1 for text, 3 to 1 for what is drawn."""
+        def light(colour):
+            parts = [int(colour[i:i + 2], 16) / 255 for i in (0, 2, 4)]
+            return sum(share * (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4)
+                       for share, c in zip((0.2126, 0.7152, 0.0722), parts))
+        schemes = re.findall(r':root \{\{(.*?)\}\}', lt.PAGE, re.DOTALL)
+        self.assertEqual(len(schemes), 2)
+        for scheme in schemes:
+            colours = {name: light((value * 2)[:6]) for name, value in re.findall(
+                r'--(\w+): #(\w+)', scheme)}
+            for ink in ('ink', 'dim', 'good', 'bad'):
+                for paper in ('paper', 'ground'):
+                    high, low = sorted((colours[ink], colours[paper]), reverse=True)
+                    self.assertGreaterEqual((high + 0.05) / (low + 0.05), 4.5, (ink, paper))
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -6278,7 +6489,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Options
+# 33. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -6301,7 +6512,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Wiring
+# 34. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -6488,14 +6699,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Python
+# 35. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Command line
+# 36. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
