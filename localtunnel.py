@@ -5601,7 +5601,8 @@ class Client:
 # ------------------------------------------------------------------------------------------------
 # 15. Annex
 #
-# What an annex may do at a client and at a server, and how options are read.
+# What an annex may do at a client and at a server, how options are read, and what several annexes
+# and the command line use.
 # ------------------------------------------------------------------------------------------------
 
 Args = argparse.Namespace       # what was typed, see Options
@@ -7594,32 +7595,30 @@ READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a fil
 USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
 
 
-def grant_of(line: bytes) -> Grant | None:
-    """Return what a LINE of a token file allows, None if it is empty.  Raises UsageError."""
-    try:
-        return parse_grant(line.decode('utf-8-sig'))
-    except (ValueError, UsageError) as e:
-        raise UsageError(f'a line of a token file is wrong: {e}') from e
+Entry = Tuple[bytes, Optional[Grant]]           # a line of a token file, and what it allows
 
 
-def lines_of(path: str) -> list[bytes]:
-    """Return the lines of the token file at PATH; none if there is none.  Raises OSError."""
-    try:
-        with open(path, 'rb') as f:
-            return f.read().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
+def entries_of(path: str) -> list[Entry]:
+    """Return the token file at PATH, which may be missing.  Raises OSError and UsageError."""
+    entries: list[Entry] = []
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+        for number, line in enumerate(f.read().splitlines(keepends=True), 1):
+            try:
+                entries.append((line, parse_grant(line.decode('utf-8-sig'))))
+            except (ValueError, UsageError) as e:
+                raise UsageError(f"can't use {path}, nor can a server: line {number}: {e}") from e
+    return entries
 
 
-def rewrite(path: str, change: Callable[[list[bytes]], list[bytes]]) -> None:
-    """Replace the lines of the token file at PATH by what CHANGE makes of them.
+def rewrite(path: str, change: Callable[[list[Entry]], list[bytes]]) -> None:
+    """Replace the lines of the token file at PATH by what CHANGE makes of its entries.
 
-    A link stays one, and the file keeps its owner and mode.  Raises OSError.
+    A link stays one, and the file keeps its owner and mode.  Raises OSError and UsageError.
     """
     path = os.path.realpath(path) if os.path.exists(path) else path
     with alone_in(os.path.dirname(path)):
         like = os.stat(path) if os.path.exists(path) else None
-        write_secret(path, b''.join(change(lines_of(path))), like)
+        write_secret(path, b''.join(change(entries_of(path))), like)
 
 
 class Members:
@@ -7648,8 +7647,7 @@ class Members:
     def __iter__(self) -> Iterator[tuple[str, Grant]]:
         """All lines with tokens, and what they allow."""
         for path in self.files:
-            for line in lines_of(path):
-                grant = grant_of(line)
+            for line, grant in entries_of(path):
                 if grant:
                     yield line.decode('utf-8-sig'), grant
 
@@ -7661,11 +7659,13 @@ class Members:
         new = f'{user} {HASHED}{digest_of(token)} since={datetime.date.today()} {" ".join(rules)}'
         if re.search('[^\x20-\x7e]|#', new):
             raise UsageError('a rule is of printable ASCII characters, without #')
-        grant_of(new.encode())
+        try:
+            parse_grant(new)
+        except ValueError as e:
+            raise UsageError(str(e)) from e
 
-        def longer(lines: list[bytes]) -> list[bytes]:
-            for line in lines:
-                grant_of(line)      # with a line that is wrong the server would not read the file
+        def longer(entries: list[Entry]) -> list[bytes]:
+            lines = [line for line, _ in entries]
             if lines and not lines[-1].endswith((b'\n', b'\r')):
                 lines[-1] += b'\n'
             return [*lines, new.strip().encode() + b'\n']
@@ -7674,12 +7674,10 @@ class Members:
 
     def remove(self, user: str) -> None:
         """Take all tokens of USER out."""
-        def others(lines: list[bytes]) -> list[bytes]:
-            grants = [grant_of(line) for line in lines]
-            return [line for line, grant in zip(lines, grants) if not grant or grant.user != user]
         for path in self.files:
-            if len(others(lines_of(path))) != len(lines_of(path)):
-                rewrite(path, others)
+            if any(grant and grant.user == user for _, grant in entries_of(path)):
+                rewrite(path, lambda entries: [line for line, grant in entries
+                                               if not grant or grant.user != user])
 
 
 def member_table(members: Members, seen: dict[str, float]) -> Iterator[str]:
