@@ -3539,6 +3539,8 @@ class Tunnels:
         self._table: dict[str, Tunnel] = {}
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
         self._started = runtime.now()
+        self._look_at = 0.0             # when all tunnels are looked at again
+        runtime.swept.add(self)
 
     def __iter__(self) -> Iterator[Tunnel]:
         return iter(tuple(self._table.values()))
@@ -3615,8 +3617,14 @@ class Tunnels:
                 member.session.connection is None for member in self.members()):
             await asyncio.sleep(DRAIN_LOOK)
 
-    def sweep(self, now: float) -> None:
-        """Let requests go on that wait for a session that is away; forget who went long ago."""
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Let requests go on that wait for a session that is away; forget who went long ago.
+
+        Now and then: there may be thousands of tunnels.
+        """
+        if now < self._look_at:
+            return
+        self._look_at = now + 4 * SWEEP
         away: list[Tunnel] = []
         for tunnel in self:
             for member in tunnel.members:
@@ -3845,7 +3853,7 @@ class Admission:
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
-        self._look_at = 0.0                     # when tunnels are looked at again
+        self._look_at = 0.0                     # when all tokens are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
         self._written: asyncio.Future[None] | None = None           # the last change of leases
 
@@ -3871,7 +3879,6 @@ class Admission:
                                          'the token of this tunnel is no longer valid')
         for kind in self.kinds.values():
             kind.sweep()
-        self._tunnels.sweep(now)
 
     async def end(self, name: str, lease: bool, why: str) -> bool:
         """End what serves NAME, with LEASE free it too; return whether there was anything.
@@ -4578,7 +4585,7 @@ class Server:
         await self.tunnels.end_all()
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Check what changes by itself: files, tokens, names that nobody serves."""
+        """Check what changes by itself: files, and how long tokens are valid."""
         self.admission.sweep(now, at_once=self.reload(changed_only=True))
 
     def reload(self, changed_only: bool = False) -> bool:

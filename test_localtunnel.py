@@ -3280,11 +3280,11 @@ class AdmissionTest(WorldTest):
 
     async def test_names_whose_clients_went_are_remembered_up_to_a_number(self):
         await self.world()
-        with self.constant(MAX_AWAY=2, SWEEP=0.0):
+        with self.constant(MAX_AWAY=2):
             for name in 'abcd':
                 await self.hello(name=name)
                 self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
-            self.server.sweep(self.runtime.now(), False)
+            self.server.tunnels.sweep(self.runtime.now() + 1, False)
         self.assertEqual([tunnel.name for tunnel in self.server.tunnels], ['c', 'd'])
 
     async def test_an_attempt_that_comes_late_replaces_no_later_one(self):
