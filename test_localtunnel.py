@@ -3373,7 +3373,7 @@ class AdmissionTest(WorldTest):
         await self.world(tokens=['secret'])
         _, status, reason = await self.hello()
         self.assertEqual((status, reason['error']), (401, 'token'))
-        self.assertIn('--token', reason['message'])
+        self.assertIn('--join', reason['message'])
 
     async def test_another_version_is_426_and_told_the_cure(self):
         await self.world()
