@@ -2440,10 +2440,10 @@ PAGE = """<!doctype html>
 body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
 background: var(--ground) }}
 main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
-background: var(--paper); border: 1px solid var(--line); border-radius: 14px }}
+background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
+overflow-wrap: anywhere }}
 h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
-p, h1 {{ overflow-wrap: anywhere }}
-pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; overflow: auto }}
+pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; white-space: pre-wrap }}
 code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
 </style>
 <main><h1>{title}</h1>{text}</main></html>
@@ -6108,8 +6108,7 @@ def listing(names: Iterable[str], path: str) -> bytes:
     items = ''.join(f'<li><a href="{urllib.parse.quote("./" + n, errors="surrogatepass")}">'
                     f'{html.escape(n)}</a>\n' for n in names)
     title = html.escape(urllib.parse.unquote(path))
-    return (f'<!doctype html><meta charset="utf-8"><title>{title}</title><h1>{title}</h1>'
-            f'<ul>\n{items}</ul>\n').encode('utf-8', 'surrogateescape')
+    return PAGE.format(title=title, text=f'<ul>\n{items}</ul>').encode('utf-8', 'surrogateescape')
 
 
 def send_whole(handler: Any, code: int, page: bytes, **fields: str) -> BinaryIO:
@@ -6128,6 +6127,7 @@ def folder_handler(site: Site) -> Any:
 
     class Handler(http.server.SimpleHTTPRequestHandler):
         protocol_version = 'HTTP/1.1'
+        error_message_format = PAGE.format(title='%(code)d %(message)s', text='<p>%(explain)s.</p>')
         left = 0                # bytes of the body that are yet to be sent
         extensions_map = {**http.server.SimpleHTTPRequestHandler.extensions_map, **CONTENT_TYPES}
 
@@ -8947,10 +8947,11 @@ li small {{ display: block; font-weight: 400 }}
 li.works::before, li.stops::before {{ border-color: var(--good) }}
 .not, .works small {{ color: var(--dim) }} .not b {{ border-style: dashed }}
 .owner {{ border-left: 3px solid var(--line); padding-left: 1em }}
-footer {{ color: var(--dim); font-size: .85em; margin-top: 2em }}
+footer {{ display: flex; flex-wrap: wrap; gap: 0 1.5em; color: var(--dim); font-size: .85em;
+margin-top: 2em }}
 </style>
 <ol>{way}</ol><p>{text}</p>{owner}
-<footer>{code} &middot; {time} UTC &middot; localtunnel</footer>"""
+<footer><span>{code}</span><span>{time} UTC</span><span>localtunnel</span></footer>"""
 
 
 def sentence(text: str) -> str:

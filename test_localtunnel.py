@@ -5956,7 +5956,7 @@ class ErrorPageTest(WorldTest):
         where = self.HOPS.index(hop)
         self.assertEqual(re.findall('<li class="(.*?)"', page), ['works'] * where + ['stops here']
                          + ['not asked'] * (3 - where))
-        self.assertRegex(page, f'<footer>{status} .* 20..-..-.. ..:..:.. UTC')
+        self.assertRegex(page, f'<footer><span>{status} .*<span>20..-..-.. ..:..:.. UTC<')
         self.assertNotRegex(page, r'<(?:script|img|link|iframe)|https?:')
         for word in words:
             self.assertIn(word, page)
