@@ -7919,10 +7919,10 @@ class Reader:
         if not self.full:
             shown = payload[:KEPT_MESSAGE]
             text = shown.hex(' ') if kind == 'binary' else shown.decode('utf-8', 'replace')
-            seconds = time.monotonic() - self.kept.record.began
-            self.kept.messages.append({
+            seconds = time.monotonic() - self.kept.began
+            self.kept.messages = [*self.kept.messages, {
                 'from': self.sender, 'kind': kind, 'text': text, 'size': size,
-                'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)})
+                'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)}]
             self.kept.hold(len(text) + KIB // 4)
             self.kept.book.tell(self.kept)
 
@@ -8019,14 +8019,16 @@ class Frames(Reader):
 
 class Side:
     """One message of an exchange, as far as it is kept."""
-    __slots__ = ('kept', 'line', 'block', 'body', 'most', 'size', 'finished', 'trailers', 'reader')
+    line = b''
+    trailers = b''
+    body: Union[bytes, bytearray] = b''
+    size = 0                        # of the body, however much of it is kept
+    finished = False                # it has come to its end
+    reader: Reader | None = None    # of the messages in it
 
-    def __init__(self, kept: Kept, line: bytes, block: bytes, most: int) -> None:
-        self.kept, self.line, self.block, self.most = kept, line, block, most
-        self.body, self.size, self.trailers = bytearray(), 0, b''
-        self.finished = False           # the body has come to its end
-        self.reader: Reader | None = None       # of the messages in it
-        kept.hold(len(line) + len(block))
+    def __init__(self, kept: Kept, block: bytes, most: int) -> None:
+        self.kept: Kept | None = kept       # while it runs: no cycle waits for the collector
+        self.block, self.most = block, most
 
     def take(self, piece: bytes) -> None:
         """Keep a PIECE of the body while there is room; this is a tap."""
@@ -8035,8 +8037,15 @@ class Side:
             self.reader.feed(piece)
         room = self.most - len(self.body)
         if room > 0:
-            self.body += piece[:room]
-            self.kept.hold(min(room, len(piece)))
+            piece = piece[:room]
+            if not self.body:
+                self.body = piece       # most are one piece
+            elif isinstance(self.body, bytes):
+                self.body = bytearray(self.body + piece)
+            else:
+                self.body += piece
+            if self.kept is not None:
+                self.kept.hold(len(piece))
 
     def details(self, show: bool) -> dict[str, Any]:
         """Return what is known of it, with secrets if they are to be SHOWn."""
@@ -8112,23 +8121,26 @@ def about_signature(exchange: dict[str, Any], now: float) -> str:
     return ''
 
 
-class Kept:
+class Kept(Record):
     """One exchange, as far as it is kept."""
-    __slots__ = ('book', 'record', 'at', 'seconds', 'first', 'request', 'response', 'messages',
-                 'replay', 'failed', 'held', 'gone')
+    seconds: float | None = None        # that it took, once it has ended
+    first = 0.0                         # seconds until the response began
+    request: Side | None = None
+    response: Side | None = None
+    messages: list[dict[str, Any]] = []
+    replay: Replay | None = None        # where it came from, if it is one
+    failed = ''                         # which hop did: app, client, relay
+    held = 0                            # bytes of memory
+    gone = False                        # it is no longer in the book
 
     def __init__(self, book: Exchanges, record: Record) -> None:
         self.book = book
-        self.record = record            # an Exchange while it runs, then what remains of it
-        self.at = time.time()           # when it began
-        self.seconds: float | None = None       # that it took, once it has ended
-        self.first = 0.0                # seconds until the response began
-        self.request: Side | None = None
-        self.response: Side | None = None
-        self.messages: list[dict[str, Any]] = []
-        self.replay: Replay | None = None       # where it came from, if it is one
-        self.failed = ''                # which hop did: app, client, relay
-        self.held, self.gone = 0, False         # bytes of memory; it is no longer in the book
+        self.record: Record | None = record     # while it runs
+        self.at = time.time()                   # when it began
+        # As in Exchange: a call for each request costs more.
+        self.number, self.began, self.method = record.number, record.began, record.method
+        self.target, self.visitor = record.target, record.visitor
+        self.status, self.why = 0, ''
 
     def hold(self, size: int) -> None:
         """Count SIZE bytes of memory."""
@@ -8138,52 +8150,57 @@ class Kept:
             if self.book.used > KEPT_BYTES:
                 self.book.shrink()
 
-    def look(self) -> None:
-        """See how far the messages of an exchange that runs have come."""
-        record, request, response = self.record, self.request, self.response
-        if isinstance(record, Exchange) and request is not None:
-            request.finished, request.trailers = record.body.finished, record.body.trailers
-            if response is not None and isinstance(record.answer, Body):
-                response.finished = record.answer.finished
-                response.trailers = record.answer.trailers
+    def look(self, record: Record) -> None:
+        """See how far RECORD has come, which this is kept of."""
+        self.status, self.why = record.status, record.why
+        if isinstance(record, Exchange) and self.request is not None:
+            self.request.finished, body = record.body.finished, record.answer
+            self.request.trailers = record.body.trailers
+            if self.response is not None and isinstance(body, Body):
+                self.response.finished, self.response.trailers = body.finished, body.trailers
 
     def end(self, record: Record, seconds: float) -> None:
         """Note that it has ended, after SECONDS, and let go of its streams."""
-        self.look()
-        self.seconds, self.record = seconds, record
+        self.look(record)
+        self.seconds, self.record = seconds, None
         if record.why:
             self.failed = failed_hop(record)
-        if isinstance(record, Exchange):
-            self.record = Record(record.number, record.began, record.method, record.target)
-            self.record.status, self.record.why = record.status, record.why
+        if self.request is None:
+            self.request, self.response = Side(self, b'', 0), Side(self, b'', 0)
+            self.request.size, self.response.size = record.sent, record.size
+        self.request.kept = None
+        if self.response is not None:
+            self.response.kept = None
 
     @property
     def kind(self) -> str:
         """http, websocket or tcp."""
-        if self.record.method == 'TCP' and self.request is None:
-            return 'tcp'
-        upgrade = self.request and re.search(rb'(?im)^upgrade:[ \t]*websocket', self.request.block)
-        return 'websocket' if upgrade else 'http'
+        block = self.request.block if self.request else b''
+        return ('tcp' if self.method == 'TCP' and not block else
+                'websocket' if re.search(rb'(?im)^upgrade:[ \t]*websocket', block) else 'http')
 
     def summary(self, show: bool = False) -> dict[str, Any]:
         """Return what a list shows of it, with secrets if they are to be SHOWn."""
-        record, request, response = self.record, self.request, self.response
-        seconds = time.monotonic() - record.began if self.seconds is None else self.seconds
+        if self.record is not None:
+            self.look(self.record)
+        request, response = self.request, self.response
+        seconds = time.monotonic() - self.began if self.seconds is None else self.seconds
         visitor = request and re.search(rb'(?im)^x-forwarded-for:[ \t]*([^\r, ]+)', request.block)
         return {
-            'id': record.number, 'kind': self.kind, 'at': rfc3339(self.at),
-            'visitor': visitor.group(1).decode('latin-1') if visitor else record.visitor,
-            'method': record.method, 'target': record.target if show else masked(record.target),
-            'status': record.status, 'ms': round(seconds * 1e3, 1),
-            'request_bytes': request.size if request else record.sent,
-            'response_bytes': response.size if response else record.size if not request else 0,
-            'error': record.why, 'failed': self.failed,
+            'id': self.number, 'kind': self.kind, 'at': rfc3339(self.at),
+            'visitor': visitor.group(1).decode('latin-1') if visitor else self.visitor,
+            'method': self.method, 'target': self.target if show else masked(self.target),
+            'status': self.status, 'ms': round(seconds * 1e3, 1),
+            'request_bytes': request.size if request else 0,
+            'response_bytes': response.size if response else 0,
+            'error': self.why, 'failed': self.failed,
             'replay_of': self.replay.of if self.replay else None, 'pending': self.seconds is None}
 
     def details(self, show: bool = False) -> dict[str, Any]:
         """Return all that is known of it, with secrets if they are to be SHOWn."""
-        self.look()
-        summary, request, response = self.summary(show), self.request, self.response
+        summary = self.summary(show)
+        request, response = (side if side and side.block else None
+                             for side in (self.request, self.response))
         details = {**summary, 'request': request and request.details(show),
                    'response': response and response.details(show),
                    'timing': {'first_byte_ms': round(self.first * 1e3, 1) if response else None,
@@ -8192,7 +8209,8 @@ class Kept:
         if any(readers):
             details['messages'] = self.messages
             details['message_counts'] = [reader.count if reader else 0 for reader in readers]
-        if request:
+        if details['request']:
+            details['request']['line'] = f'{self.method} {summary["target"]} HTTP/1.1'
             details['edited'] = bool(self.replay and self.replay.edited)
             details['signature'] = about_signature(details, time.time())
         return details
@@ -8213,8 +8231,10 @@ class Pace:
         if now >= self._second + 1:
             self.turn(now)
         self._requests += 1
-        self._errors += failed
-        self._slowest = max(self._slowest, seconds)
+        if failed:
+            self._errors += 1
+        if seconds > self._slowest:
+            self._slowest = seconds
         if self._requests <= PACE_SAMPLES:
             self._took.append(seconds)
 
@@ -8269,15 +8289,14 @@ class Exchanges(ClientObserver):
 
     def begun(self, exchange: Exchange) -> Tap:
         """Keep EXCHANGE; return what keeps the body of its request."""
-        request, near = exchange.request, exchange.near
-        kept = self.open[exchange.number] = Kept(self, exchange)
+        near, number = exchange.near, exchange.number
+        kept = self.open[number] = Kept(self, exchange)
         if type(near) is Replay:
             kept.replay, near.made = near, kept
-        side = kept.request = Side(kept, b'%b %b HTTP/1.1' % (request.method, request.target),
-                                   request.block, self.most)
+        side = kept.request = Side(kept, exchange.request.block, self.most)
         if exchange.whole:
             side.take(exchange.whole)
-        self._add(kept)
+        self._add(kept, len(side.block))
         return side.take
 
     def responded(self, exchange: Exchange, response: Response) -> Tap | None:
@@ -8286,28 +8305,31 @@ class Exchanges(ClientObserver):
         if kept is None or kept.request is None:
             return None
         kept.first = time.monotonic() - exchange.began
-        side = kept.response = Side(
-            kept, b'HTTP/1.%b %d%b' % (response.minor, response.status, response.reason),
-            response.block, KEPT_RESPONSE if not kept.gone else 0)
+        block = response.block
+        side = kept.response = Side(kept, block, 0 if kept.gone else KEPT_RESPONSE)
+        side.line = b'HTTP/1.%b %d%b' % (response.minor, response.status, response.reason)
+        kept.hold(len(block))
         if response.status == 101:
             kept.request.most = side.most = 0
             if kept.kind == 'websocket':
-                deflated = b'permessage-deflate' in response.block
+                deflated = b'permessage-deflate' in block
                 kept.request.reader = Frames(kept, 'visitor', deflated)
                 side.reader = Frames(kept, 'app', deflated)
-        elif b'text/event-stream' in response.block:
+        elif b'text/event-stream' in block:
             side.reader = Events(kept, 'app')
-        self.tell(kept)
+        if self.listeners:
+            self.tell(kept)
         return side.take
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         kept = self.open.pop(exchange.number, None)
         if kept is None:
             kept = Kept(self, exchange)
-            self._add(kept)
+            self._add(kept, 0)
         kept.end(exchange, seconds)
-        self.pace.add(time.time(), seconds, bool(exchange.why or exchange.status >= 500))
-        self.tell(kept)
+        self.pace.add(kept.at + seconds, seconds, exchange.why != '' or exchange.status >= 500)
+        if self.listeners:
+            self.tell(kept)
 
     # What is kept; for people in Python it is a sequence.
 
@@ -8318,17 +8340,18 @@ class Exchanges(ClientObserver):
         kept = list(self.kept.values())[at]
         return [as_object(one) for one in kept] if isinstance(kept, list) else as_object(kept)
 
-    def _add(self, kept: Kept) -> None:
+    def _add(self, kept: Kept, size: int) -> None:
         self.seen += 1
-        self.kept[kept.record.number] = kept
-        kept.hold(KEPT_OBJECTS)
+        self.kept[kept.number] = kept
+        kept.hold(KEPT_OBJECTS + size)
         if len(self.kept) > KEPT_EXCHANGES:
-            self.shrink()
-        self.tell(kept)
+            self._let_go()
+        if self.listeners:
+            self.tell(kept)
 
     def shrink(self) -> None:
         """Let go of the oldest, until there is room."""
-        while self.kept and (self.used > KEPT_BYTES or len(self.kept) > KEPT_EXCHANGES):
+        while self.kept and self.used > KEPT_BYTES:
             self._let_go()
 
     def clear(self) -> None:
@@ -8342,8 +8365,7 @@ class Exchanges(ClientObserver):
         kept.held, kept.gone = 0, True
         for side in (kept.request, kept.response):
             if side and kept.seconds is None:       # it runs: nothing more of it is kept
-                side.most = 0
-                side.body.clear()
+                side.most, side.body = 0, b''
 
 
 # What is made of them: a choice, an archive, a request to send again.
@@ -8519,7 +8541,7 @@ class Live:
 
     def tell(self, kept: Kept) -> None:
         """Tell it of KEPT, soon."""
-        self._due[kept.record.number] = kept
+        self._due[kept.number] = kept
         if len(self._due) > KEPT_EXCHANGES:
             del self._due[next(iter(self._due))]
             self._missed += 1
@@ -8679,7 +8701,7 @@ class Inspector:
                 raise BadHttp(400, f'{name} takes a number, not {words[name]!r}')
         after, most = int(words.get('after', 0)), int(words.get('limit', KEPT_EXCHANGES))
         for kept in tuple(self._book.kept.values()):
-            if len(found) < most and kept.record.number > after and chosen.fits(
+            if len(found) < most and kept.number > after and chosen.fits(
                     kept.summary(), kept.details):
                 found.append(kept)
             if chosen.texts:
