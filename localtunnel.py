@@ -35,11 +35,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  32 Terminal
-     2 Wire                   16 Raw TCP                33 Options
-     3 Credit                 17 Folder and echo        34 Wiring
-     4 Byte streams           18 Host header            35 Python
-     5 Session                19 Outgoing proxy         36 Command line
+     1 Constants and errors   15 Annex                  33 Terminal
+     2 Wire                   16 Raw TCP                34 Options
+     3 Credit                 17 Folder and echo        35 Wiring
+     4 Byte streams           18 Host header            36 Python
+     5 Session                19 Outgoing proxy         37 Command line
      6 HTTP/1.1               20 Certificates
      7 Names and tokens       21 Hand-over
      8 Exchange               22 Operator's page
@@ -50,8 +50,9 @@ Rooms
     13 App                    27 Exchanges
     14 Client                 28 Inspector's page
                               29 Inspector
-                              30 Words from elsewhere
-                              31 Error pages
+                              30 Logs and replay
+                              31 Words from elsewhere
+                              32 Error pages
 """
 
 from __future__ import annotations
@@ -76,6 +77,7 @@ import html
 import http
 import io
 import ipaddress
+import itertools
 import json
 import logging
 import os
@@ -7865,24 +7867,27 @@ def masked(text: str) -> str:
     return _PARAMETER.sub(hide_parameter, text) if '=' in text else text
 
 
+def hidden(name: str, value: str) -> str:
+    """Return VALUE of the field NAME as it is shown."""
+    return MASK if name.lower() in SECRET_FIELDS else masked(value)
+
+
 def fields_of(block: bytes, show: bool) -> list[list[str]]:
     """Return the header lines of BLOCK as [name, value]; secrets are masked, or SHOWn."""
     fields = []
     for line in block.decode('latin-1').split('\r\n')[:-1]:
         name, _, value = line.partition(':')
         value = value.strip(' \t')
-        if not show:
-            value = MASK if name.lower() in SECRET_FIELDS else masked(value)
-        fields.append([name, value])
+        fields.append([name, value if show else hidden(name, value)])
     return fields
 
 
 def text_of(body: bytes, whole: bool) -> tuple[str, str]:
-    """Return (text, encoding) of BODY: utf-8 if it is that, until it was cut; else base64."""
-    try:
-        return codecs.getincrementaldecoder('utf-8')().decode(body, whole), 'utf-8'
-    except UnicodeDecodeError:
-        return base64.b64encode(body).decode(), 'base64'
+    """Return (text, encoding) of BODY: utf-8 if it is text, until it was cut; else base64."""
+    with contextlib.suppress(UnicodeDecodeError):
+        if b'\0' not in body:
+            return codecs.getincrementaldecoder('utf-8')().decode(body, whole), 'utf-8'
+    return base64.b64encode(body).decode(), 'base64'
 
 
 def rfc3339(seconds: float) -> str:
@@ -8477,6 +8482,136 @@ def har_pieces(exchanges: Iterable[dict[str, Any]]) -> Iterator[str]:
     yield ']}}\n'
 
 
+def body_of(side: dict[str, Any]) -> bytes:
+    """Return the body in SIDE, whose encoding is utf-8 or base64.  Raises BadHttp."""
+    try:
+        return (base64.b64decode(side['body'], validate=True) if side['encoding'] == 'base64'
+                else side['body'].encode())
+    except ValueError as e:
+        raise BadHttp(400, f'the body is not {printable(side["encoding"])}') from e
+
+
+def not_replayable(exchange: dict[str, Any]) -> str:
+    """Return why the request of EXCHANGE can't be sent again, or ''."""
+    request = exchange['request']
+    if not request:
+        return 'there was no whole request, so there is nothing to replay'
+    if any(name.lower() == 'upgrade' for name, _ in request['headers']):
+        return "an upgrade, such as a WebSocket, can't be replayed"
+    if not request['truncated']:
+        return ''
+    kept, size = len(body_of(request)), exchange['request_bytes']
+    for name, value in request['headers']:
+        if name.lower() == 'content-length' and value.isdigit():
+            size = int(value)       # an early answer may have cut it short
+    if exchange['request_bytes'] > kept:
+        return (f'only {kept} of the {size} bytes of its body were kept; start the client with '
+                f'--inspect-body {-(-size // KIB)} to keep them all')
+    return 'the body of its request did not come whole'
+
+
+# They belong to the connection that they came on, or are made anew.
+NOT_REPLAYED = {'connection', 'keep-alive', 'proxy-connection', 'te', 'upgrade',
+                'transfer-encoding', 'expect', 'localtunnel-replay'}
+
+
+class Edited:
+    """The request of an exchange, perhaps edited, as it is to be sent again."""
+
+    def __init__(self, exchange: dict[str, Any], edits: dict[str, Any]) -> None:
+        """EXCHANGE shows its secrets where they are known; EDITS may mask them.  Raises BadHttp."""
+        request = exchange['request']
+        self._check(edits)
+        self.left_out: list[str] = []       # what is masked, and not known here
+        self._secrets = request['headers'] + request['trailers']
+        self.method = edits.get('method', exchange['method'])
+        self.target = self._target(edits.get('target', exchange['target']), exchange['target'])
+        self.body = body_of({'encoding': 'utf-8', **edits} if 'body' in edits else request)
+        self.trailers = self._known(edits.get('trailers', request['trailers']))
+        self.headers = self._known(edits.get('headers', request['headers']))
+        for name, value in edits.get('set_headers', ()):
+            self.headers = [field for field in self.headers if field[0].lower() != name.lower()]
+            self.headers.append([name, value])
+        self.changed = (self.method, self.target, self.body) != (
+            exchange['method'], exchange['target'], body_of(request))
+        self._host = dict((name.lower(), value) for name, value in request['headers']).get('host')
+
+    @staticmethod
+    def _check(edits: dict[str, Any]) -> None:
+        """Raise BadHttp unless EDITS have the names and types that they may have."""
+        for name, value in edits.items():
+            if name in ('headers', 'trailers', 'set_headers'):
+                right = isinstance(value, list) and all(
+                    isinstance(field, list) and len(field) == 2
+                    and all(isinstance(text, str) for text in field) for field in value)
+                if not right:
+                    raise BadHttp(400, f'{name} takes a list of [name, value]')
+            elif name not in ('method', 'target', 'body', 'encoding') or not isinstance(value, str):
+                raise BadHttp(400, 'a replay takes method, target, headers, trailers, body and '
+                              f'encoding, not {name[:MAX_TEXT]!r} of this kind')
+        if edits.get('encoding', 'utf-8') not in ('utf-8', 'base64'):
+            raise BadHttp(400, 'encoding takes utf-8 or base64')
+
+    def _known(self, fields: list[list[str]]) -> list[list[str]]:
+        """Return FIELDS with what their masks hide, or without those of which nothing is known."""
+        known = []
+        for name, value in fields:
+            secret = next((v for n, v in self._secrets if n.lower() == name.lower()
+                           and MASK in value and value == hidden(n, v)), value)
+            if MASK in secret and secret == hidden(name, secret):
+                self.left_out.append(name)
+            else:
+                known.append([name, secret])
+        return known
+
+    def _target(self, target: str, original: str) -> str:
+        """Return TARGET with the parameters that it masks, as in ORIGINAL, or without them."""
+        secrets = dict(_PARAMETER.findall(original))
+
+        def known(match: re.Match[str]) -> str:
+            value = secrets.get(match.group(2), MASK)
+            if value != MASK:
+                return f'{match.group(1)}{match.group(2)}={value}'
+            self.left_out.append(match.group(2))
+            return match.group(1) if match.group(1) == '?' else ''
+        shown = re.sub(r'([?&;])([^=&;#]+)=' + re.escape(MASK) + '(?=[&;]|$)', known, target)
+        return shown.replace('?&', '?').rstrip('?') if shown != target else target
+
+    def message(self, number: int, host: str, *extra: str) -> bytes:
+        """Return it as bytes: a replay of exchange NUMBER, for HOST if it names none; EXTRA lines.
+
+        Raises BadHttp for what HTTP does not allow.
+        """
+        names = [name.lower() for name, _ in self.headers]
+        chunked = bool(self.trailers) or 'transfer-encoding' in names
+        lines = [f'{name}: {value}' if name.lower() != 'content-length' else
+                 f'{name}: {len(self.body)}' for name, value in self.headers
+                 if name.lower() not in NOT_REPLAYED
+                 and not (chunked and name.lower() == 'content-length')]
+        if 'host' not in names:
+            lines.insert(0, f'Host: {self._host or host}')
+        if chunked:
+            lines.append('Transfer-Encoding: chunked')
+        elif 'content-length' not in names and (self.body or self.method in ('POST', 'PUT')):
+            lines.append(f'Content-Length: {len(self.body)}')
+        lines += [*extra, f'Localtunnel-Replay: {number}']
+        trailers = [f'{name}: {value}' for name, value in self.trailers]
+        try:
+            block = b''.join(line.encode('latin-1') + b'\r\n' for line in lines)
+            last = b''.join(line.encode('latin-1') + b'\r\n' for line in trailers)
+            head = f'{self.method} {self.target} HTTP/1.1\r\n'.encode('latin-1')
+        except UnicodeEncodeError as e:
+            raise BadHttp(400, 'method, target and header fields take Latin-1 only') from e
+        whole = (block + last).count(b'\n') == len(lines) + len(trailers) and head.count(b'\n') == 1
+        if not (whole and _TRAILERS.fullmatch(last + b'\r\n')) or any(
+                NO_TRAILER.match(line.lower().encode('latin-1')) for line in trailers):
+            raise BadHttp(400, 'a header field or a trailer that HTTP does not allow')
+        parse_request(head + block + b'\r\n')
+        body = b''.join((b'%x\r\n%b\r\n' % (len(self.body), self.body) if self.body else b'',
+                         b'0\r\n', last, b'\r\n')) if chunked else self.body
+        return head + block + b'\r\n' + body
+
+
 # ------------------------------------------------------------------------------------------------
 # 28. Inspector's page
 #
@@ -8502,6 +8637,7 @@ INSPECTOR_PAGE = """<!doctype html>
 # ------------------------------------------------------------------------------------------------
 
 INSPECTOR_PORT, INSPECTOR_PORTS = 4040, 100     # the first to try, by habit, and how many
+SECRETS_FIELD = b'localtunnel-inspector'        # who sends it may see secrets: no other site can
 MAX_INSPECTORS = 100            # connections at a time
 EVENTS_TOGETHER = 0.25          # seconds between the events of a page: under load, many at once
 EVENTS_UNREAD = 1 * MIB         # by a page that has stopped reading; then it is let go
@@ -8511,6 +8647,7 @@ REPLAY_MOST = 3600.0            # for all of a replay: an endless answer has an 
 MAX_REPLAYS = 16                # at a time
 EDIT_ROOM = 256 * KIB           # of JSON around the body of an edited replay
 RECORD_QUEUE = 1000             # exchanges that wait for the disk; more are dropped and counted
+FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
 
 
 def header_of(head: Head, name: bytes) -> str:
@@ -8631,11 +8768,10 @@ class Inspector:
     def _check(self, connection: Connection, request: Request) -> None:
         """Raise HopFailed unless REQUEST comes from this machine, and from no other site's page."""
         host, origin = request.host_name, header_of(request, b'origin')
-        passed = request.untrusted() or request.has(b'via')
-        sock = connection.transport.get_extra_info('peername')
-        ours = any(transport.get_extra_info('sockname') == sock
-                   for transport in self._runtime.transports)
-        if passed or ours:
+        passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
+        peer = connection.transport.get_extra_info('peername')
+        if passed or any(transport.get_extra_info('sockname') == peer       # this client's own
+                         for transport in self._runtime.transports):
             raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
         if not self._password and not is_loopback(connection.peer):
             raise HopFailed(403, 'the inspector is for its own machine')
@@ -8727,7 +8863,7 @@ class Inspector:
     async def _one(self, connection: Connection, request: Request, words: dict[str, str],
                    body: bytes, number: str) -> Any:
         show = words.get('secrets') == '1'
-        if show and not header_of(request, b'localtunnel-inspector'):
+        if show and not request.has(SECRETS_FIELD):
             raise HopFailed(403, 'secrets are shown to a request with the field '
                             'Localtunnel-Inspector, which no other site can send')
         return self._find(number).details(show)
@@ -8768,33 +8904,346 @@ class Inspector:
 
     async def _replay(self, connection: Connection, request: Request, words: dict[str, str],
                       body: bytes, number: str) -> Any:
-        raise HopFailed(501, 'soon')
+        exchange = self._find(number).details(show=True)
+        why = not_replayable(exchange)
+        if why:
+            raise HopFailed(409, why)
+        if self._replays >= MAX_REPLAYS:
+            raise HopFailed(429, f'{MAX_REPLAYS} replays wait for your app already')
+        try:
+            edits = json.loads(body or b'{}')
+        except (ValueError, RecursionError):
+            edits = None
+        if not isinstance(edits, dict):
+            raise BadHttp(400, 'the body is not a JSON object')
+        app = self._book.app
+        edited = Edited(exchange, edits)
+        stream = Replay(self._runtime, exchange['id'], edited.changed,
+                        edited.message(exchange['id'], app.target.authority))
+        sending = self._runtime.spawn(self._send(stream))
+        await asyncio.wait({sending}, timeout=REPLAY_WAIT)
+        if stream.made is None:
+            raise BadHttp(400, f'it was not sent: {stream.error}')
+        return {'id': stream.made.number, 'left_out': edited.left_out}
+
+    async def _send(self, stream: Replay) -> None:
+        """Give STREAM to the app; nobody takes what it answers, so nothing holds it up."""
+        overdue = self._runtime.loop.call_later(
+            REPLAY_MOST, stream.reset, CANCELLED, 'a replay does not take longer than an hour')
+        self._replays += 1
+        try:
+            await self._book.app.serve(stream)      # type: ignore[arg-type]
+        finally:
+            self._replays -= 1
+            overdue.cancel()
 
 
-async def listen_on(inspector: Inspector, runtime: Runtime,
-                    sockets: Sequence[socket.socket]) -> None:
-    """Serve on SOCKETS, until it is cancelled."""
+async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[socket.socket],
+                    note: str, said: dict[str, Any]) -> None:
+    """Serve on SOCKETS until it is cancelled; meanwhile the file NOTE holds what is SAID."""
     doors = [await runtime.loop.create_server(
         lambda: Connection(runtime, inspector.serve), sock=sock) for sock in sockets]
+    with contextlib.suppress(OSError):      # then the commands need --inspect PORT
+        os.makedirs(os.path.dirname(note), mode=0o700, exist_ok=True)
+        write_secret(note, json.dumps(said).encode())
     try:
         await runtime.loop.create_future()
     finally:
         for door in doors:
             door.close()
+        with contextlib.suppress(OSError):
+            os.unlink(note)
+
+
+# ------------------------------------------------------------------------------------------------
+# 30. Logs and replay
+#
+# Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
+# and `replay`, which read such a file or ask the inspector of a client that runs.
+# ------------------------------------------------------------------------------------------------
+
+class Recorder:
+    """Appends exchanges to a file, a line each, in a thread: a slow disk holds nothing up."""
+
+    def __init__(self, path: str, show: bool, warn: Callable[[str], None]) -> None:
+        """SHOW secrets or mask them; WARN is called in the thread, once.  Raises OSError."""
+        self._path, self._show, self._warn = path, show, warn
+        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
+        if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file).st_mode):
+            os.fchmod(self._file, 0o600)
+        size = os.fstat(self._file).st_size
+        # A line that a crash has cut short must not spoil the next one.
+        self._torn = size > 0 and os.read(self._seek(size - 1), 1) != b'\n'
+        self._queue: collections.deque[Kept | None] = collections.deque()
+        self._queued = 0            # bytes
+        self._changed = threading.Condition()
+        self.dropped = 0            # exchanges that are not in the file
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _seek(self, at: int) -> int:
+        os.lseek(self._file, at, os.SEEK_SET)
+        return self._file
+
+    @staticmethod
+    def _size(kept: Kept) -> int:
+        sides = [side for side in (kept.request, kept.response) if side]
+        return KEPT_OBJECTS + sum(len(side.body) + len(side.block) for side in sides)
+
+    def tell(self, kept: Kept) -> None:
+        """Write KEPT, if it has ended, soon."""
+        if kept.seconds is not None:
+            with self._changed:
+                if len(self._queue) >= RECORD_QUEUE or self._queued > KEPT_BYTES:
+                    self.dropped += 1
+                else:
+                    self._queue.append(kept)
+                    self._queued += self._size(kept)
+                    self._changed.notify()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue)
+                kept = self._queue.popleft()
+                if kept is None:
+                    return os.close(self._file)
+                self._queued -= self._size(kept)
+            self._write(json.dumps(kept.details(self._show)).encode() + b'\n')
+
+    def _write(self, line: bytes) -> None:
+        """Write LINE at once, so that a crash leaves it whole or torn, and never mixed."""
+        line, why = (b'\n' if self._torn else b'') + line, 'the disk is full'
+        try:
+            done = os.write(self._file, line)
+        except OSError as e:
+            done, why = 0, str(e.strerror)
+        if done < len(line):
+            self._torn = self._torn or done > 0
+            self.dropped += 1
+            warn, self._warn = self._warn, lambda text: None
+            warn(f"warning: can't record in {self._path}: {why}; exchanges are missing there")
+        else:
+            self._torn = False
+
+    def close(self) -> None:
+        """Write what is queued, if the disk takes it soon."""
+        with self._changed:
+            self._queue.append(None)
+            self._changed.notify()
+        self._thread.join(LAST_LINES)
+
+
+def field_of(text: str) -> list[str]:
+    """For argparse: 'NAME: VALUE'."""
+    name, colon, value = text.partition(':')
+    if not colon or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'NAME: VALUE'")
+    return [name.strip(), value.strip()]
+
+
+EXCHANGE_TYPES = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
+                  'ms': (int, float), 'request_bytes': int, 'response_bytes': int, 'error': str,
+                  'failed': str, 'request': (dict, type(None)), 'response': (dict, type(None)),
+                  'timing': dict}
+SIDE_TYPES = {'line': str, 'headers': list, 'trailers': list, 'body': str, 'encoding': str,
+              'truncated': bool}
+
+
+def is_exchange(value: Any) -> bool:
+    """Return True if VALUE is what Kept.details returns."""
+    def fits(value: Any, types: dict[str, Any]) -> bool:
+        return isinstance(value, dict) and all(
+            isinstance(value.get(key), wanted) for key, wanted in types.items())
+    return fits(value, EXCHANGE_TYPES) and all(
+        side is None or fits(side, SIDE_TYPES) and all(
+            isinstance(field, list) and [type(text) for text in field] == [str, str]
+            for field in side['headers'] + side['trailers'])
+        for side in (value['request'], value['response']))
+
+
+def lines_of(path: str, follow: bool) -> Iterator[str]:
+    """Return the lines of the file PATH, and with FOLLOW those that are still written."""
+    rest = ''
+    with open(path, encoding='utf-8', errors='replace') as f:
+        while True:
+            piece = f.readline()
+            rest += piece
+            if rest.endswith('\n') or not piece and not follow:
+                if rest:
+                    yield rest
+                rest = ''
+            if not piece and not follow:
+                return
+            if not piece:
+                time.sleep(FOLLOW_LOOK)
+
+
+def recorded(path: str, follow: bool, warn: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Return the exchanges in the file PATH.  Raises UsageError."""
+    torn = 0
+    try:
+        for line in lines_of(path, follow):
+            try:
+                exchange = json.loads(line)
+            except (ValueError, RecursionError):
+                exchange = None
+            if is_exchange(exchange):
+                yield exchange
+            else:
+                torn += bool(line.strip())
+    except OSError as e:
+        raise UsageError(f"can't read {path}: {e.strerror}") from e
+    if torn:
+        warn(f'{path}: {torn} lines are torn or not exchanges, and were left out')
+
+
+class Remote:
+    """The inspector of a client that runs, from another process."""
+
+    def __init__(self, place: tuple[str, int] | None, password: str | None) -> None:
+        """It is at PLACE, else of the newest client of this user.  Raises LocaltunnelError."""
+        self._password = password or ''
+        if place:
+            self._host, self._port = place
+            for _, said in self.noted():
+                if said['port'] == place[1] and not password:
+                    self._password = said['password']
+            return
+        for note, said in self.noted():
+            self._host, self._port, self._password = said['host'], said['port'], said['password']
+            with contextlib.suppress(LocaltunnelError):
+                if 'target' in self.ask('GET', '/api/status'):
+                    return
+            with contextlib.suppress(OSError):      # what a client left that was killed
+                os.unlink(note)
+        raise LocaltunnelError('no client of yours runs here with an inspector; start one, or give '
+                               'its port with --inspect')
+
+    @staticmethod
+    def noted() -> list[tuple[str, dict[str, Any]]]:
+        """Return (path, what it says) of the notes of this user's clients, the newest first."""
+        found = []
+        with contextlib.suppress(OSError):
+            for entry in os.scandir(config_path('inspectors')):
+                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                    with open(entry.path, encoding='utf-8') as f:
+                        said = json.load(f)
+                    found.append((entry.stat().st_mtime, entry.path, {
+                        'host': str(said['host']), 'port': int(said['port']),
+                        'password': str(said['password'])}))
+        return [item[1:] for item in sorted(found, key=lambda item: item[0], reverse=True)]
+
+    def open(self, method: str, path: str, value: Any = None) -> Any:
+        """Return the response to a request, as http.client has it.  Raises LocaltunnelError."""
+        import http.client
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=2 * REPLAY_WAIT)
+        fields = {'Localtunnel-Inspector': 'shell'}
+        if self._password:
+            fields['Authorization'] = 'Basic ' + base64.b64encode(
+                f':{self._password}'.encode()).decode()
+        try:
+            connection.request(method, path, value and json.dumps(value), fields)
+            return connection.getresponse()
+        except (OSError, http.client.HTTPException) as e:
+            raise LocaltunnelError(f'no inspector answers on {self._host}, port {self._port}: '
+                                   f'{printable(str(e))}') from e
+
+    def ask(self, method: str, path: str, value: Any = None) -> Any:
+        """Return the JSON that the API answers.  Raises LocaltunnelError."""
+        with self.open(method, path, value) as response:
+            try:
+                answer = json.loads(response.read())
+                if response.status < 400:
+                    return answer
+                why = str(answer['error'])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError):
+                why = 'this is not the inspector of a client'
+        raise LocaltunnelError(printable(why[:MAX_TEXT]))
+
+    def exchanges(self, words: str, details: bool, follow: bool) -> Iterator[dict[str, Any]]:
+        """Return the exchanges that fit WORDS, with DETAILS or as in a list."""
+        query, seen = '?q=' + urllib.parse.quote(words), set()
+        events = self.open('GET', '/api/events' + query) if follow else None
+        found = self.ask('GET', '/api/exchanges' + query)['exchanges']
+        for exchange in itertools.chain(found, self._followed(events) if events else ()):
+            if not (follow and exchange['pending']) and exchange['id'] not in seen:
+                seen.add(exchange['id'])
+                yield self.ask('GET', f'/api/exchanges/{exchange["id"]}') if details else exchange
+
+    @staticmethod
+    def _followed(events: Any) -> Iterator[dict[str, Any]]:
+        with events, contextlib.suppress(OSError):      # the client has ended
+            for line in events:
+                if line.startswith(b'data: {'):
+                    yield json.loads(line[6:])
+
+
+def send_to(target: Target, message: bytes, method: str) -> int:
+    """Send MESSAGE to TARGET, and return the status of its answer.  Raises LocaltunnelError."""
+    import http.client
+    try:
+        if target.scheme == 'unix':
+            sock = socket.socket(socket.AF_UNIX)
+            sock.connect(target.path)
+        else:
+            sock = socket.create_connection((target.host, target.port), CONNECT_TIMEOUT)
+        if target.scheme == 'https':
+            context = ssl.create_default_context()
+            context.check_hostname = not target.local
+            context.verify_mode = ssl.CERT_NONE if target.local else ssl.CERT_REQUIRED
+            sock = context.wrap_socket(sock, server_hostname=target.host)
+        with sock:
+            sock.settimeout(RESPONSE_TIMEOUT)
+            sock.sendall(message)
+            response = http.client.HTTPResponse(sock, method=method)
+            response.begin()
+            while response.read(READ_SIZE):
+                pass
+            return response.status
+    except (OSError, http.client.HTTPException) as e:
+        raise LocaltunnelError(explain(e, target.text)) from e
+
+
+def shown_line(exchange: dict[str, Any]) -> str:
+    """Return EXCHANGE as a line of `logs`."""
+    return printable(f'{exchange["id"]} {exchange["method"]} {exchange["target"]} '
+                     f'{exchange["status"]} {exchange["ms"]}ms {exchange["response_bytes"]}B '
+                     + exchange['error']).rstrip()
+
+
+def shown_body(exchange: dict[str, Any]) -> Iterator[str]:
+    """Return the bodies of EXCHANGE line by line: of its request (>), and of its response (<)."""
+    for side, sign in ((exchange['request'], '>'), (exchange['response'], '<')):
+        for line in side['body'].splitlines() if side else ():
+            yield f'  {sign} {printable(line.expandtabs())}'
+
+
+LOGS_EPILOG = """examples:
+  localtunnel.py logs --body method:post status:5xx
+  localtunnel.py logs --follow slow:>500
+  localtunnel.py logs --har traffic.jsonl"""
+
+REPLAY_EPILOG = """examples:
+  localtunnel.py replay 7
+  localtunnel.py replay 7 --set-header "X-Debug: 1" --to 8001
+  localtunnel.py replay traffic.jsonl --to 8000"""
 
 
 class Inspect(Annex):
-    """--inspect."""
+    """--inspect and --record, and the commands that read what they keep."""
     title = 'the inspector'
 
     def client_options(self, add: Add) -> None:
         add('--inspect', type=host_and_port, metavar='[HOST:]PORT',
             help='show what passes at this address (127.0.0.1:4040, or the next free port)')
-        add('--no-inspect', action='store_true', help='keep and show nothing of what passes')
+        add('--no-inspect', action='store_true', help='show nothing of what passes')
         add('--inspect-body', type=functools.partial(count, most=32 * KIB), metavar='KIB',
             default=KEPT_REQUEST // KIB,
             help='how much of a request is kept, to replay it (%(default)s)')
         add('--inspect-password', metavar='PASSWORD', help='what the inspector asks for')
+        add('--record', metavar='FILE', help='append what passes to FILE, as lines of JSON')
+        add('--record-secrets', action='store_true', help='do not mask secrets in that file')
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
@@ -8802,18 +9251,57 @@ class Inspect(Annex):
             raise UsageError(
                 f'--inspect on {host} needs --inspect-password; or leave it on this machine, and '
                 f'look at it from another one through ssh -L {port}:localhost:{port} THIS-MACHINE')
-        if not args.no_inspect:
+        if args.record_secrets and not args.record:
+            raise UsageError('--record-secrets needs --record FILE')
+        told = getattr(args, 'on_exchange', None)       # a function, of who uses this from Python
+        if not args.no_inspect or args.record or told:
             app.seen = Exchanges(app, str(address), args.inspect_body * KIB)
+        if told:
+            app.seen.listeners.append(functools.partial(self._tell, told))
+        if args.record:
+            self._record(args, app)
+
+    @staticmethod
+    def _tell(function: Callable[[Any], object], kept: Kept) -> None:
+        if kept.seconds is not None:
+            try:
+                function(as_object(kept))
+            except Exception:       # it is not ours, and must harm nothing
+                logging.getLogger('localtunnel').exception('on_exchange failed')
+
+    def _record(self, args: Args, app: App) -> None:
+        def warn(text: str) -> None:
+            with contextlib.suppress(RuntimeError):     # the loop has ended
+                app.runtime.loop.call_soon_threadsafe(app.observer.note, text)
+        try:
+            recorder = Recorder(args.record, args.record_secrets, warn)
+        except OSError as e:
+            raise UsageError(f"can't write --record {args.record}: {e.strerror}") from e
+        app.seen.listeners.append(recorder.tell)
+        app.runtime.spawn(self._close(recorder, app))
+
+    @staticmethod
+    async def _close(recorder: Recorder, app: App) -> None:
+        """Close RECORDER at the end."""
+        try:
+            await app.runtime.loop.create_future()
+        finally:
+            recorder.close()
+            if recorder.dropped:
+                app.observer.note(f'{recorder.dropped} exchanges are missing in the record')
 
     async def beside(self, args: Args, app: App) -> None:
-        if not isinstance(app.seen, Exchanges):
+        if args.no_inspect:
             return
         host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
         sockets = self.sockets(host, port, 1 if args.inspect else INSPECTOR_PORTS)
-        inspector = Inspector(app.seen, bracketed(host), args.inspect_password or '')
-        app.runtime.spawn(listen_on(inspector, app.runtime, sockets))
-        app.observer.watched(
-            f'http://{authority("http", host, sockets[0].getsockname()[1])}')
+        port, password = sockets[0].getsockname()[1], args.inspect_password or ''
+        where = '127.0.0.1' if host in ('', '0.0.0.0', '::') else host
+        app.runtime.spawn(listen_on(
+            Inspector(app.seen, bracketed(host), password), app.runtime, sockets,
+            config_path(os.path.join('inspectors', str(port))),
+            {'host': where, 'port': port, 'password': password}))
+        app.observer.watched(f'http://{authority("http", host, port)}')
 
     @staticmethod
     def sockets(host: str, port: int, tries: int) -> list[socket.socket]:
@@ -8826,9 +9314,113 @@ class Inspect(Annex):
         raise UsageError(f"the inspector can't listen on {host}, port {port}: {why}; choose "
                          'another one with --inspect, or none with --no-inspect')
 
+    # The commands.
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        logs = add('logs', help='show what a client has seen, or what FILE has of it',
+                   epilog=LOGS_EPILOG)
+        logs.add_argument('words', nargs='*', metavar='[FILE] [FILTER ...]',
+                          help='a file of --record; method:post status:5xx slow:>500 or any text')
+        logs.add_argument('--json', action='store_true', help='one JSON object a line')
+        logs.add_argument('--follow', action='store_true', help='go on with what comes')
+        logs.add_argument('--body', action='store_true', help='with the bodies')
+        logs.add_argument('--har', action='store_true', help='as an HTTP Archive (HAR 1.2)')
+        replay = add('replay', help='send requests that were seen to the app again',
+                     epilog=REPLAY_EPILOG)
+        replay.add_argument('words', nargs='+', metavar='[FILE] ID ...',
+                            help='numbers as in the log; with a FILE of --record, by default all')
+        replay.add_argument('--set-header', type=field_of, action='append', default=[],
+                            metavar="'NAME: VALUE'", help='with this field (repeatable)')
+        replay.add_argument('--to', metavar='TARGET', help='send them to another app')
+        for command, run in (logs, self.logs), (replay, self.replay):
+            command.add_argument('--inspect', type=host_and_port, metavar='[HOST:]PORT',
+                                 help="the inspector of a client (your newest client's)")
+            command.add_argument('--inspect-password', metavar='PASSWORD',
+                                 help='if that asks for one')
+            command.set_defaults(run=run)
+
+    @staticmethod
+    def warn(text: str) -> None:
+        """Tell the user of a command."""
+        print(f'localtunnel.py: {printable(text)}', file=sys.stderr)
+
+    def logs(self, args: Args) -> int:
+        """Print exchanges."""
+        path = args.words.pop(0) if args.words and os.path.isfile(args.words[0]) else ''
+        words, details = ' '.join(args.words), args.json or args.body or args.har
+        try:
+            chosen = Filter(words)
+        except BadHttp as e:
+            raise UsageError(str(e)) from e
+        exchanges = (e for e in recorded(path, args.follow, self.warn)
+                     if chosen.fits(e, functools.partial(dict, e))) if path else (
+            Remote(args.inspect, args.inspect_password).exchanges(words, details, args.follow))
+        if args.har:
+            for piece in har_pieces(exchanges):
+                args.say(piece)
+            return 0
+        for exchange in exchanges:
+            args.say(json.dumps(exchange) if args.json else shown_line(exchange))
+            for line in shown_body(exchange) if args.body and not args.json else ():
+                args.say(line)
+        return 0
+
+    def replay(self, args: Args) -> int:
+        """Send requests again; return 1 if one could not be sent."""
+        numbers, path = [word.lstrip('#') for word in args.words], ''
+        if not numbers[0].isdigit():
+            numbers, path = numbers[1:], args.words[0]
+        if any(not number.isdigit() for number in numbers):
+            raise UsageError('replay takes numbers, as in the log, after the file')
+        if path and not args.to:
+            raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
+        target, failed = parse_target(args.to) if args.to else None, False
+        if path:
+            found = {str(e['id']): e for e in recorded(path, False, self.warn)}
+            get: Callable[[str], Any] = found.get
+        else:
+            remote = Remote(args.inspect, args.inspect_password)
+            get = functools.partial(self._shown, remote)
+        for number in numbers or found:
+            try:
+                if target:
+                    self._send_to(target, get(number), args)
+                else:
+                    answer = remote.ask('POST', f'/api/exchanges/{number}/replay',
+                                        {'set_headers': args.set_header})
+                    args.say(shown_line(remote.ask('GET', f'/api/exchanges/{answer["id"]}')))
+            except LocaltunnelError as e:
+                self.warn(f'{number}: {e}')
+                failed = True
+        return int(failed)
+
+    @staticmethod
+    def _shown(remote: Remote, number: str) -> Any:
+        return remote.ask('GET', f'/api/exchanges/{number}?secrets=1')
+
+    def _send_to(self, target: Target, exchange: Any, args: Args) -> None:
+        """Send EXCHANGE to TARGET, and print its answer's status."""
+        if exchange is None:
+            raise LocaltunnelError('there is no such exchange in the file')
+        why = not_replayable(exchange)
+        if why:
+            raise LocaltunnelError(why)
+        edited = Edited(exchange, {'set_headers': args.set_header})
+        if target.port:
+            edited.target = target.path + edited.target
+        if edited.left_out:
+            self.warn(f'{exchange["id"]}: without what the record masks: '
+                      + ', '.join(edited.left_out))
+        began = time.monotonic()
+        status = send_to(target, edited.message(exchange['id'], target.authority,
+                                                'Connection: close'), edited.method)
+        args.say(shown_line({
+            **exchange, 'target': masked(edited.target), 'method': edited.method, 'status': status,
+            'ms': round((time.monotonic() - began) * 1e3, 1), 'response_bytes': 0, 'error': ''}))
+
 
 # ------------------------------------------------------------------------------------------------
-# 30. Words from elsewhere
+# 31. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -8939,7 +9531,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Error pages
+# 32. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -9019,7 +9611,7 @@ class ErrorPages(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 32. Terminal
+# 33. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -9349,7 +9941,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Options
+# 34. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -9550,7 +10142,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Wiring
+# 35. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -9823,7 +10415,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Python
+# 36. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -9890,7 +10482,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Command line
+# 37. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -27,23 +27,24 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 36)
-   21 Hand-over               from one process to the next (in 36)
-   22 Operator's page         what he sees, and what balancers ask; what he ends is in B
+   20 Certificates            what a server shows (in 37)
+   21 Hand-over               from one process to the next (in 37)
+   22 Operator's page         what he sees, and what he ends (in B)
    23 Block list              what an entry is, and who is kept out
    24 Ground                  what a look at it finds, and that it harms nobody
-   25 Landing page            what to type, and the file itself (in 11 and 36)
+   25 Landing page            what to type, and the file itself (in 11 and 37)
    26 Invitations             who gets in, and who no more
    27 Exchanges               what is kept of what passes, and for how long
    28 Inspector's page        shown by the next room
-   29 Inspector               who sees it, and how; replays, files, commands
-   30 Words from elsewhere    what users of other programs type
-   31 Error pages             the way and where it stops, for each thing that fails
-   32 Terminal                what a person sees
-   33 Options                 what can be typed
-   34 Wiring                  the key; which server, which token (in 36)
-   35 Python                  a tunnel inside another program (in 36)
-   36 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   29 Inspector               who sees it, and how; what is sent again
+   30 Logs and replay         what a client leaves on disk, and the commands
+   31 Words from elsewhere    what users of other programs type
+   32 Error pages             the way and where it stops, for each thing that fails
+   33 Terminal                what a person sees
+   34 Options                 what can be typed
+   35 Wiring                  the key; which server, which token (in 37)
+   36 Python                  a tunnel inside another program (in 37)
+   37 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5872,7 +5873,14 @@ class InspectorTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Words from elsewhere
+# 30. Logs and replay
+#
+# What a client leaves on disk, and the commands.
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 31. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -5926,7 +5934,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Error pages
+# 32. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -6135,7 +6143,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Terminal
+# 33. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -6489,7 +6497,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Options
+# 34. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -6502,7 +6510,8 @@ class HelpTest(unittest.TestCase):
             self.assertGreaterEqual(len(examples), 2)
             for line in examples:
                 with self.subTest(line):
-                    program, *words = line.partition('   a URL')[0].split('   ')[0].split()
+                    program, *words = shlex.split(line.partition('   a URL')[0].strip().split(
+                        '   ')[0])
                     self.assertEqual((program, words[0]), ('localtunnel.py', name or words[0]))
                     self.assertEqual(parser.parse_args(words).command, words[0])
 
@@ -6512,7 +6521,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Wiring
+# 35. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -6699,14 +6708,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Python
+# 36. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Command line
+# 37. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
