@@ -6187,10 +6187,45 @@ def serve_folder(site: Site) -> socket.socket:
 
 
 MAX_ECHO = 1 * MIB              # of a request that the target `echo` sends back
+ECHO_DELAY = 60.0               # seconds at most that it waits: webhook senders give up sooner
+
+
+def wished(target: bytes) -> tuple[int, float]:
+    """Return (status, delay) as the query of TARGET chooses the answer of `echo`.
+
+    Raises HopFailed.
+    """
+    query = dict(urllib.parse.parse_qsl(target.decode('latin-1').partition('?')[2]))
+    status, delay = query.get('status', '200'), query.get('delay', '0')
+    if not re.fullmatch('[2-5][0-9][0-9]', status) or int(status) not in {*http.HTTPStatus}:
+        raise HopFailed(400, 'status takes one that HTTP knows, from 200 on', hop='app')
+    if not re.fullmatch('[0-9]{1,2}([.][0-9]{1,9})?', delay) or float(delay) > ECHO_DELAY:
+        raise HopFailed(400, f'delay takes 0 to {ECHO_DELAY:.0f} seconds', hop='app')
+    return int(status), float(delay)
+
+
+def echoed(request: Request, head: bytes, body: bytes) -> tuple[str, bytes]:
+    """Return (content type, text) of a REQUEST, as JSON where Accept names that."""
+    if b'application/json' not in request.get(b'accept').lower():
+        return 'text/plain; charset=utf-8', head + body
+    try:
+        text, encoding = body.decode(), 'utf-8'
+    except UnicodeDecodeError:
+        text, encoding = base64.b64encode(body).decode(), 'base64'
+    path, _, query = request.target.decode('latin-1').partition('?')
+    fields = [line.split(':', 1) for line in request.block.decode('latin-1').splitlines()]
+    return 'application/json', json.dumps({
+        'method': request.method.decode(), 'target': request.target.decode('latin-1'),
+        'path': path, 'query': urllib.parse.parse_qsl(query, keep_blank_values=True),
+        'headers': [[name, value.strip()] for name, value in fields],
+        'body': text, 'encoding': encoding}, indent=1).encode() + b'\n'
 
 
 async def echo(connection: Connection) -> None:
-    """Answer requests with themselves, to show what an app would get."""
+    """Answer requests with themselves, to show what an app would get.
+
+    `?status=503&delay=2` choose the answer, to see how a sender of webhooks tries again.
+    """
     try:
         while True:
             head = await read_head(connection, HEAD_TIMEOUT, BODY_IDLE)
@@ -6200,15 +6235,21 @@ async def echo(connection: Connection) -> None:
             if b'100-continue' in head.lower():
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
             body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
-            if len(body) > MAX_ECHO:
-                text = f'echo sends back no more than {MAX_ECHO} bytes'
-                await write_own(connection, error_message(
-                    HopFailed(413, text, hop='app'), request.get(b'accept'),
-                    ['Connection: close']))
+            try:
+                if len(body) > MAX_ECHO:
+                    raise HopFailed(413, f'echo sends back no more than {MAX_ECHO} bytes',
+                                    hop='app')
+                status, delay = wished(request.target)
+            except HopFailed as e:
+                await write_own(connection, error_message(e, request.get(b'accept'),
+                                                          ['Connection: close']))
                 break
-            answer = plain_head(200, 'text/plain; charset=utf-8', len(head) + len(body))
-            await write_own(connection, answer,
-                            *(head, body) if request.method != b'HEAD' else ())
+            await asyncio.sleep(delay)
+            form, text = echoed(request, head, body)
+            if status in (204, 205, 304):
+                text = b''
+            await write_own(connection, plain_head(status, form, len(text)),
+                            text if request.method != b'HEAD' else b'')
         await connection.linger()
     except (LocaltunnelError, OSError):
         connection.abort()

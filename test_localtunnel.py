@@ -3977,6 +3977,32 @@ class TargetTest(FolderTest, WorldTest):
                 f'{method} /a?b HTTP/1.1\r\nHost: {visitor.host}\r\nX: y\r\n'.encode()))
             self.assertIn(b'\r\nX-Forwarded-For: 127.0.0.1\r\n', page)
 
+    async def test_echo_answers_with_json_where_that_is_accepted(self):
+        await self.world()
+        visitor = await self.visitor(await self.client('echo'))
+        for body, encoding in (b'"\xc3\xa9"', 'utf-8'), (b'\xff\0', 'base64'):
+            _, fields, page = await visitor.get(
+                '/a?b=1&c', f'accept: text/html, Application/JSON\nContent-Length: {len(body)}',
+                'POST', body=body)
+            said = json.loads(page)
+            self.assertEqual(fields['content-type'], 'application/json')
+            self.assertEqual([said[key] for key in ('method', 'target', 'path', 'query')],
+                             ['POST', '/a?b=1&c', '/a', [['b', '1'], ['c', '']]])
+            self.assertIn(['accept', 'text/html, Application/JSON'], said['headers'])
+            self.assertEqual((lt.body_of(said), said['encoding']), (body, encoding))
+
+    async def test_the_query_chooses_the_status_and_delay_of_echo_and_never_a_fault(self):
+        await self.world()
+        visitor = await self.visitor(await self.client('echo'))
+        for query, status in (('status=503&delay=0', 503), ('delay=0.001', 200),
+                              ('status=204', 204), ('status=304', 304), ('x=%zz', 200)):
+            self.assertEqual((await visitor.get(f'/?{query}'))[0], status, query)
+        for query in ('status=99', 'status=101', 'status=600', 'status=299', 'status=x',
+                      'status=-1', 'status=%31%C3%B6', 'delay=-1', 'delay=x', 'delay=61',
+                      'delay=1e9', 'delay=nan', f'delay={"9" * 5000}', f'status={"5" * 5000}'):
+            visitor = await self.visitor(visitor.host)
+            self.assertEqual((await visitor.get(f'/?{query}'))[0], 400, query[:20])
+
     async def test_echo_repeats_a_mebibyte_and_no_more(self):
         await self.world()
         client = await self.client('echo')
