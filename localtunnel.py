@@ -10612,6 +10612,16 @@ class Parser(argparse.ArgumentParser):
     def _print_message(self, message: str, file: Any = None) -> None:
         put(file or sys.stderr, message)
 
+    def parse_args(self, words: Sequence[str]) -> Args:     # type: ignore[override]
+        """What WORDS say.  `after` are those after a client's `--`, which are another command."""
+        words = list(words)
+        end = words.index('--', 2) if words[:1] == ['client'] and '--' in words[2:] else len(words)
+        if words[end:] == ['--']:
+            raise UsageError('what follows -- is a command to run beside the tunnel; name one')
+        args = super().parse_args(words[:end])
+        args.after = tuple(words[end + 1:])
+        return args
+
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, in our words."""
         missing = message.partition('arguments are required: ')[2]
@@ -10670,6 +10680,9 @@ Every user of this machine can see your options in the list of processes: --join
 without CODE asks for it, LOCALTUNNEL_TOKEN hides a token. LOCALTUNNEL_KEY
 replaces the key file.
 
+-- COMMAND ... is run once the tunnel is there, with LOCALTUNNEL_URL in its
+environment; the client ends when it does, with its exit code.
+
 exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused,
 4 token refused, 5 superseded
 
@@ -10678,7 +10691,8 @@ examples:
   localtunnel.py client 8000 --server t.example.com   your app on port 8000
   localtunnel.py client ./dist --auth ann:secret      a folder, with a password
   localtunnel.py client 8000 --name shop              under a name you choose
-  localtunnel.py client 22 --tcp                      ssh, on a public port"""
+  localtunnel.py client 22 --tcp                      ssh, on a public port
+  localtunnel.py client 8000 -- pytest tests/hooks    tests that need a URL"""
 
 SERVER_EPILOG = """a line of the token file, as invite adds them:
   USER TOKEN|sha256:HASH [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
@@ -10702,7 +10716,7 @@ def make_parser() -> Parser:
     parser.commands = commands.choices
     client_options(commands.add_parser(
         'client', help='give a local program a public URL', epilog=CLIENT_EPILOG,
-        usage='%(prog)s TARGET [OPTION ...]', **form))
+        usage='%(prog)s TARGET [OPTION ...] [-- COMMAND ...]', **form))
     server_options(commands.add_parser(
         'server', help='run the server', epilog=SERVER_EPILOG, usage='%(prog)s [OPTION ...]',
         **form))
@@ -10926,13 +10940,12 @@ def tls_to(place: ServerAddress | Target, ca: str | None = None,
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
 
 
-async def first_of(*work: Awaitable[Any]) -> None:
-    """Wait until one of WORK is done, and end the others.  Raises what it raised."""
+async def first_of(*work: Awaitable[Any]) -> Any:
+    """Wait until one of WORK is done, and end the others; return its result, or raise it."""
     tasks: list[Any] = [asyncio.ensure_future(one) for one in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        for task in done:
-            task.result()
+        return [task.result() for task in done][0]
     finally:
         for task in tasks:
             await end_task(task)
@@ -11068,20 +11081,28 @@ EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
 TLS_BUFFER = 32 * KIB           # of each TLS connection: two records
 
 
-def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
-    """Run COMMAND; its event is set by the first SIGINT or SIGTERM, and the second ends at once."""
-    async def body() -> None:
+def on_signals(loop: asyncio.AbstractEventLoop, tell: Callable[[int], None]) -> None:
+    """TELL is called with each SIGINT and SIGTERM from now on, and nobody else is."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        try:
+            loop.add_signal_handler(number, tell, number)
+        except NotImplementedError:         # Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(tell, number))
+
+
+def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> int:
+    """Run COMMAND; its event is set by the first SIGINT or SIGTERM, and the second ends at once.
+
+    Returns its exit code.
+    """
+    async def body() -> int | None:
         loop, stop = asyncio.get_running_loop(), asyncio.Event()
 
-        def asked(*_: Any) -> None:
+        def asked(number: int) -> None:
             if stop.is_set():
                 os._exit(0)
-            loop.call_soon_threadsafe(stop.set)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                loop.add_signal_handler(number, asked)
-            except NotImplementedError:         # Windows
-                signal.signal(number, asked)
+            stop.set()
+        on_signals(loop, asked)
         runtime = Runtime(loop)
         logging.getLogger('asyncio').handlers = [Complaints()]
         if hasattr(asyncio.sslproto.SSLProtocol, 'max_size'):
@@ -11089,17 +11110,95 @@ def run(command: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> int:
         gc.freeze()         # what was made so far stays
         gc.set_threshold(10000, 20, 50)     # requests make much garbage but few cycles
         try:
-            await command(runtime, stop, *args)
+            return await command(runtime, stop, *args)
         finally:
             await runtime.close()
-    asyncio.run(body())
-    return 0
+    return asyncio.run(body()) or 0
+
+
+# A command beside the tunnel.
+
+NOT_FOUND, NOT_EXECUTABLE, SIGNALLED = 127, 126, 128        # exit codes, as of a shell
+
+
+def terminal_tells_children() -> bool:
+    """Return True if Ctrl-C at a terminal interrupts not only this process, but what it runs."""
+    if os.name == 'nt':
+        return True
+    try:
+        with open('/dev/tty', 'rb', buffering=0) as terminal:
+            return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except OSError:
+        return False
+
+
+class Beside:
+    """A command that runs beside a tunnel, with the tunnel's URL in LOCALTUNNEL_URL.
+
+    Standard input and output are its own, signals are for it, and its exit code is the client's.
+    """
+
+    def __init__(self, runtime: Runtime, words: Sequence[str]) -> None:
+        self._words = words
+        self._process: asyncio.subprocess.Process | None = None
+        self._signal = 0                    # the last one that came
+        self._signalled = asyncio.Event()
+        if words:
+            on_signals(runtime.loop, self._pass_on)
+
+    def _pass_on(self, number: int) -> None:
+        self._signal = number
+        self._signalled.set()
+        if self._process and self._process.returncode is not None:
+            os._exit(self._code())          # the second one, while open requests finish
+        if self._process and not (number == signal.SIGINT and terminal_tells_children()):
+            with contextlib.suppress(ProcessLookupError):
+                self._process.send_signal(number)
+
+    def _code(self) -> int:
+        code = (self._process.returncode if self._process else 0) or 0
+        return SIGNALLED - code if code < 0 else code
+
+    async def run(self, client: Client) -> int:
+        """Run it, once CLIENT is welcome; return the exit code.  Without a command, wait."""
+        if not self._words:
+            await client.runtime.loop.create_future()
+        await first_of(client.welcomed.wait(), self._signalled.wait())
+        if self._signal:
+            return SIGNALLED + self._signal
+        import shutil
+        program, *words = self._words
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                shutil.which(program) or program, *words,
+                env={**os.environ, 'LOCALTUNNEL_URL': client.url})
+        except OSError as e:
+            missing = isinstance(e, FileNotFoundError)
+            say(f"localtunnel.py: can't run {printable(program)}: "
+                + ('there is no such program' if missing else plainly(e)))
+            return NOT_FOUND if missing else NOT_EXECUTABLE
+        if self._signal:                    # it came in between
+            self._pass_on(self._signal)
+        await self._process.wait()
+        return self._code()
+
+    async def end(self) -> None:
+        """End it, if it still runs: the tunnel has failed for good."""
+        if self._process and self._process.returncode is None:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), DRAIN)
+            except asyncio.TimeoutError:
+                self._process.kill()
+                await self._process.wait()
 
 
 def check_client_options(args: Args, target: Target, known: KnownServer | None) -> None:
     """Raise UsageError or Refused for options that make no sense."""
     if args.release and not (args.name and known):
         raise UsageError('--release needs --name, and a server to give the name back to')
+    if args.release and args.after:
+        raise UsageError('--release opens no tunnel, so it runs no command beside it')
     if target.kind != 'http' and not known:
         raise UsageError('--tcp needs a server; give one with --server')
     if args.name:
@@ -11109,8 +11208,9 @@ def check_client_options(args: Args, target: Target, known: KnownServer | None) 
 
 
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
-                     target: Target, known: KnownServer | None) -> None:
-    """Keep the tunnel up until STOP is set."""
+                     target: Target, known: KnownServer | None) -> int | None:
+    """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
+    beside = Beside(runtime, args.after)
     key = load_key(lambda text: say('warning: ' + text))
     server = None
     if known is None:
@@ -11137,8 +11237,10 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
     probe = [] if args.release else [runtime.spawn(app.look())]
     try:
-        await first_of(client.run(), stop.wait())
+        code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
+        return code if args.after else None
     finally:
+        await beside.end()
         for task in probe:
             await end_task(task)
         await client.stop()
@@ -11150,6 +11252,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def client_command(args: Args) -> int:
+    if args.after:          # standard input and output are its own; what we say goes to stderr
+        sys.stdin, sys.stdout = open(os.devnull), sys.stderr
     target, known = find_target(args), known_server(args)
     check_client_options(args, target, known)
     try:

@@ -6948,6 +6948,7 @@ class ExitCodeTest(CommandTest):
         self.ended(2, 'client', '--once', word='TARGET is missing')
         self.ended(2, 'client', '1', '--xyzzy', word="can't tell what this means: --xyzzy; see")
         self.ended(2, 'client', '1', '--server', word='--server: its value is missing')
+        self.ended(2, 'client', '1', '--', word='a command to run beside the tunnel')
         self.ended(2, 'server', '--port', 'x', word='--port')
         self.ended(2, 'server', '--cert', 'x', word='add --key FILE')
 
@@ -7057,6 +7058,89 @@ class ExitCodeTest(CommandTest):
         for words in (['--version'], ['--help'], ['client', '--help'], ['server', '--help']):
             program = self.start(*words)
             self.assertEqual(program.ends(), 0)
+
+
+@unittest.skipUnless(POSIX, 'needs sh')
+class BesideTest(FolderTest, LoopTest):
+    """A command beside a tunnel, in this process."""
+
+    def beside(self, *words, welcome=True):
+        """(Beside, its run) of WORDS, with a client that is WELCOME."""
+        client = types.SimpleNamespace(runtime=self.runtime, url='http://x.localhost',
+                                       welcomed=asyncio.Event())
+        if welcome:
+            client.welcomed.set()
+        with unittest.mock.patch.object(lt, 'on_signals'):
+            beside = lt.Beside(self.runtime, words)
+        return beside, self.meanwhile(beside.run(client))
+
+    async def test_its_exit_code_is_that_of_a_shell(self):
+        for words, code in (
+                (['sh', '-c', 'test $LOCALTUNNEL_URL = http://x.localhost && exit 7'], 7),
+                (['sh', '-c', 'kill -9 $$'], 137), (['true'], 0), (['/nosuch/program'], 127),
+                ([self.folder], 126), ([self.write('a', 'x'), 'b'], 126)):
+            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
+                self.assertEqual(await self.beside(*words)[1], code)
+                self.assertEqual('rrno' in told.getvalue(), False)
+                self.assertEqual("localtunnel.py: can't run" in told.getvalue(), code in (126, 127))
+
+    async def test_it_gets_the_signals(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            beside, running = self.beside('sleep', '60')
+            await eventually(lambda beside=beside: beside._process)
+            with unittest.mock.patch.object(lt, 'terminal_tells_children', lambda: False):
+                beside._pass_on(number)
+            self.assertEqual(await running, 128 + number)
+
+    async def test_it_never_starts_if_a_signal_comes_before_the_welcome(self):
+        beside, running = self.beside('sleep', '60', welcome=False)
+        beside._pass_on(signal.SIGTERM)
+        self.assertEqual(await running, 143)
+        self.assertIsNone(beside._process)
+
+    async def test_it_ends_with_a_tunnel_that_has_failed_for_good(self):
+        with self.constant(DRAIN=0.01):
+            for words in (['sleep', '60'], ['sh', '-c', 'trap "" TERM; sleep 60']):
+                beside, running = self.beside(*words)
+                await eventually(lambda beside=beside: beside._process)
+                await self.forget(running)
+                await beside.end()
+                self.assertLess(beside._process.returncode, 0)
+
+
+@unittest.skipUnless(POSIX, 'needs sh')
+class BesideCommandTest(CommandTest):
+
+    def test_it_has_the_url_and_standard_output_for_itself(self):
+        client = self.start('client', 'echo', '--server', self.server(), '--json', '--', 'sh', '-c',
+                            'cat; echo $LOCALTUNNEL_URL --quiet; exit 7', '--once')
+        self.assertEqual(client.ends(), 7)
+        opened = json.loads(client.says('"open"').string)
+        self.assertEqual(client.lines['out'], [f'{opened["url"]} --quiet'])
+
+    def test_ctrl_c_at_a_terminal_reaches_it_once(self):
+        import fcntl
+        import termios
+        counts = ('import signal, sys\nsignal.pthread_sigmask(signal.SIG_BLOCK, [2])\n'
+                  'print("ready", flush=True)\nsignal.sigwait([2])\n'
+                  'print("interrupted", flush=True)\nsys.stdin.readline()\n'
+                  'sys.exit(40 + len(signal.sigpending()))')
+        client = self.start('client', 'echo', '--', sys.executable, '-c', counts, terminal=True,
+                            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        client.says('ready', 'out')
+        client.type('\x03')
+        client.says('interrupted', 'out')
+        client.type('\n')
+        self.assertEqual(client.ends(), 40)
+
+    def test_a_tunnel_that_is_superseded_ends_it_with_a_code_of_its_own(self):
+        address = self.server()
+        waits = 'trap "echo told; exit 0" TERM; echo ready; while :; do sleep 0.01; done'
+        first = self.start('client', 1, '--server', address, '--', 'sh', '-c', waits)
+        first.says('ready', 'out')
+        self.start('client', 1, '--server', address)
+        self.assertEqual(first.ends(), 5)
+        self.assertEqual(first.lines['out'], ['ready', 'told'])
 
 
 class HttpsTest(CommandTest):
