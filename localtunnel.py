@@ -85,12 +85,14 @@ import random
 import re
 import secrets
 import select
+import shutil
 import signal
 import socket
 import ssl
 import stat
 import struct
 import sys
+import textwrap
 import threading
 import time
 import types
@@ -5019,8 +5021,14 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
 class ClientObserver(Observer):
     """Listens to what a client does."""
 
-    def ready(self, url: str) -> None:
-        """Visitors can come, for the first time."""
+    def ready(self, url: str, user: str, round_trip: float) -> None:
+        """Visitors can come, for the first time: at URL, to a client of USER, '' if not known.
+
+        The server's answer took ROUND_TRIP seconds.
+        """
+
+    def pending(self, exchange: Record, status: int) -> None:
+        """EXCHANGE takes long: more than SLOW, or an upgrade.  STATUS is 0 without an answer."""
 
     def back(self) -> None:
         """Visitors can come again."""
@@ -5035,6 +5043,7 @@ class ClientObserver(Observer):
         """What passes can be seen at URL."""
 
 
+SLOW = 1.0                      # until people wonder whether a request is answered at all
 UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
 
 
@@ -5125,11 +5134,13 @@ class App:
         self.strange: list[Callable[[Request, bytes], None]] = []
         # What browsers are shown where something fails.
         self.error_page: ErrorPage = plain_page
-        self._timeout, self._tls = timeout, tls
-        self._hosts = addresses(target.host)    # the one that answered last comes first
+        self._timeout = timeout
+        self._dial = functools.partial(self._dial_host, addresses(target.host), tls)
         self._pool = Pool(runtime)
         self.exchanges = 0                      # so far; they are numbered
         self.seen: Any = ()                     # a sequence of those that an annex keeps
+        self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
+        runtime.swept.add(self)
 
     # Connections.
 
@@ -5146,15 +5157,16 @@ class App:
         self._pool.watch(connection)
         return connection
 
-    async def _dial(self, target: Target) -> Connection:
+    async def _dial_host(self, hosts: list[str], tls: ssl.SSLContext | None,
+                         target: Target) -> Connection:
         async def dial(host: str) -> Connection:
             _, connection = await self.runtime.loop.create_connection(
-                lambda: Connection(self.runtime), host, target.port, ssl=self._tls,
-                server_hostname=target.host if self._tls else None)
-            if self._hosts[0] != host:
-                self._hosts.reverse()
+                lambda: Connection(self.runtime), host, target.port, ssl=tls,
+                server_hostname=target.host if tls else None)
+            if hosts[0] != host:
+                hosts.reverse()         # the one that answered last comes first
             return connection
-        return await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, dial)
+        return await first_to_answer(tuple(hosts), CONNECT_TIMEOUT, dial)
 
     async def _dial_unix(self, target: Target) -> Connection:
         _, connection = await asyncio.wait_for(self.runtime.loop.create_unix_connection(
@@ -5172,6 +5184,21 @@ class App:
         except HopFailed as e:
             self.observer.hint(f'{e}; visitors get a page that says so until your app is up')
 
+    # What takes long.
+
+    def is_pending(self, record: Record, status: int) -> None:
+        """Tell once that RECORD, which is under way, takes long."""
+        if not self.under_way.get(record, True):
+            self.under_way[record] = True
+            self.observer.pending(record, status)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Tell what has become slow."""
+        for record in tuple(self.under_way):
+            if now - record.began < SLOW:
+                break
+            self.is_pending(record, record.status)
+
     # One stream.
 
     async def serve(self, stream: Stream) -> None:
@@ -5184,6 +5211,7 @@ class App:
             if head is None:
                 raise Incomplete('a stream without a request')
             exchange = Exchange(stream, parse_request(head), number)
+            self.under_way[exchange] = False
             try:
                 await self._forward(stream, exchange)
             except HopFailed as e:
@@ -5197,6 +5225,7 @@ class App:
         finally:
             stream.close()
             record = exchange or Record(number, began)
+            self.under_way.pop(record, None)
             record.why = why or record.why
             self.observer.exchange(record, self.runtime.now() - began)
 
@@ -5267,6 +5296,8 @@ class App:
         exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
                          and exchange.whole == b''      # else some of it may lie there unread
                          and not logs_in(request, response))
+        if response.status == 101:
+            self.is_pending(exchange, 101)
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
@@ -5404,6 +5435,7 @@ class Client:
         self._session: Session | None = None        # the current one, perhaps not connected
         self._session_id = ''                       # the server's name for it
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
+        self._carried = 0, 0                        # bytes in and out, of sessions that are over
         wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
         chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
         proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
@@ -5411,6 +5443,13 @@ class Client:
         self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
                        'instance': secrets.token_hex(16), 'started': time.time(),
                        'version': __version__}
+
+    @property
+    def carried(self) -> tuple[int, int]:
+        """Bytes that came through the tunnel so far, and that went back."""
+        received, sent = self._carried
+        return (received + sum(session.decoder.received for session in self._sessions),
+                sent + sum(session.unacknowledged.sent for session in self._sessions))
 
     # Sessions: the loop, and the single attempt.
 
@@ -5469,6 +5508,7 @@ class Client:
         False where nothing is to be served: the name was given back.
         """
         connection = await self._dial(timeout)
+        began = self.runtime.now()
         overdue = self.runtime.loop.call_later(         # it may say something now and then
             timeout, connection.set_exception, Overdue('the welcome did not come in time'))
         try:
@@ -5478,6 +5518,7 @@ class Client:
             raise
         finally:
             overdue.cancel()
+        round_trip = self.runtime.now() - began
         if 'released' in welcome:
             connection.close()
             self._observer.note(f'the name {self.name} was given back')
@@ -5495,7 +5536,8 @@ class Client:
         else:
             self.url = printable(str(welcome.get('url'))[:MAX_TEXT])
             self.welcomed.set()
-            self._observer.ready(self.url)
+            self._observer.ready(self.url, printable(str(welcome.get('user', ''))[:MAX_TEXT]),
+                                 round_trip)
         return True
 
     async def _ask(self, connection: Connection, timeout: float) -> dict[str, Any]:
@@ -5570,8 +5612,11 @@ class Client:
         session = self._begin()
 
         def changed() -> None:
-            if session.state == OVER:
-                self._sessions.pop(session, None)
+            if session.state == OVER and session in self._sessions:
+                received, sent = self._carried
+                del self._sessions[session]
+                self._carried = (received + session.decoder.received,
+                                 sent + session.unacknowledged.sent)
             self._changed.set()
         session.on_change = changed
         self._sessions[session] = None
@@ -5946,6 +5991,8 @@ class RawTcp(Annex):
             upstream = await app.connect()
             stream.on_lost = upstream.abort
             record.status = 200
+            app.under_way[record] = False
+            app.is_pending(record, 200)
             await join(upstream, stream, [record.downward], [record.upward])
             upstream.close()
         except HopFailed as e:
@@ -5953,6 +6000,7 @@ class RawTcp(Annex):
             stream.reset(FAILED, record.why)
         finally:
             stream.close()
+            app.under_way.pop(record, None)
             app.observer.exchange(record, app.runtime.now() - record.began)
 
 
@@ -8330,7 +8378,7 @@ class Exchanges(ClientObserver):
 
     # Of an observer, and the taps.
 
-    def ready(self, url: str) -> None:
+    def ready(self, url: str, user: str, round_trip: float) -> None:
         self.url = url
 
     def begun(self, exchange: Exchange) -> Tap:
@@ -10194,10 +10242,14 @@ def dropped_lines(count: int) -> str:
     return f'... {count} lines dropped: the reader of this log is too slow'
 
 
+ERASE_LINE = '\r\x1b[K'
+
+
 class Writer:
     """Writes in a thread of its own, so that a reader that stalls holds nothing up.
 
-    Once too much is unread, lines are dropped until the reader has caught up, and then counted.
+    Once too much is unread, lines are dropped until the reader has caught up, and then counted.  On
+    a terminal there may be one line that changes, below all that is written.
     """
 
     def __init__(self) -> None:
@@ -10205,6 +10257,8 @@ class Writer:
         self._queue: collections.deque[tuple[TextIO, str | Callable[[int], str]]] = (
             collections.deque())
         self._unwritten = self._dropped = 0         # characters; lines
+        self._last = ''             # the line that changes
+        self._stands = ''           # what stands there now where the next line goes
         self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
 
@@ -10220,6 +10274,24 @@ class Writer:
                 self._unwritten += len(text)
             self._changed.notify_all()
 
+    def change(self, stream: TextIO, text: str) -> None:
+        """Let TEXT be the line that changes; '' for none."""
+        with self._changed:
+            self._last = text
+            self._queue.append((stream, ''))
+            self._changed.notify_all()
+
+    def soiled(self) -> None:
+        """The terminal may have echoed a key: the next line needs a clean place."""
+        self._stands = self._stands or ' '
+
+    def _write(self, stream: TextIO, text: str) -> None:
+        last = self._last
+        if text or last != self._stands:
+            stream.write((ERASE_LINE if self._stands else '') + text + last)
+            stream.flush()
+            self._stands = last
+
     def _run(self) -> None:
         while True:
             with self._changed:
@@ -10229,8 +10301,7 @@ class Writer:
                     text, self._dropped = text(self._dropped) + '\n', 0
                     self._unwritten += len(text)
             try:
-                stream.write(text)
-                stream.flush()
+                self._write(stream, text)
             except (OSError, ValueError):       # the reader went away, or the disk is full
                 self.failed = True
             with self._changed:
@@ -10247,20 +10318,28 @@ class Writer:
 WRITERS: dict[tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
 
 
+def writer_of(stream: TextIO) -> Writer | None:
+    """Return who writes to STREAM; None if it is in memory.  Raises ValueError if it is closed."""
+    try:
+        status = os.fstat(stream.fileno())
+    except OSError:
+        return None
+    file = status.st_dev, status.st_ino or stream.fileno()      # Windows gives pipes no numbers
+    if file not in WRITERS:
+        WRITERS[file] = Writer()
+    return WRITERS[file]
+
+
 def put(stream: TextIO | None, text: str, dropped: Callable[[int], str] = dropped_lines) -> None:
     """Write TEXT soon; ignore a reader that went away or was never there."""
     if stream is None:
         return
     with contextlib.suppress(ValueError):       # it was closed
-        try:
-            status = os.fstat(stream.fileno())
-        except OSError:
-            stream.write(text)      # to memory
-            return
-        file = status.st_dev, status.st_ino or stream.fileno()      # Windows gives pipes no numbers
-        if file not in WRITERS:
-            WRITERS[file] = Writer()
-        WRITERS[file].put(stream, text, dropped)
+        writer = writer_of(stream)
+        if writer:
+            writer.put(stream, text, dropped)
+        else:
+            stream.write(text)
 
 
 def finish_writing() -> bool:
@@ -10274,9 +10353,66 @@ def is_terminal(stream: TextIO | None) -> bool:
     return stream is not None and not stream.closed and stream.isatty()
 
 
+def is_plain() -> bool:
+    """Return True if terminals get neither colours nor a line that changes."""
+    return 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
+
+
+def in_foreground(terminal: TextIO) -> bool:
+    """Return True if keys go to this program, and a line that changes disturbs no other."""
+    try:
+        return os.tcgetpgrp(terminal.fileno()) == os.getpgrp()
+    except (OSError, AttributeError):           # jobs are not controlled there; Windows
+        return True
+
+
+def columns() -> int:
+    """Return how many characters a line of the terminal may have, now."""
+    return shutil.get_terminal_size().columns - 1       # the last would wrap some
+
+
+def change_line(text: str, colour: str = '33') -> bool:
+    """Let TEXT stand below all that is written, until it changes; '' takes it away.
+
+    Returns False if stderr can't show it: then it belongs into a line of its own.
+    """
+    stream = sys.stderr
+    if not is_terminal(stream) or is_plain() or (text and not in_foreground(stream)):
+        return False
+    writer, room = writer_of(stream), columns()
+    if writer:
+        text = text if len(text) <= room else text[:room - 3] + '...'
+        writer.change(stream, text and f'\x1b[{colour}m{text}\x1b[0m')
+    return True
+
+
+def clean_lines() -> None:
+    """Ctrl-C was typed, which terminals echo: it must not stick to what is written next."""
+    for stream in (sys.stdout, sys.stderr):
+        writer = writer_of(stream) if is_terminal(stream) and not is_plain() else None
+        if writer:
+            writer.soiled()
+
+
+def at_words(text: str, stream: TextIO | None) -> str:
+    """Return TEXT broken at words to the width of STREAM, if that is a terminal.
+
+    A command is not broken, so that it can be copied.
+    """
+    if not is_terminal(stream) or len(text) <= columns():
+        return text
+    lines: list[str] = []
+    for line in text.splitlines():
+        prose, python, command = line.partition('python3 ')
+        lines += textwrap.wrap(prose, columns(), subsequent_indent='  ', break_long_words=False,
+                               break_on_hyphens=False, drop_whitespace=not python) or ['']
+        lines[-1] += python + command
+    return '\n'.join(lines)
+
+
 def say(text: str) -> None:
     """Write a line to stderr."""
-    put(sys.stderr, text + '\n')
+    put(sys.stderr, at_words(text, sys.stderr) + '\n')
 
 
 def print_line(text: str) -> None:
@@ -10318,9 +10454,15 @@ def in_text(facts: Facts) -> str:
                    f' {name}={json.dumps(value)}' for name, value in shown)
 
 
-def milliseconds(seconds: float) -> str:
-    """Return SECONDS as people read them."""
-    return f'{round(seconds * 1000)}ms' if seconds < 10 else f'{seconds:.1f}s'
+def duration(seconds: float) -> str:
+    """Return SECONDS as people read them: 12ms, 4.0s, 3min20s, 2h14min."""
+    if seconds < 0.9995:
+        return f'{round(seconds * 1000)}ms'
+    if seconds < 99.95:
+        return f'{seconds:.1f}s'
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f'{hours}h{minutes}min' if hours else f'{minutes}min{seconds}s'
 
 
 def in_bytes(size: int) -> str:
@@ -10330,6 +10472,17 @@ def in_bytes(size: int) -> str:
     unit, name = (1e3, 'kB') if size < 1e6 else (1e6, 'MB') if size < 1e9 else (1e9, 'GB')
     tenths = int(size * 10 / unit + 0.5)        # quicker than to format a float, and logs are long
     return f'{tenths // 10}.{tenths % 10}{name}'
+
+
+def cut_in_middle(text: str, room: int) -> str:
+    """Return TEXT without its middle where it has more than ROOM characters."""
+    half = (room - 3) // 2
+    return text if len(text) <= room else f'{text[:half]}...{text[len(text) - (room - 3 - half):]}'
+
+
+def counted(number: int, what: str) -> str:
+    """Return NUMBER and WHAT, with an s where there is not one."""
+    return f'{number:,} {what}' + ('s' if number != 1 else '')
 
 
 class Lines:
@@ -10373,68 +10526,292 @@ class Lines:
         self.add(f'{direction} {name} #{stream} {size}')
 
 
+# What a key does, in words, and what is called.
+Actions = Dict[str, Tuple[str, Callable[[], None]]]
+USUAL: list[Any] = []           # how the terminal at stdin was, while keys are read from it
+
+
+def give_terminal_back() -> None:
+    """Set the terminal at stdin as it was, if keys are read from it."""
+    if USUAL:
+        import termios
+        with contextlib.suppress(termios.error):        # it is gone
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, USUAL.pop())
+
+
+class Keys:
+    """Single keys on a terminal, which do something at once and are not echoed.
+
+    They are read while this program is in the foreground: reading in the background, or setting the
+    terminal there, would stop it.  Nobody says when it comes there, so that is looked at.
+    """
+
+    def __init__(self, runtime: Runtime, actions: Actions) -> None:
+        self._runtime, self._actions = runtime, actions
+        self._loop = runtime.loop
+        runtime.swept.add(self)
+        self._loop.add_signal_handler(signal.SIGTSTP, self._stop)
+        self.sweep()
+
+    @staticmethod
+    def possible() -> bool:
+        """Return True if there is a terminal whose keys can be read."""
+        return (hasattr(signal, 'SIGTSTP') and is_terminal(sys.stdin) and is_terminal(sys.stdout))
+
+    def sweep(self, *_: Any) -> None:
+        """Begin to read keys, or leave them to another program."""
+        if in_foreground(sys.stdin) != bool(USUAL):
+            if USUAL:
+                self._loop.remove_reader(sys.stdin)
+                USUAL.clear()       # the one in the foreground has it as it likes
+            else:
+                self._begin()
+
+    def _begin(self) -> None:
+        import termios
+        with contextlib.suppress(termios.error):        # it is gone
+            USUAL.append(termios.tcgetattr(sys.stdin))
+            ours = termios.tcgetattr(sys.stdin)
+            ours[3] &= ~(termios.ICANON | termios.ECHO)
+            ours[6][termios.VMIN], ours[6][termios.VTIME] = 1, 0
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, ours)
+            self._loop.add_reader(sys.stdin, self._typed)
+
+    def _typed(self) -> None:
+        try:
+            typed = os.read(sys.stdin.fileno(), KIB)
+        except BlockingIOError:
+            return
+        except OSError:
+            typed = b''
+        if not typed:
+            return self.close()     # the terminal is gone
+        action = self._actions.get(typed.decode('latin-1'))     # or it was pasted
+        if action:
+            action[1]()
+
+    def _stop(self) -> None:
+        """Ctrl-Z was typed."""
+        self._end()
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        os.kill(os.getpid(), signal.SIGTSTP)        # from here it goes on after `fg` or `bg`
+        self._loop.add_signal_handler(signal.SIGTSTP, self._stop)
+        self.sweep()
+
+    def _end(self) -> None:
+        if USUAL:
+            self._loop.remove_reader(sys.stdin)
+            give_terminal_back()
+
+    def close(self) -> None:
+        """Give the terminal back for good."""
+        self._runtime.swept.discard(self)
+        self._loop.remove_signal_handler(signal.SIGTSTP)
+        self._end()
+
+
+def open_in_browser(url: str) -> None:
+    """Open URL; where there is no window for it, say so instead of filling the terminal."""
+    import webbrowser
+    if not re.match('https?://', url):
+        return say(f'{url} is not for a browser')
+    if sys.platform.startswith(('linux', 'freebsd')) and not (
+            os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
+        return say('there is no browser with a window here; c copies the URL')
+    threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
 STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
+TAKES_LONG = ((5.0, '31'), (SLOW, '33'))        # seconds, and their colour
+PATHS = 16, 40                  # characters of a path at least, and to where they are aligned
+
+# What stands behind the server's address, by where that was taken from.
+SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
+           'remembered': '(remembered; --local for this machine only)',
+           'LOCALTUNNEL_SERVER': '(as LOCALTUNNEL_SERVER says)'}
+
+
+def event_line(event: str, **values: Any) -> str:
+    """Return a line for scripts (--json)."""
+    return json.dumps({'event': event, 'time': timestamp(), **values})
 
 
 class Terminal(ClientObserver):
     """Tells a user what a client does."""
 
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
+                 source: str = '', protected: bool = False, allow: Sequence[str] = (),
                  as_json: bool = False, quiet: bool = False,
                  first: Callable[[], None] = lambda: None) -> None:
-        """FIRST is called when the tunnel is up for the first time."""
-        self._target, self._server, self._public, self._first = target, server, public, first
-        self._json, self._quiet = as_json, quiet
+        """SOURCE is where SERVER was taken from.  PROTECTED: visitors need a password; ALLOW are
+        the networks from which they may come.  FIRST is called when the tunnel is up for the first
+        time.
+        """
+        self._about: dict[str, Any] = {
+            'target': target, 'server': server, 'source': source, 'public': public,
+            'protected': protected, 'allow': list(allow)}
+        self._first, self._json, self._quiet = first, as_json, quiet
         self._tty = is_terminal(sys.stdout)
-        plain = 'NO_COLOR' in os.environ or os.environ.get('TERM') == 'dumb'
-        self._coloured = [] if plain else list(filter(is_terminal, (sys.stdout, sys.stderr)))
+        self._coloured = [] if is_plain() else list(filter(is_terminal, (sys.stdout, sys.stderr)))
         self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later,
                             self._missing if as_json else dropped_lines)
         self.flush = self._lines.flush
+        self._url = ''
+        self.keys: Actions = {}     # what the keys of the terminal do
+        self._errors = 0
+        self._since = 0.0           # when the tunnel was up for the first time; 0 before
+        self._lost: tuple[float, str] | None = None     # since when, and why, if it is
 
     def note(self, text: str, event: str = 'note', **facts: str) -> None:
+        self._event(event, message=text, **facts)
         if not self._quiet:
             say(text + in_text(facts))
 
     def hint(self, text: str) -> None:
-        self.note(self._paint('36', 'hint: ', sys.stderr) + text)
+        self._event('hint', message=text)
+        if not self._quiet:
+            say(self._paint('36', 'hint: ', sys.stderr) + text)
 
-    def ready(self, url: str) -> None:
+    def ready(self, url: str, user: str, round_trip: float) -> None:
         self._first()
+        self._found()
+        self._url, self._since = url, time.monotonic()
+        host = url.partition('://')[2].partition('/')[0].rpartition(':')
+        self._about['public'] &= not is_loopback(host[0] or host[2])
         if self._json:
-            self._event('open', url=url, target=self._target, server=self._server,
-                        public=self._public)
-        elif self._quiet or not self._tty:
+            return self._event('open', url=url, user=user, **self._about,
+                               round_trip_ms=round(round_trip * 1e3, 1))
+        rows = self._rows(user, round_trip)
+        if self._quiet or not self._tty:
             put(sys.stdout, url + '\n')
-            self.note(f'{url} -> {self._target} (server {self._server})')
-        else:
-            put(sys.stdout, f'\n  {self._paint("1;32", url)} -> {self._target}\n'
-                f'  {self._paint("2", "server " + self._server + ", Ctrl-C ends the tunnel")}\n\n')
+            if not self._quiet:
+                say(f'{url} -> {self._about["target"]} (' + ', '.join(
+                    f'{name} {value}' for name, value in rows.items()) + ')')
+            return
+        lines = at_words(f'  {url} -> {self._about["target"]}', sys.stdout)
+        shown = '\n' + lines.replace(url, self._paint('1;32', url), 1) + '\n\n'
+        for name, value in rows.items():
+            value = textwrap.fill(value, max(30, columns() - 12), break_long_words=False,
+                                  break_on_hyphens=False).replace('\n', '\n' + ' ' * 12)
+            shown += self._paint('2', f'  {name:<10}') + value + '\n'
+        put(sys.stdout, shown)
+        self.help()
+        put(sys.stdout, '\n')
 
     def watched(self, url: str) -> None:
         self.note(f'what passes can be seen at {url}')
 
-    def back(self) -> None:
-        self._event('back')
-        say(self._paint('32', 'connected again', sys.stderr))
+    # Keys.
+
+    def listen(self, runtime: Runtime, leave: Callable[[], None]) -> Keys | None:
+        """Read keys, where a person sits in front of a terminal; `q` calls LEAVE."""
+        if self._json or self._quiet or not Keys.possible():
+            return None
+        self.keys.update({
+            'c': ('copies the URL', self._copy), 'o': ('opens it', self._open),
+            'q': ('quits', leave), '?': ('says so', self.help)})
+        return Keys(runtime, self.keys)
+
+    def help(self) -> None:
+        """Say how it ends, and what the keys do."""
+        does = [f'{key} {does}' for key, (does, _) in self.keys.items()]
+        text = at_words('  ' + (', '.join(does) or 'Ctrl-C ends the tunnel'), sys.stdout)
+        put(sys.stdout, self._paint('2', text) + '\n')
+
+    def _copy(self) -> None:
+        """Ask the terminal to put the URL on the clipboard (OSC 52)."""
+        code = base64.b64encode(self._url.encode()).decode()
+        put(sys.stdout, f'\x1b]52;c;{code}\x07  copied, if your terminal allows it\n')
+
+    def _open(self) -> None:
+        open_in_browser(self._url)
+
+    # What happens.
+
+    def _rows(self, user: str, round_trip: float) -> dict[str, str]:
+        """What there is to know of a tunnel, by what it is about."""
+        about = self._about
+        source = SOURCES.get(about['source'], '')
+        server = f'{about["server"]} {source}'.rstrip() + f', {duration(round_trip)} away'
+        allow = ', '.join(about['allow'])
+        visitors = ('from ' + allow + ' only' if allow else 'anyone with the URL'
+                    if about['public'] else 'this machine only')
+        return {'server': server, **({'as': user} if user else {}),
+                'visitors': visitors + (', with a password' if about['protected'] else '')}
 
     def lost(self, why: str, seconds: float) -> None:
-        self._event('lost', reason=why, retry=round(seconds, 1))
-        say(self._paint('33', why, sys.stderr) + '; trying again '
-            + (f'in {seconds:.1f} s' if seconds >= 0.1 else 'now'))
+        why_before = self._lost[1] if self._lost else ''
+        self._lost = self._lost[0] if self._lost else time.monotonic(), why
+        if why != why_before:
+            self._event('lost', reason=why, retry=round(seconds, 1))
+        when = f'in {seconds:.0f} s' if seconds >= 1 else 'now'
+        if not change_line(f'{why}; trying again {when}') and why != why_before:
+            say(self._paint('33', why, sys.stderr) + '; trying again')
+
+    def _found(self) -> float:
+        """Forget that the server was lost; return for how many seconds it was."""
+        change_line('')
+        lost, self._lost = self._lost, None
+        return time.monotonic() - lost[0] if lost else 0.0
+
+    def back(self) -> None:
+        seconds = self._found()
+        self._event('back')
+        say(self._paint('32', 'connected again', sys.stderr) + f' after {duration(seconds)}')
+
+    def pending(self, exchange: Record, status: int) -> None:
+        if self._json:
+            self._event('pending', id=exchange.number, method=exchange.method,
+                        target=exchange.target, status=status)
+        elif not self._quiet:
+            self._row(exchange, status, 'open' if status else 'pending')
 
     def exchange(self, exchange: Record, seconds: float) -> None:
-        number, status, why = exchange.number, exchange.status, exchange.why
+        status, why = exchange.status, exchange.why
+        if why or status >= 500:
+            self._errors += 1
         if self._json:
             extra = {'error': why} if why else {}
-            self._event('exchange', id=number, method=exchange.method, target=exchange.target,
-                        status=status, ms=round(seconds * 1000, 1), bytes=exchange.size, **extra)
+            self._event('exchange', id=exchange.number, method=exchange.method,
+                        target=exchange.target, status=status, ms=round(seconds * 1000, 1),
+                        bytes=exchange.size, **extra)
         elif not self._quiet:
-            shown = self._paint(STATUS_COLOURS.get(status // 100, '0'), str(status or 'gone'))
-            self._lines.add(f'{self._lines.clock()[11:]} #{number} {exchange.method} '
-                            f'{printable(exchange.target)} '
-                            f'{shown} {milliseconds(seconds)} {in_bytes(exchange.size)}'
-                            + (f' {printable(why)}' if why else ''))
+            long = status != 101 and exchange.method != 'TCP'       # those are meant to last
+            colour = next((c for limit, c in TAKES_LONG if long and seconds >= limit), '')
+            self._row(exchange, status or -1, duration(seconds), colour, in_bytes(exchange.size))
+
+    def _row(self, exchange: Record, status: int, took: str, colour: str = '',
+             size: str = '') -> None:
+        """Write a line for EXCHANGE.  STATUS is 0 before, and -1 without an answer."""
+        begin = f'{self._lines.clock()[11:]} #{exchange.number}'
+        code = {0: '...', -1: 'gone'}.get(status, str(status))
+        shade = STATUS_COLOURS.get(max(0, status) // 100, '0') if status else '2'
+        path, why = printable(exchange.target), printable(exchange.why)
+        if not self._tty:
+            return self._lines.add(f'{begin} {code} {exchange.method} {path} {took} {size} {why}'
+                                   .rstrip())
+        begin = f'{begin:<13} '
+        method, space = f'{exchange.method:<6}', columns() - 17
+        room = max(PATHS[0], space - len(begin) - len(method) - 6)
+        path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
+        took = ' ' * (8 - len(took)) + (self._paint(colour, took) if colour else took)
+        line = (f'{begin}{self._paint(shade, code)}{" " * (5 - len(code))}{method} {path} {took} '
+                f'{size:>7}'.rstrip())
+        if why:
+            line += '\n' + textwrap.fill(why, columns(), initial_indent=' ' * 14,
+                                         subsequent_indent=' ' * 14)
+        self._lines.add(line)
+
+    def ended(self, requests: int, received: int, sent: int) -> None:
+        """The client has ended: sum up, where a person reads it."""
+        change_line('')
+        if self._tty and self._since and not (self._json or self._quiet):
+            took = duration(time.monotonic() - self._since)
+            self._lines.add(at_words(
+                f'ended after {took}: {counted(requests, "request")}, '
+                f'{counted(self._errors, "error")}, {in_bytes(received)} in, {in_bytes(sent)} out',
+                sys.stdout))
+        self.flush()
 
     def _paint(self, code: str, text: str, stream: TextIO | None = None) -> str:
         """Return TEXT, in colour if STREAM, by default stdout, is a terminal that shows it."""
@@ -10443,12 +10820,11 @@ class Terminal(ClientObserver):
 
     @staticmethod
     def _missing(count: int) -> str:
-        return json.dumps({'event': 'dropped', 'lines': count})
+        return event_line('dropped', lines=count)
 
     def _event(self, event: str, **values: Any) -> None:
-        """Write a line for scripts (--json)."""
         if self._json:
-            self._lines.add(json.dumps({'event': event, **values}))
+            self._lines.add(event_line(event, **values))
 
 
 REFUSALS, REFUSALS_WITHIN = 10, 10.0    # lines about refused clients in seconds
@@ -10489,7 +10865,7 @@ class ServerLog(Observer):
     def _entry(self, text: str, event: str, facts: Facts) -> str:
         if self._json:
             return json.dumps({'time': timestamp(), 'event': event, 'message': text, **facts})
-        return f'{clock()} {text}' + in_text(facts)
+        return at_words(f'{clock()} {text}' + in_text(facts), sys.stderr)
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """Write a line for a request; without the query of its target, which may hold secrets."""
@@ -11100,7 +11476,9 @@ def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> 
 
         def asked(number: int) -> None:
             if stop.is_set():
+                give_terminal_back()
                 os._exit(0)
+            clean_lines()
             stop.set()
         on_signals(loop, asked)
         runtime = Runtime(loop)
@@ -11227,19 +11605,24 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
     frames = Lines(sys.stderr, runtime.loop.call_later)
     terminal = Terminal(
-        target.text, str(known.address), server is None, runtime.loop.call_later, as_json=args.json,
-        quiet=args.quiet, first=lambda: None if server else keep_server(known))
+        target.text, str(known.address), server is None, runtime.loop.call_later,
+        source=known.source, protected=bool(args.auth), allow=[str(net) for net in args.allow],
+        as_json=args.json, quiet=args.quiet,
+        first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
     if server:
         server.pages.error = app.error_page
     for annex in ANNEXES:
         await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
+    keys = terminal.listen(runtime, stop.set)
     probe = [] if args.release else [runtime.spawn(app.look())]
     try:
         code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
         return code if args.after else None
     finally:
+        if keys:
+            keys.close()
         await beside.end()
         for task in probe:
             await end_task(task)
@@ -11247,7 +11630,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         app.close()
         if server:
             await server.stop()
-        terminal.flush()
+        terminal.ended(app.exchanges, *client.carried)
         frames.flush()
 
 
@@ -11387,6 +11770,7 @@ def server_command(args: Args) -> int:
 def command(words: Sequence[str]) -> int:
     """Do what WORDS say; return the exit code."""
     commands, parser = {'client': client_command, 'server': server_command}, make_parser()
+    args, code, reason = Args(command='', json=False), 0, ''
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
@@ -11395,16 +11779,20 @@ def command(words: Sequence[str]) -> int:
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
         args.say = print_line
-        return int((commands.get(args.command) or args.run)(args))
+        code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
-        return 0
+        pass
     except LocaltunnelError as e:
-        code = 'usage' if isinstance(e, UsageError) else getattr(e, 'code', '')
-        meant = did_you_mean(words, parser) if code in ('usage', 'bad_name') else ''
-        say(f'localtunnel.py: {meant or e}')
-        return EXIT_CODES['usage'] if meant else EXIT_CODES.get(code, 1)
+        kind = 'usage' if isinstance(e, UsageError) else getattr(e, 'code', '')
+        meant = did_you_mean(words, parser) if kind in ('usage', 'bad_name') else ''
+        reason = meant or str(e)
+        say(f'localtunnel.py: {reason}')
+        code = EXIT_CODES['usage'] if meant else EXIT_CODES.get(kind, 1)
     except SystemExit as e:         # of argparse
-        return int(e.code or 0)
+        code = int(e.code or 0)
+    if args.command == 'client' and args.json:
+        put(sys.stdout, event_line('end', code=code, reason=reason) + '\n')
+    return code
 
 
 def main(argv: Sequence[str] | None = None) -> int:

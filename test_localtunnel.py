@@ -3852,6 +3852,39 @@ class TapTest(WorldTest):
         self.assertEqual([one.told for one in told], [[('note', 'x'), ('lost', 'why', 1.0)]] * 2)
 
 
+class PendingTest(WorldTest):
+
+    def pending(self):
+        return [told[1:] for told in self.log.told if told[0] == 'pending']
+
+    async def test_an_upgrade_is_told_at_once_and_what_is_slow_once(self):
+        go = asyncio.Event()
+
+        async def answer(head, reader, writer):
+            if b'Upgrade' in head:
+                writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n')
+            await go.wait()
+            writer.write(OK)
+        _, visitor = await self.through(answer)
+        visitor.ask(fields='Connection: Upgrade\nUpgrade: x')
+        await eventually(self.pending)
+        self.assertEqual([status for _, status in self.pending()], [101])
+        client, = self.clients
+        other = await self.visitor(client)
+        with self.constant(SLOW=0.0):
+            other.ask('/slow')
+            await eventually(lambda: len(self.pending()) == 2)
+            record, status = self.pending()[1]
+            self.assertEqual((record.target, status), ('/slow', 0))
+            client.app.sweep(self.runtime.now(), False)
+        go.set()
+        await other.answer()
+        await visitor.reader.readuntil(OK)
+        visitor.writer.close()
+        await eventually(lambda: not client.app.under_way)
+        self.assertEqual(len(self.pending()), 2)
+
+
 class UpstreamTest(WorldTest):
 
     async def test_connections_to_the_app_are_used_again(self):
@@ -6395,11 +6428,11 @@ class TerminalTest(CommandTest):
         client = self.start('client', app.port, '--server', self.server(), *args, terminal=True)
         url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
         fetch(url, '/first')
-        client.says('GET /first', 'out')
+        client.says('GET    /first', 'out')
         app.close()
         app.close = lambda: None
         fetch(url, '/second')
-        client.says('GET /second', 'out')
+        client.says('GET    /second', 'out')
         self.assertEqual(client.interrupt(), 0)
         self.relay.end()        # its folder is for the next one
         return url, '\n'.join(client.lines['out'])
@@ -6408,14 +6441,36 @@ class TerminalTest(CommandTest):
         os.environ['TERM'] = 'xterm'
         url, shown = self.session()
         self.assertRegex(shown, rf'{url}\S* -> localhost:\d+')
-        self.assertRegex(shown, r'GET /first \x1b\[32m200\x1b\[0m \d+ms \d+B')
-        self.assertRegex(shown, r'GET /second \x1b\[31m502')
+        self.assertRegex(shown, r'\x1b\[32m200\x1b\[0m  GET    /first +\d+ms +\d+B')
+        self.assertRegex(shown, r'\x1b\[31m502\x1b\[0m  GET    /second .*\n +nothing is listening')
+        self.assertRegex(shown, r'ended after .*: 2 requests, 1 error, \d+B in, \d+B out$')
         self.assertNotIn('Traceback', shown)
 
     def test_no_color_and_a_dumb_terminal_get_no_colours(self):
         for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
             with unittest.mock.patch.dict(os.environ, {'TERM': 'xterm', name: value}):
                 self.assertNotIn('\x1b', self.session()[1])
+
+    def test_keys_do_something_at_once_and_the_terminal_is_given_back(self):
+        import termios
+        os.environ['TERM'] = 'xterm'
+        client = self.start('client', 'echo', '--server', self.server(), terminal=True)
+        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
+        client.says('q quits', 'out')
+        keys = os.dup(client.terminal)
+        self.addCleanup(os.close, keys)
+        echoes = termios.ICANON | termios.ECHO
+        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, 0)
+        client.type('c')
+        code = client.says(r'\x1b]52;c;(\S+)\x07', 'out').group(1)
+        self.assertEqual(base64.b64decode(code).decode(), url)
+        client.type('pasted quickly')       # is not q
+        self.relay.interrupt()
+        client.says('trying again', 'out')
+        client.type('q')
+        self.assertEqual(client.ends(), 0)
+        self.assertIn('\r\x1b[Kended after', '\n'.join(client.lines['out']))
+        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, echoes)
 
     def test_quiet_shows_the_url_alone(self):
         app = self.app()
@@ -6469,7 +6524,8 @@ class SlowReaderTest(CommandTest):
     def test_a_program_that_reads_json_is_told_what_is_missing(self):
         with unittest.mock.patch.object(sys, 'stdout', self.unread()[1]):
             terminal = lt.Terminal('8000', 'https://a.example', True, lambda *_: None, as_json=True)
-        self.assertEqual(json.loads(terminal._lines._dropped(7)), {'event': 'dropped', 'lines': 7})
+        missing = json.loads(terminal._lines._dropped(7))
+        self.assertEqual((missing['event'], missing['lines']), ('dropped', 7))
 
     @unittest.skipUnless(POSIX, 'this system has no SIGTERM')
     def test_a_reader_who_stalls_stops_neither_end(self):
@@ -6518,8 +6574,223 @@ class LineForPeopleTest(unittest.TestCase):
     def test_sizes_and_times_are_for_people(self):
         self.assertEqual([lt.in_bytes(n) for n in (0, 999, 1000, 1234567, 5e9, 5e13)],
                          ['0B', '999B', '1.0kB', '1.2MB', '5.0GB', '50000.0GB'])
-        self.assertEqual([lt.milliseconds(n) for n in (0, .0123, 9.99, 75)],
-                         ['0ms', '12ms', '9990ms', '75.0s'])
+        self.assertEqual([lt.duration(n) for n in (0, .0123, .9996, 3.959, 75, 200, 8040)],
+                         ['0ms', '12ms', '1.0s', '4.0s', '75.0s', '3min20s', '2h14min'])
+
+    def test_what_is_too_long_loses_its_middle(self):
+        for text, room, cut in (('/short', 6, '/short'), ('/0123456789/end.png', 12, '/012....png'),
+                                ('/0123456789', 10, '/01...789')):
+            self.assertLessEqual(len(lt.cut_in_middle(text, room)), room)
+            self.assertEqual(lt.cut_in_middle(text, room)[:3], cut[:3])
+            self.assertTrue(text.endswith(lt.cut_in_middle(text, room)[-3:]))
+
+
+class Screen(io.StringIO):
+    """A terminal in memory."""
+
+    def isatty(self):
+        return True
+
+
+class ScreenTest(unittest.TestCase):
+
+    def terminal(self, stream=Screen, columns=80, **words):
+        """A client's terminal whose two streams are one STREAM in memory."""
+        self.out = stream()
+        for patch in (unittest.mock.patch.multiple(sys, stdout=self.out, stderr=self.out),
+                      unittest.mock.patch.dict(os.environ, COLUMNS=str(columns), TERM='xterm')):
+            patch.start()
+            self.addCleanup(patch.stop)
+        return lt.Terminal('localhost:8000', 'https://t.example', True, lambda *_: None, **words)
+
+    def shown(self, terminal):
+        """What was written, without colours."""
+        terminal.flush()
+        return re.sub('\x1b\\[[0-9;]*m', '', self.out.getvalue())
+
+    @staticmethod
+    def record(number=1, target='/', status=200, why=''):
+        record = lt.Record(number, 0.0, 'GET', target)
+        record.status, record.why = status, why
+        return record
+
+    def test_columns_are_aligned_and_fit_whatever_the_width(self):
+        for columns in (60, 80, 200):
+            terminal = self.terminal(columns=columns)
+            for number, target in ((1, '/'), (23, '/a?b=c'), (456, '/x' * 500)):
+                terminal.pending(self.record(number, target, 0), 0)
+                terminal.exchange(self.record(number, target), 3.959)
+            lines = self.shown(terminal).splitlines()
+            self.assertLess(max(map(len, lines)), columns)
+            self.assertEqual({line.index('GET') for line in lines}, {19})
+            self.assertEqual(len({line.find('pending') for line in lines[:3:2]}), 1)
+            self.assertTrue(lines[5].endswith('  4.0s      0B'), lines)
+            self.assertIn('...', lines[5][30:])
+
+    def test_what_takes_long_is_coloured_and_an_upgrade_is_not(self):
+        for seconds, status, code in ((0.9, 200, ''), (1, 200, '33'), (5, 404, '31'), (9, 101, '')):
+            terminal = self.terminal()
+            terminal.exchange(self.record(status=status), seconds)
+            took = lt.duration(seconds)
+            self.assertIn(f' \x1b[{code}m{took}\x1b[0m ' if code else f' {took} ',
+                          self.out.getvalue())
+
+    def test_the_banner_says_where_as_whom_and_who_may_come(self):
+        for columns in (60, 200):
+            terminal = self.terminal(columns=columns, source='remembered', protected=True,
+                                     allow=['192.0.2.0/24', '2001:db8::/32'])
+            terminal.ready('https://brave-otter-k3v7q2m4tzhad5wx6rnp.t.example', 'ana', .0234)
+            shown = self.shown(terminal)
+            self.assertLess(max(map(len, shown.splitlines())), columns)
+            words = ' '.join(shown.split())
+            for part in ('rnp.t.example -> localhost:8000 server https://t.example (remembered; '
+                         '--local for this machine only), 23ms away', ' as ana visitors from '
+                         '192.0.2.0/24, 2001:db8::/32 only, with a password Ctrl-C ends'):
+                self.assertIn(part, words)
+
+    def test_the_end_sums_up(self):
+        terminal = self.terminal()
+        terminal.ready('http://x', '', 0)
+        terminal.exchange(self.record(status=502, why='nothing there'), 0.1)
+        terminal.ended(3112, 999, 4_100_000)
+        self.assertRegex(self.shown(terminal), r'\nended after 0ms: 3,112 requests, 1 error, '
+                         r'999B in, 4\.1MB out\n$')
+
+    def test_a_pipe_has_a_line_for_each_state_and_not_for_each_attempt(self):
+        terminal = self.terminal(io.StringIO)
+        for why in ('it broke', 'nobody', 'nobody', 'nobody'):
+            terminal.lost(why, 1)
+        terminal.back()
+        terminal.lost('it broke', 0)
+        lines = self.shown(terminal).splitlines()
+        self.assertEqual(lines[:2] + lines[3:], ['it broke; trying again', 'nobody; trying again',
+                                                 'it broke; trying again'])
+        self.assertIn('connected again', lines[2])
+
+    def test_json_has_a_time_in_each_event_and_nothing_else_on_stdout(self):
+        terminal = self.terminal(io.StringIO, as_json=True, source='--server', allow=['::1/128'])
+        with unittest.mock.patch.object(sys, 'stderr', None):
+            terminal.ready('https://x.t.example', 'ana', 0.01)
+            terminal.note('a note', event='special', reason='r')
+            terminal.hint('a hint')
+            terminal.pending(self.record(), 0)
+            terminal.exchange(self.record(why='cut'), 1)
+            terminal.lost('broke', 2)
+            terminal.lost('broke', 4)
+            terminal.back()
+            terminal.ended(1, 1, 1)
+        events = [json.loads(line) for line in self.shown(terminal).splitlines()]
+        self.assertEqual([event['event'] for event in events],
+                         ['open', 'special', 'hint', 'pending', 'exchange', 'lost', 'back'])
+        for event in events:
+            self.assertRegex(event.pop('time'), r'^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$')
+        self.assertEqual(events[0], {
+            'event': 'open', 'url': 'https://x.t.example', 'user': 'ana', 'public': True,
+            'target': 'localhost:8000', 'server': 'https://t.example', 'source': '--server',
+            'protected': False, 'allow': ['::1/128'], 'round_trip_ms': 10.0})
+        self.assertEqual(events[5], {'event': 'lost', 'reason': 'broke', 'retry': 2})
+
+    def test_long_lines_are_broken_at_words_and_commands_are_not(self):
+        self.terminal(columns=40)
+        long = 'this says in many words what to do next, and what: '
+        command = 'python3 localtunnel.py client 8000 --server https://t.example'
+        broken = lt.at_words(long + command, sys.stdout).splitlines()
+        self.assertLess(max(map(len, broken[:-1])), 40)
+        self.assertIn(command, broken[-1])
+        self.assertEqual(' '.join(' '.join(broken).split()), long + command)
+        self.assertEqual(lt.at_words(long * 9, io.StringIO()), long * 9)
+
+    def test_other_lines_come_above_the_one_that_changes(self):
+        writer, stream = lt.Writer(), io.StringIO()
+        writer.change(stream, 'wait')
+        writer.put(stream, 'a line\n', lt.dropped_lines)
+        writer.change(stream, 'wait more')
+        writer.change(stream, '')
+        writer.put(stream, 'the end\n', lt.dropped_lines)
+        self.assertTrue(writer.finish(PATIENCE))
+        screen = ['']
+        for part in re.findall(r'\r\x1b\[K|\n|[^\r\n\x1b]+', stream.getvalue()):
+            if part == '\n':
+                screen.append('')
+            else:
+                screen[-1] = '' if part == lt.ERASE_LINE else screen[-1] + part
+        self.assertEqual(screen, ['a line', 'the end', ''])
+
+    def test_a_plain_terminal_has_no_line_that_changes(self):
+        for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
+            terminal = self.terminal()
+            with unittest.mock.patch.dict(os.environ, {name: value}):
+                self.assertFalse(lt.change_line('wait'))
+                terminal.lost('it broke', 1)
+                self.assertIn('it broke; trying again', self.shown(terminal))
+
+
+class EndEventTest(unittest.TestCase):
+
+    def test_each_end_is_an_event_with_its_code_and_reason(self):
+        def refused(*_):
+            raise lt.Refused(409, 'name_taken', 'the name x is taken')
+        for words, does, code, reason in (
+                (['client', '8000', '--json'], lambda *_: 0, 0, ''),
+                (['client', '8000', '--json'], refused, 3, 'the name x is taken'),
+                (['client', 'what is it', '--json'], lt.client_command, 2, "can't tell what .*"),
+                (['client', '8000', '--json', '--name', ''], refused, 2, 'name is empty.*')):
+            out, err = io.StringIO(), io.StringIO()
+            with unittest.mock.patch.multiple(sys, stdout=out, stderr=err), \
+                    unittest.mock.patch.object(lt, 'client_command', does):
+                self.assertEqual(lt.command(words), code)
+            end, = [json.loads(line) for line in out.getvalue().splitlines()]
+            self.assertEqual((end['event'], end['code']), ('end', code))
+            self.assertRegex(end['reason'], f'(?s)^{reason}$')
+
+
+@unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+class KeysTest(LoopTest):
+
+    async def ready(self):
+        self.typing, shown = os.openpty()
+        self.stream = open(shown)       # of a terminal that controls nothing
+        for name in ('stdin', 'stdout'):
+            self.stack.enter_context(unittest.mock.patch.object(sys, name, self.stream))
+        self.stack.callback(self.stream.close)
+        self.stack.callback(os.close, self.typing)
+
+    def echoes(self):
+        import termios
+        return bool(termios.tcgetattr(self.typing)[3] & (termios.ICANON | termios.ECHO))
+
+    async def test_they_are_read_in_the_foreground_only(self):
+        import termios
+        typed, usual = asyncio.Event(), termios.tcgetattr(self.typing)
+        with self.constant(in_foreground=lambda _: False):
+            keys = lt.Keys(self.runtime, {'x': ('is typed', typed.set)})
+            self.assertTrue(self.echoes())
+        await eventually(lambda: not self.echoes())     # once it is looked at
+        os.write(self.typing, b'x')
+        await typed.wait()
+        with self.constant(in_foreground=lambda _: False):
+            keys.sweep()
+            self.assertFalse(self.loop.remove_reader(self.stream))
+            termios.tcsetattr(self.typing, termios.TCSANOW, usual)      # as the shell does
+        keys.sweep()
+        self.assertFalse(self.echoes())
+        keys.close()
+        self.assertTrue(self.echoes())
+
+    async def test_it_is_given_back_while_it_is_stopped_and_at_a_sudden_end(self):
+        keys, before = lt.Keys(self.runtime, {}), []
+        with unittest.mock.patch.object(os, 'kill', lambda *_: before.append(self.echoes())):
+            keys._stop()
+        self.assertEqual((before, self.echoes()), ([True], False))
+        lt.give_terminal_back()
+        self.assertTrue(self.echoes())
+        keys.close()
+
+    async def test_a_terminal_that_goes_away_ends_them(self):
+        keys = lt.Keys(self.runtime, {})
+        with unittest.mock.patch.object(os, 'read', lambda *_: b''):
+            keys._typed()
+        self.assertNotIn(keys, self.runtime.swept)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9185,7 +9456,7 @@ class ServerTest(HostileTest):
 
     async def test_nothing_that_it_says_reaches_the_terminal_as_it_is(self):
         async def behave(peer, hello):
-            self.welcome(peer, url='http://' + BAD, session=BAD)
+            self.welcome(peer, url='http://' + BAD, session=BAD, user=BAD)
             peer.send(
                 F(lt.OPEN, 1, b'GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n'),
                 F(lt.RESET, 1, WORDS(1, BAD)), F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)))
