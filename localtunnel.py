@@ -5561,7 +5561,9 @@ class Client:
             strange = not_http(connection.peek(), str(self.address))
             if strange or isinstance(e, BadHttp):
                 raise Refused(502, 'no_upgrade', strange or why) from e
-            raise Disconnected(f'{self.address} closed the connection without an answer') from e
+            scheme, _, host = str(self.address).partition('://')
+            raise Disconnected(f'{self.address} closed the connection without an answer' + (
+                f'; if it speaks TLS, use https://{host}' if scheme == 'http' else '')) from e
         if response.status != 101:
             refused = await self._refused(connection, response)
             if refused.code != 'released':

@@ -4230,6 +4230,17 @@ class GiveUpTest(FolderTest, WorldTest):
             self.assertFalse(client.running.done())
             await self.end_of_the_world()
 
+    async def test_what_closes_without_an_answer_may_be_a_server_that_starts(self):
+        async def close(reader, writer):
+            with contextlib.closing(writer):
+                await reader.readuntil(b'\r\n\r\n')
+        await self.world()
+        port = (await self.serves(close))[1]
+        client = await self.client(1, port=port, wait=False)
+        await eventually(lambda: f'if it speaks TLS, use https://localhost:{port}' in
+                         self.log.text())
+        self.assertFalse(client.running.done())
+
     async def test_after_a_welcome_it_waits_for_any_server_to_be_repaired(self):
         await self.world()
         client = await self.client(1)
