@@ -6498,6 +6498,7 @@ class Strangers:
             if left > 0 and not self._hinted:
                 text, left = rest + piece, left - len(piece)
                 self._look(text)
+                self.bare_word(exchange.request, text)
                 rest = text[-LONGEST_WORDS:]
         return look
 
@@ -6508,9 +6509,9 @@ class Strangers:
             if words in text:
                 return self._refused_by(server)
 
-    def no_http(self, request: Request, said: bytes) -> None:
-        """Next refuses the WebSocket of its pages with a single word."""
-        if said == b'Unauthorized' and request.target.startswith(b'/_next/'):
+    def bare_word(self, request: Request, said: bytes) -> None:
+        """Next refuses what its pages load with a word, which is all that a WebSocket gets."""
+        if said == b'Unauthorized' and b'/_next/' in request.target:
             self._refused_by('Next')
 
     def _refused_by(self, server: str) -> None:
@@ -6546,7 +6547,7 @@ class HostHeader(Annex):
         if args.host_header is None:
             strangers = Strangers(app)
             app.response_taps.append(strangers.tap)
-            app.strange.append(strangers.no_http)
+            app.strange.append(strangers.bare_word)
 
 
 # ------------------------------------------------------------------------------------------------

@@ -4878,6 +4878,13 @@ class HintTest(WorldTest):
             await self.end_of_the_world()
             self.log.told.clear()
 
+    async def test_next_refuses_its_scripts_with_the_same_word(self):
+        _, visitor = await self.through(b'HTTP/1.1 403 Forbidden\r\nContent-Length: 12\r\n\r\n'
+                                        b'Unauthorized')
+        for path, count in (('/login', 0), ('/base/_next/static/a.js', 1)):
+            await visitor.get(path)
+            await eventually(lambda count=count: self.log.text().count('Next refused') == count)
+
     async def test_pages_that_only_say_such_words_and_users_who_know_get_none(self):
         self.assertEqual(await self.hints(200, 'Blocked request. This host is blue.'), [])
         self.assertEqual(await self.hints(404, 'Unauthorized request from you'), [])
