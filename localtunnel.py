@@ -985,7 +985,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if exc is not None and not self.secure and self.receiver is None:
             self._read_last_words()
         self.set_exception(Disconnected(
-            f'the connection broke: {exc}' if exc else 'the connection ended'))
+            f'the connection broke: {getattr(exc, "strerror", None) or exc}' if exc else
+            'the connection ended'))
         on_lost, self.on_lost, self.on_eof = self.on_lost, None, None
         if on_lost:
             on_lost()
@@ -10272,7 +10273,7 @@ class Writer:
                 if not self._dropped:
                     self._queue.append((stream, dropped))
                 self._dropped += text.count('\n')
-            else:
+            elif text:
                 self._queue.append((stream, text))
                 self._unwritten += len(text)
             self._changed.notify_all()
@@ -10282,6 +10283,7 @@ class Writer:
         with self._changed:
             self._last = text
             self._queue.append((stream, ''))
+            self._unwritten += 1
             self._changed.notify_all()
 
     def soiled(self) -> None:
@@ -10308,7 +10310,7 @@ class Writer:
             except (OSError, ValueError):       # the reader went away, or the disk is full
                 self.failed = True
             with self._changed:
-                self._unwritten -= len(text)
+                self._unwritten -= len(text) or 1       # '' is for the line that changes
                 self._changed.notify_all()
 
     def finish(self, timeout: float) -> bool:
@@ -10624,8 +10626,8 @@ def open_in_browser(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
-STATUS_COLOURS = {0: '35', 1: '36', 2: '32', 3: '36', 4: '33', 5: '31'}
-TAKES_LONG = ((5.0, '31'), (SLOW, '33'))        # seconds, and their colour
+STATUS_COLOURS = {'g': '35', '1': '36', '2': '32', '3': '36', '4': '33', '5': '31'}
+TOO_SLOW = 5.0                  # seconds in red
 PATHS = 16, 40                  # characters of a path at least, and to where they are aligned
 
 # What stands behind the server's address, by where that was taken from.
@@ -10661,6 +10663,7 @@ class Terminal(ClientObserver):
         self.flush = self._lines.flush
         self._url = ''
         self.keys: Actions = {}     # what the keys of the terminal do
+        self._reads_keys = False
         self._errors = 0
         self._since = 0.0           # when the tunnel was up for the first time; 0 before
         self._lost: tuple[float, str] | None = None     # since when, and why, if it is
@@ -10702,7 +10705,10 @@ class Terminal(ClientObserver):
         put(sys.stdout, '\n')
 
     def watched(self, url: str) -> None:
-        self.note(f'what passes can be seen at {url}')
+        self._about['inspector'] = url
+        self.keys['i'] = 'shows what passes', functools.partial(open_in_browser, url)
+        if self._since:
+            self.note(f'what passes can be seen at {url}')
 
     # Keys.
 
@@ -10713,12 +10719,14 @@ class Terminal(ClientObserver):
         self.keys.update({
             'c': ('copies the URL', self._copy), 'o': ('opens it', self._open),
             'q': ('quits', leave), '?': ('says so', self.help)})
+        self._reads_keys = True
         return Keys(runtime, self.keys)
 
     def help(self) -> None:
         """Say how it ends, and what the keys do."""
-        does = [f'{key} {does}' for key, (does, _) in self.keys.items()]
-        text = at_words('  ' + (', '.join(does) or 'Ctrl-C ends the tunnel'), sys.stdout)
+        keys = sorted(self.keys.items(), key=lambda item: 'coiq?'.find(item[0]))
+        text = ', '.join(f'{key} {does}' for key, (does, _) in keys)
+        text = at_words('  ' + (text if self._reads_keys else 'Ctrl-C ends the tunnel'), sys.stdout)
         put(sys.stdout, self._paint('2', text) + '\n')
 
     def _copy(self) -> None:
@@ -10740,7 +10748,8 @@ class Terminal(ClientObserver):
         visitors = ('from ' + allow + ' only' if allow else 'anyone with the URL'
                     if about['public'] else 'this machine only')
         return {'server': server, **({'as': user} if user else {}),
-                'visitors': visitors + (', with a password' if about['protected'] else '')}
+                'visitors': visitors + (', with a password' if about['protected'] else ''),
+                **({'inspector': about['inspector']} if 'inspector' in about else {})}
 
     def lost(self, why: str, seconds: float) -> None:
         why_before = self._lost[1] if self._lost else ''
@@ -10767,7 +10776,7 @@ class Terminal(ClientObserver):
             self._event('pending', id=exchange.number, method=exchange.method,
                         target=exchange.target, status=status)
         elif not self._quiet:
-            self._row(exchange, status, 'open' if status else 'pending')
+            self._line(exchange, str(status or '...'), 'open' if status else 'pending')
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         status, why = exchange.status, exchange.why
@@ -10779,31 +10788,35 @@ class Terminal(ClientObserver):
                         target=exchange.target, status=status, ms=round(seconds * 1000, 1),
                         bytes=exchange.size, **extra)
         elif not self._quiet:
-            long = status != 101 and exchange.method != 'TCP'       # those are meant to last
-            colour = next((c for limit, c in TAKES_LONG if long and seconds >= limit), '')
-            self._row(exchange, status or -1, duration(seconds), colour, in_bytes(exchange.size))
+            colour = ''
+            if seconds >= SLOW and status != 101 and exchange.method != 'TCP':      # meant to last
+                colour = '31' if seconds >= TOO_SLOW else '33'
+            self._line(exchange, str(status or 'gone'), duration(seconds), in_bytes(exchange.size),
+                       colour)
 
-    def _row(self, exchange: Record, status: int, took: str, colour: str = '',
-             size: str = '') -> None:
-        """Write a line for EXCHANGE.  STATUS is 0 before, and -1 without an answer."""
-        begin = f'{self._lines.clock()[11:]} #{exchange.number}'
-        code = {0: '...', -1: 'gone'}.get(status, str(status))
-        shade = STATUS_COLOURS.get(max(0, status) // 100, '0') if status else '2'
-        path, why = printable(exchange.target), printable(exchange.why)
-        if not self._tty:
-            return self._lines.add(f'{begin} {code} {exchange.method} {path} {took} {size} {why}'
-                                   .rstrip())
-        begin = f'{begin:<13} '
-        method, space = f'{exchange.method:<6}', columns() - 17
-        room = max(PATHS[0], space - len(begin) - len(method) - 6)
+    def _line(self, exchange: Record, status: str, took: str, size: str = '',
+              colour: str = '') -> None:
+        """Write a line for EXCHANGE; TOOK says for how long it ran."""
+        path, why = printable(exchange.target), exchange.why
+        begin = f'{self._lines.clock()[11:]} #{exchange.number} '
+        if self._tty:
+            return self._row(begin, status, exchange.method, path, took, size, colour, why)
+        self._lines.add(f'{begin}{status} {exchange.method} {path} {took}'
+                        + (f' {size}' if size else '') + (f' {printable(why)}' if why else ''))
+
+    def _row(self, begin: str, status: str, method: str, path: str, took: str, size: str,
+             colour: str, why: str) -> None:
+        """Write a line in columns, and WHY below it."""
+        begin, method = f'{begin:<14}', f'{method:<6}'
+        room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
+        shade = STATUS_COLOURS.get(status[0], '2')
         took = ' ' * (8 - len(took)) + (self._paint(colour, took) if colour else took)
-        line = (f'{begin}{self._paint(shade, code)}{" " * (5 - len(code))}{method} {path} {took} '
-                f'{size:>7}'.rstrip())
+        self._lines.add(f'{begin}{self._paint(shade, status)}{" " * (5 - len(status))}{method} '
+                        f'{path} {took} {size:>7}'.rstrip())
         if why:
-            line += '\n' + textwrap.fill(why, columns(), initial_indent=' ' * 14,
-                                         subsequent_indent=' ' * 14)
-        self._lines.add(line)
+            self._lines.add(textwrap.fill(printable(why), columns(), initial_indent=' ' * 14,
+                                          subsequent_indent=' ' * 14))
 
     def ended(self, requests: int, received: int, sent: int) -> None:
         """The client has ended: sum up, where a person reads it."""
@@ -11773,7 +11786,8 @@ def server_command(args: Args) -> int:
 def command(words: Sequence[str]) -> int:
     """Do what WORDS say; return the exit code."""
     commands, parser = {'client': client_command, 'server': server_command}, make_parser()
-    args, code, reason = Args(command='', json=False), 0, ''
+    args = Args(command=words[0] if words else '', json='--json' in words)     # until parsed
+    code, reason = 0, ''
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')

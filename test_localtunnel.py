@@ -6666,6 +6666,26 @@ class ScreenTest(unittest.TestCase):
                          '192.0.2.0/24, 2001:db8::/32 only, with a password Ctrl-C ends'):
                 self.assertIn(part, words)
 
+    def test_it_says_where_what_passes_is_shown(self):
+        terminal = self.terminal()
+        with unittest.mock.patch.object(lt, 'open_in_browser') as opened:
+            terminal.watched('http://127.0.0.1:4040')
+            terminal.ready('http://x', '', 0)
+            terminal.keys['i'][1]()
+        self.assertIn('\n  inspector http://127.0.0.1:4040\n', self.shown(terminal))
+        opened.assert_called_once_with('http://127.0.0.1:4040')
+
+    def test_a_browser_is_opened_for_the_web_and_where_it_has_a_window(self):
+        self.terminal()
+        for url, display, said in (('tcp://x:1', ':0', 'not for a browser'),
+                                   ('https://x', '', 'no browser with a window')):
+            with unittest.mock.patch.dict(os.environ, DISPLAY=display, WAYLAND_DISPLAY=''), \
+                    unittest.mock.patch('webbrowser.open') as opened, \
+                    unittest.mock.patch.object(sys, 'platform', 'linux'):
+                lt.open_in_browser(url)
+            opened.assert_not_called()
+            self.assertIn(said, self.out.getvalue())
+
     def test_the_end_sums_up(self):
         terminal = self.terminal()
         terminal.ready('http://x', '', 0)
@@ -6723,8 +6743,8 @@ class ScreenTest(unittest.TestCase):
         writer.change(stream, 'wait')
         writer.put(stream, 'a line\n', lt.dropped_lines)
         writer.change(stream, 'wait more')
-        writer.change(stream, '')
         writer.put(stream, 'the end\n', lt.dropped_lines)
+        writer.change(stream, '')
         self.assertTrue(writer.finish(PATIENCE))
         screen = ['']
         for part in re.findall(r'\r\x1b\[K|\n|[^\r\n\x1b]+', stream.getvalue()):
