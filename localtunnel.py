@@ -11628,7 +11628,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     app = make_app(runtime, args, target, known, terminal)
     if server:
         server.pages.error = app.error_page
-    for annex in ANNEXES:
+    for annex in () if args.release else ANNEXES:       # a release opens no tunnel
         await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
     keys = terminal.listen(runtime, stop.set)
