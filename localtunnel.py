@@ -35,24 +35,26 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  33 Terminal
-     2 Wire                   16 Raw TCP                34 Options
-     3 Credit                 17 Folder and echo        35 Wiring
-     4 Byte streams           18 Host header            36 Python
-     5 Session                19 Outgoing proxy         37 Command line
+     1 Constants and errors   15 Annex                  35 Terminal
+     2 Wire                   16 Raw TCP                36 Options
+     3 Credit                 17 Folder and echo        37 Wiring
+     4 Byte streams           18 Host header            38 Python
+     5 Session                19 Outgoing proxy         39 Command line
      6 HTTP/1.1               20 Certificates
-     7 Names and tokens       21 Hand-over
-     8 Exchange               22 Operator's page
-     9 Tunnels                23 Block list
-    10 Admission              24 Ground
-    11 Server                 25 Landing page
-    12 Places                 26 Invitations
-    13 App                    27 Exchanges
-    14 Client                 28 Inspector's page
-                              29 Inspector
-                              30 Logs and replay
-                              31 Words from elsewhere
-                              32 Error pages
+     7 Names and tokens       21 DNS
+     8 Exchange               22 Certificates by ACME
+     9 Tunnels                23 Hand-over
+    10 Admission              24 Operator's page
+    11 Server                 25 Block list
+    12 Places                 26 Ground
+    13 App                    27 Landing page
+    14 Client                 28 Invitations
+                              29 Exchanges
+                              30 Inspector's page
+                              31 Inspector
+                              32 Logs and replay
+                              33 Words from elsewhere
+                              34 Error pages
 """
 
 from __future__ import annotations
@@ -307,7 +309,6 @@ class Refused(LocaltunnelError):
 
 PROTOCOL = 'localtunnel/1'
 WELL_KNOWN = '/.well-known/localtunnel'      # where a session is asked for
-HEALTH = b'/.well-known/localtunnel/health'  # where balancers ask, by any Host
 
 # kind            payload                             who sends it, and when
 OPEN = 1        # opening bytes: an HTTP head,        the server, for a new stream: ids 1, 2, 3, ...
@@ -3848,13 +3849,14 @@ class Admission:
 
     def __init__(self, runtime: Runtime, tokens: Tokens, leases: Leases, tunnels: Tunnels,
                  budget: Budget, most: int, counters: dict[str | int, int],
-                 trace: Trace | None) -> None:
-        """MOST tunnels in all; BUDGET is of all sessions together."""
+                 trace: Trace | None, only: bool = False) -> None:
+        """MOST tunnels in all, but ONLY one for http; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.leases, self.budget = tokens, leases, budget
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
+        self._only = only
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
@@ -3977,6 +3979,11 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
+        if self._only and hello.kind == 'http' and any(
+                other.kind == 'http' and other.members and other.name != tunnel.name
+                for other in self._tunnels):
+            raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
+                          'another one is there; end that one first, or take --tcp')
         goes = tunnel.beside(hello)     # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
             raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
@@ -4353,9 +4360,12 @@ class Tls:
     def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
         self.context = context
         self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
-        self.redirects = port != 0 and not pin      # visitors of http are sent there
         # From when, until when (in Unix seconds) and for which names it holds, where that is known.
         self.validity: tuple[float, float, list[str]] | None = None
+
+    def shows(self, host: str) -> bool:
+        """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
+        return self.port != 0 and not self.pin
 
     def changed(self) -> bool:
         """Return True if there is something to read again."""
@@ -4552,14 +4562,15 @@ class Server:
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
-        self.pages = Pages()            # a seam: by path; of its own name, HEALTH of any
+        self.pages = Pages()            # a seam: of the server's own name, by path
+        self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, log, self.counters, inherited)
         self.visitors = Visitors(runtime, trusted)
         self.tunnels = Tunnels(runtime, hold, log)
         self.admission = Admission(
             runtime, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
-            self.counters, trace)
+            self.counters, trace, only)
         self._onward = Onward(self.domain, log)
         self._drain, self._rate, self._only = drain, rate, only
         runtime.swept.add(self)
@@ -4648,7 +4659,7 @@ class Server:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
         try:
-            name = '' if request.target == HEALTH else self._route(visitor, request)
+            name = '' if request.target in self.everywhere else self._route(visitor, request)
             if name:
                 await self._forward(visitor, exchange, name)
             else:
@@ -4659,7 +4670,7 @@ class Server:
                 error_message, e, request.get(b'accept'), method=request.method,
                 page=self.pages.error), e.extra)
         finally:
-            if request.target != HEALTH:        # balancers ask every second or two
+            if request.target not in self.everywhere:   # balancers ask every second or two
                 self.counters[exchange.status] += 1
                 self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
@@ -4690,8 +4701,8 @@ class Server:
         if self.tunnels.bars:
             self.tunnels.bars.check_visitor(name if parent == self.domain else '', visitor.address)
         tls = self.tls
-        if (tls is not None and tls.redirects and visitor.scheme == 'http'
-                and request.target != b'*' and self.domain in (parent, host)):
+        if (visitor.scheme == 'http' and tls is not None and request.target != b'*'
+                and self.domain in (parent, host) and tls.shows(host)):
             where = (f'https://{authority("https", host, tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
@@ -4717,8 +4728,8 @@ class Server:
         if self._only:
             # A stranger's name that leads here would let its pages read the app (DNS rebinding).
             if not (is_address(host) or is_loopback(host)):
-                raise HopFailed(403, f'this server is for its own machine; visit it as localhost '
-                                f'or by IP address, not as {host or "no host"}')
+                raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
+                                f'not as {host or "no host"}')
             return next((tunnel.name for tunnel in self.tunnels), '')
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
@@ -4732,7 +4743,8 @@ class Server:
     async def _own_page(self, visitor: Visitor, exchange: Exchange) -> None:
         """What the server shows under its own name."""
         request = exchange.request
-        page = self.pages.get(request.target.partition(b'?')[0])
+        page = self.everywhere.get(request.target) or self.pages.get(
+            request.target.partition(b'?')[0])
         if page is None:
             raise HopFailed(404, 'there is no such page here')
         if request.method not in (b'GET', b'HEAD'):
@@ -4820,17 +4832,19 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visitor.url_of(self.domain, request.host)}/localtunnel.py')
-        if (self.tls and visitor.scheme == 'http' and not visitor.trusted
-                and not is_loopback(visitor.peer)):
+        tls = self.tls
+        if (tls and visitor.scheme == 'http' and not visitor.trusted
+                and not is_loopback(visitor.peer) and (tls.pin or tls.shows(self.domain))):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, or ask its operator '
                           'for a code, for --join')
 
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
-        name = 'localhost' if self._only else f'{name}.{self.domain}'
-        return (f'http://{authority("http", name, self._port)}' if self.tls and self.tls.pin else
-                visitor.url_of(name, host))
+        host_name = self.domain if self._only else f'{name}.{self.domain}'
+        if self.tls and not self.tls.shows(host_name):
+            return f'http://{authority("http", host_name, self._port)}'
+        return visitor.url_of(host_name, host)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5762,6 +5776,62 @@ def read_code(code: str) -> tuple[str, str, str]:
                          'from lt1 to its end') from e
 
 
+# What the annexes with certificates share.
+
+def server_context(cert: str, key: str) -> ssl.SSLContext:
+    """What shows the certificate in the file CERT.  Raises UsageError."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.set_alpn_protocols(['http/1.1'])
+    try:
+        for path in cert, key:
+            open(path, 'rb').close()        # OpenSSL does not say which one is missing
+        context.load_cert_chain(cert, key)
+    except ssl.SSLError as e:
+        why = ('they do not belong together' if e.reason == 'KEY_VALUES_MISMATCH' else
+               'it takes two files in PEM form')
+        raise UsageError(f"can't use the certificate {cert} with the key {key}: {why}") from e
+    except OSError as e:
+        raise UsageError(f"can't read {e.filename or cert}: {e.strerror}") from e
+    return context
+
+
+# Of OpenSSL's verify flags: what is in the store is trusted without its authority; at any time.
+PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
+
+
+def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
+    """Let CLIENT visit SERVER, in memory; return the client's end.  Raises SSLError."""
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near, far = client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)
+    for end in (near, far) * 4:         # a client that guessed the wrong curve says hello again
+        with contextlib.suppress(ssl.SSLWantReadError):
+            end.do_handshake()
+    return near
+
+
+def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
+    """From when, until when and for which names the certificate is valid that SERVER shows.
+
+    None where it is not one for servers.  Python reads no certificate to us but one that a client
+    has accepted; so here is a client that trusts this very one.
+    """
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    try:
+        shown = shake_hands(client, server).getpeercert(binary_form=True)
+        client.load_verify_locations(cadata=shown)
+        client.verify_mode = ssl.CERT_REQUIRED
+        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+        facts: Any = shake_hands(client, server).getpeercert()
+    except ssl.SSLError:
+        return None
+    return (ssl.cert_time_to_seconds(facts['notBefore']),
+            ssl.cert_time_to_seconds(facts['notAfter']),
+            [name.lower() for kind, name in facts.get('subjectAltName', ())
+             if kind in ('DNS', 'IP Address')])
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -6623,41 +6693,6 @@ class OutgoingProxy(Annex):
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
 
-# Of OpenSSL's verify flags: what is in the store is trusted without its authority; at any time.
-PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
-
-
-def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject:
-    """Let CLIENT visit SERVER, in memory; return the client's end.  Raises SSLError."""
-    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
-    near, far = client.wrap_bio(back, there), server.wrap_bio(there, back, server_side=True)
-    for end in (near, far) * 4:         # a client that guessed the wrong curve says hello again
-        with contextlib.suppress(ssl.SSLWantReadError):
-            end.do_handshake()
-    return near
-
-
-def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
-    """From when, until when and for which names the certificate is valid that SERVER shows.
-
-    None where it is not one for servers.  Python reads no certificate to us but one that a client
-    has accepted; so here is a client that trusts this very one.
-    """
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    try:
-        shown = shake_hands(client, server).getpeercert(binary_form=True)
-        client.load_verify_locations(cadata=shown)
-        client.verify_mode = ssl.CERT_REQUIRED
-        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
-        facts: Any = shake_hands(client, server).getpeercert()
-    except (ssl.SSLError, ValueError):
-        return None
-    return (ssl.cert_time_to_seconds(facts['notBefore']),
-            ssl.cert_time_to_seconds(facts['notAfter']),
-            [name.lower() for kind, name in facts.get('subjectAltName', ()) if kind == 'DNS'])
-
-
 class Certificate(Tls):
     """What a server shows, read again when its files change.
 
@@ -6668,7 +6703,7 @@ class Certificate(Tls):
         """Raises UsageError."""
         self._files = cert, key
         self._seen = stamp_of(cert, key)
-        self._current = self._load()
+        self._current = server_context(*self._files)
         super().__init__(self._current, port, pin)
         self.validity = validity_of(self._current)
         self.context.sni_callback = self._choose
@@ -6676,30 +6711,13 @@ class Certificate(Tls):
     def _choose(self, connection: Any, name: Any, context: Any) -> None:
         connection.context = self._current
 
-    def _load(self) -> ssl.SSLContext:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
-        context.set_alpn_protocols(['http/1.1'])
-        cert, key = self._files
-        try:
-            for path in self._files:
-                open(path, 'rb').close()        # OpenSSL does not say which one is missing
-            context.load_cert_chain(cert, key)
-        except ssl.SSLError as e:
-            why = ('they do not belong together' if e.reason == 'KEY_VALUES_MISMATCH' else
-                   'it takes two files in PEM form')
-            raise UsageError(f"can't use the certificate {cert} with the key {key}: {why}") from e
-        except OSError as e:
-            raise UsageError(f"can't read {e.filename or cert}: {e.strerror}") from e
-        return context
-
     def changed(self) -> bool:
         return stamp_of(*self._files) not in ([], self._seen)
 
     def reload(self) -> str | None:
         self._seen = stamp_of(*self._files)
         try:
-            self._current = self._load()
+            self._current = server_context(*self._files)
         except UsageError as e:
             return f'{e}; the old certificate stays'
         self.validity = validity_of(self._current)
@@ -6741,7 +6759,6 @@ class Certificates(Annex):
     title = 'https'
 
     def server_options(self, add: Add) -> None:
-        add('--tls-port', type=port_number, default=443, metavar='PORT', help='(%(default)s)')
         add('--cert', metavar='FILE', help='certificate for https, with its chain')
         add('--key', metavar='FILE', help='private key of the certificate')
 
@@ -6749,6 +6766,10 @@ class Certificates(Annex):
         if bool(args.cert) != bool(args.key):
             raise UsageError('--cert and --key go together; add '
                              + ('--key FILE' if args.cert else '--cert FILE'))
+        if server.tls and args.cert:
+            raise UsageError('--cert and --key give a certificate, and so does --acme; take one')
+        if server.tls:
+            return
         cert, key, pin = args.cert, args.key, ''
         if not cert:
             made = None if is_loopback(args.domain) or args.trust_proxy else self_signed(
@@ -6771,7 +6792,996 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Hand-over
+# 21. DNS
+#
+# The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
+# 1035): bytes in and bytes out, and then the sockets.
+# ------------------------------------------------------------------------------------------------
+
+DNS_HEADER = struct.Struct('>6H')       # id, flags, questions, answers, authorities, additions
+DNS_RECORD = struct.Struct('>HHIH')     # behind its name: type, class, seconds to live, length
+TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
+    1, 2, 6, 16, 28, 41, 255, 257)
+INTERNET = 1                            # the class
+IS_ANSWER, IS_TRUE, IS_CUT, GO_ON, OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800     # flags
+NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
+DNS_PLAIN, DNS_EXTENDED = 512, 1232     # bytes of UDP: without EDNS, and what no path breaks up
+ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
+MOST_ADDITIONS = 8              # records of a question that are looked at; EDNS has one
+
+
+def encode_name(name: str) -> bytes:
+    """NAME as DNS has it: labels behind their lengths."""
+    labels = [label.encode() for label in name.strip('.').split('.')]
+    return b''.join(bytes([len(label)]) + label for label in labels) + b'\0'
+
+
+def read_labels(packet: bytes, at: int) -> tuple[list[bytes], int]:
+    """The labels of the name in PACKET, and where it ends.  Raises IndexError and ValueError."""
+    labels, began = [], at
+    while packet[at]:
+        size = packet[at]
+        if size > 63 or at + size - began > 253:    # a pointer has no place in a question
+            raise ValueError('a malformed name')
+        labels.append(packet[at + 1:at + 1 + size].lower())
+        at += 1 + size
+    return labels, at + 1
+
+
+def skip_name(packet: bytes, at: int) -> int:
+    """Where the name ends that begins in PACKET; it may be a pointer.  Raises IndexError."""
+    while packet[at]:
+        if packet[at] >= 0xC0:
+            return at + 2
+        at += 1 + packet[at]
+    return at + 1
+
+
+class Zone:
+    """What is asked about _acme-challenge.DOMAIN, and answered.
+
+    TXT is what an order has published; SOA and NS are always there.  Whatever else is asked, and
+    whatever is below, is there and empty: authorities ask for CAA, DS and types yet unknown, and
+    take any error for a refusal.
+    """
+
+    def __init__(self, domain: str) -> None:
+        self.name = f'_acme-challenge.{domain}'
+        self.texts: set[str] = set()        # that an order, or a trial, has published
+        self._labels = [label.encode() for label in self.name.split('.')]
+        host = encode_name(domain)
+        self._fixed = {TYPE_NS: host, TYPE_SOA: host + encode_name(f'hostmaster.{domain}')
+                       + struct.pack('>5I', 1, 3600, 600, 86400, ZONE_SECONDS)}
+
+    def answer(self, packet: bytes, most: int = DNS_PLAIN) -> bytes:
+        """The answer to PACKET, of MOST bytes; b'' for what is malformed, or an answer itself."""
+        try:
+            id, flags, *counts = DNS_HEADER.unpack_from(packet)
+            labels, at = read_labels(packet, DNS_HEADER.size)
+            kind, group = struct.unpack_from('>HH', packet, at)
+            version, room = self._extension(packet, at + 4, counts)
+        except (struct.error, IndexError, ValueError):
+            return b''
+        if flags & IS_ANSWER or counts[0] != 1:
+            return b''
+        ours = labels[-len(self._labels):] == self._labels and group in (INTERNET, TYPE_ANY)
+        error = (NOT_IMPLEMENTED if flags & OPCODE else BAD_VERSION if version > 0
+                 else NO_ERROR if ours else NOT_OURS)
+        found = self._records(kind) if not error and labels == self._labels else []
+        empty = [(TYPE_SOA, self._fixed[TYPE_SOA])] if not error and not found else []
+        apex = at - len(encode_name(self.name))         # where the name of the zone stands
+        records = b''.join(
+            struct.pack('>H', 0xC000 | apex) + DNS_RECORD.pack(
+                kind, INTERNET, ZONE_SECONDS, len(data)) + data for kind, data in found + empty)
+        extension = b'' if version < 0 else b'\0' + DNS_RECORD.pack(
+            TYPE_OPT, DNS_EXTENDED, error >> 4 << 24, 0)
+        question = packet[DNS_HEADER.size:at + 4]       # as it was spelt
+        flags = IS_ANSWER | flags & (GO_ON | OPCODE) | error & 15 | (IS_TRUE if ours else 0)
+        if DNS_HEADER.size + len(question + records + extension) > max(
+                most, min(room, DNS_EXTENDED)):
+            flags, found, empty, records = flags | IS_CUT, [], [], b''
+        return DNS_HEADER.pack(id, flags, 1, len(found), len(empty), bool(extension)) + (
+            question + records + extension)
+
+    @staticmethod
+    def _extension(packet: bytes, at: int, counts: Sequence[int]) -> tuple[int, int]:
+        """The version of EDNS that PACKET speaks, -1 for none, and how much it takes (RFC 6891)."""
+        if counts[1] or counts[2]:
+            return -1, 0
+        for _ in range(min(counts[3], MOST_ADDITIONS)):
+            at = skip_name(packet, at)
+            kind, room, more, size = DNS_RECORD.unpack_from(packet, at)
+            if kind == TYPE_OPT:
+                return more >> 16 & 255, room
+            at += DNS_RECORD.size + size
+        return -1, 0
+
+    def _records(self, kind: int) -> list[tuple[int, bytes]]:
+        """(type, data) of what there is of KIND."""
+        if kind == TYPE_TXT:
+            return [(TYPE_TXT, bytes([len(text)]) + text.encode()) for text in sorted(self.texts)]
+        kind = TYPE_SOA if kind == TYPE_ANY else kind       # something has to be said (RFC 8482)
+        return [(kind, self._fixed[kind])] if kind in self._fixed else []
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """A UDP socket: GOT(data, sender, transport) is called for each datagram; b'' at an error."""
+
+    def __init__(self, got: Callable[[bytes, Any, Any], None]) -> None:
+        self._got = got
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, sender: Any) -> None:
+        self._got(data, sender, self._transport)
+
+    def error_received(self, error: Exception) -> None:
+        self._got(b'', None, self._transport)
+
+
+DNS_RATE, DNS_BURST = 200.0, 500.0      # answers a second: an order has a few dozen askers
+DNS_CONNECTIONS = 64                    # over TCP at once
+DNS_PATIENCE = 5.0                      # seconds for a question over TCP, and for all our own
+SIZE_BEFORE = struct.Struct('>H')       # over TCP, a message stands behind its size
+
+
+class NameServer:
+    """Answers for a Zone, at a bounded rate: who forges senders gains nothing."""
+
+    def __init__(self, runtime: Runtime, zone: Zone) -> None:
+        self.zone = zone
+        self._runtime = runtime
+        self._left, self._at = DNS_BURST, runtime.now()     # answers, and when they were counted
+        self._open: list[Any] = []                          # transports and servers, to be closed
+        self._serving: set[asyncio.Task[Any]] = set()       # who came over TCP
+
+    async def listen(self, host: str, port: int) -> None:
+        """Answer at PORT of HOST, beside a predecessor where the system can.  Raises OSError."""
+        beside = hasattr(socket, 'SO_REUSEPORT') or None
+        self._open.append(await asyncio.start_server(self._serve, host, port, reuse_port=beside))
+        transport, _ = await self._runtime.loop.create_datagram_endpoint(
+            lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
+        self._open.append(transport)
+
+    async def close(self) -> None:
+        """Answer nobody any more."""
+        for one in self._open:
+            one.close()
+        for task in tuple(self._serving):
+            await end_task(task)
+
+    def _answer(self, packet: bytes, most: int) -> bytes:
+        now = self._runtime.now()
+        self._left = min(DNS_BURST, self._left + (now - self._at) * DNS_RATE)
+        self._at = now
+        if self._left < 1:
+            return b''
+        self._left -= 1
+        return self.zone.answer(packet, most)
+
+    def _datagram(self, data: bytes, sender: Any, transport: Any) -> None:
+        answer = self._answer(data, DNS_PLAIN)
+        if answer:
+            transport.sendto(answer, sender)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        self._serving.add(task)
+        try:
+            while len(self._serving) <= DNS_CONNECTIONS:
+                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
+                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
+                answer = self._answer(await asyncio.wait_for(
+                    reader.readexactly(size), DNS_PATIENCE), MAX_HEAD)
+                if not answer:
+                    break
+                writer.write(SIZE_BEFORE.pack(len(answer)) + answer)
+                await asyncio.wait_for(writer.drain(), DNS_PATIENCE)
+        except (OSError, EOFError, asyncio.TimeoutError):
+            pass                # they left, or take too long
+        finally:
+            self._serving.discard(task)
+            writer.close()
+
+
+def outward_addresses() -> list[str]:
+    """This machine's own addresses on its ways out; a resolver of its own may hold loopback's."""
+    found = []
+    for family, far in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
+        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+            sock.connect((far, 53))     # sends nothing
+            found.append(sock.getsockname()[0])
+    return found
+
+
+def system_resolver() -> tuple[str, int] | None:
+    """Whom this system asks, where it has such a file."""
+    with contextlib.suppress(OSError), open('/etc/resolv.conf', encoding='ascii',
+                                            errors='replace') as f:
+        match = re.search(r'(?m)^nameserver\s+([0-9A-Fa-f.:]+)', f.read())
+        if match:
+            return match.group(1), 53
+    return None
+
+
+def read_records(packet: bytes, kind: int) -> list[bytes]:
+    """The data of the records of KIND in PACKET, an answer.  Raises IndexError and struct.error."""
+    _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
+    at, found = DNS_HEADER.size, []
+    for _ in range(questions):
+        at = skip_name(packet, at) + 4
+    for _ in range(answers):
+        at = skip_name(packet, at)
+        this, _, _, size = DNS_RECORD.unpack_from(packet, at)
+        at += DNS_RECORD.size + size
+        if this == kind and at <= len(packet):
+            found.append(packet[at - size:at])
+    return found
+
+
+async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
+    """The data of the records of KIND at NAME, [] for none; None where RESOLVER does not say."""
+    loop, id = asyncio.get_running_loop(), secrets.randbelow(1 << 16)
+    packet = DNS_HEADER.pack(id, GO_ON, 1, 0, 0, 0) + encode_name(name) + struct.pack(
+        '>HH', kind, INTERNET)
+    got: asyncio.Future[bytes] = loop.create_future()
+
+    def answered(data: bytes, _: Any, __: Any) -> None:
+        if not got.done() and (not data or data[:2] == packet[:2]):
+            got.set_result(data)
+    try:
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: Datagrams(answered), remote_addr=resolver)
+        try:
+            for _ in range(3):
+                transport.sendto(packet)
+                await asyncio.wait({got}, timeout=DNS_PATIENCE / 3)
+                if got.done():
+                    break
+        finally:
+            transport.close()
+        answer = got.result() if got.done() else b''
+        flags = DNS_HEADER.unpack_from(answer)[1]
+        if flags & IS_CUT:
+            reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(*resolver), DNS_PATIENCE)
+            with contextlib.closing(writer):
+                writer.write(SIZE_BEFORE.pack(len(packet)) + packet)
+                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
+                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
+                answer = await asyncio.wait_for(reader.readexactly(size), DNS_PATIENCE)
+                flags = DNS_HEADER.unpack_from(answer)[1]
+        if flags & 15 not in (NO_ERROR, NO_SUCH_NAME):
+            return None
+        return read_records(answer, kind)
+    except (OSError, EOFError, asyncio.TimeoutError, struct.error, IndexError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------
+# 22. Certificates by ACME
+#
+# https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
+# the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
+# requests for certificates are made by the openssl program.
+# ------------------------------------------------------------------------------------------------
+
+# The openssl program: keys, signatures, requests for certificates.
+
+OPENSSL_PATIENCE = 20.0         # seconds; a key of this kind takes milliseconds
+
+
+NOT_PROVED = 'not proved'       # the code of an AcmeError where a proof was not accepted
+
+
+class AcmeError(LocaltunnelError):
+    """A certificate can't be had.  WAIT seconds before asking again; CODE is the authority's."""
+
+    def __init__(self, text: str, code: str = '', wait: float = 0.0) -> None:
+        super().__init__(text)
+        self.code, self.wait = code, wait
+
+
+async def openssl(*words: str, given: bytes = b'') -> bytes:
+    """What the openssl program makes of GIVEN.  Raises AcmeError."""
+    try:
+        process = await asyncio.create_subprocess_exec(
+            'openssl', *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE)
+    except OSError as e:
+        raise AcmeError(f"the openssl program can't be started ({e.strerror}); install it, since "
+                        'it makes the keys and signatures') from e
+    try:
+        made, said = await asyncio.wait_for(process.communicate(given), OPENSSL_PATIENCE)
+    except asyncio.TimeoutError as e:
+        raise AcmeError('the openssl program does not end') from e
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    if process.returncode:
+        why = (said.decode(errors='replace').strip().splitlines() or ['no reason'])[-1]
+        raise AcmeError(f'openssl {words[0]} failed: {printable(why)}')
+    return made
+
+
+async def make_private_key(path: str) -> None:
+    """Write a new P-256 key to PATH, for this user alone."""
+    write_secret(path, await openssl('genpkey', '-algorithm', 'EC', '-pkeyopt',
+                                     'ec_paramgen_curve:P-256'))
+
+
+async def make_request(key: str, names: Sequence[str]) -> bytes:
+    """A request (DER) for a certificate of the key in the file KEY for NAMES, without a CN."""
+    said = ','.join(f'{"IP" if is_address(name) else "DNS"}:{name}' for name in names)
+    return await openssl('req', '-new', '-key', key, '-subj', '/', '-addext',
+                         f'subjectAltName={said}', '-outform', 'DER')
+
+
+def raw_signature(der: bytes) -> bytes:
+    """The 64 bytes that JWS wants (RFC 7518 3.4) of a signature that openssl wrote as DER."""
+    size = der[3]
+    one, other = der[4:4 + size], der[6 + size:6 + size + der[5 + size]]
+    return b''.join(int.from_bytes(part, 'big').to_bytes(32, 'big') for part in (one, other))
+
+
+def base64url(data: bytes) -> str:
+    """DATA as JOSE and ACME write it (RFC 7515 2)."""
+    return base64.urlsafe_b64encode(data).rstrip(b'=').decode()
+
+
+def renewal_id(der: bytes) -> str:
+    """How an authority names the certificate DER (RFC 9773 4.1).  Raises ValueError, IndexError."""
+    def content(at: int) -> tuple[int, int]:
+        size, more = der[at + 1], 0
+        if size > 127:
+            more = size & 127
+            size = int.from_bytes(der[at + 2:at + 2 + more], 'big')
+        return at + 2 + more, at + 2 + more + size
+    first, _ = content(content(0)[0])
+    begin, end = content(content(first)[1] if der[first] == 0xA0 else first)      # behind version
+    at = der.index(b'\x06\x03\x55\x1d\x23') + 5         # authorityKeyIdentifier
+    key, key_end = content(content(content(at)[0])[0])
+    return f'{base64url(der[key:key_end])}.{base64url(der[begin:end])}'
+
+
+# The authority.
+
+ACME_PATIENCE = 30.0            # seconds for each of its answers
+ACME_LARGEST = 1 * MIB          # of an answer
+NONCE_TRIES = 5                 # a nonce may have been used up, or too old
+POLL_FIRST, POLL_MOST = 0.5, 30.0       # seconds between looks at an order
+ORDER_PATIENCE = 600.0          # seconds until an order, or a proof, is decided
+
+
+async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, *, to: str = '',
+                method: bytes = b'GET', body: bytes = b'',
+                form: str = '') -> tuple[Response, bytes]:
+    """What URL answers, and its body; TO is dialled instead of its host.  Raises AcmeError."""
+    try:
+        scheme, host, port, path = split_url(url, ('https', 'http'))
+        return await asyncio.wait_for(_fetch(
+            runtime, (to or host, port), tls if scheme == 'https' else None, host,
+            f'{method.decode()} {path or "/"} HTTP/1.1\r\nHost: {authority(scheme, host, port)}\r\n'
+            f'User-Agent: localtunnel/{__version__}\r\nConnection: close\r\n'
+            + (f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n' if form else ''),
+            method, body), ACME_PATIENCE)
+    except (OSError, asyncio.TimeoutError, LocaltunnelError) as e:
+        raise AcmeError(explain(e, url)) from e
+
+
+async def _fetch(runtime: Runtime, place: tuple[str, int], tls: ssl.SSLContext | None, host: str,
+                 head: str, method: bytes, body: bytes) -> tuple[Response, bytes]:
+    _, connection = await runtime.loop.create_connection(
+        lambda: Connection(runtime), *place, ssl=tls, server_hostname=host if tls else None)
+    try:
+        await connection.write(head.encode() + b'\r\n' + body)
+        response = await read_final(connection, None, ACME_PATIENCE)
+        connection.timeout = ACME_PATIENCE
+        return response, await read_whole(
+            body_reader(connection, response.body_length(method)), ACME_LARGEST)
+    finally:
+        connection.abort()
+
+
+def field_of(response: Response, name: bytes) -> str:
+    """The value of the header field NAME, which may be one that tunnels need not know; or ''."""
+    found = re.search(rb'(?im)^%b:[ \t]*(.*?)[ \t]*\r?$' % name, response.block)
+    return found.group(1).decode('latin-1') if found else ''
+
+
+def seconds_of(response: Response) -> float:
+    """When the authority wants to be asked again: Retry-After, in seconds or as a date."""
+    import email.utils
+    text = field_of(response, b'retry-after')
+    if text.isdigit():
+        return float(text[:9])
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+    except (TypeError, ValueError, IndexError, OverflowError):
+        return 0.0
+
+
+def read_problem(document: Any, status: int) -> tuple[str, str]:
+    """(type, sentence) of what an authority complains of (RFC 7807, RFC 8555 6.7)."""
+    problem = document if isinstance(document, dict) else {}
+    parts = problem.get('subproblems') or [problem]
+    said = '; '.join(str(part.get('detail') or '') for part in parts if isinstance(part, dict))
+    return (str(problem.get('type', '')).rpartition(':')[2],
+            printable(said[:MAX_TEXT] or f'it answered {status}'))
+
+
+class Authority:
+    """One ACME server, and our account there."""
+
+    def __init__(self, runtime: Runtime, url: str, tls: ssl.SSLContext, key: str) -> None:
+        """URL is that of its directory; KEY is the file of our account's key, or will be."""
+        self.url = url
+        self.account = ''                       # its URL, once we are known
+        self.directory: dict[str, Any] = {}     # its URLs, once it was read
+        self._runtime, self._tls, self._key = runtime, tls, key
+        self._jwk: dict[str, str] = {}          # the account's public key
+        self._nonce = ''                        # for the next request
+
+    async def learn(self) -> None:
+        """Read the directory.  Raises AcmeError."""
+        response, said = await fetch(self._runtime, self.url, self._tls)
+        if response.status != 200:
+            raise AcmeError(f'{self.url} answers {response.status}', wait=seconds_of(response))
+        self.directory = json.loads(said)
+
+    async def enter(self, mail: str, external: str = '') -> None:
+        """Open the account, or find it.  EXTERNAL is KID:HMAC of one that we have in another way.
+
+        Raises AcmeError.
+        """
+        if not os.path.exists(self._key):
+            await make_private_key(self._key)
+        point = (await openssl('pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
+        self._jwk = {'crv': 'P-256', 'kty': 'EC', 'x': base64url(point[:32]),
+                     'y': base64url(point[32:])}        # in the order that a thumbprint wants
+        wish: dict[str, Any] = {'termsOfServiceAgreed': True, 'contact': [f'mailto:{mail}']}
+        if external:
+            wish['externalAccountBinding'] = self._binding(external)
+        response, _ = await self._post(self.directory['newAccount'], wish)
+        self.account = field_of(response, b'location')
+
+    @property
+    def meta(self) -> dict[str, Any]:
+        """What it says of itself."""
+        return self.directory.get('meta') or {}
+
+    def proof(self, token: str) -> str:
+        """The key authorization for TOKEN (RFC 8555 8.1)."""
+        thumb = hashlib.sha256(json.dumps(self._jwk, separators=(',', ':')).encode()).digest()
+        return f'{token}.{base64url(thumb)}'
+
+    def _binding(self, external: str) -> dict[str, str]:
+        """That the key is ours, signed with the secret of EXTERNAL (RFC 8555 7.3.4)."""
+        kid, _, secret = external.partition(':')
+        head = base64url(json.dumps(
+            {'alg': 'HS256', 'kid': kid, 'url': self.directory['newAccount']}).encode())
+        body = base64url(json.dumps(self._jwk).encode())
+        key = base64.urlsafe_b64decode(secret + '=' * (-len(secret) % 4))
+        return {'protected': head, 'payload': body, 'signature': base64url(
+            hmac.digest(key, f'{head}.{body}'.encode(), 'sha256'))}
+
+    async def _post(self, url: str, payload: Any = None) -> tuple[Response, Any]:
+        """(response, document) for PAYLOAD, signed; None just reads.  Raises AcmeError."""
+        for _ in range(NONCE_TRIES):
+            if not self._nonce:
+                response, _ = await fetch(self._runtime, self.directory['newNonce'], self._tls)
+                self._nonce = field_of(response, b'replay-nonce')
+            who = {'kid': self.account} if self.account else {'jwk': self._jwk}
+            head = base64url(json.dumps(
+                {'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who}).encode())
+            body = '' if payload is None else base64url(json.dumps(payload).encode())
+            signature = raw_signature(await openssl(
+                'dgst', '-sha256', '-sign', self._key, given=f'{head}.{body}'.encode()))
+            response, said = await fetch(
+                self._runtime, url, self._tls, method=b'POST', form='application/jose+json',
+                body=json.dumps({'protected': head, 'payload': body,
+                                 'signature': base64url(signature)}).encode())
+            self._nonce = field_of(response, b'replay-nonce')
+            is_json = 'json' in field_of(response, b'content-type')
+            document = json.loads(said) if is_json else said
+            if response.status < 400:
+                return response, document
+            kind, why = read_problem(document, response.status)
+            if kind != 'badNonce':
+                break
+        raise AcmeError(f'{self.url} says: {why}', kind, wait=seconds_of(response))
+
+    async def _decided(self, url: str, wanted: Sequence[str]) -> dict[str, Any]:
+        """What is at URL, once its status is one of WANTED.  Raises AcmeError."""
+        pause, until = POLL_FIRST, self._runtime.now() + ORDER_PATIENCE
+        while True:
+            response, document = await self._post(url)
+            if document['status'] in wanted:
+                return dict(document)
+            if document['status'] not in ('pending', 'processing', 'ready'):
+                raise AcmeError(f'{self.url} did not accept the proof: {self._why(document)}',
+                                NOT_PROVED)
+            if self._runtime.now() > until:
+                raise AcmeError(f'{self.url} does not decide; it is asked again later')
+            await asyncio.sleep(min(max(seconds_of(response), pause), POLL_MOST))
+            pause *= 1.5
+
+    @staticmethod
+    def _why(document: dict[str, Any]) -> str:
+        """Why an order or a proof became invalid: the error of it, or of one of its challenges."""
+        errors = [part.get('error') for part in (document, *document.get('challenges', ()))]
+        return next((read_problem(e, 0)[1] for e in errors if e), str(document['status']))
+
+    async def obtain(self, names: Sequence[str], method: str, publish: Callable[[str, str], None],
+                     profile: str = '', replaces: str = '') -> bytes:
+        """A new key and a certificate for NAMES with its chain, PEM.  Raises AcmeError.
+
+        PUBLISH is called with each token, and the proof that METHOD, http-01 or dns-01, shows.
+        """
+        wish: dict[str, Any] = {'identifiers': [
+            {'type': 'ip' if is_address(name) else 'dns', 'value': name} for name in names]}
+        more = {'profile': profile, 'replaces': replaces}
+        wish.update({key: value for key, value in more.items() if value})
+        try:
+            response, order = await self._post(self.directory['newOrder'], wish)
+        except AcmeError as e:
+            if not replaces or e.code != 'alreadyReplaced':
+                raise
+            return await self.obtain(names, method, publish, profile)
+        for url in order['authorizations']:
+            await self._prove(url, method, publish)
+        place = field_of(response, b'location')
+        order = await self._decided(place, ('ready', 'valid'))
+        path = f'{self._key}.{secrets.token_hex(8)}'
+        await make_private_key(path)
+        try:
+            request = await make_request(path, names)
+            with open(path, 'rb') as f:
+                key = f.read()
+        finally:
+            os.unlink(path)
+        await self._post(order['finalize'], {'csr': base64url(request)})
+        order = await self._decided(place, ('valid',))
+        _, chain = await self._post(order['certificate'])
+        return key + bytes(chain)
+
+    async def _prove(self, url: str, method: str, publish: Callable[[str, str], None]) -> None:
+        _, proof = await self._post(url)
+        if proof['status'] == 'valid':
+            return              # from an order before
+        challenge = next((c for c in proof['challenges'] if c['type'] == method), None)
+        if challenge is None:
+            raise AcmeError(f'{self.url} takes no {method} for {proof["identifier"]["value"]}')
+        publish(challenge['token'], self.proof(challenge['token']))
+        await self._post(challenge['url'], {})
+        await self._decided(url, ('valid',))
+
+    async def window(self, certificate: str) -> tuple[float, float] | None:
+        """When it suggests to renew CERTIFICATE, its renewal id: from, until; None: it does not."""
+        if 'renewalInfo' not in self.directory:
+            return None
+        response, said = await fetch(
+            self._runtime, f'{self.directory["renewalInfo"]}/{certificate}', self._tls)
+        if response.status != 200:
+            return None
+        found = json.loads(said)['suggestedWindow']
+        return read_time(found['start']), read_time(found['end'])
+
+
+def read_time(text: str) -> float:
+    """Unix seconds of TEXT as RFC 3339 writes them.  Raises ValueError."""
+    text = re.sub(r'\.[0-9]+', '', text).replace('Z', '+00:00')
+    return datetime.datetime.fromisoformat(text).timestamp()
+
+
+# The certificate that is shown.
+
+class AcmeTls(Tls):
+    """Shows what there is to those whom it is for, and nobody a stand-in."""
+
+    def __init__(self, path: str, port: int = 0) -> None:
+        """PATH is a file with key and chain, or will be."""
+        super().__init__(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), port)
+        self.path = path
+        self.look_now = asyncio.Event()         # SIGHUP came
+        self._current: ssl.SSLContext | None = None
+        self.context.sni_callback = self._choose
+        if os.path.exists(path):
+            self.load(path)
+
+    def load(self, path: str) -> None:
+        """Show what is in PATH from now on.  Raises UsageError."""
+        self._current = server_context(path, path)
+        self.validity = validity_of(self._current)
+
+    def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
+        if self._current is None or name and not self.shows(name):
+            return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+        connection.context = self._current
+        return None
+
+    @property
+    def names(self) -> list[str]:
+        """Those for which it holds, now."""
+        return self.validity[2] if self.validity and time.time() < self.validity[1] else []
+
+    def shows(self, host: str) -> bool:
+        host = host.lower().rstrip('.')
+        return host in self.names or '*.' + host.partition('.')[2] in self.names
+
+    def reload(self) -> str | None:
+        self.look_now.set()
+        return None
+
+
+# Its keeper.
+
+LETS_ENCRYPT = 'https://acme-v02.api.letsencrypt.org/directory'
+CHALLENGES = '/.well-known/acme-challenge/'     # RFC 8555 8.3
+LOOK_SOON, LOOK = 60.0, 12 * 3600.0     # seconds between looks: at records to come, at all else
+BACKOFF = (60.0, 600.0, 6000.0, DAY)    # seconds after the first failure, the second, ...
+MOST_FAILED, FAILED_FOR = 4, 3600.0     # proofs that failed in an hour; Let's Encrypt takes five
+SHORT_LIFE = 10 * DAY           # renewed when half of it is over; others, when a third is left
+UNCLEAR = (ValueError, KeyError, TypeError, IndexError, AttributeError)     # from odd answers
+
+
+class Keeper:
+    """Gets the best certificate that the records of the domain allow, and renews it.
+
+    An address, and a domain without more records, is proved over http; where _acme-challenge is
+    delegated to this server, by DNS, and then for all names.  Before an authority is asked, the
+    server sees for itself that it will succeed.
+    """
+
+    def __init__(self, args: Args, server: Server, tls: AcmeTls, zone: Zone) -> None:
+        self._args, self._server, self._tls, self._zone = args, server, tls, zone
+        self._domain, self._address = str(args.domain), is_address(args.domain)
+        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
+        self._path = os.path.join(args.state, 'acme.json')
+        self._failures, self._again = 0, 0.0        # in a row; Unix seconds until the next try
+        self._failed: list[float] = []              # when proofs failed
+        self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
+        self._said = ''                             # to the operator, last
+        self._trust = ssl.create_default_context(cafile=args.acme_ca)
+        with contextlib.suppress(OSError, *UNCLEAR), open(self._path, encoding='ascii') as f:
+            kept = json.load(f)
+            self._failed = [float(at) for at in kept['failed']]
+            self._failures, self._again = int(kept['failures']), float(kept['again'])
+
+    def _keep(self) -> None:
+        """Write what survives a restart."""
+        write_secret(self._path, json.dumps({
+            'failures': self._failures, 'again': self._again, 'failed': self._failed}).encode())
+
+    # What is to be done, and when.
+
+    async def run(self) -> None:
+        """Keep a certificate for as long as the server serves."""
+        while True:
+            pause = await self._look()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._tls.look_now.wait(), max(pause, 1.0))
+                self._again = 0.0       # SIGHUP: somebody has mended something
+            self._tls.look_now.clear()
+
+    async def _look(self) -> float:
+        """Do what is due; return for how many seconds nothing more is."""
+        wildcard, tls = f'*.{self._domain}', self._tls
+        try:
+            delegated = not self._address and await self._is_delegated()
+            names = [self._domain, *([wildcard] if delegated or wildcard in tls.names else [])]
+            due = await self._due() if set(names) <= set(tls.names) else 0.0
+            if time.time() >= max(due, self._again):
+                await self._renew(names, delegated)
+                due = await self._due()
+            if not self._failures:
+                await self._tell()
+            pause = max(due, self._again) - time.time()
+        except (LocaltunnelError, OSError, *UNCLEAR) as e:
+            pause = await self._fail(e)
+        return min(pause, LOOK if self._address or wildcard in tls.names else LOOK_SOON)
+
+    async def _due(self) -> float:
+        """When the certificate is to be renewed, in Unix seconds."""
+        begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
+        if time.time() > self._asked + LOOK:
+            self._window, self._asked = 0.0, time.time()
+            with contextlib.suppress(LocaltunnelError, OSError, *UNCLEAR):
+                authority = self._authority(self._directories[0])
+                await authority.learn()
+                found = await authority.window(renewal_id(self._shown()))
+                self._window = random.uniform(*found) if found else 0.0
+        return self._window or ends - (ends - begins) / (2 if ends - begins < SHORT_LIFE else 3)
+
+    async def _fail(self, error: BaseException) -> float:
+        """Note that there was no certificate because of ERROR; return when to try again."""
+        now, why = time.time(), str(error)
+        if isinstance(error, UNCLEAR):
+            why = f'the answer of the authority makes no sense ({type(error).__name__}: {error})'
+        if getattr(error, 'code', '') == NOT_PROVED:
+            self._failed = [at for at in self._failed if at > now - FAILED_FOR] + [now]
+        pause = max(BACKOFF[min(self._failures, len(BACKOFF) - 1)], getattr(error, 'wait', 0.0))
+        self._failures, self._again = self._failures + 1, now + pause
+        self._server.counters['certificate_failures'] += 1
+        begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
+        self._say(f'{printable(why)}; trying again in '
+                  f'{datetime.timedelta(seconds=round(pause))}, or at once on SIGHUP')
+        with contextlib.suppress(OSError):
+            self._keep()
+        if self._args.notify:
+            await self._notify({'event': 'certificate', 'domain': self._domain, 'problem': why,
+                                'expires': ends, 'urgent': now > ends - (ends - begins) / 4})
+        return pause
+
+    async def _notify(self, facts: dict[str, Any]) -> None:
+        try:
+            await fetch(self._server.runtime, self._args.notify, ssl.create_default_context(),
+                        method=b'POST', body=json.dumps(facts).encode(), form='application/json')
+        except AcmeError as e:
+            self._server.log.note(f"warning: --notify can't be told: {e}")
+
+    # What the operator reads.
+
+    def _say(self, text: str) -> None:
+        """Tell the operator, once."""
+        if text != self._said:
+            self._said = text
+            self._server.log.note(f'certificate: {text}')
+
+    async def _tell(self) -> None:
+        """Say how far up the ladder this server is, and what the next rung needs."""
+        domain, (_, ends, names) = self._domain, self._tls.validity or (0.0, 0.0, [])
+        until = time.strftime('until %Y-%m-%d', time.localtime(ends))
+        if self._address:
+            self._say(f'https works for {domain} and its one tunnel, {until}')
+        elif len(names) > 1:
+            self._say(f'https works for {domain} and every name below it, {until}')
+        else:
+            self._say(f'https works for {domain} {until}, so sessions and tokens are safe, and not '
+                      'yet for the names below it; for those add a DNS record: '
+                      + await self._record('_acme-challenge.', 'NS', f'{domain}.'))
+
+    async def _record(self, prefix: str, kind: str, value: str) -> str:
+        """A record to add below PREFIX and the domain, as DNS providers ask for it."""
+        labels = self._domain.split('.')
+        zones = ['.'.join(labels[i:]) for i in range(max(1, len(labels) - 1))]
+        for zone in zones:
+            if await self._ask_dns(zone, TYPE_SOA):
+                break
+        else:
+            zone = zones[-1]
+        name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
+        return f'name {name}, type {kind}, value {value}'
+
+    # What is looked at before an authority is asked.
+
+    async def _ask_dns(self, name: str, kind: int) -> list[bytes]:
+        """The data of the records of KIND that the world sees at NAME, as far as that is known."""
+        return self._resolver and await ask_dns(self._resolver, name, kind) or []
+
+    async def _is_delegated(self) -> bool:
+        """True if who asks for _acme-challenge is answered by this server."""
+        trial = secrets.token_urlsafe(32)
+        self._zone.texts.add(trial)
+        try:
+            found = await self._ask_dns(self._zone.name, TYPE_TXT)
+            return any(data[1:] == trial.encode() for data in found)
+        finally:
+            self._zone.texts.discard(trial)
+
+    async def _addresses(self) -> list[str]:
+        """Where visitors of the domain go.  Raises AcmeError."""
+        if self._address:
+            return [self._domain.strip('[]')]
+        if self._args.resolver:
+            found = [str(ipaddress.ip_address(data)) for kind in (TYPE_A, TYPE_AAAA)
+                     for data in await self._ask_dns(self._domain, kind)]
+        else:
+            try:
+                found = [str(place[0]) for *_, place in await asyncio.wait_for(
+                    self._server.runtime.loop.getaddrinfo(
+                        self._domain, 80, type=socket.SOCK_STREAM), DNS_PATIENCE)]
+            except (OSError, asyncio.TimeoutError):
+                found = []
+        if not found:
+            here = (outward_addresses() or ['the address of this machine'])[0]
+            raise AcmeError(f'{self._domain} has no address; add a DNS record: '
+                            + await self._record('', 'AAAA' if ':' in here else 'A', here))
+        return found
+
+    async def _reach(self) -> None:
+        """Raises AcmeError unless who visits the domain over http arrives here."""
+        token = secrets.token_urlsafe(16)
+        self._show(token, token)
+        try:
+            for address in await self._addresses():
+                why = await self._misses(address, token)
+                if why:
+                    raise AcmeError(f'a request to http://{self._domain} at {address} does not '
+                                    f'arrive here ({why}); point the DNS record at this machine, '
+                                    'and let port 80 through')
+        finally:
+            self._hide(token)
+
+    async def _misses(self, address: str, token: str) -> str:
+        """Why a request that goes to ADDRESS does not find TOKEN here; '' where it does."""
+        place = authority('http', self._domain.strip('[]'), self._args.port)
+        try:
+            _, said = await fetch(self._server.runtime, f'http://{place}{CHALLENGES}{token}', None,
+                                  to=address)
+        except AcmeError as e:
+            return str(e)
+        return '' if said == token.encode() else 'another server answers'
+
+    async def _check_caa(self, authority: Authority, names: Sequence[str], method: str) -> None:
+        """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
+        name, records = self._domain, []        # type: str, list[bytes]
+        while name and not records and not self._address:
+            records = await self._ask_dns(name, TYPE_CAA)
+            name = name if records else name.partition('.')[2]
+        said = [(data[2:2 + data[1]].lower(), data[2 + data[1]:].decode('latin-1'))
+                for data in records]
+        for wanted in names:
+            tag = b'issuewild' if '*' in wanted and any(t == b'issuewild' for t, _ in said) else (
+                b'issue')
+            values = [value for this, value in said if this == tag]
+            if values and not any(self._allows(value, authority, method) for value in values):
+                raise AcmeError(f'CAA records of {name} do not let {authority.url} issue for '
+                                f'{wanted} ({tag.decode()} {printable(", ".join(values))!r}); '
+                                'change them, or choose another --acme-directory')
+
+    @staticmethod
+    def _allows(value: str, authority: Authority, method: str) -> bool:
+        issuer, *parameters = [part.strip() for part in value.split(';')]
+        terms = dict(part.partition('=')[::2] for part in parameters)
+        ours = authority.meta.get('caaIdentities') or [issuer]
+        return (issuer != '' and issuer in ours
+                and method in terms.get('validationmethods', method).split(',')
+                and terms.get('accounturi', authority.account) == authority.account)
+
+    # The order.
+
+    def _show(self, token: str, text: str) -> None:
+        """Let TEXT be seen at the place for TOKEN, under any name."""
+        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
+            'application/octet-stream', [text.encode()])
+
+    def _hide(self, token: str) -> None:
+        self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
+
+    async def _renew(self, names: list[str], delegated: bool) -> None:
+        """Get a certificate for NAMES, and show it.  Raises AcmeError."""
+        lately = [at for at in self._failed if at > time.time() - FAILED_FOR]
+        if len(lately) >= MOST_FAILED:
+            raise AcmeError(f'{MOST_FAILED} proofs have failed within an hour',
+                            wait=lately[0] + FAILED_FOR - time.time())
+        method, tokens = 'dns-01' if len(names) > 1 else 'http-01', []      # type: str, list[str]
+        if method == 'dns-01' and not delegated:
+            raise AcmeError(f'the questions for {self._zone.name} no longer arrive here; add the '
+                            'DNS record again: '
+                            + await self._record('_acme-challenge.', 'NS', f'{self._domain}.'))
+        if method == 'http-01':
+            await self._reach()
+
+        def publish(token: str, proof: str) -> None:
+            tokens.append(token)
+            self._show(token, proof)
+            self._zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
+        try:
+            pem = await self._ask(names, method, publish)
+        finally:
+            self._zone.texts.clear()
+            for token in tokens:
+                self._hide(token)
+        fresh = self._tls.path + '.new'
+        write_secret(fresh, pem)
+        self._tls.load(fresh)       # raises where it is none, and the old one stays
+        os.replace(fresh, self._tls.path)
+        self._failures, self._again, self._asked = 0, 0.0, 0.0
+        self._keep()
+
+    async def _ask(self, names: list[str], method: str,
+                   publish: Callable[[str, str], None]) -> bytes:
+        """Key and chain from the first authority, or the next where its rate is used up."""
+        for url in self._directories:
+            authority = self._authority(url)
+            try:
+                await authority.learn()
+                await authority.enter(self._args.acme, self._args.acme_eab or '')
+                await self._check_caa(authority, names, method)
+                old = renewal_id(self._shown()) if names == self._tls.names else ''
+                return await authority.obtain(
+                    names, method, publish, self._profile(authority), old)
+            except AcmeError as e:
+                if e.code != 'rateLimited' or url == self._directories[-1]:
+                    raise
+                self._server.log.note(f'certificate: {e}; asking {self._directories[-1]}')
+        raise AssertionError('the last one returns or raises')
+
+    @property
+    def _directories(self) -> list[str]:
+        return self._args.acme_directory or [LETS_ENCRYPT]
+
+    def _authority(self, url: str) -> Authority:
+        return Authority(self._server.runtime, url, self._trust,
+                         os.path.join(self._args.state, 'acme-account.key'))
+
+    def _profile(self, authority: Authority) -> str:
+        """The kind of certificate to ask for.  Raises AcmeError."""
+        wanted, offered = self._args.acme_profile, authority.meta.get('profiles') or {}
+        if wanted and wanted not in offered:
+            raise AcmeError(f'{authority.url} has no profile {wanted}; it offers: '
+                            + printable(', '.join(offered) or 'none'))
+        return wanted or ('shortlived' if self._address and 'shortlived' in offered else '')
+
+    def _shown(self) -> bytes:
+        """The certificate that there is, DER.  Raises ValueError where there is none."""
+        with open(self._tls.path, encoding='ascii') as f:
+            found = re.search(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())
+        return ssl.PEM_cert_to_DER_cert(found.group() if found else '')
+
+
+def place_of_resolver(text: str) -> tuple[str, int]:
+    """ADDRESS or ADDRESS:PORT, of IPv6 in brackets where a port follows."""
+    host, port = (text, '53') if is_address(text) else text.rpartition(':')[::2]
+    if not is_address(host):
+        raise argparse.ArgumentTypeError(f'{text!r} is not an address, such as 9.9.9.9')
+    return host.strip('[]'), port_number(port)
+
+
+class Acme(Annex):
+    """--acme."""
+    title = 'https by itself'
+
+    def server_options(self, add: Add) -> None:
+        add('--acme', metavar='EMAIL', help='get and renew a certificate by itself')
+        add('--acme-directory', action='append', metavar='URL',
+            help="the authority (Let's Encrypt); the second one is asked if its rate is used up")
+        add('--acme-ca', metavar='FILE', help='also trust this authority for the directory')
+        add('--acme-profile', metavar='NAME', help='kind of certificate, of those it offers')
+        add('--acme-eab', metavar='KID:HMAC', help='account that you have at the authority')
+        add('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
+            help="whom to ask what the world sees (the system's)")
+        add('--dns-port', type=port_number, default=53, metavar='PORT',
+            help='answer DNS here (%(default)s)')
+        add('--dns-bind', action='append', metavar='ADDRESS',
+            help='answer DNS at this address (those of this machine; repeatable)')
+        add('--notify', metavar='URL', help='POST what is wrong with the certificate to this URL')
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        if not args.acme:
+            return
+        if is_loopback(args.domain) and not is_address(args.domain):
+            raise UsageError('--acme needs --domain with a name or an address on the internet')
+        sockets = server.doors.bind(args.bind, args.tls_port)
+        server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
+                             sockets[0].getsockname()[1])
+        for sock in sockets:
+            await server.listen(sock, tls=True)
+
+    async def run(self, args: Args, server: Server) -> None:
+        if not isinstance(server.tls, AcmeTls):
+            return await super().run(args, server)
+        zone = Zone(args.domain)
+        names = NameServer(server.runtime, zone)
+        try:
+            for host in args.dns_bind or outward_addresses():
+                try:
+                    await names.listen(host, args.dns_port)
+                except OSError as e:
+                    server.log.note(
+                        f"ERROR: DNS can't be answered on port {args.dns_port} of {host} "
+                        f'({e.strerror}), so there is no https for names; stop what listens there, '
+                        'or run this server as root or with CAP_NET_BIND_SERVICE')
+            await Keeper(args, server, server.tls, zone).run()
+        finally:
+            await names.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 23. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -6868,7 +7878,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Operator's page
+# 24. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -6942,6 +7952,9 @@ def resident_memory() -> int | None:
             return int(f.read().split()[1]) * os.sysconf('SC_PAGE_SIZE')
     except (OSError, ValueError):
         return None
+
+
+HEALTH = b'/.well-known/localtunnel/health'  # where balancers ask, by any Host
 
 
 def health(server: Server, address: str = '') -> tuple[str, Sequence[bytes]]:
@@ -7153,7 +8166,7 @@ class Operator(Annex):
             help=f'serve /metrics, /tunnels and /healthz here (off; {ADMIN_PORT} if bare)')
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.pages[HEALTH] = functools.partial(health, server)
+        server.everywhere[HEALTH] = functools.partial(health, server)
         if args.admin:
             metrics = Metrics(server)
             both: Any = Observers(server.log, metrics)
@@ -7163,7 +8176,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Block list
+# 25. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -7420,7 +8433,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Ground
+# 26. Ground
 #
 # What a server stands on: its certificate, its names in DNS, its clock, its files.  It is looked at
 # when the server starts and once a day, in a thread, and nothing waits for it.  A finding is one
@@ -7608,7 +8621,7 @@ class Ground(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Landing page
+# 27. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -7683,7 +8696,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Invitations
+# 28. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -7920,7 +8933,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Exchanges
+# 29. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they keep what they are shown and no more; what people see is made when they ask.
@@ -8706,7 +9719,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Inspector's page
+# 30. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -9252,7 +10265,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Inspector
+# 31. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
@@ -9578,7 +10591,7 @@ async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[so
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Logs and replay
+# 32. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -10042,7 +11055,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Words from elsewhere
+# 33. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -10153,7 +11166,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Error pages
+# 34. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -10233,7 +11246,7 @@ class ErrorPages(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 33. Terminal
+# 35. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -10903,12 +11916,12 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Options
+# 36. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
+ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
                             Certificates(), HandOver(), Operator(), Blocking(), Ground(),
                             LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages())
 
@@ -10965,6 +11978,8 @@ def server_options(parser: argparse.ArgumentParser) -> None:
         help='tunnels appear at NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; loopback for localhost)')
     add('--port', type=port_number, help='port for http (80; 8080 for localhost)')
+    add('--tls-port', type=port_number, default=443, metavar='PORT',
+        help='port for https, where there is a certificate (%(default)s)')
     add('--trust-proxy', type=network, action='append', default=[], metavar='CIDR',
         help='believe X-Forwarded-* of this proxy (repeatable)')
 
@@ -11118,7 +12133,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Wiring
+# 37. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -11390,7 +12405,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Python
+# 38. Python
 #
 # A tunnel inside another program.
 # ------------------------------------------------------------------------------------------------
@@ -11457,7 +12472,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Command line
+# 39. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -11709,13 +12724,17 @@ def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:
 def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) -> None:
     """Say where the server listens, and what its users type."""
     clients, pin = args.entrance
-    visitors = 'http://' + authority('http', args.domain, port) if pin else clients
-    if not is_loopback(args.domain) and visitors.startswith('http://'):
+    name = args.domain if is_address(args.domain) else 'NAME.' + args.domain
+    visitors = clients
+    if tls and not tls.shows(name) and not args.trust_proxy:
+        visitors = 'http://' + authority('http', args.domain, port)
+    if not is_loopback(args.domain) and visitors.startswith('http://') and (not tls or pin):
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and browser '
                  'features that need https will not work; add --cert and --key'
                  + ('. Clients connect over TLS all the same, checked by a pin' if pin else ''))
     ports = f'ports {port} and {tls.port}' if tls and tls.port else f'port {port}'
-    log.note(f'listening on {ports}; tunnels will appear at {visitors.replace("://", "://NAME.")}')
+    log.note(f'listening on {ports}; tunnels will appear at '
+             + visitors.replace(args.domain, name))
     token = made or (args.token or [''])[0]
     if made and not is_terminal(sys.stderr):
         log.note(f'clients need the token in {os.path.join(args.state, "token")}')
@@ -11734,7 +12753,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
     server = Server(runtime, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
-                    trusted=args.trust_proxy, inherited=inherited_sockets(),
+                    trusted=args.trust_proxy, only=is_address(args.domain),
+                    inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
     sockets = server.doors.bind(args.bind, args.port)
     for annex in ANNEXES:
@@ -11761,8 +12781,11 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def server_command(args: Args) -> int:
-    if not all(map(NAME.fullmatch, args.domain.split('.'))) or is_address(args.domain):
-        raise UsageError(f'--domain needs a host name such as t.example.com, not {args.domain!r}')
+    if is_address(args.domain):
+        args.domain = str(ipaddress.ip_address(args.domain.strip('[]')))
+    elif not all(map(NAME.fullmatch, args.domain.split('.'))):
+        raise UsageError('--domain needs a host name such as t.example.com, or an address, not '
+                         f'{args.domain!r}')
     local = is_loopback(args.domain)
     if args.bind is None:
         args.bind = 'localhost' if local else ''

@@ -16,8 +16,8 @@ Contents
     6 HTTP/1.1                heads and bodies, however their bytes arrive
     7 Names and tokens        what a name is, who owns it, and the files that remember it
     8 Exchange                one request and its response: tried in the rooms of both ends
-    9 Tunnels                 who serves which name, and who waits (in 11)
-   10 Admission               who may (in 11)
+    9 Tunnels                 who serves which name, and who waits (in Server)
+   10 Admission               who may (in Server)
    11 Server                  who is routed where, who may serve a name, what is passed on
    12 Places                  targets and servers as they are typed
    13 App                     exchanges from visitor to app, and all kinds of targets
@@ -27,24 +27,26 @@ Contents
    17 Folder and echo         what a folder shows, and what it hides
    18 Host header             what app and visitor see of each other's address, base paths, hints
    19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in 37)
-   21 Hand-over               from one process to the next (in 37)
-   22 Operator's page         what he sees, and what he ends (in B)
-   23 Block list              what an entry is, and who is kept out
-   24 Ground                  what a look at it finds, and that it harms nobody
-   25 Landing page            what to type, and the file itself (in 11 and 37)
-   26 Invitations             who gets in, and who no more
-   27 Exchanges               what is kept of what passes, and for how long
-   28 Inspector's page        shown by the next room
-   29 Inspector               who sees it, and how; what is sent again
-   30 Logs and replay         what a client leaves on disk, and the commands
-   31 Words from elsewhere    what users of other programs type
-   32 Error pages             the way and where it stops, for each thing that fails
-   33 Terminal                what a person sees
-   34 Options                 what can be typed
-   35 Wiring                  the key; which server, which token (in 37)
-   36 Python                  a tunnel inside another program (in 37)
-   37 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   20 Certificates            what a server shows (in Command line)
+   21 DNS                     what is asked about a zone, and answered
+   22 Certificates by ACME    authorities, real and made up, and the records of a domain
+   23 Hand-over               from one process to the next (in Command line)
+   24 Operator's page         what he sees, and what he ends (in B)
+   25 Block list              what an entry is, and who is kept out
+   26 Ground                  what a look at it finds, and that it harms nobody
+   27 Landing page            what to type, and the file itself (in Server, Command line)
+   28 Invitations             who gets in, and who no more
+   29 Exchanges               what is kept of what passes, and for how long
+   30 Inspector's page        shown by the next room
+   31 Inspector               who sees it, and how; what is sent again
+   32 Logs and replay         what a client leaves on disk, and the commands
+   33 Words from elsewhere    what users of other programs type
+   34 Error pages             the way and where it stops, for each thing that fails
+   35 Terminal                what a person sees
+   36 Options                 what can be typed
+   37 Wiring                  the key; which server, which token (in Command line)
+   38 Python                  a tunnel inside another program (in Command line)
+   39 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5130,14 +5132,24 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Hand-over
+# 21. DNS
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 22. Certificates by ACME
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 23. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Operator's page
+# 24. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -5305,7 +5317,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Block list
+# 25. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -5568,7 +5580,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Ground
+# 26. Ground
 # ------------------------------------------------------------------------------------------------
 
 class FindingTest(FolderTest):
@@ -5725,14 +5737,14 @@ class ProbeTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Landing page
+# 27. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Invitations
+# 28. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -5887,19 +5899,19 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Exchanges
+# 29. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Inspector's page
+# 30. Inspector's page
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Inspector
+# 31. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -5950,14 +5962,14 @@ class InspectorTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Logs and replay
+# 32. Logs and replay
 #
 # What a client leaves on disk, and the commands.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Words from elsewhere
+# 33. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -6011,7 +6023,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Error pages
+# 34. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -6220,7 +6232,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Terminal
+# 35. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -6832,7 +6844,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Options
+# 36. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -6856,7 +6868,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Wiring
+# 37. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -7043,14 +7055,14 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Python
+# 38. Python
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Command line
+# 39. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
