@@ -2014,6 +2014,11 @@ class Head:
         """Return True if there is a field called NAME, known or not."""
         return b'\n%b:' % name in self._lower
 
+    def find(self, name: bytes) -> str:
+        """Return the value of the first field called NAME, known or not, as text; or ''."""
+        found = re.search(rb'\n%b:[ \t]*([^\r]*)' % name, b'\n' + self.block, re.IGNORECASE)
+        return found.group(1).decode('latin-1').rstrip() if found else ''
+
     @property
     def keep_alive(self) -> bool:
         """True if the sender wants to use the connection again."""
@@ -3531,9 +3536,10 @@ class Tunnels:
     A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
     """
 
-    def __init__(self, runtime: Runtime, hold: float, log: Observer) -> None:
-        """Requests wait for HOLD seconds for a client that is on its way back."""
-        self.hold = hold
+    def __init__(self, runtime: Runtime, hold: float, log: Observer, only: bool) -> None:
+        """Requests wait for HOLD seconds for a client that is on its way back.  ONLY one for http.
+        """
+        self.hold, self.only = hold, only
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.held = 0                   # requests that wait
         self.carrying: dict[Member, Tunnel] = {}    # all whose sessions are not over
@@ -3849,14 +3855,13 @@ class Admission:
 
     def __init__(self, runtime: Runtime, tokens: Tokens, leases: Leases, tunnels: Tunnels,
                  budget: Budget, most: int, counters: dict[str | int, int],
-                 trace: Trace | None, only: bool = False) -> None:
-        """MOST tunnels in all, but ONLY one for http; BUDGET is of all sessions together."""
+                 trace: Trace | None) -> None:
+        """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.leases, self.budget = tokens, leases, budget
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
-        self._only = only
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
@@ -3979,7 +3984,7 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
-        if self._only and hello.kind == 'http' and any(
+        if self._tunnels.only and hello.kind == 'http' and any(
                 other.kind == 'http' and other.members and other.name != tunnel.name
                 for other in self._tunnels):
             raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
@@ -4567,12 +4572,12 @@ class Server:
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, log, self.counters, inherited)
         self.visitors = Visitors(runtime, trusted)
-        self.tunnels = Tunnels(runtime, hold, log)
+        self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
             runtime, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
-            self.counters, trace, only)
+            self.counters, trace)
         self._onward = Onward(self.domain, log)
-        self._drain, self._rate, self._only = drain, rate, only
+        self._drain, self._rate = drain, rate
         runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
@@ -4706,7 +4711,7 @@ class Server:
             where = (f'https://{authority("https", host, tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
-        tunnel = self.tunnels.get(name) if parent == self.domain and not self._only else None
+        tunnel = self.tunnels.get(name) if parent == self.domain and not self.tunnels.only else None
         if tunnel is None:
             name = self._find(name, parent, host)
             tunnel = self.tunnels.get(name)
@@ -4725,7 +4730,7 @@ class Server:
 
         '' for the server itself.  Raises HopFailed.
         """
-        if self._only:
+        if self.tunnels.only:
             # A stranger's name that leads here would let its pages read the app (DNS rebinding).
             if not (is_address(host) or is_loopback(host)):
                 raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
@@ -4841,7 +4846,7 @@ class Server:
 
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
-        host_name = self.domain if self._only else f'{name}.{self.domain}'
+        host_name = self.domain if self.tunnels.only else f'{name}.{self.domain}'
         if self.tls and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
         return visitor.url_of(host_name, host)
@@ -7155,6 +7160,20 @@ POLL_FIRST, POLL_MOST = 0.5, 30.0       # seconds between looks at an order
 ORDER_PATIENCE = 600.0          # seconds until an order, or a proof, is decided
 
 
+async def _fetch(runtime: Runtime, place: tuple[str, int], tls: ssl.SSLContext | None, host: str,
+                 head: str, method: bytes, body: bytes) -> tuple[Response, bytes]:
+    _, connection = await runtime.loop.create_connection(
+        lambda: Connection(runtime), *place, ssl=tls, server_hostname=host if tls else None)
+    try:
+        await connection.write(head.encode() + b'\r\n' + body)
+        response = await read_final(connection, None, ACME_PATIENCE)
+        connection.timeout = ACME_PATIENCE
+        return response, await read_whole(
+            body_reader(connection, response.body_length(method)), ACME_LARGEST)
+    finally:
+        connection.abort()
+
+
 async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, *, to: str = '',
                 method: bytes = b'GET', body: bytes = b'',
                 form: str = '') -> tuple[Response, bytes]:
@@ -7171,30 +7190,10 @@ async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, *, to: s
         raise AcmeError(explain(e, url)) from e
 
 
-async def _fetch(runtime: Runtime, place: tuple[str, int], tls: ssl.SSLContext | None, host: str,
-                 head: str, method: bytes, body: bytes) -> tuple[Response, bytes]:
-    _, connection = await runtime.loop.create_connection(
-        lambda: Connection(runtime), *place, ssl=tls, server_hostname=host if tls else None)
-    try:
-        await connection.write(head.encode() + b'\r\n' + body)
-        response = await read_final(connection, None, ACME_PATIENCE)
-        connection.timeout = ACME_PATIENCE
-        return response, await read_whole(
-            body_reader(connection, response.body_length(method)), ACME_LARGEST)
-    finally:
-        connection.abort()
-
-
-def field_of(response: Response, name: bytes) -> str:
-    """The value of the header field NAME, which may be one that tunnels need not know; or ''."""
-    found = re.search(rb'(?im)^%b:[ \t]*(.*?)[ \t]*\r?$' % name, response.block)
-    return found.group(1).decode('latin-1') if found else ''
-
-
 def seconds_of(response: Response) -> float:
     """When the authority wants to be asked again: Retry-After, in seconds or as a date."""
     import email.utils
-    text = field_of(response, b'retry-after')
+    text = response.find(b'retry-after')
     if text.isdigit():
         return float(text[:9])
     try:
@@ -7210,6 +7209,12 @@ def read_problem(document: Any, status: int) -> tuple[str, str]:
     said = '; '.join(str(part.get('detail') or '') for part in parts if isinstance(part, dict))
     return (str(problem.get('type', '')).rpartition(':')[2],
             printable(said[:MAX_TEXT] or f'it answered {status}'))
+
+
+def read_time(text: str) -> float:
+    """Unix seconds of TEXT as RFC 3339 writes them.  Raises ValueError."""
+    text = re.sub(r'\.[0-9]+', '', text).replace('Z', '+00:00')
+    return datetime.datetime.fromisoformat(text).timestamp()
 
 
 class Authority:
@@ -7245,7 +7250,7 @@ class Authority:
         if external:
             wish['externalAccountBinding'] = self._binding(external)
         response, _ = await self._post(self.directory['newAccount'], wish)
-        self.account = field_of(response, b'location')
+        self.account = response.find(b'location')
 
     @property
     def meta(self) -> dict[str, Any]:
@@ -7272,7 +7277,7 @@ class Authority:
         for _ in range(NONCE_TRIES):
             if not self._nonce:
                 response, _ = await fetch(self._runtime, self.directory['newNonce'], self._tls)
-                self._nonce = field_of(response, b'replay-nonce')
+                self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
             head = base64url(json.dumps(
                 {'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who}).encode())
@@ -7283,8 +7288,8 @@ class Authority:
                 self._runtime, url, self._tls, method=b'POST', form='application/jose+json',
                 body=json.dumps({'protected': head, 'payload': body,
                                  'signature': base64url(signature)}).encode())
-            self._nonce = field_of(response, b'replay-nonce')
-            is_json = 'json' in field_of(response, b'content-type')
+            self._nonce = response.find(b'replay-nonce')
+            is_json = 'json' in response.find(b'content-type')
             document = json.loads(said) if is_json else said
             if response.status < 400:
                 return response, document
@@ -7332,7 +7337,7 @@ class Authority:
             return await self.obtain(names, method, publish, profile)
         for url in order['authorizations']:
             await self._prove(url, method, publish)
-        place = field_of(response, b'location')
+        place = response.find(b'location')
         order = await self._decided(place, ('ready', 'valid'))
         path = f'{self._key}.{secrets.token_hex(8)}'
         await make_private_key(path)
@@ -7368,12 +7373,6 @@ class Authority:
             return None
         found = json.loads(said)['suggestedWindow']
         return read_time(found['start']), read_time(found['end'])
-
-
-def read_time(text: str) -> float:
-    """Unix seconds of TEXT as RFC 3339 writes them.  Raises ValueError."""
-    text = re.sub(r'\.[0-9]+', '', text).replace('Z', '+00:00')
-    return datetime.datetime.fromisoformat(text).timestamp()
 
 
 # The certificate that is shown.
@@ -10285,12 +10284,6 @@ RECORD_QUEUE = 1000             # exchanges that wait for the disk; more are dro
 FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
 
 
-def header_of(head: Head, name: bytes) -> str:
-    """Return the value of the field NAME of HEAD, or ''."""
-    match = re.search(rb'(?im)^%b:[ \t]*([^\r]*)' % name, head.block)
-    return match.group(1).decode('latin-1').rstrip() if match else ''
-
-
 def page_policy(page: str) -> str:
     """Return the Content-Security-Policy by which nothing runs but the scripts in PAGE itself."""
     def hashes(tag: str) -> str:
@@ -10388,7 +10381,7 @@ class Inspector:
                 return
             request = parse_request(head)
             self._check(connection, request)
-            if 'continue' in header_of(request, b'expect').lower():
+            if 'continue' in request.find(b'expect').lower():
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
             most = 2 * self._book.most + EDIT_ROOM
             body = await read_whole(body_reader(connection, request.body_length()), most)
@@ -10402,7 +10395,7 @@ class Inspector:
 
     def _check(self, connection: Connection, request: Request) -> None:
         """Raise HopFailed unless REQUEST comes from this machine, and from no other site's page."""
-        host, origin = request.host_name, header_of(request, b'origin')
+        host, origin = request.host_name, request.find(b'origin')
         passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
         peer = connection.transport.get_extra_info('peername')
         if passed or any(transport.get_extra_info('sockname') == peer       # this client's own
@@ -10413,7 +10406,7 @@ class Inspector:
         if not (host == 'localhost' or is_address(host) and is_loopback(host)
                 or host == self._host or self._host in ('0.0.0.0', '[::]') and is_address(host)):
             raise HopFailed(403, 'open the inspector as localhost')      # DNS rebinding
-        site = header_of(request, b'sec-fetch-site')
+        site = request.find(b'sec-fetch-site')
         page = request.target.partition(b'?')[0] == b'/' and request.method == b'GET'
         if origin and origin.lower() != f'http://{request.host.decode()}' or (
                 site not in ('', 'same-origin', 'none') and not page):
@@ -10421,7 +10414,7 @@ class Inspector:
         self._check_password(request)
 
     def _check_password(self, request: Request) -> None:
-        scheme, _, said = header_of(request, b'authorization').partition(' ')
+        scheme, _, said = request.find(b'authorization').partition(' ')
         given = b''
         with contextlib.suppress(ValueError):
             given = base64.b64decode(said, validate=True).partition(b':')[2]
