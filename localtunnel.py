@@ -36,12 +36,12 @@ Words
 Rooms
     I. The tunnel             II. Around it             III. The command line
      1 Constants and errors   15 Annex                  35 Terminal
-     2 Wire                   16 Raw TCP                36 Options
-     3 Credit                 17 Folder and echo        37 Wiring
-     4 Byte streams           18 Host header            38 Python
-     5 Session                19 Outgoing proxy         39 Command line
-     6 HTTP/1.1               20 Certificates
-     7 Names and tokens       21 DNS
+     2 Wire                   16 DNS                    36 Options
+     3 Credit                 17 Raw TCP                37 Wiring
+     4 Byte streams           18 Folder and echo        38 Python
+     5 Session                19 Host header            39 Command line
+     6 HTTP/1.1               20 Outgoing proxy
+     7 Names and tokens       21 Certificates
      8 Exchange               22 Certificates by ACME
      9 Tunnels                23 Hand-over
     10 Admission              24 Operator's page
@@ -5669,7 +5669,7 @@ class Client:
 # ================================================================================================
 # II. AROUND IT
 #
-# What can be left out.  Each annex stands in a room of its own, uses part I and no other annex, and
+# What can be left out.  Each annex stands in rooms of its own, uses part I and no other annex, and
 # is named outside of its room once, in the tuple ANNEXES of part III: who deletes its room and its
 # word there has a file that works without it.
 # ================================================================================================
@@ -5879,7 +5879,279 @@ class Annex:
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Raw TCP
+# 16. DNS
+#
+# The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
+# 1035): bytes in and bytes out, and then the sockets.
+# ------------------------------------------------------------------------------------------------
+
+DNS_HEADER = struct.Struct('>6H')       # id, flags, questions, answers, authorities, additions
+DNS_RECORD = struct.Struct('>HHIH')     # behind its name: type, class, seconds to live, length
+TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
+    1, 2, 6, 16, 28, 41, 255, 257)
+INTERNET = 1                            # the class
+IS_ANSWER, IS_TRUE, IS_CUT, GO_ON, OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800     # flags
+NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
+DNS_PLAIN, DNS_EXTENDED = 512, 1232     # bytes of UDP: without EDNS, and what no path breaks up
+ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
+MOST_ADDITIONS = 8              # records of a question that are looked at; EDNS has one
+
+
+def encode_name(name: str) -> bytes:
+    """NAME as DNS has it: labels behind their lengths."""
+    labels = [label.encode() for label in name.strip('.').split('.')]
+    return b''.join(bytes([len(label)]) + label for label in labels) + b'\0'
+
+
+def read_labels(packet: bytes, at: int) -> tuple[list[bytes], int]:
+    """The labels of the name in PACKET, and where it ends.  Raises IndexError and ValueError."""
+    labels, began = [], at
+    while packet[at]:
+        size = packet[at]
+        if size > 63 or at + size - began > 253:    # a pointer has no place in a question
+            raise ValueError('a malformed name')
+        labels.append(packet[at + 1:at + 1 + size].lower())
+        at += 1 + size
+    return labels, at + 1
+
+
+def skip_name(packet: bytes, at: int) -> int:
+    """Where the name ends that begins in PACKET; it may be a pointer.  Raises IndexError."""
+    while packet[at]:
+        if packet[at] >= 0xC0:
+            return at + 2
+        at += 1 + packet[at]
+    return at + 1
+
+
+class Zone:
+    """What is asked about _acme-challenge.DOMAIN, and answered.
+
+    TXT is what an order has published; SOA and NS are always there.  Whatever else is asked, and
+    whatever is below, is there and empty: authorities ask for CAA, DS and types yet unknown, and
+    take any error for a refusal.
+    """
+
+    def __init__(self, domain: str) -> None:
+        self.name = f'_acme-challenge.{domain}'
+        self.texts: set[str] = set()        # that an order, or a trial, has published
+        self._labels = [label.encode() for label in self.name.split('.')]
+        host = encode_name(domain)
+        self._fixed = {TYPE_NS: host, TYPE_SOA: host + encode_name(f'hostmaster.{domain}')
+                       + struct.pack('>5I', 1, 3600, 600, 86400, ZONE_SECONDS)}
+
+    def answer(self, packet: bytes, most: int = DNS_PLAIN) -> bytes:
+        """The answer to PACKET, of MOST bytes; b'' for what is malformed, or an answer itself."""
+        try:
+            id, flags, *counts = DNS_HEADER.unpack_from(packet)
+            labels, at = read_labels(packet, DNS_HEADER.size)
+            kind, group = struct.unpack_from('>HH', packet, at)
+            version, room = self._extension(packet, at + 4, counts)
+        except (struct.error, IndexError, ValueError):
+            return b''
+        if flags & IS_ANSWER or counts[0] != 1:
+            return b''
+        ours = labels[-len(self._labels):] == self._labels and group in (INTERNET, TYPE_ANY)
+        error = (NOT_IMPLEMENTED if flags & OPCODE else BAD_VERSION if version > 0
+                 else NO_ERROR if ours else NOT_OURS)
+        found = self._records(kind) if not error and labels == self._labels else []
+        empty = [(TYPE_SOA, self._fixed[TYPE_SOA])] if not error and not found else []
+        apex = at - len(encode_name(self.name))         # where the name of the zone stands
+        records = b''.join(
+            struct.pack('>H', 0xC000 | apex) + DNS_RECORD.pack(
+                kind, INTERNET, ZONE_SECONDS, len(data)) + data for kind, data in found + empty)
+        extension = b'' if version < 0 else b'\0' + DNS_RECORD.pack(
+            TYPE_OPT, DNS_EXTENDED, error >> 4 << 24, 0)
+        question = packet[DNS_HEADER.size:at + 4]       # as it was spelt
+        flags = IS_ANSWER | flags & (GO_ON | OPCODE) | error & 15 | (IS_TRUE if ours else 0)
+        if DNS_HEADER.size + len(question + records + extension) > max(
+                most, min(room, DNS_EXTENDED)):
+            flags, found, empty, records = flags | IS_CUT, [], [], b''
+        return DNS_HEADER.pack(id, flags, 1, len(found), len(empty), bool(extension)) + (
+            question + records + extension)
+
+    @staticmethod
+    def _extension(packet: bytes, at: int, counts: Sequence[int]) -> tuple[int, int]:
+        """The version of EDNS that PACKET speaks, -1 for none, and how much it takes (RFC 6891)."""
+        if counts[1] or counts[2]:
+            return -1, 0
+        for _ in range(min(counts[3], MOST_ADDITIONS)):
+            at = skip_name(packet, at)
+            kind, room, more, size = DNS_RECORD.unpack_from(packet, at)
+            if kind == TYPE_OPT:
+                return more >> 16 & 255, room
+            at += DNS_RECORD.size + size
+        return -1, 0
+
+    def _records(self, kind: int) -> list[tuple[int, bytes]]:
+        """(type, data) of what there is of KIND."""
+        if kind == TYPE_TXT:
+            return [(TYPE_TXT, bytes([len(text)]) + text.encode()) for text in sorted(self.texts)]
+        kind = TYPE_SOA if kind == TYPE_ANY else kind       # something has to be said (RFC 8482)
+        return [(kind, self._fixed[kind])] if kind in self._fixed else []
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """A UDP socket: GOT(data, sender, transport) is called for each datagram; b'' at an error."""
+
+    def __init__(self, got: Callable[[bytes, Any, Any], None]) -> None:
+        self._got = got
+
+    def connection_made(self, transport: Any) -> None:
+        self._transport = transport
+
+    def datagram_received(self, data: bytes, sender: Any) -> None:
+        self._got(data, sender, self._transport)
+
+    def error_received(self, error: Exception) -> None:
+        self._got(b'', None, self._transport)
+
+
+DNS_RATE, DNS_BURST = 200.0, 500.0      # answers a second: an order has a few dozen askers
+DNS_CONNECTIONS = 64                    # over TCP at once
+DNS_PATIENCE = 5.0                      # seconds for a question over TCP, and for all our own
+SIZE_BEFORE = struct.Struct('>H')       # over TCP, a message stands behind its size
+
+
+class NameServer:
+    """Answers for a Zone, at a bounded rate: who forges senders gains nothing."""
+
+    def __init__(self, runtime: Runtime, zone: Zone) -> None:
+        self.zone = zone
+        self._runtime = runtime
+        self._left, self._at = DNS_BURST, runtime.now()     # answers, and when they were counted
+        self._open: list[Any] = []                          # transports and servers, to be closed
+        self._serving: set[asyncio.Task[Any]] = set()       # who came over TCP
+
+    async def listen(self, host: str, port: int) -> None:
+        """Answer at PORT of HOST, beside a predecessor where the system can.  Raises OSError."""
+        beside = hasattr(socket, 'SO_REUSEPORT') or None
+        self._open.append(await asyncio.start_server(self._serve, host, port, reuse_port=beside))
+        transport, _ = await self._runtime.loop.create_datagram_endpoint(
+            lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
+        self._open.append(transport)
+
+    async def close(self) -> None:
+        """Answer nobody any more."""
+        for one in self._open:
+            one.close()
+        for task in tuple(self._serving):
+            await end_task(task)
+
+    def _answer(self, packet: bytes, most: int) -> bytes:
+        now = self._runtime.now()
+        self._left = min(DNS_BURST, self._left + (now - self._at) * DNS_RATE)
+        self._at = now
+        if self._left < 1:
+            return b''
+        self._left -= 1
+        return self.zone.answer(packet, most)
+
+    def _datagram(self, data: bytes, sender: Any, transport: Any) -> None:
+        answer = self._answer(data, DNS_PLAIN)
+        if answer:
+            transport.sendto(answer, sender)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        self._serving.add(task)
+        try:
+            while len(self._serving) <= DNS_CONNECTIONS:
+                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
+                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
+                answer = self._answer(await asyncio.wait_for(
+                    reader.readexactly(size), DNS_PATIENCE), MAX_HEAD)
+                if not answer:
+                    break
+                writer.write(SIZE_BEFORE.pack(len(answer)) + answer)
+                await asyncio.wait_for(writer.drain(), DNS_PATIENCE)
+        except (OSError, EOFError, asyncio.TimeoutError):
+            pass                # they left, or take too long
+        finally:
+            self._serving.discard(task)
+            writer.close()
+
+
+def way_to(address: str) -> str:
+    """The address of this machine from which it would reach ADDRESS; '' for no way."""
+    family = socket.AF_INET6 if ':' in address else socket.AF_INET
+    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.connect((address, 9))      # of UDP: nothing is sent
+        return str(sock.getsockname()[0])
+    return ''
+
+
+def outward_addresses() -> list[str]:
+    """This machine's own addresses on its ways out; a resolver of its own may hold loopback's."""
+    return [address for address in map(way_to, ('192.0.2.1', '2001:db8::1')) if address]
+
+
+def system_resolver() -> tuple[str, int] | None:
+    """Whom this system asks, where it has such a file."""
+    with contextlib.suppress(OSError), open('/etc/resolv.conf', encoding='ascii',
+                                            errors='replace') as f:
+        match = re.search(r'(?m)^nameserver\s+([0-9A-Fa-f.:]+)', f.read())
+        if match:
+            return match.group(1), 53
+    return None
+
+
+def read_records(packet: bytes, kind: int) -> list[bytes]:
+    """The data of the records of KIND in PACKET, an answer.  Raises IndexError and struct.error."""
+    _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
+    at, found = DNS_HEADER.size, []
+    for _ in range(questions):
+        at = skip_name(packet, at) + 4
+    for _ in range(answers):
+        at = skip_name(packet, at)
+        this, _, _, size = DNS_RECORD.unpack_from(packet, at)
+        at += DNS_RECORD.size + size
+        if this == kind and at <= len(packet):
+            found.append(packet[at - size:at])
+    return found
+
+
+async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
+    """The data of the records of KIND at NAME, [] for none; None where RESOLVER does not say."""
+    loop, id = asyncio.get_running_loop(), secrets.randbelow(1 << 16)
+    packet = DNS_HEADER.pack(id, GO_ON, 1, 0, 0, 0) + encode_name(name) + struct.pack(
+        '>HH', kind, INTERNET)
+    got: asyncio.Future[bytes] = loop.create_future()
+
+    def answered(data: bytes, _: Any, __: Any) -> None:
+        if not got.done() and (not data or data[:2] == packet[:2]):
+            got.set_result(data)
+    try:
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: Datagrams(answered), remote_addr=resolver)
+        try:
+            for _ in range(3):
+                transport.sendto(packet)
+                await asyncio.wait({got}, timeout=DNS_PATIENCE / 3)
+                if got.done():
+                    break
+        finally:
+            transport.close()
+        answer = got.result() if got.done() else b''
+        flags = DNS_HEADER.unpack_from(answer)[1]
+        if flags & IS_CUT:
+            reader, writer = await asyncio.wait_for(
+                asyncio.open_connection(*resolver), DNS_PATIENCE)
+            with contextlib.closing(writer):
+                writer.write(SIZE_BEFORE.pack(len(packet)) + packet)
+                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
+                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
+                answer = await asyncio.wait_for(reader.readexactly(size), DNS_PATIENCE)
+                flags = DNS_HEADER.unpack_from(answer)[1]
+        if flags & 15 not in (NO_ERROR, NO_SUCH_NAME):
+            return None
+        return read_records(answer, kind)
+    except (OSError, EOFError, asyncio.TimeoutError, struct.error, IndexError):
+        return None
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6083,7 +6355,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Folder and echo
+# 18. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -6442,7 +6714,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Host header
+# 19. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -6627,7 +6899,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Outgoing proxy
+# 20. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -6693,7 +6965,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Certificates
+# 21. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -6794,274 +7066,6 @@ class Certificates(Annex):
         server.tls = Certificate(cert, key, sockets[0].getsockname()[1], pin)
         for sock in sockets:
             await server.listen(sock, tls=True)
-
-
-# ------------------------------------------------------------------------------------------------
-# 21. DNS
-#
-# The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
-# 1035): bytes in and bytes out, and then the sockets.
-# ------------------------------------------------------------------------------------------------
-
-DNS_HEADER = struct.Struct('>6H')       # id, flags, questions, answers, authorities, additions
-DNS_RECORD = struct.Struct('>HHIH')     # behind its name: type, class, seconds to live, length
-TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
-    1, 2, 6, 16, 28, 41, 255, 257)
-INTERNET = 1                            # the class
-IS_ANSWER, IS_TRUE, IS_CUT, GO_ON, OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800     # flags
-NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
-DNS_PLAIN, DNS_EXTENDED = 512, 1232     # bytes of UDP: without EDNS, and what no path breaks up
-ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
-MOST_ADDITIONS = 8              # records of a question that are looked at; EDNS has one
-
-
-def encode_name(name: str) -> bytes:
-    """NAME as DNS has it: labels behind their lengths."""
-    labels = [label.encode() for label in name.strip('.').split('.')]
-    return b''.join(bytes([len(label)]) + label for label in labels) + b'\0'
-
-
-def read_labels(packet: bytes, at: int) -> tuple[list[bytes], int]:
-    """The labels of the name in PACKET, and where it ends.  Raises IndexError and ValueError."""
-    labels, began = [], at
-    while packet[at]:
-        size = packet[at]
-        if size > 63 or at + size - began > 253:    # a pointer has no place in a question
-            raise ValueError('a malformed name')
-        labels.append(packet[at + 1:at + 1 + size].lower())
-        at += 1 + size
-    return labels, at + 1
-
-
-def skip_name(packet: bytes, at: int) -> int:
-    """Where the name ends that begins in PACKET; it may be a pointer.  Raises IndexError."""
-    while packet[at]:
-        if packet[at] >= 0xC0:
-            return at + 2
-        at += 1 + packet[at]
-    return at + 1
-
-
-class Zone:
-    """What is asked about _acme-challenge.DOMAIN, and answered.
-
-    TXT is what an order has published; SOA and NS are always there.  Whatever else is asked, and
-    whatever is below, is there and empty: authorities ask for CAA, DS and types yet unknown, and
-    take any error for a refusal.
-    """
-
-    def __init__(self, domain: str) -> None:
-        self.name = f'_acme-challenge.{domain}'
-        self.texts: set[str] = set()        # that an order, or a trial, has published
-        self._labels = [label.encode() for label in self.name.split('.')]
-        host = encode_name(domain)
-        self._fixed = {TYPE_NS: host, TYPE_SOA: host + encode_name(f'hostmaster.{domain}')
-                       + struct.pack('>5I', 1, 3600, 600, 86400, ZONE_SECONDS)}
-
-    def answer(self, packet: bytes, most: int = DNS_PLAIN) -> bytes:
-        """The answer to PACKET, of MOST bytes; b'' for what is malformed, or an answer itself."""
-        try:
-            id, flags, *counts = DNS_HEADER.unpack_from(packet)
-            labels, at = read_labels(packet, DNS_HEADER.size)
-            kind, group = struct.unpack_from('>HH', packet, at)
-            version, room = self._extension(packet, at + 4, counts)
-        except (struct.error, IndexError, ValueError):
-            return b''
-        if flags & IS_ANSWER or counts[0] != 1:
-            return b''
-        ours = labels[-len(self._labels):] == self._labels and group in (INTERNET, TYPE_ANY)
-        error = (NOT_IMPLEMENTED if flags & OPCODE else BAD_VERSION if version > 0
-                 else NO_ERROR if ours else NOT_OURS)
-        found = self._records(kind) if not error and labels == self._labels else []
-        empty = [(TYPE_SOA, self._fixed[TYPE_SOA])] if not error and not found else []
-        apex = at - len(encode_name(self.name))         # where the name of the zone stands
-        records = b''.join(
-            struct.pack('>H', 0xC000 | apex) + DNS_RECORD.pack(
-                kind, INTERNET, ZONE_SECONDS, len(data)) + data for kind, data in found + empty)
-        extension = b'' if version < 0 else b'\0' + DNS_RECORD.pack(
-            TYPE_OPT, DNS_EXTENDED, error >> 4 << 24, 0)
-        question = packet[DNS_HEADER.size:at + 4]       # as it was spelt
-        flags = IS_ANSWER | flags & (GO_ON | OPCODE) | error & 15 | (IS_TRUE if ours else 0)
-        if DNS_HEADER.size + len(question + records + extension) > max(
-                most, min(room, DNS_EXTENDED)):
-            flags, found, empty, records = flags | IS_CUT, [], [], b''
-        return DNS_HEADER.pack(id, flags, 1, len(found), len(empty), bool(extension)) + (
-            question + records + extension)
-
-    @staticmethod
-    def _extension(packet: bytes, at: int, counts: Sequence[int]) -> tuple[int, int]:
-        """The version of EDNS that PACKET speaks, -1 for none, and how much it takes (RFC 6891)."""
-        if counts[1] or counts[2]:
-            return -1, 0
-        for _ in range(min(counts[3], MOST_ADDITIONS)):
-            at = skip_name(packet, at)
-            kind, room, more, size = DNS_RECORD.unpack_from(packet, at)
-            if kind == TYPE_OPT:
-                return more >> 16 & 255, room
-            at += DNS_RECORD.size + size
-        return -1, 0
-
-    def _records(self, kind: int) -> list[tuple[int, bytes]]:
-        """(type, data) of what there is of KIND."""
-        if kind == TYPE_TXT:
-            return [(TYPE_TXT, bytes([len(text)]) + text.encode()) for text in sorted(self.texts)]
-        kind = TYPE_SOA if kind == TYPE_ANY else kind       # something has to be said (RFC 8482)
-        return [(kind, self._fixed[kind])] if kind in self._fixed else []
-
-
-class Datagrams(asyncio.DatagramProtocol):
-    """A UDP socket: GOT(data, sender, transport) is called for each datagram; b'' at an error."""
-
-    def __init__(self, got: Callable[[bytes, Any, Any], None]) -> None:
-        self._got = got
-
-    def connection_made(self, transport: Any) -> None:
-        self._transport = transport
-
-    def datagram_received(self, data: bytes, sender: Any) -> None:
-        self._got(data, sender, self._transport)
-
-    def error_received(self, error: Exception) -> None:
-        self._got(b'', None, self._transport)
-
-
-DNS_RATE, DNS_BURST = 200.0, 500.0      # answers a second: an order has a few dozen askers
-DNS_CONNECTIONS = 64                    # over TCP at once
-DNS_PATIENCE = 5.0                      # seconds for a question over TCP, and for all our own
-SIZE_BEFORE = struct.Struct('>H')       # over TCP, a message stands behind its size
-
-
-class NameServer:
-    """Answers for a Zone, at a bounded rate: who forges senders gains nothing."""
-
-    def __init__(self, runtime: Runtime, zone: Zone) -> None:
-        self.zone = zone
-        self._runtime = runtime
-        self._left, self._at = DNS_BURST, runtime.now()     # answers, and when they were counted
-        self._open: list[Any] = []                          # transports and servers, to be closed
-        self._serving: set[asyncio.Task[Any]] = set()       # who came over TCP
-
-    async def listen(self, host: str, port: int) -> None:
-        """Answer at PORT of HOST, beside a predecessor where the system can.  Raises OSError."""
-        beside = hasattr(socket, 'SO_REUSEPORT') or None
-        self._open.append(await asyncio.start_server(self._serve, host, port, reuse_port=beside))
-        transport, _ = await self._runtime.loop.create_datagram_endpoint(
-            lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
-        self._open.append(transport)
-
-    async def close(self) -> None:
-        """Answer nobody any more."""
-        for one in self._open:
-            one.close()
-        for task in tuple(self._serving):
-            await end_task(task)
-
-    def _answer(self, packet: bytes, most: int) -> bytes:
-        now = self._runtime.now()
-        self._left = min(DNS_BURST, self._left + (now - self._at) * DNS_RATE)
-        self._at = now
-        if self._left < 1:
-            return b''
-        self._left -= 1
-        return self.zone.answer(packet, most)
-
-    def _datagram(self, data: bytes, sender: Any, transport: Any) -> None:
-        answer = self._answer(data, DNS_PLAIN)
-        if answer:
-            transport.sendto(answer, sender)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task: Any = asyncio.current_task()
-        self._serving.add(task)
-        try:
-            while len(self._serving) <= DNS_CONNECTIONS:
-                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
-                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
-                answer = self._answer(await asyncio.wait_for(
-                    reader.readexactly(size), DNS_PATIENCE), MAX_HEAD)
-                if not answer:
-                    break
-                writer.write(SIZE_BEFORE.pack(len(answer)) + answer)
-                await asyncio.wait_for(writer.drain(), DNS_PATIENCE)
-        except (OSError, EOFError, asyncio.TimeoutError):
-            pass                # they left, or take too long
-        finally:
-            self._serving.discard(task)
-            writer.close()
-
-
-def outward_addresses() -> list[str]:
-    """This machine's own addresses on its ways out; a resolver of its own may hold loopback's."""
-    found = []
-    for family, far in ((socket.AF_INET, '192.0.2.1'), (socket.AF_INET6, '2001:db8::1')):
-        with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-            sock.connect((far, 53))     # sends nothing
-            found.append(sock.getsockname()[0])
-    return found
-
-
-def system_resolver() -> tuple[str, int] | None:
-    """Whom this system asks, where it has such a file."""
-    with contextlib.suppress(OSError), open('/etc/resolv.conf', encoding='ascii',
-                                            errors='replace') as f:
-        match = re.search(r'(?m)^nameserver\s+([0-9A-Fa-f.:]+)', f.read())
-        if match:
-            return match.group(1), 53
-    return None
-
-
-def read_records(packet: bytes, kind: int) -> list[bytes]:
-    """The data of the records of KIND in PACKET, an answer.  Raises IndexError and struct.error."""
-    _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
-    at, found = DNS_HEADER.size, []
-    for _ in range(questions):
-        at = skip_name(packet, at) + 4
-    for _ in range(answers):
-        at = skip_name(packet, at)
-        this, _, _, size = DNS_RECORD.unpack_from(packet, at)
-        at += DNS_RECORD.size + size
-        if this == kind and at <= len(packet):
-            found.append(packet[at - size:at])
-    return found
-
-
-async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
-    """The data of the records of KIND at NAME, [] for none; None where RESOLVER does not say."""
-    loop, id = asyncio.get_running_loop(), secrets.randbelow(1 << 16)
-    packet = DNS_HEADER.pack(id, GO_ON, 1, 0, 0, 0) + encode_name(name) + struct.pack(
-        '>HH', kind, INTERNET)
-    got: asyncio.Future[bytes] = loop.create_future()
-
-    def answered(data: bytes, _: Any, __: Any) -> None:
-        if not got.done() and (not data or data[:2] == packet[:2]):
-            got.set_result(data)
-    try:
-        transport, _ = await loop.create_datagram_endpoint(
-            lambda: Datagrams(answered), remote_addr=resolver)
-        try:
-            for _ in range(3):
-                transport.sendto(packet)
-                await asyncio.wait({got}, timeout=DNS_PATIENCE / 3)
-                if got.done():
-                    break
-        finally:
-            transport.close()
-        answer = got.result() if got.done() else b''
-        flags = DNS_HEADER.unpack_from(answer)[1]
-        if flags & IS_CUT:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(*resolver), DNS_PATIENCE)
-            with contextlib.closing(writer):
-                writer.write(SIZE_BEFORE.pack(len(packet)) + packet)
-                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
-                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
-                answer = await asyncio.wait_for(reader.readexactly(size), DNS_PATIENCE)
-                flags = DNS_HEADER.unpack_from(answer)[1]
-        if flags & 15 not in (NO_ERROR, NO_SUCH_NAME):
-            return None
-        return read_records(answer, kind)
-    except (OSError, EOFError, asyncio.TimeoutError, struct.error, IndexError):
-        return None
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8533,15 +8537,6 @@ def look_up(host: str) -> list[str]:
     """The addresses of HOST.  Raises OSError."""
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return sorted({str(place[0]) for *_, place in found})[:MOST_ADDRESSES]
-
-
-def way_to(address: str) -> str:
-    """The address of this machine from which it would reach ADDRESS; '' for no way."""
-    family = socket.AF_INET6 if ':' in address else socket.AF_INET
-    with contextlib.suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as sock:
-        sock.connect((address, 9))      # of UDP: nothing is sent
-        return str(sock.getsockname()[0])
-    return ''
 
 
 def why_elsewhere(probe: Probe, host: str, address: str) -> str:

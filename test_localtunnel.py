@@ -23,12 +23,12 @@ Contents
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
    15 Annex                   what a code has in it; for the rest see D
-   16 Raw TCP                 bytes both ways, and their ends
-   17 Folder and echo         what a folder shows, and what it hides
-   18 Host header             what app and visitor see of each other's address, base paths, hints
-   19 Outgoing proxy          the ways out, and what a proxy may answer
-   20 Certificates            what a server shows (in Command line)
-   21 DNS                     what is asked about a zone, and answered
+   16 DNS                     what is asked about a zone, and answered
+   17 Raw TCP                 bytes both ways, and their ends
+   18 Folder and echo         what a folder shows, and what it hides
+   19 Host header             what app and visitor see of each other's address, base paths, hints
+   20 Outgoing proxy          the ways out, and what a proxy may answer
+   21 Certificates            what a server shows (in Command line)
    22 Certificates by ACME    authorities, real and made up, and the records of a domain
    23 Hand-over               from one process to the next (in Command line)
    24 Operator's page         what he sees, and what he ends (in B)
@@ -4341,7 +4341,75 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Raw TCP
+# 16. DNS
+# ------------------------------------------------------------------------------------------------
+
+class ZoneTest(unittest.TestCase):
+
+    @staticmethod
+    def question(name, kind, group=1, flags=0x0100, more=b'', counts=(1, 0, 0, 0)):
+        return struct.pack('>6H', 7, flags, *counts) + b''.join(
+            bytes([len(label)]) + label.encode() for label in name.split('.')) + struct.pack(
+                '>xHH', kind, group) + more
+
+    def test_what_is_asked_is_answered_or_refused(self):
+        zone = lt.Zone('t.example.com')
+        zone.texts |= {'one', 'two'}
+        for what, name, kind, group, code, answers in (
+                ('a proof', '_acme-challenge.t.example.com', 16, 1, 0, 2),
+                ('spelt otherwise', '_aCMe-ChaLLenge.T.EXAMPLE.com', 16, 1, 0, 2),
+                ('who serves the zone', '_acme-challenge.t.example.com', 2, 1, 0, 1),
+                ('its start of authority', '_acme-challenge.t.example.com', 6, 1, 0, 1),
+                ('anything', '_acme-challenge.t.example.com', 255, 1, 0, 1),
+                ('CAA', '_acme-challenge.t.example.com', 257, 1, 0, 0),
+                ('a type of the future', '_acme-challenge.t.example.com', 65280, 1, 0, 0),
+                ('a name below', 'a.b._acme-challenge.t.example.com', 16, 1, 0, 0),
+                ('the domain itself', 't.example.com', 1, 1, 5, 0),
+                ('another', 'x_acme-challenge.t.example.com', 16, 1, 5, 0),
+                ('another class', '_acme-challenge.t.example.com', 16, 3, 5, 0)):
+            with self.subTest(what):
+                asked = self.question(name, kind, group)
+                answer = zone.answer(asked)
+                id, flags, one, found, authority, more = struct.unpack_from('>6H', answer)
+                self.assertEqual((id, flags & 15, one, found, more), (7, code, 1, answers, 0))
+                self.assertEqual(flags & 0x8500, 0x8100 if code else 0x8500)
+                self.assertEqual(authority, not (code or found))
+                self.assertEqual(answer[12:len(asked)], asked[12:])     # spelt as it came
+                self.assertEqual(len(lt.read_records(answer, kind)), answers if kind != 255 else 0)
+
+    def test_what_is_malformed_or_an_answer_is_not_answered(self):
+        zone = lt.Zone('t.example.com')
+        asked = self.question('_acme-challenge.t.example.com', 16)
+        for end in range(len(asked)):
+            self.assertEqual(zone.answer(asked[:end]), b'')
+        for packet in (asked[:2] + b'\x80' + asked[3:], asked[:12] + b'\xc0\x0c\0\x10\0\1',
+                       self.question('a', 16, counts=(2, 0, 0, 0)),
+                       self.question('a', 16, counts=(1, 0, 0, 1), more=b'\xc0')):
+            self.assertEqual(zone.answer(packet), b'')
+
+    def test_extensions_are_tolerated_and_large_answers_are_cut(self):
+        zone = lt.Zone('t.example.com')
+        zone.texts |= {c * 200 for c in 'abcd'}
+        name = '_acme-challenge.t.example.com'
+        for version, room, most, cut, code in (
+                (0, 4096, 512, False, 0), (0, 512, 512, True, 0), (1, 4096, 512, True, 0),
+                (None, 0, 512, True, 0), (None, 0, 65535, False, 0)):
+            with self.subTest((version, room, most)):
+                extension = b'' if version is None else b'\0' + struct.pack(
+                    '>HHIH', 41, room, version << 16, 0)
+                answer = zone.answer(self.question(
+                    name, 16, more=extension, counts=(1, 0, 0, bool(extension))), most)
+                _, flags, _, found, _, more = struct.unpack_from('>6H', answer)
+                self.assertEqual(more, bool(extension))
+                if version:
+                    self.assertEqual((found, answer[-6] << 4), (0, 16))         # BADVERS
+                else:
+                    self.assertEqual((bool(flags & 0x200), found), (cut, 0 if cut else 4))
+
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4440,7 +4508,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Folder and echo
+# 18. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -4750,7 +4818,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Host header
+# 19. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5035,7 +5103,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Outgoing proxy
+# 20. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5113,7 +5181,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Certificates
+# 21. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5129,11 +5197,6 @@ class ValidityTest(FolderTest):
 
     def test_it_is_unknown_where_no_certificate_is_shown(self):
         self.assertIsNone(lt.validity_of(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
-
-
-# ------------------------------------------------------------------------------------------------
-# 21. DNS
-# ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10634,10 +10697,10 @@ def read_rooms(source, tree):
 
 
 def annexes(rooms):
-    """The rooms of each annex; the last of them has its class."""
+    """The rooms of each annex, the last of which has its class; two rooms are for all of them."""
     found, own = [], []
     for room in rooms:
-        if room.part.startswith('II.') and room.title != 'Annex':
+        if room.part.startswith('II.') and room.title not in ('Annex', 'DNS'):
             own.append(room)
             if any(getattr(base, 'id', '') == 'Annex' for statement in room.statements
                    for base in getattr(statement, 'bases', ())):
