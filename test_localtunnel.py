@@ -4391,9 +4391,9 @@ class ZoneTest(unittest.TestCase):
         zone = lt.Zone('t.example.com')
         zone.texts |= {c * 200 for c in 'abcd'}
         name = '_acme-challenge.t.example.com'
-        for version, room, most, cut, code in (
-                (0, 4096, 512, False, 0), (0, 512, 512, True, 0), (1, 4096, 512, True, 0),
-                (None, 0, 512, True, 0), (None, 0, 65535, False, 0)):
+        for version, room, most, cut in (
+                (0, 4096, 512, False), (0, 512, 512, True), (1, 4096, 512, True),
+                (None, 0, 512, True), (None, 0, 65535, False)):
             with self.subTest((version, room, most)):
                 extension = b'' if version is None else b'\0' + struct.pack(
                     '>HHIH', 41, room, version << 16, 0)
