@@ -10227,7 +10227,7 @@ function step(by) {
 }
 onkeydown = e => {
   if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEYS[e.key]) return;
-  if (e.target.tagName === 'INPUT') return e.key === 'Escape' && e.target.blur();
+  if (e.target.id === 'filter') return e.key === 'Escape' && e.target.blur();
   e.preventDefault();
   KEYS[e.key][1]();
 };
@@ -10251,6 +10251,7 @@ $('#more').onclick = () => { settle(true); $('#list').scrollTop = 0; };
 $('#copy').onclick = () => copy($('#url').textContent, 'URL');
 $('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEYS.Escape[1]);
 $('#list').onpointermove = () => moved = performance.now();
+document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
 setInterval(() => document.hidden || look(), 2000);
 listen();
 look();

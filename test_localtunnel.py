@@ -65,6 +65,7 @@ import copy
 import faulthandler
 import functools
 import gc
+import gzip
 import hashlib
 import http.client
 import http.server
@@ -76,6 +77,7 @@ import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
 import select
@@ -96,6 +98,7 @@ import types
 import unittest
 import unittest.mock
 import urllib.parse
+import zlib
 
 import localtunnel as lt
 
@@ -5970,6 +5973,8 @@ class SeenTest(WorldTest):
 
 # ------------------------------------------------------------------------------------------------
 # 30. Inspector's page
+#
+# Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
@@ -8358,14 +8363,7 @@ class Browser:
 
     def page(self, url, expression):
         """What EXPRESSION, which may be a promise, is on the page at URL."""
-        target = self.call('Target.createTarget', url='about:blank')['targetId']
-        session = self.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
-        self.call('Page.enable', session)
-        self.call('Page.navigate', session, url=url)
-        while self.receive().get('method') != 'Page.loadEventFired':
-            pass
-        return self.call('Runtime.evaluate', session, expression=expression, awaitPromise=True,
-                         returnByValue=True)['result'].get('value')
+        return Tab(self, url).js(expression)
 
     def end(self):
         self.process.kill()
@@ -8374,14 +8372,74 @@ class Browser:
         os.close(self.back)
 
 
+class Tab:
+    """A page in a Browser, and what a person does there."""
+
+    def __init__(self, browser, url):
+        target = browser.call('Target.createTarget', url='about:blank')['targetId']
+        session = browser.call('Target.attachToTarget', targetId=target, flatten=True)['sessionId']
+        self.call = functools.partial(browser.call, session=session)
+        self.close = functools.partial(browser.call, 'Target.closeTarget', targetId=target)
+        self.call('Page.enable')
+        self.call('Emulation.setFocusEmulationEnabled', enabled=True)
+        self.call('Page.navigate', url=url)
+        while browser.receive().get('method') != 'Page.loadEventFired':
+            pass
+
+    def js(self, expression):
+        """What EXPRESSION, which may be a promise, is."""
+        answer = self.call('Runtime.evaluate', expression=expression, awaitPromise=True,
+                           returnByValue=True, userGesture=True)
+        if 'exceptionDetails' in answer:
+            raise AssertionError(f'{expression}: {answer["exceptionDetails"]}')
+        return answer['result'].get('value')
+
+    def until(self, condition):
+        """Wait until CONDITION holds on the page; return what it is."""
+        return self.js(f"""new Promise((good, bad) => {{
+            const end = performance.now() + {3000 * PATIENCE}, look = () => {{
+                const found = {condition};
+                if (found) good(found);
+                else if (performance.now() < end) setTimeout(look, 5);
+                else bad(Error('it never came: ' + document.body.innerText));
+            }};
+            look();
+        }})""")
+
+    def shows(self, text, where='article'):
+        """Wait until TEXT is there."""
+        self.until(f'document.querySelector({json.dumps(where)}).innerText.includes('
+                   f'{json.dumps(text)})')
+
+    def click(self, text):
+        """Click the button that is called TEXT."""
+        self.until(f'[...document.querySelectorAll("button")].some(one => !one.hidden && '
+                   f'one.textContent === {json.dumps(text)} && (one.click(), true))')
+
+    def press(self, *keys):
+        for key in keys:
+            text = {'text': key} if len(key) == 1 else {}
+            self.call('Input.dispatchKeyEvent', type='keyDown', key=key, **text)
+            self.call('Input.dispatchKeyEvent', type='keyUp', key=key)
+
+    def type(self, selector, text):
+        """TEXT becomes what the field at SELECTOR holds."""
+        self.js(f'(field => {{ field.focus(); field.select(); }})(document.querySelector('
+                f'{json.dumps(selector)}))')
+        self.call('Input.insertText', text=text)
+
+
+def chromium(test):
+    """The browser's program; without one TEST is skipped."""
+    names = 'chromium', 'chromium-browser', 'google-chrome'
+    return next(filter(None, map(shutil.which, names)), None) or missing(test, 'chromium')
+
+
 @unittest.skipUnless(POSIX, 'for systems with descriptors')
 class BrowserTest(CommandTest):
 
     def test_a_browser_shows_a_page_through_the_tunnel(self):
-        program = next(filter(None, map(shutil.which,
-                                        ('chromium', 'chromium-browser', 'google-chrome'))), None)
-        if not program:
-            missing(self, 'chromium')
+        program = chromium(self)
         client = self.start('client', self.app('<h1>hello</h1>').port, '--server', self.server())
         url = client.url()
         browser = Browser(program, self.path('chromium'))
@@ -8391,6 +8449,290 @@ class BrowserTest(CommandTest):
                                       'Promise.all([1,2,3,4,5,6,7,8].map(n => fetch("/" + n).then('
                                       'r => r.text()))).then(t => t.length + t[7])'),
                                       '8<h1>hello</h1> /8')
+
+
+class Hooks(http.server.ThreadingHTTPServer):
+    """An app that keeps what it got; a request says in its query which status it wants."""
+    daemon_threads = True
+
+    def __init__(self):
+        self.got = got = queue.Queue()
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = self.rfile.read(int(self.headers.get('Content-Length', 0)))
+                got.put((self.command, self.path, self.headers, body))
+                answer = b'{"ok": true}'
+                self.send_response(int((re.findall('status=([0-9]+)', self.path) or [200])[0]))
+                self.send_header('Content-Type', 'application/json')
+                self.send_header('Content-Length', str(len(answer)))
+                self.end_headers()
+                self.wfile.write(answer)
+
+            do_GET = do_PUT = do_POST
+
+            def log_message(self, *args):
+                pass
+
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.thread = threading.Thread(target=self.serve_forever, args=[0.05])
+        self.thread.start()
+
+    def end(self):
+        self.shutdown()
+        self.thread.join()
+        self.server_close()
+
+
+@unittest.skipUnless(POSIX, 'for systems with descriptors')
+class InspectorPageTest(unittest.TestCase):
+    """The inspector's page; one browser, one client and one app are for all tests."""
+
+    @classmethod
+    def setUpClass(cls):
+        program = chromium(cls('run'))
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        environment = {key: value for key, value in os.environ.items()
+                       if not key.startswith('LOCALTUNNEL_')}
+        environment.update(XDG_CONFIG_HOME=folder.name, XDG_STATE_HOME=folder.name)
+        cls.app = Hooks()
+        cls.addClassCleanup(cls.app.end)
+        client = Program('client', cls.app.server_port, '--local', '--inspect', 0, env=environment)
+        cls.addClassCleanup(client.end)
+        cls.url = client.url()
+        cls.place = client.says(r'http://127\.0\.0\.1:[0-9]+').group()
+        cls.browser = Browser(program, os.path.join(folder.name, 'chromium'))
+        cls.addClassCleanup(cls.browser.end)
+        cls.browser.call('Browser.grantPermissions',
+                         permissions=['clipboardReadWrite', 'clipboardSanitizedWrite'])
+
+    def setUp(self):
+        fetch(self.place, '/api/exchanges', 'DELETE')
+        while not self.app.got.empty():
+            self.app.got.get()
+
+    def open(self, fragment=''):
+        tab = Tab(self.browser, f'{self.place}/{fragment}')
+        self.addCleanup(tab.close)
+        tab.shows('live', '#state')
+        return tab
+
+    def visit(self, path='/', method='GET', body=None, **fields):
+        """A visitor's request; its number."""
+        fetch(self.url, path, method, body, **{name.replace('_', '-'): value
+                                               for name, value in fields.items()})
+        self.app.got.get(timeout=PATIENCE)
+        return self.last()['id']
+
+    def last(self):
+        return json.loads(fetch(self.place, '/api/exchanges')[1])['exchanges'][-1]
+
+    def test_what_passes_appears_by_itself(self):
+        tab = self.open()
+        tab.shows('Nothing has passed yet')
+        tab.shows(f'curl {self.url}')
+        self.visit('/hook?x=1', 'POST', 'abc')
+        tab.shows('/hook?x=1', '#list')
+        self.visit('/bad?status=503')
+        tab.shows('503', '#list')
+        self.assertEqual(tab.js('[...document.querySelectorAll(".row bdi")].map(p => p.innerText)'),
+                         ['/bad?status=503', '/hook?x=1'])
+        self.assertEqual(tab.js('document.querySelectorAll(".row .bad").length'), 1)
+        tab.until('document.querySelector("#rate").getAttribute("d")')
+
+    def test_nothing_moves_under_the_pointer(self):
+        tab = self.open()
+        self.visit('/first')
+        tab.shows('/first', '#list')
+        tab.js('document.querySelector(".row").click()')
+        tab.shows('GET /first HTTP/1.1')
+        for path in ('/second', '/third'):
+            self.visit(path)
+        tab.shows('2 new', '#more')
+        self.assertEqual(tab.js('document.querySelectorAll(".row").length'), 1)
+        tab.click('2 new')
+        tab.shows('/third', '#list')
+        self.assertTrue(tab.js('document.querySelector("#more").hidden'))
+
+    def test_a_filter_finds_as_one_types(self):
+        for path, method, body in (('/a', 'POST', 'needle'), ('/b?status=404', 'GET', None),
+                                   ('/c?status=500', 'GET', None)):
+            self.visit(path, method, body)
+        tab = self.open()
+        for words, count in (('needle', 1), ('status:5xx', 1), ('method:get', 2), ('', 3),
+                             ('method:get status:404', 1), ('nothing', 0), ('slow:>60000', 0)):
+            with self.subTest(words):
+                tab.type('#filter', words)
+                tab.js('document.querySelector("#filter").dispatchEvent(new Event("input"))')
+                tab.until(f'document.querySelectorAll(".row").length === {count}')
+        tab.type('#filter', 'slow:>x')
+        tab.shows('slow', '#toast')
+
+    def test_bodies_are_laid_out(self):
+        png = base64.b64decode('iVBORw0KGgoAAAANSUhEUgAAABAAAAAQCAIAAACQkWg2AAAAGElEQVR4nGP8z0'
+                               'AaYCJR/aiGUQ1DSAMAQC4BH2bjRnMAAAAASUVORK5CYII=')
+        whole = b'{"deep": {"number": 12345678901234567890, "text": "\xc3\xa4"}}'
+        part = (b'--x\r\nContent-Disposition: form-data; name="a"\r\n\r\nfirst part\r\n--x\r\n'
+                b'Content-Type: image/png\r\n\r\n%b\r\n--x--\r\n' % png)
+        tab = self.open()
+        for form, coding, body, seen in (
+                ('application/json', '', whole, 'number: 12345678901234567890'),
+                ('application/json', 'gzip', gzip.compress(whole), 'text: "\xe4"'),
+                ('text/plain', 'deflate', zlib.compress(b'deflated'), 'deflated'),
+                ('text/plain', 'gzip', gzip.compress(os.urandom(9) + b'cut', 0)[:-9], 'gzip'),
+                ('text/plain', 'zstd', b'never', "zstd, which this browser can't undo"),
+                ('application/x-www-form-urlencoded', '', b'name=Ana%20B', 'Ana B'),
+                ('text/xml', '', b'<a><b c="d">e</b></a>', '<b c="d">e'),
+                ('application/octet-stream', '', b'\0\1\xff', '000000  00 01 ff'),
+                ('multipart/form-data; boundary=x', '', part, 'first part')):
+            with self.subTest(form, coding=coding):
+                fields = {'Content_Encoding': coding} if coding else {}
+                number = self.visit('/x', 'POST', body, Content_Type=form, **fields)
+                tab.js(f'location.hash = {number}')
+                tab.shows(f'#{number},')
+                tab.shows(seen)
+        tab.until('document.querySelector("article img").naturalWidth === 16')
+
+    def test_what_differs_from_the_request_before_is_seen_at_once(self):
+        form = {'Content_Type': 'application/json'}
+        one = self.visit('/users/1?page=1', 'POST', '{"a": {"b": 1}, "same": 2}', **form)
+        self.visit('/other')
+        two = self.visit('/users/2?page=2', 'POST', '{"a": {"b": 3}, "same": 2}', X_New='yes',
+                         **form)
+        tab = self.open(f'#{two}')
+        tab.shows(f'from #{one}')
+        cells = tab.js('[...document.querySelectorAll("article > details tr")].map('
+                       'row => [...row.cells].map(cell => cell.innerText))')
+        self.assertIn(['?page', '1', '2'], cells)
+        self.assertIn(['body.a.b', '1', '3'], cells)
+        self.assertIn(['x-new', '', 'yes'], cells)
+        self.assertNotIn('body.same', [cell[0] for cell in cells])
+
+    def test_a_request_is_replayed_as_it_was(self):
+        first = self.visit('/hook?token=abc', 'POST', 'body', Authorization='Bearer secret')
+        tab = self.open(f'#{first}')
+        tab.shows('***')
+        self.assertNotIn('secret', tab.js('document.querySelector("article").innerText'
+                                          '.replaceAll("Show secrets", "")'))
+        tab.click('Show secrets')
+        tab.shows('Bearer secret')
+        tab.click('Replay')
+        tab.shows(f'a replay of #{first}')
+        method, path, fields, body = self.app.got.get(timeout=PATIENCE)
+        self.assertEqual((method, path, body), ('POST', '/hook?token=abc', b'body'))
+        self.assertEqual((fields['Authorization'], fields['Localtunnel-Replay']),
+                         ('Bearer secret', str(first)))
+        self.assertEqual(tab.js('document.querySelectorAll(".row").length'), 2)
+
+    def test_a_request_is_edited_and_replayed(self):
+        first = self.visit('/hook', 'POST', 'old', Authorization='Bearer secret', X_Old='1')
+        tab = self.open(f'#{first}')
+        tab.click('Edit')
+        tab.until('document.querySelector("#edit").open')
+        for name, value in (('verb', 'PUT'), ('path', '/edited?status=202'), ('body', 'new'),
+                            ('trailers', 'X-Sum: 5')):
+            tab.type(f'[name={name}]', value)
+        tab.js('(field => field.value = field.value.replace("X-Old: 1", "X-New: 2"))('
+               'document.querySelector("[name=headers]"))')
+        tab.js('document.querySelector("#edit .main").click()')
+        tab.shows('PUT /edited?status=202 HTTP/1.1')
+        tab.shows('X-Sum')
+        tab.shows('202', '#list')
+        method, path, fields, _ = self.app.got.get(timeout=PATIENCE)
+        self.assertEqual((method, path, fields['X-Old'], fields['X-New'], fields['Authorization']),
+                         ('PUT', '/edited?status=202', None, '2', 'Bearer secret'))
+
+    def test_a_request_is_copied_for_other_programs(self):
+        body = '{"it\'s": "$HOME `id` \\\\ \\u00e4"}\n'
+        first = self.visit("/it's?a=$(id)&b=[1]", 'POST', body, X_Quote="it's \"$HOME\"",
+                           Content_Type='application/json')
+        tab = self.open(f'#{first}')
+        programs = {'curl': ['sh', '-c'], 'Python': [sys.executable, '-c']}
+        for name in ('curl', 'Python', 'fetch'):
+            with self.subTest(name):
+                tab.click(f'Copy as {name}')
+                tab.shows(f'{name} copied', '#toast')
+                text = tab.js('navigator.clipboard.readText()')
+                if name == 'fetch':
+                    page = Tab(self.browser, self.url)
+                    self.app.got.get(timeout=PATIENCE)      # the page
+                    page.js(f'(async () => {{ {text} }})()')
+                    page.close()
+                elif shutil.which(programs[name][0]) and (name != 'curl' or shutil.which('curl')):
+                    subprocess.run([*programs[name], text], check=True, timeout=3 * PATIENCE,
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                else:
+                    continue
+                method, path, fields, got = self.app.got.get(timeout=PATIENCE)
+                self.assertEqual((method, path.replace('%27', "'"), got.decode()),
+                                 ('POST', "/it's?a=$(id)&b=[1]", body))
+                self.assertEqual(fields['X-Quote'], "it's \"$HOME\"")
+
+    def test_the_keyboard_is_enough(self):
+        for path in ('/first', '/second'):
+            self.visit(path)
+        tab = self.open()
+        tab.shows('/second', '#list')
+        tab.press('j')
+        tab.shows('GET /second HTTP/1.1')
+        tab.press('j')
+        tab.shows('GET /first HTTP/1.1')
+        tab.press('k')
+        tab.shows('GET /second HTTP/1.1')
+        tab.press('c')
+        tab.shows('curl copied', '#toast')
+        tab.press('e')
+        tab.until('document.querySelector("#edit").open')
+        tab.js('document.querySelector("#edit").close()')
+        tab.press('r')
+        tab.shows('a replay of')
+        tab.press('?')
+        tab.shows('copy as curl', '#help')
+        tab.js('document.querySelector("#help").close()')
+        tab.press('Escape')
+        tab.shows('Choose one')
+        tab.press('/')
+        self.assertEqual(tab.js('document.activeElement.id'), 'filter')
+
+    def test_what_strangers_send_runs_nothing(self):
+        evil = '<img src=x onerror="hacked=1"><script>hacked=1</script>'
+        tab = self.open(f"""#{self.visit('/<b>?' + evil.replace(' ', '%20'), 'POST', evil,
+                            Content_Type='text/html', X_Evil=evil)}""")
+        tab.shows('<script>hacked=1</script>')
+        tab.click('Raw')
+        tab.click('Preview')
+        tab.until('document.querySelector("article iframe")')
+        self.assertEqual(tab.js('document.querySelector("article iframe").sandbox.length'), 0)
+        self.assertEqual(tab.js('document.querySelectorAll("article img, article script").length'),
+                         0)
+        tab.js('document.body.append(Object.assign(document.createElement("script"), '
+               '{textContent: "hacked=1"}))')
+        self.assertEqual(tab.js('typeof hacked'), 'undefined')
+        self.visit('/x', 'POST', b'\x1b[31m \xe2\x80\xae')
+        tab.click('1 new')
+        tab.press('k')
+        tab.shows(r'\u001b[31m \u202e')
+
+    def test_a_busy_tunnel_is_shown_beside_a_page_that_stopped_reading(self):
+        dead = socket.create_connection(('127.0.0.1', int(self.place.rpartition(':')[2])))
+        self.addCleanup(dead.close)
+        dead.sendall(f'GET /api/events HTTP/1.1\r\nHost: {self.place[7:]}\r\n\r\n'.encode())
+        tab = self.open()
+        host = self.url.partition('://')[2]
+        connection = http.client.HTTPConnection('127.0.0.1', int(host.rpartition(':')[2]))
+        with contextlib.closing(connection):
+            for i in range(700):
+                connection.request('GET', f'/{i}', headers={'Host': host})
+                connection.getresponse().read()
+        tab.shows('/699', '#list')
+        tab.until('document.querySelectorAll(".row").length === 500')
+
+    def test_a_page_says_when_its_client_has_ended(self):
+        tab = self.open()
+        tab.js('fetch = () => Promise.reject(Error("refused"))')
+        tab.js('look()')
+        tab.shows('the client has ended', '#state')
 
 
 # ------------------------------------------------------------------------------------------------
