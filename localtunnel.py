@@ -5236,9 +5236,10 @@ class App:
                 await self._forward(stream, exchange)
             except HopFailed as e:
                 exchange.status, exchange.why = e.status, str(e)
-                await stream.write(error_message(
-                    e, exchange.request.get(b'accept'), method=exchange.request.method,
-                    page=self.error_page), end=True)
+                page = error_message(e, exchange.request.get(b'accept'),
+                                     method=exchange.request.method, page=self.error_page)
+                exchange.answer = Count(len(page.partition(b'\r\n\r\n')[2]))
+                await stream.write(page, end=True)
         except (LocaltunnelError, OSError) as e:
             why = f'cut short: {stream.error or e}'
             stream.reset(FAILED, str(e))
@@ -11381,10 +11382,12 @@ def columns() -> int:
 def change_line(text: str, colour: str = '33') -> bool:
     """Let TEXT stand below all that is written, until it changes; '' takes it away.
 
-    Returns False if stderr can't show it: then it belongs into a line of its own.
+    Returns False if it belongs into a line of its own, since stderr can't show it, or others write
+    there: where a person sits, stdin is a terminal, too.
     """
     stream = sys.stderr
-    if not is_terminal(stream) or is_plain() or (text and not in_foreground(stream)):
+    if not (is_terminal(stream) and is_terminal(sys.stdin)) or is_plain() or (
+            text and not in_foreground(stream)):
         return False
     writer, room = writer_of(stream), columns()
     if writer:
@@ -12510,6 +12513,7 @@ def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> 
         try:
             return await command(runtime, stop, *args)
         finally:
+            give_terminal_back()
             await runtime.close()
     return asyncio.run(body()) or 0
 
@@ -12641,8 +12645,6 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
         return code if args.after else None
     finally:
-        if keys:
-            keys.close()
         await beside.end()
         for task in probe:
             await end_task(task)
@@ -12650,6 +12652,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         app.close()
         if server:
             await server.stop()
+        if keys:
+            keys.close()        # only now: a second Ctrl-C is not echoed either
         terminal.ended(app.exchanges, *client.carried)
         frames.flush()
 
