@@ -9697,6 +9697,8 @@ class Edited:
             lines.append(f'Content-Length: {len(self.body)}')
         lines += [*extra, f'Localtunnel-Replay: {number}']
         trailers = [f'{name}: {value}' for name, value in self.trailers]
+        if any(':' in name for name, _ in self.headers + self.trailers):
+            raise BadHttp(400, "a header field's name has no colon in it")
         try:
             block = b''.join(line.encode('latin-1') + b'\r\n' for line in lines)
             last = b''.join(line.encode('latin-1') + b'\r\n' for line in trailers)
@@ -10405,7 +10407,7 @@ class Inspector:
             raise HopFailed(403, 'open the inspector as localhost')      # DNS rebinding
         site = request.find(b'sec-fetch-site')
         page = request.target.partition(b'?')[0] == b'/' and request.method == b'GET'
-        if origin and origin.lower() != f'http://{request.host.decode()}' or (
+        if request.has(b'origin') and origin.lower() != f'http://{request.host.decode()}' or (
                 site not in ('', 'same-origin', 'none') and not page):
             raise HopFailed(403, 'a page of another site asks for this')
         self._check_password(request)
@@ -10882,17 +10884,20 @@ class Inspect(Annex):
         if not args.no_inspect or args.record or told:
             app.seen = Exchanges(app, str(address), args.inspect_body * KIB)
         if told:
-            app.seen.listeners.append(functools.partial(self._tell, told))
+            self.tell_python(app, told)
         if args.record:
             self._record(args, app)
 
     @staticmethod
-    def _tell(function: Callable[[Any], object], kept: Kept) -> None:
-        if kept.seconds is not None:
-            try:
-                function(as_object(kept))
-            except Exception:       # it is not ours, and must harm nothing
-                logging.getLogger('localtunnel').exception('on_exchange failed')
+    def tell_python(app: App, function: Callable[[Any], object]) -> None:
+        """Call FUNCTION with each exchange of APP that has ended."""
+        def tell(kept: Kept) -> None:
+            if kept.seconds is not None:
+                try:
+                    function(as_object(kept))
+                except Exception:       # it is not ours, and must harm nothing
+                    logging.getLogger('localtunnel').exception('on_exchange failed')
+        app.seen.listeners.append(tell)
 
     def _record(self, args: Args, app: App) -> None:
         def warn(text: str) -> None:

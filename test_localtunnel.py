@@ -39,7 +39,7 @@ Contents
    29 Exchanges               what is kept of what passes, and for how long
    30 Inspector's page        shown by the next room
    31 Inspector               who sees it, and how; what is sent again
-   32 Logs and replay         what a client leaves on disk, and the commands
+   32 Logs and replay         what a client leaves on disk; the commands (in Command line)
    33 Words from elsewhere    what users of other programs type
    34 Error pages             the way and where it stops, for each thing that fails
    35 Terminal                what a person sees
@@ -97,6 +97,7 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
+import zlib
 import urllib.parse
 import zlib
 
@@ -5988,52 +5989,863 @@ class InspectorTest(WorldTest):
     """The inspector of a client, asked as its page and programs ask."""
 
     async def inspected(self, answer=OK, **options):
-        """A visitor of a client with an inspector, whose address is `place`."""
+        """A visitor of a client with an inspector on `port`."""
         visitor = (await self.through(answer, **options))[1]
+        await self.inspect(**options)
+        return visitor
+
+    async def inspect(self, **options):
         client = self.clients[-1]
         self.book = client.app.seen
         args = lt.make_parser().parse_args(['client', '1', '--inspect', '0'])
         vars(args).update(options)
-        await lt.Inspect().beside(args, client.app)
-        self.place = next(line[1] for line in self.log.told if line[0] == 'watched')
-        self.port = int(self.place.rpartition(':')[2])
-        return visitor
+        with unittest.mock.patch.object(lt, 'write_secret'), unittest.mock.patch('os.makedirs'):
+            await lt.Inspect().beside(args, client.app)
+            await asyncio.sleep(0)
+        place = [line[1] for line in self.log.told if line[0] == 'watched'][-1]
+        self.inspector = int(place.rpartition(':')[2])
 
-    async def ask(self, path, method='GET', fields='', body=b'', host=None):
+    async def inspector_peer(self, host=''):
+        return await self.raw('127.0.0.1', self.inspector,
+                              host=host or f'127.0.0.1:{self.inspector}')
+
+    async def ask(self, path, method='GET', fields='', body=b'', host=''):
         """(status, fields, body) of the inspector's answer."""
-        peer = await self.raw('127.0.0.1', self.port, host=host or f'127.0.0.1:{self.port}')
+        peer = await self.inspector_peer(host)
         if body:
             fields += f'\nContent-Length: {len(body)}'
         return await peer.get(path, fields.strip(), method, body=body)
 
-    async def api(self, path, method='GET', value=None, **words):
+    async def api(self, path, method='GET', value=None, status=200, **words):
         """What the API answers."""
         body = b'' if value is None else json.dumps(value).encode()
-        status, _, answer = await self.ask('/api/' + path, method, body=body, **words)
-        self.assertEqual(status, 200, answer)
+        got, fields, answer = await self.ask('/api/' + path, method, body=body, **words)
+        self.assertEqual(got, status, answer)
+        self.assertEqual(fields['content-type'], 'application/json')
         return json.loads(answer)
+
+    async def listed(self, words=''):
+        """The numbers of the exchanges that are listed for a query."""
+        return [one['id'] for one in (await self.api('exchanges' + words))['exchanges']]
+
+
+class SeenTest(InspectorTest):
+    """What is kept of exchanges, as the API shows it."""
 
     async def test_what_passed_is_listed_and_shown(self):
         visitor = await self.inspected()
         await visitor.get('/hook?x=1', 'Content-Length: 5', 'POST', body=b'small')
-        one, = (await self.api('exchanges'))['exchanges']
+        answer = await self.api('exchanges')
+        one, = answer['exchanges']
+        self.assertEqual(answer['dropped'], 0)
         self.assertEqual(
             [one[key] for key in ('id', 'kind', 'method', 'target', 'status', 'request_bytes',
                                   'response_bytes', 'error', 'failed', 'replay_of', 'visitor')],
             [1, 'http', 'POST', '/hook?x=1', 200, 5, 5, '', '', None, '127.0.0.1'])
+        self.assertRegex(one['at'], r'^20\d\d-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z$')
         details = await self.api('exchanges/1')
         self.assertEqual(details['request']['line'], 'POST /hook?x=1 HTTP/1.1')
+        self.assertEqual(details['response']['line'], 'HTTP/1.1 200 OK')
         self.assertEqual((details['request']['body'], details['response']['body']),
                          ('small', 'hello'))
         self.assertFalse(details['request']['truncated'] or details['response']['truncated'])
         self.assertIn(['Content-Length', '5'], details['request']['headers'])
+        self.assertEqual(details['timing']['end_ms'], one['ms'])
+        self.assertLessEqual(0, details['timing']['first_byte_ms'])
+        self.assertLessEqual(details['timing']['first_byte_ms'], one['ms'])
+
+    async def test_bodies_have_limits_of_their_own_and_say_what_is_missing(self):
+        for size, encoding in (150000, 'base64'), (70000, 'base64'), (2048, 'base64'):
+            with self.subTest(size):
+                body = pattern(size)
+                visitor = await self.inspected(ok(body), inspect_body=100)
+                await visitor.get('/', f'Content-Length: {size}', 'PUT', body=body)
+                details = await self.api('exchanges/1')
+                for side, most in ('request', 100 << 10), ('response', lt.KEPT_RESPONSE):
+                    self.assertEqual(details[side]['encoding'], encoding)
+                    self.assertEqual(lt.body_of(details[side]), body[:most])
+                    self.assertEqual(details[side]['truncated'], size > most)
+                self.assertEqual(details['request_bytes'], size)
+                self.assertEqual(details['response_bytes'], size)
+                await self.end_of_the_world()
+
+    async def test_text_that_is_cut_inside_a_letter_is_still_text(self):
+        self.assertEqual(lt.text_of('a\u00e9'.encode()[:2], False), ('a', 'utf-8'))
+        self.assertEqual(lt.text_of('a\u00e9'.encode()[:2], True)[1], 'base64')
+        self.assertEqual(lt.text_of(b'a\0', True)[1], 'base64')
+
+    async def test_trailers_of_both_sides_are_shown(self):
+        async def app(head, reader, writer):
+            await reader.readuntil(b'A: 1\r\n\r\n')
+            writer.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n'
+                         b'0\r\nX-B: 2\r\n\r\n')
+        visitor = await self.inspected(app)
+        visitor.ask('/', 'Transfer-Encoding: chunked', 'POST',
+                    body=b'3\r\nabc\r\n0\r\nX-A: 1\r\n\r\n')
+        await visitor.reader.readuntil(b'X-B: 2\r\n\r\n')
+        await eventually(lambda: not self.book.open)
+        details = await self.api('exchanges/1')
+        self.assertEqual(details['request']['trailers'], [['X-A', '1']])
+        self.assertEqual(details['response']['trailers'], [['X-B', '2']])
+        self.assertEqual(details['request']['body'], 'abc')
+
+    async def test_secrets_are_masked_until_one_asks_for_them(self):
+        visitor = await self.inspected(OK.replace(
+            b'Con', b'Set-Cookie: sid=SECRET; Path=/\r\nLocation: /?access_token=SECRET&a=1\r\nCon',
+            1))
+        secret = ('/x?a=1&token=SECRET&api-key=SECRET&%70assword=SECRET&X-Amz-Signature=SECRET'
+                  '&monkey=ok')
+        await visitor.get(secret, 'Authorization: Bearer SECRET\nCookie: a=SECRET\n'
+                          'Proxy-Authorization: Basic SECRET\nReferer: http://x/?aSecret=SECRET')
+        for path in ('exchanges', 'exchanges/1', 'har', 'exchanges/1?secrets=0', 'exchanges?q=a'):
+            answer = (await self.ask('/api/' + path))[2]
+            self.assertNotIn(b'SECRET', answer, path)
+            self.assertIn(b'monkey=ok', answer)
+        self.assertEqual(await self.listed('?q=bearer'), [])
+        self.assertIn('Localtunnel-Inspector', (await self.api(
+            'exchanges/1?secrets=1', status=403))['error'])
+        details = await self.api('exchanges/1?secrets=1', fields='Localtunnel-Inspector: page')
+        self.assertEqual(details['request']['line'], f'GET {secret} HTTP/1.1')
+        self.assertIn(['Authorization', 'Bearer SECRET'], details['request']['headers'])
+        self.assertIn(['Set-Cookie', 'sid=SECRET; Path=/'], details['response']['headers'])
+
+    async def test_which_hop_failed_is_said(self):
+        async def cut(head, reader, writer):
+            if b'/cut' in head:
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhalf')
+            elif b'/wait' in head:
+                waiting.set()
+                await reader.read()
+        waiting = asyncio.Event()
+        visitor = await self.inspected(cut)
+        visitor.ask('/cut')
+        with contextlib.suppress(ConnectionError):
+            await visitor.reader.read()
+        self.assertEqual((await (await self.visitor(self.clients[-1])).get('/none'))[0], 502)
+        visitor = await self.visitor(self.clients[-1])
+        visitor.ask('/wait')
+        await waiting.wait()
+        visitor.reset()
+        await eventually(lambda: not self.book.open)
+        shown = (await self.api('exchanges'))['exchanges']
+        self.assertEqual([one['failed'] for one in shown], ['app', 'app', ''])
+        self.assertTrue(all(one['error'] for one in shown))
+        self.assertEqual([one['status'] for one in shown], [200, 502, 0])
+        self.assertEqual(await self.listed('?q=failed:app'), [1, 2])
+
+    async def test_words_choose_among_them(self):
+        async def app(head, reader, writer):
+            status = head.split()[1][1:4]
+            writer.write(b'HTTP/1.1 %b x\r\nX-Answer: Yes\r\nContent-Length: 2\r\n\r\nOk' % status)
+            return True
+        visitor = await self.inspected(app)
+        for path, method, body in (('/200?apple', 'GET', b''), ('/404', 'POST', b'Pear'),
+                                   ('/503', 'POST', b'apple'), ('/500', 'GET', b'')):
+            await visitor.get(path, f'X-N: {path}\nContent-Length: {len(body)}', method, body=body)
+        self.book.kept[4].seconds = 0.75
+        for query, found in (
+                ('', [1, 2, 3, 4]), ('method:post', [2, 3]), ('status:5xx', [3, 4]),
+                ('status:404', [2]), ('slow:>500', [4]), ('slow:>750', []), ('apple', [1, 3]),
+                ('PEAR', [2]), ('x-answer:', [1, 2, 3, 4]), ('apple method:get', [1]),
+                ('kind:http status:2xx', [1]), ('kind:tcp', []), ('x-n: /404', [2]), ('zzz', [])):
+            self.assertEqual(await self.listed('?q=' + query.replace(' ', '+')), found, query)
+        self.assertEqual(await self.listed('?after=2'), [3, 4])
+        self.assertEqual(await self.listed('?after=1&limit=2'), [2, 3])
+        self.assertEqual(await self.listed('?limit=0'), [])
+        for query in ('q=status:abc', 'q=slow:x', 'after=x', 'limit=-1', 'after=' + '9' * 99):
+            self.assertIn('takes', (await self.api('exchanges?' + query, status=400))['error'])
+
+    async def test_the_oldest_go_and_are_counted(self):
+        visitor = await self.inspected()
+        for _ in range(5):
+            await visitor.get()
+        with self.constant(KEPT_EXCHANGES=3):
+            for _ in range(4):
+                await visitor.get()
+        answer = await self.api('exchanges')
+        self.assertEqual(([one['id'] for one in answer['exchanges']], answer['dropped']),
+                         ([5, 6, 7, 8, 9], 4))
+
+    async def test_all_together_have_a_bound_in_bytes_even_while_they_run(self):
+        go = asyncio.Event()
+
+        async def app(head, reader, writer):
+            await reader.readexactly(60000)
+            await go.wait()
+            writer.write(OK)
+        visitor = await self.inspected(app)
+        with self.constant(KEPT_BYTES=200000):
+            visitors = [await self.visitor(visitor.host) for _ in range(5)]
+            for one in visitors:
+                one.ask('/', 'Content-Length: 60000', 'PUT', body=pattern(60000))
+            await eventually(lambda: len(self.book.open) == 5
+                             and all(k.record.sent == 60000 for k in self.book.open.values()))
+            held = sum(len(k.request.body) for k in self.book.open.values())
+            self.assertLessEqual(held, 200000)
+            self.assertLessEqual(self.book.used, 200000)
+            self.assertEqual((await self.api('status'))['open'], 5)
+            go.set()
+            for one in visitors:
+                await one.answer()
+        answer = await self.api('exchanges')
+        self.assertEqual(len(answer['exchanges']) + answer['dropped'], 5)
+        self.book.clear()
+        self.assertEqual((self.book.used, self.book.open), (0, {}))
+
+    async def test_all_can_be_let_go_of(self):
+        visitor = await self.inspected()
+        await visitor.get()
+        self.assertEqual((await self.ask('/api/exchanges', 'DELETE'))[0], 204)
+        self.assertEqual(await self.api('exchanges'), {'exchanges': [], 'dropped': 1})
+        self.assertIn('not kept', (await self.api('exchanges/1', status=404))['error'])
+
+    async def test_the_status_says_how_it_goes(self):
+        visitor = await self.inspected()
+        before = await self.api('status')
+        self.assertEqual((before['median_ms'], before['kept'], before['open']), (None, 0, 0))
+        for _ in range(3):
+            await visitor.get()
+        status = await self.api('status')
+        self.assertEqual((status['kept'], status['seen'], status['dropped']), (3, 3, 0))
+        self.assertEqual((status['url'], status['server']),
+                         (self.clients[-1].url, f'http://localhost:{self.port}'))
+        self.assertGreater(status['median_ms'], 0)
+        self.assertGreater(status['kept_bytes'], 3 * lt.KEPT_OBJECTS)
+
+    def test_the_pace_is_counted_second_by_second(self):
+        pace = lt.Pace()
+        for now, seconds, failed in ((100.1, .01, False), (100.9, .03, True), (100.95, .02, False),
+                                     (102.5, 1, False)):
+            pace.add(now, seconds, failed)
+        self.assertEqual(pace.now(103.0), 4 / lt.PACE_NOW)
+        self.assertEqual(list(pace.past), [[100, 3, 1, 20.0, 30.0], [102, 1, 0, 1000.0, 1000.0]])
+        self.assertEqual(pace.now(1000.0), 0)
+
+    async def test_raw_tcp_has_counts_and_nothing_else(self):
+        async def app(reader, writer):
+            writer.write((await reader.readexactly(5)) * 3)
+            writer.close()
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            public = sock.getsockname()[1]
+        await self.world(tcp_ports=[public], host='127.0.0.1')
+        await self.client((await self.serves(app))[1], tcp=True)
+        await self.inspect()
+        visitor = await self.visitor('', public)
+        visitor.send(b'hello')
+        await visitor.reader.read()
+        visitor.writer.close()
+        await eventually(lambda: self.book.kept)
+        one, = (await self.api('exchanges'))['exchanges']
+        self.assertEqual((one['kind'], one['request_bytes'], one['response_bytes'], one['status']),
+                         ('tcp', 5, 15, 200))
+        details = await self.api('exchanges/1')
+        self.assertEqual((details['request'], details['response']), (None, None))
+        self.assertIn('nothing to replay', (await self.api(
+            'exchanges/1/replay', 'POST', {}, status=409))['error'])
+
+    async def test_python_has_them_as_objects_and_is_called_with_each(self):
+        seen = []
+        visitor = await self.inspected()
+        lt.Inspect().tell_python(self.clients[-1].app, seen.append)
+        lt.Inspect().tell_python(self.clients[-1].app, lambda exchange: 1 / 0)
+        with self.assertLogs('localtunnel') as logs:
+            await visitor.get('/a?token=x')
+            await visitor.get('/b')
+        self.assertEqual(len(logs.output), 2)
+        self.assertEqual([(e.id, e.method, e.target, e.status) for e in seen],
+                         [(1, 'GET', '/a?token=***', 200), (2, 'GET', '/b', 200)])
+        self.assertEqual([e.target for e in self.book], ['/a?token=***', '/b'])
+        self.assertEqual((len(self.book), self.book[-1].id, self.book[:1][0].id), (2, 2, 1))
+
+
+def frame(opcode, payload, mask=b'', final=True, compressed=False):
+    """A WebSocket frame."""
+    n = len(payload)
+    size = bytes([n]) if n < 126 else b'\x7e' + n.to_bytes(2, 'big') if n < 65536 else (
+        b'\x7f' + n.to_bytes(8, 'big'))
+    size = bytes([size[0] | (0x80 if mask else 0)]) + size[1:]
+    if mask:
+        payload = bytes(b ^ mask[i % 4] for i, b in enumerate(payload))
+    return bytes([opcode | 0x80 * final | 0x40 * compressed]) + size + mask + payload
+
+
+class MessageTest(InspectorTest):
+    """The messages inside WebSockets and event streams."""
+
+    def read(self, data, deflated=False):
+        """The messages that are read in DATA, (kind, text, size), however it comes."""
+        found = []
+        for pieces, _ in three_ways(data)[:2]:
+            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log)
+            kept = lt.Kept(lt.Exchanges(app, '', 1), lt.Record(1, 0.0))
+            reader = lt.Frames(kept, 'app', deflated)
+            for piece in pieces:
+                reader.feed(piece)
+            found.append([(m['kind'], m['text'], m['size']) for m in kept.messages])
+            self.assertGreaterEqual(reader.count, len(kept.messages))
+        self.assertEqual(found[0], found[1])
+        return found[0]
+
+    def test_frames_are_read_however_they_come(self):
+        mask = b'\x01\x80\xff\x00'
+        for data, messages in (
+                (frame(1, b'hi'), [('text', 'hi', 2)]),
+                (frame(1, b'hi', mask), [('text', 'hi', 2)]),
+                (frame(1, b''), [('text', '', 0)]),
+                (frame(2, b'\0\xff'), [('binary', '00 ff', 2)]),
+                (frame(1, b'x' * 300, mask), [('text', 'x' * 300, 300)]),
+                (frame(1, b'x' * 70000), [('text', 'x' * 1024, 70000)]),
+                (frame(1, b'a', mask, False) + frame(9, b'p') + frame(0, b'b', b'abcd'),
+                 [('ping', 'p', 1), ('text', 'ab', 2)]),
+                (frame(8, b'\x03\xe8bye'), [('close', '1000 bye', 5)]),
+                (frame(1, b'\xff'), [('text', '\ufffd', 1)])):
+            self.assertEqual(self.read(data), messages)
+
+    def test_compressed_ones_are_inflated_or_said_to_be_compressed(self):
+        deflate = zlib.compressobj(wbits=-15)
+
+        def compressed(data):
+            return (deflate.compress(data) + deflate.flush(zlib.Z_SYNC_FLUSH))[:-4]
+        first, second = compressed(b'hello hello'), compressed(b'hello again')
+        data = frame(1, first, compressed=True) + frame(1, second, compressed=True)
+        self.assertEqual([m[1] for m in self.read(data, True)], ['hello hello', 'hello again'])
+        self.assertEqual([m[1] for m in self.read(data)], ['(compressed)'] * 2)
+        bomb = compressed(bytes(50 << 20))
+        self.assertLess(len(bomb), lt.MAX_DEFLATED)
+        texts = [m[1] for m in self.read(frame(2, bomb, compressed=True)
+                                         + frame(1, first, compressed=True), True)]
+        self.assertEqual(texts[1], '(compressed)')
+
+    def test_nothing_makes_it_fail_or_hold_much(self):
+        dice = random.Random(1)
+        for _ in range(300):
+            data = dice.getrandbits(8 * 400).to_bytes(400, 'big')
+            self.read(data, True)
+            self.read(frame(dice.randrange(16), data[:dice.randrange(300)], data[:4],
+                            compressed=dice.random() < .5) + data, True)
+
+    async def test_a_websocket_shows_its_first_messages_and_counts_all(self):
+        async def app(head, reader, writer):
+            writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n')
+            for _ in range(30):
+                await reader.readexactly(9)
+                writer.write(frame(1, b'you'))
+            await reader.read()
+        visitor = await self.inspected(app)
+        visitor.ask('/ws', 'Connection: Upgrade\nUpgrade: websocket\nSec-WebSocket-Key: x')
+        await visitor.answer()
+        for _ in range(30):
+            visitor.send(frame(1, b'me!', b'abcd'))
+            await visitor.reader.readexactly(5)
+        one, = (await self.api('exchanges'))['exchanges']
+        self.assertEqual((one['kind'], one['status'], one['pending']), ('websocket', 101, True))
+        details = await self.api('exchanges/1')
+        self.assertEqual((details['request_bytes'], details['response_bytes']), (270, 150))
+        self.assertEqual([(m['from'], m['text']) for m in details['messages']],
+                         [('visitor', 'me!'), ('app', 'you')] * 10)
+        self.assertEqual(details['message_counts'], [30, 30])
+        self.assertEqual(await self.listed('?q=kind:websocket+you'), [1])
+        self.assertIn('upgrade', (await self.api(
+            'exchanges/1/replay', 'POST', {}, status=409))['error'])
+
+    async def test_so_does_a_stream_of_events(self):
+        async def app(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n')
+            for n in range(30):
+                writer.write(b'data: %d\n' % n)
+                await writer.drain()
+                await asyncio.sleep(0)
+                writer.write(b'\n')
+            writer.write(b'data: ' + b'x' * 5000)
+            await reader.read()
+        visitor = await self.inspected(app)
+        visitor.ask('/events')
+        await visitor.reader.readuntil(b'x' * 5000)
+        details = await self.api('exchanges/1')
+        self.assertEqual([m['text'] for m in details['messages']],
+                         [f'data: {n}' for n in range(20)])
+        self.assertEqual(details['message_counts'], [0, 30])
+        visitor.reset()
+
+
+class LiveTest(InspectorTest):
+    """The events that a page gets, and pages that stop reading."""
+    CONSTANTS = {**InspectorTest.CONSTANTS, 'EVENTS_TOGETHER': 0.005}
+
+    async def events(self, query=''):
+        peer = await self.inspector_peer()
+        peer.ask('/api/events' + query)
+        head = await peer.reader.readuntil(b':\n\n')
+        self.assertIn(b'Content-Type: text/event-stream\r\n', head)
+        return peer
+
+    async def event(self, peer):
+        return json.loads((await peer.reader.readuntil(b'\n\n'))[6:])
+
+    async def test_each_exchange_is_an_event_and_so_is_its_end(self):
+        visitor = await self.inspected()
+        page = await self.events()
+        for path in '/a', '/b':
+            await visitor.get(path)
+            one = await self.event(page)
+            while one['pending']:
+                one = await self.event(page)
+            self.assertEqual((one['target'], one['status'], one['response_bytes']), (path, 200, 5))
+            self.assertEqual(one, (await self.api('exchanges'))['exchanges'][-1])
+
+    async def test_one_that_runs_is_seen_at_once(self):
+        async def app(head, reader, writer):
+            await reader.read()
+        visitor = await self.inspected(app)
+        page = await self.events()
+        visitor.ask('/slow')
+        one = await self.event(page)
+        self.assertEqual((one['target'], one['status'], one['pending']), ('/slow', 0, True))
+
+    async def test_events_can_be_chosen_with_the_words_of_a_filter(self):
+        visitor = await self.inspected()
+        page = await self.events('?q=method:post')
+        await visitor.get('/a')
+        await visitor.get('/b', method='POST')
+        self.assertEqual((await self.event(page))['target'], '/b')
+        self.assertEqual((await self.ask('/api/events?q=status:x'))[0], 400)
+
+    async def test_under_load_many_come_at_once_and_those_that_are_missing_are_counted(self):
+        visitor = await self.inspected()
+        page = await self.events()
+        with self.constant(KEPT_EXCHANGES=3):
+            record = lt.Record(0, 0.0)
+            for number in range(1, 101):
+                record.number = number
+                self.book.exchange(record, 0.1)
+            data = await page.reader.readuntil(b'event: missed\ndata: 97\n\n')
+        self.assertEqual(re.findall(rb'"id": ([0-9]+)', data), [b'98', b'99', b'100'])
+        self.assertEqual((await self.api('status'))['seen'], 100)
+        self.assertEqual((await visitor.get())[0], 200)
+
+    async def test_a_page_that_stops_reading_is_let_go_and_holds_nothing_up(self):
+        with self.constant(EVENTS_UNREAD=100000):
+            visitor = await self.inspected()
+            page = await self.events()
+            sock = page.writer.get_extra_info('socket')
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            page.reader._transport.pause_reading()
+            target, most = '/' + 'x' * 8000, 0
+            while self.book.listeners:      # it is dead; the tunnel carries on
+                self.assertEqual((await visitor.get(target))[0], 200)
+                live = self.book.listeners[:1]
+                if live:
+                    transport = live[0].__self__._connection.transport
+                    most = max(most, transport.get_write_buffer_size())
+                await asyncio.sleep(0.005)
+            self.assertLess(most, 100000 + lt.KEPT_EXCHANGES * 9000)
+        self.assertEqual((await visitor.get())[0], 200)
+
+    async def test_one_that_is_gone_is_noticed_in_the_silence(self):
+        with self.constant(EVENTS_SILENT=0.005):
+            await self.inspected()
+            page = await self.events()
+            await page.reader.readuntil(b':\n\n')
+            page.writer.close()
+            await eventually(lambda: not self.book.listeners)
+
+    async def test_thousands_of_exchanges_take_no_more_memory_than_a_few(self):
+        await self.inspected()
+        head = lt.parse_request(b'GET /x HTTP/1.1\r\nHost: a\r\nX: ' + b'y' * 400 + b'\r\n\r\n')
+        answer = lt.parse_response(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 400 + b'\r\n\r\n')
+        stream = lt.ByteStream(self.runtime)
+
+        def pass_by(first, last):
+            for number in range(first, last):
+                exchange = lt.Exchange(stream, head, number)
+                self.book.begun(exchange)
+                self.book.responded(exchange, answer)(bytes(1000))
+                self.book.exchange(exchange, 0.01)
+            gc.collect()
+            return tracemalloc.get_traced_memory()[0]
+        tracemalloc.start()
+        try:
+            few, many = pass_by(1, 1200), pass_by(1200, 6200)
+        finally:
+            tracemalloc.stop()
+        self.assertLess(many - few, 100000)
+        self.assertLess(few, lt.KEPT_EXCHANGES * (lt.KEPT_OBJECTS + 2500))
+
+    async def test_a_large_upload_is_kept_in_part_only(self):
+        async def app(head, reader, writer):
+            left = 40 << 20
+            while left:
+                left -= len(await reader.read(1 << 20))
+            writer.write(OK)
+        visitor = await self.inspected(app)
+        piece = bytes(1 << 20)
+        visitor.ask('/', f'Content-Length: {40 << 20}', 'PUT')
+        for _ in range(40):
+            visitor.send(piece)
+            await visitor.writer.drain()
+        await visitor.answer()
+        kept = self.book.kept[1]
+        self.assertEqual((kept.request.size, len(kept.request.body)), (40 << 20, 1 << 20))
+        self.assertLess(self.book.used, 2 << 20)
+
+
+class LocalOnlyTest(InspectorTest):
+    """Who may see it."""
+
+    async def test_only_requests_from_this_machine_and_the_page_itself_are_answered(self):
+        await self.inspected()
+        own = f'127.0.0.1:{self.inspector}'
+        for host in (own, f'localhost:{self.inspector}', 'localhost', '127.0.0.1', '[::1]:99',
+                     'LOCALHOST:1'):
+            self.assertEqual((await self.ask('/api/status', host=host))[0], 200, host)
+        for host in ('evil.example', f'evil.example:{self.inspector}', '10.0.0.1', '0.0.0.0',
+                     'a.localhost', 'localhost.evil.example', '127.0.0.1.evil.example'):
+            self.assertEqual((await self.ask('/api/status', host=host))[0], 403, host)
+        self.assertEqual((await self.ask('/api/status', fields=f'Origin: http://{own}'))[0], 200)
+        for fields in ('Origin: null', 'Origin: http://evil.example', 'Origin: http://127.0.0.1',
+                       f'Origin: https://{own}', f'Origin: http://localhost:{self.inspector}',
+                       f'Origin: http://127.0.0.1:{self.inspector + 1}', 'Origin: ',
+                       'Sec-Fetch-Site: cross-site', 'Sec-Fetch-Site: same-site',
+                       'X-Forwarded-For: 127.0.0.1', 'x-forwarded-host: x', 'Forwarded: for=x',
+                       'X_Forwarded_For: 1', 'Via: 1.1 x', 'X-Real-IP: 127.0.0.1'):
+            for path, method in (('/api/exchanges', 'GET'), ('/api/exchanges', 'DELETE'),
+                                 ('/api/exchanges/1/replay', 'POST'), ('/api/events', 'GET')):
+                status, _, body = await self.ask(path, method, fields)
+                self.assertEqual(status, 403, (fields, path))
+                self.assertEqual([*json.loads(body)], ['error'])
+        self.assertEqual((await self.ask('/', fields='Sec-Fetch-Site: cross-site'))[0], 200)
+
+    async def test_a_tunnel_to_it_shows_nothing(self):
+        await self.inspected()
+        for words in {}, {'host_header': 'rewrite'}:
+            seer = await self.client(self.inspector, key=os.urandom(32), **words)
+            for path in '/', '/api/exchanges', '/api/status':
+                self.assertEqual((await self.visit(seer, path))[0], 403)
+
+    async def test_nor_does_a_connection_that_this_client_makes_itself(self):
+        await self.inspected()
+        connection = await self.clients[-1].app.connect()
+        connection.close()
+        target = lt.parse_target(str(self.inspector))
+        app = lt.App(self.runtime, target, lt.ClientObserver())
+        connection = await app.connect()        # as raw TCP would: nothing is forwarded
+        await connection.write(b'GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n')
+        self.assertIn(b' 403 ', await lt.read_head(connection, PATIENCE, PATIENCE))
+        connection.close()
+        app.close()
+
+    async def test_a_password_is_asked_for_where_there_is_one(self):
+        await self.inspected(inspect_password='pass:w\u00f6rd')
+        status, fields, _ = await self.ask('/api/status')
+        self.assertEqual((status, fields['www-authenticate'][:12]), (401, 'Basic realm='))
+        for said, wanted in (('any:pass:w\u00f6rd', 200), (':pass:w\u00f6rd', 200), ('pass:w', 401),
+                             ('', 401), ('x:', 401)):
+            code = base64.b64encode(said.encode()).decode()
+            for scheme in 'Basic', 'basic':
+                status, _, _ = await self.ask('/api/status',
+                                              fields=f'Authorization: {scheme} {code}')
+                self.assertEqual(status, wanted, said)
+        self.assertEqual((await self.ask('/', fields='Authorization: Basic ===='))[0], 401)
+        self.assertEqual((await self.ask('/', fields=f'Authorization: Bearer {code}'))[0], 401)
+
+    async def test_elsewhere_it_needs_a_password_and_says_how_to_do_without(self):
+        await self.world()
+        app = await self.app()
+        for place in ('0.0.0.0', 4040), ('192.0.2.1', 5000):
+            with self.assertRaisesRegex(lt.UsageError, f'ssh -L {place[1]}:localhost:{place[1]}'):
+                await self.client(app, inspect=place)
+
+    async def test_the_page_runs_nothing_but_itself(self):
+        await self.inspected()
+        status, fields, page = await self.ask('/')
+        self.assertEqual((status, fields['content-type']), (200, 'text/html; charset=utf-8'))
+        policy = dict(line.strip().split(' ', 1) for line in
+                      fields['content-security-policy'].split(';'))
+        script = re.search(b'(?s)<script>(.*?)</script>', page).group(1)
+        self.assertEqual(policy['script-src'], "'sha256-%s'" % base64.b64encode(
+            hashlib.sha256(script).digest()).decode())
+        self.assertEqual((policy['default-src'], policy['frame-ancestors'], policy['connect-src']),
+                         ("'none'", "'none'", "'self'"))
+        self.assertEqual(fields['x-content-type-options'], 'nosniff')
+        self.assertEqual(fields['cache-control'], 'no-store')
+
+    async def test_what_is_not_there_and_what_is_not_right_is_said(self):
+        await self.inspected()
+        for path, method, status in (
+                ('/x', 'GET', 404), ('/api/', 'GET', 404), ('/api/exchanges/x', 'GET', 404),
+                ('/api/exchanges/1', 'GET', 404), ('/api/exchanges/1', 'POST', 405),
+                ('/api/exchanges', 'PUT', 405), ('/', 'POST', 405), ('/api/exchanges/1/replay',
+                                                                   'POST', 404)):
+            got, _, body = await self.ask(path, method)
+            self.assertEqual((got, [*json.loads(body)]), (status, ['error']), path)
+        peer = await self.inspector_peer()
+        peer.send(b'nonsense\r\n\r\n')
+        self.assertEqual((await peer.answer())[0], 400)
+        size = 2 * self.book.most + lt.EDIT_ROOM + 1
+        peer = await self.inspector_peer()
+        peer.ask('/api/exchanges/1/replay', f'Content-Length: {size}', 'POST', body=bytes(size))
+        self.assertEqual((await peer.answer())[0], 413)
+
+
+class ReplayTest(InspectorTest):
+    """Requests that are sent again."""
+
+    async def replayed(self, edits=None, body=b'body', fields='', target='/hook?token=T&a=1',
+                       method='POST'):
+        """What the app got in a request, and in its replay with EDITS."""
+        await self.inspected()
+        app, visitor = self.apps[-1], await self.visitor(self.clients[-1])
+        await visitor.get(target, f'X-A: 1\nCookie: C\nContent-Length: {len(body)}\n{fields}',
+                          method, body=body)
+        answer = await self.api('exchanges/1/replay', 'POST', edits)
+        self.assertEqual(answer['id'], 2)
+        one = (await self.api('exchanges'))['exchanges'][1]
+        self.assertEqual((one['replay_of'], one['status'], one['pending']), (1, 200, False))
+        return app.requests
+
+    async def test_a_request_is_sent_again_as_it_was(self):
+        first, again = await self.replayed()
+        self.assertEqual(again, first.replace(b'\r\n\r\n', b'\r\nLocaltunnel-Replay: 1\r\n\r\n', 1))
+
+    async def test_a_large_one_comes_whole(self):
+        body = pattern(900000)
+        first, again = await self.replayed(body=body)
+        self.assertEqual(again.partition(b'\r\n\r\n')[2], body)
+
+    async def test_it_can_be_edited(self):
+        _, again = await self.replayed({
+            'method': 'PUT', 'target': '/other?token=***&b=2', 'body': '\u00e9',
+            'headers': [['X-B', '\u00fc'], ['Cookie', '***'], ['X-B', '2']]})
+        head, _, body = again.partition(b'\r\n\r\n')
+        host = self.clients[-1].url[7:].encode()
+        self.assertEqual(head.split(b'\r\n'), [
+            b'PUT /other?token=T&b=2 HTTP/1.1', b'Host: ' + host, b'X-B: \xfc', b'Cookie: C',
+            b'X-B: 2', b'Content-Length: 2', b'Localtunnel-Replay: 1'])
+        self.assertEqual(body, '\u00e9'.encode())
+
+    async def test_single_fields_are_set_and_the_framing_fits_what_is_sent(self):
+        visitor = await self.inspected()
+        await visitor.get('/', 'X-A: 1\nContent-Length: 4', 'POST', body=b'body')
+        exchange = await self.api('exchanges/1')
+        for edits, seen, unseen, body in (
+                ({'set_headers': [['x-a', '2']]}, b'\r\nx-a: 2\r\n', b'X-A: 1', b'body'),
+                ({'body': 'longer'}, b'\r\nContent-Length: 6\r\n', b': 4', b'longer'),
+                ({'headers': [['Content-Length', '99']]}, b'\r\nContent-Length: 4', b'99', b'body'),
+                ({'headers': [['Transfer-Encoding', 'gzip'], ['Connection', 'x']]},
+                 b'\r\nTransfer-Encoding: chunked\r\n', b'Connection', b'4\r\nbody\r\n0\r\n\r\n'),
+                ({'body': 'AP8=', 'encoding': 'base64', 'trailers': [['X-T', '1']]},
+                 b'\r\nTransfer-Encoding: chunked\r\n', b'Content-Length',
+                 b'2\r\n\0\xff\r\n0\r\nX-T: 1\r\n\r\n')):
+            with self.subTest(edits):
+                head, _, rest = lt.Edited(exchange, edits).message(1, 'x').partition(b'\r\n\r\n')
+                self.assertIn(seen, head + b'\r\n')
+                self.assertNotIn(unseen, head)
+                self.assertEqual(rest, body)
+
+    async def test_what_http_does_not_allow_is_refused_with_its_reason(self):
+        visitor = await self.inspected()
+        await visitor.get()
+        for edits in (
+                {'method': 'G T'}, {'method': ''}, {'method': 'GET / HTTP/1.1\r\nX: y\r\n\r\nGET'},
+                {'target': 'x'}, {'target': '/a b'}, {'target': '/\r\nX: y'}, {'target': '/\u20ac'},
+                {'headers': [['X', 'a\r\nY: b']]}, {'headers': [['X\r\nY', 'a']]},
+                {'headers': [['X: y', 'a']]}, {'headers': [['', 'a']]}, {'headers': [['X', '\0']]},
+                {'headers': [['X', '\u20ac']]}, {'headers': [['Host', 'a'], ['Host', 'b']]},
+                {'headers': {'X': 'y'}}, {'headers': ['X: y']}, {'headers': [['X', 1]]},
+                {'headers': [['X', 'a\n']]}, {'trailers': [['Host', 'x']]},
+                {'trailers': [['X', 'a\r\nHost: b']]}, {'trailers': [['X', 'a\r\n\r\nGET']]},
+                {'body': 1}, {'body': 'x', 'encoding': 'base64'}, {'encoding': 'latin-1'},
+                {'other': 1}, {'body': None}, {'set_headers': [['X', 'a\r\n']]}, [], 'x', 7):
+            with self.subTest(edits):
+                answer = await self.api('exchanges/1/replay', 'POST', edits, status=400)
+                self.assertTrue(answer['error'])
+        status, _, body = await self.ask('/api/exchanges/1/replay', 'POST', body=b'{nonsense')
+        self.assertEqual((status, [*json.loads(body)]), (400, ['error']))
+        self.assertEqual(len(self.apps[-1].requests), 1)
+
+    async def test_what_is_not_kept_whole_is_not_sent_and_says_what_keeps_it(self):
+        visitor = await self.inspected(inspect_body=16)
+        await visitor.get('/', 'Content-Length: 20000', 'POST', body=bytes(20000))
+        answer = await self.api('exchanges/1/replay', 'POST', status=409)
+        self.assertIn('--inspect-body 20 ', answer['error'])
+        self.assertEqual(len(self.apps[-1].requests), 1)
+
+    async def test_an_app_that_is_gone_is_an_answer_too(self):
+        async def once(head, reader, writer):
+            writer.write(OK.replace(b'Con', b'Connection: close\r\nCon', 1))
+            first.append(head)
+            if len(first) == 1:
+                return False
+            raise ConnectionError
+        first = []
+        visitor = await self.inspected(once)
+        await visitor.get()
+        self.clients[-1].app._hosts[:] = ['127.0.0.1']
+        self.clients[-1].app.target.port = lt.bind('127.0.0.1', 0)[0].detach() and 1
+        answer = await self.api('exchanges/1/replay', 'POST')
+        one = await self.api(f'exchanges/{answer["id"]}')
+        self.assertEqual((one['status'], one['failed'], one['replay_of']), (502, 'app', 1))
+
+    async def test_one_whose_answer_has_no_end_does_not_hold_the_asker(self):
+        async def endless(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n:\n\n')
+            if b'Localtunnel-Replay' in head:
+                with contextlib.suppress(ConnectionError):
+                    await reader.read()
+                ended.set()
+        ended = asyncio.Event()
+        visitor = await self.inspected(endless)
+        await visitor.get()
+        with self.constant(REPLAY_WAIT=0.01, REPLAY_MOST=0.05):
+            self.assertEqual((await self.api('exchanges/1/replay', 'POST'))['id'], 2)
+            await ended.wait()
+        await eventually(lambda: not self.book.open)
+        self.assertIn('an hour', (await self.api('exchanges/2'))['error'])
+
+    def signature(self, field, value, *more, edited=False, now=1000.0):
+        headers = [['Host', 'x'], [field, value], *more]
+        return lt.about_signature({'request': {'headers': headers}, 'edited': edited}, now)
+
+    def test_a_signature_says_whether_it_survives(self):
+        stripe = 't=900,v1=abc'
+        self.assertIn('200 s more', self.signature('Stripe-Signature', stripe))
+        self.assertIn('older than 5 minutes', self.signature('stripe-signature', stripe, now=1201))
+        self.assertIn('refuses it', self.signature('Stripe-Signature', stripe, edited=True))
+        self.assertIn('Slack', self.signature('X-Slack-Signature', 'v0=a',
+                                              ['X-Slack-Request-Timestamp', '950']))
+        for field in 'X-Hub-Signature-256', 'X-Twilio-Signature', 'X-Shopify-Hmac-SHA256':
+            self.assertIn('no age', self.signature(field, 'x'))
+        self.assertEqual(self.signature('X-Other', 'x'), '')
+        for value in '', 't=', 't=x', 't=' + '9' * 99, '\u00e9':
+            self.assertIn('older', self.signature('Stripe-Signature', value))
+
+    async def test_an_edited_replay_names_its_signature_as_broken(self):
+        await self.replayed({'body': 'other'},
+                            fields=f'Stripe-Signature: t={int(time.time())},v1=a')
+        self.assertIn('not edited', (await self.api('exchanges/1'))['signature'])
+        again = await self.api('exchanges/2')
+        self.assertTrue(again['edited'])
+        self.assertIn('refuses', again['signature'])
 
 
 # ------------------------------------------------------------------------------------------------
 # 32. Logs and replay
 #
-# What a client leaves on disk, and the commands.
+# What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
+
+class HarTest(InspectorTest):
+
+    async def test_an_archive_has_what_programs_ask_of_one(self):
+        visitor = await self.inspected(OK.replace(b'Con', b'Content-Type: text/plain\r\nCon', 1))
+        await visitor.get('/a?b=1&c=%C3%A9', 'Content-Length: 2\nContent-Type: x/y', 'POST',
+                          body=b'\xff\0')
+        await visitor.get('/d', 'Host: other.localhost')
+        archive = json.loads((await self.ask('/api/har?q=method:post'))[2])['log']
+        self.assertEqual((archive['version'], archive['creator']['name']), ('1.2', 'localtunnel'))
+        entry, = archive['entries']
+        request, answer = entry['request'], entry['response']
+        self.assertEqual(request['url'], f'http://{visitor.host}/a?b=1&c=%C3%A9')
+        self.assertEqual(request['queryString'], [{'name': 'b', 'value': '1'},
+                                                  {'name': 'c', 'value': '\u00e9'}])
+        self.assertEqual(request['postData'], {'mimeType': 'x/y', 'text': '/wA=',
+                                               'encoding': 'base64'})
+        self.assertEqual((answer['status'], answer['statusText']), (200, 'OK'))
+        self.assertEqual(answer['content'], {'size': 5, 'mimeType': 'text/plain', 'text': 'hello'})
+        times = entry['timings']
+        self.assertAlmostEqual(times['send'] + times['wait'] + times['receive'], entry['time'])
+
+
+class RecorderTest(FolderTest, InspectorTest):
+    """What --record writes."""
+
+    async def recorded(self, **options):
+        """A visitor of a client that records in `file`."""
+        self.file = self.path('record')
+        return await self.inspected(record=self.file, **options)
+
+    async def lines(self, n):
+        """The N objects in the file, once they are there."""
+        def there():
+            return open_and_read(self.file).splitlines() if os.path.exists(self.file) else []
+        await eventually(lambda: len(there()) >= n and open_and_read(self.file).endswith(b'\n'))
+        return [json.loads(line) for line in there()]
+
+    async def test_each_exchange_is_a_line_as_the_api_gives_it(self):
+        visitor = await self.recorded()
+        for path in '/a?token=SECRET', '/b':
+            await visitor.get(path, 'Authorization: SECRET')
+        for number, line in enumerate(await self.lines(2), 1):
+            self.assertEqual(line, await self.api(f'exchanges/{number}'))
+            self.assertTrue(lt.is_exchange(line))
+        self.assertNotIn(b'SECRET', open_and_read(self.file))
+        if POSIX:
+            self.assertEqual(os.stat(self.file).st_mode & 0o777, 0o600)
+
+    async def test_secrets_are_there_if_one_says_so(self):
+        visitor = await self.recorded(record_secrets=True, no_inspect=False)
+        await visitor.get('/a?token=SECRET')
+        self.assertEqual((await self.lines(1))[0]['target'], '/a?token=SECRET')
+
+    async def test_a_line_that_a_crash_has_torn_spoils_no_other(self):
+        os.makedirs(self.folder, exist_ok=True)
+        self.write('record', '{"id": 1, "torn')
+        visitor = await self.recorded()
+        await visitor.get('/next')
+        await eventually(lambda: open_and_read(self.file).count(b'\n') == 2)
+        warned = []
+        found = [e['target'] for e in lt.recorded(self.file, False, warned.append)]
+        self.assertEqual((found, len(warned)), (['/next'], 1))
+
+    async def test_a_full_disk_is_said_once_and_the_tunnel_goes_on(self):
+        if not os.path.exists('/dev/full'):
+            self.skipTest('this system has no full disk')
+        visitor = await self.inspected(record='/dev/full')
+        for _ in range(3):
+            self.assertEqual((await visitor.get())[0], 200)
+        await eventually(lambda: any("can't record" in line[1] for line in self.log.told
+                                     if line[0] == 'note'))
+        self.assertEqual(sum("can't record" in str(line) for line in self.log.told), 1)
+
+    async def test_a_disk_that_stands_still_holds_nothing_up(self):
+        go, real = threading.Event(), os.write
+
+        def write(file, data):
+            go.wait(PATIENCE)
+            return real(file, data)
+        with unittest.mock.patch('os.write', write), self.constant(RECORD_QUEUE=3):
+            visitor = await self.recorded()
+            for _ in range(9):
+                self.assertEqual((await visitor.get())[0], 200)
+            go.set()
+            await self.lines(3)
+        recorder = next(one.__self__ for one in self.book.listeners
+                        if isinstance(getattr(one, '__self__', None), lt.Recorder))
+        self.assertGreaterEqual(recorder.dropped, 9 - 3 - 1)
+
+    async def test_what_can_not_be_written_is_said_before_anything_starts(self):
+        await self.world()
+        app = await self.app()
+        for path in self.folder, self.path('none/x'):
+            with self.assertRaisesRegex(lt.UsageError, "can't write --record"):
+                await self.client(app, record=path)
+        with self.assertRaisesRegex(lt.UsageError, '--record-secrets needs'):
+            await self.client(app, record_secrets=True)
+
+    def test_what_is_not_an_exchange_is_left_out(self):
+        for line in '', '[]', 'null', '7', '{}', '{"id": 1}', 'x', '[' * 5000:
+            self.write('record', line + '\n')
+            self.assertEqual([*lt.recorded(self.path('record'), False, str)], [])
+        side = {'line': '', 'headers': [], 'trailers': [], 'body': '', 'encoding': 'utf-8',
+                'truncated': False}
+        right = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
+                 'ms': 1.5, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
+                 'request': side, 'response': None, 'timing': {}}
+        self.assertTrue(lt.is_exchange(right))
+        for wrong in ({'id': 'x'}, {'target': None}, {'request': []}, {'timing': None},
+                      {'request': {**side, 'headers': [['a']]}},
+                      {'request': {**side, 'headers': [['a', 1]]}}, {'response': {}}):
+            self.assertFalse(lt.is_exchange({**right, **wrong}), wrong)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7256,6 +8068,102 @@ class TwoProcessesTest(CommandTest):
 
 
 @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs SIGUSR2')
+class LogsAndReplayTest(CommandTest):
+    """The commands, with a client that runs and with a file."""
+
+    def command(self, *words):
+        """(exit code, stdout, stderr) of a command."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            code = lt.main([*map(str, words)])
+        return code, out.getvalue(), err.getvalue()
+
+    def running(self, *args):
+        """The URL of a client of an app that runs."""
+        self.local = self.app()
+        client = self.start('client', self.local.port, '--inspect', 0, *args)
+        return client, client.url()
+
+    def test_logs_and_replay_find_the_client_that_runs(self):
+        client, url = self.running('--record', self.path('record'))
+        fetch(url, '/a?token=SECRET', 'GET', Cookie='SECRET')
+        fetch(url, '/b', 'POST', b'<\x1b[31mbody>')
+        until(lambda: len(self.command('logs')[1].splitlines()) == 2)
+        code, out, _ = self.command('logs')
+        self.assertEqual(code, 0)
+        self.assertRegex(out, r'^1 GET /a\?token=\*\*\* 200 [0-9.]+ms [0-9]+B\n2 POST /b 200 ')
+        self.assertEqual(self.command('logs', 'method:post')[1].split()[:3], ['2', 'POST', '/b'])
+        out = self.command('logs', '--body', '/b')[1]
+        self.assertIn('  > <?[31mbody>\n', out)
+        one = json.loads(self.command('logs', '--json', '/a')[1])
+        self.assertEqual(one['request']['line'], 'GET /a?token=*** HTTP/1.1')
+        self.assertEqual(len(json.loads(self.command('logs', '--har')[1])['log']['entries']), 2)
+        self.assertEqual(self.command('logs', 'status:x')[0], 2)
+
+        code, out, err = self.command('replay', 1, '#2', '--set-header', 'X-A: 1')
+        self.assertEqual((code, out.split()[:3], err), (0, ['3', 'GET', '/a?token=***'], ''))
+        self.assertEqual(self.command('replay', 99)[0], 1)
+        other = self.app('other')
+        code, out, _ = self.command('replay', 1, '--to', other.port)
+        self.assertEqual((code, out.split()[:4]), (0, ['1', 'GET', '/a?token=***', '200']))
+        code, _, err = self.command('replay', 1, '--to', self.unused_port())
+        self.assertEqual((code, err.count('\n')), (1, 1))
+
+        place = client.says('seen at http://(.*)').group(1)
+        self.assertEqual(self.command('logs', '--inspect', place)[1], self.command('logs')[1])
+        self.assertEqual(client.interrupt(), 0)
+        self.assertEqual(os.listdir(lt.config_path('inspectors')), [])
+        code, _, err = self.command('logs')
+        self.assertEqual((code, err.count('\n')), (1, 1))
+        self.assertEqual(self.command('replay', 1)[0], 1)
+
+        self.assertEqual(len(self.command('logs', self.path('record'))[1].splitlines()), 4)
+        self.assertEqual(len(json.loads(self.command('logs', '--har', self.path('record'))[1])
+                             ['log']['entries']), 4)
+        code, out, err = self.command('replay', self.path('record'), 1, '--to', other.port)
+        self.assertEqual((code, out.split()[:4]), (0, ['1', 'GET', '/a', '200']))
+        self.assertIn('without what the record masks: token, Cookie', err)
+        self.assertEqual(self.command('replay', self.path('record'), '--to', other.port)[0], 0)
+        self.assertEqual(self.command('replay', self.path('record'), 9, '--to', other.port)[0], 1)
+        for words in ((self.path('record'), 1), (self.path('record'), 'x', '--to', 1),
+                      (self.path('none'), '--to', 1), (1, '--to', 99999)):
+            code, _, err = self.command('replay', *words)
+            self.assertEqual((code, err.count('\n')), (2, 1), words)
+
+    def test_logs_follows(self):
+        _, url = self.running()
+        fetch(url, '/before')
+        logs = self.start('logs', '--follow')
+        logs.says('1 GET /before 200', 'out')
+        fetch(url, '/after')
+        logs.says('2 GET /after 200', 'out')
+        self.write('record', '')
+        follower = self.start('logs', '--json', '--follow', self.path('record'))
+        with open(self.path('record'), 'ab') as f:
+            f.write(self.command('logs', '--json', '/after')[1].encode())
+        follower.says('"id": 2', 'out')
+        self.assertEqual(follower.interrupt(), 0)
+
+    def test_what_a_killed_client_left_is_no_obstacle(self):
+        first, _ = self.running()
+        killed, _ = self.running()
+        killed.process.kill()
+        killed.ends()
+        self.assertEqual(self.command('logs'), (0, '', ''))
+        self.assertEqual(len(os.listdir(lt.config_path('inspectors'))), 1)
+
+    def test_the_next_port_is_taken_where_the_usual_one_is(self):
+        with lt.bind('127.0.0.1', 0)[0] as sock, lt.bind('127.0.0.1', 0)[0] as other:
+            ports = sorted(one.getsockname()[1] for one in (sock, other))
+            with lt.Inspect.sockets('127.0.0.1', ports[0], 50)[0] as found:
+                self.assertGreater(found.getsockname()[1], ports[0])
+            with self.assertRaisesRegex(lt.UsageError, f'port {ports[0]}'):
+                lt.Inspect.sockets('127.0.0.1', ports[0], 1)
+            code, _, err = self.command('client', 1, '--inspect', ports[0])
+            self.assertEqual(code, 2)
+            self.assertIn('--no-inspect', err)
+
+
 class HandOverTest(CommandTest):
     """One server after the other, on the same port, while visitors come."""
 
