@@ -6029,7 +6029,7 @@ class InspectorTest(WorldTest):
         return [one['id'] for one in (await self.api('exchanges' + words))['exchanges']]
 
 
-class SeenTest(InspectorTest):
+class KeptTest(InspectorTest):
     """What is kept of exchanges, as the API shows it."""
 
     async def test_what_passed_is_listed_and_shown(self):
