@@ -8103,7 +8103,7 @@ class LogsAndReplayTest(CommandTest):
         code, _, err = self.command('replay', 1, '--to', self.unused_port())
         self.assertEqual((code, err.count('\n')), (1, 1))
 
-        place = client.says('seen at http://(.*)').group(1)
+        place = client.says('inspector http://([0-9.:]*)').group(1)
         self.assertEqual(self.command('logs', '--inspect', place)[1], self.command('logs')[1])
         self.assertEqual(client.interrupt(), 0)
         self.assertEqual(os.listdir(lt.config_path('inspectors')), [])
