@@ -97,7 +97,6 @@ import tracemalloc
 import types
 import unittest
 import unittest.mock
-import zlib
 import urllib.parse
 import zlib
 
