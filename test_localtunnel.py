@@ -3231,6 +3231,24 @@ class AdmissionTest(WorldTest):
         await self.server.admission.end('a', False, 'the test')
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
+    async def test_the_log_tells_what_became_of_each_tunnel(self):
+        await self.world()
+        await self.hello(name='app')
+        await self.hello(name='app', started=2, version='9\x1b' * 99)
+        await self.hello(name='app', proof='44' * 32)
+        await self.server.admission.end('app', False, 'the operator says so')
+        first, second = self.log.events('opened')
+        self.assertEqual((first['name'], first['client'], first['version']),
+                         ('app', '127.0.0.1', ''))
+        self.assertEqual(second['version'], '9?' * (lt.MAX_VERSION // 2))
+        for event, facts, reason in (
+                ('taken_over', first, 'a client at 127.0.0.1 was started later'),
+                ('ended', second, 'the operator says so')):
+            self.assertEqual(self.log.events(event), [{**facts, 'event': event, 'reason': reason}])
+        refused, = self.log.events('refused')
+        self.assertEqual((refused['name'], refused['client'], refused['reason']),
+                         ('app', '127.0.0.1', 'name_taken'))
+
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
         socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
         ports = [sock.getsockname()[1] for sock in socks]
@@ -9004,6 +9022,7 @@ class LogFormatTest(CommandTest):
         address = self.server('--token-file', os.path.join(self.folder, 'tokens'), *words)
         client = self.start('client', self.app().port, '--server', address, '--token', 'letmein')
         url = client.url()
+        client.says('as ana')
         fetch(url, '/a/b?secret')
         fetch(address, '/')
         with socket.create_connection(('127.0.0.1', int(url.rpartition(':')[2]))) as visitor:
