@@ -720,7 +720,7 @@ class Workers:
                     await waiter
 
 
-Facts = Dict[str, str]          # what a log tells beside its sentence, by the names for programs
+Facts = Dict[str, Any]          # what a log tells beside its sentence, by the names for programs
 UNSERVED: Facts = {'name': '', 'user': '', 'client': '', 'version': ''}
 
 SMALL_PIECE = 16 * KIB          # smaller unread pieces, on average, are joined
@@ -3257,7 +3257,7 @@ class Exchange(Record):
 class Observer:
     """Listens to what happens at one end; this one ignores it."""
 
-    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+    def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         """Something to know: FACTS belong to TEXT, which does not repeat them."""
 
     def exchange(self, exchange: Record, seconds: float) -> None:
@@ -11464,7 +11464,7 @@ def timestamp() -> str:
 
 def in_text(facts: Facts) -> str:
     """Return FACTS as they follow a sentence; those that are empty are left out."""
-    shown = ((name, printable(value)) for name, value in facts.items() if value)
+    shown = ((name, printable(str(value))) for name, value in facts.items() if value)
     return ''.join(f' {name}={value}' if re.fullmatch('[^\\s"=]+', value) else
                    f' {name}={json.dumps(value)}' for name, value in shown)
 
@@ -11678,7 +11678,7 @@ class Terminal(ClientObserver):
         self._since = 0.0           # when the tunnel was up for the first time; 0 before
         self._lost: tuple[float, str] | None = None     # since when, and why, if it is
 
-    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+    def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         self._event(event, message=text, **facts)
         if not self._quiet:
             say(text + in_text(facts))
@@ -11865,11 +11865,11 @@ class ServerLog(Observer):
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
         self._json, self._later = as_json, later
         self._lines = Lines(sys.stderr, later, lambda count: self._entry(
-            dropped_lines(count), 'dropped', {'lines': str(count)}))
+            dropped_lines(count), 'dropped', {'lines': count} if as_json else {}))
         self.frame = self._lines.frame
         self._refused = 0           # clients, since lines about them are counted
 
-    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+    def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         if event == 'refused':      # they may come by the thousand a second
             self._refused += 1
             if self._refused == 1:
@@ -11881,7 +11881,8 @@ class ServerLog(Observer):
     def _tell_refused(self) -> None:
         more, self._refused = self._refused - REFUSALS, 0
         if more > 0:
-            self.note(f'... and {more:,} more refused', event='more_refused', count=str(more))
+            self.note(f'... and {more:,} more refused', event='more_refused',
+                      **({'count': more} if self._json else {}))
 
     def flush(self) -> None:
         """Write what is queued, and what was counted."""

@@ -9096,6 +9096,14 @@ class ThinLogTest(unittest.TestCase):
         log.flush()
         self.assertIn('client refused', written[-1])
 
+    def test_a_program_gets_their_number(self):
+        log, written, _ = self.log(as_json=True)
+        for _ in range(lt.REFUSALS + 7):
+            log.note('client refused', event='refused')
+        log.flush()
+        last = json.loads(written[-1].splitlines()[-1])
+        self.assertEqual((last['event'], last['count']), ('more_refused', 7))
+
     def test_facts_are_printable_and_can_be_told_apart(self):
         log, written, _ = self.log()
         log.note('tunnel closed', reason='a "b"\x1b[31m\n', user='', name='x')
