@@ -5214,7 +5214,7 @@ class ValidityTest(FolderTest):
         since, until, names = lt.Certificate(*files).validity
         self.assertEqual([time.strftime('%Y-%m-%d', time.gmtime(t)) for t in (since, until)],
                          ['2026-11-22', '2126-10-29'])
-        self.assertEqual(names, ['localhost', '*.localhost'])
+        self.assertEqual(names, ['localhost', '*.localhost', '127.0.0.1'])
 
     def test_it_is_unknown_where_no_certificate_is_shown(self):
         self.assertIsNone(lt.validity_of(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
@@ -7101,7 +7101,7 @@ class ErrorPageTest(WorldTest):
     async def test_a_redirect_is_not_a_failure(self):
         await self.world()
         self.server.tls = lt.Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), 443)
-        self.assertTrue(self.server.tls.redirects)
+        self.assertTrue(self.server.tls.shows('any'))
         status, fields, _ = await self.at_name('any')
         self.assertEqual((status, fields['localtunnel-failed']), (308, None))
 
@@ -9232,8 +9232,9 @@ class CurlTest(CommandTest):
             missing(self, 'curl')
         app, address = self.app(), self.server()
         text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
-        line, = re.findall(r'^curl .*\| python3 - client 8000$', text, re.MULTILINE)
+        line, = re.findall(r'^curl .*\| python3 - client 8000 --join CODE$', text, re.MULTILINE)
         line = line.replace('https://t.example.com', address).replace('8000', str(app.port))
+        line = line.replace('CODE', lt.make_code(lt.ServerAddress(address)))
         os.symlink(sys.executable, self.path('python3'))
         os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
         client = self.start(line, start_new_session=True, script=(
