@@ -1,4 +1,8 @@
 #!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.8"
+# dependencies = []
+# ///
 """localtunnel: puts a local program on the internet under a friendly URL.
 
     python3 localtunnel.py client 8000                      gives http://localhost:8000 a URL
@@ -205,7 +209,8 @@ ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, bef
 RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
 UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
 DRAIN = 30.0                    # for open exchanges to finish when one side stops (--drain)
-DRAIN_LOOK = 0.05               # between checks whether everything has finished
+FIRST_LOOK = 0.001              # until the first check whether everything has finished
+DRAIN_LOOK = 0.05               # between later ones
 
 # Lines that are written, and the clock.
 MAX_UNWRITTEN = 1 * MIB         # of log and events unread: beyond it, lines are dropped
@@ -1131,6 +1136,17 @@ async def end_task(task: asyncio.Task[Any]) -> None:
         await asyncio.wait({task}, timeout=SWEEP)
 
 
+async def look_until(true: Callable[[], bool], seconds: float) -> bool:
+    """Wait until TRUE() is, at most for SECONDS; looks often at first.  Returns whether it is."""
+    deadline, pause = time.monotonic() + seconds, FIRST_LOOK
+    while not true():
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(pause)
+        pause = min(2 * pause, DRAIN_LOOK)
+    return True
+
+
 async def both(first: Coroutine[Any, Any, None], second: Coroutine[Any, Any, None]) -> None:
     """Run two coroutines at the same time; when one fails, end the other and raise."""
     tasks = [asyncio.ensure_future(first), asyncio.ensure_future(second)]
@@ -1832,10 +1848,9 @@ class Session(Sender):
         """Give the connection up unless something is heard WITHIN this many seconds."""
         asked = self.runtime.now()
         self.ping()
-        while self.connection is not None and self.liveness.heard < asked:
-            if self.runtime.now() - asked > within:
-                return self.drop(f'no answer to a ping in {within:.0f} s')
-            await asyncio.sleep(DRAIN_LOOK)
+        if not await look_until(lambda: not self.connection or self.liveness.heard >= asked,
+                                within):
+            self.drop(f'no answer to a ping in {within:.0f} s')
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Ping after a silence, and give the connection up if it goes on."""
@@ -3624,10 +3639,8 @@ class Tunnels:
 
     async def settle(self) -> None:
         """Wait a moment for clients whose connection broke."""
-        deadline = self._runtime.now() + SETTLE
-        while self._runtime.now() < deadline and any(
-                member.session.connection is None for member in self.members()):
-            await asyncio.sleep(DRAIN_LOOK)
+        await look_until(lambda: all(member.session.connection for member in self.members()),
+                         SETTLE)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Let requests go on that wait for a session that is away; forget who went long ago.
@@ -3780,9 +3793,7 @@ class Tunnels:
         """Say goodbye to all clients, and end what is left of their sessions a moment later."""
         for member in self.members():
             member.session.leave(DRAINING, 'the server is shutting down')
-        deadline = self._runtime.now() + LINGER
-        while self.members() and self._runtime.now() < deadline:
-            await asyncio.sleep(DRAIN_LOOK)
+        await look_until(lambda: not self.members(), LINGER)
         for member in self.members():
             member.session.end(Disconnected('the server has shut down'))
 
@@ -4383,6 +4394,7 @@ class Tls:
 
 CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
 ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
+ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
 
 
 class Doors:
@@ -4464,7 +4476,8 @@ class Doors:
             for sock in getattr(door, 'sockets', None) or ():
                 with contextlib.suppress(NotImplementedError):      # Windows
                     self._runtime.loop.remove_reader(sock)
-        await asyncio.sleep(DRAIN_LOOK)     # close() drops what was accepted in this turn
+        for _ in range(ENTER_TURNS):        # close() drops what was accepted in this turn
+            await asyncio.sleep(0)
         for door in (*self._plain, *(self._staying if handed_over else ())):
             door.close()
         for task in self._secure:
@@ -4596,13 +4609,12 @@ class Server:
         await self.admission.close()
         await self.doors.close(handed_over)
         self.tunnels.close()
-        deadline = self.runtime.now() + self._drain
-        while self.runtime.now() < deadline:
-            await asyncio.sleep(DRAIN_LOOK)
+
+        def finished() -> bool:
             if not handed_over:
                 self.visitors.close_idle()
-            if not (self.visitors or self.doors.busy):
-                break
+            return not (self.visitors or self.doors.busy)
+        await look_until(finished, self._drain)
         await self.tunnels.end_all()
 
     def sweep(self, now: float, woke_up: bool) -> None:
@@ -5656,13 +5668,15 @@ class Client:
         await self._finish(set(self._sessions))
 
     async def _finish(self, sessions: set[Session]) -> None:
-        began = now = self.runtime.now()
-        while now < began + DRAIN and any(s.connection and s.error is None for s in sessions):
-            for stream in [stream for s in sessions for stream in s.streams.values()]:
-                if stream.timeout == NEVER and now > began + LINGER:
+        lingers_until = self.runtime.now() + LINGER
+
+        def finished() -> bool:
+            late = self.runtime.now() > lingers_until
+            for stream in [stream for s in sessions for stream in s.streams.values() if late]:
+                if stream.timeout == NEVER:
                     stream.reset(CANCELLED, 'the client is stopping')      # or a WebSocket stays
-            await asyncio.sleep(DRAIN_LOOK)
-            now = self.runtime.now()
+            return not any(s.connection and s.error is None for s in sessions)
+        await look_until(finished, DRAIN)
         for session in sessions:
             session.end(Disconnected('the client has stopped'))
 

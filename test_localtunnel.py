@@ -12023,6 +12023,15 @@ class HouseTest(unittest.TestCase):
                          "if __name__ == '__main__': sys.exit(main())")
         self.assertEqual(last.lineno, len(self.source.splitlines()))
 
+    def test_uv_and_pipx_find_on_the_first_lines_what_it_needs(self):
+        # The pattern of the standard (PEP 723), which knows no dots and no spaces at line ends.
+        block = re.search(
+            r'(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$', self.source)
+        self.assertEqual(block.group('type'), 'script')
+        self.assertEqual(block.group('content'),
+                         '# requires-python = ">=3.8"\n# dependencies = []\n')
+        self.assertLess(block.start(), self.source.index('"""'))
+
     def test_the_first_page_lists_the_rooms(self):
         contents = self.source.partition('\nRooms\n')[2].partition('\n"""')[0]
         listed = re.findall(r'([0-9]+) +(\S.*?)(?=  |\n|$)', contents)
