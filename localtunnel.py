@@ -355,6 +355,12 @@ def printable(text: str) -> str:
     return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
+def rfc3339(seconds: float) -> str:
+    """Return SECONDS, Unix time, as text for programs."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+
 def encode_reason(code: int, text: str) -> bytes:
     """Return the payload of RESET and GOAWAY."""
     return REASON_CODE.pack(code) + text.encode()[:MAX_TEXT]
@@ -9005,12 +9011,6 @@ def text_of(body: bytes, whole: bool) -> tuple[str, str]:
     return base64.b64encode(body).decode(), 'base64'
 
 
-def rfc3339(seconds: float) -> str:
-    """Return SECONDS, Unix time, as text."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
-
-
 # The messages inside a WebSocket, or a stream of events.
 
 class Reader:
@@ -11470,12 +11470,6 @@ def clock() -> str:
     return clock_at(int(time.time()))
 
 
-def timestamp() -> str:
-    """Return the time for programs: RFC 3339, to the millisecond, in UTC."""
-    now = datetime.datetime.now(datetime.timezone.utc)
-    return now.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
-
-
 def in_text(facts: Facts) -> str:
     """Return FACTS as they follow a sentence; those that are empty are left out."""
     shown = ((name, printable(str(value))) for name, value in facts.items() if value)
@@ -11662,7 +11656,7 @@ SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
 
 def event_line(event: str, **values: Any) -> str:
     """Return a line for scripts (--json)."""
-    return json.dumps({'event': event, 'time': timestamp(), **values})
+    return json.dumps({'event': event, 'time': rfc3339(time.time()), **values})
 
 
 class Terminal(ClientObserver):
@@ -11905,7 +11899,8 @@ class ServerLog(Observer):
 
     def _entry(self, text: str, event: str, facts: Facts) -> str:
         if self._json:
-            return json.dumps({'time': timestamp(), 'event': event, 'message': text, **facts})
+            return json.dumps(
+                {'time': rfc3339(time.time()), 'event': event, 'message': text, **facts})
         return at_words(f'{clock()} {text}' + in_text(facts), sys.stderr)
 
     def exchange(self, exchange: Record, seconds: float) -> None:
@@ -11914,7 +11909,7 @@ class ServerLog(Observer):
         if self._json:
             error = {'error': why} if why else {}
             self._lines.add(json.dumps({
-                'time': timestamp(), 'event': 'request', 'visitor': exchange.visitor,
+                'time': rfc3339(time.time()), 'event': 'request', 'visitor': exchange.visitor,
                 'method': exchange.method, 'host': host, 'path': path, 'status': exchange.status,
                 'ms': round(seconds * 1000, 1), 'bytes': exchange.size, **exchange.facts, **error}))
         else:
