@@ -6117,6 +6117,14 @@ def system_resolver() -> tuple[str, int] | None:
     return None
 
 
+def place_of_resolver(text: str) -> tuple[str, int]:
+    """ADDRESS or ADDRESS:PORT, of IPv6 in brackets where a port follows."""
+    host, port = (text, '53') if is_address(text) else text.rpartition(':')[::2]
+    if not is_address(host):
+        raise argparse.ArgumentTypeError(f'{text!r} is not an address, such as 9.9.9.9')
+    return host.strip('[]'), port_number(port)
+
+
 def read_records(packet: bytes, kind: int) -> list[bytes]:
     """The data of the records of KIND in PACKET, an answer.  Raises IndexError and struct.error."""
     _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
@@ -6130,6 +6138,17 @@ def read_records(packet: bytes, kind: int) -> list[bytes]:
         if this == kind and at <= len(packet):
             found.append(packet[at - size:at])
     return found
+
+
+def caa_terms(records: Iterable[bytes], name: str) -> tuple[str, list[str]]:
+    """(tag, values) of those of the CAA RECORDS that say who may issue for NAME (RFC 8659).
+
+    Without a value, anyone may.  Raises IndexError.
+    """
+    said = [(data[2:2 + data[1]].lower(), data[2 + data[1]:].decode('latin-1'))
+            for data in records]
+    tag = b'issuewild' if '*' in name and any(t == b'issuewild' for t, _ in said) else b'issue'
+    return tag.decode(), [value for this, value in said if this == tag]
 
 
 async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
@@ -7645,15 +7664,11 @@ class Keeper:
         while name and not records and not self._address:
             records = await self._ask_dns(name, TYPE_CAA)
             name = name if records else name.partition('.')[2]
-        said = [(data[2:2 + data[1]].lower(), data[2 + data[1]:].decode('latin-1'))
-                for data in records]
         for wanted in names:
-            tag = b'issuewild' if '*' in wanted and any(t == b'issuewild' for t, _ in said) else (
-                b'issue')
-            values = [value for this, value in said if this == tag]
+            tag, values = caa_terms(records, wanted)
             if values and not any(self._allows(value, authority, method) for value in values):
                 raise AcmeError(f'CAA records of {name} do not let {authority.url} issue for '
-                                f'{wanted} ({tag.decode()} {printable(", ".join(values))!r}); '
+                                f'{wanted} ({tag} {printable(", ".join(values))!r}); '
                                 'change them, or choose another --acme-directory')
 
     @staticmethod
@@ -7745,14 +7760,6 @@ class Keeper:
         with open(self._tls.path, encoding='ascii') as f:
             found = re.search(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())
         return ssl.PEM_cert_to_DER_cert(found.group() if found else '')
-
-
-def place_of_resolver(text: str) -> tuple[str, int]:
-    """ADDRESS or ADDRESS:PORT, of IPv6 in brackets where a port follows."""
-    host, port = (text, '53') if is_address(text) else text.rpartition(':')[::2]
-    if not is_address(host):
-        raise argparse.ArgumentTypeError(f'{text!r} is not an address, such as 9.9.9.9')
-    return host.strip('[]'), port_number(port)
 
 
 class Acme(Annex):
