@@ -9748,80 +9748,73 @@ INSPECTOR_PAGE = r'''<!doctype html>
 <title>localtunnel</title><link rel="icon" href="data:,">
 <style>
 :root { color-scheme: light dark; color: var(--text); background: var(--page);
-  font: clamp(14px, 12px + .15vw, 19px)/1.5 system-ui, sans-serif;
+  font: clamp(14px, 12px + .15vw, 19px)/1.5 system-ui, sans-serif; --edge: 1px solid var(--line);
   --page: light-dark(#fff, #14171c); --panel: light-dark(#f5f6f8, #1b1f26);
   --line: light-dark(#dfe3e8, #2e353f); --text: light-dark(#1c2128, #e4e8ee);
   --dim: light-dark(#5a6370, #9ba5b3); --link: light-dark(#0a5bd0, #74b4ff);
   --good: light-dark(#11703a, #58c886); --warn: light-dark(#8f5400, #e5ac50);
-  --bad: light-dark(#c0222b, #ff8080); --tint: light-dark(#e6effc, #1f2c40);
-  --edge: 1px solid var(--line); --mono: .9rem/1.5 ui-monospace, Menlo, Consolas, monospace; }
+  --bad: light-dark(#c0222b, #ff8080); --tint: light-dark(#e6effc, #1f2c40); }
 * { box-sizing: border-box; margin: 0; scrollbar-width: thin; min-width: 0; }
 body { height: 100dvh; display: grid; grid: auto minmax(0, 1fr) / 100%; }
-h1, h2, h3 { font-size: 1rem; } i { font-style: normal; }
-a, summary b { color: var(--link); text-decoration: none; }
+h1, h2, h3 { font-size: 1rem; } i { font-style: normal; } .wide { flex: 1; }
+a, summary { color: var(--link); text-decoration: none; }
+canvas { width: 11rem; image-rendering: pixelated; background: #fff; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: -1px; }
+[hidden], #toast:empty { display: none !important; } form, label { display: grid; gap: .4rem; }
 button, input, textarea { font: inherit; color: var(--text); background: var(--page);
   border: 1px solid var(--line); border-radius: .4em; padding: .2em .7em; }
-button { cursor: pointer; white-space: nowrap; }
-[hidden], #toast:empty { display: none !important; }
-button:hover, [aria-pressed=true] { background: var(--tint); border-color: var(--link); }
+button { cursor: pointer; white-space: nowrap; } button:hover { border-color: var(--link); }
 .main, .main:hover { background: var(--link); border-color: var(--link); color: var(--page); }
-pre, code, textarea, .mono, .tree, .row { font: var(--mono); }
+pre, code, textarea, .mono, .tree, .row { font: .9rem/1.5 ui-monospace, Menlo, monospace; }
 pre, td, .wrap, .tree { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.dim, td:first-child, label { color: var(--dim); } .wide { flex: 1; }
-.good { color: var(--good); } .warn { color: var(--warn); } .bad { color: var(--bad); }
+.dim, td:first-child, label { color: var(--dim); } .good { color: var(--good); }
+.warn { color: var(--warn); } .bad { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: center; position: relative; }
 .box { border: var(--edge); border-radius: .5em; padding: .6rem .9rem; }
-section .box { max-height: 75vh; overflow: auto; }
 header, nav > .bar { padding: .5rem 1rem; border-bottom: var(--edge); background: var(--panel); }
-#state::before { content: "\25cf  "; }
-figure { display: flex; gap: 1rem; height: 3rem; flex: 0 1 36rem; }
-#plot { flex: 1; height: 100%; border-bottom: var(--edge); }
-#rate { fill: var(--link); opacity: .35; } #errors { fill: var(--bad); }
-#median { stroke: var(--good); } #slowest { stroke: var(--warn); }
-#median, #slowest { stroke-width: 2; vector-effect: non-scaling-stroke; }
+#state::before { content: "\25cf  "; } figure { display: flex; gap: 1rem; flex: 0 1 36rem; }
+#plot { flex: 1; height: 3rem; border-bottom: var(--edge); stroke-width: 2; }
+#plot path { vector-effect: non-scaling-stroke; } #slowest { stroke: var(--warn); }
+#rate { fill: var(--link); opacity: .4; } #errors { fill: var(--bad); }
+#median { stroke: var(--good); } #more { position: absolute; top: calc(100% + .4rem); left: 40%; }
 #figures { display: grid; grid: auto auto / 8rem 8rem; align-content: center; font-size: .85rem; }
 main { display: grid; grid: minmax(0, 1fr) / minmax(24rem, 2fr) minmax(0, 3fr); }
 nav { display: grid; grid: auto minmax(0, 1fr) / 100%; border-right: var(--edge); }
-#more { position: absolute; top: calc(100% + .4rem); left: 50%; translate: -50%; z-index: 1; }
 #list { overflow: auto; list-style: none; padding: 0; container-type: inline-size; }
 .row { display: grid; grid-template-columns: 4.6em 1fr 3em 4.6em 4.8em 5.2em; gap: 0 .7em;
-  padding: .3rem 1rem; border: 0 solid transparent; border-width: 0 0 0 3px; color: inherit;
+  padding: .3rem 1rem; border: solid transparent; border-width: 0 0 0 3px; color: inherit;
   box-shadow: 0 -1px var(--line) inset; text-align: right; }
 .row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row > :is(b, bdi, small) { text-align: left; } .row small { grid-column: 2 / -1; }
 .row:hover { background: var(--panel); } .row:has(.bad) { border-color: var(--bad); }
 .row[aria-current] { background: var(--tint); border-color: var(--link); }
 @container (width < 34rem) { .row { grid-template-columns: 4.6em 1fr 1fr 1fr; }
-  .row bdi { grid-column: 2 / 4; } .row i { grid-area: 2 / 2; } .row i + i { grid-area: 2 / 3; }
-  .row i + i + i { grid-area: 2 / 4; } }
+  .row bdi { grid-column: 2 / 4; } .row > i { grid-area: 2 / 2; } .row > i + i { grid-area: 2 / 3; }
+  .row > i + i + i { grid-area: 2 / 4; } }
 article { overflow: auto; padding: 1rem 1.5rem 4rem; display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); align-content: start; }
-article > :not(section) { grid-column: 1 / -1; }
+article > :not(section) { grid-column: 1 / -1; } img { max-width: 100%; background: #fff; }
 section { display: grid; grid: auto / 100%; gap: .5rem; align-content: start; }
-.tree div div { padding-left: 1.2em; } img, iframe { max-width: 100%; border: 0; background: #fff; }
-table { border-collapse: collapse; width: 100%; table-layout: fixed; }
+section .box { max-height: 75vh; overflow: auto; } .tree div div { padding-left: 1.2em; }
+table { border-collapse: collapse; width: 100%; table-layout: fixed; } iframe { width: 100%; }
 td { padding: .1rem .8rem .1rem 0; vertical-align: top; } td:first-child { width: 30%; }
 .time { display: flex; height: .6rem; border-radius: .3rem; overflow: hidden; }
 .time i { background: var(--link); } .time i + i { background: var(--good); }
 dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; margin: auto;
-  background: var(--page); color: inherit; } form, label { display: grid; gap: .4rem; }
+  background: var(--page); color: inherit; }
 #toast { position: fixed; bottom: 1rem; left: 50%; translate: -50%; max-width: 92vw; z-index: 2;
   background: var(--text); color: var(--page); padding: .5rem 1rem; border-radius: .5em; }
-canvas { width: 11rem; border-radius: .5em; image-rendering: pixelated; }
 @media (width < 55rem) { figure { flex: 1 1 100%; } main { grid-template-columns: 100%; }
   .one nav, .many article { display: none; } .none main { grid-template-rows: auto 1fr; } }
 </style>
-
-<header class="bar"><h1 id="state" role="status"></h1>
-  <div class="bar wide"><a id="url" class="mono wrap" target="_blank" rel="noreferrer"></a>
+<header class="bar"><h1 id="state" role="status"></h1><div class="bar wide">
+    <a id="url" class="mono wrap" target="_blank" rel="noreferrer"></a>
     <button id="copy">Copy URL</button><span id="target" class="dim wrap"></span></div>
   <figure title="The last five minutes">
     <svg id="plot" viewBox="0 0 300 40" preserveAspectRatio="none" aria-hidden="true">
       <path id="rate"/><path id="errors"/><path id="slowest"/><path id="median"/></svg>
     <figcaption id="figures"></figcaption></figure></header>
-<main>
-  <nav aria-label="What has passed"><div class="bar">
+<main><nav aria-label="What has passed"><div class="bar">
       <input id="filter" type="search" class="wide" size="9" aria-label="Filter" spellcheck="false"
         placeholder="text  method:post  status:5xx  slow:&gt;500">
       <span id="count" class="dim" role="status"></span><a href="/api/har" download>HAR</a>
@@ -9837,7 +9830,6 @@ canvas { width: 11rem; border-radius: .5em; image-rendering: pixelated; }
   <p class="bar"><button class="main" value="send">Replay</button><button>Cancel</button></p>
 </form></dialog>
 <dialog id="help" aria-label="Keys" closedby="any"></dialog><div id="toast" role="status"></div>
-
 <script>
 'use strict';
 const KEPT = 500, MOST = 1000;  // exchanges in the list; lines or members that are laid out at once
@@ -9852,9 +9844,8 @@ const shown = text => String(text).replace(
 function make(spec, ...inside) {        // 'tag.class', and what it holds; objects are properties
   const [tag, ...classes] = spec.split('.'), node = document.createElement(tag);
   node.className = classes.join(' ');
-  for (const one of inside.flat())
-    if (typeof one === 'object' && !(one instanceof Node)) Object.assign(node, one);
-    else node.append(one instanceof Node ? one : shown(one));
+  for (const one of inside.flat()) typeof one === 'object' && !(one instanceof Node)
+    ? Object.assign(node, one) : node.append(one instanceof Node ? one : shown(one));
   return node;
 }
 const button = (text, onclick, spec = 'button') => make(spec, {onclick}, text);
@@ -9867,27 +9858,25 @@ const size = n => n.toLocaleString('en', {notation: 'compact', style: 'unit', un
 const tone = x => x.error || x.status >= 500 ? 'bad' : x.status >= 400 ? 'warn' : 'good';
 const HOPS = {app: 'your app', client: 'the client', relay: 'the server', '': 'the visitor'};
 
+
 async function call(path, method = 'GET', value) {
-  const answer = await fetch(`/api/${path}`, {method, body: value && json(value),
-    headers: {'Localtunnel-Inspector': '1'}});
+  const answer = await fetch(`/api/${path}`, {
+    method, body: value && json(value), headers: {'Localtunnel-Inspector': '1'}});
   const text = await answer.text(), result = text && JSON.parse(text);
   if (!answer.ok) throw Error(result.error);
   return result;
 }
-let fading;
 function say(text) {
-  $('#toast').textContent = shown(text);
-  clearTimeout(fading);
-  fading = setTimeout(say, 8000, '');
+  clearTimeout(say.timer);
+  [$('#toast').textContent, say.timer] = [shown(text), setTimeout(say, 8000, '')];
 }
 const copy = (text, what) => navigator.clipboard.writeText(text).then(
   () => say(`${what} copied`), e => say(`This browser did not let it be copied: ${e.message}`));
 
 // The list.  What arrives waits in `coming`, and enters unless that would move what one looks at.
 const list = new Map(), coming = new Map();     // by id: lines; exchanges
-let chosen = 0, open = null;    // the id in the address; what the API says of it
-let moved = -Infinity;          // when the pointer last moved over the list
-let due = 0, kept = 0;          // the timer of the next `settle`; how many the client has
+let chosen = 0, open = null;            // the id in the address; what the API says of it
+let due = 0, moved = -9999, kept = 0;   // the timer of `settle`; the pointer; what the client has
 const held = () => chosen || $('#list').scrollTop > 0 || performance.now() - moved < 2000;
 
 function put(x) {
@@ -9898,16 +9887,15 @@ function put(x) {
     make('i', size(x.response_bytes)), make('i', new Date(x.at).toLocaleTimeString('en-GB')),
     x.error ? make('small.bad', `${HOPS[x.failed]}: ${x.error}`) : null));
   list.get(x.id)?.remove();
-  let next = $('#list').firstChild;
-  while (next?.exchange.id > x.id) next = next.nextSibling;
-  $('#list').insertBefore(line, next);
   list.set(x.id, line);
+  const older = [...$('#list').children].find(one => one.exchange.id < x.id);
+  older ? older.before(line) : $('#list').append(line);
   if (x.id === chosen && open?.pending) choose();
 }
 function settle(all) {
   due = 0;
-  for (const x of coming.values())
-    if (all || list.has(x.id) || x.id === chosen || !held()) { coming.delete(x.id); put(x); }
+  for (const [id, x] of coming)
+    if (all || list.has(id) || id === chosen || !held()) { coming.delete(id); put(x); }
   for (let last; list.size > KEPT && (last = $('#list').lastChild); last.remove())
     list.delete(last.exchange.id);
   if (coming.size && !chosen && !$('#list').scrollTop) due = setTimeout(settle, 500);
@@ -9923,60 +9911,54 @@ function arrive(x) {
   if (coming.size > KEPT) coming.delete(coming.keys().next().value);
   due ||= setTimeout(settle, 100);
 }
-async function load(query) {    // all anew: ids begin again with each client
-  const {exchanges} = await call(`exchanges${query}`);
-  if (!events.url.endsWith(query)) return;      // more has been typed
-  list.clear();
-  coming.clear();
-  $('#list').replaceChildren();
-  exchanges.forEach(put);
-  choose();
-}
 let events;
 function listen() {
-  const query = `?q=${encodeURIComponent($('#filter').value)}`;
+  const query = `?q=${encodeURIComponent($('#filter').value)}`, load = async () => {
+    const {exchanges} = await call(`exchanges${query}`);
+    if (!events.url.endsWith(query)) return;            // more has been typed
+    for (const one of [list, coming]) one.clear();      // ids begin again with each client
+    $('#list').replaceChildren();
+    exchanges.forEach(put);
+    choose();
+  };
   events?.close();
   events = new EventSource(`/api/events${query}`);
   events.onmessage = e => arrive(JSON.parse(e.data));
-  events.onopen = () => load(query);
-  events.onerror = () => load(query).catch(e => say(e.message));      // of the filter
+  events.onopen = load;
+  events.onerror = () => load().catch(e => say(e.message));     // of the filter
 }
 
 // The plot of the pace, [second, requests, errors, median, slowest]: a bar for five seconds.
 function plot({pace, requests_per_second: now, median_ms: median}) {
-  const paths = {rate: '', errors: '', median: '', slowest: ''}, end = Date.now() / 1000;
-  const sum = (bar, column) => bar.reduce((all, second) => all + second[column], 0);
+  const column = (bar, i) => bar.map(second => second[i]), end = Date.now() / 1000;
+  const sum = (bar, i) => column(bar, i).reduce((a, b) => a + b, 0), errors = sum(pace, 2);
   const bars = Array.from({length: 60}, (_, i) => pace.filter(
     ([at]) => Math.floor((end - at) / 5) === 59 - i));
-  const most = Math.max(1, ...bars.map(bar => sum(bar, 1))), errors = sum(pace, 2);
-  const slowest = Math.max(1, ...pace.map(second => second[4]));
-  const dash = n => `${38 - 34 * Math.log1p(n) / Math.log1p(slowest)}h4`;
-  bars.forEach((bar, i) => {
-    if (!bar.length) return;
-    const middle = bar.map(second => second[3]).sort((a, b) => a - b)[bar.length >> 1];
-    paths.rate += `M${5 * i} 40v${-36 * sum(bar, 1) / most}h4V40`;
-    paths.errors += `M${5 * i} 40v${-36 * sum(bar, 2) / most}h4V40`;
-    paths.median += `M${5 * i} ${dash(middle)}`;
-    paths.slowest += `M${5 * i} ${dash(Math.max(...bar.map(second => second[4])))}`;
-  });
-  for (const id in paths) $(`#${id}`).setAttribute('d', paths[id]);
+  const most = Math.max(1, ...bars.map(bar => sum(bar, 1))), top = Math.max(1, ...column(pace, 4));
+  const dash = n => ` ${38 - 34 * Math.log1p(n) / Math.log1p(top)}h4`;
+  const draw = (id, shape) => $(id).setAttribute('d', bars.map(
+    (bar, i) => bar.length ? `M${5 * i}${shape(bar)}` : '').join(''));
+  draw('#rate', bar => ` 40v${-36 * sum(bar, 1) / most}h4V40`);
+  draw('#errors', bar => ` 40v${-36 * sum(bar, 2) / most}h4V40`);
+  draw('#median', bar => dash(column(bar, 3).sort((a, b) => a - b)[bar.length >> 1]));
+  draw('#slowest', bar => dash(Math.max(...column(bar, 4))));
   $('#figures').replaceChildren(make('span', `${now} requests/s`),
     make(errors ? 'span.bad' : 'span.dim', `${errors} failed`),
     make('span.good', `median ${ms(median ?? 0)}`),
-    make('span.warn', `slowest ${ms(pace.length && slowest)}`));
+    make('span.warn', `slowest ${ms(pace.length && top)}`));
 }
 
 // Bodies.
 const latin = data => Array.from(data, byte => String.fromCharCode(byte)).join('');
 const unlatin = text => Uint8Array.from(text, c => c.charCodeAt());
+const source = (type, data) => `data:${type};base64,${btoa(latin(data))}`;
 const field = (part, name) => part.headers.find(([n]) => n.toLowerCase() === name)?.[1] ?? '';
-
-function textOf(data, type) {   // undefined if it holds none; its last character may be cut
+function textOf(data, type) {   // null if it holds none; its last character may be cut
   const charset = type.match(/charset="?([\w-]+)/i)?.[1] ?? 'utf-8';
   try {
     const text = new TextDecoder(charset, {fatal: true}).decode(data, {stream: true});
-    return text.includes('\0') ? undefined : text;
-  } catch { }
+    return text.includes('\0') ? null : text;
+  } catch { return null; }
 }
 const two = n => n.toString(16).padStart(2, '0');
 const hex = data => Array.from({length: Math.min(MOST, Math.ceil(data.length / 16))}, (_, i) => {
@@ -10008,10 +9990,10 @@ const exact = (key, value, context) => typeof value === 'number' && context && J
   ? JSON.rawJSON(context.source) : value;       // 12345678901234567890 stays what it is
 function jsonTree(value, name, depth = 0) {
   const label = name === undefined ? [] : [make('b', name), ': '], all = Object.entries(value ?? 0);
-  if (Object(value) !== value || JSON.isRawJSON?.(value))
-    return make('div', label, make(`span.${value?.at ? 'good' : 'warn'}`, json(value)));
-  return fold([...label, Array.isArray(value) ? `[${all.length}]` : `{${all.length}}`],
-    all.map(([key, one]) => () => jsonTree(one, key, depth + 1)), depth < 3 && all.length < 50);
+  return Object(value) !== value || JSON.isRawJSON?.(value)
+    ? make('div', label, make(`span.${value?.at ? 'good' : 'warn'}`, json(value)))
+    : fold([...label, Array.isArray(value) ? `[${all.length}]` : `{${all.length}}`],
+      all.map(([key, one]) => () => jsonTree(one, key, depth + 1)), depth < 3 && all.length < 50);
 }
 function xmlTree(node, depth = 0) {
   if (node.nodeType !== 1) return make('div', node.nodeValue.trim());
@@ -10031,8 +10013,7 @@ function layOut(data, type) {
   const boundary = type.match(/^multipart\/.*boundary="?([^";]+)/i)?.[1];
   const text = textOf(data, type), [kind] = type.toLowerCase().split(/ *;/);
   if (boundary) return make('div', latin(data).split(`--${boundary}`).slice(1, -1).map(partOf));
-  if (kind.startsWith('image/'))
-    return make('img', {src: `data:${kind};base64,${btoa(latin(data))}`, alt: 'the image'});
+  if (/^image/.test(kind)) return make('img', {src: source(kind, data), alt: 'the image'});
   try {
     if (/json/.test(kind) || /^\s*[[{]/.test(text)) return jsonTree(JSON.parse(text, exact));
     if (/urlencoded/.test(kind)) return table([...new URLSearchParams(text)]);
@@ -10046,20 +10027,14 @@ async function message(title, part, note) {
   const type = field(part, 'content-type'), data = part.encoding === 'base64'
     ? unlatin(atob(part.body)) : new TextEncoder().encode(part.body);
   const [plain, coding] = await unpack(data, field(part, 'content-encoding').toLowerCase());
-  const ways = {'Laid out': layOut(plain, type), Raw: make('pre', textOf(data, type) ?? hex(data))};
-  if (/html/.test(type))
-    ways.Preview = make('iframe', {sandbox: '', srcdoc: textOf(plain, type) ?? '', title});
-  const body = make('div.box.tree', {tabIndex: 0});
-  const buttons = Object.keys(ways).map(way => button(way, () => {
-    body.replaceChildren(ways[way]);
-    for (const one of buttons) one.ariaPressed = one.textContent === way;
-  }));
-  buttons[0].click();
-  const save = button('Download', () => make('a', {href: URL.createObjectURL(new Blob([data])),
-    download: `body.${type.match(/\w+(?=;|$)/)?.[0] ?? 'bin'}`}).click());
   return make('section', make('h3', title),
     make('div.box', make('p.mono.wrap', part.line), table(part.headers)),
-    data.length ? [make('div.bar', buttons, save, make('span.dim', coding)), body] : null,
+    !data.length ? null : [make('div.box.tree', {tabIndex: 0}, layOut(plain, type)), make('div.bar',
+      make('a', {href: source('', data), download: type.replace(/.*\W(\w+)(;.*|$)/, 'body.$1')},
+        'Download'), make('span.dim', coding)),
+    fold('As it came', [() => make('pre.box', textOf(data, type) ?? hex(data))]),
+    /html/.test(type) ? fold('Preview', [() => make('iframe.box', {
+      sandbox: '', srcdoc: textOf(plain, type)})]) : null],
     part.truncated ? make('p.warn', note) : null,
     part.trailers.length ? make('div.box', 'Trailers', table(part.trailers)) : null);
 }
@@ -10072,9 +10047,10 @@ function facts(x) {
     : Object.entries(value).forEach(([key, inside]) => leaves(inside, `${path}.${key}`));
   new URLSearchParams(x.target.split('?')[1]).forEach((value, name) => add(value, `?${name}`));
   headers.forEach(([name, value]) => add(value, name.toLowerCase()));
-  if (/urlencoded/i.test(type))
-    new URLSearchParams(body).forEach((value, name) => add(value, `body.${name}`));
-  else try { leaves(JSON.parse(body), 'body'); } catch { add(body, 'body'); }
+  try {
+    leaves(/urlencoded/i.test(type) ? Object.fromEntries(new URLSearchParams(body))
+      : JSON.parse(body), 'body');
+  } catch { add(body, 'body'); }
   return all.set('status of the answer', String(x.status));
 }
 const route = x => x.method + x.target.split('?')[0].replace(/[0-9a-f-]{8,}|\d+/gi, '*');
@@ -10085,9 +10061,10 @@ async function differences(x) {
   if (!old.request) return null;
   const then = facts(old), now = facts(x), names = [...new Set([...then.keys(), ...now.keys()])]
     .filter(name => then.get(name) !== now.get(name));
-  return fold([make('b', `${names.length} differences`), ' from ', link(before), ' before it'],
-    [() => table(names.map(name => [name, make('span.bad', then.get(name) ?? ''),
-      make('span.good', now.get(name) ?? '')]))], names.length > 0);
+  const count = make('b', `${names.length} change${names.length === 1 ? '' : 's'}`);
+  return fold([count, ' since ', link(before)], [() => table(names.map(name => [name,
+    make('span.bad', then.get(name) ?? ''), make('span.good', now.get(name) ?? '')]))],
+    names.length > 0);
 }
 
 // One exchange.
@@ -10099,23 +10076,20 @@ async function choose() {
   if (!id) return welcome();
   try {
     const x = await call(`exchanges/${id}${secrets ? '?secrets=1' : ''}`);
-    const parts = await Promise.all([differences(x),
+    const parts = await Promise.all([...summary(x), differences(x),
       message('Request', x.request, 'Not all of it was kept; --inspect-body KIB keeps more.'),
       message('Response', x.response, 'Its first 64 KiB are kept.')]);
     if (id !== chosen) return;
     open = x;
-    $('article').replaceChildren(...[...summary(x), ...parts].filter(Boolean));
+    $('article').replaceChildren(...parts.filter(Boolean));
   } catch (e) { say(e.message); }
 }
 function summary(x) {
-  const {first_byte_ms: first, end_ms: end} = x.timing;
-  const bar = make('div.time', make('i'), make('i'));
-  bar.firstChild.style.flexGrow = first ?? end ?? 1;
-  bar.lastChild.style.flexGrow = first === null || end === null ? 0 : end - first;
+  const {first_byte_ms: first, end_ms: end} = x.timing, bar = (from, to) => make('i', {
+    style: `flex-grow: ${from === null || to === null ? 0 : to - from}`});
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
-      make('h2.mono.wide.wrap', `${x.method} ${x.target}`),
-      button('Close', () => location.hash = '')),
+      make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),
     make('p.dim', `#${x.id}, ${new Date(x.at).toLocaleString()}, from ${x.visitor}, ${
       size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
       x.replay_of ? [', a replay of ', link(x.replay_of)] : null),
@@ -10124,36 +10098,32 @@ function summary(x) {
       Object.keys(COPIES).map(name => button(`Copy as ${name}`, () => copyAs(name))),
       button(`${secrets ? 'Hide' : 'Show'} secrets`, () => { secrets = !secrets; choose(); })),
     x.signature && make('p.warn', x.signature),
-    make('div', bar, make('p.dim', first === null ? 'no answer' : `${ms(first)} until the app's ${
-      ''}first byte${end === null ? '; it goes on' : `, then ${ms(end - first)} for the body`}`)),
+    make('div', make('div.time', bar(0, first ?? 1), bar(first, end)), make('p.dim',
+      first === null ? 'no answer' : `${ms(first)} until the app's first byte`,
+      end === null ? ', and it goes on' : first && `, then ${ms(end - first)} for the body`)),
     x.messages && make('div.box.mono', `${x.message_counts[0]} messages from the visitor, ${
       x.message_counts[1]} from the app`, table(x.messages.map(
       one => [`${one.from} ${ms(one.ms)}`, one.text + (one.truncated ? '\u2026' : '')]))),
   ];
 }
 
-// Replay.
-async function replay(edited) {
-  try {
-    location.hash = `#${(await call(`exchanges/${open.id}/replay`, 'POST', edited)).id}`;
-  } catch (e) { say(e.message); }
-}
+// Replay.  What is masked goes back as it is, and the client knows what it stands for.
+const replay = edited => call(`exchanges/${open.id}/replay`, 'POST', edited).then(
+  ({id}) => location.hash = id, e => say(e.message));
 const asLines = fields => fields.map(one => one.join(': ')).join('\n');
 const asFields = text => text.split('\n').filter(Boolean).map(
   line => line.match(/^([^:]*):?\s*(.*)/).slice(1));
-async function edit() {
-  const {method, target, request} = await call(`exchanges/${open.id}?secrets=1`);
-  const {verb, path, headers, body, trailers} = $('form'), binary = request.encoding === 'base64';
+function edit() {
+  const {verb, path, headers, body, trailers} = $('form'), {method, target, request} = open;
+  const binary = request.encoding === 'base64';
   [verb.value, path.value, trailers.value] = [method, target, asLines(request.trailers)];
   headers.value = asLines(request.headers.filter(([name]) => !/^content-length$/i.test(name)));
   body.value = binary ? '' : request.body;
   body.placeholder = binary ? 'binary, and sent as it was unless you write something' : '';
-  $('#edit').returnValue = '';
   $('#edit').showModal();
-  $('#edit').onclose = () => $('#edit').returnValue && replay({
-    method: verb.value, target: path.value, headers: asFields(headers.value),
-    trailers: asFields(trailers.value), ...binary && !body.value
-      ? {body: request.body, encoding: 'base64'} : {body: body.value, encoding: 'utf-8'}});
+  $('form').onsubmit = e => e.submitter.value && replay({method: verb.value, target: path.value,
+    headers: asFields(headers.value), trailers: asFields(trailers.value),
+    ...binary && !body.value ? {} : {body: body.value}});
 }
 
 // Copies, to be pasted elsewhere: nothing in them ends its quotes.
@@ -10201,16 +10171,14 @@ function qr(text) {             // up to 106 bytes: version 1 to 5, level L, one
   const data = `0100${bits([bytes.length, ...bytes])}0000`.match(/.{8}/g).map(n => parseInt(n, 2));
   for (let i = 0; data.length < room; i++) data.push(i % 2 ? 0x11 : 0xec);
   const times = (a, b) => b && (b & 1) * a ^ times(a << 1 ^ (a > 127) * 0x11d, b >> 1);
-  let generator = [1];          // Reed and Solomon's, in the field of 256
+  let generator = [1], rest = [...data, ...Array(checks).fill(0)];     // Reed and Solomon's
   for (let i = 0, root = 1; i < checks; i++, root = times(root, 2))
     generator = [...generator, 0].map((n, j) => n ^ times(generator[j - 1] ?? 0, root));
-  const rest = [...data, ...Array(checks).fill(0)];
-  for (let i = 0; i < room; i++)
-    generator.reduce((factor, n, j) => (rest[i + j] ^= times(n, factor), factor), rest[i]);
+  for (const _ of data) rest = rest.map((n, j) => n ^ times(generator[j] ?? 0, rest[0])).slice(1);
   const rings = (x, y, colours) => {    // from the middle outwards
     for (let i = -4; i < 5; i++) for (let j = -4; j < 5; j++) {
       const colour = colours[Math.max(Math.abs(i), Math.abs(j))];
-      if (colour && grid[y + i] && grid[x + j]) grid[y + i][x + j] = +colour;
+      if (colour && grid[y + i] && grid[x + j]) grid[y + i][x + j] = Number(colour);
     }
   };
   for (const [x, y] of [[3, 3], [last - 3, 3], [3, last - 3]]) rings(x, y, '11010');
@@ -10220,34 +10188,29 @@ function qr(text) {             // up to 106 bytes: version 1 to 5, level L, one
     grid[i < 6 ? i : i < 8 ? i + 1 : last - 14 + i][8] =
       grid[8][i < 8 ? last - i : i < 9 ? 7 : 14 - i] = 0x77c4 >> i & 1;
   grid[last - 7][8] = 1;
-  const stream = [...bits([...data, ...rest.slice(room)])];
+  const stream = [...bits([...data, ...rest])];
   for (let right = last; right > 0; right -= right === 8 ? 3 : 2)
     for (let i = 0; i <= last; i++) for (const x of [right, right - 1]) {
-      const y = right + (right < 6) + 1 & 2 ? i : last - i;
+      const y = right + (right < 6) + 1 & 2 ? i : last - i;     // down, and up again
       grid[y][x] ??= stream.shift() ^ (x + y + 1) % 2;
     }
   const canvas = make('canvas', {width: last + 9, height: last + 9, role: 'img', ariaLabel: text});
-  const brush = canvas.getContext('2d');
-  for (let y = -4; y < last + 5; y++) for (let x = -4; x < last + 5; x++) {
-    brush.fillStyle = grid[y]?.[x] ? '#000' : '#fff';
-    brush.fillRect(x + 4, y + 4, 1, 1);
-  }
+  grid.forEach((line, y) => line.forEach(
+    (dark, x) => dark && canvas.getContext('2d').fillRect(x + 4, y + 4, 1, 1)));
   return canvas;
 }
 
 // Keys, and what is live.
 const KEYS = {
   j: ['next', () => step(1)], k: ['previous', () => step(-1)],
-  '/': ['filter', () => $('#filter').focus()],
   r: ['replay', () => open && replay()], e: ['edit and replay', () => open && edit()],
-  c: ['copy as curl', () => open && copyAs('curl')],
+  c: ['copy as curl', () => open && copyAs('curl')], '/': ['filter', () => $('#filter').focus()],
   '?': ['these keys', () => $('#help').showModal()], Escape: ['close', () => location.hash = ''],
 };
 function step(by) {
   const lines = [...$('#list').children], at = lines.indexOf(list.get(chosen)) + by;
   const row = lines[Math.min(Math.max(at, 0), lines.length - 1)]?.firstChild;
-  row?.click();
-  row?.focus();
+  for (const act of ['click', 'focus']) row?.[act]();
 }
 onkeydown = e => {
   if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEYS[e.key]) return;
@@ -10256,26 +10219,25 @@ onkeydown = e => {
   KEYS[e.key][1]();
 };
 async function look() {
-  let state = ['live', 'good'];
+  const state = $('#state'), url = $('#url');
   try {
-    const status = await call('status'), url = $('#url').textContent;
-    kept = status.kept;
+    const status = await call('status'), news = url.textContent !== status.url;
     $('#target').textContent = `\u2192 ${shown(status.target)}`;
-    $('#url').textContent = $('#url').href = status.url;
-    if (url !== status.url && !chosen) welcome();
+    [kept, url.textContent, url.href] = [status.kept, status.url, status.url];
+    if (news && !chosen) welcome();
     plot(status);
     if (events.readyState === EventSource.CLOSED) listen();
-  } catch { state = ['the client has ended', 'bad']; }
-  [$('#state').textContent, $('#state').className] = state;
+    [state.textContent, state.className] = ['live', 'good'];
+  } catch { [state.textContent, state.className] = ['the client has ended', 'bad']; }
 }
 onhashchange = choose;
+document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
 $('#help').append(table(Object.entries(KEYS).map(([key, [what]]) => [key, what])));
 $('#filter').oninput = listen;
 $('#more').onclick = () => { settle(true); $('#list').scrollTop = 0; };
 $('#copy').onclick = () => copy($('#url').textContent, 'URL');
 $('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEYS.Escape[1]);
 $('#list').onpointermove = () => moved = performance.now();
-document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
 setInterval(() => document.hidden || look(), 2000);
 listen();
 look();
