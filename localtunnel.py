@@ -11362,9 +11362,13 @@ def in_foreground(terminal: TextIO) -> bool:
         return True
 
 
+NARROWEST = 20                  # terminal for which lines are broken
+
+
 def columns() -> int:
     """Return how many characters a line of the terminal may have, now."""
-    return shutil.get_terminal_size().columns - 1       # the last would wrap some
+    said = shutil.get_terminal_size().columns       # 0 before 3.11, where the terminal says nothing
+    return max(said or 80, NARROWEST) - 1           # the last would wrap some
 
 
 def change_line(text: str, colour: str = '33') -> bool:
@@ -12552,7 +12556,6 @@ class Beside:
         await first_of(client.welcomed.wait(), self._signalled.wait())
         if self._signal:
             return SIGNALLED + self._signal
-        import shutil
         program, *words = self._words
         try:
             self._process = await asyncio.create_subprocess_exec(

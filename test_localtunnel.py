@@ -7641,6 +7641,14 @@ class ScreenTest(unittest.TestCase):
         self.assertEqual(' '.join(' '.join(broken).split()), long + command)
         self.assertEqual(lt.at_words(long * 9, io.StringIO()), long * 9)
 
+    def test_a_terminal_that_knows_no_width_or_has_hardly_any_gets_lines_too(self):
+        self.terminal(columns=0)
+        for said, most in ((0, 80), (1, 20)):
+            with self.subTest(said), unittest.mock.patch.object(
+                    shutil, 'get_terminal_size', lambda said=said: os.terminal_size((said, 0))):
+                lines = lt.at_words('long words ' * 30, sys.stdout).splitlines()
+                self.assertTrue(most - 11 <= max(map(len, lines)) < most)
+
     def test_other_lines_come_above_the_one_that_changes(self):
         writer, stream = lt.Writer(), io.StringIO()
         writer.change(stream, 'wait')
