@@ -11371,7 +11371,10 @@ def columns() -> int:
     return max(said or 80, NARROWEST) - 1           # the last would wrap some
 
 
-def change_line(text: str, colour: str = '33') -> bool:
+WAITING = '33'                  # the colour of what is not there yet
+
+
+def change_line(text: str, colour: str = WAITING) -> bool:
     """Let TEXT stand below all that is written, until it changes; '' takes it away.
 
     Returns False if it belongs into a line of its own, since stderr can't show it, or others write
@@ -11617,8 +11620,38 @@ def open_in_browser(url: str) -> None:
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
+class Crowd:
+    """Lets MOST lines through in so many SECONDS, and counts the others."""
+
+    def __init__(self, most: int, seconds: float) -> None:
+        self._most, self._seconds = most, seconds
+        self._until = -NEVER        # when the next ones are let through
+        self._came = 0              # until then
+
+    def lets(self, now: float) -> bool:
+        """Return True if there is room for one more line."""
+        if now >= self._until and not self.held:
+            self._until, self._came = now + self._seconds, 0
+        self._came += 1
+        return self._came <= self._most
+
+    @property
+    def held(self) -> int:
+        """How many are held back."""
+        return max(0, self._came - self._most)
+
+    def missing(self, now: float) -> int:
+        """Return how many were held back, once it is time to tell of them; then they are told."""
+        missing = self.held if now >= self._until else 0
+        if missing:
+            self._until, self._came = -NEVER, 0
+        return missing
+
+
 STATUS_COLOURS = {'g': '35', '1': '36', '2': '32', '3': '36', '4': '33', '5': '31'}
 TOO_SLOW = 5.0                  # seconds in red
+MOST_ROWS = 20                  # lines for requests in a second: nobody reads more
+TIMES = 100                     # of the latest requests, for the median
 PATHS = 16, 40                  # characters of a path at least, and to where they are aligned
 
 # What stands behind the server's address, by where that was taken from.
@@ -11657,7 +11690,10 @@ class Terminal(ClientObserver):
         self._reads_keys = False
         self._errors = 0
         self._since = 0.0           # when the tunnel was up for the first time; 0 before
-        self._lost: tuple[float, str] | None = None     # since when, and why, if it is
+        # Since when the server is lost, if it is; why, and when it is tried again.
+        self._lost: tuple[float, str, float] | None = None
+        self._crowd = Crowd(MOST_ROWS, 1.0)
+        self._times: collections.deque[float] = collections.deque(maxlen=TIMES)
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         self._event(event, message=text, **facts)
@@ -11743,13 +11779,19 @@ class Terminal(ClientObserver):
                 **({'inspector': about['inspector']} if 'inspector' in about else {})}
 
     def lost(self, why: str, seconds: float) -> None:
-        why_before = self._lost[1] if self._lost else ''
-        self._lost = self._lost[0] if self._lost else time.monotonic(), why
+        why_before, now = self._lost[1] if self._lost else '', time.monotonic()
+        self._lost = self._lost[0] if self._lost else now, why, now + seconds
         if why != why_before:
             self._event('lost', reason=why, retry=round(seconds, 1))
-        when = f'in {seconds:.0f} s' if seconds >= 1 else 'now'
-        if not change_line(f'{why}; trying again {when}') and why != why_before:
+        if not change_line(self.waits(now)) and why != why_before:
             say(self._paint('33', why, sys.stderr) + '; trying again')
+
+    def waits(self, now: float) -> str:
+        """Return what it waits for, and for how long; '' where it does not."""
+        if not self._lost:
+            return ''
+        _, why, again = self._lost
+        return f'{why}; trying again ' + (f'in {again - now:.0f} s' if again - now >= 1 else 'now')
 
     def _found(self) -> float:
         """Forget that the server was lost; return for how many seconds it was."""
@@ -11779,6 +11821,9 @@ class Terminal(ClientObserver):
                         target=exchange.target, status=status, ms=round(seconds * 1000, 1),
                         bytes=exchange.size, **extra)
         elif not self._quiet:
+            self._times.append(seconds)
+            if self._tty and status < 500 and not self._crowd.lets(time.monotonic()):
+                return
             colour = ''
             if seconds >= SLOW and status != 101 and exchange.method != 'TCP':      # meant to last
                 colour = '31' if seconds >= TOO_SLOW else '33'
@@ -11809,9 +11854,21 @@ class Terminal(ClientObserver):
             self._lines.add(textwrap.fill(printable(why), columns(), initial_indent=' ' * 14,
                                           subsequent_indent=' ' * 14))
 
+    def thinned(self, now: float) -> None:
+        """Say how many requests had no line, if it is time to."""
+        missing = self._crowd.missing(now)
+        if missing:
+            self._lines.add(self._paint('2', f'... {missing:,} more'))
+
+    @property
+    def median(self) -> float:
+        """How long a request takes, of late, in seconds."""
+        return sorted(self._times)[len(self._times) // 2] if self._times else 0.0
+
     def ended(self, requests: int, received: int, sent: int) -> None:
         """The client has ended: sum up, where a person reads it."""
         change_line('')
+        self.thinned(NEVER)
         if self._tty and self._since and not (self._json or self._quiet):
             took = duration(time.monotonic() - self._since)
             self._lines.add(at_words(
@@ -11834,6 +11891,58 @@ class Terminal(ClientObserver):
             self._lines.add(event_line(event, **values))
 
 
+def progress(record: Record) -> str:
+    """Return how far the body of RECORD has come that is on its way; '' where there is none."""
+    if isinstance(record, Exchange):
+        for body in (record.answer, record.body):
+            if isinstance(body, Body) and body.taken and not body.finished:
+                done, whole = body.taken, body.taken + body.left
+                if type(body) is not Body or whole == NEVER:
+                    return f'#{record.number} {in_bytes(done)}'
+                bar = '#' * int(10 * done / whole)
+                return f'#{record.number} [{bar:.<10}] {done / whole:.0%} of {in_bytes(int(whole))}'
+    return ''
+
+
+PULSE_OVER = 5.0                # seconds over which its rates are taken
+
+
+class Pulse:
+    """The line that changes: how busy the tunnel is, and how far what takes long has come."""
+
+    def __init__(self, app: App, client: Client, terminal: Terminal) -> None:
+        self._app, self._client, self._terminal = app, client, terminal
+        # Of late: when, and how many requests, bytes in and bytes out there had been by then.
+        self._past: collections.deque[tuple[float, int, int, int]] = collections.deque()
+        app.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Show how it goes now."""
+        past = self._past
+        past.append((now, self._app.exchanges, *self._client.carried))
+        while now - past[0][0] > PULSE_OVER:
+            past.popleft()
+        self._terminal.thinned(now)
+        waits = self._terminal.waits(now)
+        change_line(waits or self._busy(now), WAITING if waits else '2')
+
+    def _busy(self, now: float) -> str:
+        then, *before = self._past[0]
+        seconds, open_now = max(now - then, SWEEP), self._app.under_way
+        requests, received, sent = ((there - was) / seconds
+                                    for was, there in zip(before, self._past[-1][1:]))
+        if not (requests or open_now):
+            return ''
+        slow = [progress(record) for record in open_now if now - record.began > SLOW]
+        return ', '.join((f'{requests:.1f} requests/s', f'{len(open_now)} open',
+                          f'{in_bytes(int(received))}/s in', f'{in_bytes(int(sent))}/s out',
+                          f'median {duration(self._terminal.median)}', *filter(None, slow)))
+
+    def close(self) -> None:
+        """Show nothing more."""
+        self._app.runtime.swept.discard(self)
+
+
 REFUSALS, REFUSALS_WITHIN = 10, 10.0    # lines about refused clients in seconds
 
 
@@ -11848,20 +11957,19 @@ class ServerLog(Observer):
         self._lines = Lines(sys.stderr, later, lambda count: self._entry(
             dropped_lines(count), 'dropped', {'lines': count} if as_json else {}))
         self.frame = self._lines.frame
-        self._refused = 0           # clients, since lines about them are counted
+        self._crowd = Crowd(REFUSALS, REFUSALS_WITHIN)      # of clients that are refused
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
-        if event == 'refused':      # they may come by the thousand a second
-            self._refused += 1
-            if self._refused == 1:
+        now = time.monotonic()
+        if event == 'refused' and not self._crowd.lets(now):    # they may come by the thousand
+            if self._crowd.held == 1:
                 self._later(REFUSALS_WITHIN, self._tell_refused)
-            if self._refused > REFUSALS:
-                return
+            return
         self._lines.add(self._entry(text, event, facts))
 
-    def _tell_refused(self) -> None:
-        more, self._refused = self._refused - REFUSALS, 0
-        if more > 0:
+    def _tell_refused(self, now: float = NEVER) -> None:
+        more = self._crowd.missing(now)
+        if more:
             self.note(f'... and {more:,} more refused', event='more_refused',
                       **({'count': more} if self._json else {}))
 
@@ -12627,6 +12735,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
     keys = terminal.listen(runtime, stop.set)
+    pulse = None if args.json or args.quiet else Pulse(app, client, terminal)
     probe = [] if args.release else [runtime.spawn(app.look())]
     try:
         code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
@@ -12639,6 +12748,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         app.close()
         if server:
             await server.stop()
+        if pulse:
+            pulse.close()
         if keys:
             keys.close()        # only now: a second Ctrl-C is not echoed either
         terminal.ended(app.exchanges, *client.carried)

@@ -7506,6 +7506,22 @@ class LineForPeopleTest(unittest.TestCase):
             self.assertTrue(text.endswith(lt.cut_in_middle(text, room)[-3:]))
 
 
+class CrowdTest(unittest.TestCase):
+
+    def test_what_is_too_much_for_a_second_is_counted_and_told_after_it(self):
+        crowd = lt.Crowd(2, 1.0)
+        self.assertEqual([crowd.lets(5.0) for _ in range(5)], [True, True, False, False, False])
+        self.assertEqual((crowd.held, crowd.missing(5.9)), (3, 0))
+        self.assertFalse(crowd.lets(6.0))       # first it has to be told
+        self.assertEqual((crowd.missing(6.0), crowd.missing(6.0)), (4, 0))
+        self.assertEqual([crowd.lets(6.1) for _ in range(3)], [True, True, False])
+
+    def test_few_are_let_through_at_any_time(self):
+        crowd = lt.Crowd(2, 1.0)
+        self.assertTrue(all(crowd.lets(now) for now in (0.0, 0.5, 1.0, 1.5, 9.0)))
+        self.assertEqual(crowd.missing(20.0), 0)
+
+
 class Screen(io.StringIO):
     """A terminal in memory."""
 
@@ -7547,6 +7563,50 @@ class ScreenTest(unittest.TestCase):
             self.assertEqual(len({line.find('pending') for line in lines[:3:2]}), 1)
             self.assertTrue(lines[5].endswith('  4.0s      0B'), lines)
             self.assertIn('...', lines[5][30:])
+
+    def test_under_load_lines_are_thinned_but_not_those_of_failures(self):
+        terminal = self.terminal()
+        for number in range(1, lt.MOST_ROWS + 31):
+            terminal.exchange(self.record(number), 0.01)
+        terminal.exchange(self.record(99, status=502, why='no app'), 0.01)
+        terminal.thinned(lt.NEVER)
+        lines = self.shown(terminal).splitlines()
+        self.assertEqual(len(lines), lt.MOST_ROWS + 3)
+        self.assertEqual([line.split()[1] for line in lines[-3:]], ['#99', 'app', '30'])
+
+    def pulse(self, records, exchanges=(0, 20), carried=((0, 0), (4000, 10 ** 7)), lost=''):
+        """What stands at the bottom, after 4 seconds."""
+        app = unittest.mock.Mock(under_way={record: True for record in records})
+        client, said = unittest.mock.Mock(), []
+        terminal = self.terminal()
+        terminal.exchange(self.record(), 0.012)
+        if lost:
+            terminal.lost(lost, 9.0)
+        pulse = lt.Pulse(app, client, terminal)
+        with unittest.mock.patch.object(lt, 'change_line', lambda *what: said.append(what)):
+            for now, count, bytes_ in zip((10.0, 14.0), exchanges, carried):
+                app.exchanges, client.carried = count, bytes_
+                pulse.sweep(time.monotonic() if lost else now, False)
+        pulse.close()
+        return said[-1]
+
+    def test_the_line_below_tells_of_rates_and_of_how_far_transfers_have_come(self):
+        self.assertEqual(self.pulse([])[0],
+                         '5.0 requests/s, 0 open, 1.0kB/s in, 2.5MB/s out, median 12ms')
+        stream = unittest.mock.Mock(read_nowait=lambda left: b'x' * 300)
+        near = unittest.mock.Mock(runtime=unittest.mock.Mock(now=lambda: 0.0))
+        for length, shown in ((1000, '#7 [###.......] 30% of 1.0kB'), (lt.UNTIL_CLOSE, '#7 300B')):
+            with unittest.mock.patch.object(lt, 'whole_body', lambda body: None):
+                exchange = lt.Exchange(near, lt.parse_request(
+                    b'GET /big HTTP/1.1\r\nHost: a\r\n\r\n'), 7)
+            exchange.answer = lt.body_reader(stream, length)
+            exchange.answer.take()
+            self.assertTrue(self.pulse([exchange])[0].endswith(', ' + shown))
+
+    def test_the_line_below_is_empty_while_nothing_passes_and_tells_what_is_waited_for(self):
+        self.assertEqual(self.pulse([], exchanges=(3, 3))[0], '')
+        self.assertEqual(self.pulse([], lost='it broke'),
+                         ('it broke; trying again in 9 s', lt.WAITING))
 
     def test_what_takes_long_is_coloured_and_an_upgrade_is_not(self):
         for seconds, status, code in ((0.9, 200, ''), (1, 200, '33'), (5, 404, '31'), (9, 101, '')):
