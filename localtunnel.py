@@ -11621,7 +11621,7 @@ def open_in_browser(url: str) -> None:
 
 
 class Crowd:
-    """Lets MOST lines through in so many SECONDS, and counts the others."""
+    """Lets MOST lines through within SECONDS, and counts the others."""
 
     def __init__(self, most: int, seconds: float) -> None:
         self._most, self._seconds = most, seconds
