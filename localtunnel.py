@@ -10086,7 +10086,7 @@ async function choose() {
 }
 function summary(x) {
   const {first_byte_ms: first, end_ms: end} = x.timing, bar = (from, to) => make('i', {
-    style: `flex-grow: ${from === null || to === null ? 0 : to - from}`});
+    style: `flex-grow: ${from === null || to === null ? 0 : 1e6 * (to - from)}`});
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
       make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),

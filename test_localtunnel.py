@@ -9321,7 +9321,7 @@ class Browser:
     """Chromium without a window, spoken to over its DevTools pipe."""
 
     FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--remote-debugging-pipe',
-             '--no-first-run',
+             '--no-first-run', '--disable-lcd-text',
              '--disable-background-networking', '--disable-component-update', '--disable-sync',
              '--no-proxy-server')
 
@@ -9454,6 +9454,7 @@ class Hooks(http.server.ThreadingHTTPServer):
 
     def __init__(self):
         self.got = got = queue.Queue()
+        self.statuses = statuses = {}       # by path
 
         class Handler(http.server.BaseHTTPRequestHandler):
             protocol_version, wbufsize = 'HTTP/1.1', 65536      # an answer is one write
@@ -9463,7 +9464,8 @@ class Hooks(http.server.ThreadingHTTPServer):
                 if self.path != '/favicon.ico':
                     got.put((self.command, self.path, self.headers, body))
                 answer = b'{"ok": true}'
-                self.send_response(int((re.findall('status=([0-9]+)', self.path) or [200])[0]))
+                wanted = re.findall('status=([0-9]+)', self.path)
+                self.send_response(int(wanted[0]) if wanted else statuses.get(self.path, 200))
                 self.send_header('Content-Type', 'application/json')
                 self.send_header('Content-Length', str(len(answer)))
                 self.end_headers()
@@ -12530,10 +12532,39 @@ def bench():
         Bench(stack).run()
 
 
+def picture():
+    """Make README's picture of the inspector."""
+    hook = {'type': 'charge.succeeded', 'data': {'object': {'amount': 2000, 'currency': 'eur'}}}
+    page = InspectorPageTest('open')
+    InspectorPageTest.setUpClass()
+    try:
+        page.app.statuses['/missing'] = 404
+        for path in ('/', '/style.css', '/logo.svg', '/api/cart', '/missing'):
+            page.visit(path)
+        for page.app.statuses['/hooks/payment'], amount in ((200, 2000), (500, 4500)):
+            hook['data']['object']['amount'] = amount
+            signed = f't={int(time.time())},v1={hashlib.sha256(b"%d" % amount).hexdigest()[:24]}'
+            last = page.visit('/hooks/payment', 'POST', json.dumps(hook), Stripe_Signature=signed,
+                              Content_Type='application/json', User_Agent='Stripe/1.0')
+        tab = page.open(f'#{last}')
+        tab.call('Emulation.setDeviceMetricsOverride', width=1240, height=590, mobile=False,
+                 deviceScaleFactor=1)
+        tab.shows('since')
+        tab.until('document.querySelector("#rate").getAttribute("d")')
+        image = base64.b64decode(tab.call('Page.captureScreenshot')['data'])
+        with open(os.path.join(os.path.dirname(SCRIPT), '.github', 'inspector.png'), 'wb') as f:
+            f.write(image)
+    finally:
+        page.doCleanups()
+        InspectorPageTest.doClassCleanups()
+
+
 def main():
     """The tests, or what the first word says."""
     if sys.argv[1:] == ['bench']:
         bench()
+    elif sys.argv[1:] == ['picture']:
+        picture()
     elif sys.argv[1:2] == ['bench-load']:
         port, host, visitors, close = sys.argv[2:]
         asyncio.run(Load.drive(int(port), host, int(visitors), bool(close)))
