@@ -66,10 +66,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import asyncio.sslproto
+import atexit
 import base64
 import bisect
 import codecs
 import collections
+import concurrent.futures
 import contextlib
 import copy
 import datetime
@@ -103,11 +105,16 @@ import threading
 import time
 import types
 import urllib.parse
+import warnings
+import weakref
 import zlib
 from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator, Iterable,
                     Iterator, List, NoReturn, Optional, Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
+
+# What other programs use, see Python; the rest may change from one version to the next.
+__all__ = 'tunnel', 'LocaltunnelError', 'UsageError', 'Refused', '__version__'
 
 # The address that a server writes here when it hands this file out; empty in the original.
 STAMPED_SERVER = ''
@@ -11428,11 +11435,14 @@ def print_line(text: str) -> None:
         os._exit(1)
 
 
+LOG = logging.getLogger('localtunnel')      # warnings; and in a program all that users would read
+
+
 class Complaints(logging.Handler):
-    """Passes on what asyncio has to say; by itself asyncio would wait for the reader."""
+    """Writes what is logged here, and by asyncio, which by itself would wait for the reader."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(self.format(record))
+        say(f'{record.levelname.lower()}: {self.format(record)}')
 
 
 @functools.lru_cache(maxsize=1)
@@ -11482,6 +11492,12 @@ def cut_in_middle(text: str, room: int) -> str:
 def counted(number: int, what: str) -> str:
     """Return NUMBER and WHAT, with an s where there is not one."""
     return f'{number:,} {what}' + ('s' if number != 1 else '')
+
+
+def is_public(url: str) -> bool:
+    """Return True unless URL names this machine, or nothing."""
+    host, colon, port = url.partition('://')[2].partition('/')[0].rpartition(':')
+    return url != '' and not is_loopback(host or port)
 
 
 class Lines:
@@ -11709,8 +11725,7 @@ class Terminal(ClientObserver):
         self._first()
         self._found()
         self._url, self._since = url, time.monotonic()
-        host = url.partition('://')[2].partition('/')[0].rpartition(':')
-        self._about['public'] &= not is_loopback(host[0] or host[2])
+        self._about['public'] &= is_public(url)
         if self._json:
             return self._event('open', url=url, user=user, **self._about,
                                round_trip_ms=round(round_trip * 1e3, 1))
@@ -12114,6 +12129,9 @@ class Parser(argparse.ArgumentParser):
         if words[end:] == ['--']:
             raise UsageError('what follows -- is a command to run beside the tunnel; name one')
         args = super().parse_args(words[:end])
+        for name, value in vars(args).items():
+            if value == '' or (isinstance(value, list) and '' in value):
+                raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
         args.after = tuple(words[end + 1:])
         return args
 
@@ -12263,7 +12281,7 @@ def load_key(warn: Callable[[str], None]) -> bytes:
 @functools.lru_cache(maxsize=None)
 def warn_once(text: str) -> None:
     """Warn once about something that is looked at again and again."""
-    say(f'warning: {text}')
+    LOG.warning(text)
 
 
 class KnownServer:
@@ -12323,7 +12341,7 @@ def keep_server(server: KnownServer) -> None:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(config_path('tokens.json'))
         except OSError as e:
-            say(f"warning: can't write {path} ({e.strerror}), so the server is not remembered")
+            LOG.warning("can't write %s (%s), so the server is not remembered", path, e.strerror)
 
 
 def token_of_environment(address: ServerAddress) -> str:
@@ -12333,17 +12351,16 @@ def token_of_environment(address: ServerAddress) -> str:
             and (not meant or str(ServerAddress(meant)) != str(address))):
         what = f'{address}, which LOCALTUNNEL_SERVER does not name'
         if address.scheme == 'http':
-            say(f'warning: LOCALTUNNEL_TOKEN is not sent in clear to {what}; set it, or give '
-                '--token')
+            LOG.warning('LOCALTUNNEL_TOKEN is not sent in clear to %s; set it, or give --token',
+                        what)
             return ''
-        say(f'warning: LOCALTUNNEL_TOKEN goes to {what}')
+        LOG.warning('LOCALTUNNEL_TOKEN goes to %s', what)
     return token
 
 
 def ask(prompt: str) -> str:
     """Return what the user types, without an echo; '' without a terminal, or if it is nothing."""
     import getpass
-    import warnings
     with warnings.catch_warnings():
         warnings.simplefilter('error', getpass.GetPassWarning)      # it would be seen
         try:
@@ -12381,8 +12398,6 @@ def known_server(args: Args) -> KnownServer | None:
 
     Raises UsageError.
     """
-    if args.server == '':
-        raise UsageError('the server is empty; give a URL')
     if args.join and (args.server or args.token or args.pin):
         raise UsageError('a code has server, token and pin in it, so --join goes with none of '
                          '--server, --token and --pin')
@@ -12470,6 +12485,23 @@ def find_target(args: Args) -> Target:
     return next((target for target in targets if target), None) or parse_target(args.target)
 
 
+def check_client_options(args: Args, target: Target, known: KnownServer | None) -> None:
+    """Raise UsageError or Refused for options that make no sense; warn of what is not safe."""
+    if args.release and not (args.name and known):
+        raise UsageError('--release needs --name, and a server to give the name back to')
+    if args.release and args.after:
+        raise UsageError('--release opens no tunnel, so it runs no command beside it')
+    if target.kind != 'http' and not known:
+        raise UsageError('--tcp needs a server; give one with --server')
+    if args.name:
+        check_name(args.name)
+    if any(':' not in user for user in args.auth):
+        raise UsageError('--auth takes USER:PASSWORD')
+    if known and known.address.scheme == 'http' and not is_loopback(known.address.site):
+        LOG.warning('the connection to %s is not encrypted: anyone on the path can read '
+                    'everything, even your token and the proof of your name', known.address)
+
+
 def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver) -> App:
     """The app at TARGET, for a client of SERVER."""
@@ -12495,68 +12527,314 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
 # ------------------------------------------------------------------------------------------------
 # 38. Python
 #
-# A tunnel inside another program.
+# A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
+# whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
+# prints nothing, and leaves signals alone; the logger "localtunnel" has what a user would read.
 # ------------------------------------------------------------------------------------------------
+
+# No keywords: these are about what is printed, or open no tunnel.
+NOT_FOR_PROGRAMS = {'help', 'json', 'quiet', 'verbose', 'release'}
+
+
+def client_args(target: object, options: dict[str, object]) -> Args:
+    """What the command line would make of TARGET and of OPTIONS, each by its name there.
+
+    Raises TypeError for a name that is not known, and UsageError.
+    """
+    parser = make_parser()
+    known = {action.dest: action for action in parser.commands['client']._actions
+             if action.option_strings and action.dest not in NOT_FOR_PROGRAMS}
+    words: list[str] = []
+    for name, value in options.items():
+        if name not in known:
+            close = spelled(name, [*known, *NOT_FOR_PROGRAMS], lambda text: None)
+            raise TypeError(f'tunnel() has no option {name!r}'
+                            + (f'; did you mean {close!r}?' if close != name else ''))
+        word = known[name].option_strings[0]
+        if known[name].nargs == 0:
+            words += [word] if value else []
+        elif value is not None:
+            values = value if isinstance(value, (list, tuple)) else [value]
+            words += [f'{word}={one}' for one in values]
+    return parser.parse_args(['client', *words, str(target)])
+
+
+def complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+    """Log what asyncio has to say of a tunnel's LOOP."""
+    LOG.error(context['message'], exc_info=context.get('exception'))
+
+
+class Life(ClientObserver):
+    """A tunnel from its start to its end, and the thread in which it runs."""
+
+    def __init__(self, args: Args, target: Target,
+                 on_state: Callable[[str], object] | None) -> None:
+        self._args, self._target, self._on_state = args, target, on_state
+        self.url = ''               # once there is one
+        self.state = 'new'          # then "starting", "connected" and "lost", "ended"
+        self.error: LocaltunnelError | None = None      # what ended it, unless it was closed
+        self.exchanges: Sequence[Any] = ()
+        # Done when the tunnel is there, or can't be; and when it has ended.
+        self.begun: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.over: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.thread = threading.Thread(target=self._run, name='localtunnel', daemon=True)
+
+    def __repr__(self) -> str:
+        why = f': {self.error}' if self.error else ''
+        url = f'{self.url} -> ' if self.url else 'to '
+        return f'<tunnel {url}{self._target.text}, {self.state}{why}>'
+
+    def start(self) -> None:
+        """Begin.  Raises UsageError."""
+        self._known = known_server(self._args)
+        check_client_options(self._args, self._target, self._known)
+        self._key = load_key(LOG.warning)
+        for future in (self.begun, self.over):
+            future.set_running_or_notify_cancel()       # who waits in a loop can't cancel it
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_exception_handler(complain)
+        self._stop = self._loop.create_future()
+        self.state = 'starting'
+        atexit.register(self.forgotten, LINGER)     # or visitors would wait for its return
+        self.thread.start()
+
+    def end(self) -> bool:
+        """Ask it to end, from any thread; return True if it can be waited for.
+
+        Nothing is to end before the start, after the end, and in a fork of the process.
+        """
+        if not self.thread.is_alive():
+            return False
+        with contextlib.suppress(RuntimeError):         # it is ending by itself
+            self._loop.call_soon_threadsafe(self._stop.cancel)
+        return self.thread is not threading.current_thread()
+
+    def forgotten(self, patience: float = 0.0) -> None:
+        """End it, as nobody can close it any more; wait for that as long as PATIENCE."""
+        if self.state != 'ended' and self.end():
+            warnings.warn(f'unclosed {self!r}', ResourceWarning, stacklevel=2)
+            self.thread.join(patience)
+
+    def check(self) -> None:
+        """Raise what ended it, if anything did."""
+        if self.state == 'new':
+            raise LocaltunnelError('the tunnel has not been started; call start()')
+        if self.error is not None:
+            raise self.error.again()
+
+    # In its thread.
+
+    def _run(self) -> None:
+        try:
+            self._loop.run_until_complete(self._serve(self._known))
+        except LocaltunnelError as e:
+            self.error = e.again()
+            LOG.error('the tunnel has ended: %s', e)
+        except Exception as e:      # a fault of ours
+            self.error = LocaltunnelError(f'the tunnel broke: {e!r}')
+            LOG.exception('the tunnel broke')
+        finally:
+            self._loop.close()
+            atexit.unregister(self.forgotten)
+            self._become('ended')
+            for future in (self.begun, self.over):
+                if not future.done():
+                    future.set_result(None)
+
+    async def _serve(self, known: KnownServer | None) -> None:
+        """Be a tunnel until it is to end.  Raises what ends it before."""
+        args, server = self._args, None
+        async with contextlib.AsyncExitStack() as stack:
+            runtime = Runtime(self._loop)
+            stack.push_async_callback(runtime.close)
+            if known is None:
+                server, known = await start_local_server(runtime, self._target)
+                stack.push_async_callback(server.stop)
+            app = make_app(runtime, args, self._target, known, self)
+            stack.callback(app.close)
+            self.exchanges = app.seen
+            if server:
+                server.pages.error = app.error_page
+            for annex in ANNEXES if getattr(args, 'inspect', None) else ():
+                await annex.beside(args, app)       # else nobody asked for a page
+            client = make_client(app, args, known, self._key)
+            client.once = True
+            stack.push_async_callback(client.stop)
+            with contextlib.suppress(asyncio.CancelledError):       # of _stop
+                await first_of(client.run(), self._stop, self._begin(client))
+
+    async def _begin(self, client: Client) -> None:
+        """Once CLIENT is welcome, say so, and let it reconnect from now on."""
+        await client.welcomed.wait()
+        client.once = self._args.once
+        self.begun.set_result(None)
+        await self._loop.create_future()
+
+    def _become(self, state: str) -> None:
+        if state != self.state:
+            self.state = state
+            try:
+                if self._on_state:
+                    self._on_state(state)
+            except Exception:       # it is not ours, and must harm nothing
+                LOG.exception('on_state failed')
+
+    # What a client tells.
+
+    def ready(self, url: str, user: str, round_trip: float) -> None:
+        self.url = url
+        LOG.info('%s -> %s', url, self._target.text)
+        if self._known and self._args.join:
+            keep_server(self._known)
+        self._become('connected')
+
+    def lost(self, why: str, seconds: float) -> None:
+        LOG.log(logging.WARNING if self.state == 'connected' else logging.DEBUG,
+                '%s; trying again in %.1f s', why, seconds)
+        self._become('lost')
+
+    def back(self) -> None:
+        LOG.info('connected again')
+        self._become('connected')
+
+    def note(self, text: str, event: str = 'note', **facts: str) -> None:
+        LOG.info('%s%s', text, in_text(facts))
+
+    def hint(self, text: str) -> None:
+        LOG.warning('hint: %s', text)
+
+    def watched(self, url: str) -> None:
+        LOG.info('what passes can be seen at %s', url)
+
 
 class tunnel:
     """A tunnel inside a program: `with tunnel(8000) as t: print(t.url)`, or `async with`.
 
-    TARGET, `server`, `name`, `token` are as on the command line; without a server the URL works on
-    this machine only.  Raises LocaltunnelError, with the sentence of the command line.
+    Without `with` there are start() and close(), or `await t` and aclose().  OPTIONS are those of
+    the command line, such as server='t.example.com', auth=['ann:secret'], share=True; what it would
+    refuse is a LocaltunnelError with the same sentence.  A tunnel that ended may be started again.
+
+    ON_STATE is called with "connected", "lost" and "ended", ON_EXCHANGE with each exchange that
+    has ended, both in the tunnel's own thread.
     """
 
-    def __init__(self, target: int | str, server: str | None = None,
-                 name: str | None = None, token: str | None = None) -> None:
-        self.url = ''
-        self._args = make_parser().parse_args(['client', '--', str(target)])
-        self._target = find_target(self._args)
-        if name is not None:
-            check_name(name)
-        self._args.name, self._args.once = name, True
-        self._args.server, self._args.token = server, token
+    def __init__(self, target: int | str | os.PathLike[str], *,
+                 on_exchange: Callable[[Any], object] | None = None,
+                 on_state: Callable[[str], object] | None = None, **options: object) -> None:
+        if not LOG.handlers:
+            LOG.addHandler(logging.NullHandler())
+        args = client_args(target, options)
+        args.on_exchange = on_exchange
+        self._make = functools.partial(Life, args, find_target(args), on_state)
+        self._life = self._make()
+        self._watch: weakref.finalize[Any, tunnel] | None = None
 
-    async def __aenter__(self) -> tunnel:
-        target, known, server = self._target, known_server(self._args), None
-        async with contextlib.AsyncExitStack() as stack:
-            runtime = Runtime(asyncio.get_running_loop())
-            stack.push_async_callback(runtime.close)
-            if known is None:
-                server, known = await start_local_server(runtime, target)
-                stack.push_async_callback(server.stop)
-            app = make_app(runtime, self._args, target, known, ClientObserver())
-            stack.callback(app.close)
-            if server:
-                server.pages.error = app.error_page
-            client = make_client(app, self._args, known, load_key(say))
-            stack.push_async_callback(client.stop)
-            running = asyncio.ensure_future(client.run())
-            stack.push_async_callback(end_task, running)
-            await first_of(asyncio.shield(running), client.welcomed.wait())
-            self.url, client.once = client.url, False      # from now on it reconnects
-            self._stack = stack.pop_all()
+    def __repr__(self) -> str:
+        return repr(self._life)
+
+    @property
+    def url(self) -> str:
+        """Where visitors come; '' before the start."""
+        return self._life.url
+
+    @property
+    def public(self) -> bool:
+        """True if the URL leads here from other machines."""
+        return is_public(self.url)
+
+    @property
+    def connected(self) -> bool:
+        """True while visitors can come."""
+        return self._life.state == 'connected'
+
+    @property
+    def error(self) -> LocaltunnelError | None:
+        """What ended it; None while it runs, and if it was closed."""
+        return self._life.error
+
+    @property
+    def exchanges(self) -> Sequence[Any]:
+        """The latest of what has passed, the newest last."""
+        return self._life.exchanges
+
+    def _begin(self) -> Life:
+        if self._life.state == 'ended':
+            self._life = self._make()
+        life = self._life
+        if life.state == 'new':
+            life.start()
+            if self._watch:
+                self._watch.detach()
+            self._watch = weakref.finalize(self, life.forgotten)
+            self._watch.atexit = False
+        return life
+
+    # In any thread.
+
+    def start(self) -> tunnel:
+        """Open the tunnel, if it is not open; return it once visitors can come."""
+        life = self._begin()
+        try:
+            life.begun.result()
+            life.check()
+        except BaseException:
+            self.close()
+            raise
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        await self._stack.aclose()
+    def close(self) -> None:
+        """End it, if it runs, and wait until open requests have finished."""
+        if self._life.end():
+            self._life.thread.join()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it has ended, at most TIMEOUT seconds; return whether it has.
+
+        Raises what ended it, unless it was closed.
+        """
+        self._life.check()
+        concurrent.futures.wait([self._life.over], timeout)
+        self._life.check()
+        return self._life.over.done()
 
     def __enter__(self) -> tunnel:
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
-        self._thread.start()
+        return self.start()
+
+    def __exit__(self, kind: object, *rest: object) -> None:
+        self.close()
+        if kind is None:
+            self._life.check()
+
+    # In a running loop, which goes on meanwhile.
+
+    def __await__(self) -> Generator[Any, None, tunnel]:
+        return self.__aenter__().__await__()
+
+    async def aclose(self) -> None:
+        """As close does."""
+        if self._life.end():
+            await asyncio.wrap_future(self._life.over)
+
+    async def ended(self) -> None:
+        """As wait does."""
+        self._life.check()
+        await asyncio.wrap_future(self._life.over)
+        self._life.check()
+
+    async def __aenter__(self) -> tunnel:
+        life = self._begin()
         try:
-            return asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+            await asyncio.wrap_future(life.begun)
+            life.check()
         except BaseException:
-            self._end_thread()
+            await self.aclose()
             raise
+        return self
 
-    def __exit__(self, *exc: object) -> None:
-        asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
-        self._end_thread()
-
-    def _end_thread(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-        self._loop.close()
+    async def __aexit__(self, kind: object, *rest: object) -> None:
+        await self.aclose()
+        if kind is None:
+            self._life.check()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12690,25 +12968,11 @@ class Beside:
                 await self._process.wait()
 
 
-def check_client_options(args: Args, target: Target, known: KnownServer | None) -> None:
-    """Raise UsageError or Refused for options that make no sense."""
-    if args.release and not (args.name and known):
-        raise UsageError('--release needs --name, and a server to give the name back to')
-    if args.release and args.after:
-        raise UsageError('--release opens no tunnel, so it runs no command beside it')
-    if target.kind != 'http' and not known:
-        raise UsageError('--tcp needs a server; give one with --server')
-    if args.name:
-        check_name(args.name)
-    if any(':' not in user for user in args.auth):
-        raise UsageError('--auth takes USER:PASSWORD')
-
-
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
     beside = Beside(runtime, args.after)
-    key = load_key(lambda text: say('warning: ' + text))
+    key = load_key(LOG.warning)
     server = None
     if known is None:
         server, known = await start_local_server(runtime, target)
@@ -12718,9 +12982,6 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
             '(the server prints it)')
         say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
             '(where visitors can reach it)')
-    elif known.address.scheme == 'http' and not is_loopback(known.address.site):
-        say(f'warning: the connection to {known.address} is not encrypted: anyone on the path can '
-            'read everything, even your token and the proof of your name')
 
     frames = Lines(sys.stderr, runtime.loop.call_later)
     terminal = Terminal(
@@ -12906,9 +13167,6 @@ def command(words: Sequence[str]) -> int:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
         args = parser.parse_args(words)
-        for name, value in vars(args).items():
-            if value == '' or (isinstance(value, list) and '' in value):
-                raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
         args.say = print_line
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
@@ -12931,6 +13189,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):
             stream.reconfigure(errors='backslashreplace')
+    LOG.handlers = [Complaints()]
     code = command(list(sys.argv[1:] if argv is None else argv))
     if not finish_writing():
         os._exit(code)      # Python would try again, wait for the reader, and end with 120

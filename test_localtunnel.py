@@ -45,7 +45,7 @@ Contents
    35 Terminal                what a person sees
    36 Options                 what can be typed
    37 Wiring                  the key; which server, which token (in Command line)
-   38 Python                  a tunnel inside another program (in Command line)
+   38 Python                  a tunnel inside another program, and its options as keywords
    39 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
@@ -7937,7 +7937,8 @@ class KnownServerTest(FolderTest):
                 ('https://a.example', 'http://a.example', '', 1),
                 ('a.example', 'https://a.example', 'T', 0), ('b.example', 'a.example', 'T', 1)):
             os.environ['LOCALTUNNEL_SERVER'] = meant
-            with self.subTest((meant, server)), unittest.mock.patch.object(lt, 'say') as say:
+            with self.subTest((meant, server)), \
+                    unittest.mock.patch.object(lt.LOG, 'warning') as say:
                 self.assertEqual(self.known('--server', server).token, token)
                 self.assertEqual(say.call_count, warnings)
                 self.assertEqual(self.known('--server', server, '--token', 'mine').token, 'mine')
@@ -7960,7 +7961,7 @@ class KnownServerTest(FolderTest):
                      server % '{"token": {}}', server % '{"token": "b c"}', server % '{"pin": "x"}',
                      server % '{"ca": 5}', server % '{"more": ""}',
                      '{"last": "a", "tokens": {"a": {}}}', '{"last": "a", "tokens": {"a": "b c"}}'):
-            with self.subTest(str(text)[:40]), unittest.mock.patch.object(lt, 'say') as say:
+            with self.subTest(str(text)[:40]), unittest.mock.patch.object(lt.LOG, 'warning') as say:
                 if text is not None:
                     self.write(os.path.relpath(self.kept(), self.folder), text)
                     os.chmod(self.kept(), 0o600)
@@ -7977,7 +7978,7 @@ class KnownServerTest(FolderTest):
         self.keep('--server', 'a.example')
         self.assertEqual(os.stat(self.kept()).st_mode & 0o777, 0o600)
         os.chmod(self.kept(), 0o644)
-        with unittest.mock.patch.object(lt, 'say') as say:
+        with unittest.mock.patch.object(lt.LOG, 'warning') as say:
             for _ in range(2):
                 self.assertEqual(self.known().source, 'remembered')
         self.assertEqual(say.call_count, 1)
@@ -7985,7 +7986,7 @@ class KnownServerTest(FolderTest):
 
     def test_where_it_can_not_be_kept_there_is_a_warning(self):
         self.write('config', 'this is no folder')
-        with unittest.mock.patch.object(lt, 'say') as say:
+        with unittest.mock.patch.object(lt.LOG, 'warning') as say:
             self.keep('--server', 'a.example')
         self.assertIn('is not remembered', say.call_args[0][0])
 
@@ -8017,7 +8018,167 @@ class KnownServerTest(FolderTest):
 # 38. Python
 # ------------------------------------------------------------------------------------------------
 
-# See the last room.
+class TunnelTest(FolderTest, WorldTest):
+    """A tunnel of this process, by a relay of this process; each lives in a thread of its own."""
+
+    async def ready(self):
+        await self.world()
+        self.states, self.threads = [], threading.active_count()
+
+    async def nothing_is_left(self):
+        await eventually(lambda: threading.active_count() == self.threads, 'a thread is left')
+        await super().nothing_is_left()
+
+    def tunnel(self, target='echo', **options):
+        return lt.tunnel(target, **{'server': f'localhost:{self.port}', **options},
+                         on_state=self.states.append)
+
+    async def test_it_is_opened_and_closed_as_often_as_one_likes(self):
+        t = self.tunnel()
+        self.assertEqual((t.url, t.connected, len(t.exchanges)), ('', False, 0))
+        await t.aclose()
+        for _ in range(2):
+            self.assertIs(await t, t)
+            self.assertIs(await t, t)
+            self.assertEqual((t.connected, t.public, t.error), (True, False, None))
+            self.assertEqual((await self.visit(t.url[7:]))[0], 200)
+            await t.aclose()
+            await t.aclose()
+            await t.ended()
+            self.assertEqual((t.connected, t.error, t.exchanges[-1].status), (False, None, 200))
+        self.assertEqual(self.states, ['connected', 'ended'] * 2)
+
+    async def test_what_it_is_can_be_read(self):
+        t = self.tunnel(name='demo')
+        self.assertEqual(repr(t), '<tunnel to echo, new>')
+        async with t:
+            self.assertEqual(repr(t), f'<tunnel {t.url} -> echo, connected>')
+        self.assertEqual(repr(t), f'<tunnel {t.url} -> echo, ended>')
+
+    async def test_one_that_dies_says_so_wherever_somebody_waits(self):
+        t = await self.tunnel()
+        with self.assertRaisesRegex(lt.Refused, 'over there'):
+            async with t:
+                self.server.tunnels.end(t.url[7:].partition('.')[0], 'over there')
+                with self.assertRaisesRegex(lt.Refused, 'over there'):
+                    await t.ended()
+        with self.assertRaisesRegex(lt.Refused, 'over there'):
+            t.wait()
+        self.assertRegex(repr(t), 'ended: .*over there')
+        t.close()
+        self.assertEqual((str(t.error), self.states), ('over there', ['connected', 'ended']))
+        with self.assertRaises(ZeroDivisionError):      # what the block raises comes first
+            async with t:
+                self.server.tunnels.end(t.url[7:].partition('.')[0], 'over there')
+                raise ZeroDivisionError
+
+    async def test_it_comes_back_unless_it_shall_not(self):
+        with self.assertLogs('localtunnel', 'INFO') as logs:
+            async with self.tunnel() as t:
+                for member in self.server.tunnels.members():
+                    member.session.connection.abort()
+                await eventually(lambda: self.states == ['connected', 'lost', 'connected'])
+        self.assertEqual([(r.levelname, r.getMessage().partition(';')[0]) for r in logs.records], [
+            ('INFO', f'{t.url} -> echo'), ('WARNING', 'the connection to the server broke'),
+            ('INFO', 'connected again')])
+        t = await self.tunnel(once=True)
+        for member in self.server.tunnels.members():
+            member.session.connection.abort()
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'broke'):
+            await t.ended()
+
+    async def test_before_its_start_nobody_waits_for_its_end(self):
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'has not been started'):
+            self.tunnel().wait()
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'has not been started'):
+            await self.tunnel().ended()
+
+    async def test_who_no_longer_waits_for_the_start_gets_no_tunnel(self):
+        async def silent(reader, writer):
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+        _, port = await self.serves(silent)
+        t = self.tunnel(server=f'localhost:{port}')
+        with self.assertRaises(asyncio.TimeoutError):
+            await asyncio.wait_for(t.__aenter__(), 0.05)
+        self.assertEqual((t.connected, self.states), (False, ['ended']))
+
+    async def test_what_its_functions_raise_is_logged_and_harms_nothing(self):
+        def fail(what):
+            raise ZeroDivisionError
+        with self.assertLogs('localtunnel', 'ERROR') as logs:
+            async with lt.tunnel('echo', server=f'localhost:{self.port}', on_state=fail,
+                                 on_exchange=fail) as t:
+                self.assertEqual((await self.visit(t.url[7:]))[0], 200)
+                await eventually(lambda: len(logs.records) == 2)
+        self.assertEqual([record.getMessage() for record in logs.records],
+                         ['on_state failed', 'on_exchange failed', 'on_state failed'])
+
+    async def test_one_that_is_forgotten_ends_with_a_warning(self):
+        t = await self.tunnel()
+        with self.assertWarnsRegex(ResourceWarning, 'unclosed <tunnel .* connected>'):
+            del t
+            gc.collect()
+        await eventually(lambda: self.states == ['connected', 'ended'])
+
+    async def test_only_what_a_code_brings_is_remembered(self):
+        async with self.tunnel():
+            self.assertEqual(lt.kept_servers()['last'], '')
+        code = lt.make_code(lt.ServerAddress(f'http://localhost:{self.port}'), 'T')
+        async with self.tunnel(server=None, join=code):
+            self.assertEqual(lt.kept_servers()['last'], f'http://localhost:{self.port}')
+
+    async def test_several_tunnels_live_side_by_side(self):
+        async with self.tunnel(name='a') as a, self.tunnel(name='b', auth='ann:x') as b:
+            self.assertEqual((await self.visit(a.url[7:]))[0], 200)
+            self.assertEqual((await self.visit(b.url[7:]))[0], 401)
+
+
+class KeywordTest(unittest.TestCase):
+    """Options of the command line as keywords."""
+
+    def test_each_value_is_what_it_is_on_the_command_line(self):
+        for options, words in (
+                ({}, []), ({'name': None, 'share': False}, []), ({'share': True}, ['--share']),
+                ({'auth': 'a:-b'}, ['--auth=a:-b']),
+                ({'auth': ['a:b', 'c:d']}, ['--auth', 'a:b', '--auth', 'c:d']),
+                ({'allow': (ipaddress.ip_network('10.0.0.0/8'), '::1')},
+                 ['--allow', '10.0.0.0/8', '--allow', '::1']),
+                ({'timeout': 2.5, 'tcp_port': 7, 'tcp': 1}, ['--timeout', '2.5', '--tcp-port', '7',
+                                                             '--tcp'])):
+            with self.subTest(options):
+                self.assertEqual(lt.client_args(8000, options),
+                                 lt.make_parser().parse_args(['client', '8000', *words]))
+
+    def test_each_option_is_a_keyword_but_those_that_print_or_open_nothing(self):
+        actions = lt.make_parser().commands['client']._actions
+        for dest in {action.dest for action in actions} - {'target'}:
+            with self.subTest(dest):
+                if dest in lt.NOT_FOR_PROGRAMS:
+                    self.assertRaises(TypeError, lt.client_args, 1, {dest: None})
+                else:
+                    lt.client_args(1, {dest: None})
+
+    def test_a_word_that_is_none_is_answered_with_the_nearest(self):
+        with self.assertRaisesRegex(TypeError, "no option 'nmae'; did you mean 'name'"):
+            lt.tunnel(8000, nmae='x')
+        with self.assertRaisesRegex(TypeError, "no option 'json'$"):
+            lt.tunnel(8000, json=True)
+
+    def test_what_the_command_line_refuses_is_refused_in_the_same_words(self):
+        for target, options, text in (
+                (1, {'allow': 'x'}, "--allow: invalid network value: 'x'"),
+                (1, {'timeout': '-1'}, '--timeout: .* not a number'),
+                (1, {'name': ''}, 'name is empty'), (1, {'auth': ['']}, 'auth is empty'),
+                ('', {}, 'target is empty'), ('--json', {}, 'TARGET is missing'),
+                (1, {'tcp': True}, '--tcp needs a server'), (1, {'auth': 'x'}, 'USER:PASSWORD'),
+                (1, {'local': True, 'server': 'x'}, '--local stays')):
+            with self.subTest(text), self.assertRaisesRegex(lt.UsageError, text):
+                lt.tunnel(target, **{'local': True, **options}).start()
+
+    def test_all_that_is_offered_is_there(self):
+        self.assertTrue(all(hasattr(lt, name) for name in lt.__all__))
 
 
 # ------------------------------------------------------------------------------------------------
