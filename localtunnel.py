@@ -4391,6 +4391,7 @@ class Tls:
         self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
         # From when, until when (in Unix seconds) and for which names it holds, where that is known.
         self.validity: tuple[float, float, list[str]] | None = None
+        self.kept = False       # True where somebody renews it, and tells what is wrong with it
 
     def shows(self, host: str) -> bool:
         """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
@@ -4732,7 +4733,7 @@ class Server:
             self.tunnels.bars.check_visitor(name if parent == self.domain else '', visitor.address)
         tls = self.tls
         if (visitor.scheme == 'http' and tls is not None and request.target != b'*'
-                and self.domain in (parent, host) and tls.shows(host)):
+                and self.domain in (parent, host.strip('[]')) and tls.shows(host)):
             where = (f'https://{authority("https", host, tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
@@ -4872,7 +4873,7 @@ class Server:
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
         host_name = self.domain if self.tunnels.only else f'{name}.{self.domain}'
-        if self.tls and not self.tls.shows(host_name):
+        if self.tls and not visitor.trusted and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
         return visitor.url_of(host_name, host)
 
@@ -5861,8 +5862,8 @@ def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None
         return None
     return (ssl.cert_time_to_seconds(facts['notBefore']),
             ssl.cert_time_to_seconds(facts['notAfter']),
-            [name.lower() for kind, name in facts.get('subjectAltName', ())
-             if kind in ('DNS', 'IP Address')])
+            [name.lower() if kind == 'DNS' else str(ipaddress.ip_address(name.strip()))
+             for kind, name in facts.get('subjectAltName', ()) if kind in ('DNS', 'IP Address')])
 
 
 class Annex:
@@ -6048,20 +6049,26 @@ class NameServer:
         self.zone = zone
         self._runtime = runtime
         self._left, self._at = DNS_BURST, runtime.now()     # answers, and when they were counted
-        self._open: list[Any] = []                          # transports and servers, to be closed
+        self._open: dict[str, list[Any]] = {}               # what listens, by host
         self._serving: set[asyncio.Task[Any]] = set()       # who came over TCP
 
     async def listen(self, host: str, port: int) -> None:
         """Answer at PORT of HOST, beside a predecessor where the system can.  Raises OSError."""
+        if host in self._open:
+            return
         beside = hasattr(socket, 'SO_REUSEPORT') or None
-        self._open.append(await asyncio.start_server(self._serve, host, port, reuse_port=beside))
         transport, _ = await self._runtime.loop.create_datagram_endpoint(
             lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
-        self._open.append(transport)
+        try:
+            self._open[host] = [transport, await asyncio.start_server(
+                self._serve, host, port, reuse_port=beside)]
+        except OSError:
+            transport.close()
+            raise
 
     async def close(self) -> None:
         """Answer nobody any more."""
-        for one in self._open:
+        for one in itertools.chain(*self._open.values()):
             one.close()
         for task in tuple(self._serving):
             await end_task(task)
@@ -6118,7 +6125,7 @@ def system_resolver() -> tuple[str, int] | None:
     """Whom this system asks, where it has such a file."""
     with contextlib.suppress(OSError), open('/etc/resolv.conf', encoding='ascii',
                                             errors='replace') as f:
-        match = re.search(r'(?m)^nameserver\s+([0-9A-Fa-f.:]+)', f.read())
+        match = re.search(r'(?m)^nameserver\s+(\S+)', f.read())
         if match:
             return match.group(1), 53
     return None
@@ -7120,15 +7127,16 @@ class Certificates(Annex):
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
-# requests for certificates are made by the openssl program.
+# requests for certificates are made by the openssl program; no key is ever among its arguments.
+# What an authority answers is not trusted further than its certificate.
 # ------------------------------------------------------------------------------------------------
 
 # The openssl program: keys, signatures, requests for certificates.
 
-OPENSSL_PATIENCE = 20.0         # seconds; a key of this kind takes milliseconds
-
-
-NOT_PROVED = 'not proved'       # the code of an AcmeError where a proof was not accepted
+OPENSSL_PATIENCE = 20.0         # seconds; what is asked here takes it milliseconds
+CURVE = '-pkeyopt', 'ec_paramgen_curve:P-256'
+# The whole of its configuration: the system's may be missing, and old ones know no -addext.
+REQUEST = '[req]\ndistinguished_name=none\nreq_extensions=more\n[none]\n[more]\nsubjectAltName='
 
 
 class AcmeError(LocaltunnelError):
@@ -7137,6 +7145,9 @@ class AcmeError(LocaltunnelError):
     def __init__(self, text: str, code: str = '', wait: float = 0.0) -> None:
         super().__init__(text)
         self.code, self.wait = code, wait
+
+
+NOT_PROVED = 'not proved'       # the code of an AcmeError where a proof was not accepted
 
 
 async def openssl(*words: str, given: bytes = b'') -> bytes:
@@ -7157,22 +7168,28 @@ async def openssl(*words: str, given: bytes = b'') -> bytes:
             process.kill()
             await process.wait()
     if process.returncode:
-        why = (said.decode(errors='replace').strip().splitlines() or ['no reason'])[-1]
-        raise AcmeError(f'openssl {words[0]} failed: {printable(why)}')
+        why = (said.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
+        raise AcmeError(f'openssl {words[0]} failed: {why}')
     return made
 
 
-async def make_private_key(path: str) -> None:
-    """Write a new P-256 key to PATH, for this user alone."""
-    write_secret(path, await openssl('genpkey', '-algorithm', 'EC', '-pkeyopt',
-                                     'ec_paramgen_curve:P-256'))
+async def make_request(path: str, names: Sequence[str]) -> tuple[bytes, bytes]:
+    """A new P-256 key (PEM), and a request (DER) for a certificate of it for NAMES, without a CN.
 
-
-async def make_request(key: str, names: Sequence[str]) -> bytes:
-    """A request (DER) for a certificate of the key in the file KEY for NAMES, without a CN."""
+    The key is in PATH meanwhile, for this user alone.  Raises AcmeError and OSError.
+    """
     said = ','.join(f'{"IP" if is_address(name) else "DNS"}:{name}' for name in names)
-    return await openssl('req', '-new', '-key', key, '-subj', '/', '-addext',
-                         f'subjectAltName={said}', '-outform', 'DER')
+    try:
+        write_secret(f'{path}.cnf', f'{REQUEST}{said}\n'.encode())
+        write_secret(path, b'')
+        request = await openssl('req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj', '/',
+                                '-config', f'{path}.cnf', '-keyout', path, '-outform', 'DER')
+        with open(path, 'rb') as f:
+            return f.read(), request
+    finally:
+        for made in path, f'{path}.cnf':
+            with contextlib.suppress(OSError):
+                os.unlink(made)
 
 
 def raw_signature(der: bytes) -> bytes:
@@ -7185,6 +7202,10 @@ def raw_signature(der: bytes) -> bytes:
 def base64url(data: bytes) -> str:
     """DATA as JOSE and ACME write it (RFC 7515 2)."""
     return base64.urlsafe_b64encode(data).rstrip(b'=').decode()
+
+
+def base64json(value: Any) -> str:
+    return base64url(json.dumps(value).encode())
 
 
 def renewal_id(der: bytes) -> str:
@@ -7208,58 +7229,61 @@ ACME_PATIENCE = 30.0            # seconds for each of its answers
 ACME_LARGEST = 1 * MIB          # of an answer
 NONCE_TRIES = 5                 # a nonce may have been used up, or too old
 POLL_FIRST, POLL_MOST = 0.5, 30.0       # seconds between looks at an order
-ORDER_PATIENCE = 600.0          # seconds until an order, or a proof, is decided
+LONGEST_WAIT = 7 * DAY          # that it may ask for: no limit of Let's Encrypt takes longer
 
 
 async def _fetch(runtime: Runtime, place: tuple[str, int], tls: ssl.SSLContext | None, host: str,
-                 head: str, method: bytes, body: bytes) -> tuple[Response, bytes]:
+                 message: str) -> tuple[Response, bytes]:
     _, connection = await runtime.loop.create_connection(
         lambda: Connection(runtime), *place, ssl=tls, server_hostname=host if tls else None)
     try:
-        await connection.write(head.encode() + b'\r\n' + body)
+        await connection.write(message.encode())
         response = await read_final(connection, None, ACME_PATIENCE)
         connection.timeout = ACME_PATIENCE
         return response, await read_whole(
-            body_reader(connection, response.body_length(method)), ACME_LARGEST)
+            body_reader(connection, response.body_length(b'GET')), ACME_LARGEST)
     finally:
         connection.abort()
 
 
-async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, *, to: str = '',
-                method: bytes = b'GET', body: bytes = b'',
-                form: str = '') -> tuple[Response, bytes]:
-    """What URL answers, and its body; TO is dialled instead of its host.  Raises AcmeError."""
+async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str = '',
+                form: str = '', to: str = '') -> tuple[Response, bytes]:
+    """What URL answers, and its body; a BODY of type FORM is posted.  TO is dialled for its host.
+
+    With TLS only https is spoken, else only http.  Raises AcmeError.
+    """
     try:
-        scheme, host, port, path = split_url(url, ('https', 'http'))
-        return await asyncio.wait_for(_fetch(
-            runtime, (to or host, port), tls if scheme == 'https' else None, host,
-            f'{method.decode()} {path or "/"} HTTP/1.1\r\nHost: {authority(scheme, host, port)}\r\n'
-            f'User-Agent: localtunnel/{__version__}\r\nConnection: close\r\n'
-            + (f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n' if form else ''),
-            method, body), ACME_PATIENCE)
+        scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
+        message = (f'{"POST" if body else "GET"} {path or "/"} HTTP/1.1\r\n'
+                   f'Host: {authority(scheme, host, port)}\r\n'
+                   f'User-Agent: localtunnel/{__version__}\r\nConnection: close\r\n')
+        if body:
+            message += f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n'
+        return await asyncio.wait_for(
+            _fetch(runtime, (to or host, port), tls, host, f'{message}\r\n{body}'), ACME_PATIENCE)
     except (OSError, asyncio.TimeoutError, LocaltunnelError) as e:
         raise AcmeError(explain(e, url)) from e
 
 
 def seconds_of(response: Response) -> float:
-    """When the authority wants to be asked again: Retry-After, in seconds or as a date."""
+    """How long it wants not to be asked again: Retry-After, in seconds or as a date."""
     import email.utils
     text = response.find(b'retry-after')
-    if text.isdigit():
-        return float(text[:9])
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(text).timestamp() - time.time())
+        seconds = (float(text) if re.fullmatch('[0-9]+', text) else
+                   email.utils.parsedate_to_datetime(text).timestamp() - time.time())
     except (TypeError, ValueError, IndexError, OverflowError):
         return 0.0
+    return min(max(0.0, seconds), LONGEST_WAIT)
 
 
-def read_problem(document: Any, status: int) -> tuple[str, str]:
+def read_problem(document: Any, status: int = 0) -> tuple[str, str]:
     """(type, sentence) of what an authority complains of (RFC 7807, RFC 8555 6.7)."""
     problem = document if isinstance(document, dict) else {}
     parts = problem.get('subproblems') or [problem]
     said = '; '.join(str(part.get('detail') or '') for part in parts if isinstance(part, dict))
     return (str(problem.get('type', '')).rpartition(':')[2],
-            printable(said[:MAX_TEXT] or f'it answered {status}'))
+            printable(said[:MAX_TEXT] or f'it answers {status}'))
 
 
 def read_time(text: str) -> float:
@@ -7269,7 +7293,10 @@ def read_time(text: str) -> float:
 
 
 class Authority:
-    """One ACME server, and our account there."""
+    """One ACME server, and our account there.  Its methods raise AcmeError.
+
+    They also raise what odd answers lead to: each is used as if it had the right form.
+    """
 
     def __init__(self, runtime: Runtime, url: str, tls: ssl.SSLContext, key: str) -> None:
         """URL is that of its directory; KEY is the file of our account's key, or will be."""
@@ -7281,19 +7308,16 @@ class Authority:
         self._nonce = ''                        # for the next request
 
     async def learn(self) -> None:
-        """Read the directory.  Raises AcmeError."""
+        """Read the directory."""
         response, said = await fetch(self._runtime, self.url, self._tls)
         if response.status != 200:
             raise AcmeError(f'{self.url} answers {response.status}', wait=seconds_of(response))
         self.directory = json.loads(said)
 
     async def enter(self, mail: str, external: str = '') -> None:
-        """Open the account, or find it.  EXTERNAL is KID:HMAC of one that we have in another way.
-
-        Raises AcmeError.
-        """
+        """Open the account, or find it; EXTERNAL is KID:HMAC of one that we have in another way."""
         if not os.path.exists(self._key):
-            await make_private_key(self._key)
+            write_secret(self._key, await openssl('genpkey', '-algorithm', 'EC', *CURVE))
         point = (await openssl('pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
         self._jwk = {'crv': 'P-256', 'kty': 'EC', 'x': base64url(point[:32]),
                      'y': base64url(point[32:])}        # in the order that a thumbprint wants
@@ -7316,92 +7340,81 @@ class Authority:
     def _binding(self, external: str) -> dict[str, str]:
         """That the key is ours, signed with the secret of EXTERNAL (RFC 8555 7.3.4)."""
         kid, _, secret = external.partition(':')
-        head = base64url(json.dumps(
-            {'alg': 'HS256', 'kid': kid, 'url': self.directory['newAccount']}).encode())
-        body = base64url(json.dumps(self._jwk).encode())
+        head = base64json({'alg': 'HS256', 'kid': kid, 'url': self.directory['newAccount']})
+        body = base64json(self._jwk)
         key = base64.urlsafe_b64decode(secret + '=' * (-len(secret) % 4))
         return {'protected': head, 'payload': body, 'signature': base64url(
             hmac.digest(key, f'{head}.{body}'.encode(), 'sha256'))}
 
     async def _post(self, url: str, payload: Any = None) -> tuple[Response, Any]:
-        """(response, document) for PAYLOAD, signed; None just reads.  Raises AcmeError."""
+        """(response, document) for PAYLOAD, signed; None just reads."""
+        kind, why, wait = '', '', 0.0
         for _ in range(NONCE_TRIES):
             if not self._nonce:
                 response, _ = await fetch(self._runtime, self.directory['newNonce'], self._tls)
                 self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
-            head = base64url(json.dumps(
-                {'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who}).encode())
-            body = '' if payload is None else base64url(json.dumps(payload).encode())
+            head = base64json({'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who})
+            body = '' if payload is None else base64json(payload)
             signature = raw_signature(await openssl(
                 'dgst', '-sha256', '-sign', self._key, given=f'{head}.{body}'.encode()))
             response, said = await fetch(
-                self._runtime, url, self._tls, method=b'POST', form='application/jose+json',
-                body=json.dumps({'protected': head, 'payload': body,
-                                 'signature': base64url(signature)}).encode())
+                self._runtime, url, self._tls, json.dumps(
+                    {'protected': head, 'payload': body, 'signature': base64url(signature)}),
+                'application/jose+json')
             self._nonce = response.find(b'replay-nonce')
-            is_json = 'json' in response.find(b'content-type')
-            document = json.loads(said) if is_json else said
-            if response.status < 400:
+            document = json.loads(said) if 'json' in response.find(b'content-type') else said
+            if 200 <= response.status < 300:
                 return response, document
             kind, why = read_problem(document, response.status)
+            wait = seconds_of(response)
             if kind != 'badNonce':
                 break
-        raise AcmeError(f'{self.url} says: {why}', kind, wait=seconds_of(response))
+        raise AcmeError(f'{self.url} says: {why}', kind, wait)
 
-    async def _decided(self, url: str, wanted: Sequence[str]) -> dict[str, Any]:
-        """What is at URL, once its status is one of WANTED.  Raises AcmeError."""
-        pause, until = POLL_FIRST, self._runtime.now() + ORDER_PATIENCE
+    async def _decided(self, url: str, *wanted: str) -> dict[str, Any]:
+        """What is at URL, once its status is one of WANTED."""
+        pause = POLL_FIRST
         while True:
             response, document = await self._post(url)
             if document['status'] in wanted:
                 return dict(document)
             if document['status'] not in ('pending', 'processing', 'ready'):
-                raise AcmeError(f'{self.url} did not accept the proof: {self._why(document)}',
-                                NOT_PROVED)
-            if self._runtime.now() > until:
-                raise AcmeError(f'{self.url} does not decide; it is asked again later')
+                errors = [part.get('error') for part in (
+                    document, *document.get('challenges', ())) if part.get('error')]
+                why = read_problem(errors[0])[1] if errors else f'it is {document["status"]}'
+                raise AcmeError(f'{self.url} did not accept the proof: {why}', NOT_PROVED)
             await asyncio.sleep(min(max(seconds_of(response), pause), POLL_MOST))
-            pause *= 1.5
-
-    @staticmethod
-    def _why(document: dict[str, Any]) -> str:
-        """Why an order or a proof became invalid: the error of it, or of one of its challenges."""
-        errors = [part.get('error') for part in (document, *document.get('challenges', ()))]
-        return next((read_problem(e, 0)[1] for e in errors if e), str(document['status']))
+            pause = min(pause * 1.5, POLL_MOST)
 
     async def obtain(self, names: Sequence[str], method: str, publish: Callable[[str, str], None],
                      profile: str = '', replaces: str = '') -> bytes:
-        """A new key and a certificate for NAMES with its chain, PEM.  Raises AcmeError.
+        """A new key and a certificate for NAMES with its chain, PEM.
 
         PUBLISH is called with each token, and the proof that METHOD, http-01 or dns-01, shows.
         """
         wish: dict[str, Any] = {'identifiers': [
             {'type': 'ip' if is_address(name) else 'dns', 'value': name} for name in names]}
         more = {'profile': profile, 'replaces': replaces}
-        wish.update({key: value for key, value in more.items() if value})
         try:
-            response, order = await self._post(self.directory['newOrder'], wish)
+            response, order = await self._post(self.directory['newOrder'], {
+                **wish, **{key: value for key, value in more.items() if value}})
         except AcmeError as e:
-            if not replaces or e.code != 'alreadyReplaced':
+            if not replaces or e.code == 'rateLimited':
                 raise
+            # It was replaced already, or is of another authority.
             return await self.obtain(names, method, publish, profile)
         for url in order['authorizations']:
             await self._prove(url, method, publish)
         place = response.find(b'location')
-        order = await self._decided(place, ('ready', 'valid'))
-        path = f'{self._key}.{secrets.token_hex(8)}'
-        await make_private_key(path)
-        try:
-            request = await make_request(path, names)
-            with open(path, 'rb') as f:
-                key = f.read()
-        finally:
-            os.unlink(path)
+        order = await self._decided(place, 'ready')
+        key, request = await make_request(f'{self._key}.new', names)
         await self._post(order['finalize'], {'csr': base64url(request)})
-        order = await self._decided(place, ('valid',))
+        order = await self._decided(place, 'valid')
         _, chain = await self._post(order['certificate'])
-        return key + bytes(chain)
+        if not isinstance(chain, bytes):
+            raise AcmeError(f'{self.url} sends something else than a certificate')
+        return key + chain
 
     async def _prove(self, url: str, method: str, publish: Callable[[str, str], None]) -> None:
         _, proof = await self._post(url)
@@ -7412,7 +7425,7 @@ class Authority:
             raise AcmeError(f'{self.url} takes no {method} for {proof["identifier"]["value"]}')
         publish(challenge['token'], self.proof(challenge['token']))
         await self._post(challenge['url'], {})
-        await self._decided(url, ('valid',))
+        await self._decided(url, 'valid')
 
     async def window(self, certificate: str) -> tuple[float, float] | None:
         """When it suggests to renew CERTIFICATE, its renewal id: from, until; None: it does not."""
@@ -7428,18 +7441,22 @@ class Authority:
 
 # The certificate that is shown.
 
+def plain_host(host: str) -> str:
+    """HOST as certificates have it: addresses are compared as such."""
+    return (str(ipaddress.ip_address(host.strip('[]'))) if is_address(host)
+            else host.lower().rstrip('.'))
+
+
 class AcmeTls(Tls):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
 
     def __init__(self, path: str, port: int = 0) -> None:
-        """PATH is a file with key and chain, or will be."""
+        """PATH is the file with key and chain, one so that they always belong together."""
         super().__init__(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), port)
-        self.path = path
+        self.path, self.kept = path, True
         self.look_now = asyncio.Event()         # SIGHUP came
         self._current: ssl.SSLContext | None = None
         self.context.sni_callback = self._choose
-        if os.path.exists(path):
-            self.load(path)
 
     def load(self, path: str) -> None:
         """Show what is in PATH from now on.  Raises UsageError."""
@@ -7447,10 +7464,15 @@ class AcmeTls(Tls):
         self.validity = validity_of(self._current)
 
     def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
-        if self._current is None or name and not self.shows(name):
+        if self._current is None or name and not self._is_for(name):
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         connection.context = self._current
         return None
+
+    def _is_for(self, host: str) -> bool:
+        names = self.validity[2] if self.validity else []
+        host = plain_host(host)
+        return host in names or '*.' + host.partition('.')[2] in names
 
     @property
     def names(self) -> list[str]:
@@ -7458,23 +7480,149 @@ class AcmeTls(Tls):
         return self.validity[2] if self.validity and time.time() < self.validity[1] else []
 
     def shows(self, host: str) -> bool:
-        host = host.lower().rstrip('.')
-        return host in self.names or '*.' + host.partition('.')[2] in self.names
+        return self.names != [] and self._is_for(host)
 
     def reload(self) -> str | None:
         self.look_now.set()
         return None
 
 
-# Its keeper.
+# What it needs, and its keeper.
 
 LETS_ENCRYPT = 'https://acme-v02.api.letsencrypt.org/directory'
 CHALLENGES = '/.well-known/acme-challenge/'     # RFC 8555 8.3
 LOOK_SOON, LOOK = 60.0, 12 * 3600.0     # seconds between looks: at records to come, at all else
+LEAST_PAUSE = 1.0               # seconds between them, come what may
 BACKOFF = (60.0, 600.0, 6000.0, DAY)    # seconds after the first failure, the second, ...
 MOST_FAILED, FAILED_FOR = 4, 3600.0     # proofs that failed in an hour; Let's Encrypt takes five
+ORDER_PATIENCE = 600.0          # seconds until an order is decided
 SHORT_LIFE = 10 * DAY           # renewed when half of it is over; others, when a third is left
-UNCLEAR = (ValueError, KeyError, TypeError, IndexError, AttributeError)     # from odd answers
+
+
+def words_for(error: BaseException) -> str:
+    """What went wrong, in one sentence."""
+    if isinstance(error, asyncio.TimeoutError):
+        return 'the authority does not decide'
+    if isinstance(error, LocaltunnelError):
+        return str(error)
+    if isinstance(error, OSError):
+        return f"can't write {error.filename}: {error.strerror}"
+    return f'the answer of the authority makes no sense ({type(error).__name__}: {error})'
+
+
+def allows(value: str, authority: Authority, method: str) -> bool:
+    """Return True if VALUE of a CAA record lets AUTHORITY issue to us, who prove it by METHOD."""
+    issuer, *parameters = [part.strip() for part in value.split(';')]
+    terms = {key.strip().lower(): text.strip() for key, _, text in (
+        part.partition('=') for part in parameters)}
+    return (issuer != '' and issuer in (authority.meta.get('caaIdentities') or [issuer])
+            and method in re.split(' *, *', terms.get('validationmethods', method))
+            and terms.get('accounturi', authority.account) == authority.account)
+
+
+class Outside:
+    """The domain as others see it: what is looked at before an authority is asked."""
+
+    def __init__(self, args: Args, server: Server, zone: Zone) -> None:
+        self.zone = zone
+        self._domain, self._server, self._port = str(args.domain), server, args.port
+        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
+
+    async def missing(self) -> str:
+        """What keeps the questions for _acme-challenge from us, and the cure."""
+        record = await self.record('_acme-challenge.', 'NS', f'{self._domain}.')
+        found = await ask_dns(self._resolver, self.zone.name, TYPE_NS) if self._resolver else []
+        if found is None:
+            return (f'questions for {self.zone.name} get an answer: let them through to port 53 '
+                    f'of this machine, by UDP and TCP, and check this DNS record: {record}')
+        return ('you change the DNS record that leads elsewhere: ' if found else
+                'you add a DNS record: ') + record
+
+    async def record(self, prefix: str, kind: str, value: str) -> str:
+        """A record below PREFIX and the domain, as DNS providers ask for it."""
+        labels = self._domain.split('.')
+        zones = ['.'.join(labels[i:]) for i in range(max(1, len(labels) - 1))]
+        for zone in zones:
+            if await self._ask(zone, TYPE_SOA):
+                break
+        else:
+            zone = zones[-1]
+        name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
+        return f'name {name}, type {kind}, value {value}'
+
+    async def _ask(self, name: str, kind: int) -> list[bytes]:
+        """The data of the records of KIND that the world sees at NAME, as far as that is known."""
+        return self._resolver and await ask_dns(self._resolver, name, kind) or []
+
+    async def is_delegated(self) -> bool:
+        """Return True if who asks for _acme-challenge is answered by this server."""
+        trial = secrets.token_urlsafe(32)
+        self.zone.texts.add(trial)
+        try:
+            found = await self._ask(self.zone.name, TYPE_TXT)
+            return any(data[1:] == trial.encode() for data in found)
+        finally:
+            self.zone.texts.discard(trial)
+
+    async def _addresses(self) -> list[str]:
+        """Where visitors of the domain go.  Raises AcmeError."""
+        if is_address(self._domain):
+            return [self._domain]
+        answers = [await ask_dns(self._resolver, self._domain, kind) if self._resolver else None
+                   for kind in (TYPE_A, TYPE_AAAA)]
+        if answers == [None, None]:
+            raise AcmeError(f'the resolver does not say where {self._domain} is; name another one '
+                            'with --resolver')
+        found = [str(ipaddress.ip_address(data)) for answer in answers for data in answer or ()
+                 if len(data) in (4, 16)]
+        if not found:
+            here = (outward_addresses() or ['the address of this machine'])[0]
+            raise AcmeError(f'{self._domain} has no address; add a DNS record: '
+                            + await self.record('', 'AAAA' if ':' in here else 'A', here))
+        return found
+
+    async def reach(self) -> None:
+        """Raises AcmeError unless who visits the domain over http arrives here."""
+        token = secrets.token_urlsafe(16)
+        place = authority('http', self._domain, self._port)
+        self.show(token, token)
+        try:
+            for address in await self._addresses():
+                try:
+                    _, said = await fetch(self._server.runtime,
+                                          f'http://{place}{CHALLENGES}{token}', None, to=address)
+                    why = '' if said == token.encode() else 'another server answers'
+                except AcmeError as e:      # behind a router, only those outside may get through
+                    inside = way_to(address)
+                    why = '' if inside and ipaddress.ip_address(inside).is_private and (
+                        not is_loopback(inside)) else str(e)
+                if why:
+                    raise AcmeError(f'a request to http://{self._domain} at {address} does not '
+                                    f'arrive here ({why}); point the DNS record at this machine, '
+                                    'and let port 80 through')
+        finally:
+            self.hide(token)
+
+    async def check_caa(self, authority: Authority, names: Sequence[str], method: str) -> None:
+        """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
+        name, records = self._domain, []        # type: str, list[bytes]
+        while name and not records and not is_address(self._domain):
+            records = await self._ask(name, TYPE_CAA)
+            name = name if records else name.partition('.')[2]
+        for wanted in names:
+            tag, values = caa_terms(records, wanted)
+            if values and not any(allows(value, authority, method) for value in values):
+                raise AcmeError(f'CAA records of {name} do not let {authority.url} issue for '
+                                f'{wanted} ({tag} {", ".join(values)!r}); change them, or choose '
+                                'another --acme-directory')
+
+    def show(self, token: str, text: str) -> None:
+        """Let TEXT be seen at the place for TOKEN, under any name."""
+        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
+            'application/octet-stream', [text.encode()])
+
+    def hide(self, token: str) -> None:
+        self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
 
 
 class Keeper:
@@ -7485,265 +7633,223 @@ class Keeper:
     server sees for itself that it will succeed.
     """
 
-    def __init__(self, args: Args, server: Server, tls: AcmeTls, zone: Zone) -> None:
-        self._args, self._server, self._tls, self._zone = args, server, tls, zone
-        self._domain, self._address = str(args.domain), is_address(args.domain)
-        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
-        self._path = os.path.join(args.state, 'acme.json')
-        self._failures, self._again = 0, 0.0        # in a row; Unix seconds until the next try
+    def __init__(self, args: Args, server: Server, tls: AcmeTls, names: NameServer) -> None:
+        self._args, self._server, self._tls, self._names = args, server, tls, names
+        self._outside = Outside(args, server, names.zone)
+        self._trust = args.acme_ca or ssl.create_default_context()
+        self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
+        self._aim: list[str] = []                   # names for which we want a certificate now
+        self._failures, self._why = 0, ''           # in a row, and of the last one
+        self._again = 0.0                           # not to be tried before, in Unix seconds
         self._failed: list[float] = []              # when proofs failed
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
-        self._said = ''                             # to the operator, last
-        self._trust = ssl.create_default_context(cafile=args.acme_ca)
-        with contextlib.suppress(OSError, *UNCLEAR), open(self._path, encoding='ascii') as f:
+        self._said: dict[str, str] = {}             # to the operator last, by what it is about
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(
+                self._path, encoding='ascii') as f:
             kept = json.load(f)
             self._failed = [float(at) for at in kept['failed']]
-            self._failures, self._again = int(kept['failures']), float(kept['again'])
+            self._failures, self._why = int(kept['failures']), str(kept['why'])
+            self._again = min(float(kept['again']), time.time() + LONGEST_WAIT)
 
-    def _keep(self) -> None:
-        """Write what survives a restart."""
-        write_secret(self._path, json.dumps({
-            'failures': self._failures, 'again': self._again, 'failed': self._failed}).encode())
+    @property
+    def _path(self) -> str:
+        """Where that is which survives a restart."""
+        return os.path.join(self._args.state, 'acme.json')
 
     # What is to be done, and when.
 
     async def run(self) -> None:
         """Keep a certificate for as long as the server serves."""
+        if self._again > time.time():
+            self._say('fails', f'{self._why}; {self._next}')
         while True:
             pause = await self._look()
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._tls.look_now.wait(), max(pause, 1.0))
+                await asyncio.wait_for(self._tls.look_now.wait(), max(pause, LEAST_PAUSE))
                 self._again = 0.0       # SIGHUP: somebody has mended something
             self._tls.look_now.clear()
 
     async def _look(self) -> float:
         """Do what is due; return for how many seconds nothing more is."""
-        wildcard, tls = f'*.{self._domain}', self._tls
-        try:
-            delegated = not self._address and await self._is_delegated()
-            names = [self._domain, *([wildcard] if delegated or wildcard in tls.names else [])]
-            due = await self._due() if set(names) <= set(tls.names) else 0.0
-            if time.time() >= max(due, self._again):
-                await self._renew(names, delegated)
-                due = await self._due()
-            if not self._failures:
-                await self._tell()
-            pause = max(due, self._again) - time.time()
-        except (LocaltunnelError, OSError, *UNCLEAR) as e:
-            pause = await self._fail(e)
-        return min(pause, LOOK if self._address or wildcard in tls.names else LOOK_SOON)
+        if len(self._all) > 1:
+            await self._answer_dns()
+        tls, high = self._tls, set(self._all) <= set(self._tls.names)
+        delegated = len(self._all) > 1 and await self._outside.is_delegated()
+        aim = self._all if delegated or high else self._all[:1]
+        if self._aim not in ([], aim):
+            self._again = 0.0           # a record has come, or the certificate for all has ended
+        self._aim = aim
+        if time.time() >= max(await self._due(aim), self._again):
+            await self._note(await self._climb(
+                [aim, self._all[:1]] if delegated and not high else [aim], delegated))
+        if tls.names:
+            await self._tell(delegated)
+        pause = max(await self._due(aim), self._again) - time.time()
+        done = not self._why and set(self._all) <= set(tls.names)
+        return min(pause, LOOK if done else LOOK_SOON)
 
-    async def _due(self) -> float:
-        """When the certificate is to be renewed, in Unix seconds."""
-        begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
+    async def _answer_dns(self) -> None:
+        """Answer DNS where we don't yet; say loudly where that can't be."""
+        port, faults = self._args.dns_port, []
+        hosts = self._args.dns_bind or outward_addresses()
+        for host in hosts:
+            try:
+                await self._names.listen(host, port)
+            except OSError as e:
+                cure = ('run this server as root or with CAP_NET_BIND_SERVICE' if e.errno ==
+                        errno.EACCES else 'stop what listens there, or name an address of this '
+                        'machine with --dns-bind')
+                faults.append(f'on port {port} of {host} ({plainly(e)}); {cure}')
+        if not hosts:
+            faults.append('before this machine has an address')
+        self._say('dns', '; '.join(
+            f"ERROR: DNS can't be answered {fault}; until then there is no https for names"
+            for fault in faults))
+
+    async def _climb(self, rungs: Sequence[list[str]], delegated: bool) -> list[Exception]:
+        """Get a certificate for the first of RUNGS that can be had; return why not the others."""
+        errors: list[Exception] = []
+        for names in rungs:
+            try:
+                if time.time() >= await self._due(names):
+                    await self._renew(names, delegated)
+                break
+            except Exception as e:      # whatever an authority answers, the service goes on
+                errors.append(e)
+        return errors
+
+    async def _due(self, names: Sequence[str]) -> float:
+        """When a certificate for NAMES is to be had, in Unix seconds."""
+        if self._tls.validity is None or not set(names) <= set(self._tls.names):
+            return 0.0
+        begins, ends, _ = self._tls.validity
         if time.time() > self._asked + LOOK:
-            self._window, self._asked = 0.0, time.time()
-            with contextlib.suppress(LocaltunnelError, OSError, *UNCLEAR):
+            self._asked = time.time()
+            with contextlib.suppress(Exception):        # it is asked again
                 authority = self._authority(self._directories[0])
                 await authority.learn()
-                found = await authority.window(renewal_id(self._shown()))
-                self._window = random.uniform(*found) if found else 0.0
-        return self._window or ends - (ends - begins) / (2 if ends - begins < SHORT_LIFE else 3)
+                window = await authority.window(renewal_id(self._shown()))
+                self._window = random.uniform(*window) if window else 0.0
+        life = ends - begins
+        if self._window:        # but never at once, and over and over; and never too late
+            return min(max(self._window, begins + min(LOOK, life / 4)), ends - life / 4)
+        return ends - life / (2 if life < SHORT_LIFE else 3)
 
-    async def _fail(self, error: BaseException) -> float:
-        """Note that there was no certificate because of ERROR; return when to try again."""
-        now, why = time.time(), str(error)
-        if isinstance(error, UNCLEAR):
-            why = f'the answer of the authority makes no sense ({type(error).__name__}: {error})'
-        if getattr(error, 'code', '') == NOT_PROVED:
-            self._failed = [at for at in self._failed if at > now - FAILED_FOR] + [now]
-        pause = max(BACKOFF[min(self._failures, len(BACKOFF) - 1)], getattr(error, 'wait', 0.0))
-        self._failures, self._again = self._failures + 1, now + pause
-        self._server.counters['certificate_failures'] += 1
-        begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
-        self._say(f'{printable(why)}; trying again in '
-                  f'{datetime.timedelta(seconds=round(pause))}, or at once on SIGHUP')
-        with contextlib.suppress(OSError):
-            self._keep()
+    async def _note(self, errors: Sequence[Exception]) -> None:
+        """Note that we have what we want, or that there was no certificate because of ERRORS."""
+        now, server = time.time(), self._server
+        self._why = '; and '.join(map(words_for, errors))
+        self._failures = self._failures + 1 if errors else 0
+        self._again = now + max(BACKOFF[min(self._failures, len(BACKOFF)) - 1],
+                                getattr(errors[0], 'wait', 0.0)) if errors else 0.0
+        if any(getattr(e, 'code', '') == NOT_PROVED for e in errors):
+            self._failed.append(now)
+        with contextlib.suppress(OSError):      # without it, we only ask once more than we might
+            write_secret(self._path, json.dumps({
+                'failures': self._failures, 'why': self._why, 'again': self._again,
+                'failed': self._lately}).encode())
+        if not errors:
+            return self._say('fails', '')
+        server.counters['certificate_failures'] += 1
+        same = self._said.get('fails', '').startswith(self._why)
+        self._say('fails', f'{self._why}; {self._next}', f'the same again; {self._next}' * same)
         if self._args.notify:
-            await self._notify({'event': 'certificate', 'domain': self._domain, 'problem': why,
-                                'expires': ends, 'urgent': now > ends - (ends - begins) / 4})
-        return pause
+            begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
+            await self._notify({'event': 'certificate', 'domain': self._all[0],
+                                'problem': printable(self._why), 'expires': ends,
+                                'urgent': now > ends - (ends - begins) / 4})
 
     async def _notify(self, facts: dict[str, Any]) -> None:
+        url = self._args.notify
         try:
-            await fetch(self._server.runtime, self._args.notify, ssl.create_default_context(),
-                        method=b'POST', body=json.dumps(facts).encode(), form='application/json')
+            tls = ssl.create_default_context() if url.startswith('https:') else None
+            await fetch(self._server.runtime, url, tls, json.dumps(facts), 'application/json')
         except AcmeError as e:
             self._server.log.note(f"warning: --notify can't be told: {e}")
 
+    @property
+    def _lately(self) -> list[float]:
+        """When proofs failed within the last hour."""
+        return [at for at in self._failed if 0 <= time.time() - at < FAILED_FOR]
+
     # What the operator reads.
 
-    def _say(self, text: str) -> None:
-        """Tell the operator, once."""
-        if text != self._said:
-            self._said = text
-            self._server.log.note(f'certificate: {text}')
+    def _say(self, about: str, text: str, instead: str = '') -> None:
+        """Tell the operator TEXT, or something INSTEAD; but not what he was told last ABOUT it."""
+        if text and text != self._said.get(about):
+            self._server.log.note(f'certificate: {printable(instead or text)[:2 * MAX_TEXT]}')
+        self._said[about] = text
 
-    async def _tell(self) -> None:
+    @property
+    def _next(self) -> str:
+        minutes = max(1, round((self._again - time.time()) / 60))
+        return f'trying again in {minutes} min, or at once on SIGHUP'
+
+    async def _tell(self, delegated: bool) -> None:
         """Say how far up the ladder this server is, and what the next rung needs."""
-        domain, (_, ends, names) = self._domain, self._tls.validity or (0.0, 0.0, [])
-        until = time.strftime('until %Y-%m-%d', time.localtime(ends))
-        if self._address:
-            self._say(f'https works for {domain} and its one tunnel, {until}')
-        elif len(names) > 1:
-            self._say(f'https works for {domain} and every name below it, {until}')
+        domain, (_, ends, names) = self._all[0], self._tls.validity or (0.0, 0.0, [])
+        until = time.strftime('until %Y-%m-%d', time.gmtime(ends))
+        if len(self._all) == 1:
+            text = f'https works for {domain} and its one tunnel {until}'
+        elif self._all[1] in names:
+            text = f'https works for {domain} and every name below it {until}'
         else:
-            self._say(f'https works for {domain} {until}, so sessions and tokens are safe, and not '
-                      'yet for the names below it; for those add a DNS record: '
-                      + await self._record('_acme-challenge.', 'NS', f'{domain}.'))
-
-    async def _record(self, prefix: str, kind: str, value: str) -> str:
-        """A record to add below PREFIX and the domain, as DNS providers ask for it."""
-        labels = self._domain.split('.')
-        zones = ['.'.join(labels[i:]) for i in range(max(1, len(labels) - 1))]
-        for zone in zones:
-            if await self._ask_dns(zone, TYPE_SOA):
-                break
-        else:
-            zone = zones[-1]
-        name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
-        return f'name {name}, type {kind}, value {value}'
-
-    # What is looked at before an authority is asked.
-
-    async def _ask_dns(self, name: str, kind: int) -> list[bytes]:
-        """The data of the records of KIND that the world sees at NAME, as far as that is known."""
-        return self._resolver and await ask_dns(self._resolver, name, kind) or []
-
-    async def _is_delegated(self) -> bool:
-        """True if who asks for _acme-challenge is answered by this server."""
-        trial = secrets.token_urlsafe(32)
-        self._zone.texts.add(trial)
-        try:
-            found = await self._ask_dns(self._zone.name, TYPE_TXT)
-            return any(data[1:] == trial.encode() for data in found)
-        finally:
-            self._zone.texts.discard(trial)
-
-    async def _addresses(self) -> list[str]:
-        """Where visitors of the domain go.  Raises AcmeError."""
-        if self._address:
-            return [self._domain.strip('[]')]
-        if self._args.resolver:
-            found = [str(ipaddress.ip_address(data)) for kind in (TYPE_A, TYPE_AAAA)
-                     for data in await self._ask_dns(self._domain, kind)]
-        else:
-            try:
-                found = [str(place[0]) for *_, place in await asyncio.wait_for(
-                    self._server.runtime.loop.getaddrinfo(
-                        self._domain, 80, type=socket.SOCK_STREAM), DNS_PATIENCE)]
-            except (OSError, asyncio.TimeoutError):
-                found = []
-        if not found:
-            here = (outward_addresses() or ['the address of this machine'])[0]
-            raise AcmeError(f'{self._domain} has no address; add a DNS record: '
-                            + await self._record('', 'AAAA' if ':' in here else 'A', here))
-        return found
-
-    async def _reach(self) -> None:
-        """Raises AcmeError unless who visits the domain over http arrives here."""
-        token = secrets.token_urlsafe(16)
-        self._show(token, token)
-        try:
-            for address in await self._addresses():
-                why = await self._misses(address, token)
-                if why:
-                    raise AcmeError(f'a request to http://{self._domain} at {address} does not '
-                                    f'arrive here ({why}); point the DNS record at this machine, '
-                                    'and let port 80 through')
-        finally:
-            self._hide(token)
-
-    async def _misses(self, address: str, token: str) -> str:
-        """Why a request that goes to ADDRESS does not find TOKEN here; '' where it does."""
-        place = authority('http', self._domain.strip('[]'), self._args.port)
-        try:
-            _, said = await fetch(self._server.runtime, f'http://{place}{CHALLENGES}{token}', None,
-                                  to=address)
-        except AcmeError as e:
-            return str(e)
-        return '' if said == token.encode() else 'another server answers'
-
-    async def _check_caa(self, authority: Authority, names: Sequence[str], method: str) -> None:
-        """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
-        name, records = self._domain, []        # type: str, list[bytes]
-        while name and not records and not self._address:
-            records = await self._ask_dns(name, TYPE_CAA)
-            name = name if records else name.partition('.')[2]
-        for wanted in names:
-            tag, values = caa_terms(records, wanted)
-            if values and not any(self._allows(value, authority, method) for value in values):
-                raise AcmeError(f'CAA records of {name} do not let {authority.url} issue for '
-                                f'{wanted} ({tag} {printable(", ".join(values))!r}); '
-                                'change them, or choose another --acme-directory')
-
-    @staticmethod
-    def _allows(value: str, authority: Authority, method: str) -> bool:
-        issuer, *parameters = [part.strip() for part in value.split(';')]
-        terms = dict(part.partition('=')[::2] for part in parameters)
-        ours = authority.meta.get('caaIdentities') or [issuer]
-        return (issuer != '' and issuer in ours
-                and method in terms.get('validationmethods', method).split(',')
-                and terms.get('accounturi', authority.account) == authority.account)
-
-    # The order.
-
-    def _show(self, token: str, text: str) -> None:
-        """Let TEXT be seen at the place for TOKEN, under any name."""
-        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
-            'application/octet-stream', [text.encode()])
-
-    def _hide(self, token: str) -> None:
-        self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
+            text = (f'https works for {domain} {until}, so sessions and tokens are safe; tunnels '
+                    'have http' + ('' if delegated else ' until ' + await self._outside.missing()))
+        self._say('works', text)
 
     async def _renew(self, names: list[str], delegated: bool) -> None:
-        """Get a certificate for NAMES, and show it.  Raises AcmeError."""
-        lately = [at for at in self._failed if at > time.time() - FAILED_FOR]
-        if len(lately) >= MOST_FAILED:
+        """Get a certificate for NAMES, and show it.  Raises AcmeError, and what Authority does."""
+        if len(self._lately) >= MOST_FAILED:
             raise AcmeError(f'{MOST_FAILED} proofs have failed within an hour',
-                            wait=lately[0] + FAILED_FOR - time.time())
-        method, tokens = 'dns-01' if len(names) > 1 else 'http-01', []      # type: str, list[str]
-        if method == 'dns-01' and not delegated:
-            raise AcmeError(f'the questions for {self._zone.name} no longer arrive here; add the '
-                            'DNS record again: '
-                            + await self._record('_acme-challenge.', 'NS', f'{self._domain}.'))
+                            wait=self._lately[0] + FAILED_FOR - time.time())
+        method = 'dns-01' if len(names) > 1 else 'http-01'
         if method == 'http-01':
-            await self._reach()
+            await self._outside.reach()
+        elif not delegated:
+            raise AcmeError("https for names can't be renewed until "
+                            + await self._outside.missing())
+        tokens: list[str] = []
 
         def publish(token: str, proof: str) -> None:
             tokens.append(token)
-            self._show(token, proof)
-            self._zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
+            self._outside.show(token, proof)
+            self._outside.zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
         try:
-            pem = await self._ask(names, method, publish)
+            pem = await asyncio.wait_for(self._ask(names, method, publish), ORDER_PATIENCE)
         finally:
-            self._zone.texts.clear()
+            self._outside.zone.texts.clear()
             for token in tokens:
-                self._hide(token)
+                self._outside.hide(token)
         fresh = self._tls.path + '.new'
         write_secret(fresh, pem)
         self._tls.load(fresh)       # raises where it is none, and the old one stays
         os.replace(fresh, self._tls.path)
-        self._failures, self._again, self._asked = 0, 0.0, 0.0
-        self._keep()
+        self._window = self._asked = 0.0
+        if not set(names) <= set(self._tls.names):
+            raise AcmeError('the certificate that we got is not valid by the clock of this machine '
+                            f'({time.strftime("%Y-%m-%d %H:%M", time.gmtime())} UTC); set it right')
 
     async def _ask(self, names: list[str], method: str,
                    publish: Callable[[str, str], None]) -> bytes:
         """Key and chain from the first authority, or the next where its rate is used up."""
         for url in self._directories:
             authority = self._authority(url)
+            self._server.log.note(f'certificate: asking {url} for {" and ".join(names)}')
             try:
                 await authority.learn()
                 await authority.enter(self._args.acme, self._args.acme_eab or '')
-                await self._check_caa(authority, names, method)
-                old = renewal_id(self._shown()) if names == self._tls.names else ''
+                await self._outside.check_caa(authority, names, method)
+                old = ''
+                if 'renewalInfo' in authority.directory and set(names) == set(self._tls.names):
+                    with contextlib.suppress(OSError, ValueError, IndexError):
+                        old = renewal_id(self._shown())
                 return await authority.obtain(
                     names, method, publish, self._profile(authority), old)
             except AcmeError as e:
                 if e.code != 'rateLimited' or url == self._directories[-1]:
                     raise
-                self._server.log.note(f'certificate: {e}; asking {self._directories[-1]}')
+                self._server.log.note(f'certificate: {printable(str(e))}')
         raise AssertionError('the last one returns or raises')
 
     @property
@@ -7759,14 +7865,36 @@ class Keeper:
         wanted, offered = self._args.acme_profile, authority.meta.get('profiles') or {}
         if wanted and wanted not in offered:
             raise AcmeError(f'{authority.url} has no profile {wanted}; it offers: '
-                            + printable(', '.join(offered) or 'none'))
-        return wanted or ('shortlived' if self._address and 'shortlived' in offered else '')
+                            + (', '.join(offered) or 'none'))
+        return wanted or ('shortlived' if len(self._all) == 1 and 'shortlived' in offered else '')
 
     def _shown(self) -> bytes:
-        """The certificate that there is, DER.  Raises ValueError where there is none."""
+        """The certificate that there is, DER.  Raises OSError, and ValueError where it is none."""
         with open(self._tls.path, encoding='ascii') as f:
             found = re.search(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())
         return ssl.PEM_cert_to_DER_cert(found.group() if found else '')
+
+
+# What is typed.
+
+def text_like(pattern: str, example: str) -> Callable[[str], str]:
+    """A type for argparse: what PATTERN matches, as it does EXAMPLE."""
+    def check(text: str) -> str:
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f'expected something like {example}')
+        return text
+    return check
+
+
+def trusting(path: str) -> ssl.SSLContext:
+    """A type for argparse: what trusts the authorities in the file PATH too."""
+    context = ssl.create_default_context()
+    try:
+        context.load_verify_locations(path)
+    except OSError as e:
+        why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
+        raise argparse.ArgumentTypeError(f"can't use {path}: {why}") from e
+    return context
 
 
 class Acme(Annex):
@@ -7774,46 +7902,51 @@ class Acme(Annex):
     title = 'https by itself'
 
     def server_options(self, add: Add) -> None:
-        add('--acme', metavar='EMAIL', help='get and renew a certificate by itself')
+        url = r'[!-~]+'
+        add('--acme', type=text_like(r'[!-~]+@[!-~]+', 'you@example.com'), metavar='EMAIL',
+            help='get and renew a certificate by itself')
         add('--acme-directory', action='append', metavar='URL',
+            type=text_like(f'https://{url}', 'https://acme.example.com/directory'),
             help="the authority (Let's Encrypt); the second one is asked if its rate is used up")
-        add('--acme-ca', metavar='FILE', help='also trust this authority for the directory')
+        add('--acme-ca', type=trusting, metavar='FILE',
+            help='also trust this authority for the directory')
         add('--acme-profile', metavar='NAME', help='kind of certificate, of those it offers')
-        add('--acme-eab', metavar='KID:HMAC', help='account that you have at the authority')
+        add('--acme-eab', type=text_like('[^:]+:[A-Za-z0-9_-]+=*', 'KID:HMAC'), metavar='KID:HMAC',
+            help='account that you have at the authority')
         add('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
             help="whom to ask what the world sees (the system's)")
         add('--dns-port', type=port_number, default=53, metavar='PORT',
             help='answer DNS here (%(default)s)')
         add('--dns-bind', action='append', metavar='ADDRESS',
             help='answer DNS at this address (those of this machine; repeatable)')
-        add('--notify', metavar='URL', help='POST what is wrong with the certificate to this URL')
+        add('--notify', type=text_like(f'https?://{url}', 'https://example.com/hook'),
+            metavar='URL', help='POST what is wrong with the certificate to this URL')
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.acme:
             return
         if is_loopback(args.domain) and not is_address(args.domain):
             raise UsageError('--acme needs --domain with a name or an address on the internet')
+        if not (args.resolver or system_resolver() or is_address(args.domain)):
+            raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
+                             'resolv.conf that names one')
         sockets = server.doors.bind(args.bind, args.tls_port)
         server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
                              sockets[0].getsockname()[1])
+        if os.path.exists(server.tls.path):
+            try:
+                server.tls.load(server.tls.path)
+            except UsageError as e:
+                server.log.note(f'warning: {e}; we get another one')
         for sock in sockets:
             await server.listen(sock, tls=True)
 
     async def run(self, args: Args, server: Server) -> None:
         if not isinstance(server.tls, AcmeTls):
             return await super().run(args, server)
-        zone = Zone(args.domain)
-        names = NameServer(server.runtime, zone)
+        names = NameServer(server.runtime, Zone(args.domain))
         try:
-            for host in args.dns_bind or outward_addresses():
-                try:
-                    await names.listen(host, args.dns_port)
-                except OSError as e:
-                    server.log.note(
-                        f"ERROR: DNS can't be answered on port {args.dns_port} of {host} "
-                        f'({e.strerror}), so there is no https for names; stop what listens there, '
-                        'or run this server as root or with CAP_NET_BIND_SERVICE')
-            await Keeper(args, server, server.tls, zone).run()
+            await Keeper(args, server, server.tls, names).run()
         finally:
             await names.close()
 
@@ -8607,7 +8740,7 @@ def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
     """All that is wrong under a server."""
     now = time.time()
     yield from clock_findings(now)
-    if tls and tls.validity and not tls.pin:
+    if tls and tls.validity and not tls.pin and not tls.kept:
         yield from certificate_findings(*tls.validity, args.domain, now)
     given = [getattr(args, name, None) for name in ('key', 'token_file', 'cert')]
     yield from file_findings(args.state, [path for path in given if path],
