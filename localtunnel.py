@@ -9522,8 +9522,8 @@ class Pace:
 
 
 def as_object(kept: Kept) -> types.SimpleNamespace:
-    """Return KEPT as an object, whose attributes have the names of the list."""
-    return types.SimpleNamespace(**kept.summary())
+    """Return KEPT as an object, whose attributes have the names of the API."""
+    return types.SimpleNamespace(**kept.details())
 
 
 class Exchanges(ClientObserver):
@@ -12692,11 +12692,6 @@ def client_args(target: object, options: dict[str, object]) -> Args:
     return parser.parse_args(['client', *words, str(target)])
 
 
-def complain(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-    """Log what asyncio has to say of a tunnel's LOOP."""
-    LOG.error(context['message'], exc_info=context.get('exception'))
-
-
 class Life(ClientObserver):
     """A tunnel from its start to its end, and the thread in which it runs."""
 
@@ -12725,7 +12720,8 @@ class Life(ClientObserver):
         for future in (self.begun, self.over):
             future.set_running_or_notify_cancel()       # who waits in a loop can't cancel it
         self._loop = asyncio.new_event_loop()
-        self._loop.set_exception_handler(complain)
+        self._loop.set_exception_handler(lambda _, context: LOG.error(
+            context['message'], exc_info=context.get('exception')))
         self._stop = self._loop.create_future()
         self.state = 'starting'
         atexit.register(self.forgotten, LINGER)     # or visitors would wait for its return
@@ -12762,7 +12758,8 @@ class Life(ClientObserver):
             self._loop.run_until_complete(self._serve(self._known))
         except LocaltunnelError as e:
             self.error = e.again()
-            LOG.error('the tunnel has ended: %s', e)
+            if self.begun.done():       # else start raises it
+                LOG.error('the tunnel has ended: %s', e)
         except Exception as e:      # a fault of ours
             self.error = LocaltunnelError(f'the tunnel broke: {e!r}')
             LOG.exception('the tunnel broke')
@@ -12822,8 +12819,8 @@ class Life(ClientObserver):
         self._become('connected')
 
     def lost(self, why: str, seconds: float) -> None:
-        LOG.log(logging.WARNING if self.state == 'connected' else logging.DEBUG,
-                '%s; trying again in %.1f s', why, seconds)
+        if self.state != 'lost':
+            LOG.warning('%s; trying again', why)
         self._become('lost')
 
     def back(self) -> None:

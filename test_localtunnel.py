@@ -6273,6 +6273,7 @@ class KeptTest(InspectorTest):
                          [(1, 'GET', '/a?token=***', 200), (2, 'GET', '/b', 200)])
         self.assertEqual([e.target for e in self.book], ['/a?token=***', '/b'])
         self.assertEqual((len(self.book), self.book[-1].id, self.book[:1][0].id), (2, 2, 1))
+        self.assertEqual((seen[1].response['body'], seen[1].request['truncated']), ('hello', False))
 
 
 def frame(opcode, payload, mask=b'', final=True, compressed=False):
