@@ -9896,9 +9896,9 @@ INSPECTOR_PAGE = r'''<!doctype html>
   --bad: light-dark(#c0222b, #ff8080); --tint: light-dark(#e6effc, #1f2c40); }
 * { box-sizing: border-box; margin: 0; scrollbar-width: thin; min-width: 0; }
 body { height: 100dvh; display: grid; grid: auto minmax(0, 1fr) / 100%; }
-h1, h2, h3 { font-size: 1rem; } i { font-style: normal; } .wide { flex: 1; }
+h1, h2, h3 { font-size: 1rem; max-height: 9rem; overflow: auto; } i { font-style: normal; }
 a, summary { color: var(--link); text-decoration: none; }
-canvas { width: 11rem; image-rendering: pixelated; background: #fff; }
+canvas { width: 11rem; image-rendering: pixelated; background: #fff; } .wide { flex: 1; }
 :focus-visible { outline: 2px solid var(--link); outline-offset: -1px; }
 [hidden], #toast:empty { display: none !important; } form, label { display: grid; gap: .4rem; }
 button, input, textarea { font: inherit; color: var(--text); background: var(--page);
@@ -9907,7 +9907,7 @@ button { cursor: pointer; white-space: nowrap; } button:hover { border-color: va
 .main, .main:hover { background: var(--link); border-color: var(--link); color: var(--page); }
 pre, code, textarea, .mono, .tree, .row { font: .9rem/1.5 ui-monospace, Menlo, monospace; }
 pre, td, .wrap, .tree { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
-.dim, td:first-child, label { color: var(--dim); } .good { color: var(--good); }
+.dim, td:first-child, label, ::placeholder { color: var(--dim); } .good { color: var(--good); }
 .warn { color: var(--warn); } .bad { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: center; position: relative; }
 .box { border: var(--edge); border-radius: .5em; padding: .6rem .9rem; }
@@ -9954,13 +9954,13 @@ dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; marg
     <svg id="plot" viewBox="0 0 300 40" preserveAspectRatio="none" aria-hidden="true">
       <path id="rate"/><path id="errors"/><path id="slowest"/><path id="median"/></svg>
     <figcaption id="figures"></figcaption></figure></header>
-<main><nav aria-label="What has passed"><div class="bar">
+<main><nav aria-label="Requests"><div class="bar">
       <input id="filter" type="search" class="wide" size="9" aria-label="Filter" spellcheck="false"
         placeholder="text  method:post  status:5xx  slow:&gt;500">
       <span id="count" class="dim" role="status"></span><a href="/api/har" download>HAR</a>
       <button id="clear">Clear</button><button id="more" class="main" hidden></button></div>
     <ol id="list"></ol></nav>
-  <article tabindex="-1" aria-label="One of them"></article></main>
+  <article tabindex="-1" aria-label="Details"></article></main>
 <dialog id="edit" aria-label="Edit and replay"><form method="dialog">
   <div class="bar"><label>Method <input name="verb" size="9"></label>
     <label class="wide">Path <input name="path"></label></div>
@@ -10051,21 +10051,24 @@ function arrive(x) {
   if (coming.size > KEPT) coming.delete(coming.keys().next().value);
   due ||= setTimeout(settle, 100);
 }
-let events;
+let events, listed;             // what tells of new ones; the query that filled the list
 function listen() {
   const query = `?q=${encodeURIComponent($('#filter').value)}`, load = async () => {
-    const {exchanges} = await call(`exchanges${query}`);
-    if (!events.url.endsWith(query)) return;            // more has been typed
-    for (const one of [list, coming]) one.clear();      // ids begin again with each client
+    const {exchanges} = await call(`exchanges${query}`), old = x => list.get(x.id)?.exchange;
+    if (!events.url.endsWith(query)) return;    // more has been typed
+    if (listed === query && exchanges.some(x => old(x)?.at === x.at))   // of the same client
+      return exchanges.filter(x => json(old(x)) !== json(x)).forEach(arrive);
+    for (const one of [list, coming]) one.clear();
     $('#list').replaceChildren();
     exchanges.forEach(put);
+    listed = query;
     choose();
   };
   events?.close();
   events = new EventSource(`/api/events${query}`);
   events.onmessage = e => arrive(JSON.parse(e.data));
   events.onopen = load;
-  events.onerror = () => load().catch(e => say(e.message));     // of the filter
+  events.onerror = () => events.readyState === 2 && load().catch(e => say(e.message));  // filter
 }
 
 // The plot of the pace, [second, requests, errors, median, slowest]: a bar for five seconds.
@@ -10152,12 +10155,14 @@ function partOf(text) {         // of multipart
 function layOut(data, type) {
   const boundary = type.match(/^multipart\/.*boundary="?([^";]+)/i)?.[1];
   const text = textOf(data, type), [kind] = type.toLowerCase().split(/ *;/);
-  if (boundary) return make('div', latin(data).split(`--${boundary}`).slice(1, -1).map(partOf));
+  if (boundary) return make('div', latin(data).split(`--${boundary}`).slice(1)
+    .filter(part => !part.startsWith('--')).slice(0, MOST).map(partOf));
   if (/^image/.test(kind)) return make('img', {src: source(kind, data), alt: 'the image'});
   try {
     if (/json/.test(kind) || /^\s*[[{]/.test(text)) return jsonTree(JSON.parse(text, exact));
     if (/urlencoded/.test(kind)) return table([...new URLSearchParams(text)]);
-    const tree = /xml|html/.test(kind) && new DOMParser().parseFromString(text, kind);
+    const tree = /xml|html/.test(kind) && new DOMParser().parseFromString(
+      text, /html/.test(kind) ? 'text/html' : 'text/xml');
     if (tree && !tree.querySelector('parsererror')) return xmlTree(tree.documentElement);
   } catch { }           // it is not what its type says
   return make('pre', text ?? hex(data));
@@ -10193,29 +10198,30 @@ function facts(x) {
   } catch { add(body, 'body'); }
   return all.set('status of the answer', String(x.status));
 }
+let secrets = false;            // are shown
+const details = id => call(`exchanges/${id}${secrets ? '?secrets=1' : ''}`);
 const route = x => x.method + x.target.split('?')[0].replace(/[0-9a-f-]{8,}|\d+/gi, '*');
 async function differences(x) {
   const before = Math.max(...Array.from(list.values(), line => line.exchange).filter(
     one => one.id < x.id && route(one) === route(x)).map(one => one.id));
-  const old = x.request && before > 0 ? await call(`exchanges/${before}`) : {};
+  const old = x.request && before > 0 ? await details(before) : {};
   if (!old.request) return null;
   const then = facts(old), now = facts(x), names = [...new Set([...then.keys(), ...now.keys()])]
     .filter(name => then.get(name) !== now.get(name));
   const count = make('b', `${names.length} change${names.length === 1 ? '' : 's'}`);
   return fold([count, ' since ', link(before)], [() => table(names.map(name => [name,
-    make('span.bad', then.get(name) ?? ''), make('span.good', now.get(name) ?? '')]))],
-    names.length > 0);
+    make('span.bad', then.get(name)?.slice(0, MOST) ?? ''),
+    make('span.good', now.get(name)?.slice(0, MOST) ?? '')]))], names.length > 0);
 }
 
 // One exchange.
-let secrets = false;            // are shown
 async function choose() {
   const id = chosen = Number(location.hash.slice(1)) || 0;
   for (const [one, line] of list) line.firstChild.ariaCurrent = one === id || null;
   settle();
   if (!id) return welcome();
   try {
-    const x = await call(`exchanges/${id}${secrets ? '?secrets=1' : ''}`);
+    const x = await details(id);
     const parts = await Promise.all([...summary(x), differences(x),
       message('Request', x.request, 'Not all of it was kept; --inspect-body KIB keeps more.'),
       message('Response', x.response, 'Its first 64 KiB are kept.')]);
@@ -10234,7 +10240,8 @@ function summary(x) {
       size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
       x.replay_of ? [', a replay of ', link(x.replay_of)] : null),
     x.error && make('p.bad', `Failed at ${HOPS[x.failed]}: ${x.error}`),
-    make('div.bar', button('Replay', () => replay(), 'button.main'), button('Edit', edit),
+    x.request && make('div.bar', button('Replay', () => replay(), 'button.main'),
+      button('Edit', edit),
       Object.keys(COPIES).map(name => button(`Copy as ${name}`, () => copyAs(name))),
       button(`${secrets ? 'Hide' : 'Show'} secrets`, () => { secrets = !secrets; choose(); })),
     x.signature && make('p.warn', x.signature),
@@ -10343,8 +10350,9 @@ function qr(text) {             // up to 106 bytes: version 1 to 5, level L, one
 // Keys, and what is live.
 const KEYS = {
   j: ['next', () => step(1)], k: ['previous', () => step(-1)],
-  r: ['replay', () => open && replay()], e: ['edit and replay', () => open && edit()],
-  c: ['copy as curl', () => open && copyAs('curl')], '/': ['filter', () => $('#filter').focus()],
+  r: ['replay', () => open?.request && replay()], e: ['edit', () => open?.request && edit()],
+  c: ['copy as curl', () => open?.request && copyAs('curl')],
+  '/': ['filter', () => $('#filter').focus()],
   '?': ['these keys', () => $('#help').showModal()], Escape: ['close', () => location.hash = ''],
 };
 function step(by) {
@@ -10366,7 +10374,7 @@ async function look() {
     [kept, url.textContent, url.href] = [status.kept, status.url, status.url];
     if (news && !chosen) welcome();
     plot(status);
-    if (events.readyState === EventSource.CLOSED) listen();
+    if (events.readyState === 2) listen();      // it is closed
     [state.textContent, state.className] = ['live', 'good'];
   } catch { [state.textContent, state.className] = ['the client has ended', 'bad']; }
 }
