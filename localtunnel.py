@@ -39,11 +39,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  35 Terminal
-     2 Wire                   16 DNS                    36 Options
-     3 Credit                 17 Raw TCP                37 Wiring
-     4 Byte streams           18 Folder and echo        38 Python
-     5 Session                19 Host header            39 Command line
+     1 Constants and errors   15 Annex                  36 Terminal
+     2 Wire                   16 DNS                    37 Options
+     3 Credit                 17 Raw TCP                38 Wiring
+     4 Byte streams           18 Folder and echo        39 Python
+     5 Session                19 Host header            40 Command line
      6 HTTP/1.1               20 Outgoing proxy
      7 Names and tokens       21 Certificates
      8 Exchange               22 Certificates by ACME
@@ -51,14 +51,15 @@ Rooms
     10 Admission              24 Operator's page
     11 Server                 25 Block list
     12 Places                 26 Ground
-    13 App                    27 Landing page
-    14 Client                 28 Invitations
-                              29 Exchanges
-                              30 Inspector's page
-                              31 Inspector
-                              32 Logs and replay
-                              33 Words from elsewhere
-                              34 Error pages
+    13 App                    27 Doctor
+    14 Client                 28 Landing page
+                              29 Invitations
+                              30 Exchanges
+                              31 Inspector's page
+                              32 Inspector
+                              33 Logs and replay
+                              34 Words from elsewhere
+                              35 Error pages
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ import errno
 import fnmatch
 import functools
 import gc
+import glob
 import hashlib
 import hmac
 import html
@@ -108,8 +110,8 @@ import urllib.parse
 import warnings
 import weakref
 import zlib
-from typing import (Any, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator, Iterable,
-                    Iterator, List, NoReturn, Optional, Sequence, TextIO, Tuple, Union)
+from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator,
+                    Iterable, Iterator, List, NoReturn, Optional, Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -5475,7 +5477,7 @@ class Client:
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
         self.once = once            # True: end with an error if the connection fails
-        self._dial, self._observer, self._token = dial, observer, token
+        self.dial, self._observer, self._token = dial, observer, token
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
                                         Workers(runtime, serve).start, trace)
         self._sessions: dict[Session, None] = {}    # the current one last; the others drain
@@ -5483,13 +5485,13 @@ class Client:
         self._session_id = ''                       # the server's name for it
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
         self._carried = 0, 0                        # bytes in and out, of sessions that are over
-        wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False, **wish}
+        wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False,
+                'started': time.time(), **wish}
         chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
         proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
         self.name = wish['name'] or derive_name(address.site, proof, long)
         self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
-                       'instance': secrets.token_hex(16), 'started': time.time(),
-                       'version': __version__}
+                       'instance': secrets.token_hex(16), 'version': __version__}
 
     @property
     def carried(self) -> tuple[int, int]:
@@ -5554,7 +5556,7 @@ class Client:
 
         False where nothing is to be served: the name was given back.
         """
-        connection = await self._dial(timeout)
+        connection = await self.dial(timeout)
         began = self.runtime.now()
         overdue = self.runtime.loop.call_later(         # it may say something now and then
             timeout, connection.set_exception, Overdue('the welcome did not come in time'))
@@ -5844,26 +5846,38 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject
     return near
 
 
-def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
-    """From when, until when and for which names the certificate is valid that SERVER shows.
+def believer(shown: bytes = b'') -> ssl.SSLContext:
+    """A client that trusts the certificate SHOWN (DER) alone, at any time; or anybody, without.
 
-    None where it is not one for servers.  Python reads no certificate to us but one that a client
-    has accepted; so here is a client that trusts this very one.
+    Python reads no certificate to us but one that a client has checked.
     """
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    try:
-        shown = shake_hands(client, server).getpeercert(binary_form=True)
+    if shown:
         client.load_verify_locations(cadata=shown)
         client.verify_mode = ssl.CERT_REQUIRED
         client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
-        facts: Any = shake_hands(client, server).getpeercert()
-    except ssl.SSLError:
-        return None
+    return client
+
+
+def validity(facts: Any) -> tuple[float, float, list[str]]:
+    """(since, until, names) of the FACTS of a certificate, as Python reads them."""
     return (ssl.cert_time_to_seconds(facts['notBefore']),
             ssl.cert_time_to_seconds(facts['notAfter']),
             [name.lower() if kind == 'DNS' else str(ipaddress.ip_address(name.strip()))
              for kind, name in facts.get('subjectAltName', ()) if kind in ('DNS', 'IP Address')])
+
+
+def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
+    """From when, until when and for which names the certificate is valid that SERVER shows.
+
+    None where it is not one for servers.
+    """
+    try:
+        shown: Any = shake_hands(believer(), server).getpeercert(binary_form=True)
+        return validity(shake_hands(believer(shown), server).getpeercert())
+    except ssl.SSLError:
+        return None
 
 
 class Annex:
@@ -5883,7 +5897,8 @@ class Annex:
         """Commands beside client and server, as add(NAME, help=...).
 
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
-        What was typed has a function `say` with it, which prints a line.
+        What was typed has functions with it: `say` prints a line, `tls` makes a context that checks
+        servers, and `as_client` what `client` would have made of it, see Wiring.
         """
 
     def target(self, args: Args) -> Target | None:
@@ -5916,6 +5931,7 @@ class Annex:
 
 DNS_HEADER = struct.Struct('>6H')       # id, flags, questions, answers, authorities, additions
 DNS_RECORD = struct.Struct('>HHIH')     # behind its name: type, class, seconds to live, length
+DNS_PORT = 53
 TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
     1, 2, 6, 16, 28, 41, 255, 257)
 INTERNET = 1                            # the class
@@ -5924,6 +5940,7 @@ NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
 DNS_PLAIN, DNS_EXTENDED = 512, 1232     # bytes of UDP: without EDNS, and what no path breaks up
 ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
 MOST_ADDITIONS = 8              # records of a question that are looked at; EDNS has one
+MOST_STEPS = 256                # labels and pointers of a name: twice as many as fit into one
 
 
 def encode_name(name: str) -> bytes:
@@ -6139,8 +6156,26 @@ def place_of_resolver(text: str) -> tuple[str, int]:
     return host.strip('[]'), port_number(port)
 
 
+def read_name(packet: bytes, at: int) -> bytes:
+    """The name in PACKET, with dots; it may end with a pointer to another.  Raises IndexError."""
+    labels: list[bytes] = []
+    for _ in range(MOST_STEPS):
+        size = packet[at]
+        if size >= 0xC0:
+            at = (size & 0x3F) << 8 | packet[at + 1]
+        elif size:
+            labels.append(packet[at + 1:at + 1 + size].lower())
+            at += 1 + size
+        else:
+            break
+    return b'.'.join(labels)
+
+
 def read_records(packet: bytes, kind: int) -> list[bytes]:
-    """The data of the records of KIND in PACKET, an answer.  Raises IndexError and struct.error."""
+    """The data of the records of KIND in PACKET, an answer: of NS the name, with dots.
+
+    Raises IndexError and struct.error.
+    """
     _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
     at, found = DNS_HEADER.size, []
     for _ in range(questions):
@@ -6150,7 +6185,8 @@ def read_records(packet: bytes, kind: int) -> list[bytes]:
         this, _, _, size = DNS_RECORD.unpack_from(packet, at)
         at += DNS_RECORD.size + size
         if this == kind and at <= len(packet):
-            found.append(packet[at - size:at])
+            found.append(read_name(packet, at - size) if kind == TYPE_NS else
+                         packet[at - size:at])
     return found
 
 
@@ -8607,14 +8643,16 @@ class Blocking(Annex):
 # 26. Ground
 #
 # What a server stands on: its certificate, its names in DNS, its clock, its files.  It is looked at
-# when the server starts and once a day, in a thread, and nothing waits for it.  A finding is one
-# sentence that says what is wrong; about what can't be known there is none.
+# when the server starts and once a day, in a thread, and nothing waits for it; and by the doctor of
+# the next room.  A finding is one sentence that says what is wrong; about what can't be known there
+# is none.
 # ------------------------------------------------------------------------------------------------
 
 LOOK_WITHIN = 120.0             # for all of it; a thread that hangs is left alone
 REACHED_WITHIN = 5.0            # for a request of our own to connect, and then to arrive here
 MOST_ADDRESSES = 8              # of a name, which are tried
 ENDS_SOON = 14 * DAY            # of a certificate, or a third of its life: renewal has failed
+NO_ADDRESS = socket.EAI_NONAME, getattr(socket, 'EAI_NODATA', None)     # DNS says so
 
 
 def day(when: float) -> str:
@@ -8680,25 +8718,28 @@ class Probe(Observer):
         answered = None
         for port, tls in self._ports.items():
             with contextlib.suppress(OSError):
-                if self._ask(host, address, port, tls):
+                if self.ask(host, address, port, tls):
                     return True
                 answered = False
         return answered
 
-    def _ask(self, host: str, address: str, port: int, tls: bool) -> bool:
+    def ask(self, host: str, address: str, port: int, tls: bool) -> bool:
         """Send one request; return True if it arrives here.  Raises OSError."""
         target = f'/.well-known/localtunnel/{secrets.token_hex(16)}'
-        self._awaited[target] = arrived = threading.Event()
+        self._awaited[target] = threading.Event()
         with contextlib.ExitStack() as closing:
             sock = closing.enter_context(
                 socket.create_connection((address, port), REACHED_WITHIN))
             if tls:
-                context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-                context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-                sock = closing.enter_context(context.wrap_socket(sock, server_hostname=host))
+                sock = closing.enter_context(believer().wrap_socket(sock, server_hostname=host))
             sock.sendall(f'GET {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: localtunnel\r\n'
                          'Connection: close\r\n\r\n'.encode())
-            return arrived.wait(REACHED_WITHIN)
+            sock.settimeout(REACHED_WITHIN)
+            return self._heard(sock, target)
+
+    def _heard(self, sock: socket.socket, target: str) -> bool:
+        """Return True if what went through SOCK to TARGET arrives here."""
+        return self._awaited[target].wait(REACHED_WITHIN)
 
 
 def look_up(host: str) -> list[str]:
@@ -8724,7 +8765,6 @@ def why_elsewhere(probe: Probe, host: str, address: str) -> str:
 
 def name_findings(domain: str, probe: Probe) -> Iterator[str]:
     """Whether DNS leads DOMAIN, and the names below it, here."""
-    unknown = (socket.EAI_NONAME, getattr(socket, 'EAI_NODATA', None))
     for host, record in ((domain, domain), (f'{secrets.token_hex(8)}.{domain}', f'*.{domain}')):
         try:
             for address in look_up(host):
@@ -8733,7 +8773,7 @@ def name_findings(domain: str, probe: Probe) -> Iterator[str]:
                     yield f'DNS leads {record} to {address}, {why}'
         except socket.gaierror as e:
             yield (f'DNS has no address for {record}; add a record that leads to this machine'
-                   if e.errno in unknown else f"can't look {record} up in DNS: {e.strerror}")
+                   if e.errno in NO_ADDRESS else f"can't look {record} up in DNS: {e.strerror}")
 
 
 def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
@@ -8748,8 +8788,870 @@ def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
     yield from name_findings(args.domain, probe)
 
 
-class Ground(Annex):
-    """The look at start, and those that follow."""
+# ------------------------------------------------------------------------------------------------
+# 27. Doctor
+#
+# `doctor` names the first thing that is wrong on the way of a request, and what helps; and the look
+# of a server at the room above, with which this is one annex.  A check is an asynchronous generator
+# of verdicts.  The tables have the checks in the order of the way.
+# ------------------------------------------------------------------------------------------------
+
+CHECK_WITHIN, ALL_WITHIN = 10.0, 55.0   # for one check, and for all
+CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signatures allow 300
+FEW_DESCRIPTORS = 4096          # each request that is under way takes two
+SAMPLE = 512 * KIB              # bytes that go up and down: 5 s at 1 Mbit/s
+STREAM_WITHIN = 3.0             # for the first piece of an answer, of which more is to come
+HEADERS, LEAST_HEADERS = (60, 32, 16, 8, 4), 8      # KiB of one field; cookies may have 4 each
+FRAME_UP = b'\x81\x8b\0\0\0\0localtunnel'       # of a WebSocket, with a mask that changes nothing
+FRAME_DOWN = b'\x81\x0blocaltunnel'
+
+# True for right, False for wrong, None for what can't be known; what is so; what helps.
+Verdict = Tuple[Optional[bool], str, str]
+Row = Tuple[str, Callable[[], AsyncIterator[Verdict]], bool]     # True: the rest stands on it
+SIGNS = {True: ('ok ', 32), None: ('-  ', 2), False: ('BAD', 31)}       # with colours
+
+# Who stands in front, by what is said in the header lines, and how to let everything pass.
+FRONTS = (
+    ('Cloudflare', r'cf-ray:|server: *cloudflare', 'set the DNS record to "DNS only"'),
+    ('Envoy', r'x-envoy-|server: *envoy', f'allow "{PROTOCOL}" in its upgrade_configs'),
+    ('nginx', r'server: *nginx', 'configure it as README says under "A proxy in front": '
+     'proxy_http_version 1.1, Upgrade and Connection, no proxy_buffering'),
+    ('Apache', r'server: *apache', 'say upgrade=ANY in its ProxyPass'),
+    ('a proxy', r'(?:server|via|x-cache):', 'configure it as README says under "A proxy in front"'))
+SOMEBODY = 'something on the way', 'ask who runs the network, or try another one'
+
+# What to look at, by the hop that failed and the status; '' for all others of the hop.
+LOOK_AT = {
+    'app502': 'see whether the app runs, on the port that the client was given',
+    'app504': 'see what the app is busy with, or give the client a longer --timeout',
+    'app': 'see the log of the app, and what the client printed',
+    'client503': 'start the client, or see what it prints: if its network broke, it comes back',
+    'client': 'see what the client prints, and run doctor beside it',
+    'relay401': 'log in, with what the client has as --auth',
+    'relay403': "see the client's --allow, and on the server block --list",
+    'relay404': 'start the client, and compare the URL that it prints with this one',
+    'relay410': 'ask the operator of the server, who ended it',
+    'relay429': 'send less, or ask the operator of the server for a higher --rate',
+    'relay503': 'try again soon, and run doctor on the server if it stays',
+    'relay': 'change the request: the server refuses it as it is'}
+
+
+def in_two(finding: str) -> Verdict:
+    """The verdict that a FINDING is, a sentence of what is wrong and often what helps."""
+    text, _, cure = finding.partition('; ')
+    return False, text, cure
+
+
+class Report:
+    """What the checks say, when they say it: for people, or as lines of JSON."""
+
+    def __init__(self, args: Args) -> None:
+        self._say, self._json = args.say, args.json
+        self._colours = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+        self._until = time.monotonic() + ALL_WITHIN
+        self._first = ''                    # that is wrong, in a sentence
+
+    def tell(self, check: str, ok: bool | None, text: str, cure: str = '') -> None:
+        """Tell one verdict of CHECK."""
+        text, cure = printable(text), printable(cure)
+        whole = text + (cure and f'; {cure}')
+        if ok is False and not self._first:
+            self._first = f'{check}: {whole}'
+        if self._json:
+            self._say(json.dumps({'check': check, 'ok': ok, 'text': text, 'cure': cure}))
+            return
+        sign, colour = SIGNS[ok]
+        self._say((f'\x1b[{colour}m{sign}\x1b[0m' if self._colours else sign)
+                  + f' {check:11} {whole}')
+
+    async def hear(self, check: str, verdicts: AsyncIterator[Verdict], where: str) -> bool:
+        """Tell the VERDICTS of CHECK; return False if something is wrong.  WHERE is looked at."""
+        right, seconds = True, max(0.0, min(CHECK_WITHIN, self._until - time.monotonic()))
+
+        async def all_of_them() -> None:
+            nonlocal right
+            async for ok, text, cure in verdicts:
+                right = right and ok is not False
+                self.tell(check, ok, text, cure)
+        try:
+            await asyncio.wait_for(all_of_them(), seconds)
+            return right
+        except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
+            self.tell(check, *in_two(explain(e, where)))
+            return False
+
+    async def run(self, checks: Sequence[Row], where: str) -> bool:
+        """Run CHECKS; return False if one that the rest stands on finds something wrong."""
+        for check, ask, needed in checks:
+            if not await self.hear(check, ask(), where) and needed:
+                return False
+        return True
+
+    def end(self) -> int:
+        """Tell what matters; return the exit code."""
+        if not self._json:
+            self._say(f'\nMend this first: {self._first}' if self._first else
+                      '\nEverything that was looked at is right.')
+        return int(self._first != '')
+
+
+async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
+    """What WORK returns, which may take long; nobody waits for its thread at the end."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+
+    def settle(result: Any, error: Exception | None) -> None:
+        if not done.done():
+            done.set_exception(error) if error else done.set_result(result)
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work(*args)
+        except Exception as e:
+            error = e
+        with contextlib.suppress(RuntimeError):     # the loop is closed
+            loop.call_soon_threadsafe(settle, result, error)
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
+async def send_request(connection: Connection, host: str, path: str, *lines: str,
+                       method: str = 'GET', body: bytes = b'') -> Response:
+    """Send a request with the header LINES to HOST; return the head of its answer."""
+    head = [f'{method} {path} HTTP/1.1', f'Host: {host}', 'User-Agent: localtunnel', *lines]
+    if body:
+        head.append(f'Content-Length: {len(body)}')
+    connection.timeout = CHECK_WITHIN
+    await connection.write('\r\n'.join([*head, '', '']).encode() + body)
+    return await read_final(connection, None, CHECK_WITHIN)
+
+
+async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
+    """The body of RESPONSE to a GET."""
+    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+
+
+def front_of(response: Response) -> tuple[str, str]:
+    """(who, cure) of what stands in front of the server that RESPONSE is of; ('', '') if nobody."""
+    lines = response.block.decode('latin-1')
+    return next(((who, cure) for who, words, cure in FRONTS
+                 if re.search(f'(?im)^(?:{words})', lines)), ('', ''))
+
+
+def since(began: float) -> str:
+    """How long it is since BEGAN, of time.monotonic."""
+    return f'{(time.monotonic() - began) * 1e3:.1f} ms'
+
+
+def rate(began: float) -> str:
+    """How fast a sample went that BEGAN then."""
+    return f'{SAMPLE * 8e-6 / max(1e-9, time.monotonic() - began):.1f} Mbit/s'
+
+
+def accept_key(key: str) -> bytes:
+    """What a server answers to the KEY of a WebSocket (RFC 6455 1.3)."""
+    return base64.b64encode(hashlib.sha1(
+        key.encode('latin-1') + b'258EAFA5-E914-47DA-95CA-C5AB0DC85B11').digest())
+
+
+def clock_verdict(response: Response, where: str) -> Verdict:
+    """Whether the clock of this machine agrees with the one of WHERE, which RESPONSE is of."""
+    import email.utils
+    try:
+        said = email.utils.parsedate_to_datetime(response.find(b'date')).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None, f'not compared: {where} does not say what time it is', ''
+    ahead = time.time() - said
+    if abs(ahead) < CLOCK_OFF:
+        return True, f'as the one of {where}', ''
+    return (False, f'the clock of this machine is {abs(ahead):.0f} seconds '
+            f'{"ahead of" if ahead > 0 else "behind"} the one of {where}',
+            'set it right (timedatectl set-ntp true), or the other one')
+
+
+class Echo:
+    """The app at the end of the tunnel, and what is sent through it."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.sample = b'<html><body>' + os.urandom(SAMPLE) + b'</body></html>'     # tempting
+        self.arrived = asyncio.Event()      # the first piece of an answer that is not complete
+
+    async def dial(self, target: Target) -> Connection:
+        """A connection to it."""
+        ours, theirs = socket.socketpair()
+        connection = None
+        for sock, serve in (theirs, self._answer), (ours, None):
+            _, connection = await self._runtime.loop.create_connection(
+                functools.partial(Connection, self._runtime, serve), sock=sock)
+        assert connection is not None
+        return connection
+
+    async def _answer(self, connection: Connection) -> None:
+        """Answer one request."""
+        try:
+            head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
+            request = parse_request(head or b'')
+            body = await read_whole(body_reader(connection, request.body_length()), 2 * SAMPLE)
+            answer = {b'/websocket': self._websocket, b'/streaming': self._streaming}.get(
+                request.target, self._page)
+            await answer(connection, request, body)
+            await connection.linger()
+        except (LocaltunnelError, OSError):
+            connection.abort()
+
+    async def _page(self, connection: Connection, request: Request, body: bytes) -> None:
+        said = self.sample if request.target == b'/download' else (
+            hashlib.sha256(body).hexdigest().encode())
+        await connection.write(plain_message(200, HTML, said, ['Connection: close']))
+
+    async def _streaming(self, connection: Connection, request: Request, body: bytes) -> None:
+        await connection.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n'
+                               b'Connection: close\r\n\r\n5\r\nfirst\r\n')
+        await asyncio.wait_for(self.arrived.wait(), CHECK_WITHIN)
+        await connection.write(b'4\r\nlast\r\n0\r\n\r\n')
+
+    async def _websocket(self, connection: Connection, request: Request, body: bytes) -> None:
+        key = accept_key(request.find(b'sec-websocket-key'))
+        await connection.write(b'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n'
+                               b'Upgrade: websocket\r\nSec-WebSocket-Accept: %b\r\n\r\n' % key)
+        if await connection.read() == FRAME_UP:
+            await connection.write(FRAME_DOWN)
+
+
+class Welcome(ClientObserver):
+    """Listens to who a server takes us for."""
+    user = ''
+
+    def ready(self, url: str, user: str, round_trip: float) -> None:
+        self.user = user
+
+
+class Way:
+    """The checks beside a client, from its server to a tunnel of our own."""
+
+    def __init__(self, args: Args, runtime: Runtime, known: Any, client: Client,
+                 welcome: Welcome) -> None:
+        """KNOWN and CLIENT are what `client` would have made of ARGS; it tells WELCOME."""
+        self.client, self.where, self.front = client, str(client.address), SOMEBODY
+        self._args, self._runtime, self._known, self._welcome = args, runtime, known, welcome
+        self._places: list[str] = []        # the addresses of the server
+        self._response: Any = None          # of the server, to no more than a question
+        self._refusal: Any = None           # why there is no tunnel
+        self._tasks: list[asyncio.Task[Any]] = []
+        self._connection: Any = None        # to the server
+        self.checks: Sequence[Row] = (
+            ('server', self.server, True), ('proxy', self.proxy, True), ('dns', self.dns, True),
+            ('connect', self.connect, True), ('tls', self.tls, True), ('http', self.http, True),
+            ('clock', self.clock, False), ('upgrade', self.upgrade, True),
+            ('token', self.token, True), ('name', self.name, False), ('tunnel', self.tunnel, True))
+
+    async def close(self) -> None:
+        """Close the tunnel."""
+        await self.client.stop()
+        for task in self._tasks:
+            await end_task(task)
+
+    async def server(self) -> AsyncIterator[Verdict]:
+        yield True, f'{self.where} ({self._known.source})', ''
+
+    async def proxy(self) -> AsyncIterator[Verdict]:
+        address = self.client.address
+        if not address.route:
+            yield True, 'none is asked for: the way is straight', ''
+            return
+        try:
+            (await address.route(address.site, address.port)).close()
+        except LocaltunnelError as e:
+            yield False, str(e), 'see HTTPS_PROXY, ALL_PROXY and NO_PROXY'
+        else:
+            yield True, 'the one in the environment connects', ''
+
+    async def dns(self) -> AsyncIterator[Verdict]:
+        site = self.client.address.site
+        if self.client.address.route:
+            yield None, 'not looked at: the proxy asks it', ''
+            return
+        try:
+            found = addresses(site) if is_loopback(site) else await in_thread(look_up, site)
+        except socket.gaierror as e:
+            yield False, explain(e, self.where), 'check how it is spelled, or add a DNS record'
+            return
+        kinds = {':' in place: place for place in reversed(found)}      # one of each
+        self._places = list(kinds.values())
+        yield True, f'{site} is {", ".join(found)}', ''
+
+    async def connect(self) -> AsyncIterator[Verdict]:
+        port, works = self.client.address.port, False
+        if self.client.address.route:
+            yield None, 'not looked at: the proxy does it', ''
+        for place in sorted(self._places, key=lambda place: ':' in place):
+            kind, began = 'IPv6' if ':' in place else 'IPv4', time.monotonic()
+            try:
+                transport, _ = await asyncio.wait_for(self._runtime.loop.create_connection(
+                    asyncio.Protocol, place, port), REACHED_WITHIN)
+                transport.close()
+                works = True
+                yield True, f'{kind}, {place}: {since(began)}', ''
+            except (OSError, asyncio.TimeoutError) as e:
+                failed = explain(e, f'port {port} of {place}')
+                yield None, f'{kind}: {failed}', ''
+        if self._places and not works:
+            yield False, failed, 'start the server there, or see what its firewall lets through'
+
+    async def tls(self) -> AsyncIterator[Verdict]:
+        self._connection = await self.client.dial(CHECK_WITHIN)
+        shown = self._connection.transport.get_extra_info('peercert')
+        if not self._connection.secure:
+            yield None, 'none: what is sent there can be read on the way', ''
+        elif not shown:
+            yield True, 'the certificate is the one of the pin', ''
+        else:
+            _, until, names = validity(shown)
+            issuer = dict(pair for part in shown['issuer'] for pair in part)
+            who = issuer.get('organizationName') or issuer.get('commonName') or '?'
+            yield True, f'{who} signed it for {", ".join(names[:3])}, until {day(until)}', ''
+
+    async def http(self) -> AsyncIterator[Verdict]:
+        self._response = response = await send_request(
+            self._connection, self.where.partition('://')[2], WELL_KNOWN)
+        self._connection.abort()
+        who, cure = front_of(response)
+        self.front = (who, cure) if who else SOMEBODY
+        if response.find(b'localtunnel-failed') == 'relay':
+            yield True, 'a localtunnel server answers' + (who and f', behind {who}'), ''
+        elif response.status in PROXY_FAILED:
+            yield (False, f'{who or "a proxy"} in front answers {response.status}: the server '
+                   'behind it is down', 'start the server, or run doctor on its machine')
+        elif 300 <= response.status < 400:
+            yield (False, f'{self.where} redirects to {response.find(b"location")[:MAX_TEXT]}',
+                   'name that one with --server')
+        else:
+            yield (False, f'{who or self.where} answers {response.status}, not as a localtunnel '
+                   'server does', 'compare the address with the one that the server printed')
+
+    async def clock(self) -> AsyncIterator[Verdict]:
+        yield clock_verdict(self._response, self.where)
+
+    # The tunnel.
+
+    async def _open(self, client: Client) -> BaseException | None:
+        """Open the tunnel of CLIENT; return why it can't be."""
+        running = asyncio.ensure_future(client.run())
+        welcomed = asyncio.ensure_future(client.welcomed.wait())
+        self._tasks += [running, welcomed]
+        await asyncio.wait({running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
+        return running.exception() if running.done() else None
+
+    async def upgrade(self) -> AsyncIterator[Verdict]:
+        self._refusal = await self._open(self.client)
+        if getattr(self._refusal, 'code', 'no_upgrade') == 'no_upgrade' and self._refusal:
+            who, cure = self.front
+            yield False, f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure
+        else:
+            yield True, f'"Upgrade: {PROTOCOL}" passes', ''
+
+    async def token(self) -> AsyncIterator[Verdict]:
+        code = getattr(self._refusal, 'code', '')
+        if code in ('token', 'blocked', 'slow_down'):
+            raise self._refusal
+        who = self._welcome.user and f'; you are {self._welcome.user}'
+        yield (None, 'the server refuses for another reason', '') if code else (
+            True, f'{"accepted" if self._known.token else "none is needed"}{who}', '')
+
+    async def name(self) -> AsyncIterator[Verdict]:
+        if not self._args.name:
+            return
+        _, _, client = self._args.as_client(
+            self._args, self._runtime, Target('doctor'), ClientObserver())
+        refusal: Any = await self._open(client)
+        await client.stop()
+        if refusal and getattr(refusal, 'code', '') != 'superseded':
+            raise refusal
+        yield True, f'{self._args.name} is yours' + (
+            ', and a client of yours has it' if refusal else ''), ''
+
+    async def tunnel(self) -> AsyncIterator[Verdict]:
+        if self._refusal:
+            raise self._refusal
+        yield True, f'open at {self.client.url}', ''
+
+
+class Passage:
+    """The checks of what passes through a tunnel, to an Echo and back."""
+
+    def __init__(self, runtime: Runtime, way: Way, echo: Echo, tls: ssl.SSLContext) -> None:
+        """WAY has led to the tunnel; TLS checks it."""
+        self.where, self._host = way.where, way.client.url.partition('://')[2]
+        self._runtime, self._way, self._echo, self._tls = runtime, way, echo, tls
+        self.checks: Sequence[Row] = (
+            ('visitor', self.visitor, True), ('upload', self.upload, False),
+            ('download', self.download, False), ('streaming', self.streaming, False),
+            ('websocket', self.websocket, False), ('headers', self.headers, False))
+
+    async def _visit(self) -> Connection:
+        """Come to the tunnel as a visitor."""
+        place, route = ServerAddress(self._way.client.url), self._way.client.address.route
+        place.route = route
+        if not (route or is_loopback(place.site)):
+            await in_thread(look_up, place.site)
+        return await dial_server(self._runtime, place, self._tls if place.scheme == 'https'
+                                 else None, '', REACHED_WITHIN)
+
+    @contextlib.asynccontextmanager
+    async def _ask(self, path: str, *lines: str,
+                   **what: Any) -> AsyncIterator[tuple[Connection, Response]]:
+        """Send a request as a visitor."""
+        connection = await self._visit()
+        try:
+            yield connection, await send_request(connection, self._host, path, *lines, **what)
+        finally:
+            connection.abort()
+
+    async def visitor(self) -> AsyncIterator[Verdict]:
+        site, began = ServerAddress(self._way.client.url).site, time.monotonic()
+        try:
+            connection = await self._visit()
+        except socket.gaierror:
+            yield (False, f'DNS has no address for {site}', 'add a record for all names: name '
+                   f'*.{site.partition(".")[2]}, with the address of the server')
+            return
+        came, began = since(began), time.monotonic()
+        response = await send_request(connection, self._host, '/')
+        connection.abort()
+        hop, who = response.find(b'localtunnel-failed'), self._way.front[0]
+        yield (True, f'comes in {came}, and is answered in {since(began)}', '') if (
+            response.status == 200) else (
+                False, f'is answered {response.status} by ' + (f'our {hop}' if hop else who),
+                LOOK_AT.get(hop, self._way.front[1]))
+
+    async def upload(self) -> AsyncIterator[Verdict]:
+        began, sample = time.monotonic(), self._echo.sample
+        async with self._ask('/upload', method='POST', body=sample) as (connection, response):
+            said = await read_answer(connection, response)
+        yield self._passes(said == hashlib.sha256(sample).hexdigest().encode(),
+                           f'{rate(began)}, unchanged', 'changes what goes up')
+
+    async def download(self) -> AsyncIterator[Verdict]:
+        began = time.monotonic()
+        async with self._ask('/download') as (connection, response):
+            said = await read_answer(connection, response, 2 * SAMPLE)
+        yield self._passes(said == self._echo.sample, f'{rate(began)}, unchanged',
+                           'changes what comes down')
+
+    async def streaming(self) -> AsyncIterator[Verdict]:
+        try:
+            first = await asyncio.wait_for(self._first_piece(), STREAM_WITHIN)
+        except asyncio.TimeoutError:
+            first = b''
+        finally:
+            self._echo.arrived.set()
+        yield self._passes(first == b'first', 'an answer arrives piece by piece',
+                           'keeps an answer back until it is complete')
+
+    async def _first_piece(self) -> bytes:
+        async with self._ask('/streaming') as (connection, response):
+            body = body_reader(connection, response.body_length(b'GET'))
+            piece = body.take()
+            while not piece and not body.finished:
+                await connection.wait_for_data()
+                piece = body.take()
+            return piece
+
+    async def websocket(self) -> AsyncIterator[Verdict]:
+        key, echoed = base64.b64encode(os.urandom(16)).decode(), b''
+        async with self._ask(
+                '/websocket', 'Connection: Upgrade', 'Upgrade: websocket',
+                f'Sec-WebSocket-Key: {key}', 'Sec-WebSocket-Version: 13') as (connection, response):
+            if response.find(b'sec-websocket-accept').encode() == accept_key(key):
+                await connection.write(FRAME_UP)
+                echoed = await connection.read()
+        yield self._passes(echoed == FRAME_DOWN, 'frames pass both ways',
+                           f'does not let WebSockets pass ({response.status})')
+
+    async def headers(self) -> AsyncIterator[Verdict]:
+        for size in HEADERS:
+            with contextlib.suppress(LocaltunnelError, OSError):
+                async with self._ask('/', f'X-Doctor: {"x" * size * KIB}') as (_, response):
+                    if response.status == 200:
+                        break
+        else:
+            size = 0
+        yield self._passes(size >= LEAST_HEADERS, f'up to {size} KiB of them pass',
+                           f'lets no more than {size} KiB of them pass')
+
+    def _passes(self, passes: bool, how: str, wrong: str) -> Verdict:
+        """The verdict for what PASSES, or what is WRONG with who stands in front."""
+        who, cure = self._way.front
+        return (True, how, '') if passes else (False, f'{who} {wrong}', cure)
+
+
+class Answer:
+    """The checks of one URL: what answers there, and what that means."""
+
+    def __init__(self, args: Args, runtime: Runtime) -> None:
+        url = args.url if '://' in args.url else 'https://' + args.url
+        scheme, host, port, self._path = split_url(url, ('https', 'http'))
+        self.where, self._runtime = f'{scheme}://{authority(scheme, host, port)}', runtime
+        self._place = ServerAddress(self.where)
+        self._tls = args.tls(args.ca) if scheme == 'https' else None
+        self.checks: Sequence[Row] = (('connect', self.connect, True),
+                                      ('answer', self.answer, True))
+
+    async def connect(self) -> AsyncIterator[Verdict]:
+        site, began = self._place.site, time.monotonic()
+        if not is_loopback(site):
+            await in_thread(look_up, site)
+        self._connection = await dial_server(
+            self._runtime, self._place, self._tls, '', REACHED_WITHIN)
+        yield True, f'{self._connection.peer} answers in {since(began)}', ''
+
+    async def answer(self) -> AsyncIterator[Verdict]:
+        connection = self._connection
+        response = await send_request(connection, self.where.partition('://')[2], self._path or '/')
+        hop, status = response.find(b'localtunnel-failed'), response.status
+        who, cure = front_of(response)
+        if hop:
+            text = (await read_answer(connection, response)).decode('latin-1').strip()
+            hop = hop if hop in LOOK_AT else 'relay'
+            yield (False, f'the {hop} says {text[:MAX_TEXT]}',
+                   LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
+        elif status in PROXY_FAILED:
+            yield (False, f'{status} comes from {who or "a proxy"} in front, or from the app: this '
+                   'page is not ours', 'run doctor on the server, and see the log of the app')
+        elif status >= 400:
+            yield (False, f'{status} comes from the app' + (who and f', or from {who} in front'),
+                   'see the log of the app, and of the client')
+        else:
+            yield True, f'{status}, which is none of our error pages', ''
+        connection.abort()
+
+
+class Caller(Probe):
+    """Requests from another process than the server's: any localtunnel server is taken for it."""
+
+    def __init__(self, ports: dict[int, bool]) -> None:
+        super().__init__(Observer(), ports)
+
+    def _heard(self, sock: socket.socket, target: str) -> bool:
+        head = sock.recv(MAX_HEAD)
+        redirected = re.search(rb'\r\nlocation: *https://\S+%b\r' % target.encode(), head, re.I)
+        return bool(redirected) or b'\r\nlocaltunnel-failed:' in head.lower()
+
+
+LISTENS = '0A'                  # the state of a socket, in /proc/net/tcp
+
+
+def who_listens(address: str, port: int) -> str:
+    """Who listens at PORT of ADDRESS, as far as the system tells."""
+    wanted, sockets = {address, '0.0.0.0', '::'}, set()
+    for path in '/proc/net/tcp', '/proc/net/tcp6':
+        with contextlib.suppress(OSError), open(path, encoding='ascii') as f:
+            for words in map(str.split, f):
+                host, _, number = words[1].partition(':')
+                if words[3] == LISTENS and int(number, 16) == port:
+                    packed = b''.join(struct.pack('=I', int(host[i:i + 8], 16))
+                                      for i in range(0, len(host), 8))
+                    if str(ipaddress.ip_address(packed)) in wanted:
+                        sockets.add(f'socket:[{words[9]}]')
+    for path in glob.iglob('/proc/[0-9]*/fd/*'):
+        with contextlib.suppress(OSError):
+            if os.readlink(path) in sockets:
+                with open(os.path.join(os.path.dirname(path), '../comm'), encoding='utf-8') as f:
+                    return f'{f.read().strip()} (process {path.split("/")[2]})'
+    return 'another program' if sockets else ''
+
+
+def process_of(folder: str) -> int:
+    """The server that runs with the state FOLDER; 0 for none.  Raises OSError, ImportError."""
+    import fcntl
+    with open(os.path.join(folder, 'lock'), 'rb') as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return int(f.read(20))
+    return 0
+
+
+def shown_at(place: tuple[str, int], host: str, context: ssl.SSLContext) -> tuple[bytes, Any]:
+    """The certificate that visitors of HOST are shown at PLACE, and what it says.
+
+    Raises OSError.
+    """
+    with socket.create_connection(place, REACHED_WITHIN) as sock, \
+            context.wrap_socket(sock, server_hostname=host) as tls:
+        return tls.getpeercert(binary_form=True) or b'', tls.getpeercert()
+
+
+class Premises:
+    """The checks of the machine of a server, whether that runs or not."""
+
+    def __init__(self, args: Args, runtime: Runtime) -> None:
+        """Raises UsageError."""
+        self._args, self._runtime, self._folder = args, runtime, state_folder(args.state)
+        served: dict[str, Any] = {}
+        with contextlib.suppress(OSError, ValueError), open(
+                os.path.join(self._folder, 'server.json'), encoding='ascii') as f:
+            served = json.load(f)           # as it is written for `invite`
+        self._files = [str(path) for path in served.get('files', ())]
+        self._pin = str(served.get('pin', ''))
+        if not (args.domain or served):
+            raise UsageError(f'no server has run with the state folder {self._folder}; name its '
+                             'domain with --domain, or that folder with --state')
+        at = ServerAddress(str(served.get('address') or args.domain))
+        self.where = self._domain = args.domain or at.site
+        usual = {**USUAL_PORTS, at.scheme: at.port}
+        self._port, self._tls_port = args.port or usual['http'], args.tls_port or usual['https']
+        self._ports = {80: False, self._port: False, self._tls_port: True}
+        self._here = ['127.0.0.1'] if is_loopback(self._domain) else outward_addresses()
+        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
+        self._reached: tuple[str, int, bool] | None = None  # where it answers last; True: by TLS
+        self._delegated = f'_acme-challenge.{self._domain}'
+        self._acme = os.path.exists(os.path.join(self._folder, 'acme.json'))
+        self.checks: Sequence[Row] = (
+            ('state', self.state, False), ('descriptors', self.descriptors, False),
+            ('clock', self.clock, False), (f'port {self._port}', self.http_port, False),
+            (f'port {self._tls_port}', self.tls_port, False),
+            (f'port {args.dns_port}', self.dns_port, False), ('server', self.server, False))
+
+    # The machine.
+
+    async def state(self) -> AsyncIterator[Verdict]:
+        folder = self._folder
+        if not os.path.exists(folder):
+            yield None, f'{folder} is not there yet; a server makes it', ''
+        elif not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+            yield (False, f"this user can't use the state folder {folder}",
+                   'be the user of the server, say with sudo, or name its folder with --state')
+        else:
+            found = list(file_findings(folder, self._files, self._files))
+            for finding in found:
+                yield in_two(finding)
+            if not found:
+                yield True, f'{folder} can be used, and not by everybody', ''
+
+    async def descriptors(self) -> AsyncIterator[Verdict]:
+        most, whose = descriptor_limit(), 'a server started like this doctor'
+        with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
+            import resource
+            process = process_of(self._folder)
+            if process:
+                whose = f'the server (process {process})'
+                most, _ = resource.prlimit(process, resource.RLIMIT_NOFILE)
+        yield (True, f'{whose} may have {most} open', '') if most >= FEW_DESCRIPTORS else (
+            False, f'{whose} may have {most} open, and a request takes two',
+            'say LimitNOFILE=65536 in its systemd unit, or ulimit -n 65536 before it starts')
+
+    async def clock(self) -> AsyncIterator[Verdict]:
+        found = list(clock_findings(time.time()))
+        for finding in found:
+            yield in_two(finding)
+        if self._args.server:
+            place = ServerAddress(self._args.server)
+            connection = await dial_server(self._runtime, place, self._args.tls(
+                self._args.ca) if place.scheme == 'https' else None, '', REACHED_WITHIN)
+            host = str(place).partition('://')[2]
+            yield clock_verdict(await send_request(connection, host, '/'), str(place))
+            connection.abort()
+        elif not found:
+            yield None, 'not compared: --server URL names one to compare with', ''
+
+    # Its ports.
+
+    def http_port(self) -> AsyncIterator[Verdict]:
+        return self._door(self._port, False)
+
+    def tls_port(self) -> AsyncIterator[Verdict]:
+        return self._door(self._tls_port, True)
+
+    async def _door(self, port: int, tls: bool) -> AsyncIterator[Verdict]:
+        for address in self._here:
+            answers: bool | None = None
+            try:
+                answers = await in_thread(Caller(self._ports).ask, self._domain, address, port, tls)
+            except ssl.SSLError:
+                answers = False
+            except OSError:
+                pass
+            who = await in_thread(who_listens, address, port)
+            if answers:
+                self._reached = address, port, tls
+                yield True, f'this server answers at {address}' + (who and f', by {who}'), ''
+            elif answers is False:
+                yield (False, f'{who or "another program"} has port {port} of {address}',
+                       f'end it, or give the server another port with --{"tls-" * tls}port')
+            elif await in_thread(who_listens, '127.0.0.1', port):
+                yield (False, f'port {port} answers on this machine alone, and not at {address}',
+                       'let the server listen there, with --bind')
+            else:
+                yield None, f'nobody listens at {address}', ''
+
+    async def dns_port(self) -> AsyncIterator[Verdict]:
+        port = self._args.dns_port
+        if not self._acme:
+            yield None, 'not looked at: without --acme nobody asks this server for records', ''
+            return
+        for address in self._here:
+            if await ask_dns((address, port), self._delegated, TYPE_SOA):
+                yield True, f'this server answers at {address}', ''
+                continue
+            who = await in_thread(who_listens, address, port)
+            yield (False, f'{who} has port {port} of {address}' if who else
+                   f'nobody answers DNS on port {port} of {address}',
+                   'end it' if who else "see the server's log: it says why it can't")
+
+    async def server(self) -> AsyncIterator[Verdict]:
+        try:
+            process = process_of(self._folder)
+        except (OSError, ValueError, ImportError):
+            process = 0
+        if self._reached is None:
+            yield (False, f'process {process} does not answer' if process else
+                   f'no server runs for {self._domain}', "see the server's log" if process else
+                   f'start it: python3 localtunnel.py server --domain {self._domain}')
+            return
+        address, port, tls = self._reached
+        connection = await dial_server(self._runtime, ServerAddress(
+            f'{"https" if tls else "http"}://{bracketed(address)}:{port}'),
+            believer() if tls else None, '', REACHED_WITHIN)
+        response = await send_request(connection, self._domain, '/localtunnel.py')
+        said = await read_answer(connection, response)
+        connection.abort()
+        version = re.search(rb"\n__version__ = '([^']{1,20})'", said)
+        yield True, 'it runs' + (f', with version {version.group(1).decode("latin-1")}; this is '
+                                 f'{__version__}' if version else ''), ''
+
+
+class Domain(Premises):
+    """The same, and what the world sees of the server."""
+
+    def __init__(self, args: Args, runtime: Runtime) -> None:
+        super().__init__(args, runtime)
+        self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
+        self.checks = (*self.checks, ('dns', self.dns, False), ('zone', self.zone, False),
+                       ('ns', self.ns, False), ('caa', self.caa, False),
+                       ('certificate', self.certificate, False))
+
+    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
+        return await ask_dns(self._resolver, name, kind) if self._resolver else None
+
+    async def _look_up(self, host: str) -> list[str]:
+        """The addresses of HOST, [] for none.  Raises OSError."""
+        if not self._args.resolver:
+            try:
+                found: list[str] = await in_thread(look_up, host)
+                return found
+            except socket.gaierror as e:
+                if e.errno in NO_ADDRESS:
+                    return []
+                raise
+        answers = [await self._ask(host, kind) for kind in (TYPE_A, TYPE_AAAA)]
+        if answers == [None, None]:
+            raise Disconnected('the resolver {}:{} does not answer'.format(*self._args.resolver))
+        return [str(ipaddress.ip_address(data)) for some in answers for data in some or ()]
+
+    async def dns(self) -> AsyncIterator[Verdict]:
+        if is_address(self._domain) or is_loopback(self._domain):
+            yield None, f'{self._domain} needs none', ''
+            return
+        for host, record in ((self._domain, self._domain),
+                             (f'{secrets.token_hex(8)}.{self._domain}', f'*.{self._domain}')):
+            found = self._found[host] = await self._look_up(host)
+            cure = f'add a DNS record: name {record}, type A, value {self._here[0]}'
+            if not found:
+                yield False, f'DNS has no address for {record}', cure
+            for address in found:
+                why = await in_thread(why_elsewhere, Caller(self._ports), host, address)
+                yield (False, f'DNS leads {record} to {address}, {why}', cure) if why else (
+                    True, f'{record} is {address}', '')
+
+    async def zone(self) -> AsyncIterator[Verdict]:
+        labels, servers = self._domain.split('.'), []       # type: list[str], list[bytes]
+        for i in range(len(labels) - 1 if self._found else 0):
+            servers = servers or await self._ask('.'.join(labels[i:]), TYPE_NS) or []
+        if not servers:
+            yield None, 'not looked at: its servers are not known', ''
+        for server in sorted(servers)[:2]:
+            name = server.decode('latin-1')
+            place = (await self._look_up(name) or [''])[0], DNS_PORT
+            for host, seen in self._found.items():
+                said = await ask_dns(place, host, TYPE_A) or []
+                theirs = {str(ipaddress.ip_address(data)) for data in said}
+                if not theirs or theirs & set(seen):
+                    yield True, f'{name} says the same of {host}', ''
+                else:
+                    yield (None, f'{name} leads {host} to {", ".join(theirs)}: the record was '
+                           'changed, and the old one is still remembered elsewhere', '')
+
+    async def ns(self) -> AsyncIterator[Verdict]:
+        if not self._acme:
+            yield None, 'not looked at: without --acme it is not needed', ''
+            return
+        found = await self._ask(self._delegated, TYPE_NS)
+        record = f'name {self._delegated}, type NS, value {self._domain}.'
+        if found is None:
+            yield (False, f'nobody answers for {self._delegated}',
+                   f'let port 53 (UDP and TCP) through to this machine; the record is: {record}')
+        elif self._domain.encode() in found:
+            yield True, f'{self._delegated} leads to {self._domain}', ''
+        else:
+            yield (False, f'no NS record leads {self._delegated} to {self._domain}, so there is no '
+                   'https for names below it', f'add a DNS record: {record}')
+
+    async def caa(self) -> AsyncIterator[Verdict]:
+        if not self._acme:
+            yield None, 'not looked at: without --acme it does not matter here', ''
+            return
+        name, records = self._domain, []        # type: str, list[bytes]
+        while name and not records:
+            records = await self._ask(name, TYPE_CAA) or []
+            name = name if records else name.partition('.')[2]
+        for host in self._domain, f'*.{self._domain}':
+            tag, values = caa_terms(records, host)
+            issuers = [value.partition(';')[0].strip() for value in values]
+            yield (True, f'{self._args.authority} may issue for {host}', '') if (
+                not values or self._args.authority in issuers) else (
+                    False, f'CAA records of {name} do not let {self._args.authority} issue for '
+                    f'{host}', f'add a DNS record: name {name}, type CAA, value 0 {tag} '
+                    f'"{self._args.authority}"')
+
+    async def certificate(self) -> AsyncIterator[Verdict]:
+        place, host = (self._here[0], self._tls_port), self._domain
+        try:
+            shown, _ = await in_thread(shown_at, place, host, believer())
+            _, facts = await in_thread(shown_at, place, host, believer(shown))
+        except OSError as e:
+            yield None, f'none: {explain(e, f"port {place[1]}")}; visitors have plain http', ''
+            return
+        if digest_of(shown) == self._pin:
+            yield None, 'one of its own, for clients; visitors have plain http', ''
+            return
+        since, until, names = validity(facts)
+        wrong = list(certificate_findings(since, until, names, host, time.time()))
+        try:
+            await in_thread(shown_at, place, host, self._args.tls(self._args.ca))
+        except ssl.SSLError as e:
+            wrong = wrong or [tls_fault(e, host, 'get one from a public authority') or str(e)]
+        for finding in wrong:
+            yield in_two(finding)
+        if not wrong:
+            yield (True, f'for {", ".join(names[:3])}, signed by an authority, with '
+                   f'{(until - time.time()) / DAY:.0f} days left', '')
+
+
+DOCTOR_EPILOG = """It looks beside a client at the way to its server and at what passes;
+with --domain or --state at the server on this machine; with URL at what
+answers there.  It ends with 1 if something is wrong.
+
+examples:
+  localtunnel.py doctor                               beside a client
+  localtunnel.py doctor --domain t.example.com        on the server (with sudo)
+  localtunnel.py doctor https://shop.t.example.com    where something fails"""
+
+
+class Doctor(Annex):
+    """`doctor`, and what a server finds out by itself: the look at start, and those that follow."""
 
     async def run(self, args: Args, server: Server) -> None:
         while not is_loopback(args.domain):
@@ -8781,9 +9683,69 @@ class Ground(Annex):
         finally:
             server.log = log
 
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('doctor', help='say what is wrong, and what helps', epilog=DOCTOR_EPILOG,
+                     usage='%(prog)s [URL] [OPTION ...]')
+        option = parser.add_argument
+        option('url', metavar='URL', nargs='?', help='what a visitor opens')
+        option('--json', action='store_true', help='one JSON object a line: check, ok, text, cure')
+        option('--ca', metavar='FILE', help='also trust this authority')
+        option = parser.add_argument_group('beside a client').add_argument
+        option('--join', metavar='CODE', help='the code for the server')
+        option('--server', metavar='URL', help='the server (LOCALTUNNEL_SERVER, or the last one)')
+        option('--token', help='token that the server asks for (LOCALTUNNEL_TOKEN)')
+        option('--pin', metavar='SHA256', help='accept only this certificate of the server')
+        option('--name', type=str.lower, help='ask for this name, too')
+        option = parser.add_argument_group('on a server').add_argument
+        option('--domain', type=str.lower, help='look at the server for DOMAIN on this machine')
+        option('--state', metavar='DIR', help='its state folder')
+        option('--port', type=port_number, help='its port for http (80)')
+        option('--tls-port', type=port_number, metavar='PORT', help='its port for https (443)')
+        option('--dns-port', type=port_number, metavar='PORT', default=DNS_PORT,
+               help='its port for DNS (%(default)s)')
+        option('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
+               help="whom to ask what the world sees (the system's)")
+        option('--authority', metavar='NAME', default='letsencrypt.org',
+               help='whom CAA records must allow (%(default)s)')
+        parser.set_defaults(run=self.doctor)
+
+    def doctor(self, args: Args) -> int:
+        """Look at what ARGS mean; return the exit code."""
+        logging.getLogger('asyncio').disabled = True    # the checks tell what peers do
+        return asyncio.run(self._doctor(args))
+
+    async def _doctor(self, args: Args) -> int:
+        runtime, report, welcome = Runtime(asyncio.get_running_loop()), Report(args), Welcome()
+        try:
+            if args.url:
+                answer = Answer(args, runtime)
+                await report.run(answer.checks, answer.where)
+                return report.end()
+            made = None if args.domain or args.state else args.as_client(
+                argparse.Namespace(**{**vars(args), 'name': None}), runtime,
+                Target('doctor', text='doctor'), welcome)
+            if made is None:
+                domain = Domain(args, runtime)
+                await report.run(domain.checks, domain.where)
+                return report.end()
+            known, app, client = made
+            echo = Echo(runtime)
+            app.dialers['doctor'] = echo.dial
+            way = Way(args, runtime, known, client, welcome)
+            try:
+                if await report.run(way.checks, way.where):
+                    passage = Passage(runtime, way, echo, args.tls(known.ca))
+                    await report.run(passage.checks, way.where)
+            finally:
+                await way.close()
+                app.close()
+            return report.end()
+        finally:
+            await runtime.close()
+
 
 # ------------------------------------------------------------------------------------------------
-# 27. Landing page
+# 28. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -8858,7 +9820,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Invitations
+# 29. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9095,7 +10057,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Exchanges
+# 30. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they keep what they are shown and no more; what people see is made when they ask.
@@ -9877,7 +10839,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Inspector's page
+# 31. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -10394,7 +11356,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector
+# 32. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
@@ -10714,7 +11676,7 @@ async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[so
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Logs and replay
+# 33. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11181,7 +12143,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Words from elsewhere
+# 34. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -11292,7 +12254,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Error pages
+# 35. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -11372,7 +12334,7 @@ class ErrorPages(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 35. Terminal
+# 36. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -12160,13 +13122,13 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Options
+# 37. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
-                            Certificates(), HandOver(), Operator(), Blocking(), Ground(),
+                            Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
                             LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages())
 
 
@@ -12380,7 +13342,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Wiring
+# 38. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -12654,19 +13616,35 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
 
 
 def make_client(app: App, args: Args, server: KnownServer, key: bytes,
-                trace: Trace | None = None) -> Client:
-    """A client of SERVER that serves from APP."""
+                trace: Trace | None = None, **wish: Any) -> Client:
+    """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
     dial = functools.partial(dial_server, app.runtime, address,
                              tls_to(address, server.ca, not server.pin), server.pin)
     return Client(app.runtime, address, target.label, key, dial, app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  **Access.encode(args.allow, args.auth, key))
+                  **Access.encode(args.allow, args.auth, key), **wish)
+
+
+def as_client(args: Args, runtime: Runtime, target: Target,
+              observer: ClientObserver) -> tuple[KnownServer, App, Client] | None:
+    """What `client` would make of ARGS, for a trial of TARGET; None where no server is known.
+
+    It counts as started long ago, so it takes no tunnel from a client that runs.
+    """
+    typed = make_parser().parse_args(['client', '--', 'echo'])
+    vars(typed).update(vars(args), once=True)
+    known = known_server(typed)
+    if known is None:
+        return None
+    app = make_app(runtime, typed, target, known, observer)
+    key = load_key(warn_once) if typed.name else make_key()
+    return known, app, make_client(app, typed, known, key, started=0)
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Python
+# 39. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -12976,7 +13954,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Command line
+# 40. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -13305,7 +14283,7 @@ def command(words: Sequence[str]) -> int:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
         args = parser.parse_args(words)
-        args.say = print_line
+        args.say, args.tls, args.as_client = print_line, client_tls, as_client
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         pass

@@ -34,19 +34,20 @@ Contents
    24 Operator's page         what he sees, and what he ends (in B)
    25 Block list              what an entry is, and who is kept out
    26 Ground                  what a look at it finds, and that it harms nobody
-   27 Landing page            what to type, and the file itself (in Server, Command line)
-   28 Invitations             who gets in, and who no more
-   29 Exchanges               what is kept of what passes, and for how long
-   30 Inspector's page        shown by the next room
-   31 Inspector               who sees it, and how; what is sent again
-   32 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   33 Words from elsewhere    what users of other programs type
-   34 Error pages             the way and where it stops, for each thing that fails
-   35 Terminal                what a person sees
-   36 Options                 what can be typed
-   37 Wiring                  the key; which server, which token (in Command line)
-   38 Python                  a tunnel inside another program, and its options as keywords
-   39 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   27 Doctor                  every fault is named first, and each look leaves nothing behind
+   28 Landing page            what to type, and the file itself (in Server, Command line)
+   29 Invitations             who gets in, and who no more
+   30 Exchanges               what is kept of what passes, and for how long
+   31 Inspector's page        shown by the next room
+   32 Inspector               who sees it, and how; what is sent again
+   33 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   34 Words from elsewhere    what users of other programs type
+   35 Error pages             the way and where it stops, for each thing that fails
+   36 Terminal                what a person sees
+   37 Options                 what can be typed
+   38 Wiring                  the key; which server, which token (in Command line)
+   39 Python                  a tunnel inside another program, and its options as keywords
+   40 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5783,27 +5784,27 @@ class ProbeTest(FolderTest, WorldTest):
     async def test_a_look_says_what_is_wrong_and_is_gone(self):
         await self.world(domain='t.example.com')
         with unittest.mock.patch.object(lt, 'findings', return_value=iter(['one', 'two'])):
-            await lt.Ground.look(self.ground(), self.server)
+            await lt.Doctor.look(self.ground(), self.server)
         self.assertEqual(self.log.text(), 'note\nwarning: one\nnote\nwarning: two')
         self.assertIs(self.server.log, self.log)
 
     async def test_a_look_that_fails_or_hangs_harms_nobody(self):
         await self.world(domain='t.example.com')
         with unittest.mock.patch.object(lt, 'findings', side_effect=OSError):
-            await lt.Ground.look(self.ground(), self.server)
+            await lt.Doctor.look(self.ground(), self.server)
         self.assertEqual(self.log.told, [])
         end = threading.Event()
         self.stack.callback(end.set)
         with unittest.mock.patch.object(lt, 'findings', lambda *_: end.wait() and ()), \
                 self.constant(LOOK_WITHIN=0.01):
-            await lt.Ground.look(self.ground(), self.server)
+            await lt.Doctor.look(self.ground(), self.server)
         self.assertIn('DNS may be slow', self.log.text())
         self.assertIs(self.server.log, self.log)
 
     async def test_there_is_no_look_for_localhost(self):
         await self.world()
-        with unittest.mock.patch.object(lt.Ground, 'look') as look:
-            async with self.background(lt.Ground().run(self.ground('localhost'), self.server)):
+        with unittest.mock.patch.object(lt.Doctor, 'look') as look:
+            async with self.background(lt.Doctor().run(self.ground('localhost'), self.server)):
                 await asyncio.sleep(0)
         look.assert_not_called()
 
@@ -5812,23 +5813,28 @@ class ProbeTest(FolderTest, WorldTest):
         args.key = self.path('key')
         with unittest.mock.patch.object(lt, 'look_up', side_effect=socket.gaierror(-9, 'x')):
             found = list(lt.findings(args, unittest.mock.Mock(
-                validity=(0, 1, ['x']), pin=''), None))
+                validity=(0, 1, ['x']), pin='', kept=False), None))
             self.assertEqual([re.search('certificate|read|look', text).group() for text in found],
                              [*3 * ['certificate'], 'read', *2 * ['look']])
             found = list(lt.findings(args, unittest.mock.Mock(
-                validity=(0, 1, ['x']), pin='of our own'), None))
+                validity=(0, 1, ['x']), pin='of our own', kept=False), None))
             self.assertEqual(len(found), 3)
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Landing page
+# 27. Doctor
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 28. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Invitations
+# 29. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -5983,21 +5989,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Exchanges
+# 30. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Inspector's page
+# 31. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector
+# 32. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -6741,7 +6747,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Logs and replay
+# 33. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -6861,7 +6867,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Words from elsewhere
+# 34. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -6915,7 +6921,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Error pages
+# 35. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -7124,7 +7130,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Terminal
+# 36. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class Program:
@@ -7804,7 +7810,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Options
+# 37. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -7828,7 +7834,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Wiring
+# 38. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -8016,7 +8022,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Python
+# 39. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -8183,7 +8189,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Command line
+# 40. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
