@@ -13731,7 +13731,7 @@ class Life(ClientObserver):
             self.thread.join(patience)
 
     def check(self) -> None:
-        """Raise what ended it, if anything did."""
+        """Raise what ended it, if anything did, or that it never began."""
         if self.state == 'new':
             raise LocaltunnelError('the tunnel has not been started; call start()')
         if self.error is not None:

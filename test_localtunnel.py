@@ -8129,6 +8129,15 @@ class TunnelTest(FolderTest, WorldTest):
             gc.collect()
         await eventually(lambda: self.states == ['connected', 'ended'])
 
+    async def test_a_program_prints_nothing_and_its_end_is_a_goodbye_though_it_closed_nothing(self):
+        program = await asyncio.create_subprocess_exec(
+            sys.executable, '-c', 'import localtunnel\n'
+            f't = localtunnel.tunnel("echo", server="localhost:{self.port}").start()',
+            cwd=os.path.dirname(SCRIPT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.assertEqual(await program.communicate(), (b'', b''))
+        self.assertEqual((await program.wait(), self.log.events('closed')[0]['reason']),
+                         (0, 'the client is stopping'))
+
     async def test_only_what_a_code_brings_is_remembered(self):
         async with self.tunnel():
             self.assertEqual(lt.kept_servers()['last'], '')
