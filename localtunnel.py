@@ -13773,18 +13773,11 @@ class Life(ClientObserver):
                 server.pages.error = app.error_page
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
                 await annex.beside(args, app)       # else nobody asked for a page
-            client = make_client(app, args, known, self._key)
-            client.once = True
-            stack.push_async_callback(client.stop)
+            self._client = make_client(app, args, known, self._key)
+            self._client.once = True
+            stack.push_async_callback(self._client.stop)
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
-                await first_of(client.run(), self._stop, self._begin(client))
-
-    async def _begin(self, client: Client) -> None:
-        """Once CLIENT is welcome, say so, and let it reconnect from now on."""
-        await client.welcomed.wait()
-        client.once = self._args.once
-        self.begun.set_result(None)
-        await self._loop.create_future()
+                await first_of(self._client.run(), self._stop)
 
     def _become(self, state: str) -> None:
         if state != self.state:
@@ -13802,7 +13795,9 @@ class Life(ClientObserver):
         LOG.info('%s -> %s', url, self._target.text)
         if self._known and self._args.join:
             keep_server(self._known)
+        self._client.once = self._args.once     # from now on it reconnects
         self._become('connected')
+        self.begun.set_result(None)
 
     def lost(self, why: str, seconds: float) -> None:
         if self.state != 'lost':
