@@ -10868,7 +10868,8 @@ button, input, textarea { font: inherit; color: var(--text); background: var(--p
 button { cursor: pointer; white-space: nowrap; } button:hover { border-color: var(--link); }
 .main, .main:hover { background: var(--link); border-color: var(--link); color: var(--page); }
 pre, code, textarea, .mono, .tree, .row { font: .9rem/1.5 ui-monospace, Menlo, monospace; }
-pre, td, .wrap, .tree { white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: plaintext; }
+pre, td, .wrap, .tree { white-space: pre-wrap; overflow-wrap: anywhere; }
+pre, td, .wrap { unicode-bidi: plaintext; } .tree :is(b, span) { unicode-bidi: isolate; }
 .dim, td:first-child, label, ::placeholder { color: var(--dim); } .good { color: var(--good); }
 .warn { color: var(--warn); } .bad { color: var(--bad); }
 .bar { display: flex; flex-wrap: wrap; gap: .4rem .6rem; align-items: center; position: relative; }
@@ -10959,7 +10960,6 @@ const size = n => n.toLocaleString('en', {notation: 'compact', style: 'unit', un
   unitDisplay: 'narrow', maximumFractionDigits: 1});
 const tone = x => x.error || x.status >= 500 ? 'bad' : x.status >= 400 ? 'warn' : 'good';
 const HOPS = {app: 'your app', client: 'the client', relay: 'the server', '': 'the visitor'};
-
 
 async function call(path, method = 'GET', value) {
   const answer = await fetch(`/api/${path}`, {
@@ -11190,7 +11190,10 @@ async function choose() {
     if (id !== chosen) return;
     open = x;
     $('article').replaceChildren(...parts.filter(Boolean));
-  } catch (e) { say(e.message); }
+  } catch (e) {
+    say(e.message);
+    location.hash = '';
+  }
 }
 function summary(x) {
   const {first_byte_ms: first, end_ms: end} = x.timing, bar = (from, to) => make('i', {
@@ -11209,7 +11212,8 @@ function summary(x) {
     x.signature && make('p.warn', x.signature),
     make('div', make('div.time', bar(0, first ?? 1), bar(first, end)), make('p.dim',
       first === null ? 'no answer' : `${ms(first)} until the app's first byte`,
-      end === null ? ', and it goes on' : first && `, then ${ms(end - first)} for the body`)),
+      end === null ? ', and it goes on' : first === null ? ''
+        : `, then ${ms(end - first)} for the body`)),
     x.messages && make('div.box.mono', `${x.message_counts[0]} messages from the visitor, ${
       x.message_counts[1]} from the app`, table(x.messages.map(
       one => [`${one.from} ${ms(one.ms)}`, one.text + (one.truncated ? '\u2026' : '')]))),
@@ -11229,10 +11233,11 @@ function edit() {
   headers.value = asLines(request.headers.filter(([name]) => !/^content-length$/i.test(name)));
   body.value = binary ? '' : request.body;
   body.placeholder = binary ? 'binary, and sent as it was unless you write something' : '';
+  const before = body.value, end = request.body.includes('\r\n') ? '\r\n' : '\n';
   $('#edit').showModal();
   $('form').onsubmit = e => e.submitter.value && replay({method: verb.value, target: path.value,
     headers: asFields(headers.value), trailers: asFields(trailers.value),
-    ...binary && !body.value ? {} : {body: body.value}});
+    ...body.value === before ? {} : {body: body.value.replaceAll('\n', end)}});
 }
 
 // Copies, to be pasted elsewhere: nothing in them ends its quotes.
@@ -11256,9 +11261,11 @@ print(urllib.request.urlopen(request).read())\n`,
 };
 const HOP = /^(host|content-length|transfer-encoding|connection|accept-encoding|via|x-forwarded-)/i;
 function copyAs(name) {
-  const {method, target, request: {headers, body, encoding}} = open;
-  copy(COPIES[name]($('#url').textContent + target, method,
-    headers.filter(([n]) => !HOP.test(n)), body, encoding === 'base64'), name);
+  const {method, target, request: {headers, body, encoding, truncated}} = open;
+  const text = COPIES[name]($('#url').textContent + target, method,
+    headers.filter(([n]) => !HOP.test(n)), body, encoding === 'base64');
+  copy(text, `${truncated ? 'With the body cut short, ' : ''}${
+    text.includes('***') ? 'with *** for secrets, ' : ''}${name}`);
 }
 
 // Where nothing is chosen: the URL, as text and as a QR code.

@@ -9839,6 +9839,17 @@ class InspectorPageTest(unittest.TestCase):
         self.assertEqual((method, fields['X-Old'], fields['X-New'], fields['Authorization']),
                          ('PUT', None, '2', 'Bearer secret'))
 
+    def test_an_edit_of_something_else_leaves_the_body_alone(self):
+        tab = self.open()
+        for body in (b'one\r\ntwo\n', b'\0\xff\r\n'):
+            tab.js(f'location.hash = {self.visit("/body", "POST", body)}')
+            tab.shows('POST /body HTTP/1.1')
+            tab.click('Edit')
+            tab.type('[name=path]', '/elsewhere')
+            tab.js('document.querySelector("#edit .main").click()')
+            self.assertEqual(self.got('/elsewhere')[3], body)
+            tab.shows('POST /elsewhere HTTP/1.1')
+
     def test_a_request_is_copied_for_other_programs(self):
         body = '{"it\'s": "$HOME `id` \\\\ \\u00e4"}\n'
         first = self.visit("/it's?a=$(id)&b=[1]", 'POST', body, X_Quote="it's \"$HOME\"",
