@@ -10866,6 +10866,7 @@ canvas { width: 11rem; image-rendering: pixelated; background: #fff; } .wide { f
 button, input, textarea { font: inherit; color: var(--text); background: var(--page);
   border: 1px solid var(--line); border-radius: .4em; padding: .2em .7em; }
 button { cursor: pointer; white-space: nowrap; } button:hover { border-color: var(--link); }
+progress { width: 100%; accent-color: var(--link); }
 .main, .main:hover { background: var(--link); border-color: var(--link); color: var(--page); }
 pre, code, textarea, .mono, .tree, .row { font: .9rem/1.5 ui-monospace, Menlo, monospace; }
 pre, td, .wrap, .tree { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -10883,17 +10884,15 @@ header, nav > .bar { padding: .5rem 1rem; border-bottom: var(--edge); background
 #figures { display: grid; grid: auto auto / 8rem 8rem; align-content: center; font-size: .85rem; }
 main { display: grid; grid: minmax(0, 1fr) / minmax(24rem, 2fr) minmax(0, 3fr); }
 nav { display: grid; grid: auto minmax(0, 1fr) / 100%; border-right: var(--edge); }
-#list { overflow: auto; list-style: none; padding: 0; container-type: inline-size; }
-.row { display: grid; grid-template-columns: 4.6em 1fr 3em 4.6em 4.8em 5.2em; gap: 0 .7em;
-  padding: .3rem 1rem; border: solid transparent; border-width: 0 0 0 3px; color: inherit;
-  box-shadow: 0 -1px var(--line) inset; text-align: right; }
-.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.row > :is(b, bdi, small) { text-align: left; } .row small { grid-column: 2 / -1; }
+#list { overflow: auto; list-style: none; padding: 0; }
+.row { display: flex; flex-wrap: wrap; justify-content: end; gap: 0 .7em; padding: .3rem 1rem;
+  border: solid transparent; border-width: 0 0 0 3px; color: inherit; text-align: right;
+  box-shadow: 0 -1px var(--line) inset; }
+.row > * { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; width: 5em; }
+.row > :is(b, bdi, small) { text-align: left; } .row bdi { flex: 1 10em; } .row span { width: 3em; }
 .row:hover { background: var(--panel); } .row:has(.bad) { border-color: var(--bad); }
 .row[aria-current] { background: var(--tint); border-color: var(--link); }
-@container (width < 34rem) { .row { grid-template-columns: 4.6em 1fr 1fr 1fr; }
-  .row bdi { grid-column: 2 / 4; } .row > i { grid-area: 2 / 2; } .row > i + i { grid-area: 2 / 3; }
-  .row > i + i + i { grid-area: 2 / 4; } }
+.row small { width: 100%; padding-left: 6.85em; }
 article { overflow: auto; padding: 1rem 1.5rem 4rem; display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); align-content: start; }
 article > :not(section) { grid-column: 1 / -1; } img { max-width: 100%; background: #fff; }
@@ -10901,8 +10900,6 @@ section { display: grid; grid: auto / 100%; gap: .5rem; align-content: start; }
 section .box { max-height: 75vh; overflow: auto; } .tree div div { padding-left: 1.2em; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; } iframe { width: 100%; }
 td { padding: .1rem .8rem .1rem 0; vertical-align: top; } td:first-child { width: 30%; }
-.time { display: flex; height: .6rem; border-radius: .3rem; overflow: hidden; }
-.time i { background: var(--link); } .time i + i { background: var(--good); }
 dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; margin: auto;
   background: var(--page); color: inherit; }
 #toast { position: fixed; bottom: 1rem; left: 50%; translate: -50%; max-width: 92vw; z-index: 2;
@@ -10964,7 +10961,7 @@ const HOPS = {app: 'your app', client: 'the client', relay: 'the server', '': 't
 async function call(path, method = 'GET', value) {
   const answer = await fetch(`/api/${path}`, {
     method, body: value && json(value), headers: {'Localtunnel-Inspector': '1'}});
-  const text = await answer.text(), result = text && JSON.parse(text);
+  const result = await answer.json().catch(() => ({}));         // a 204 has none
   if (!answer.ok) throw Error(result.error);
   return result;
 }
@@ -11065,10 +11062,10 @@ function textOf(data, type) {   // null if it holds none; its last character may
     return text.includes('\0') ? null : text;
   } catch { return null; }
 }
-const two = n => n.toString(16).padStart(2, '0');
 const hex = data => Array.from({length: Math.min(MOST, Math.ceil(data.length / 16))}, (_, i) => {
   const line = Array.from(data.slice(16 * i, 16 * i + 16)), seen = latin(line);
-  return `${two(16 * i).padStart(6, '0')}  ${line.map(two).join(' ').padEnd(48)}  ${
+  const digits = (n, width) => n.toString(16).padStart(width, '0');
+  return `${digits(16 * i, 6)}  ${line.map(n => digits(n, 2)).join(' ').padEnd(48)}  ${
     seen.replace(/[^ -~]/g, '.')}`;
 }).join('\n');
 async function unpack(data, coding) {   // and what is to be said of it
@@ -11196,8 +11193,7 @@ async function choose() {
   }
 }
 function summary(x) {
-  const {first_byte_ms: first, end_ms: end} = x.timing, bar = (from, to) => make('i', {
-    style: `flex-grow: ${from === null || to === null ? 0 : 1e6 * (to - from)}`});
+  const {first_byte_ms: first, end_ms: end} = x.timing;
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
       make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),
@@ -11210,10 +11206,9 @@ function summary(x) {
       Object.keys(COPIES).map(name => button(`Copy as ${name}`, () => copyAs(name))),
       button(`${secrets ? 'Hide' : 'Show'} secrets`, () => { secrets = !secrets; choose(); })),
     x.signature && make('p.warn', x.signature),
-    make('div', make('div.time', bar(0, first ?? 1), bar(first, end)), make('p.dim',
-      first === null ? 'no answer' : `${ms(first)} until the app's first byte`,
-      end === null ? ', and it goes on' : first === null ? ''
-        : `, then ${ms(end - first)} for the body`)),
+    make('label', make('progress', {max: end || 1, value: first ?? 1}), first === null
+      ? 'no answer' : `${ms(first)} until the app's first byte${end === null
+        ? '; it goes on' : `, then ${ms(end - first)} for the body`}`),
     x.messages && make('div.box.mono', `${x.message_counts[0]} messages from the visitor, ${
       x.message_counts[1]} from the app`, table(x.messages.map(
       one => [`${one.from} ${ms(one.ms)}`, one.text + (one.truncated ? '\u2026' : '')]))),
