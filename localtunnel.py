@@ -10061,7 +10061,7 @@ class Invitations(Annex):
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they keep what they are shown and no more; what people see is made when they ask.
-# One annex with the two rooms below.
+# One annex with the three rooms below.
 #
 # An exchange has two forms: Kept, and a dict (Kept.details) that the API and record files share.
 # In the dict secrets are masked, unless asked otherwise; filters, HAR and replay work on it.
@@ -10071,11 +10071,11 @@ KEPT_EXCHANGES = 500
 KEPT_BYTES = 64 * MIB           # of all of them
 KEPT_REQUEST = 1 * MIB          # of a request's body: a replay needs it whole
 KEPT_RESPONSE = 64 * KIB        # of a response's body: enough to see what it is
-KEPT_OBJECTS = 2 * KIB          # that an exchange takes beside its bytes
+KEPT_OBJECTS = 4 * KIB          # of an exchange beside its bytes, with a usual response head
 KEPT_MESSAGES, KEPT_MESSAGE = 20, 1 * KIB       # of a WebSocket or an event stream, and of each
 MAX_DEFLATED, MAX_INFLATED = 64 * KIB, 1 * MIB  # of a compressed message that is read
+MAX_FRAMES = 512                # in one piece: who sends tiny ones can't make reading them a burden
 PACE_SECONDS = 300              # for which the pace is known, second by second
-PACE_SAMPLES = 1000             # of a second's durations, for their median
 PACE_NOW = 5                    # seconds of which the mean is the pace now
 
 MASK = '***'
@@ -10152,7 +10152,7 @@ class Reader:
             self.kept.messages = [*self.kept.messages, {
                 'from': self.sender, 'kind': kind, 'text': text, 'size': size,
                 'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)}]
-            self.kept.hold(len(text) + KIB // 4)
+            self.kept.hold(len(text) + KIB)
             self.kept.book.tell(self.kept)
 
 
@@ -10181,11 +10181,12 @@ class Frames(Reader):
         self._frame = bytearray()       # its payload, as far as it is read
         self._opening = 0               # the first byte of the message
         self._message, self._size = bytearray(), 0
+        self._lost = False              # there were too many: the rest is not read
         self._inflater = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
 
     def feed(self, data: bytes) -> None:
-        data, at = self._rest + data, 0
-        while at < len(data):
+        data, at, frames = self._rest + data, 0, 0
+        while at < len(data) and not self._lost:
             if self._left:
                 n = min(self._left, len(data) - at)
                 if not self.full:
@@ -10199,7 +10200,9 @@ class Frames(Reader):
             at += n
             if not self._left:
                 self._frame_ends()
-        self._rest = data[at:]
+                frames += 1
+                self._lost = frames > MAX_FRAMES
+        self._rest = data[at:] if not self._lost else b''
 
     def _header(self, data: bytes, at: int) -> int:
         """Read a frame's header; return its size, or 0 if it is not all here."""
@@ -10248,16 +10251,16 @@ class Frames(Reader):
 
 class Side:
     """One message of an exchange, as far as it is kept."""
-    line = b''
-    trailers = b''
-    body: Union[bytes, bytearray] = b''
-    size = 0                        # of the body, however much of it is kept
-    finished = False                # it has come to its end
-    reader: Reader | None = None    # of the messages in it
+    __slots__ = ('kept', 'block', 'most', 'body', 'size', 'finished', 'trailers', 'reader')
 
     def __init__(self, kept: Kept, block: bytes, most: int) -> None:
         self.kept: Kept | None = kept       # while it runs: no cycle waits for the collector
-        self.block, self.most = block, most
+        self.block, self.most = block, most     # -1 after an upgrade: no body is kept
+        self.body: bytes | bytearray = b''
+        self.size = 0               # of the body, however much of it is kept
+        self.finished = False       # the body has come to its end
+        self.trailers = b''
+        self.reader: Reader | None = None       # of the messages in it
 
     def take(self, piece: bytes) -> None:
         """Keep a PIECE of the body while there is room; this is a tap."""
@@ -10278,12 +10281,10 @@ class Side:
 
     def details(self, show: bool) -> dict[str, Any]:
         """Return what is known of it, with secrets if they are to be SHOWn."""
-        whole = self.finished and self.size == len(self.body)
+        whole = self.finished and (self.size == len(self.body) or self.most < 0)
         body, encoding = text_of(bytes(self.body), whole)
-        line = self.line.decode('latin-1')
-        return {'line': line if show else masked(line), 'headers': fields_of(self.block, show),
-                'trailers': fields_of(self.trailers, show), 'body': body, 'encoding': encoding,
-                'truncated': not whole}
+        return {'headers': fields_of(self.block, show), 'trailers': fields_of(self.trailers, show),
+                'body': body, 'encoding': encoding, 'truncated': not whole}
 
 
 class Replay(ByteStream):
@@ -10352,24 +10353,24 @@ def about_signature(exchange: dict[str, Any], now: float) -> str:
 
 class Kept(Record):
     """One exchange, as far as it is kept."""
-    seconds: float | None = None        # that it took, once it has ended
-    first = 0.0                         # seconds until the response began
-    request: Side | None = None
-    response: Side | None = None
-    messages: list[dict[str, Any]] = []
-    replay: Replay | None = None        # where it came from, if it is one
-    failed = ''                         # which hop did: app, client, relay
-    held = 0                            # bytes of memory
-    gone = False                        # it is no longer in the book
+    __slots__ = ('book', 'record', 'at', 'seconds', 'first', 'request', 'response', 'reason',
+                 'messages', 'replay_of', 'edited', 'failed', 'held', 'gone')
 
     def __init__(self, book: Exchanges, record: Record) -> None:
+        Record.__init__(self, record.number, record.began, record.method, record.target)
         self.book = book
         self.record: Record | None = record     # while it runs
         self.at = time.time()                   # when it began
-        # As in Exchange: a call for each request costs more.
-        self.number, self.began, self.method = record.number, record.began, record.method
-        self.target, self.visitor = record.target, record.visitor
-        self.status, self.why = 0, ''
+        self.seconds: float | None = None       # that it took, once it has ended
+        self.first = 0.0                        # seconds until the response began
+        self.request: Side | None = None
+        self.response: Side | None = None
+        self.reason = b''                       # in the response's first line
+        self.messages: Sequence[dict[str, Any]] = ()
+        self.replay_of: int | None = None       # the exchange that it repeats, and not as it was
+        self.edited = False
+        self.failed = ''                        # which hop did: app, client, relay
+        self.held, self.gone = 0, False         # bytes of memory; it is no longer in the book
 
     def hold(self, size: int) -> None:
         """Count SIZE bytes of memory."""
@@ -10381,12 +10382,15 @@ class Kept(Record):
 
     def look(self, record: Record) -> None:
         """See how far RECORD has come, which this is kept of."""
+        request, response = self.request, self.response
         self.status, self.why = record.status, record.why
-        if isinstance(record, Exchange) and self.request is not None:
-            self.request.finished, body = record.body.finished, record.answer
-            self.request.trailers = record.body.trailers
-            if self.response is not None and isinstance(body, Body):
-                self.response.finished, self.response.trailers = body.finished, body.trailers
+        if request is not None:
+            body = record.body          # type: ignore[attr-defined]  # an Exchange has asked for it
+            request.finished, request.trailers = body.finished, body.trailers
+            if response is not None and self.status != 101:
+                body = record.answer    # type: ignore[attr-defined]
+                if body is not None:
+                    response.finished, response.trailers = body.finished, body.trailers
 
     def end(self, record: Record, seconds: float) -> None:
         """Note that it has ended, after SECONDS, and let go of its streams."""
@@ -10400,6 +10404,8 @@ class Kept(Record):
         self.request.kept = None
         if self.response is not None:
             self.response.kept = None
+            if self.request.trailers or self.response.trailers:
+                self.hold(len(self.request.trailers) + len(self.response.trailers))
 
     @property
     def kind(self) -> str:
@@ -10423,24 +10429,26 @@ class Kept(Record):
             'request_bytes': request.size if request else 0,
             'response_bytes': response.size if response else 0,
             'error': self.why, 'failed': self.failed,
-            'replay_of': self.replay.of if self.replay else None, 'pending': self.seconds is None}
+            'replay_of': self.replay_of, 'pending': self.seconds is None}
 
     def details(self, show: bool = False) -> dict[str, Any]:
         """Return all that is known of it, with secrets if they are to be SHOWn."""
         summary = self.summary(show)
         request, response = (side if side and side.block else None
                              for side in (self.request, self.response))
-        details = {**summary, 'request': request and request.details(show),
-                   'response': response and response.details(show),
+        lines = (f'{self.method} {summary["target"]} HTTP/1.1',
+                 f'HTTP/1.1 {self.status}{self.reason.decode("latin-1")}')
+        details = {**summary,
+                   'request': request and {'line': lines[0], **request.details(show)},
+                   'response': response and {'line': lines[1], **response.details(show)},
                    'timing': {'first_byte_ms': round(self.first * 1e3, 1) if response else None,
                               'end_ms': None if self.seconds is None else summary['ms']}}
         readers = [side.reader if side else None for side in (request, response)]
         if any(readers):
-            details['messages'] = self.messages
+            details['messages'] = [*self.messages]
             details['message_counts'] = [reader.count if reader else 0 for reader in readers]
         if details['request']:
-            details['request']['line'] = f'{self.method} {summary["target"]} HTTP/1.1'
-            details['edited'] = bool(self.replay and self.replay.edited)
+            details['edited'] = self.edited
             details['signature'] = about_signature(details, time.time())
         return details
 
@@ -10452,29 +10460,24 @@ class Pace:
 
     def __init__(self) -> None:
         self.past: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
-        self._second = self._requests = self._errors = 0        # the one that runs
-        self._slowest, self._took = 0.0, [0.0]
+        self._second = self._errors = 0     # the one that runs
+        self._took: list[float] = []
 
     def add(self, now: float, seconds: float, failed: bool) -> None:
         """Count a request that ended NOW, after SECONDS."""
         if now >= self._second + 1:
             self.turn(now)
-        self._requests += 1
+        self._took.append(seconds)
         if failed:
             self._errors += 1
-        if seconds > self._slowest:
-            self._slowest = seconds
-        if self._requests <= PACE_SAMPLES:
-            self._took.append(seconds)
 
     def turn(self, now: float) -> None:
         """Close the second that runs, if it is over."""
-        if now >= self._second + 1 and self._requests:
-            median = sorted(self._took)[len(self._took) // 2]
-            self.past.append([self._second, self._requests, self._errors,
-                              round(median * 1e3, 1), round(self._slowest * 1e3, 1)])
-            self._requests = self._errors = 0
-            self._slowest, self._took = 0.0, []
+        if now >= self._second + 1 and self._took:
+            took = sorted(self._took)
+            self.past.append([self._second, len(took), self._errors,
+                              round(took[len(took) // 2] * 1e3, 1), round(took[-1] * 1e3, 1)])
+            self._errors, self._took = 0, []
         self._second = int(now)
 
     def now(self, now: float) -> float:
@@ -10495,7 +10498,8 @@ class Exchanges(ClientObserver):
         """Of a client of SERVER; MOST bytes are kept of a request's body."""
         self.app, self.server, self.most = app, server, most
         self.url = ''               # of the tunnel, once it is there
-        self.kept: collections.OrderedDict[int, Kept] = collections.OrderedDict()
+        self.kept: dict[int, Kept] = {}         # by number
+        self._order: collections.deque[int] = collections.deque()      # the oldest first
         self.open: dict[int, Kept] = {}         # those that run
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
         self.pace = Pace()
@@ -10518,14 +10522,14 @@ class Exchanges(ClientObserver):
 
     def begun(self, exchange: Exchange) -> Tap:
         """Keep EXCHANGE; return what keeps the body of its request."""
-        near, number = exchange.near, exchange.number
-        kept = self.open[number] = Kept(self, exchange)
+        near, number, whole = exchange.near, exchange.number, exchange.whole
+        kept = self.open[number] = self.kept[number] = Kept(self, exchange)
         if type(near) is Replay:
-            kept.replay, near.made = near, kept
+            near.made, kept.replay_of, kept.edited = kept, near.of, near.edited
         side = kept.request = Side(kept, exchange.request.block, self.most)
-        if exchange.whole:
-            side.take(exchange.whole)
-        self._add(kept, len(side.block))
+        self._added(kept, len(side.block) + len(kept.target))
+        if whole:
+            side.take(whole)
         return side.take
 
     def responded(self, exchange: Exchange, response: Response) -> Tap | None:
@@ -10536,10 +10540,12 @@ class Exchanges(ClientObserver):
         kept.first = time.monotonic() - exchange.began
         block = response.block
         side = kept.response = Side(kept, block, 0 if kept.gone else KEPT_RESPONSE)
-        side.line = b'HTTP/1.%b %d%b' % (response.minor, response.status, response.reason)
-        kept.hold(len(block))
+        kept.status, kept.reason = response.status, response.reason
+        if len(block) > KEPT_OBJECTS // 2:
+            kept.hold(len(block))
         if response.status == 101:
-            kept.request.most = side.most = 0
+            kept.request.most = side.most = -1
+            kept.request.finished = side.finished = True
             if kept.kind == 'websocket':
                 deflated = b'permessage-deflate' in block
                 kept.request.reader = Frames(kept, 'visitor', deflated)
@@ -10553,8 +10559,8 @@ class Exchanges(ClientObserver):
     def exchange(self, exchange: Record, seconds: float) -> None:
         kept = self.open.pop(exchange.number, None)
         if kept is None:
-            kept = Kept(self, exchange)
-            self._add(kept, 0)
+            kept = self.kept[exchange.number] = Kept(self, exchange)
+            self._added(kept, 0)
         kept.end(exchange, seconds)
         self.pace.add(kept.at + seconds, seconds, exchange.why != '' or exchange.status >= 500)
         if self.listeners:
@@ -10569,32 +10575,26 @@ class Exchanges(ClientObserver):
         kept = list(self.kept.values())[at]
         return [as_object(one) for one in kept] if isinstance(kept, list) else as_object(kept)
 
-    def _add(self, kept: Kept, size: int) -> None:
+    def _added(self, kept: Kept, size: int) -> None:
         self.seen += 1
-        self.kept[kept.number] = kept
-        kept.hold(KEPT_OBJECTS + size)
-        if len(self.kept) > KEPT_EXCHANGES:
-            self._let_go()
+        self._order.append(kept.number)
+        kept.held = size = size + KEPT_OBJECTS
+        self.used += size
+        if len(self.kept) > KEPT_EXCHANGES or self.used > KEPT_BYTES:
+            self.shrink()
         if self.listeners:
             self.tell(kept)
 
-    def shrink(self) -> None:
-        """Let go of the oldest, until there is room."""
-        while self.kept and self.used > KEPT_BYTES:
-            self._let_go()
-
-    def clear(self) -> None:
-        """Let go of all."""
-        while self.kept:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        _, kept = self.kept.popitem(last=False)
-        self.used -= kept.held
-        kept.held, kept.gone = 0, True
-        for side in (kept.request, kept.response):
-            if side and kept.seconds is None:       # it runs: nothing more of it is kept
-                side.most, side.body = 0, b''
+    def shrink(self, most: int = -1) -> None:
+        """Let go of the oldest, until there is room, or no more than MOST are left."""
+        most = KEPT_EXCHANGES if most < 0 else most
+        while len(self.kept) > most or self.used > KEPT_BYTES and self.kept:
+            kept = self.kept.pop(self._order.popleft())
+            self.used -= kept.held
+            kept.held, kept.gone = 0, True
+            for side in (kept.request, kept.response) if kept.seconds is None else ():
+                if side is not None:        # it runs: nothing more of it is kept
+                    side.most, side.body = 0, b''
 
 
 # What is made of them: a choice, an archive, a request to send again.
@@ -11416,8 +11416,8 @@ class Live:
             return transport.abort()
         self._waiting = bool(self._due)
         if self._due:
-            lines = [f'data: {json.dumps(kept.summary())}\n\n' for kept in self._due.values()
-                     if self._chosen.fits(kept.summary(), kept.details)]
+            lines = [f'data: {json.dumps(summary)}\n\n' for kept in self._due.values()
+                     for summary in [kept.summary()] if self._chosen.fits(summary, kept.details)]
             if self._missed:
                 lines.append(f'event: missed\ndata: {self._missed}\n\n')
             self._due, self._missed = {}, 0
@@ -11475,9 +11475,10 @@ class Inspector:
                 return
             request = parse_request(head)
             self._check(connection, request)
+            await self._check_password(request)
             if 'continue' in request.find(b'expect').lower():
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
-            most = 2 * self._book.most + EDIT_ROOM
+            most = 2 * self._book.most + EDIT_ROOM if request.method == b'POST' else 0
             body = await read_whole(body_reader(connection, request.body_length()), most)
             if len(body) > most:
                 raise BadHttp(413, f'the body has more than {most} bytes')
@@ -11505,15 +11506,15 @@ class Inspector:
         if request.has(b'origin') and origin.lower() != f'http://{request.host.decode()}' or (
                 site not in ('', 'same-origin', 'none') and not page):
             raise HopFailed(403, 'a page of another site asks for this')
-        self._check_password(request)
 
-    def _check_password(self, request: Request) -> None:
+    async def _check_password(self, request: Request) -> None:
         scheme, _, said = request.find(b'authorization').partition(' ')
         given = b''
         with contextlib.suppress(ValueError):
             given = base64.b64decode(said, validate=True).partition(b':')[2]
         if self._password and not (scheme.lower() == 'basic' and hmac.compare_digest(
                 given, self._password.encode())):
+            await asyncio.sleep(WRONG_TOKEN if given else 0)
             raise HopFailed(401, 'the inspector asks for its password; any user name will do',
                             'WWW-Authenticate: Basic realm="localtunnel inspector"')
 
@@ -11573,7 +11574,7 @@ class Inspector:
                 'dropped': self._book.seen - len(self._book.kept)}
 
     async def _clear(self, connection: Connection, *_: Any) -> None:
-        self._book.clear()
+        self._book.shrink(0)
         await write_own(connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
 
     def _find(self, number: str) -> Kept:

@@ -6187,7 +6187,7 @@ class KeptTest(InspectorTest):
                 await visitor.get()
         answer = await self.api('exchanges')
         self.assertEqual(([one['id'] for one in answer['exchanges']], answer['dropped']),
-                         ([5, 6, 7, 8, 9], 4))
+                         ([7, 8, 9], 6))
 
     async def test_all_together_have_a_bound_in_bytes_even_while_they_run(self):
         go = asyncio.Event()
@@ -6212,7 +6212,7 @@ class KeptTest(InspectorTest):
                 await one.answer()
         answer = await self.api('exchanges')
         self.assertEqual(len(answer['exchanges']) + answer['dropped'], 5)
-        self.book.clear()
+        self.book.shrink(0)
         self.assertEqual((self.book.used, self.book.open), (0, {}))
 
     async def test_all_can_be_let_go_of(self):
@@ -6348,6 +6348,15 @@ class MessageTest(InspectorTest):
             self.read(frame(dice.randrange(16), data[:dice.randrange(300)], data[:4],
                             compressed=dice.random() < .5) + data, True)
 
+    def test_a_flood_of_tiny_frames_is_not_read(self):
+        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log)
+        kept = lt.Kept(lt.Exchanges(app, '', 1), lt.Record(1, 0.0))
+        reader = lt.Frames(kept, 'visitor', False)
+        for _ in range(100):
+            reader.feed(frame(1, b'x') * 100)
+        reader.feed(frame(1, b'') * 30000)
+        self.assertEqual(reader.count, 10000 + lt.MAX_FRAMES + 1)
+
     async def test_a_websocket_shows_its_first_messages_and_counts_all(self):
         async def app(head, reader, writer):
             writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n')
@@ -6364,6 +6373,7 @@ class MessageTest(InspectorTest):
         one, = (await self.api('exchanges'))['exchanges']
         self.assertEqual((one['kind'], one['status'], one['pending']), ('websocket', 101, True))
         details = await self.api('exchanges/1')
+        self.assertFalse(details['request']['truncated'] or details['response']['truncated'])
         self.assertEqual((details['request_bytes'], details['response_bytes']), (270, 150))
         self.assertEqual([(m['from'], m['text']) for m in details['messages']],
                          [('visitor', 'me!'), ('app', 'you')] * 10)
@@ -6559,6 +6569,7 @@ class LocalOnlyTest(InspectorTest):
         app.close()
 
     async def test_a_password_is_asked_for_where_there_is_one(self):
+        self.stack.enter_context(self.constant(WRONG_TOKEN=0.0))
         await self.inspected(inspect_password='pass:w\u00f6rd')
         status, fields, _ = await self.ask('/api/status')
         self.assertEqual((status, fields['www-authenticate'][:12]), (401, 'Basic realm='))
@@ -6609,6 +6620,7 @@ class LocalOnlyTest(InspectorTest):
         peer = await self.inspector_peer()
         peer.ask('/api/exchanges/1/replay', f'Content-Length: {size}', 'POST', body=bytes(size))
         self.assertEqual((await peer.answer())[0], 413)
+        self.assertEqual((await self.ask('/api/status', body=b'x'))[0], 413)
 
 
 class ReplayTest(InspectorTest):
