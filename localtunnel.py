@@ -14074,12 +14074,13 @@ class Beside:
     async def end(self) -> None:
         """End it, if it still runs: the tunnel has failed for good."""
         if self._process and self._process.returncode is None:
-            self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), DRAIN)
-            except asyncio.TimeoutError:
-                self._process.kill()
-                await self._process.wait()
+            with contextlib.suppress(ProcessLookupError):       # it has just ended
+                self._process.terminate()
+                try:
+                    await asyncio.wait_for(self._process.wait(), DRAIN)
+                except asyncio.TimeoutError:
+                    self._process.kill()
+            await self._process.wait()
 
 
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The tests of localtunnel.py, and its benchmark.
 
-    python3 test_localtunnel.py [NAME ...]      the tests, all or those named as with unittest
+    python3 test_localtunnel.py                 all tests, on all cores
+    python3 test_localtunnel.py NAME ...        those that are named, as with unittest
     python3 test_localtunnel.py bench           speed beside a direct connection, in about a minute
 
 The rooms are those of localtunnel.py, in the same order.  Sockets are real and of the loopback;
@@ -53,11 +54,13 @@ Contents
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
     D House rules             what the source itself must be
     E Benchmark               speed beside a direct connection
+    F All tests               by as many processes as there are cores
 """
 
 import __future__
 import ast
 import asyncio
+import atexit
 import base64
 import collections
 import concurrent.futures
@@ -77,6 +80,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import marshal
 import os
 import queue
 import random
@@ -5650,8 +5654,8 @@ class BlockCommandTest(FolderTest):
     def test_those_who_change_the_list_at_a_time_lose_nothing(self):
         args = [types.SimpleNamespace(entry=f'n{i}', reason=None, remove=False, list=False,
                                       state=self.path('s'), say=str) for i in range(40)]
-        with concurrent.futures.ThreadPoolExecutor(8) as pool, unittest.mock.patch.object(
-                lt, 'LOCK_LOOK', 0.001):
+        with concurrent.futures.ThreadPoolExecutor(8) as pool, unittest.mock.patch.multiple(
+                lt, LOCK_LOOK=0.001, LOCK_LOOKS=10000):
             self.assertEqual(set(pool.map(lt.Blocking.block, args)), {0})
         self.assertEqual(len(self.block('--list')[1].splitlines()), 40)
 
@@ -7145,18 +7149,30 @@ class ErrorPageTest(WorldTest):
 # 36. Terminal
 # ------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=None)
+def quick_script():
+    """The words that run the script after `python3`, without what is most of a start: compiling."""
+    with tempfile.NamedTemporaryFile(delete=False) as f:
+        atexit.register(os.remove, f.name)
+        marshal.dump(compile(open_and_read(SCRIPT), SCRIPT, 'exec'), f)
+    return ('-c', 'import marshal, sys\n'
+                  'with open(sys.argv.pop(1), "rb") as f: code = marshal.load(f)\n'
+                  'sys.argv[0] = __file__ = code.co_filename\n'
+                  'exec(code)', f.name)
+
+
 class Program:
     """The real script as a process; what it says is kept, line by line, and can be waited for."""
 
-    def __init__(self, *args, script=(SCRIPT,), terminal=False, **options):
+    def __init__(self, *args, script=None, terminal=False, **options):
         self.lines, self.changed = {'out': [], 'err': []}, threading.Condition()
         self.rest = {'out': b'', 'err': b''}            # of a line that has not ended
         self.terminal, theirs = os.openpty() if terminal else (None, subprocess.PIPE)
         if terminal:        # of its own: getpass would else ask at that of the tests
             options = {'stdin': theirs, 'start_new_session': True, **options}
         self.process = subprocess.Popen(
-            [sys.executable, *script, *map(str, args)], stdout=theirs,
-            stderr=theirs if terminal else subprocess.PIPE,
+            [sys.executable, *(quick_script() if script is None else script), *map(str, args)],
+            stdout=theirs, stderr=theirs if terminal else subprocess.PIPE,
             **{'stdin': subprocess.DEVNULL, **options})
         if terminal:
             os.close(theirs)
@@ -7279,6 +7295,10 @@ class LocalApp:
 
             def log_message(self, *args):
                 pass
+
+            def handle_one_request(self):
+                with contextlib.suppress(ConnectionError):      # the visitor went away
+                    super().handle_one_request()
         self.server = http.server.ThreadingHTTPServer(('127.0.0.1', port), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_address[1]
@@ -7506,7 +7526,7 @@ class SlowReaderTest(CommandTest):
             record = logging.LogRecord('asyncio', logging.ERROR, '', 0, 'a task failed', (), None)
             for _ in range(2 * lt.MAX_UNWRITTEN // 14):
                 lt.Complaints().emit(record)
-        self.assertEqual(reader.readline(), 'a task failed\n')
+        self.assertEqual(reader.readline(), 'error: a task failed\n')
 
 
 class LineForPeopleTest(unittest.TestCase):
@@ -8042,10 +8062,10 @@ class TunnelTest(FolderTest, WorldTest):
 
     async def ready(self):
         await self.world()
-        self.states, self.threads = [], threading.active_count()
+        self.states, self.threads = [], set(threading.enumerate())
 
     async def nothing_is_left(self):
-        await eventually(lambda: threading.active_count() == self.threads, 'a thread is left')
+        await eventually(lambda: self.threads >= set(threading.enumerate()), 'a thread is left')
         await super().nothing_is_left()
 
     def tunnel(self, target='echo', **options):
@@ -11879,6 +11899,7 @@ class GarbageTest(Network):
         """The kinds of our objects that only the collector finds after VISIT."""
         await visit()
         gc.collect()
+        gc.freeze()         # what others left is not looked at
         gc.disable()
         gc.set_debug(gc.DEBUG_SAVEALL)
         try:
@@ -11891,6 +11912,7 @@ class GarbageTest(Network):
             gc.set_debug(0)
             gc.garbage.clear()
             gc.enable()
+            gc.unfreeze()
 
     async def test_visitors_who_go_away_leave_nothing_to_collect(self):
         await self.comes()
@@ -12644,7 +12666,7 @@ class Bench:
         self.places = (f'http://localhost:{self.app.url()}', self.client.url())
 
     def program(self, *args, **options):
-        made = Program(*args, **options)
+        made = Program(*args, **{'script': (SCRIPT,), **options})
         self.stack.callback(made.end)
         return made
 
@@ -12800,9 +12822,122 @@ def picture():
         InspectorPageTest.doClassCleanups()
 
 
+# ------------------------------------------------------------------------------------------------
+# F. All tests
+#
+# Each process runs one class of tests after the other, and is given the next when it is ready.
+# ------------------------------------------------------------------------------------------------
+
+MOST_WORKERS = 4        # the deadlines of tests are made for a machine that is not crowded
+
+
+def do_what_is_asked():
+    """Be a worker: each line is the name of a class, its answer what became of the tests."""
+    asked, answers = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), 'w')
+    with open(os.devnull) as nothing:
+        os.dup2(nothing.fileno(), 0)    # tests, and what they start, read and write elsewhere
+    os.dup2(2, 1)
+    for name in asked:
+        shown, tests = io.StringIO(), unittest.defaultTestLoader.loadTestsFromName(
+            name.strip(), sys.modules[__name__])
+        warn = None if sys.warnoptions else 'default'
+        result = unittest.TextTestRunner(shown, warnings=warn).run(tests)
+        print(json.dumps({
+            'shown': shown.getvalue().partition('\n')[0], 'run': result.testsRun,
+            'skipped': len(result.skipped),
+            'ERROR': [(str(test), text) for test, text in result.errors],
+            'FAIL': [(str(test), text) for test, text in result.failures]}),
+            file=answers, flush=True)
+
+
+class Worker:
+    """A process that runs tests; what it writes is kept."""
+
+    def __init__(self):
+        self.said = tempfile.TemporaryFile('w+', errors='replace')
+        self.process = self.start()
+
+    def start(self):
+        return subprocess.Popen([sys.executable, __file__, 'worker'], stdin=subprocess.PIPE,
+                                stdout=subprocess.PIPE, stderr=self.said, universal_newlines=True)
+
+    def run(self, name):
+        """What became of the tests of that class."""
+        with contextlib.suppress(BrokenPipeError):
+            print(name, file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        if answer:
+            return json.loads(answer)
+        code = self.end()
+        self.process = self.start()
+        why = f'its process ended with {code}; see above\n'
+        return {'shown': 'E', 'run': 0, 'skipped': 0, 'ERROR': [(name, why)], 'FAIL': []}
+
+    def end(self):
+        with contextlib.suppress(BrokenPipeError), self.process:
+            pass                # no more is asked: it ends
+        return self.process.returncode
+
+    def all_it_said(self):
+        with self.said:
+            self.said.seek(0)
+            return self.said.read()
+
+
+def run_all():
+    """Run all tests; return the exit code."""
+    classes = [value for value in globals().values()
+               if isinstance(value, type) and issubclass(value, unittest.TestCase)
+               and unittest.defaultTestLoader.getTestCaseNames(value)]
+    # What takes longest comes first, so that no core is idle at the end.
+    waiting = iter(sorted(classes, key=lambda kind: not issubclass(kind, CommandTest)))
+    workers = [Worker() for _ in range(min(MOST_WORKERS, cores()))]
+    began, results = time.monotonic(), {}
+
+    def keep_busy(worker):
+        for kind in waiting:            # of all threads
+            results[kind] = worker.run(kind.__name__)
+            print(results[kind]['shown'], end='', file=sys.stderr, flush=True)
+    threads = [threading.Thread(target=keep_busy, args=(worker,), daemon=True)
+               for worker in workers]
+    try:
+        for step in (threading.Thread.start, threading.Thread.join):
+            for thread in threads:
+                step(thread)
+    except KeyboardInterrupt:
+        for worker in workers:
+            worker.process.kill()
+        return 128 + signal.SIGINT
+    for worker in workers:
+        worker.end()
+        print(f'\n{worker.all_it_said()}', end='', file=sys.stderr)
+    return summary([results[kind] for kind in classes], time.monotonic() - began)
+
+
+def cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+
+
+def summary(results, seconds):
+    """Print what unittest prints at the end; return the exit code."""
+    bad = [(kind, *each) for kind in ('ERROR', 'FAIL') for result in results
+           for each in result[kind]]
+    for kind, test, text in bad:
+        print('=' * 70, f'{kind}: {test}', '-' * 70, text, sep='\n', file=sys.stderr)
+    count = sum(result['run'] for result in results)
+    skipped = sum(result['skipped'] for result in results)
+    print('-' * 70, f'Ran {count} tests in {seconds:.3f}s', '', sep='\n', file=sys.stderr)
+    print('FAILED' if bad else 'OK', f'(failures={len(bad)}, skipped={skipped})', file=sys.stderr)
+    return 1 if bad or not count else 0
+
+
 def main():
     """The tests, or what the first word says."""
-    if sys.argv[1:] == ['bench']:
+    if not sys.argv[1:]:
+        sys.exit(run_all())
+    elif sys.argv[1:] == ['worker']:
+        do_what_is_asked()
+    elif sys.argv[1:] == ['bench']:
         bench()
     elif sys.argv[1:] == ['picture']:
         picture()
