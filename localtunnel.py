@@ -8847,7 +8847,8 @@ class Report:
 
     def __init__(self, args: Args) -> None:
         self._say, self._json = args.say, args.json
-        self._colours = sys.stdout.isatty() and 'NO_COLOR' not in os.environ
+        self._colours = os.isatty(1) and not ('NO_COLOR' in os.environ
+                                              or os.environ.get('TERM') == 'dumb')
         self._until = time.monotonic() + ALL_WITHIN
         self._first = ''                    # that is wrong, in a sentence
 
@@ -8878,7 +8879,9 @@ class Report:
             return right
         except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
             self.tell(check, *in_two(explain(e, where)))
-            return False
+        except (ValueError, LookupError) as e:      # from odd answers
+            self.tell(check, False, f'what is said there makes no sense ({e})')
+        return False
 
     async def run(self, checks: Sequence[Row], where: str) -> bool:
         """Run CHECKS; return False if one that the rest stands on finds something wrong."""
@@ -8897,23 +8900,16 @@ class Report:
 
 async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
     """What WORK returns, which may take long; nobody waits for its thread at the end."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-
-    def settle(result: Any, error: Exception | None) -> None:
-        if not done.done():
-            done.set_exception(error) if error else done.set_result(result)
+    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    result.set_running_or_notify_cancel()       # who waits for it may go
 
     def run() -> None:
-        result, error = None, None
         try:
-            result = work(*args)
+            result.set_result(work(*args))
         except Exception as e:
-            error = e
-        with contextlib.suppress(RuntimeError):     # the loop is closed
-            loop.call_soon_threadsafe(settle, result, error)
+            result.set_exception(e)
     threading.Thread(target=run, daemon=True).start()
-    return await done
+    return await asyncio.wrap_future(result)
 
 
 async def send_request(connection: Connection, host: str, path: str, *lines: str,
@@ -9039,8 +9035,7 @@ class Way:
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
         self._refusal: Any = None           # why there is no tunnel
-        self._tasks: list[asyncio.Task[Any]] = []
-        self._connection: Any = None        # to the server
+        self._running: list[tuple[Client, asyncio.Future[None]]] = []
         self.checks: Sequence[Row] = (
             ('server', self.server, True), ('proxy', self.proxy, True), ('dns', self.dns, True),
             ('connect', self.connect, True), ('tls', self.tls, True), ('http', self.http, True),
@@ -9048,10 +9043,11 @@ class Way:
             ('token', self.token, True), ('name', self.name, False), ('tunnel', self.tunnel, True))
 
     async def close(self) -> None:
-        """Close the tunnel."""
-        await self.client.stop()
-        for task in self._tasks:
-            await end_task(task)
+        """Close the tunnels."""
+        for client, running in self._running:
+            running.cancel()
+            await asyncio.wait({running})
+            await client.stop()
 
     async def server(self) -> AsyncIterator[Verdict]:
         yield True, f'{self.where} ({self._known.source})', ''
@@ -9083,27 +9079,27 @@ class Way:
         yield True, f'{site} is {", ".join(found)}', ''
 
     async def connect(self) -> AsyncIterator[Verdict]:
-        port, works = self.client.address.port, False
+        port, failed = self.client.address.port, []
         if self.client.address.route:
             yield None, 'not looked at: the proxy does it', ''
-        for place in sorted(self._places, key=lambda place: ':' in place):
-            kind, began = 'IPv6' if ':' in place else 'IPv4', time.monotonic()
+        for place in self._places:
+            began = time.monotonic()
             try:
                 transport, _ = await asyncio.wait_for(self._runtime.loop.create_connection(
                     asyncio.Protocol, place, port), REACHED_WITHIN)
                 transport.close()
-                works = True
-                yield True, f'{kind}, {place}: {since(began)}', ''
+                yield True, f'{place} answers in {since(began)}', ''
             except (OSError, asyncio.TimeoutError) as e:
-                failed = explain(e, f'port {port} of {place}')
-                yield None, f'{kind}: {failed}', ''
-        if self._places and not works:
-            yield False, failed, 'start the server there, or see what its firewall lets through'
+                failed.append(explain(e, f'port {port} of {place}'))
+        for text in failed:
+            yield (None, text, '') if len(failed) < len(self._places) else (
+                False, text, 'start the server there, or see what its firewall lets through')
 
     async def tls(self) -> AsyncIterator[Verdict]:
-        self._connection = await self.client.dial(CHECK_WITHIN)
-        shown = self._connection.transport.get_extra_info('peercert')
-        if not self._connection.secure:
+        connection = await self.client.dial(CHECK_WITHIN)
+        shown = connection.transport.get_extra_info('peercert')
+        connection.abort()
+        if not connection.secure:
             yield None, 'none: what is sent there can be read on the way', ''
         elif not shown:
             yield True, 'the certificate is the one of the pin', ''
@@ -9114,12 +9110,13 @@ class Way:
             yield True, f'{who} signed it for {", ".join(names[:3])}, until {day(until)}', ''
 
     async def http(self) -> AsyncIterator[Verdict]:
-        self._response = response = await send_request(
-            self._connection, self.where.partition('://')[2], WELL_KNOWN)
-        self._connection.abort()
+        self._response = response = await self._answer_to(self.where.partition('://')[2])
+        ours = response.find(b'localtunnel-failed')
+        if not ours and response.status not in PROXY_FAILED:    # a server with one tunnel passes it
+            ours = (await self._answer_to('localtunnel.invalid')).find(b'localtunnel-failed')
         who, cure = front_of(response)
         self.front = (who, cure) if who else SOMEBODY
-        if response.find(b'localtunnel-failed') == 'relay':
+        if ours:
             yield True, 'a localtunnel server answers' + (who and f', behind {who}'), ''
         elif response.status in PROXY_FAILED:
             yield (False, f'{who or "a proxy"} in front answers {response.status}: the server '
@@ -9131,6 +9128,14 @@ class Way:
             yield (False, f'{who or self.where} answers {response.status}, not as a localtunnel '
                    'server does', 'compare the address with the one that the server printed')
 
+    async def _answer_to(self, host: str) -> Response:
+        """What the server says to a request for HOST that no page is for."""
+        connection = await self.client.dial(CHECK_WITHIN)
+        try:
+            return await send_request(connection, host, WELL_KNOWN)
+        finally:
+            connection.abort()
+
     async def clock(self) -> AsyncIterator[Verdict]:
         yield clock_verdict(self._response, self.where)
 
@@ -9139,18 +9144,22 @@ class Way:
     async def _open(self, client: Client) -> BaseException | None:
         """Open the tunnel of CLIENT; return why it can't be."""
         running = asyncio.ensure_future(client.run())
+        self._running.append((client, running))
         welcomed = asyncio.ensure_future(client.welcomed.wait())
-        self._tasks += [running, welcomed]
-        await asyncio.wait({running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
+        try:
+            await asyncio.wait({running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            welcomed.cancel()
         return running.exception() if running.done() else None
 
     async def upgrade(self) -> AsyncIterator[Verdict]:
         self._refusal = await self._open(self.client)
-        if getattr(self._refusal, 'code', 'no_upgrade') == 'no_upgrade' and self._refusal:
-            who, cure = self.front
-            yield False, f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure
-        else:
-            yield True, f'"Upgrade: {PROTOCOL}" passes', ''
+        if self._refusal and not isinstance(self._refusal, Refused):
+            raise self._refusal
+        who, cure = self.front
+        yield (False, f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure) if (
+            getattr(self._refusal, 'code', '') == 'no_upgrade') else (
+                True, f'"Upgrade: {PROTOCOL}" passes', '')
 
     async def token(self) -> AsyncIterator[Verdict]:
         code = getattr(self._refusal, 'code', '')
@@ -9166,7 +9175,6 @@ class Way:
         _, _, client = self._args.as_client(
             self._args, self._runtime, Target('doctor'), ClientObserver())
         refusal: Any = await self._open(client)
-        await client.stop()
         if refusal and getattr(refusal, 'code', '') != 'superseded':
             raise refusal
         yield True, f'{self._args.name} is yours' + (
@@ -9181,8 +9189,9 @@ class Way:
 class Passage:
     """The checks of what passes through a tunnel, to an Echo and back."""
 
-    def __init__(self, runtime: Runtime, way: Way, echo: Echo, tls: ssl.SSLContext) -> None:
-        """WAY has led to the tunnel; TLS checks it."""
+    def __init__(self, runtime: Runtime, way: Way, echo: Echo,
+                 tls: Callable[[], ssl.SSLContext]) -> None:
+        """WAY has led to the tunnel; TLS makes what checks it."""
         self.where, self._host = way.where, way.client.url.partition('://')[2]
         self._runtime, self._way, self._echo, self._tls = runtime, way, echo, tls
         self.checks: Sequence[Row] = (
@@ -9192,12 +9201,12 @@ class Passage:
 
     async def _visit(self) -> Connection:
         """Come to the tunnel as a visitor."""
-        place, route = ServerAddress(self._way.client.url), self._way.client.address.route
-        place.route = route
-        if not (route or is_loopback(place.site)):
+        place = ServerAddress(self._way.client.url)
+        place.route = self._way.client.address.route
+        if not (place.route or is_loopback(place.site)):
             await in_thread(look_up, place.site)
-        return await dial_server(self._runtime, place, self._tls if place.scheme == 'https'
-                                 else None, '', REACHED_WITHIN)
+        tls = self._tls() if place.scheme == 'https' else None
+        return await dial_server(self._runtime, place, tls, '', REACHED_WITHIN)
 
     @contextlib.asynccontextmanager
     async def _ask(self, path: str, *lines: str,
@@ -9213,9 +9222,13 @@ class Passage:
         site, began = ServerAddress(self._way.client.url).site, time.monotonic()
         try:
             connection = await self._visit()
-        except socket.gaierror:
-            yield (False, f'DNS has no address for {site}', 'add a record for all names: name '
-                   f'*.{site.partition(".")[2]}, with the address of the server')
+        except (socket.gaierror, Refused) as e:
+            every = f'*.{site.partition(".")[2]}'
+            yield (False, *(
+                (str(e).partition(' (')[0], f'let the server have a certificate for {every}, too')
+                if isinstance(e, Refused) else (
+                    f'DNS has no address for {site}', f'add a record for all names: name {every}, '
+                    'with the address of the server')))
             return
         came, began = since(began), time.monotonic()
         response = await send_request(connection, self._host, '/')
@@ -9397,8 +9410,8 @@ class Premises:
         self._files = [str(path) for path in served.get('files', ())]
         self._pin = str(served.get('pin', ''))
         if not (args.domain or served):
-            raise UsageError(f'no server has run with the state folder {self._folder}; name its '
-                             'domain with --domain, or that folder with --state')
+            raise UsageError('no server is known here; name one with --server URL or --join CODE, '
+                             'or, on its own machine, with --domain DOMAIN or --state DIR')
         at = ServerAddress(str(served.get('address') or args.domain))
         self.where = self._domain = args.domain or at.site
         usual = {**USUAL_PORTS, at.scheme: at.port}
@@ -9470,14 +9483,12 @@ class Premises:
             answers: bool | None = None
             try:
                 answers = await in_thread(Caller(self._ports).ask, self._domain, address, port, tls)
-            except ssl.SSLError:
-                answers = False
-            except OSError:
-                pass
-            who = await in_thread(who_listens, address, port)
+            except OSError as e:        # a handshake may fail
+                answers = None if isinstance(e, ConnectionRefusedError) else False
+            who = '' if answers else await in_thread(who_listens, address, port)
             if answers:
                 self._reached = address, port, tls
-                yield True, f'this server answers at {address}' + (who and f', by {who}'), ''
+                yield True, f'this server answers at {address}', ''
             elif answers is False:
                 yield (False, f'{who or "another program"} has port {port} of {address}',
                        f'end it, or give the server another port with --{"tls-" * tls}port')
@@ -9712,9 +9723,10 @@ class Doctor(Annex):
     def doctor(self, args: Args) -> int:
         """Look at what ARGS mean; return the exit code."""
         logging.getLogger('asyncio').disabled = True    # the checks tell what peers do
-        return asyncio.run(self._doctor(args))
+        return asyncio.run(self.examine(args))
 
-    async def _doctor(self, args: Args) -> int:
+    async def examine(self, args: Args) -> int:
+        """The same, in the loop that runs."""
         runtime, report, welcome = Runtime(asyncio.get_running_loop()), Report(args), Welcome()
         try:
             if args.url:
@@ -9734,7 +9746,7 @@ class Doctor(Annex):
             way = Way(args, runtime, known, client, welcome)
             try:
                 if await report.run(way.checks, way.where):
-                    passage = Passage(runtime, way, echo, args.tls(known.ca))
+                    passage = Passage(runtime, way, echo, functools.partial(args.tls, known.ca))
                     await report.run(passage.checks, way.where)
             finally:
                 await way.close()

@@ -5829,6 +5829,484 @@ class ProbeTest(FolderTest, WorldTest):
 # 27. Doctor
 # ------------------------------------------------------------------------------------------------
 
+# Of localhost, as CERTIFICATE, in the spring of 2025.
+EXPIRED = """\
+-----BEGIN CERTIFICATE-----
+MIIBcTCCARigAwIBAgIBATAKBggqhkjOPQQDAjAUMRIwEAYDVQQDDAlsb2NhbGhv
+c3QwHhcNMjUwMTAxMDAwMDAwWhcNMjUwNDAxMDAwMDAwWjAUMRIwEAYDVQQDDAls
+b2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjOPQMBBwNCAAS4StafCNpQI86960az
+iXfeRiUZ8pa1iY8L+QX3Hh1PMyMiCYdQHnecoNBgS8VQa+TZ8Qmp4fXHj8uSc3V+
+9FSCo1swWTAnBgNVHREEIDAegglsb2NhbGhvc3SCCyoubG9jYWxob3N0hwR/AAAB
+MA8GA1UdEwEB/wQFMAMBAf8wHQYDVR0OBBYEFNLkz6/GEp7S50wXkK63zzcRtlEL
+MAoGCCqGSM49BAMCA0cAMEQCICpWGxpvZqnpelEMrVDCPPL2wwBoG5Q8hxx8zR3b
+T4AZAiBMXOW9KvWAOrlHFyJcPbm0mWD61+HozGsQJ7Eb3GYB8w==
+-----END CERTIFICATE-----
+"""
+
+
+class Doctored(FolderTest, WorldTest):
+    """Runs `doctor` in this loop; the first thing that it says is wrong must be the fault."""
+    CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05, 'REACHED_WITHIN': 1.0, 'SAMPLE': 65536}
+
+    async def doctor(self, *words):
+        """What `doctor WORDS --json` says."""
+        lines = []
+        args = lt.make_parser().parse_args(['doctor', '--json', *map(str, words)])
+        args.say, args.tls, args.as_client = lines.append, lt.client_tls, lt.as_client
+        self.code = await lt.Doctor().examine(args)
+        self.assertEqual([line for line in lines if re.search('[^ -~]', line)], [])
+        self.said = [json.loads(line) for line in lines]
+        return self.said
+
+    async def finds(self, check, text, *words):
+        """`doctor WORDS` says first that CHECK finds TEXT wrong, or that nothing is wrong."""
+        wrong = [one for one in await self.doctor(*words) if one['ok'] is False]
+        first = wrong[0] if wrong else {'check': '', 'text': '', 'cure': ''}
+        self.assertEqual(first['check'], check, self.said)
+        self.assertRegex(f'{first["text"]}; {first["cure"]}', text or '^; $')
+        self.assertEqual(self.code, int(check != ''))
+
+    def hosts(self, **places):
+        """DNS knows only PLACES, with _ for a dot."""
+        real, known = socket.getaddrinfo, {k.replace('_', '.'): v for k, v in places.items()}
+
+        def getaddrinfo(host, *args, **options):
+            host = host.decode() if isinstance(host, bytes) else host
+            if not lt.is_address(host) and host not in known:
+                raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+            return real(known.get(host, host), *args, **options)
+        patch = unittest.mock.patch.object(socket, 'getaddrinfo', getaddrinfo)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    async def secure(self, certificate=''):
+        """The address of the server with TLS."""
+        self.ca = self.write('cert.pem', certificate or CERTIFICATE)
+        self.server.tls = lt.Certificate(self.ca, self.write('key.pem', PRIVATE_KEY), port=1)
+        self.tls_port = await self.listen(tls=True)
+        self.server.tls.port = self.tls_port
+        return f'https://localhost:{self.tls_port}'
+
+
+def same(data):
+    return data
+
+
+class DoctorTest(Doctored):
+    """Beside a client: what is wrong on the way to a server, and with what passes."""
+
+    async def between(self, up=same, down=same, answers=lambda head: None, hold=b'nothing',
+                      sessions=True):
+        """The address of somebody between us and the server who changes what passes UP and DOWN.
+
+        He ANSWERS some heads himself, and answers to what has HOLD in its head are held back; what
+        is in SESSIONS only where asked.
+        """
+        async def pump(reader, writer, change):
+            with contextlib.suppress(ConnectionError):
+                data = await reader.read(1 << 20)
+                while data:
+                    writer.write(change(data))
+                    data = await reader.read(1 << 20)
+
+        async def serve(reader, writer):
+            with contextlib.closing(writer), contextlib.suppress(EOFError, ConnectionError):
+                head = await reader.readuntil(b'\r\n\r\n')
+                own = answers(head)
+                if own:
+                    writer.write(own)
+                    return await writer.drain()
+                there = await asyncio.open_connection('127.0.0.1', self.port)
+                with contextlib.closing(there[1]):
+                    kept = b'localtunnel/1' in head and not sessions
+                    ways = (same, same) if kept else (up, down)
+                    there[1].write(ways[0](head))
+                    if hold in head:
+                        return writer.write(await there[0].readuntil(b'\r\n0\r\n\r\n'))
+                    ways = [asyncio.ensure_future(way) for way in (
+                        pump(reader, there[1], ways[0]), pump(there[0], writer, ways[1]))]
+                    try:
+                        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+                    finally:
+                        for way in ways:
+                            await lt.end_task(way)
+        start = functools.partial(asyncio.start_server, limit=1 << 18)
+        return 'http://127.0.0.1:%d' % (await self.serves(serve, start))[1]
+
+    async def test_nothing_is_wrong(self):
+        await self.world(tokens=['sesame'])
+        await self.finds('', '', '--server', f'http://localhost:{self.port}', '--token', 'sesame')
+        self.assertLessEqual({one['check'] for one in self.said if not one['ok']},
+                             {'connect', 'tls'})        # nobody listens at ::1
+        self.assertEqual({one['check'] for one in self.said}, {
+            'server', 'proxy', 'dns', 'connect', 'tls', 'http', 'clock', 'upgrade', 'token',
+            'tunnel', 'visitor', 'upload', 'download', 'streaming', 'websocket', 'headers'})
+
+    async def test_nothing_is_wrong_with_tls(self):
+        await self.world(only=True)
+        await self.finds('', '', '--server', await self.secure(), '--ca', self.ca)
+        tls = next(one for one in self.said if one['check'] == 'tls')
+        self.assertIn('localhost signed it for localhost, *.localhost', tls['text'])
+
+    async def test_nothing_is_wrong_with_a_pin(self):
+        await self.world()
+        await self.secure()
+        pin = hashlib.sha256(ssl.PEM_cert_to_DER_cert(CERTIFICATE)).hexdigest()
+        self.server.tls.pin = pin
+        await self.finds('', '', '--server', f'https://localhost:{self.tls_port}', '--pin', pin)
+
+    async def test_the_environment_and_codes_are_heeded_as_by_a_client(self):
+        await self.world(tokens=['sesame'])
+        os.environ.update(LOCALTUNNEL_SERVER=f'localhost:{self.port}', LOCALTUNNEL_TOKEN='sesame')
+        await self.finds('', '')
+        self.assertIn('LOCALTUNNEL_SERVER', self.said[0]['text'])
+        del os.environ['LOCALTUNNEL_SERVER'], os.environ['LOCALTUNNEL_TOKEN']
+        code = lt.make_code(lt.ServerAddress(f'localhost:{self.port}'), 'sesame')
+        await self.finds('', '', '--join', code)
+
+    async def test_no_server_is_known(self):
+        with self.assertRaisesRegex(lt.UsageError, 'name one with --server URL or --join'):
+            await self.doctor()
+
+    async def test_the_server_is_not_found_or_not_there(self):
+        self.hosts()
+        await self.finds('dns', "can't find the host of https://t.example.com: .* spelled",
+                         '--server', 't.example.com')
+        await self.finds('connect', 'nothing is listening on port .*; start the server',
+                         '--server', f'127.0.0.1:{CommandTest.free_port()}')
+
+    async def test_a_proxy_does_not_lead_out(self):
+        os.environ['ALL_PROXY'] = f'http://127.0.0.1:{CommandTest.free_port()}'
+        await self.finds('proxy', 'the proxy 127.0.0.1 did not connect.*see HTTPS_PROXY',
+                         '--server', 'http://t.example.com')
+
+    async def test_the_certificate_of_a_server(self):
+        await self.world()
+        self.hosts(t_example_com='127.0.0.1', localhost='127.0.0.1')
+        address = await self.secure()
+        for words, text in ((['--server', address], 'not signed by an authority'),
+                            (['--server', address, '--pin', 64 * '0'], 'does not match the pin'),
+                            (['--server', address.replace('localhost', 't.example.com'), '--ca',
+                              self.ca], 'is for another name .localhost')):
+            await self.finds('tls', text, *words)
+        self.server.tls = None
+        address = await self.secure(EXPIRED)
+        await self.finds('tls', 'has expired', '--server', address, '--ca', self.ca)
+
+    async def test_somebody_else_answers(self):
+        for status, fields, text in (
+                ('200 OK', '', 'answers 200, not as a localtunnel server does; compare'),
+                ('502 Bad', 'Server: nginx/1.2\r\n', 'nginx in front answers 502: the server'),
+                ('301 x', 'Location: https://t.example\x9b1m\r\n', 'redirects .*--server'),
+                ('999999 x', '', 'malformed')):
+            with self.subTest(status):
+                app = await self.app(f'HTTP/1.1 {status}\r\n{fields}Content-Length: 0\r\n'
+                                     'Connection: close\r\n\r\n'.encode('latin-1'))
+                await self.finds('http', text, '--server', f'127.0.0.1:{app.address[1]}')
+
+    async def test_who_says_nothing_is_not_waited_for(self):
+        async def silent(head, reader, writer):
+            return await reader.read()
+        app = await self.app(silent)
+        with self.constant(CHECK_WITHIN=0.05):
+            await self.finds('http', 'does not answer', '--server',
+                             f'127.0.0.1:{app.address[1]}')
+        with self.constant(ALL_WITHIN=0.0):
+            await self.finds('server', 'does not answer', '--server', '127.0.0.1:1')
+
+    async def test_the_clocks_differ(self):
+        await self.world()
+        wrong = functools.partial(re.sub, rb'\r\nDate: [^\r]*',
+                                  b'\r\nDate: Thu, 26 Nov 2020 00:00:00 GMT')
+        await self.finds('clock', 'seconds ahead of the one of http://127.0.0.1:.*; set it right',
+                         '--server', await self.between(down=wrong))
+        self.assertEqual(self.said[-1]['check'], 'headers')     # the rest is looked at
+
+    async def test_who_drops_upgrade_is_named(self):
+        await self.world()
+        for who, field, cure in (('nginx', b'Server: nginx', 'A proxy in front'),
+                                 ('Cloudflare', b'CF-RAY: 1-FRA', 'DNS only'),
+                                 ('Envoy', b'x-envoy-upstream-service-time: 1', 'upgrade_configs'),
+                                 ('a proxy', b'Via: 1.1 x', 'A proxy in front'),
+                                 ('something on the way', b'X: y', 'who runs the network')):
+            with self.subTest(who):
+                address = await self.between(
+                    lambda data: data.replace(b'\r\nUpgrade: localtunnel/1', b''),
+                    lambda data: data.replace(b'\r\n', b'\r\n%b\r\n' % field, 1))
+                await self.finds('upgrade', f'^{who} does not let "Upgrade.*{cure}',
+                                 '--server', address)
+
+    async def test_the_token_is_missing_or_wrong(self):
+        await self.world(tokens=['sesame'])
+        await self.finds('token', 'needs a token; ask its operator', '--server',
+                         f'localhost:{self.port}')
+        await self.finds('token', 'does not know this token', '--server',
+                         f'localhost:{self.port}', '--token', 'wrong')
+
+    async def test_the_name_is_taken_or_served_by_a_client_that_stays(self):
+        await self.world()
+        client = await self.client(await self.app(), name='demo')
+        words = '--server', f'localhost:{self.port}', '--name', 'demo'
+        await self.finds('name', 'the name demo is taken; choose another', *words)
+        os.environ['LOCALTUNNEL_KEY'] = KEY.hex()
+        await self.finds('', '', *words)
+        self.assertIn('demo is yours, and a client of yours has it', str(self.said))
+        self.assertEqual((await self.visit(client))[2], b'hello')
+
+    async def test_the_server_is_full(self):
+        await self.world(max_tunnels=0)
+        await self.finds('tunnel', 'the server is full', '--server', f'localhost:{self.port}')
+
+    async def test_dns_knows_the_server_and_no_name_below(self):
+        await self.world(domain='t.example.com')
+        self.hosts(t_example_com='127.0.0.1')
+        await self.finds('visitor', r'no address for .*[.]t.example.com; .*[*].t.example.com',
+                         '--server', f'http://t.example.com:{self.port}')
+
+    async def test_what_passes_is_changed_held_back_or_refused(self):
+        await self.world()
+
+        def refuses(word, size=0):
+            return lambda head: (b'HTTP/1.1 403 No\r\nContent-Length: 0\r\n\r\n'
+                                 if word in head and len(head) > size else None)
+        for check, text, changes in (
+                ('upload', 'changes what goes up',
+                 {'up': lambda data: data.replace(b'<body>', b'<BODY>')}),
+                ('download', 'changes what comes down',
+                 {'down': lambda data: data.replace(b'</html>', b'</HTML>')}),
+                ('streaming', 'keeps an answer back', {'hold': b'/streaming'}),
+                ('websocket', 'WebSockets pass .403.', {'answers': refuses(b'websocket')}),
+                ('headers', 'no more than 4 KiB', {'answers': refuses(b'X-Doctor', 5000)}),
+                ('headers', 'no more than 0 KiB', {'answers': refuses(b'X-Doctor')}),
+                ('visitor', 'is answered 403', {'answers': refuses(b'GET / ')})):
+            with self.subTest(check), self.constant(STREAM_WITHIN=0.2):
+                await self.finds(check, text, '--server', await self.between(
+                    **changes, sessions=False))
+
+
+class DoctorOfUrlsTest(Doctored):
+    """`doctor URL`: what an answer means."""
+
+    async def test_each_hop_is_named_with_what_to_look_at(self):
+        await self.world()
+        client = await self.client(CommandTest.free_port())
+        app = await self.app()
+        works = await self.client(app, key=bytes(32))
+        gone = await self.client(app, key=bytes([1] * 32))
+        await self.leaves(gone)
+        for url, text in ((client.url, 'the app says 502 .*nothing is listening.*the app runs'),
+                          (gone.url, 'the client says 503 .*start the client'),
+                          (f'http://x.localhost:{self.port}', 'the relay says 404 .*compare the')):
+            await self.finds('answer', text, url)
+        await self.finds('', '', works.url + '/hook?x=1')
+        self.assertIn(b'GET /hook?x=1 ', app.requests[-1])
+
+    async def test_an_answer_of_another_is_told_from_ours(self):
+        for status, fields, text in (('503 x', 'Server: cloudflare', '503 comes from Cloudflare'),
+                                     ('502 x', 'X: y', 'comes from a proxy in front, or'),
+                                     ('404 x', 'X: y', '404 comes from the app; see the log'),
+                                     ('404 x', 'Via: y', 'from the app, or from a proxy in front')):
+            with self.subTest(fields):
+                app = await self.app(f'HTTP/1.1 {status}\r\n{fields}\r\nContent-Length: 0\r\n'
+                                     'Connection: close\r\n\r\n'.encode())
+                await self.finds('answer', text, f'http://127.0.0.1:{app.address[1]}')
+
+    async def test_a_liar_is_quoted_without_his_escapes(self):
+        app = await self.app(b'HTTP/1.1 502 x\r\nLocaltunnel-Failed: \x9b1mapp\r\n'
+                             b'Content-Length: 5\r\n\r\n\x1b[1m!')
+        await self.finds('answer', 'the relay says', f'http://127.0.0.1:{app.address[1]}')
+
+    async def test_nobody_answers(self):
+        await self.finds('connect', 'nothing is listening',
+                         f'http://127.0.0.1:{CommandTest.free_port()}')
+        self.hosts()
+        await self.finds('connect', "can't find the host", 'https://x.example')
+
+
+class DoctorOfServersTest(Doctored):
+    """`doctor --domain`: what is wrong on a server's machine, and with what the world sees."""
+    DOMAIN = 't.example.com'
+
+    async def ready(self):
+        self.records = {(name, lt.TYPE_A): [bytes([127, 0, 0, 1])]
+                        for name in (self.DOMAIN, '*.' + self.DOMAIN)}
+        for patch in (unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.1']),
+                      unittest.mock.patch.dict(os.environ, STATE_DIRECTORY=self.folder)):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def answer(self, packet):
+        """What a resolver says."""
+        labels, end = lt.read_labels(packet, lt.DNS_HEADER.size)
+        name, kind = b'.'.join(labels).decode(), packet[end] << 8 | packet[end + 1]
+        found = self.records.get((name, kind)) or self.records.get(
+            ('*.' + name.partition('.')[2], kind), [])
+        return (packet[:2] + struct.pack('>5H', 0x8180, 1, len(found), 0, 0)
+                + packet[lt.DNS_HEADER.size:end + 4] + b''.join(
+                    b'\xc0\x0c' + lt.DNS_RECORD.pack(kind, 1, 1, len(data)) + data
+                    for data in found))
+
+    async def look(self, check, text, *words):
+        """The first thing that is wrong, with the ports of this test."""
+        def got(data, sender, transport):
+            if self.records:
+                transport.sendto(self.answer(data), sender)
+        transport, _ = await self.loop.create_datagram_endpoint(
+            lambda: lt.Datagrams(got), ('127.0.0.1', 0))
+        self.stack.callback(transport.close)
+        self.resolver = transport.get_extra_info('sockname')[1]
+        await self.finds(check, text, '--domain', self.DOMAIN, '--port', self.port, '--tls-port',
+                         getattr(self, 'tls_port', None) or CommandTest.free_port(),
+                         '--resolver', f'127.0.0.1:{self.resolver}', *words)
+
+    async def with_acme(self):
+        """A server whose certificate comes by ACME, and who answers DNS."""
+        self.write('acme.json', '{}')
+        await self.world(domain=self.DOMAIN)
+        self.zone = lt.Zone(self.DOMAIN)
+        names = lt.NameServer(self.runtime, self.zone)
+        self.dns_port = CommandTest.free_port()
+        await names.listen('127.0.0.1', self.dns_port)
+        self.stack.push_async_callback(names.close)
+        self.records[f'_acme-challenge.{self.DOMAIN}', lt.TYPE_NS] = [lt.encode_name(self.DOMAIN)]
+
+    async def test_nothing_is_wrong(self):
+        await self.with_acme()
+        self.server.pages[b'/localtunnel.py'] = lt.script_page
+        await self.look('', '', '--dns-port', self.dns_port)
+        self.assertEqual([one['check'] for one in self.said if not one['ok']],
+                         ['clock', self.said[4]['check'], 'zone', 'certificate'])
+        self.assertIn(f'with version {lt.__version__}', str(self.said))
+
+    async def test_what_a_server_left_says_where_it_is(self):
+        await self.world(domain=self.DOMAIN)
+        self.write('server.json', json.dumps({
+            'address': f'http://{self.DOMAIN}:{self.port}', 'pin': '', 'open': True, 'files': []}))
+        self.hosts(**{'t_example_com': '127.0.0.1'})
+        await self.finds('dns', 'DNS has no address for [*].t.example.com', '--state', self.folder)
+
+    async def test_the_state_folder(self):
+        await self.world(domain=self.DOMAIN)
+        await self.look('state', "can't use the state folder .*sudo", '--state',
+                        self.write('file', ''))
+        await self.look('', '', '--state', self.path('not there yet'))
+        if POSIX:
+            os.chmod(self.folder, 0o777)
+            await self.look('state', 'every user .* can change .*; say: chmod o-rwx')
+
+    async def test_few_descriptors(self):
+        await self.world(domain=self.DOMAIN)
+        with unittest.mock.patch.object(lt, 'descriptor_limit', lambda: 256):
+            await self.look('descriptors', 'may have 256 open.*LimitNOFILE')
+
+    async def test_the_clock(self):
+        await self.world(domain=self.DOMAIN)
+        app = await self.app(b'HTTP/1.1 200 OK\r\nDate: Thu, 26 Nov 2099 00:00:00 GMT\r\n'
+                             b'Content-Length: 0\r\nConnection: close\r\n\r\n')
+        await self.look('clock', 'seconds behind the one of http://127.0.0.1', '--server',
+                        f'127.0.0.1:{app.address[1]}')
+        with unittest.mock.patch.object(lt, 'clock_findings', lambda now: ['it says 1970; mend']):
+            await self.look('clock', 'it says 1970; mend')
+
+    async def test_a_port_is_taken(self):
+        self.port = (await self.app()).address[1]
+        who = '(python|test).* [(]process' if os.path.exists('/proc/net/tcp') else 'another program'
+        await self.look(f'port {self.port}', f'{who}.* has port {self.port} .*; end it, or give')
+        self.tls_port, self.port = self.port, CommandTest.free_port()
+        with self.constant(REACHED_WITHIN=0.1):
+            await self.look(f'port {self.tls_port}', f'has port {self.tls_port} .*--tls-port')
+
+    async def test_no_server_runs_or_this_machine_alone_reaches_it(self):
+        self.port = CommandTest.free_port()
+        await self.look('server', 'no server runs for t.example.com; start it')
+        if os.path.exists('/proc/net/tcp'):
+            await self.world(domain=self.DOMAIN)
+            with unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.2']):
+                await self.look(f'port {self.port}', 'on this machine alone, .*--bind')
+
+    @unittest.skipUnless(POSIX, 'folders are locked there in another way')
+    async def test_a_server_that_runs_is_known_by_its_lock(self):
+        self.port = CommandTest.free_port()
+        os.close(lt.lock_folder(self.folder))
+        await self.look('server', 'no server runs')
+        lock = lt.lock_folder(self.folder)
+        await self.look('server', f'process {os.getpid()} does not answer; see')
+        self.assertRegex(self.said[1]['text'], f'process {os.getpid()}. may have [0-9]+ open')
+        os.close(lock)
+
+    async def test_dns(self):
+        await self.world(domain=self.DOMAIN)
+        right, self.records = self.records, {('example.com', lt.TYPE_A): []}
+        await self.look('dns', 'no address for t.example.com; add a DNS record: name t.example.com,'
+                        ' type A, value 127.0.0.1')
+        self.records[self.DOMAIN, lt.TYPE_A] = right[self.DOMAIN, lt.TYPE_A]
+        await self.look('dns', 'no address for [*].t.example.com; add a DNS record: name [*].t')
+        self.records = {key: [bytes([203, 0, 113, 9])] for key in right}
+        with unittest.mock.patch.object(lt, 'way_to', lambda _: '203.0.113.7'), \
+                unittest.mock.patch.object(lt.Caller, 'arrives', lambda *_: False):
+            await self.look('dns', 'leads t.example.com to 203.0.113.9, and a request sent there')
+        self.records = {}
+        with self.constant(DNS_PATIENCE=0.03):
+            await self.look('dns', 'the resolver 127.0.0.1:[0-9]+ does not answer')
+
+    async def test_the_servers_of_the_zone_know_more_than_the_world(self):
+        await self.world(domain=self.DOMAIN)
+        self.records['example.com', lt.TYPE_NS] = [lt.encode_name('ns.example.com')]
+        self.records['ns.example.com', lt.TYPE_A] = [bytes([127, 0, 0, 1])]
+        real, fresh = lt.ask_dns, {}
+
+        async def ask_dns(place, name, kind):
+            if place == ('127.0.0.1', lt.DNS_PORT):
+                return fresh.get(name, [bytes([127, 0, 0, 1])])
+            return await real(place, name, kind)
+        with unittest.mock.patch.object(lt, 'ask_dns', ask_dns):
+            await self.look('', '')
+            self.assertIn('ns.example.com says the same of t.example.com', str(self.said))
+            fresh[self.DOMAIN] = [bytes([203, 0, 113, 9])]
+            await self.look('', '')
+            self.assertIn('ns.example.com leads t.example.com to 203.0.113.9', str(self.said))
+
+    async def test_who_answers_for_the_challenge(self):
+        await self.with_acme()
+        ns = f'_acme-challenge.{self.DOMAIN}', lt.TYPE_NS
+        for found in ([], [lt.encode_name('other.example.com')]):
+            self.records[ns] = found
+            await self.look('ns', 'no NS record leads .*; add a DNS record: name _acme-challenge.t.'
+                            'example.com, type NS, value t.example.com[.]', '--dns-port',
+                            self.dns_port)
+        closed = CommandTest.free_port()
+        await self.look(f'port {closed}', 'nobody answers DNS on port', '--dns-port', closed)
+
+    async def test_who_may_issue(self):
+        await self.with_acme()
+
+        def caa(tag, value):
+            return bytes([0, len(tag)]) + tag + value
+        for records, text in (([caa(b'issue', b'other.example')], 'for t.example.com; .* issue'),
+                              ([caa(b'issue', b'letsencrypt.org'), caa(b'issuewild', b';')],
+                               'issue for [*].t.example.com; add .* 0 issuewild "letsencrypt'),
+                              ([caa(b'issue', b'letsencrypt.org; x=y')], '^; $')):
+            self.records['example.com', lt.TYPE_CAA] = records
+            await self.look('caa' if records[-1][-3:] != b'x=y' else '', text, '--dns-port',
+                            self.dns_port)
+
+    async def test_the_certificate(self):
+        self.DOMAIN = 'localhost'
+        await self.world(domain='localhost')
+        await self.secure(EXPIRED)
+        await self.look('certificate', 'expired on 2025-04-01', '--ca', self.ca)
+        await self.secure()
+        await self.look('certificate', 'not signed by an authority.*get one from a public')
+        await self.look('', '', '--ca', self.ca)
+        self.write('server.json', json.dumps({
+            'address': f'https://localhost:{self.tls_port}', 'files': [], 'pin': hashlib.sha256(
+                ssl.PEM_cert_to_DER_cert(CERTIFICATE)).hexdigest()}))
+        await self.look('', '')
+        self.DOMAIN, self.server.domain = 't.example.com', 't.example.com'
+        os.unlink(self.path('server.json'))
+        await self.look('certificate', 'the certificate is for localhost, .*not for t.example.com',
+                        '--ca', self.ca)
+
 
 # ------------------------------------------------------------------------------------------------
 # 28. Landing page
