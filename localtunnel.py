@@ -11379,7 +11379,8 @@ look();
 INSPECTOR_PORT, INSPECTOR_PORTS = 4040, 100     # the first to try, by habit, and how many
 SECRETS_FIELD = b'localtunnel-inspector'        # who sends it may see secrets: no other site can
 MAX_INSPECTORS = 100            # connections at a time
-EVENTS_TOGETHER = 0.25          # seconds between the events of a page: under load, many at once
+EVENTS_TOGETHER = 0.05          # seconds between writes of events to a page
+EVENTS_APART = 0.001            # and for each event as much more: a thousand a second is plenty
 EVENTS_UNREAD = 1 * MIB         # by a page that has stopped reading; then it is let go
 EVENTS_SILENT = 15.0            # a comment is sent, so that a page that is gone is noticed
 REPLAY_WAIT = 30.0              # for the answer of a replay; then it goes on by itself
@@ -11434,7 +11435,8 @@ class Live:
                 lines.append(f'event: missed\ndata: {self._missed}\n\n')
             self._due, self._missed = {}, 0
             transport.write(''.join(lines).encode())
-            self._connection.runtime.loop.call_later(EVENTS_TOGETHER, self._send)
+            self._connection.runtime.loop.call_later(
+                EVENTS_TOGETHER + EVENTS_APART * len(lines), self._send)
 
     async def until_gone(self) -> None:
         """Wait until the reader has left."""
