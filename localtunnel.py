@@ -11199,10 +11199,7 @@ async function choose() {
     if (id !== chosen) return;
     open = x;
     $('article').replaceChildren(...parts.filter(Boolean));
-  } catch (e) {
-    say(e.message);
-    location.hash = '';
-  }
+  } catch (e) { say(e.message); location.hash = ''; }
 }
 function summary(x) {
   const {first_byte_ms: first, end_ms: end} = x.timing;
@@ -11284,40 +11281,35 @@ function welcome() {
     make('div.bar', make('code.box.wrap', command), button('Copy', () => copy(command, 'Command'))),
     /localhost/.test(url) ? '' : qr(url));
 }
-function qr(text) {             // up to 106 bytes: version 1 to 5, level L, one block, mask 0
+function qr(text) {             // version 5, for up to 106 bytes, level L, mask 0
+  const bytes = [...new TextEncoder().encode(text)], grid = Array.from({length: 37}, () => []);
+  if (bytes.length > 106) return '';
   const bits = all => all.map(byte => byte.toString(2).padStart(8, '0')).join('');
-  const bytes = [...new TextEncoder().encode(text)];
-  const version = [17, 32, 53, 78, 106].findIndex(most => bytes.length <= most);
-  if (version < 0) return '';
-  const room = [19, 34, 55, 80, 108][version], checks = [7, 10, 15, 20, 26][version];
-  const last = 20 + 4 * version, grid = Array.from({length: last + 1}, () => []);
   const data = `0100${bits([bytes.length, ...bytes])}0000`.match(/.{8}/g).map(n => parseInt(n, 2));
-  for (let i = 0; data.length < room; i++) data.push(i % 2 ? 0x11 : 0xec);
+  for (let i = 0; data.length < 108; i++) data.push(i % 2 ? 0x11 : 0xec);
   const times = (a, b) => b && (b & 1) * a ^ times(a << 1 ^ (a > 127) * 0x11d, b >> 1);
-  let generator = [1], rest = [...data, ...Array(checks).fill(0)];     // Reed and Solomon's
-  for (let i = 0, root = 1; i < checks; i++, root = times(root, 2))
+  let generator = [1], rest = [...data, ...Array(26).fill(0)];      // Reed and Solomon's
+  for (let i = 0, root = 1; i < 26; i++, root = times(root, 2))
     generator = [...generator, 0].map((n, j) => n ^ times(generator[j - 1] ?? 0, root));
   for (const _ of data) rest = rest.map((n, j) => n ^ times(generator[j] ?? 0, rest[0])).slice(1);
-  const rings = (x, y, colours) => {    // from the middle outwards
+  const eyes = [[3, 3, '11010'], [33, 3, '11010'], [3, 33, '11010'], [30, 30, '101']];
+  for (const [x, y, rings] of eyes)
     for (let i = -4; i < 5; i++) for (let j = -4; j < 5; j++) {
-      const colour = colours[Math.max(Math.abs(i), Math.abs(j))];
-      if (colour && grid[y + i] && grid[x + j]) grid[y + i][x + j] = Number(colour);
+      const dark = rings[Math.max(Math.abs(i), Math.abs(j))];
+      if (dark && grid[y + i] && grid[x + j]) grid[y + i][x + j] = Number(dark);
     }
-  };
-  for (const [x, y] of [[3, 3], [last - 3, 3], [3, last - 3]]) rings(x, y, '11010');
-  if (version) rings(last - 6, last - 6, '101');
-  for (let i = 8; i < last - 7; i++) grid[6][i] = grid[i][6] = (i + 1) % 2;
+  for (let i = 8; i < 29; i++) grid[6][i] = grid[i][6] = (i + 1) % 2;
   for (let i = 0; i < 15; i++)          // level and mask, twice
-    grid[i < 6 ? i : i < 8 ? i + 1 : last - 14 + i][8] =
-      grid[8][i < 8 ? last - i : i < 9 ? 7 : 14 - i] = 0x77c4 >> i & 1;
-  grid[last - 7][8] = 1;
+    grid[i < 6 ? i : i < 8 ? i + 1 : 22 + i][8] =
+      grid[8][i < 8 ? 36 - i : i < 9 ? 7 : 14 - i] = 0x77c4 >> i & 1;
+  grid[29][8] = 1;
   const stream = [...bits([...data, ...rest])];
-  for (let right = last; right > 0; right -= right === 8 ? 3 : 2)
-    for (let i = 0; i <= last; i++) for (const x of [right, right - 1]) {
-      const y = right + (right < 6) + 1 & 2 ? i : last - i;     // down, and up again
+  for (let right = 36; right > 0; right -= right === 8 ? 3 : 2)
+    for (let i = 0; i < 37; i++) for (const x of [right, right - 1]) {
+      const y = right + (right < 6) & 2 ? i : 36 - i;           // up, and down again
       grid[y][x] ??= stream.shift() ^ (x + y + 1) % 2;
     }
-  const canvas = make('canvas', {width: last + 9, height: last + 9, role: 'img', ariaLabel: text});
+  const canvas = make('canvas', {width: 45, height: 45, role: 'img', ariaLabel: text});
   grid.forEach((line, y) => line.forEach(
     (dark, x) => dark && canvas.getContext('2d').fillRect(x + 4, y + 4, 1, 1)));
   return canvas;
