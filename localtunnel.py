@@ -4736,7 +4736,7 @@ class Server:
         tls = self.tls
         if (visitor.scheme == 'http' and tls is not None and request.target != b'*'
                 and self.domain in (parent, host.strip('[]')) and tls.shows(host)):
-            where = (f'https://{authority("https", host, tls.port)}'
+            where = (f'https://{authority("https", host.strip("[]"), tls.port)}'
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
         tunnel = self.tunnels.get(name) if parent == self.domain and not self.tunnels.only else None
@@ -7520,6 +7520,11 @@ class AcmeTls(Tls):
 
     def reload(self) -> str | None:
         self.look_now.set()
+        try:
+            if os.path.exists(self.path):
+                self.load(self.path)
+        except UsageError as e:
+            return f'{e}; the old certificate stays'
         return None
 
 
@@ -7631,9 +7636,9 @@ class Outside:
                 except AcmeError as e:      # behind a router, only those outside may get through
                     inside = way_to(address)
                     why = '' if inside and ipaddress.ip_address(inside).is_private and (
-                        not is_loopback(inside)) else str(e)
+                        not is_loopback(inside)) else explain(e.__cause__ or e, address)
                 if why:
-                    raise AcmeError(f'a request to http://{self._domain} at {address} does not '
+                    raise AcmeError(f'a request to http://{place} at {address} does not '
                                     f'arrive here ({why}); point the DNS record at this machine, '
                                     'and let port 80 through')
         finally:
@@ -7718,7 +7723,7 @@ class Keeper:
         if time.time() >= max(await self._due(aim), self._again):
             await self._note(await self._climb(
                 [aim, self._all[:1]] if delegated and not high else [aim], delegated))
-        if tls.names:
+        if self._all[0] in tls.names:
             await self._tell(delegated)
         pause = max(await self._due(aim), self._again) - time.time()
         done = not self._why and set(self._all) <= set(tls.names)

@@ -5229,6 +5229,560 @@ class ValidityTest(FolderTest):
 # 22. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
+class Nameservers:
+    """The DNS of the world at one port: RECORDS by (name, type), FAULTS the codes of errors.
+
+    What is asked below a name of DELEGATED is passed on to the port that it leads to.
+    """
+
+    def __init__(self):
+        self.records, self.faults, self.delegated, self.tasks = {}, {}, {}, set()
+
+    async def listen(self, test, port):
+        transport, _ = await test.loop.create_datagram_endpoint(
+            lambda: lt.Datagrams(self.got), ('127.0.0.1', port))
+        test.stack.callback(transport.close)
+        return transport.get_extra_info('sockname')[1]
+
+    def got(self, packet, sender, transport):
+        labels, at = lt.read_labels(packet, 12)
+        name, kind = b'.'.join(labels).decode(), struct.unpack_from('>H', packet, at)[0]
+        for zone, port in self.delegated.items():
+            if name.endswith(zone):
+                task = asyncio.ensure_future(self.pass_on(packet, port, sender, transport))
+                self.tasks.add(task)
+                return task.add_done_callback(self.tasks.discard)
+        answers = self.records.get((name, kind), ())
+        transport.sendto(packet[:2] + struct.pack(
+            '>HHHHH', 0x8180 | self.faults.get(name, 0), 1, len(answers), 0, 0) + packet[12:at + 4]
+            + b''.join(b'\xc0\x0c' + lt.DNS_RECORD.pack(kind, 1, 1, len(data)) + data
+                       for data in answers), sender)
+
+    @staticmethod
+    async def pass_on(packet, port, sender, transport):
+        loop = asyncio.get_running_loop()
+        got = loop.create_future()
+        there, _ = await loop.create_datagram_endpoint(
+            lambda: lt.Datagrams(lambda data, *_: got.done() or got.set_result(data)),
+            remote_addr=('127.0.0.1', port))
+        with contextlib.closing(there):
+            there.sendto(packet)
+            await asyncio.wait({got}, timeout=1)
+        refused = packet[:2] + b'\x81\x82' + packet[4:]
+        transport.sendto(got.result() or refused if got.done() else refused, sender)
+
+
+class Later:
+    """The module time, on a machine whose clock is ahead."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+
+    def time(self):
+        return time.time() + self.seconds
+
+    def __getattr__(self, name):
+        return getattr(time, name)
+
+
+class AcmeTest(FolderTest, WorldTest):
+    """A server with --acme in this process, and what the world knows of t.example."""
+    CONSTANTS = {**WorldTest.CONSTANTS, 'LOOK_SOON': 0.02, 'LEAST_PAUSE': 0.01, 'POLL_FIRST': 0.01,
+                 'NONCE_TRIES': 50}
+    where, resolver, http, directory = '127.0.0.1', 0, 0, ''
+
+    def setUp(self):
+        super().setUp()
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+        self.dns, self.annex, self.keeping = Nameservers(), lt.Acme(), None
+        self.dns.records['t.example', 1] = [bytes([127, 0, 0, 1])]
+
+    async def ready(self):
+        self.resolver = await self.dns.listen(self, self.resolver)
+        with lt.bind('127.0.0.1', 0)[0] as sock:
+            self.dns_port = sock.getsockname()[1]
+
+    async def listen(self, port=0, **options):
+        sock, = lt.bind(self.where, port or self.http)
+        await self.server.listen(sock, **options)
+        return sock.getsockname()[1]
+
+    def args(self, *options, domain='t.example'):
+        args = lt.make_parser().parse_args([
+            'server', '--domain', domain, '--acme', 'a@t.example', '--tls-port', '0',
+            '--bind', self.where, '--state', self.folder, '--dns-port', str(self.dns_port),
+            '--dns-bind', '127.0.0.1', '--resolver', f'127.0.0.1:{self.resolver}', '--acme-ca',
+            self.write('ca.pem', CERTIFICATE), '--acme-directory', self.directory, *options])
+        args.port = self.port
+        return args
+
+    async def acme(self, *options, domain='t.example'):
+        """Start a server for DOMAIN with OPTIONS."""
+        await self.world(domain=domain, only=lt.is_address(domain))
+        args = self.args(*options, domain=domain)
+        await self.annex.at_server(args, self.server)
+        self.keeping = self.meanwhile(self.annex.run(args, self.server))
+        self.server.counters.setdefault('certificate_failures', 0)
+
+    async def keeper(self, *options, domain='127.0.0.1'):
+        """A Keeper of a server for DOMAIN, who does nothing before he is told to look."""
+        if self.server is None:
+            await self.world(domain=domain, only=lt.is_address(domain))
+        args = self.args(*options, domain=domain)
+        await self.annex.at_server(args, self.server)
+        names = lt.NameServer(self.runtime, lt.Zone(domain))
+        self.stack.push_async_callback(names.close)
+        return lt.Keeper(args, self.server, self.server.tls, names)
+
+    def notes(self):
+        return [line[1] for line in self.log.told if line[0] == 'note']
+
+    async def said(self, pattern, times=1):
+        """The last match of PATTERN in the log, once it is there so many TIMES."""
+        def found():
+            return [match for match in (re.search(pattern, line) for line in self.notes()) if match]
+        try:
+            await eventually(lambda: len(found()) >= times or self.keeping.done())
+        finally:
+            self.assertGreaterEqual(len(found()), times, f'{pattern}: {self.notes()}')
+        return found()[-1]
+
+    async def by_tls(self, name, trusted=None):
+        """A visitor of NAME by https, who trusts TRUSTED alone, and the certificate shown."""
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        if trusted:
+            context.load_verify_locations(cadata=trusted)
+        else:
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        peer = await self.raw(self.where, self.server.tls.port, ssl=context, server_hostname=name,
+                              host=lt.authority('https', name, self.server.tls.port))
+        self.peers.append(peer)
+        return peer, peer.writer.get_extra_info('ssl_object').getpeercert(True)
+
+
+class PebbleTest(AcmeTest):
+    """Against a real authority, which refuses a fifth of all good nonces."""
+    pebble = None
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        if not shutil.which('pebble'):
+            return
+        folder = tempfile.TemporaryDirectory()
+        cls.addClassCleanup(folder.cleanup)
+        with contextlib.ExitStack() as taken:
+            cls.http, cls.resolver, port, other = (
+                taken.enter_context(lt.bind('127.0.0.1', 0)[0]).getsockname()[1] for _ in range(4))
+        names = {name: os.path.join(folder.name, name) for name in ('cert', 'key', 'json', 'log')}
+        for name, text in (('cert', CERTIFICATE), ('key', PRIVATE_KEY), ('json', json.dumps({
+                'pebble': {'listenAddress': f'127.0.0.1:{port}', 'httpPort': cls.http,
+                           'managementListenAddress': f'127.0.0.1:{other}', 'tlsPort': 1,
+                           'certificate': names['cert'], 'privateKey': names['key'],
+                           'certificateValidityPeriod': 3600}}))):
+            with open(names[name], 'w') as f:
+                f.write(text)
+        with open(names['log'], 'wb') as log:
+            cls.pebble = subprocess.Popen(
+                ['pebble', '-config', names['json'], '-dnsserver', f'127.0.0.1:{cls.resolver}'],
+                stdout=log, stderr=log, env={
+                    **os.environ, 'PEBBLE_VA_NOSLEEP': '1', 'PEBBLE_WFE_NONCEREJECT': '20',
+                    'PEBBLE_AUTHZREUSE': '0'})
+        cls.addClassCleanup(cls.pebble.wait)
+        cls.addClassCleanup(cls.pebble.kill)
+        until(lambda: b' Listening on' in open_and_read(names['log']))
+        cls.directory = f'https://localhost:{port}/dir'
+        connection = http.client.HTTPSConnection('127.0.0.1', other,
+                                                 context=ssl._create_unverified_context())
+        with contextlib.closing(connection):
+            connection.request('GET', '/roots/0')
+            cls.root = connection.getresponse().read().decode()
+
+    def setUp(self):
+        super().setUp()
+        if not self.pebble:
+            missing(self, 'pebble')
+
+    async def test_https_climbs_when_the_record_is_there(self):
+        await self.acme()
+        await self.said(
+            r'^certificate: https works for t\.example until 20\S+, so sessions and tokens are '
+            r'safe; tunnels have http until you add a DNS record: name _acme-challenge, type NS, '
+            r'value t\.example\.$')
+        peer, _ = await self.by_tls('t.example', self.root)
+        self.assertEqual((await peer.get())[0], 200)
+        with self.assertRaises((ssl.SSLError, ConnectionError)):
+            await self.by_tls('x.t.example')
+        peer, _ = await self.by_tls('t.example', self.root)
+        peer.ask(lt.WELL_KNOWN, 'Connection: Upgrade\nUpgrade: localtunnel/1\nLocaltunnel-Hello: '
+                 + json.dumps({'kind': 'http', 'proof': '22' * 32, 'started': 1,
+                               'instance': '33' * 16}))
+        url = json.loads((await peer.answer())[1]['localtunnel-welcome'])['url']
+        self.assertRegex(url, rf'^http://[a-z0-9-]+\.t\.example:{self.port}$')
+        serving, host = self.meanwhile(peer.serve(OK)), url.partition('://')[2]
+        self.assertEqual((await self.visit(host))[2], b'hello')
+
+        self.dns.delegated['_acme-challenge.t.example'] = self.dns_port
+        await self.said(r'^certificate: https works for t\.example and every name below it until')
+        name = host.partition(':')[0]
+        peer, _ = await self.by_tls(name, self.root)
+        self.assertEqual((await peer.get())[2], b'hello')
+        status, fields, _ = await self.visit(name)
+        self.assertEqual((status, fields['location']),
+                         (308, f'https://{name}:{self.server.tls.port}/'))
+        self.assertEqual(self.server.everywhere.keys() - {lt.HEALTH}, set())
+        for name in os.listdir(self.folder):
+            self.assertIn(name, ('acme.json', 'acme-account.key', 'acme-certificate.pem', 'ca.pem'))
+            if POSIX and name != 'ca.pem':
+                self.assertEqual(os.stat(self.path(name)).st_mode & 0o77, 0)
+        await self.forget(serving)
+
+    async def test_nobody_notices_a_renewal(self):
+        finish = asyncio.Event()
+
+        async def answer(head, reader, writer):
+            if b'/download' in head:
+                writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\nhello')
+                await finish.wait()
+                writer.write(b'world')
+            elif b'Upgrade' in head:
+                writer.write(b'HTTP/1.1 101 x\r\nConnection: Upgrade\r\nUpgrade: echo\r\n\r\n')
+                while data := await reader.read(100):
+                    writer.write(data)
+            else:
+                writer.write(OK)
+            return b'Upgrade' not in head
+        self.dns.delegated['_acme-challenge.t.example'] = self.dns_port
+        await self.acme()
+        await self.said('every name below it')
+        client = await self.client(await self.app(answer))
+        name = lt.split_url(client.url, ('https', 'http'))[1]
+        old, first = await self.by_tls(name, self.root)
+        old.ask('/download')
+        socket, _ = await self.by_tls(name, self.root)
+        socket.ask('/', 'Connection: Upgrade\nUpgrade: echo')
+        await socket.reader.readuntil(b'\r\n\r\n')
+        kept, _ = await self.by_tls(name, self.root)
+        seen = {first}
+        with unittest.mock.patch.object(lt, 'time', Later(2000)):
+            self.server.reload()
+            while len(seen) < 3:
+                peer, shown = await self.by_tls(name, self.root)
+                for visitor in peer, kept:
+                    self.assertEqual((await visitor.get())[2], b'hello')
+                seen.add(shown)
+                socket.send(b'ping')
+                self.assertEqual(await socket.reader.readexactly(4), b'ping')
+                peer.writer.close()
+        finish.set()
+        self.assertEqual((await old.answer())[2], b'helloworld')
+        self.assertEqual(self.server.counters['certificate_failures'], 0)
+
+    async def an_address(self, address):
+        self.where = address
+        await self.acme(domain=address)
+        await self.said(f'^certificate: https works for {address} and its one tunnel until')
+        peer, _ = await self.by_tls(address, self.root)
+        self.assertEqual((await peer.get())[0], 200)
+        peer = await self.raw(address, self.port, host=lt.bracketed(address))
+        status, fields, _ = await peer.get('/x')
+        self.assertEqual((status, fields['location']), (
+            308, f'https://{lt.bracketed(address)}:{self.server.tls.port}/x'))
+
+    async def test_an_address_has_a_certificate_too(self):
+        await self.an_address('127.0.0.1')
+
+    @unittest.skipUnless(socket.has_ipv6, 'needs IPv6')
+    async def test_so_has_one_of_ipv6(self):
+        await self.an_address('::1')
+
+    async def test_proofs_that_fail_are_counted_and_after_four_it_waits_for_an_hour(self):
+        with unittest.mock.patch.object(lt.Authority, 'proof', lambda *_: 'wrong'):
+            await self.acme()
+            await self.said(r'^certificate: https://localhost:\d+/dir did not accept the proof: .*'
+                            r'; trying again in 1 min, or at once on SIGHUP$')
+            for minutes in 10, 100, 1440:
+                self.server.reload()
+                await self.said(f'trying again in {minutes} min')
+        self.server.reload()
+        await self.said('^certificate: 4 proofs have failed within an hour; trying again in 1440')
+        self.assertEqual(self.server.counters['certificate_failures'], 5)
+        await self.forget(self.keeping)
+        with unittest.mock.patch.object(lt, 'time', Later(3601)):
+            await self.annex.at_server(args := self.args(), self.server)
+            self.keeping = self.meanwhile(self.annex.run(args, self.server))
+            await self.said('^certificate: 4 proofs .* trying again in 1380 min', 1)  # as before
+            self.server.reload()
+            await self.said('we got is not valid by the clock of this machine .*; set it right')
+
+    @unittest.skipUnless(hasattr(signal, 'SIGSTOP'), 'needs signals')
+    async def test_an_authority_that_is_away_is_asked_again(self):
+        self.pebble.send_signal(signal.SIGSTOP)
+        try:
+            with self.constant(ACME_PATIENCE=0.1):
+                await self.acme()
+                await self.said('^certificate: .*/dir does not answer; trying again in 1 min')
+        finally:
+            self.pebble.send_signal(signal.SIGCONT)
+        self.server.reload()
+        await self.said('https works for t.example')
+
+    @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs signals')
+    async def test_a_certificate_and_an_order_survive_hand_over_and_kill(self):
+        await self.world()
+        self.dns.delegated['_acme-challenge.t.example'] = self.dns_port
+        await self.server.stop()
+        words = [SCRIPT, 'server', '--port', self.http, '--tls-port', 0, '--bind', self.where,
+                 '--open', '--domain', 't.example', '--acme', 'a@t.example', '--state', self.folder,
+                 '--dns-port', self.dns_port, '--dns-bind', '127.0.0.1', '--resolver',
+                 f'127.0.0.1:{self.resolver}', '--acme-directory', self.directory, '--acme-ca',
+                 self.write('ca.pem', CERTIFICATE)]
+
+        def start():
+            program = Program(*words[1:])
+            self.addCleanup(program.end)
+            return program
+
+        def says(program, pattern):
+            return self.loop.run_in_executor(None, program.says, pattern)
+
+        def asked(program):
+            return sum('asking' in line for line in program.lines['err'])
+        self.pebble.send_signal(signal.SIGSTOP)
+        try:
+            first = start()
+            await says(first, 'asking')
+            first.process.kill()            # while an order runs
+            second = start()
+            await says(second, 'asking')
+            second.process.send_signal(signal.SIGUSR2)
+            pid = int((await says(second, r'process (\d+) serves')).group(1))
+            self.addCleanup(HandOverTest.end_process, pid)
+            await self.loop.run_in_executor(None, until, lambda: asked(second) == 2)
+        finally:
+            self.pebble.send_signal(signal.SIGCONT)
+        await says(second, 'https works for t.example and every name below it')
+        orders, pids = asked(second), {second.process.pid, pid}
+        second.lines['err'].clear()
+        os.kill(pid, signal.SIGUSR2)
+        pid = int((await says(second, r'process (\d+) serves')).group(1))
+        self.addCleanup(HandOverTest.end_process, pid)
+        self.assertNotIn(pid, pids)
+        await says(second, 'https works for t.example and every name below it')
+        os.kill(pid, signal.SIGKILL)
+        third = start()
+        await says(third, 'at https://NAME.t.example')
+        await says(third, 'https works for t.example and every name below it')
+        self.assertEqual((orders, asked(second), asked(third)), (2, 0, 0))
+        self.assertEqual({name for name in os.listdir(self.folder) if name.startswith('acme')},
+                         {'acme.json', 'acme-account.key', 'acme-certificate.pem'})
+
+
+class MadeUp:
+    """An authority that agrees to everything, except where `says` has other answers, by path.
+
+    An answer is (status, document, line of a header, ...), or a function of the payload that
+    returns one or None.  `asked` are (path, payload, protected header).
+    """
+
+    def __init__(self, folder):
+        self.says, self.asked, self.folder, self.days = {}, [], folder, 90
+
+    async def listen(self, test):
+        context = lt.server_context(test.write('ca.pem', CERTIFICATE),
+                                    test.write('ca.key', PRIVATE_KEY))
+        port = (await test.serves(self.serve, functools.partial(
+            asyncio.start_server, ssl=context)))[1]
+        self.url = f'https://localhost:{port}'
+        self.orders, self.names = 0, []
+        return self
+
+    async def serve(self, reader, writer):
+        head = await reader.readuntil(b'\r\n\r\n')
+        path, payload, protected = head.split()[1].decode(), None, {}
+        body = await body_of(head, reader)
+        if body.startswith(b'{'):
+            payload, protected = ([self.decoded(json.loads(body)[part]) for part in (
+                'payload', 'protected')])
+        self.asked.append((path, payload, protected))
+        answer = self.says.get(path)
+        answer = (answer(payload) if callable(answer) else answer) or self.usual(path, payload)
+        if answer is not Ellipsis:      # it just waits
+            status, document, *lines = answer
+            whole = document if isinstance(document, bytes) else json.dumps(document).encode()
+            form = 'octet-stream' if whole is document and whole[:1] != b'[' else 'json'
+            writer.write('\r\n'.join([
+                f'HTTP/1.1 {status} x', f'Content-Type: application/{form}', 'Replay-Nonce: again',
+                f'Content-Length: {len(whole)}', *lines, '', '']).encode('latin-1') + whole)
+            writer.close()
+
+    @staticmethod
+    def decoded(text):
+        data = base64.urlsafe_b64decode(text + '=' * (-len(text) % 4))
+        return json.loads(data) if data else None
+
+    def directory(self, **meta):
+        names = {'newNonce': 'nonce', 'newAccount': 'account', 'newOrder': 'order'}
+        return {**{name: f'{self.url}/{path}' for name, path in names.items()},
+                'renewalInfo': f'{self.url}/ari', 'meta': meta}
+
+    def usual(self, path, payload):
+        if path == '/order':
+            self.names = [item['value'] for item in payload['identifiers']]
+            self.orders, self.chain = self.orders + 1, b''
+            return (201, *self.usual('/orders/1', None)[1:], f'Location: {self.url}/orders/1')
+        if path == '/finalize':
+            self.chain = self.sign(base64.urlsafe_b64decode(payload['csr'] + '=='))
+        return {'/': (200, self.directory()), '/nonce': (204, b''),
+                '/account': (201, {}, f'Location: {self.url}/me'), '/chain': (200, self.chain),
+                '/orders/1': (200, {'status': 'valid' if self.chain else 'ready',
+                                    'finalize': f'{self.url}/finalize',
+                                    'certificate': f'{self.url}/chain', 'authorizations': []}),
+                '/finalize': (200, {})}.get(path, (404, b''))
+
+    chain = b''
+
+    def sign(self, request):
+        more, number = os.path.join(self.folder, 'more'), str(1000 + self.orders)
+        with open(more, 'w') as f:
+            f.write('authorityKeyIdentifier=keyid\nsubjectAltName=' + ','.join(
+                f'{"IP" if lt.is_address(name) else "DNS"}:{name}' for name in self.names))
+        files = [os.path.join(self.folder, name) for name in ('ca.pem', 'ca.key')]
+        return subprocess.run(
+            ['openssl', 'x509', '-req', '-inform', 'DER', '-CA', files[0], '-CAkey', files[1],
+             '-set_serial', number, '-days', str(self.days), '-extfile', more],
+            input=request, check=True, capture_output=True).stdout
+
+    def wishes(self, path='/order'):
+        return [payload for where, payload, _ in self.asked if where == path]
+
+
+class MadeUpTest(AcmeTest):
+    """What Pebble can't do yet, and what no honest authority does."""
+
+    async def ready(self):
+        await super().ready()
+        self.authority = await MadeUp(self.folder).listen(self)
+        self.directory = f'{self.authority.url}/'
+
+    def last(self):
+        return self.notes()[-1]
+
+    async def test_it_is_renewed_when_the_authority_says_so_and_never_over_and_over(self):
+        keeper, ca = await self.keeper(), self.authority
+        window = {'start': '2001-01-01T00:00:00Z', 'end': '2001-01-02T00:00:00.5+00:00'}
+        number = lt.base64url(b'\x03\xe9')
+        key = lt.base64url(bytes.fromhex('d2e4cfafc6129ed2e74c1790aeb7cf3711b6510b'))
+        ca.says[f'/ari/{key}.{number}'] = 200, {'suggestedWindow': window}
+        self.assertLessEqual(await keeper._look(), lt.LOOK)
+        self.assertIn((f'/ari/{key}.{number}', None, {}), ca.asked)
+        await keeper._look()                        # it was said, but this one is fresh
+        self.assertEqual(ca.orders, 1)
+        with unittest.mock.patch.object(lt, 'time', Later(lt.LOOK + 2)):
+            await keeper._look()
+            await keeper._look()
+        self.assertEqual(ca.orders, 2)
+        self.assertEqual([wish.get('replaces') for wish in ca.wishes()], [None, f'{key}.{number}'])
+
+    async def test_what_was_replaced_already_is_asked_for_without_that_word(self):
+        keeper, ca = await self.keeper(), self.authority
+        await keeper._look()
+        ca.says['/order'] = lambda wish: 'replaces' in wish and (
+            409, {'type': 'urn:ietf:params:acme:error:alreadyReplaced'})
+        with unittest.mock.patch.object(lt, 'time', Later(61 * lt.DAY)):
+            await keeper._look()
+        self.assertEqual([list(wish) for wish in ca.wishes()], [
+            ['identifiers'], ['identifiers', 'replaces'], ['identifiers']])
+        self.assertEqual((ca.orders, self.server.counters['certificate_failures']), (2, 0))
+
+    async def test_without_advice_it_is_renewed_at_a_third_of_its_life_or_half_of_a_short_one(self):
+        for days, before, after in ((90, 59, 61), (6, 2.9, 3.1)):
+            with self.subTest(days):
+                self.authority.days, self.server = days, None
+                self.authority.orders = 0
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(self.path('acme-certificate.pem'))
+                keeper = await self.keeper()
+                await keeper._look()
+                for later, orders in ((before, 1), (after, 2)):
+                    with unittest.mock.patch.object(lt, 'time', Later(later * lt.DAY)):
+                        await keeper._look()
+                    self.assertEqual(self.authority.orders, orders, later)
+
+    async def test_a_profile_is_one_that_is_offered(self):
+        ca = self.authority
+        ca.says['/'] = 200, ca.directory(profiles={'classic': '', 'shortlived': ''})
+        await (await self.keeper())._look()
+        self.assertEqual(ca.wishes()[0]['profile'], 'shortlived')       # as it is for addresses
+        os.unlink(self.path('acme-certificate.pem'))
+        await (await self.keeper('--acme-profile', 'tiny'))._look()
+        self.assertRegex(self.last(), 'has no profile tiny; it offers: classic, shortlived; trying')
+
+    async def test_an_account_that_is_had_in_another_way_is_bound(self):
+        secret = lt.base64url(b'a secret')
+        await (await self.keeper('--acme-eab', f'ann:{secret}'))._look()
+        wish = self.authority.wishes('/account')[0]
+        bound = wish['externalAccountBinding']
+        self.assertEqual(bound['signature'], lt.base64url(lt.hmac.digest(
+            b'a secret', f'{bound["protected"]}.{bound["payload"]}'.encode(), 'sha256')))
+        self.assertEqual(MadeUp.decoded(bound['protected']), {
+            'alg': 'HS256', 'kid': 'ann', 'url': f'{self.authority.url}/account'})
+        self.assertEqual(MadeUp.decoded(bound['payload'])['crv'], 'P-256')
+        self.assertEqual(wish['contact'], ['mailto:a@t.example'])
+
+    async def test_where_the_rate_is_used_up_the_second_authority_is_asked(self):
+        ca, other = self.authority, await MadeUp(self.folder).listen(self)
+        ca.says['/order'] = other.says['/order'] = 429, {
+            'type': 'urn:ietf:params:acme:error:rateLimited', 'detail': 'too many'}, (
+                'Retry-After: 7200')
+        keeper = await self.keeper('--acme-directory', f'{other.url}/')
+        await keeper._look()
+        self.assertEqual(self.notes(), [
+            f'certificate: asking {ca.url}/ for 127.0.0.1',
+            f'certificate: {ca.url}/ says: too many',
+            f'certificate: asking {other.url}/ for 127.0.0.1',
+            f'certificate: {other.url}/ says: too many; trying again in 120 min, or at once on '
+            'SIGHUP'])
+        del other.says['/order']
+        await keeper._look()        # not yet
+        self.assertEqual((len(ca.wishes()), other.orders), (1, 0))
+        with unittest.mock.patch.object(lt, 'time', Later(7201)):
+            await keeper._look()
+        self.assertEqual(other.orders, 1)
+        self.assertRegex(self.last(), 'https works')
+
+    async def test_no_answer_of_an_authority_does_harm(self):
+        keeper, url = await self.keeper(), self.authority.url
+        odd = [[], 5, 'x', None, {'status': []}, b'\xff', {'status': 'invalid', 'challenges': 5}]
+        directory = self.authority.directory()
+        strange = [('/', (200, document)) for document in (
+            *odd, {**directory, 'newNonce': 'file:///etc/passwd'}, {**directory, 'meta': 5},
+            {**directory, 'newAccount': url.replace('https', 'http')}, {'newNonce': None})]
+        strange += [('/order', (200, document)) for document in odd]
+        strange += [('/orders/1', (200, document)) for document in odd[-3:]]
+        strange += [
+            ('/', (200, b'x' * (2 * lt.ACME_LARGEST))), ('/', (302, {}, f'Location: {url}/nonce')),
+            ('/', ...), ('/account', (302, {}, f'Location: {url}/nonce')),
+            ('/account', (503, b'<html>', 'Retry-After: \xb2')), ('/chain', (200, 10 ** 9)),
+            ('/chain', (200, b'-----BEGIN CERTIFICATE-----')),
+            ('/chain', (200, CERTIFICATE.encode())),
+            ('/account', (400, {'type': 5, 'detail': '\x1b[2J\n\u202e' * 9999, 'subproblems': 5})),
+            ('/account', (400, {'detail': '\x1b[2J\n\u202e' * 9999})),
+            ('/account', (200, b'[' * 99999))]
+        with self.constant(ACME_PATIENCE=0.5, BACKOFF=[0.0], MOST_FAILED=99):
+            for failures, (path, answer) in enumerate(strange, 1):
+                with self.subTest(path, answer=str(answer)[:99]):
+                    self.authority.says = {path: answer}
+                    await keeper._look()
+                    self.assertEqual(self.server.counters['certificate_failures'], failures)
+                    self.assertTrue(self.last().isprintable())
+                    self.assertLess(len(self.last()), 1100)
+        self.assertFalse(self.server.tls.names)
+        self.authority.says = {}
+        await keeper._look()
+        self.assertRegex(self.last(), 'https works')
+
 
 # ------------------------------------------------------------------------------------------------
 # 23. Hand-over
