@@ -11070,6 +11070,8 @@ function plot({pace, requests_per_second: now, median_ms: median}) {
 // Bodies.
 const latin = data => Array.from(data, byte => String.fromCharCode(byte)).join('');
 const unlatin = text => Uint8Array.from(text, c => c.charCodeAt());
+const dataOf = ({body, encoding}) => encoding === 'base64' ? unlatin(atob(body))
+  : new TextEncoder().encode(body);
 const source = (type, data) => `data:${type};base64,${btoa(latin(data))}`;
 const field = (part, name) => part.headers.find(([n]) => n.toLowerCase() === name)?.[1] ?? '';
 function textOf(data, type) {   // null if it holds none; its last character may be cut
@@ -11145,8 +11147,7 @@ function layOut(data, type) {
 }
 async function message(title, part, note) {
   if (!part) return null;
-  const type = field(part, 'content-type'), data = part.encoding === 'base64'
-    ? unlatin(atob(part.body)) : new TextEncoder().encode(part.body);
+  const type = field(part, 'content-type'), data = dataOf(part);
   const [plain, coding] = await unpack(data, field(part, 'content-encoding').toLowerCase());
   return make('section', make('h3', title),
     make('div.box', make('p.mono.wrap', part.line), table(part.headers)),
@@ -11249,7 +11250,7 @@ function edit() {
     ...body.value === before ? {} : {body: body.value.replaceAll('\n', end)}});
 }
 
-// Copies, to be pasted elsewhere: nothing in them ends its quotes.
+// Copies, to be pasted elsewhere: nothing in them ends its quotes, or acts as a key (Ctrl-C).
 const quoted = text => `'${text.replaceAll("'", `'\\''`)}'`;
 const COPIES = {
   curl: (url, method, headers, body, binary) => [
@@ -11270,9 +11271,10 @@ print(urllib.request.urlopen(request).read())\n`,
 };
 const HOP = /^(host|content-length|transfer-encoding|connection|accept-encoding|via|x-forwarded-)/i;
 function copyAs(name) {
-  const {method, target, request: {headers, body, encoding, truncated}} = open;
-  const text = COPIES[name]($('#url').textContent + target, method,
-    headers.filter(([n]) => !HOP.test(n)), body, encoding === 'base64');
+  const {method, target, request} = open, {headers, body, encoding, truncated} = request;
+  const binary = encoding === 'base64' || /[^\t\n -~\xa0-\uffff]/.test(body);
+  const text = COPIES[name]($('#url').textContent + target, method, headers.filter(
+    ([n]) => !HOP.test(n)), binary ? btoa(latin(dataOf(request))) : body, binary);
   copy(text, `${truncated ? 'With the body cut short, ' : ''}${
     text.includes('***') ? 'with *** for secrets, ' : ''}${name}`);
 }

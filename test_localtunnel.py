@@ -10981,6 +10981,10 @@ class InspectorPageTest(unittest.TestCase):
         tab.click('1 new')
         tab.press('k')
         tab.shows(r'\u001b[31m \u202e')
+        for name in ('curl', 'Python', 'fetch'):        # pasted, Escape or Ctrl-C would be keys
+            tab.click(f'Copy as {name}')
+            tab.shows(f'{name} copied', '#toast')
+            self.assertNotIn('\x1b', tab.js('navigator.clipboard.readText()'))
 
     def test_a_busy_tunnel_is_shown_beside_a_page_that_stopped_reading(self):
         dead = socket.create_connection(('127.0.0.1', int(self.place.rpartition(':')[2])))
