@@ -5639,18 +5639,20 @@ class Client:
             return Refused(response.status, str(told['error']),
                            printable(str(told['message'])[:MAX_TEXT]), bool(told.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
-            raise self._stranger(response.status, said) from None
+            raise self._stranger(response, said) from None
 
-    def _stranger(self, status: int, said: bytes) -> LocaltunnelError:
-        """The error for an answer that is not of a localtunnel server."""
-        where = str(self.address)
-        if status in PROXY_FAILED:
+    def _stranger(self, response: Response, said: bytes) -> LocaltunnelError:
+        """The error for an answer to something else than what was asked."""
+        where, status = str(self.address), response.status
+        ours = response.has(b'localtunnel-failed')      # it took this for a visitor's request
+        if status in PROXY_FAILED and not ours:
             return Disconnected(f'a proxy in front of {where} answers {status}: the server behind '
                                 'it does not answer')
-        why = (f'{where} answered {status} instead of opening a session: is it a localtunnel '
-               'server? If a proxy stands in front, it must forward Upgrade. Cloudflare and Envoy '
-               'don\'t by default: set the DNS record to "DNS only", or allow the upgrade '
-               f'"{PROTOCOL}"')
+        why = (f'a proxy in front of {where} does not forward Upgrade.' if ours else
+               f'{where} answered {status} instead of opening a session: is it a localtunnel '
+               'server? If a proxy stands in front, it must forward Upgrade.') + (
+                   ' Cloudflare and Envoy don\'t by default: set the DNS record to "DNS only", or '
+                   f'allow the upgrade "{PROTOCOL}"')
         if WANTS_TLS.search(said):
             why = speaks_tls(where)
         elif 300 <= status < 400 and self.address.scheme == 'http':
@@ -8806,7 +8808,7 @@ CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signature
 FEW_DESCRIPTORS = 4096          # each request that is under way takes two
 SAMPLE = 512 * KIB              # bytes that go up and down: 5 s at 1 Mbit/s
 STREAM_WITHIN = 3.0             # for the first piece of an answer, of which more is to come
-HEADERS, LEAST_HEADERS = (60, 32, 16, 8, 4), 8      # KiB of one field; cookies may have 4 each
+HEADERS, LEAST_HEADERS = (60, 31, 15, 7, 3), 7      # KiB of one field; nginx takes 8, less a bit
 FRAME_UP = b'\x81\x8b\0\0\0\0localtunnel'       # of a WebSocket, with a mask that changes nothing
 FRAME_DOWN = b'\x81\x0blocaltunnel'
 
@@ -8815,14 +8817,14 @@ Verdict = Tuple[Optional[bool], str, str]
 Row = Tuple[str, Callable[[], AsyncIterator[Verdict]], bool]     # True: the rest stands on it
 SIGNS = {True: ('ok ', 32), None: ('-  ', 2), False: ('BAD', 31)}       # with colours
 
+RECIPES = 'README says under "A proxy in front": Upgrade, buffers, limits'
 # Who stands in front, by what is said in the header lines, and how to let everything pass.
 FRONTS = (
     ('Cloudflare', r'cf-ray:|server: *cloudflare', 'set the DNS record to "DNS only"'),
     ('Envoy', r'x-envoy-|server: *envoy', f'allow "{PROTOCOL}" in its upgrade_configs'),
-    ('nginx', r'server: *nginx', 'configure it as README says under "A proxy in front": '
-     'proxy_http_version 1.1, Upgrade and Connection, no proxy_buffering'),
+    ('nginx', r'server: *nginx', f'configure it as {RECIPES}'),
     ('Apache', r'server: *apache', 'say upgrade=ANY in its ProxyPass'),
-    ('a proxy', r'(?:server|via|x-cache):', 'configure it as README says under "A proxy in front"'))
+    ('a proxy', r'(?:server|via|x-cache):', f'configure it as {RECIPES}'))
 SOMEBODY = 'something on the way', 'ask who runs the network, or try another one'
 
 # What to look at, by the hop that failed and the status; '' for all others of the hop.
@@ -9412,7 +9414,8 @@ class Premises:
         with contextlib.suppress(OSError, ValueError), open(
                 os.path.join(self._folder, 'server.json'), encoding='ascii') as f:
             served = json.load(f)           # as it is written for `invite`
-        self._files = [str(path) for path in served.get('files', ())]
+        self._files = [str(path) for path in served.get('files', ())
+                       if os.path.basename(path) != MEMBERS or os.path.exists(path)]
         self._pin = str(served.get('pin', ''))
         if not (args.domain or served):
             raise UsageError('no server is known here; name one with --server URL or --join CODE, '
@@ -9497,7 +9500,7 @@ class Premises:
             elif answers is False:
                 yield (False, f'{who or "another program"} has port {port} of {address}',
                        f'end it, or give the server another port with --{"tls-" * tls}port')
-            elif await in_thread(who_listens, '127.0.0.1', port):
+            elif await in_thread(who_listens, '::1' if ':' in address else '127.0.0.1', port):
                 yield (False, f'port {port} answers on this machine alone, and not at {address}',
                        'let the server listen there, with --bind')
             else:

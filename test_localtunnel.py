@@ -6589,6 +6589,9 @@ class DoctorTest(Doctored):
                     lambda data: data.replace(b'\r\n', b'\r\n%b\r\n' % field, 1))
                 await self.finds('upgrade', f'^{who} does not let "Upgrade.*{cure}',
                                  '--server', address)
+        client = await self.client(1, site=address[:16], port=address[17:], once=True)
+        with self.assertRaisesRegex(lt.Refused, '^a proxy in front of .* does not forward Upgrade'):
+            await client.running
 
     async def test_the_token_is_missing_or_wrong(self):
         await self.world(tokens=['sesame'])
@@ -6630,7 +6633,7 @@ class DoctorTest(Doctored):
                  {'down': lambda data: data.replace(b'</html>', b'</HTML>')}),
                 ('streaming', 'keeps an answer back', {'hold': b'/streaming'}),
                 ('websocket', 'WebSockets pass .403.', {'answers': refuses(b'websocket')}),
-                ('headers', 'no more than 4 KiB', {'answers': refuses(b'X-Doctor', 5000)}),
+                ('headers', 'no more than 3 KiB', {'answers': refuses(b'X-Doctor', 5000)}),
                 ('headers', 'no more than 0 KiB', {'answers': refuses(b'X-Doctor')}),
                 ('visitor', 'is answered 403', {'answers': refuses(b'GET / ')})):
             with self.subTest(check), self.constant(STREAM_WITHIN=0.2):
@@ -6735,7 +6738,8 @@ class DoctorOfServersTest(Doctored):
     async def test_what_a_server_left_says_where_it_is(self):
         await self.world(domain=self.DOMAIN)
         self.write('server.json', json.dumps({
-            'address': f'http://{self.DOMAIN}:{self.port}', 'pin': '', 'open': True, 'files': []}))
+            'address': f'http://{self.DOMAIN}:{self.port}', 'pin': '', 'open': False,
+            'files': [self.path(lt.MEMBERS)]}))
         self.hosts(**{'t_example_com': '127.0.0.1'})
         await self.finds('dns', 'DNS has no address for [*].t.example.com', '--state', self.folder)
 
