@@ -11507,6 +11507,7 @@ class Inspector:
     def _check(self, connection: Connection, request: Request) -> None:
         """Raise HopFailed unless REQUEST comes from this machine, and from no other site's page."""
         host, origin = request.host_name, request.find(b'origin')
+        # A tunnel to this inspector adds such fields; raw TCP does not, but comes from here.
         passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
         peer = connection.transport.get_extra_info('peername')
         if passed or any(transport.get_extra_info('sockname') == peer       # this client's own
@@ -11561,7 +11562,8 @@ class Inspector:
             'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
             'Cross-Origin-Resource-Policy: same-origin', *extra]))
 
-    # What it answers.
+    # What it answers, call by call; README has the contract.  Each gets the connection, the request,
+    # the words of its query, its body, and what the path names; it returns JSON, or has answered.
 
     async def _page(self, connection: Connection, *_: Any) -> None:
         await self._write(connection, 200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
@@ -11585,15 +11587,18 @@ class Inspector:
 
     async def _list(self, connection: Connection, request: Request, words: dict[str, str],
                     body: bytes) -> Any:
+        """The exchanges that fit, as a list shows them."""
         found = await self._chosen(words)
         return {'exchanges': [kept.summary() for kept in found],
                 'dropped': self._book.seen - len(self._book.kept)}
 
     async def _clear(self, connection: Connection, *_: Any) -> None:
+        """Let go of all."""
         self._book.shrink(0)
         await write_own(connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
 
     def _find(self, number: str) -> Kept:
+        """Return the exchange NUMBER.  Raises HopFailed."""
         kept = self._book.kept.get(int(number))
         if kept is None:
             raise HopFailed(404, f'exchange {number} is not kept, or never was')
@@ -11601,6 +11606,7 @@ class Inspector:
 
     async def _one(self, connection: Connection, request: Request, words: dict[str, str],
                    body: bytes, number: str) -> Any:
+        """One exchange, with its secrets only where no other site can have asked for them."""
         show = words.get('secrets') == '1'
         if show and not request.has(SECRETS_FIELD):
             raise HopFailed(403, 'secrets are shown to a request with the field '
@@ -11608,6 +11614,7 @@ class Inspector:
         return self._find(number).details(show)
 
     async def _status(self, *_: Any) -> Any:
+        """How the tunnel does."""
         book, now = self._book, time.time()
         took = sorted(kept.seconds for kept in tuple(book.kept.values())[-100:]
                       if kept.seconds is not None)
@@ -11620,6 +11627,7 @@ class Inspector:
 
     async def _events(self, connection: Connection, request: Request, words: dict[str, str],
                       body: bytes) -> None:
+        """Exchanges as they come, for as long as the reader stays, and reads."""
         live = Live(connection, Filter(words.get('q', '')))
         await connection.write(
             b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n'
@@ -11632,6 +11640,7 @@ class Inspector:
 
     async def _har(self, connection: Connection, request: Request, words: dict[str, str],
                    body: bytes) -> None:
+        """An archive of those that fit; it may be large, so it is made as it is read."""
         found = await self._chosen(words)
         await connection.write(
             b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n'
@@ -11643,6 +11652,7 @@ class Inspector:
 
     async def _replay(self, connection: Connection, request: Request, words: dict[str, str],
                       body: bytes, number: str) -> Any:
+        """Send a request again, perhaps edited; its number, once the answer is there."""
         exchange = self._find(number).details(show=True)
         why = not_replayable(exchange)
         if why:
@@ -11671,6 +11681,7 @@ class Inspector:
             REPLAY_MOST, stream.reset, CANCELLED, 'a replay does not take longer than an hour')
         self._replays += 1
         try:
+            # As if it came through the tunnel: by the same way to the app, and kept like others.
             await self._book.app.serve(stream)      # type: ignore[arg-type]
         finally:
             self._replays -= 1
