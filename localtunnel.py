@@ -11509,9 +11509,9 @@ class Inspector:
         host, origin = request.host_name, request.find(b'origin')
         # A tunnel to this inspector adds such fields; raw TCP does not, but comes from here.
         passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
-        peer = connection.transport.get_extra_info('peername')
-        if passed or any(transport.get_extra_info('sockname') == peer       # this client's own
-                         for transport in self._runtime.transports):
+        ends = [connection.transport.get_extra_info(name) for name in ('peername', 'sockname')]
+        if passed or any([transport.get_extra_info(name) for name in ('sockname', 'peername')]
+                         == ends for transport in self._runtime.transports):
             raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
         if not self._password and not is_loopback(connection.peer):
             raise HopFailed(403, 'the inspector is for its own machine')
@@ -11562,8 +11562,8 @@ class Inspector:
             'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
             'Cross-Origin-Resource-Policy: same-origin', *extra]))
 
-    # What it answers, call by call; README has the contract.  Each gets the connection, the request,
-    # the words of its query, its body, and what the path names; it returns JSON, or has answered.
+    # What it answers, call by call; README has the contract.  Each gets connection and request, the
+    # words of its query, its body, and what the path names; it returns JSON, or has answered.
 
     async def _page(self, connection: Connection, *_: Any) -> None:
         await self._write(connection, 200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
