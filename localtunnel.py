@@ -11344,17 +11344,22 @@ onkeydown = e => {
   e.preventDefault();
   KEYS[e.key][1]();
 };
-async function look() {
-  const state = $('#state'), url = $('#url');
+let place;
+async function look() {         // and touch only what has changed: it may be selected, or read out
+  const state = $('#state'), url = $('#url'), is = (text, tone) =>
+    state.textContent === text || Object.assign(state, {textContent: text, className: tone});
   try {
-    const status = await call('status'), news = url.textContent !== status.url;
-    $('#target').textContent = `\u2192 ${shown(status.target)}`;
-    [kept, url.textContent, url.href] = [status.kept, status.url, status.url];
-    if (news && !chosen) welcome();
+    const status = await call('status');
+    if (place !== (place = json([status.url, status.target]))) {
+      Object.assign(url, {textContent: status.url, href: status.url});
+      $('#target').textContent = `\u2192 ${shown(status.target)}`;
+      if (!chosen) welcome();
+    }
+    kept = status.kept;
     plot(status);
     if (events.readyState === 2) listen();      // it is closed
-    [state.textContent, state.className] = ['live', 'good'];
-  } catch { [state.textContent, state.className] = ['the client has ended', 'bad']; }
+    is('live', 'good');
+  } catch { is('the client has ended', 'bad'); }
 }
 onhashchange = choose;
 document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
