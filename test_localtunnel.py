@@ -10327,6 +10327,38 @@ class SystemdTest(CommandTest):
         self.assertEqual(self.notified.recv(100), b'READY=1')
 
 
+class DoctorCommandTest(CommandTest):
+    """`doctor` as people and scripts run it."""
+
+    def test_it_says_in_lines_of_json_what_is_wrong_and_ends_with_1(self):
+        doctor = self.start('doctor', '--server', f'localhost:{self.unused_port()}', '--json')
+        self.assertEqual((doctor.ends(), doctor.lines['err']), (1, []))
+        said = [json.loads(line) for line in doctor.lines['out']]
+        self.assertEqual([set(one) for one in said], [{'check', 'ok', 'text', 'cure'}] * len(said))
+        wrong = next(one for one in said if one['ok'] is False)
+        self.assertEqual(wrong['check'], 'connect')
+        self.assertIn('nothing is listening', wrong['text'])
+
+    @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+    def test_a_terminal_gets_marks_in_colour_and_what_to_mend_first(self):
+        doctor = self.start('doctor', f'http://localhost:{self.unused_port()}/', terminal=True)
+        doctor.says('^\x1b\\[31mBAD\x1b\\[0m connect +nothing is listening', 'out')
+        doctor.says('^Mend this first: connect: nothing is listening', 'out')
+        self.assertEqual(doctor.ends(), 1)
+
+    def test_all_is_right_with_a_server_in_another_process(self):
+        doctor = self.start('doctor', '--server', self.server())
+        self.assertEqual(doctor.ends(), 0)
+        self.assertEqual(doctor.lines['out'][-1], 'Everything that was looked at is right.')
+        self.assertRegex('\n'.join(doctor.lines['out']), '(?m)^ok  websocket +frames pass')
+
+    def test_without_anything_to_look_at_it_says_what_to_type(self):
+        doctor = self.start('doctor')
+        self.assertEqual(doctor.ends(), 2)
+        self.assertIn('--server URL', doctor.lines['err'][0])
+
+
+
 class LogFormatTest(CommandTest):
 
     def visited(self, *words):
