@@ -5,7 +5,8 @@
 Small, large, streamed and upgraded exchanges, uploads, visitors who go away and visitors who send
 nonsense; every second or so the connection between the two ends is reset or closed.  Nothing may
 fail; afterwards no stream, no visitor, no window and no descriptor may be left, and memory must
-not have grown since the first third.  Standard library only; needs /proc.
+not have grown since the first third.  Then the same for a shorter time with an inspector, which may
+keep as much as it says and no more.  Standard library only; needs /proc.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ DEADLINE = 60           # seconds for one exchange; a cut that is noticed late c
 SETTLE = 10             # seconds for everything to be given back after a round
 ROUNDS = 3
 GROWN = 8 << 20         # bytes: what allocators do between the first round and the last
+KEPT = 64 << 20         # bytes: what the inspector keeps at most
 NONSENSE = [b'\x16\x03\x01\0', b'GET  / HTTP/1.1\r\n\r\n', b'x' * 70000, b'\0' * 300,
             b'GET / HTTP/1.1\r\nHost: x.localhost\r\nA : b\r\n\r\n',
             b'PUT / HTTP/1.1\r\nHost: x.localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n',
@@ -213,7 +215,11 @@ async def settled(admin, processes, first):
     failures.append(f'left over: {left}; descriptors were {first}, are {now}')
 
 
-async def soak(seconds, folder):
+async def soak(seconds, folder, *options, before=None, may_grow=GROWN):
+    """A client with OPTIONS carries load for SECONDS; return what memory both ends had at first.
+
+    It may grow from there, or from BEFORE.
+    """
     upstream = await asyncio.start_server(app, '127.0.0.1', 0)
     port, admin = free_port(), free_port()
     relay = Relay(port)
@@ -227,7 +233,7 @@ async def soak(seconds, folder):
                                           stdout=log, stderr=log, env=environment))
     start('server', '--port', port, '--admin', admin, '--state', folder)
     start('client', port_of(upstream), '--name', 'x', '--server',
-          f'http://localhost:{port_of(door)}')
+          f'http://localhost:{port_of(door)}', *options)
     try:
         await until_it_answers(port)
         first, grown = [descriptors(p) + 1 for p in processes], []      # one pooled, or a relay's
@@ -242,8 +248,8 @@ async def soak(seconds, folder):
             grown.append([memory(p) for p in processes])
             print(f'round {number + 1}: {dict(done)}, memory of server and client',
                   ' and '.join(f'{m >> 10} KiB' for m in grown[-1]), flush=True)
-        if any(b > a + GROWN for a, b in zip(grown[0], grown[-1])):
-            failures.append('memory grew')
+        if any(b > a + may_grow for a, b in zip(before or grown[0], grown[-1])):
+            failures.append(f'memory grew with {options}: {before} {grown}')
     finally:
         for process in processes:
             process.terminate()
@@ -251,6 +257,7 @@ async def soak(seconds, folder):
     for name in ('server', 'client'):
         with open(os.path.join(folder, name + '.log'), encoding='utf-8') as f:
             failures.extend(re.findall('Traceback.*|.*[a-z]Error:.*', f.read()))
+    return grown[0]
 
 
 async def until_it_answers(port):
@@ -273,8 +280,10 @@ def free_port():
 
 
 if __name__ == '__main__':
-    with tempfile.TemporaryDirectory() as place:
-        asyncio.run(soak(float(sys.argv[1]) if len(sys.argv) > 1 else 60.0, place))
+    lasts = float(sys.argv[1]) if len(sys.argv) > 1 else 60.0
+    with tempfile.TemporaryDirectory() as place, tempfile.TemporaryDirectory() as another:
+        first = asyncio.run(soak(lasts, place, '--no-inspect'))
+        asyncio.run(soak(lasts / 3, another, '--inspect', 0, before=first, may_grow=GROWN + KEPT))
     for failure, times in collections.Counter(failures).most_common(20):
         print(f'FAILED {times} times: {failure}')
     sys.exit(1 if failures or not done else 0)
