@@ -10409,7 +10409,7 @@ class Kept(Record):
             request.finished, request.trailers = body.finished, body.trailers
             if response is not None and self.status != 101:
                 body = record.answer    # type: ignore[attr-defined]
-                if body is not None:
+                if isinstance(body, Body):      # and not a page of ours instead
                     response.finished, response.trailers = body.finished, body.trailers
 
     def end(self, record: Record, seconds: float) -> None:
