@@ -10920,7 +10920,7 @@ article { overflow: auto; padding: 1rem 1.5rem 4rem; display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); align-content: start; }
 article > :not(section) { grid-column: 1 / -1; } img { max-width: 100%; background: #fff; }
 section { display: grid; grid: auto / 100%; gap: .5rem; align-content: start; }
-section .box { max-height: 75vh; overflow: auto; } .tree div div { padding-left: 1.2em; }
+section .box { max-height: 75vh; overflow: auto; } .tree details > div { padding-left: 1.2em; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; } iframe { width: 100%; }
 td { padding: .1rem .8rem .1rem 0; vertical-align: top; } td:first-child { width: 30%; }
 dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; margin: auto;
@@ -11124,7 +11124,8 @@ function jsonTree(value, name, depth = 0) {
 }
 function xmlTree(node, depth = 0) {
   if (node.nodeType !== 1) return make('div', node.nodeValue.trim());
-  const words = [node.nodeName, ...Array.from(node.attributes, a => `${a.name}="${a.value}"`)];
+  const name = node instanceof HTMLElement ? node.localName : node.nodeName;
+  const words = [name, ...Array.from(node.attributes, a => `${a.name}="${a.value}"`)];
   const label = make('b', `<${words.join(' ')}>`);
   const inside = [...node.childNodes].filter(one => one.nodeValue?.trim() !== '');
   return !node.childElementCount ? make('div', label, node.textContent.trim())
