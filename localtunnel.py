@@ -3914,7 +3914,8 @@ class Admission:
             for member in tuple(tunnel.members):
                 if not self.tokens.holds('', member.grant.digest, time.time()):
                     self._tunnels.revoke(tunnel, member,
-                                         'the token of this tunnel is no longer valid')
+                                         'the token of this tunnel is no longer valid; ask the '
+                                         "operator of the server for a new code, for --join")
         for kind in self.kinds.values():
             kind.sweep()
 
@@ -8591,7 +8592,7 @@ def change(path: str, key: Key, line: str) -> bool:
 
 def print_list(path: str, say: Callable[[str], None]) -> int:
     """Print the entries in the file PATH, and what is wrong in it; return the exit code."""
-    code = 0
+    code, found = 0, None
     with contextlib.suppress(FileNotFoundError), open(
             path, encoding='utf-8-sig', errors='replace') as f:
         for number, line in enumerate(f, 1):
@@ -8602,6 +8603,8 @@ def print_list(path: str, say: Callable[[str], None]) -> int:
             except ValueError as e:
                 code = 1
                 say(f'# line {number}: {e}')
+    if found is None and not code:
+        say('# nobody is blocked')
     return code
 
 
@@ -8642,6 +8645,8 @@ class Blocking(Annex):
         if args.remove and not was:
             raise LocaltunnelError(f'{text} is not in {path}; see block --list')
         args.say(f'{text} is {"no longer blocked" if args.remove else "blocked"}, in {path}')
+        if text.startswith('name:') and ':' not in args.entry and not args.remove:
+            args.say(f'(a user of this name is not: for that, block user:{args.entry})')
         return 0
 
     async def at_server(self, args: Args, server: Server) -> None:
@@ -9855,6 +9860,9 @@ SEEN = 'seen.json'              # {digest of a token: Unix seconds}
 SEEN_EVERY = 60.0               # between its changes: a crash loses no more
 READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a file has changed
 USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
+NOT_USERS = {'list': '--list', 'ls': '--list', 'show': '--list', 'revoke': '--revoke',
+             'remove': '--revoke', 'delete': '--revoke', 'rm': '--revoke'}      # typed by habit
+SHOWN_DIGITS = 8                # of a token's hash: enough to tell those of one server apart
 
 
 Entry = Tuple[bytes, Optional[Grant]]           # a line of a token file, and what it allows
@@ -9924,7 +9932,7 @@ class Members:
         try:
             parse_grant(new)
         except ValueError as e:
-            raise UsageError(str(e)) from e
+            raise UsageError(str(e).replace('after USER TOKEN', 'after USER')) from e
 
         def longer(entries: list[Entry]) -> list[bytes]:
             lines = [line for line, _ in entries]
@@ -9934,22 +9942,23 @@ class Members:
         rewrite(self.files[0], longer)
         return make_code(self.address, token, self.pin)
 
-    def remove(self, user: str) -> None:
-        """Take all tokens of USER out."""
+    def remove(self, fits: Callable[[Grant], bool]) -> None:
+        """Take the tokens out that one FITS."""
         for path in self.files:
-            if any(grant and grant.user == user for _, grant in entries_of(path)):
+            if any(grant and fits(grant) for _, grant in entries_of(path)):
                 rewrite(path, lambda entries: [line for line, grant in entries
-                                               if not grant or grant.user != user])
+                                               if not grant or not fits(grant)])
 
 
 def member_table(members: Members, seen: dict[str, float]) -> Iterator[str]:
     """Return a line for each token of MEMBERS: whose, since when, when it was seen, its rules."""
     def day(seconds: float, form: str) -> str:
         return time.strftime(form, time.localtime(seconds)) if seconds else '-'
-    yield f'{"USER":20} {"SINCE":10}  {"LAST SEEN":16}  RULES'
+    yield f'{"USER":20} {"TOKEN":8}  {"SINCE":10}  {"LAST SEEN":16}  RULES'
     for line, grant in members:
         rules = [word for word in line.split('#')[0].split()[2:] if not word.startswith('since=')]
-        yield (f'{printable(grant.user):20} {day(grant.since, "%Y-%m-%d"):10}  '
+        yield (f'{printable(grant.user):20} {grant.digest[:SHOWN_DIGITS]}  '
+               f'{day(grant.since, "%Y-%m-%d"):10}  '
                f'{day(seen.get(grant.digest, 0), "%Y-%m-%d %H:%M"):16}  '
                + printable(' '.join(rules))).rstrip()
 
@@ -9988,17 +9997,23 @@ class Invitations(Annex):
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         parser = add('invite', help='let someone use your server', epilog=INVITE_EPILOG,
-                     usage='%(prog)s [--state DIR] (USER [RULE ...] | --list | --revoke USER)')
+                     usage='%(prog)s [--state DIR] '
+                           '(USER [RULE ...] | --list | --revoke USER|TOKEN)')
         parser.add_argument('--state', metavar='DIR', help="the server's state folder")
         one = parser.add_mutually_exclusive_group(required=True)
         one.add_argument('user', metavar='USER', nargs='?', help='make one more token for USER')
         one.add_argument('--list', action='store_true', help='show who has a token')
-        one.add_argument('--revoke', metavar='USER', help='take all tokens of USER away')
+        one.add_argument('--revoke', metavar='USER|TOKEN',
+                         help='take all tokens of USER away, or that TOKEN of the list')
         parser.add_argument('rules', metavar='RULE', nargs='*', help='what it allows (see below)')
         parser.set_defaults(run=self.invite)
 
     def invite(self, args: Args) -> int:
         """Do what ARGS say."""
+        if args.user in NOT_USERS:
+            right = ' '.join(['invite', NOT_USERS[args.user], *args.rules])
+            raise UsageError(f'{args.user} is not a user; did you mean: python3 localtunnel.py '
+                             + right)
         folder = state_folder(args.state)
         members = Members(folder)
         try:
@@ -10013,14 +10028,19 @@ class Invitations(Annex):
         return 0
 
     @staticmethod
-    def revoke(members: Members, user: str) -> str:
-        """Take the tokens of USER away; return what to say."""
-        count = sum(grant.user == user for _, grant in members)
-        if not count:
-            raise LocaltunnelError(f'{user!r} has no token; see invite --list')
-        members.remove(user)
-        return (f'{user} has no token any more ({count} before); a server that runs ends their '
-                'tunnels within seconds')
+    def revoke(members: Members, who: str) -> str:
+        """Take the tokens of the user WHO away, or the one of this name; return what to say."""
+        grants = [grant for _, grant in members]
+        users = [grant for grant in grants if grant.user == who]
+        gone = users or [grant for grant in grants if grant.digest[:SHOWN_DIGITS] == who]
+        if not gone:
+            raise LocaltunnelError(f'{who!r} has no token; see invite --list')
+        user, digests = gone[0].user, {grant.digest for grant in gone}
+        members.remove(lambda grant: grant.user == user and grant.digest in digests)
+        left = sum(grant.user == user for grant in grants) - len(gone)
+        return (f'{user} has {left or "no"} token{"s" * (left > 1)} '
+                f'{"left" if left else "any more"} ({left + len(gone)} before); a server that runs '
+                'ends the tunnels of what is gone within seconds')
 
     @staticmethod
     def welcome(members: Members, user: str, rules: Sequence[str]) -> str:
@@ -11971,14 +11991,25 @@ def shown_line(exchange: dict[str, Any]) -> str:
                      + exchange['error']).rstrip()
 
 
-def shown_body(exchange: dict[str, Any]) -> Iterator[str]:
-    """Return the bodies of EXCHANGE line by line: of its request (>), and of its response (<)."""
+def shown_sides(exchange: dict[str, Any], heads: bool) -> Iterator[str]:
+    """Return the bodies of EXCHANGE line by line, of its request (>) and of its response (<).
+
+    With HEADS those stand before them.
+    """
     for side, sign in ((exchange['request'], '>'), (exchange['response'], '<')):
-        for line in side['body'].splitlines() if side else ():
-            yield f'  {sign} {printable(line.expandtabs())}'
+        if not side:
+            continue
+        lines = [side['line'], *map(': '.join, side['headers']), ''] if heads else []
+        if side['encoding'] == 'utf-8':
+            lines += side['body'].splitlines()
+        else:
+            lines.append(f'({len(side["body"]) * 3 // 4} bytes that are not text; --json has them)')
+        for line in lines:
+            yield f'  {sign} {printable(line.expandtabs())}'.rstrip()
 
 
 LOGS_EPILOG = """examples:
+  localtunnel.py logs 7                         number 7, with heads and bodies
   localtunnel.py logs --body method:post status:5xx
   localtunnel.py logs --follow slow:>500
   localtunnel.py logs --har traffic.jsonl"""
@@ -12082,9 +12113,10 @@ class Inspect(Annex):
         logs = add('logs', help='show what a client has seen, or what FILE has of it',
                    epilog=LOGS_EPILOG)
         logs.add_argument('words', nargs='*', metavar='[FILE] [FILTER ...]',
-                          help='a file of --record; method:post status:5xx slow:>500 or any text')
+                          help='a file of --record; the number of an exchange, to see it whole; '
+                               'method:post status:5xx slow:>500 or any text')
         logs.add_argument('--json', action='store_true', help='one JSON object a line')
-        logs.add_argument('--follow', action='store_true', help='go on with what comes')
+        logs.add_argument('--follow', '-f', action='store_true', help='go on with what comes')
         logs.add_argument('--body', action='store_true', help='with the bodies')
         logs.add_argument('--har', action='store_true', help='as an HTTP Archive (HAR 1.2)')
         replay = add('replay', help='send requests that were seen to the app again',
@@ -12109,29 +12141,56 @@ class Inspect(Annex):
     def logs(self, args: Args) -> int:
         """Print exchanges."""
         path = args.words.pop(0) if args.words and os.path.isfile(args.words[0]) else ''
+        one = self._numbered(path, args)
+        exchanges = one or self._fitting(path, args)
+        if args.har:
+            for piece in har_pieces(exchanges):
+                args.say(piece)
+            return 0
+        shown = None
+        for shown in exchanges:
+            args.say(json.dumps(shown) if args.json else shown_line(shown))
+            for line in () if args.json or not (one or args.body) else shown_sides(
+                    shown, bool(one)):
+                args.say(line)
+        if shown is None and not args.json:
+            self.warn(f'no exchange fits {" ".join(args.words)}' if args.words else
+                      'no exchange is there yet')
+        return 0
+
+    def _numbered(self, path: str, args: Args) -> list[dict[str, Any]]:
+        """Return the exchange whose number is all that ARGS say, if there is one."""
+        number = args.words[0].lstrip('#') if len(args.words) == 1 and not args.follow else ''
+        if not re.fullmatch('[0-9]{1,15}', number):
+            return []
+        if path:
+            return [e for e in recorded(path, False, self.warn) if e['id'] == int(number)]
+        remote = Remote(args.inspect, args.inspect_password)
+        with contextlib.suppress(LocaltunnelError):     # it is text to look for
+            return [remote.ask('GET', f'/api/exchanges/{number}')]
+        return []
+
+    def _fitting(self, path: str, args: Args) -> Iterator[dict[str, Any]]:
+        """Return the exchanges that fit the words of ARGS.  Raises UsageError."""
         words, details = ' '.join(args.words), args.json or args.body or args.har
         try:
             chosen = Filter(words)
         except BadHttp as e:
             raise UsageError(str(e)) from e
-        exchanges = (e for e in recorded(path, args.follow, self.warn)
-                     if chosen.fits(e, functools.partial(dict, e))) if path else (
-            Remote(args.inspect, args.inspect_password).exchanges(words, details, args.follow))
-        if args.har:
-            for piece in har_pieces(exchanges):
-                args.say(piece)
-            return 0
-        for exchange in exchanges:
-            args.say(json.dumps(exchange) if args.json else shown_line(exchange))
-            for line in shown_body(exchange) if args.body and not args.json else ():
-                args.say(line)
-        return 0
+        if not path:
+            return Remote(args.inspect, args.inspect_password).exchanges(
+                words, details, args.follow)
+        return (e for e in recorded(path, args.follow, self.warn)
+                if chosen.fits(e, functools.partial(dict, e)))
 
     def replay(self, args: Args) -> int:
         """Send requests again; return 1 if one could not be sent."""
         numbers, path = [word.lstrip('#') for word in args.words], ''
         if not numbers[0].isdigit():
             numbers, path = numbers[1:], args.words[0]
+        if path and not os.path.exists(path):
+            raise UsageError(f'replay takes numbers, as in the log; {path} is neither one nor a '
+                             'file')
         if any(not number.isdigit() for number in numbers):
             raise UsageError('replay takes numbers, as in the log, after the file')
         if path and not args.to:
@@ -12188,6 +12247,9 @@ class Inspect(Annex):
 # used here.  It is looked at only once the words were not understood.
 # ------------------------------------------------------------------------------------------------
 
+CODE_WORDS = {'join', 'login', 'auth', 'authtoken', 'config', 'add-authtoken'}
+OTHER_COMMANDS = {'unblock': ['block', '--remove'], 'revoke': ['invite', '--revoke'],
+                  'members': ['invite', '--list'], 'users': ['invite', '--list']}
 FIRST_WORDS = {'http': ['client'], 'share': ['client'], 'expose': ['client'], 'tunnel': ['client'],
                'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'], 'relay': ['server']}
 
@@ -12199,9 +12261,11 @@ CLIENT_WORDS = {
     '--name': '--name', '--subdomain': '--name', '-s': '--name', '--hostname': '--name',
     '--url': '--name', '--domain': '--name', '-n': '--name', '--host': '--server',
     '--to': '--server', '--server-addr': '--server', '--authtoken': '--token',
-    '--secret': '--token', '-t': '--token', '--basic-auth': '--auth', '--cidr-allow': '--allow',
+    '--secret': '--token', '-t': '--token', '--basic-auth': '--auth', '--password': '--auth',
+    '--cidr-allow': '--allow',
     '--remote-port': '--tcp-port', '--allow-invalid-cert': '--insecure', '-v': '--verbose',
-    '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--region': VALUE}
+    '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--open': FLAG, '--qr': FLAG,
+    '--region': VALUE}
 SERVER_WORDS = {
     '--domain': '--domain', '-d': '--domain', '--hostname': '--domain', '-p': '--port',
     '--host': '--bind', '--address': '--bind', '--secret': '--token', '-t': '--token',
@@ -12243,22 +12307,54 @@ def bare(words: list[str], option: str, note: Callable[[str], Any]) -> None:
             words[i + 1] = name
 
 
+def with_code(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
+    """WORDS after `client`, with a code that stands among them behind --join, and a target."""
+    code = next((word for word in words if CODE.fullmatch(word)), '')
+    if not code:
+        return list(words)
+    rest = [word for word in words if word not in (code, '--join')]
+    if not rest or rest[0].startswith('-'):
+        note('say what is to get a URL, such as the port of your app')
+        rest.insert(0, '8000')
+    else:
+        note('say --join before a code')
+    return [*rest, '--join', code]
+
+
+def place(typed: str, found: dict[str, str], note: Callable[[str], Any]) -> str:
+    """The target that was TYPED, or is among what was FOUND."""
+    port, host = found.get(TARGET, ''), found.get(HOST, '')
+    if port and typed != port:
+        host = host or typed            # localhost --port 8000
+    target = f'{host}:{port or typed}' if host else port or typed
+    if os.path.isfile(target):
+        note(f'{target} is a file: give its folder a URL, and visit /{os.path.basename(target)}')
+        return os.path.dirname(target) or '.'
+    if re.match('https?://.*[?]', target):
+        note('visitors add path and query by themselves')
+        return '/'.join(target.split('/')[:3])
+    if re.fullmatch(r'localhost|[\w-]+(\.[\w-]+)+', target) and not os.path.exists(target):
+        note(f'{target} needs a port')
+        return target + ':8000'
+    return target
+
+
 def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     """WORDS after `client`."""
-    rest, found = translated(words, CLIENT_WORDS, note)
+    rest, found = translated(with_code(words, note), CLIENT_WORDS, note)
     if rest[1:] and rest[0] in FIRST_WORDS and not rest[1].startswith('-'):
         first = rest.pop(0)
         note(f'say client without {first}')
         rest += FIRST_WORDS[first][1:]
     bare(rest, '--name', note)
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
-    port, host = found.get(TARGET, ''), found.get(HOST, '')
-    if port and typed != port:
-        host = host or typed            # localhost --port 8000
-    target = f'{host}:{port or typed}' if host else port or typed
-    if re.fullmatch(r'localhost|[\w-]+(\.[\w-]+)+', target) and not os.path.exists(target):
-        note(f'{target} needs a port')
-        target += ':8000'
+    target = place(typed, found, note)
+    if any(word.startswith('--password') for word in words) and '--auth' in rest[:-1]:
+        i = rest.index('--auth') + 1
+        rest[i] = rest[i] if ':' in rest[i] else 'me:' + rest[i]
+    if rest and target and not rest[0].startswith('-'):
+        note('say -- before a command')
+        rest.insert(0, '--')
     if not words:
         note('say what is to get a URL, such as the port of your app')
         target = '8000'
@@ -12280,6 +12376,12 @@ class Elsewhere(Annex):
 
     def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
         first, *rest = words or ['client']
+        if first in OTHER_COMMANDS:
+            note(f'{first} is {" ".join(OTHER_COMMANDS[first])} here')
+            return [*OTHER_COMMANDS[first], *rest]
+        if first in CODE_WORDS:
+            note('the code that a server prints lets you in')
+            return ['client', '8000', '--join', *(word for word in rest if CODE.fullmatch(word))]
         if first in FIRST_WORDS:
             note(f'{first} is {" ".join(FIRST_WORDS[first])} here')
             first, *more = FIRST_WORDS[first]
@@ -12774,7 +12876,7 @@ def open_in_browser(url: str) -> None:
         return say(f'{url} is not for a browser')
     if sys.platform.startswith(('linux', 'freebsd')) and not (
             os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
-        return say('there is no browser with a window here; c copies the URL')
+        return say(f'there is no browser with a window here; open {url} where there is one')
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
 
 
@@ -12815,7 +12917,8 @@ PATHS = 16, 40                  # characters of a path at least, and to where th
 # What stands behind the server's address, by where that was taken from.
 SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
            'remembered': '(remembered; --local for this machine only)',
-           'LOCALTUNNEL_SERVER': '(as LOCALTUNNEL_SERVER says)'}
+           'LOCALTUNNEL_SERVER': '(as LOCALTUNNEL_SERVER says)',
+           'LOCALTUNNEL_JOIN': '(as LOCALTUNNEL_JOIN says)'}
 
 
 def event_line(event: str, **values: Any) -> str:
@@ -13172,7 +13275,9 @@ ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingPro
 
 
 def target_word(text: str) -> str:
-    """TARGET as it was typed, but for `:8000`, which is what some write for 8000."""
+    """TARGET as it was typed, but for `:8000` and `localhost:8000/`, as some write it."""
+    if re.fullmatch(r'[\w.-]+:[0-9]+/.*', text) and not os.path.exists(text):
+        return 'http://' + text
     return text[1:] if re.fullmatch(':[0-9]+', text) else text
 
 
@@ -13284,6 +13389,8 @@ class Parser(argparse.ArgumentParser):
             message = f'{missing} is missing, as in: {self.prog} {missing}'
         message = message.replace('expected one argument', 'its value is missing')
         message = message.replace('unrecognized arguments:', "can't tell what this means:")
+        message = re.sub(r"COMMAND: invalid choice: '(.*)' \(choose from (.*)\)",
+                         lambda m: f'there is no {m[1]} here, but {m[2]}'.replace("'", ''), message)
         raise UsageError(f'{re.sub("^argument ", "", message)}; see {self.prog} --help')
 
 
@@ -13303,17 +13410,19 @@ def did_you_mean(words: Sequence[str], parser: Parser) -> str:
     """A sentence with the whole command that WORDS were probably meant to be, or ''."""
     import shlex
     notes: list[str] = []
-    end = words.index('--') if '--' in words else len(words)
-    meant = words[:end]
+    def ended(words: Sequence[str]) -> int:
+        return words.index('--') if '--' in words else len(words)
+    meant, command = words[:ended(words)], words[ended(words):]
     for annex in ANNEXES:
         meant = annex.meant(meant, notes.append)
+    meant, command = meant[:ended(meant)], [*meant[ended(meant):], *command]
     first, *rest = meant or ['']
     first = spelled(first, parser.commands, notes.append)
     if first in parser.commands:
         known = parser.commands[first]._option_string_actions
         rest = [spelled(word, known, notes.append) if word.startswith('-') else word
                 for word in rest]
-    meant = [first, *rest, *words[end:]]
+    meant = [first, *rest, *command]
     try:
         parser.parse_args(meant)
     except (UsageError, SystemExit):
@@ -13332,8 +13441,8 @@ examples:
 CLIENT_EPILOG = TARGET_FORMS + """
 
 Every user of this machine can see your options in the list of processes: --join
-without CODE asks for it, LOCALTUNNEL_TOKEN hides a token. LOCALTUNNEL_KEY
-replaces the key file.
+without CODE asks for it, LOCALTUNNEL_JOIN hides it, LOCALTUNNEL_TOKEN hides a
+token. LOCALTUNNEL_KEY replaces the key file.
 
 -- COMMAND ... is run once the tunnel is there, with LOCALTUNNEL_URL in its
 environment; the client ends when it does, with its exit code.
@@ -13429,14 +13538,15 @@ def warn_once(text: str) -> None:
 class KnownServer:
     """A server, and what its user knows of it.
 
-    `pin` is of its certificate, `ca` a file with its authority.  `source` says where the server was
-    taken from: "--join", "--server", "LOCALTUNNEL_SERVER", "this script", "remembered"; '' where
-    this process runs it.
+    `pin` is of its certificate, `exact` if the user gave it: one that came in a code yields to an
+    authority's certificate.  `ca` is a file with its authority.  `source` says where the server was
+    taken from: "--join", "--server", "LOCALTUNNEL_JOIN", "LOCALTUNNEL_SERVER", "this script",
+    "remembered"; '' where this process runs it.
     """
-    __slots__ = ('address', 'source', 'token', 'pin', 'ca')
+    __slots__ = ('address', 'source', 'token', 'pin', 'ca', 'exact')
 
     def __init__(self, address: str, source: str = '', token: str = '', pin: str = '',
-                 ca: str = '') -> None:
+                 ca: str = '', exact: bool = False) -> None:
         """Raises UsageError for what can't be right, be it typed, kept or sent by someone."""
         self.address, self.source = ServerAddress(address), source
         self.token = check_token(token) if token != '' else ''
@@ -13445,10 +13555,11 @@ class KnownServer:
                              and self.address.scheme == 'https'):
             raise UsageError('--pin takes 64 hexadecimal digits, and needs an https server')
         self.ca = os.path.abspath(ca) if ca != '' else ''
+        self.exact = bool(exact)
 
 
 def kept_servers() -> dict[str, Any]:
-    """Return {"last": address, "servers": {address: {"token": ..., "pin": ..., "ca": ...}}}."""
+    """Return {"last": address, "servers": {address: {"token", "pin", "ca", "exact"}}}."""
     path = config_path('servers.json')
     if not os.path.exists(path):
         path = config_path('tokens.json')       # {"last": address, "tokens": {address: token}}
@@ -13472,9 +13583,9 @@ def keep_server(server: KnownServer) -> None:
     kept, path, address = kept_servers(), config_path('servers.json'), str(server.address)
     before = kept['servers'].get(address, {})
     token = server.token
-    if token == os.environ.get('LOCALTUNNEL_TOKEN'):
+    if token == os.environ.get('LOCALTUNNEL_TOKEN') or server.source == 'LOCALTUNNEL_JOIN':
         token = before.get('token', '')
-    now = {'token': token, 'pin': server.pin, 'ca': server.ca}
+    now = {'token': token, 'pin': server.pin, 'ca': server.ca, 'exact': server.exact}
     if (kept['last'], before) != (address, now):
         kept['servers'][address], kept['last'] = now, address
         try:
@@ -13511,10 +13622,27 @@ def ask(prompt: str) -> str:
             return ''
 
 
-def joined_server(code: str, ca: str = '') -> KnownServer:
+def joined_server(code: str, ca: str = '', source: str = '--join') -> KnownServer:
     """Return the server that CODE names.  Raises UsageError."""
     address, token, pin = read_code(code)
-    return KnownServer(address, '--join', token, pin, ca)
+    return KnownServer(address, source, token, pin, ca)
+
+
+def given_code(args: Args) -> str:
+    """Return the code that --join or LOCALTUNNEL_JOIN gives, or ''.  Raises UsageError."""
+    of = os.environ.get
+    for right, *given in (('--join', args.server, args.token), (
+            'LOCALTUNNEL_JOIN', of('LOCALTUNNEL_SERVER'), of('LOCALTUNNEL_TOKEN'))):
+        if any(CODE.fullmatch(text or '') for text in given):
+            raise UsageError('this is a whole code, with server and token in it: give it with '
+                             + right)
+    if args.join is ASK:
+        code = ask('code: ')
+        if not code:
+            raise UsageError('--join needs the code that the server printed, or a terminal where '
+                             'you can paste it')
+        return code
+    return args.join or ('' if args.server or args.local else of('LOCALTUNNEL_JOIN', ''))
 
 
 def named_server(args: Args) -> KnownServer | None:
@@ -13532,7 +13660,8 @@ def named_server(args: Args) -> KnownServer | None:
     fields = kept['servers'].get(str(place), {})
     return KnownServer(
         address, source, args.token or token_of_environment(place) or fields.get('token', ''),
-        args.pin or fields.get('pin', ''), args.ca or fields.get('ca', ''))
+        args.pin or fields.get('pin', ''), args.ca or fields.get('ca', ''),
+        bool(args.pin) or fields.get('exact', False))
 
 
 def known_server(args: Args) -> KnownServer | None:
@@ -13546,14 +13675,9 @@ def known_server(args: Args) -> KnownServer | None:
     if args.local and (args.join or args.server or args.public):
         raise UsageError('--local stays on this machine, so it goes with none of --join, --server '
                          'and --public')
-    if args.join:
-        code = args.join if args.join is not ASK else ask('code: ')
-        if not code:
-            raise UsageError('--join needs the code that the server printed, or a terminal where '
-                             'you can paste it')
-        known: KnownServer | None = joined_server(code, args.ca or '')
-    else:
-        known = named_server(args)
+    code = given_code(args)
+    known = joined_server(code, args.ca or '', '--join' if args.join else 'LOCALTUNNEL_JOIN'
+                          ) if code else named_server(args)
     if args.public and known is None:
         raise UsageError('--public needs a server, and none is known; give --server URL, or --join '
                          'with the code that a server printed')
@@ -13654,13 +13778,40 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
     return app
 
 
+class Dialer:
+    """Connects a client to its server, whose certificate is checked."""
+
+    def __init__(self, server: KnownServer, app: App) -> None:
+        self._server, self._app = server, app
+        self._tls = tls_to(server.address, server.ca, not server.pin)
+
+    async def dial(self, timeout: float) -> Connection:
+        """Return a new connection.  Raises Refused.
+
+        A server that made a code with a pin had no certificate of an authority yet.  The day it
+        gets one, that takes the place of the pin, or every member would need a new code.
+        """
+        server, runtime = self._server, self._app.runtime
+        try:
+            return await dial_server(runtime, server.address, self._tls, server.pin, timeout)
+        except Refused:
+            if server.pin and not server.exact:
+                with contextlib.suppress(LocaltunnelError, OSError, asyncio.TimeoutError):
+                    tls = tls_to(server.address, server.ca)
+                    connection = await dial_server(runtime, server.address, tls, '', timeout)
+                    self._tls, server.pin = tls, ''
+                    self._app.observer.note(f'{server.address} has a certificate of an authority '
+                                            'now, which takes the place of its pin')
+                    return connection
+            raise
+
+
 def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                 trace: Trace | None = None, **wish: Any) -> Client:
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
-    dial = functools.partial(dial_server, app.runtime, address,
-                             tls_to(address, server.ca, not server.pin), server.pin)
-    return Client(app.runtime, address, target.label, key, dial, app.kinds[target.kind],
+    return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
+                  app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   **Access.encode(args.allow, args.auth, key), **wish)
@@ -14129,10 +14280,8 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
         server, known = await start_local_server(runtime, target)
         say(f'NOT PUBLIC: {"--local" if args.local else "no server is known"}, so this URL works '
             'on this machine only')
-        say(f'  with a server:     python3 localtunnel.py client {args.target} --join CODE   '
-            '(the server prints it)')
-        say('  your own server:   python3 localtunnel.py server --domain DOMAIN   '
-            '(where visitors can reach it)')
+        say(f'  with a code of a server:  python3 localtunnel.py client {args.target} --join CODE')
+        say('  for one of your own:      python3 localtunnel.py server --domain DOMAIN')
 
     frames = Lines(sys.stderr, runtime.loop.call_later)
     terminal = Terminal(
@@ -14178,7 +14327,7 @@ def client_command(args: Args) -> int:
     except Refused as e:
         given = args.token or os.environ.get('LOCALTUNNEL_TOKEN')
         if (e.code != 'token' or e.final or given or not (known and is_terminal(sys.stderr))
-                or (args.join and known.token)):
+                or (known.source in ('--join', 'LOCALTUNNEL_JOIN') and known.token)):
             raise
         said = ask(f'{e}\ntoken or code for {known.address}: ')
         if not said:

@@ -6421,9 +6421,15 @@ class BlockCommandTest(FolderTest):
         self.assertEqual(self.block('--list'), (0, '203.0.113.0/24\nname:demo  # other\n'))
         self.assertEqual(self.block('203.0.113.0/24', '--remove')[0], 0)
         self.assertEqual(self.block('--list'), (0, 'name:demo  # other\n'))
+        self.assertEqual(self.block('name:demo', '--remove')[0], 0)
+        self.assertEqual(self.block('--list'), (0, '# nobody is blocked\n'))
         code, said = self.block('--remove', 'shop')
         self.assertEqual(code, 1)
         self.assertIn('name:shop is not in', said)
+
+    def test_a_bare_word_is_a_name_and_says_what_a_user_would_be(self):
+        for entry, told in ('ana', True), ('name:ana', False), ('user:ana', False):
+            self.assertEqual('block user:ana' in self.block(entry)[1], told)
 
     def test_a_reason_is_one_line(self):
         self.block('demo', '--reason', 'a #1\n name:x\x1b[1m')
@@ -7206,11 +7212,18 @@ class InvitationTest(FolderTest):
         digest = lt.Tokens(members=self.members)._grants[0].digest
         self.write('seen.json', json.dumps({digest: 86400 * 365}))
         header, ben, ana = self.invite('--list').splitlines()
-        self.assertEqual(ben.split(), ['ben', '-', '-'])
-        self.assertRegex(ana, r'^ana +20\d\d-\d\d-\d\d  (1970-12-31|1971-01-01) .{5}  names=a$')
+        self.assertEqual(ben.split(), ['ben', lt.digest_of('secret')[:8], '-', '-'])
+        self.assertRegex(ana, f'^ana +{digest[:8]}  ' r'20\d\d-\d\d-\d\d  '
+                              '(1970-12-31|1971-01-01) .{5}  names=a$')
         self.assertNotIn('secret', header + ben)
         self.write('seen.json', '[damaged')
-        self.assertEqual(self.invite('--list').splitlines()[2].split()[2], '-')
+        self.assertEqual(self.invite('--list').splitlines()[2].split()[3], '-')
+
+    def test_one_of_two_tokens_is_revoked_by_its_name_in_the_list(self):
+        lost, kept = (self.joins(self.invite('ana'))[1] for _ in range(2))
+        said = self.invite('--revoke', lt.digest_of(lost)[:8])
+        self.assertIn('ana has 1 token left (2 before)', said)
+        self.assertEqual((self.grant(lost), self.grant(kept).user), (None, 'ana'))
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_a_token_file_keeps_its_mode_and_a_link_stays_one(self):
@@ -8177,6 +8190,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 class ElsewhereTest(FolderTest):
 
+    CODE = lt.make_code(lt.ServerAddress('https://t.example.com'), 'secret', '')
     MEANT = (       # what is typed, and the command that it gets to read
         ('8000', 'client 8000'), ('', 'client 8000'), ('client', 'client 8000'),
         ('http 8000', 'client 8000'), ('client http 8000', 'client 8000'),
@@ -8201,7 +8215,19 @@ class ElsewhereTest(FolderTest):
         ('server 9000', 'server --port 9000'),
         ('server -d t.example.com --open', 'server --domain t.example.com --open'),
         ('server --domain https://t.example.com/', 'server --domain t.example.com'),
-        ("client 8000 --auth 'a b:c' -v", "client 8000 --auth 'a b:c' --verbose"))
+        ("client 8000 --auth 'a b:c' -v", "client 8000 --auth 'a b:c' --verbose"),
+        ('client 8000 --password secret', 'client 8000 --auth me:secret'),
+        ('client 8000 --password=a:b --open', 'client 8000 --auth a:b'),
+        ('client 8000 pytest -x a', 'client 8000 -- pytest -x a'),
+        ('8000 pytest -- a', 'client 8000 -- pytest -- a'),
+        (f'join {CODE}', f'client 8000 --join {CODE}'), (CODE, f'client 8000 --join {CODE}'),
+        (f'client 80 {CODE}', f'client 80 --join {CODE}'),
+        (f'client --join {CODE}', f'client 8000 --join {CODE}'),
+        ('login', 'client 8000 --join'), ('config add-authtoken 2a', 'client 8000 --join'),
+        ('client http://localhost:8888/lab?token=a', 'client http://localhost:8888'),
+        ('unblock bob', 'block --remove bob'), ('revoke ana', 'invite --revoke ana'),
+        ('invite revoke ana', 'invite --revoke ana'), ('invite list', 'invite --list'),
+        ('members', 'invite --list'))
 
     def said(self, *words):
         with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -8218,6 +8244,19 @@ class ElsewhereTest(FolderTest):
 
     def test_a_folder_that_is_there_is_a_target(self):
         self.assertIn(f'client {self.folder}', self.said(self.folder))
+
+    def test_of_a_file_its_folder_is(self):
+        said = self.said('client', self.write('a.csv', ''))
+        self.assertIn('visit /a.csv', said)
+        self.assertTrue(said.endswith(f'client {self.folder}\n'))
+
+    def test_an_address_with_a_path_is_a_url_without_http(self):
+        for typed, text in (('localhost:8000/', 'localhost:8000'), ('a.b:1/c', 'a.b:1/c')):
+            args = lt.make_parser().parse_args(['client', typed])
+            self.assertEqual(lt.find_target(args).text, text)
+
+    def test_what_is_not_known_gets_a_list_of_what_is(self):
+        self.assertIn('there is no nothing here, but client, server, ', self.said('nothing'))
 
     def test_what_only_looks_like_it_stays_as_it_is(self):
         for words in (['client', 'http'], ['client', '8000', '--name', 'tcp'], ['server'],
@@ -9247,6 +9286,33 @@ class KnownServerTest(FolderTest):
         self.keep('--server', 'a.example', '--pin', 'cd' * 32)
         self.assertEqual(self.fields()[2:], ('T', 'cd' * 32, all_[2]))
 
+    def test_a_pin_that_was_typed_stays_exact_and_one_of_a_code_does_not(self):
+        code = lt.make_code(lt.ServerAddress('https://b.example'), '', 'ab' * 32)
+        for words, exact in (('--server', 'a.example', '--pin', 'ab' * 32), True), (
+                ('--join', code), False):
+            self.keep(*words)
+            self.assertEqual((self.known().pin, self.known().exact), ('ab' * 32, exact))
+
+    def test_a_code_of_the_environment_names_the_server_and_its_token_is_not_kept(self):
+        code = lt.make_code(lt.ServerAddress('https://a.example'), 'secret', '')
+        with unittest.mock.patch.dict(os.environ, LOCALTUNNEL_JOIN=code):
+            self.assertEqual(self.fields(), ('https://a.example', 'LOCALTUNNEL_JOIN', 'secret',
+                                             '', ''))
+            self.assertIsNone(self.known('--local'))
+            self.assertEqual(self.fields('--server', 'b.example')[0], 'https://b.example')
+            self.keep()
+        self.assertEqual(self.fields(), ('https://a.example', 'remembered', '', '', ''))
+
+    def test_a_code_in_the_place_of_a_server_or_token_is_told_where_it_goes(self):
+        code = lt.make_code(lt.ServerAddress('https://a.example'), 'secret', '')
+        for words in ('--token', code), ('--server', code):
+            with self.assertRaisesRegex(lt.UsageError, 'a whole code.* --join'):
+                self.known(*words)
+        for name in 'LOCALTUNNEL_TOKEN', 'LOCALTUNNEL_SERVER':
+            with unittest.mock.patch.dict(os.environ, {name: code}), \
+                    self.assertRaisesRegex(lt.UsageError, 'a whole code.* LOCALTUNNEL_JOIN'):
+                self.known()
+
     def test_a_token_of_the_environment_is_never_written_and_the_kept_one_stays(self):
         self.keep('--server', 'a.example', '--token', 'typed')
         os.environ['LOCALTUNNEL_TOKEN'] = 'secret'
@@ -9672,6 +9738,12 @@ class LogsAndReplayTest(CommandTest):
         self.assertEqual(self.command('logs', 'method:post')[1].split()[:3], ['2', 'POST', '/b'])
         out = self.command('logs', '--body', '/b')[1]
         self.assertIn('  > <?[31mbody>\n', out)
+        self.assertNotIn('  > Host:', out)
+        for number in 2, '#2':
+            out = self.command('logs', number)[1]
+            self.assertRegex(out, r'(?s)^2 POST .*  > POST /b HTTP/1.1\n  > .*\n  >\n  > <')
+        self.assertEqual(self.command('logs', '999888777'),
+                         (0, '', 'localtunnel.py: no exchange fits 999888777\n'))
         one = json.loads(self.command('logs', '--json', '/a')[1])
         self.assertEqual(one['request']['line'], 'GET /a?token=*** HTTP/1.1')
         self.assertEqual(len(json.loads(self.command('logs', '--har')[1])['log']['entries']), 2)
@@ -9697,6 +9769,7 @@ class LogsAndReplayTest(CommandTest):
         self.assertEqual(len(self.command('logs', self.path('record'))[1].splitlines()), 4)
         self.assertEqual(len(json.loads(self.command('logs', '--har', self.path('record'))[1])
                              ['log']['entries']), 4)
+        self.assertIn('  > GET /a?token=*** HTTP', self.command('logs', self.path('record'), 1)[1])
         code, out, err = self.command('replay', self.path('record'), 1, '--to', other.port)
         self.assertEqual((code, out.split()[:4]), (0, ['1', 'GET', '/a', '200']))
         self.assertIn('without what the record masks: token, Cookie', err)
@@ -9706,6 +9779,11 @@ class LogsAndReplayTest(CommandTest):
                       (self.path('none'), '--to', 1), (1, '--to', 99999)):
             code, _, err = self.command('replay', *words)
             self.assertEqual((code, err.count('\n')), (2, 1), words)
+
+    def test_a_body_that_is_not_text_does_not_fill_the_terminal(self):
+        _, url = self.running()
+        fetch(url, '/', 'POST', b'\xff' * 3000)
+        self.assertIn('  > (3000 bytes that are not text', self.command('logs', 1)[1])
 
     def test_logs_follows(self):
         _, url = self.running()
@@ -9726,7 +9804,8 @@ class LogsAndReplayTest(CommandTest):
         killed, _ = self.running()
         killed.process.kill()
         killed.ends()
-        self.assertEqual(self.command('logs'), (0, '', ''))
+        self.assertEqual(self.command('logs'),
+                         (0, '', 'localtunnel.py: no exchange is there yet\n'))
         self.assertEqual(len(os.listdir(lt.config_path('inspectors'))), 1)
 
     def test_the_next_port_is_taken_where_the_usual_one_is(self):
@@ -10333,6 +10412,21 @@ class OnePasteTest(CommandTest):
         client = self.start('client', 1, '--join', lt.make_code(address, '', 'ab' * 32))
         self.assertEqual(client.ends(), 1)
         client.says('does not match the pin')
+
+    def test_a_pin_in_it_yields_to_an_authority_and_one_that_is_typed_does_not(self):
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
+                           '--key', files[1])
+        site = f'https://localhost:{relay.says("listening on ports [0-9]+ and ([0-9]+)").group(1)}'
+        client = self.start('client', 1, '--server', site, '--pin', 'ab' * 32, '--ca', files[0])
+        self.assertEqual(client.ends(), 1)
+        client.says('does not match the pin')
+        for words in ('--join', lt.make_code(lt.ServerAddress(site), '', 'ab' * 32)), ():
+            client = self.start('client', 1, '--ca', files[0], *words)
+            self.assertTrue(client.url())
+            client.interrupt()
+            self.assertEqual('takes the place of its pin' in ''.join(client.lines['err']),
+                             bool(words))
 
     def test_without_a_terminal_no_secret_is_logged(self):
         relay = self.start('server', '--port', 0, '--token', 'secret')
