@@ -6081,7 +6081,7 @@ class NameServer:
             lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
         try:
             self._open[host] = [transport, await asyncio.start_server(
-                self._came, host, port, reuse_port=beside)]
+                self._serve, host, port, reuse_port=beside)]
         except OSError:
             transport.close()
             raise
@@ -6107,12 +6107,9 @@ class NameServer:
         if answer:
             transport.sendto(answer, sender)
 
-    def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = self._runtime.spawn(self._serve(reader, writer))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
-
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task: Any = asyncio.current_task()
+        self._serving.add(task)
         try:
             while len(self._serving) <= DNS_CONNECTIONS:
                 size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
@@ -6126,6 +6123,7 @@ class NameServer:
         except (OSError, EOFError, asyncio.TimeoutError):
             pass                # they left, or take too long
         finally:
+            self._serving.discard(task)
             writer.close()
 
 
@@ -6214,7 +6212,7 @@ async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes
     got: asyncio.Future[bytes] = loop.create_future()
 
     def answered(data: bytes, _: Any, __: Any) -> None:
-        if not got.done() and (not data or data[:2] == packet[:2] and data[2:3] >= b'\x80'):
+        if not got.done() and (not data or data[:2] == packet[:2]):
             got.set_result(data)
     try:
         transport, _ = await loop.create_datagram_endpoint(
@@ -7653,7 +7651,7 @@ class Outside:
         """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
         name, records = self._domain, []        # type: str, list[bytes]
         while name and not records and not is_address(self._domain):
-            records = [data for data in await self._ask(name, TYPE_CAA) if len(data) > 2]
+            records = await self._ask(name, TYPE_CAA)
             name = name if records else name.partition('.')[2]
         for wanted in names:
             tag, values = caa_terms(records, wanted)
@@ -7707,7 +7705,7 @@ class Keeper:
     async def run(self) -> None:
         """Keep a certificate for as long as the server serves."""
         if self._again > time.time():
-            self._say('fails', self._why, self._next)
+            self._say('fails', f'{self._why}; {self._next}')
         while True:
             pause = await self._look()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -7797,7 +7795,8 @@ class Keeper:
         if not errors:
             return self._say('fails', '')
         server.counters['certificate_failures'] += 1
-        self._say('fails', self._why, self._next)
+        same = self._said.get('fails', '').startswith(self._why)
+        self._say('fails', f'{self._why}; {self._next}', f'the same again; {self._next}' * same)
         if self._args.notify:
             begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
             await self._notify({'event': 'certificate', 'domain': self._all[0],
@@ -7819,18 +7818,16 @@ class Keeper:
 
     # What the operator reads.
 
-    def _say(self, about: str, text: str, after: str = '') -> None:
-        """Tell the operator TEXT, and what comes AFTER it; the same ABOUT one thing only once."""
-        again = text == self._said.get(about)
+    def _say(self, about: str, text: str, instead: str = '') -> None:
+        """Tell the operator TEXT, or something INSTEAD; but not what he was told last ABOUT it."""
+        if text and text != self._said.get(about):
+            self._server.log.note(f'certificate: {printable(instead or text)[:2 * MAX_TEXT]}')
         self._said[about] = text
-        if text and (after or not again):
-            self._server.log.note(('' if about == 'dns' else 'certificate: ') + printable(
-                'the same again' if again else text)[:2 * MAX_TEXT] + after)
 
     @property
     def _next(self) -> str:
         minutes = max(1, round((self._again - time.time()) / 60))
-        return f'; trying again in {minutes} min, or at once on SIGHUP'
+        return f'trying again in {minutes} min, or at once on SIGHUP'
 
     async def _tell(self, delegated: bool) -> None:
         """Say how far up the ladder this server is, and what the next rung needs."""
@@ -8688,7 +8685,7 @@ def certificate_findings(since: float, until: float, names: Sequence[str], domai
     if domain not in names and '*.' + domain.partition('.')[2] not in names:
         yield (f'the certificate is for {", ".join(names[:3]) or "no host"}, not for {domain}, so '
                'clients refuse it')
-    if f'*.{domain}' not in names:
+    if f'*.{domain}' not in names and not is_address(domain):
         yield (f'the certificate lacks *.{domain}, so browsers refuse the URLs of tunnels; get one '
                f'for {domain} and *.{domain}')
 
@@ -8808,7 +8805,7 @@ def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps; and the look
 # of a server at the room above, with which this is one annex.  A check is an asynchronous generator
-# of verdicts.  The tables have the checks in the order of the way.
+# of verdicts; they come in the order of the way.
 # ------------------------------------------------------------------------------------------------
 
 CHECK_WITHIN, ALL_WITHIN = 10.0, 55.0   # for one check, and for all
@@ -8822,7 +8819,7 @@ FRAME_DOWN = b'\x81\x0blocaltunnel'
 
 # True for right, False for wrong, None for what can't be known; what is so; what helps.
 Verdict = Tuple[Optional[bool], str, str]
-Row = Tuple[str, Callable[[], AsyncIterator[Verdict]], bool]     # True: the rest stands on it
+Check = Callable[[], AsyncIterator[Verdict]]
 SIGNS = {True: ('ok ', 32), None: ('-  ', 2), False: ('BAD', 31)}       # with colours
 
 RECIPES = 'README says under "A proxy in front": Upgrade, buffers, limits'
@@ -8893,15 +8890,17 @@ class Report:
             await asyncio.wait_for(all_of_them(), seconds)
             return right
         except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
-            self.tell(check, *in_two(explain(e, where)))
+            ok, text, cure = in_two(explain(e, where))
+            self.tell(check, ok, text, cure or 'see what runs there, and what its log says')
         except (ValueError, LookupError) as e:      # from odd answers
             self.tell(check, False, f'what is said there makes no sense ({e})')
         return False
 
-    async def run(self, checks: Sequence[Row], where: str) -> bool:
-        """Run CHECKS; return False if one that the rest stands on finds something wrong."""
-        for check, ask, needed in checks:
-            if not await self.hear(check, ask(), where) and needed:
+    async def run(self, checks: Sequence[Check], where: str, alone: Sequence[str]) -> bool:
+        """Run CHECKS; return False after one that finds something wrong, but for those ALONE."""
+        for check in checks:
+            name = check.__name__
+            if not await self.hear(name, check(), where) and name not in alone:
                 return False
         return True
 
@@ -8981,6 +8980,8 @@ def clock_verdict(response: Response, where: str) -> Verdict:
             'set it right (timedatectl set-ntp true), or the other one')
 
 
+# Beside a client.
+
 class Echo:
     """The app at the end of the tunnel, and what is sent through it."""
 
@@ -9031,31 +9032,20 @@ class Echo:
             await connection.write(FRAME_DOWN)
 
 
-class Welcome(ClientObserver):
-    """Listens to who a server takes us for."""
-    user = ''
-
-    def ready(self, url: str, user: str, round_trip: float) -> None:
-        self.user = user
-
-
 class Way:
     """The checks beside a client, from its server to a tunnel of our own."""
 
-    def __init__(self, args: Args, runtime: Runtime, known: Any, client: Client,
-                 welcome: Welcome) -> None:
-        """KNOWN and CLIENT are what `client` would have made of ARGS; it tells WELCOME."""
+    def __init__(self, args: Args, runtime: Runtime, known: Any, client: Client) -> None:
+        """KNOWN and CLIENT are what `client` would have made of ARGS."""
         self.client, self.where, self.front = client, str(client.address), SOMEBODY
-        self._args, self._runtime, self._known, self._welcome = args, runtime, known, welcome
+        self._args, self._runtime, self._known = args, runtime, known
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
         self._refusal: Any = None           # why there is no tunnel
         self._running: list[tuple[Client, asyncio.Future[None]]] = []
-        self.checks: Sequence[Row] = (
-            ('server', self.server, True), ('proxy', self.proxy, True), ('dns', self.dns, True),
-            ('connect', self.connect, True), ('tls', self.tls, True), ('http', self.http, True),
-            ('clock', self.clock, False), ('upgrade', self.upgrade, True),
-            ('token', self.token, True), ('name', self.name, False), ('tunnel', self.tunnel, True))
+        self.checks: Sequence[Check] = (
+            self.server, self.proxy, self.dns, self.connect, self.tls, self.http, self.clock,
+            self.upgrade, self.token, self.name, self.tunnel)
 
     async def close(self) -> None:
         """Close the tunnels."""
@@ -9180,9 +9170,8 @@ class Way:
         code = getattr(self._refusal, 'code', '')
         if code in ('token', 'blocked', 'slow_down'):
             raise self._refusal
-        who = self._welcome.user and f'; you are {self._welcome.user}'
         yield (None, 'the server refuses for another reason', '') if code else (
-            True, f'{"accepted" if self._known.token else "none is needed"}{who}', '')
+            True, 'accepted' if self._known.token else 'none is needed', '')
 
     async def name(self) -> AsyncIterator[Verdict]:
         if not self._args.name:
@@ -9209,10 +9198,8 @@ class Passage:
         """WAY has led to the tunnel; TLS makes what checks it."""
         self.where, self._host = way.where, way.client.url.partition('://')[2]
         self._runtime, self._way, self._echo, self._tls = runtime, way, echo, tls
-        self.checks: Sequence[Row] = (
-            ('visitor', self.visitor, True), ('upload', self.upload, False),
-            ('download', self.download, False), ('streaming', self.streaming, False),
-            ('websocket', self.websocket, False), ('headers', self.headers, False))
+        self.checks: Sequence[Check] = (self.visitor, self.upload, self.download, self.streaming,
+                                        self.websocket, self.headers)
 
     async def _visit(self) -> Connection:
         """Come to the tunnel as a visitor."""
@@ -9315,46 +9302,36 @@ class Passage:
         return (True, how, '') if passes else (False, f'{who} {wrong}', cure)
 
 
-class Answer:
-    """The checks of one URL: what answers there, and what that means."""
+# What a visitor sees.
 
-    def __init__(self, args: Args, runtime: Runtime) -> None:
-        url = args.url if '://' in args.url else 'https://' + args.url
-        scheme, host, port, self._path = split_url(url, ('https', 'http'))
-        self.where, self._runtime = f'{scheme}://{authority(scheme, host, port)}', runtime
-        self._place = ServerAddress(self.where)
-        self._tls = args.tls(args.ca) if scheme == 'https' else None
-        self.checks: Sequence[Row] = (('connect', self.connect, True),
-                                      ('answer', self.answer, True))
+async def answer(args: Args, runtime: Runtime) -> AsyncIterator[Verdict]:
+    """The check of a URL: what answers there, and what that means."""
+    url = args.url if '://' in args.url else 'https://' + args.url
+    scheme, host, port, path = split_url(url, ('https', 'http'))
+    place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
+    if not is_loopback(place.site):
+        await in_thread(look_up, place.site)
+    connection = await dial_server(runtime, place, args.tls(args.ca) if scheme == 'https' else None,
+                                   '', REACHED_WITHIN)
+    response = await send_request(connection, authority(scheme, host, port), path or '/')
+    hop, status, who = response.find(b'localtunnel-failed'), response.status, front_of(response)[0]
+    if hop:
+        text = (await read_answer(connection, response)).decode('latin-1').strip()
+        hop = hop if hop in LOOK_AT else 'relay'
+        yield (False, f'the {hop} says {text[:MAX_TEXT]}',
+               LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
+    elif status in PROXY_FAILED:
+        yield (False, f'{status} comes from {who or "a proxy"} in front, or from the app: this '
+               'page is not ours', 'run doctor on the server, and see the log of the app')
+    elif status >= 400:
+        yield (False, f'{status} comes from the app' + (who and f', or from {who} in front'),
+               'see the log of the app, and of the client')
+    else:
+        yield True, f'{status}, which is none of our error pages', ''
+    connection.abort()
 
-    async def connect(self) -> AsyncIterator[Verdict]:
-        site, began = self._place.site, time.monotonic()
-        if not is_loopback(site):
-            await in_thread(look_up, site)
-        self._connection = await dial_server(
-            self._runtime, self._place, self._tls, '', REACHED_WITHIN)
-        yield True, f'{self._connection.peer} answers in {since(began)}', ''
 
-    async def answer(self) -> AsyncIterator[Verdict]:
-        connection = self._connection
-        response = await send_request(connection, self.where.partition('://')[2], self._path or '/')
-        hop, status = response.find(b'localtunnel-failed'), response.status
-        who, cure = front_of(response)
-        if hop:
-            text = (await read_answer(connection, response)).decode('latin-1').strip()
-            hop = hop if hop in LOOK_AT else 'relay'
-            yield (False, f'the {hop} says {text[:MAX_TEXT]}',
-                   LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
-        elif status in PROXY_FAILED:
-            yield (False, f'{status} comes from {who or "a proxy"} in front, or from the app: this '
-                   'page is not ours', 'run doctor on the server, and see the log of the app')
-        elif status >= 400:
-            yield (False, f'{status} comes from the app' + (who and f', or from {who} in front'),
-                   'see the log of the app, and of the client')
-        else:
-            yield True, f'{status}, which is none of our error pages', ''
-        connection.abort()
-
+# On a server's machine.
 
 class Caller(Probe):
     """Requests from another process than the server's: any localtunnel server is taken for it."""
@@ -9419,9 +9396,9 @@ class Premises:
         """Raises UsageError."""
         self._args, self._runtime, self._folder = args, runtime, state_folder(args.state)
         served: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError), open(
+        with contextlib.suppress(OSError, ValueError, TypeError), open(
                 os.path.join(self._folder, 'server.json'), encoding='ascii') as f:
-            served = json.load(f)           # as it is written for `invite`
+            served = dict(json.load(f))     # as it is written for `invite`
         self._files = [str(path) for path in served.get('files', ())
                        if os.path.basename(path) != MEMBERS or os.path.exists(path)]
         self._pin = str(served.get('pin', ''))
@@ -9433,16 +9410,20 @@ class Premises:
         usual = {**USUAL_PORTS, at.scheme: at.port}
         self._port, self._tls_port = args.port or usual['http'], args.tls_port or usual['https']
         self._ports = {80: False, self._port: False, self._tls_port: True}
-        self._here = ['127.0.0.1'] if is_loopback(self._domain) else outward_addresses()
+        self._here = ['127.0.0.1'] if is_loopback(self._domain) else (
+            outward_addresses() or ['127.0.0.1'])
         self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
         self._reached: tuple[str, int, bool] | None = None  # where it answers last; True: by TLS
         self._delegated = f'_acme-challenge.{self._domain}'
-        self._acme = os.path.exists(os.path.join(self._folder, 'acme.json'))
-        self.checks: Sequence[Row] = (
-            ('state', self.state, False), ('descriptors', self.descriptors, False),
-            ('clock', self.clock, False), (f'port {self._port}', self.http_port, False),
-            (f'port {self._tls_port}', self.tls_port, False),
-            (f'port {args.dns_port}', self.dns_port, False), ('server', self.server, False))
+        self._acme = not is_address(self._domain) and bool(
+            glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
+        self.checks: Sequence[Check] = (self.state, self.descriptors, self.clock, self.http_port,
+                                        self.tls_port, self.dns_port, self.server)
+
+    def no_matter(self) -> str:
+        """Why it is not looked at what an authority asks for."""
+        return 'not looked at: ' + ('name a --resolver' if self._acme else
+                                    'it matters only to --acme with a domain')
 
     # The machine.
 
@@ -9504,7 +9485,7 @@ class Premises:
             who = '' if answers else await in_thread(who_listens, address, port)
             if answers:
                 self._reached = address, port, tls
-                yield True, f'this server answers at {address}', ''
+                yield True, f'this server answers at port {port} of {address}', ''
             elif answers is False:
                 yield (False, f'{who or "another program"} has port {port} of {address}',
                        f'end it, or give the server another port with --{"tls-" * tls}port')
@@ -9512,16 +9493,16 @@ class Premises:
                 yield (False, f'port {port} answers on this machine alone, and not at {address}',
                        'let the server listen there, with --bind')
             else:
-                yield None, f'nobody listens at {address}', ''
+                yield None, f'nobody listens at port {port} of {address}', ''
 
     async def dns_port(self) -> AsyncIterator[Verdict]:
         port = self._args.dns_port
         if not self._acme:
-            yield None, 'not looked at: without --acme nobody asks this server for records', ''
+            yield None, self.no_matter(), ''
             return
         for address in self._here:
             if await ask_dns((address, port), self._delegated, TYPE_SOA):
-                yield True, f'this server answers at {address}', ''
+                yield True, f'this server answers at port {port} of {address}', ''
                 continue
             who = await in_thread(who_listens, address, port)
             yield (False, f'{who} has port {port} of {address}' if who else
@@ -9556,9 +9537,7 @@ class Domain(Premises):
     def __init__(self, args: Args, runtime: Runtime) -> None:
         super().__init__(args, runtime)
         self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
-        self.checks = (*self.checks, ('dns', self.dns, False), ('zone', self.zone, False),
-                       ('ns', self.ns, False), ('caa', self.caa, False),
-                       ('certificate', self.certificate, False))
+        self.checks = (*self.checks, self.dns, self.zone, self.ns, self.caa, self.certificate)
 
     async def _ask(self, name: str, kind: int) -> list[bytes] | None:
         return await ask_dns(self._resolver, name, kind) if self._resolver else None
@@ -9612,8 +9591,8 @@ class Domain(Premises):
                            'changed, and the old one is still remembered elsewhere', '')
 
     async def ns(self) -> AsyncIterator[Verdict]:
-        if not self._acme:
-            yield None, 'not looked at: without --acme it is not needed', ''
+        if not (self._acme and self._resolver):
+            yield None, self.no_matter(), ''
             return
         found = await self._ask(self._delegated, TYPE_NS)
         record = f'name {self._delegated}, type NS, value {self._domain}.'
@@ -9627,8 +9606,8 @@ class Domain(Premises):
                    'https for names below it', f'add a DNS record: {record}')
 
     async def caa(self) -> AsyncIterator[Verdict]:
-        if not self._acme:
-            yield None, 'not looked at: without --acme it does not matter here', ''
+        if not (self._acme and self._resolver):
+            yield None, self.no_matter(), ''
             return
         name, records = self._domain, []        # type: str, list[bytes]
         while name and not records:
@@ -9666,6 +9645,8 @@ class Domain(Premises):
             yield (True, f'for {", ".join(names[:3])}, signed by an authority, with '
                    f'{(until - time.time()) / DAY:.0f} days left', '')
 
+
+# The command, and the annex of both rooms.
 
 DOCTOR_EPILOG = """It looks beside a client at the way to its server and at what passes;
 with --domain or --state at the server on this machine; with URL at what
@@ -9743,27 +9724,26 @@ class Doctor(Annex):
 
     async def examine(self, args: Args) -> int:
         """The same, in the loop that runs."""
-        runtime, report, welcome = Runtime(asyncio.get_running_loop()), Report(args), Welcome()
+        runtime, report = Runtime(asyncio.get_running_loop()), Report(args)
         try:
             if args.url:
-                answer = Answer(args, runtime)
-                await report.run(answer.checks, answer.where)
+                await report.hear('answer', answer(args, runtime), args.url)
                 return report.end()
             made = None if args.domain or args.state else args.as_client(
                 argparse.Namespace(**{**vars(args), 'name': None}), runtime,
-                Target('doctor', text='doctor'), welcome)
+                Target('doctor', text='doctor'), ClientObserver())
             if made is None:
                 domain = Domain(args, runtime)
-                await report.run(domain.checks, domain.where)
+                await report.run(domain.checks, domain.where, [c.__name__ for c in domain.checks])
                 return report.end()
             known, app, client = made
-            echo = Echo(runtime)
+            echo, way = Echo(runtime), Way(args, runtime, known, client)
             app.dialers['doctor'] = echo.dial
-            way = Way(args, runtime, known, client, welcome)
             try:
-                if await report.run(way.checks, way.where):
+                if await report.run(way.checks, way.where, ['clock', 'name']):
                     passage = Passage(runtime, way, echo, functools.partial(args.tls, known.ca))
-                    await report.run(passage.checks, way.where)
+                    await report.run(passage.checks, way.where, [
+                        'upload', 'download', 'streaming', 'websocket', 'headers'])
             finally:
                 await way.close()
                 app.close()
@@ -10940,7 +10920,7 @@ article { overflow: auto; padding: 1rem 1.5rem 4rem; display: grid; gap: .9rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 42rem), 1fr)); align-content: start; }
 article > :not(section) { grid-column: 1 / -1; } img { max-width: 100%; background: #fff; }
 section { display: grid; grid: auto / 100%; gap: .5rem; align-content: start; }
-section .box { max-height: 75vh; overflow: auto; } .tree details > div { padding-left: 1.2em; }
+section .box { max-height: 75vh; overflow: auto; } .tree div div { padding-left: 1.2em; }
 table { border-collapse: collapse; width: 100%; table-layout: fixed; } iframe { width: 100%; }
 td { padding: .1rem .8rem .1rem 0; vertical-align: top; } td:first-child { width: 30%; }
 dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; margin: auto;
@@ -11144,8 +11124,7 @@ function jsonTree(value, name, depth = 0) {
 }
 function xmlTree(node, depth = 0) {
   if (node.nodeType !== 1) return make('div', node.nodeValue.trim());
-  const name = node instanceof HTMLElement ? node.localName : node.nodeName;
-  const words = [name, ...Array.from(node.attributes, a => `${a.name}="${a.value}"`)];
+  const words = [node.nodeName, ...Array.from(node.attributes, a => `${a.name}="${a.value}"`)];
   const label = make('b', `<${words.join(' ')}>`);
   const inside = [...node.childNodes].filter(one => one.nodeValue?.trim() !== '');
   return !node.childElementCount ? make('div', label, node.textContent.trim())
