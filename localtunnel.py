@@ -8809,6 +8809,7 @@ def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
 # ------------------------------------------------------------------------------------------------
 
 CHECK_WITHIN, ALL_WITHIN = 10.0, 55.0   # for one check, and for all
+MOST_SAID = 4 * MAX_TEXT        # characters: names in a certificate may be many, and long
 CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signatures allow 300
 FEW_DESCRIPTORS = 4096          # each request that is under way takes two
 SAMPLE = 512 * KIB              # bytes that go up and down: 5 s at 1 Mbit/s
@@ -8866,7 +8867,7 @@ class Report:
 
     def tell(self, check: str, ok: bool | None, text: str, cure: str = '') -> None:
         """Tell one verdict of CHECK."""
-        text, cure = printable(text), printable(cure)
+        text, cure = printable(text)[:MOST_SAID], printable(cure)[:MOST_SAID]
         whole = text + (cure and f'; {cure}')
         if ok is False and not self._first:
             self._first = f'{check}: {whole}'
@@ -9052,7 +9053,8 @@ class Way:
         for client, running in self._running:
             running.cancel()
             await asyncio.wait({running})
-            await client.stop()
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(client.stop(), LINGER)
 
     async def server(self) -> AsyncIterator[Verdict]:
         yield True, f'{self.where} ({self._known.source})', ''

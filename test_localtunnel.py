@@ -6540,6 +6540,15 @@ class DoctorTest(Doctored):
         await self.finds('proxy', 'the proxy 127.0.0.1 did not connect.*see HTTPS_PROXY',
                          '--server', 'http://t.example.com')
 
+    async def test_a_proxy_leads_out_and_all_of_it_goes_through(self):
+        await self.world(domain='t.example')
+        self.hosts()
+        os.environ['ALL_PROXY'] = 'http://' + await OutgoingProxyTest.proxy(self)
+        await self.finds('', '', '--server', f'http://t.example:{self.port}')
+        self.assertIn('the one in the environment connects', self.said[1]['text'])
+        self.assertIn(f't.example:{self.port}', self.connects)
+        self.assertEqual(len(set(self.connects)), 2)        # and the name of the tunnel
+
     async def test_the_certificate_of_a_server(self):
         await self.world()
         self.hosts(t_example_com='127.0.0.1', localhost='127.0.0.1')
