@@ -1,4 +1,4 @@
-"""Fuzzes what reads bytes from strangers: the frame decoder, the heads, the chunked body.
+"""Fuzzes what reads bytes from strangers: frames, heads, chunked bodies, DNS.
 
     python3 .ci/fuzz.py [SECONDS] [SEED]
 
@@ -91,6 +91,19 @@ extension = st.sampled_from([b'', b'', b';a', b' ; a="b"', b';' * 50])
 chunk = st.tuples(st.binary(min_size=1, max_size=40), extension)
 trailers = st.lists(st.sampled_from([b'A: b\r\n', b'Digest: x\r\n', b'a:\r\n']),
                     max_size=3).map(b''.join)
+
+SHORT = lt.SIZE_BEFORE
+zone = lt.Zone('t.example')
+zone.texts |= {'a' * 43, 'b' * 43}
+names = st.sampled_from([lt.encode_name(name) for name in (
+    zone.name, zone.name.upper(), f'x.{zone.name}', 't.example', 'x' * 63, 'a.' * 126)]) | st.just(
+        b'\0') | st.just(b'\xc0\x0c') | st.binary(max_size=9)
+numbers = st.sampled_from([0, 1, 2, 5, 6, 16, 28, 41, 255, 257, 512, 0x8000, 0x0100, 0xffff])
+fields = st.lists(numbers, max_size=6).map(lambda some: b''.join(map(SHORT.pack, some)))
+header = st.builds(lt.DNS_HEADER.pack, numbers, st.sampled_from([0, 0x0100, 0x8180, 0x2800]),
+                   *[st.sampled_from([0, 1, 1, 2])] * 4)
+packets = st.builds(bytes.__add__, header, st.lists(st.builds(
+    bytes.__add__, names, fields), max_size=4).map(b''.join))
 
 
 # Properties.
@@ -215,10 +228,36 @@ def chunk_reader(data, sizes):
     assert chunked(pieces(data, sizes)) == chunked([data])
 
 
+@given(damaged(packets) | packets | st.binary(max_size=99), st.sampled_from([512, 65535]))
+def zone_answers(packet, most):
+    """Nothing, or a whole answer to this very question, of which no byte is too much."""
+    answer = zone.answer(packet, most)
+    if answer:
+        id, flags, *counts = lt.DNS_HEADER.unpack_from(answer)
+        labels, at = lt.read_labels(packet, lt.DNS_HEADER.size)
+        assert SHORT.pack(id) == packet[:2] and flags & lt.IS_ANSWER and counts[0] == 1
+        assert answer[12:at + 4] == packet[12:at + 4] and len(answer) <= max(most, 1232)
+        at += 4
+        for _ in range(sum(counts[1:])):
+            at = lt.skip_name(answer, at)
+            at += lt.DNS_RECORD.size + lt.DNS_RECORD.unpack_from(answer, at)[3]
+        assert at == len(answer)
+
+
+@given(damaged(packets) | packets | packets.map(lambda asked: zone.answer(asked)), numbers)
+def records_of_others(packet, kind):
+    """What a resolver says is read, or is not an answer."""
+    try:
+        lt.caa_terms(lt.read_records(packet, kind), 't.example')
+    except (IndexError, lt.struct.error):
+        pass
+
+
 quiet = settings(max_examples=EXAMPLES, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck))
 PROPERTIES = [quiet(check) for check in (
-    frame_decoder, request_head, response_head, parsers_alone, chunks_arrive, chunk_reader)]
+    frame_decoder, request_head, response_head, parsers_alone, chunks_arrive, chunk_reader,
+    zone_answers, records_of_others)]
 
 
 # Memory.
