@@ -6081,7 +6081,7 @@ class NameServer:
             lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
         try:
             self._open[host] = [transport, await asyncio.start_server(
-                self._serve, host, port, reuse_port=beside)]
+                self._came, host, port, reuse_port=beside)]
         except OSError:
             transport.close()
             raise
@@ -6107,9 +6107,12 @@ class NameServer:
         if answer:
             transport.sendto(answer, sender)
 
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task: Any = asyncio.current_task()
+    def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = self._runtime.spawn(self._serve(reader, writer))
         self._serving.add(task)
+        task.add_done_callback(self._serving.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             while len(self._serving) <= DNS_CONNECTIONS:
                 size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
@@ -6123,7 +6126,6 @@ class NameServer:
         except (OSError, EOFError, asyncio.TimeoutError):
             pass                # they left, or take too long
         finally:
-            self._serving.discard(task)
             writer.close()
 
 
@@ -6212,7 +6214,7 @@ async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes
     got: asyncio.Future[bytes] = loop.create_future()
 
     def answered(data: bytes, _: Any, __: Any) -> None:
-        if not got.done() and (not data or data[:2] == packet[:2]):
+        if not got.done() and (not data or data[:2] == packet[:2] and data[2:3] >= b'\x80'):
             got.set_result(data)
     try:
         transport, _ = await loop.create_datagram_endpoint(
@@ -7651,7 +7653,7 @@ class Outside:
         """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
         name, records = self._domain, []        # type: str, list[bytes]
         while name and not records and not is_address(self._domain):
-            records = await self._ask(name, TYPE_CAA)
+            records = [data for data in await self._ask(name, TYPE_CAA) if len(data) > 2]
             name = name if records else name.partition('.')[2]
         for wanted in names:
             tag, values = caa_terms(records, wanted)
@@ -7705,7 +7707,7 @@ class Keeper:
     async def run(self) -> None:
         """Keep a certificate for as long as the server serves."""
         if self._again > time.time():
-            self._say('fails', f'{self._why}; {self._next}')
+            self._say('fails', self._why, self._next)
         while True:
             pause = await self._look()
             with contextlib.suppress(asyncio.TimeoutError):
@@ -7795,8 +7797,7 @@ class Keeper:
         if not errors:
             return self._say('fails', '')
         server.counters['certificate_failures'] += 1
-        same = self._said.get('fails', '').startswith(self._why)
-        self._say('fails', f'{self._why}; {self._next}', f'the same again; {self._next}' * same)
+        self._say('fails', self._why, self._next)
         if self._args.notify:
             begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
             await self._notify({'event': 'certificate', 'domain': self._all[0],
@@ -7818,16 +7819,18 @@ class Keeper:
 
     # What the operator reads.
 
-    def _say(self, about: str, text: str, instead: str = '') -> None:
-        """Tell the operator TEXT, or something INSTEAD; but not what he was told last ABOUT it."""
-        if text and text != self._said.get(about):
-            self._server.log.note(f'certificate: {printable(instead or text)[:2 * MAX_TEXT]}')
+    def _say(self, about: str, text: str, after: str = '') -> None:
+        """Tell the operator TEXT, and what comes AFTER it; the same ABOUT one thing only once."""
+        again = text == self._said.get(about)
         self._said[about] = text
+        if text and (after or not again):
+            self._server.log.note(('' if about == 'dns' else 'certificate: ') + printable(
+                'the same again' if again else text)[:2 * MAX_TEXT] + after)
 
     @property
     def _next(self) -> str:
         minutes = max(1, round((self._again - time.time()) / 60))
-        return f'trying again in {minutes} min, or at once on SIGHUP'
+        return f'; trying again in {minutes} min, or at once on SIGHUP'
 
     async def _tell(self, delegated: bool) -> None:
         """Say how far up the ladder this server is, and what the next rung needs."""

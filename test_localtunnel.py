@@ -4433,6 +4433,91 @@ class ZoneTest(unittest.TestCase):
                     self.assertEqual((bool(flags & 0x200), found), (cut, 0 if cut else 4))
 
 
+class NameServerTest(LoopTest):
+    """The same by UDP and TCP, and what is too much."""
+
+    async def serving(self, host='127.0.0.1'):
+        """A NameServer at HOST, and its address."""
+        with lt.bind(host, 0)[0] as sock:
+            place = host, sock.getsockname()[1]
+        names = lt.NameServer(self.runtime, lt.Zone('t.example'))
+        names.zone.texts.add('a proof')
+        self.stack.push_async_callback(names.close)
+        await names.listen(*place)
+        return names, place
+
+    asked = ZoneTest.question('_acme-challenge.t.example', 16)
+
+    async def test_a_proof_is_found_by_both_families(self):
+        for host in ('127.0.0.1', *['::1'] * socket.has_ipv6):
+            with self.subTest(host):
+                _, place = await self.serving(host)
+                self.assertEqual(await lt.ask_dns(place, '_acme-challenge.t.example', 16),
+                                 [b'\7a proof'])
+                self.assertEqual(await lt.ask_dns(place, '_acme-challenge.t.example', 1), [])
+                self.assertIsNone(await lt.ask_dns(place, 't.example', 1))      # refused
+
+    async def test_what_does_not_fit_is_asked_again_by_tcp(self):
+        names, place = await self.serving()
+        names.zone.texts |= {c * 200 for c in 'abcd'}
+        found = await lt.ask_dns(place, '_acme-challenge.t.example', 16)
+        self.assertEqual(len(found), 5)
+
+    async def test_over_tcp_questions_follow_each_other_and_malformed_ones_end_it(self):
+        _, place = await self.serving()
+        peer = await self.raw(*place)
+        size = struct.pack('>H', len(self.asked))
+        for whole in size + self.asked, (size + self.asked) * 2:
+            for i in range(0, len(whole), 7):
+                peer.send(whole[i:i + 7])
+            for _ in range(len(whole) // len(size + self.asked)):
+                length, = struct.unpack('>H', await peer.reader.readexactly(2))
+                answer = await peer.reader.readexactly(length)
+                self.assertEqual(lt.read_records(answer, 16), [b'\7a proof'])
+        peer.send(b'\0\3abc')
+        self.assertEqual(await peer.reader.read(), b'')
+
+    async def test_over_tcp_there_are_a_deadline_and_a_bound(self):
+        with self.constant(DNS_CONNECTIONS=2, DNS_PATIENCE=0.05):
+            _, place = await self.serving()
+            slow = [await self.raw(*place) for _ in range(3)]
+            slow[0].send(b'\1')
+            for peer in slow:
+                self.assertEqual(await peer.reader.read(), b'')
+
+    async def test_the_rate_of_answers_is_bounded(self):
+        with self.constant(DNS_RATE=0.0, DNS_BURST=3.0):
+            names, place = await self.serving()
+            answers = [names._answer(self.asked, 512) for _ in range(5)]
+            self.assertEqual([bool(answer) for answer in answers], [True] * 3 + [False] * 2)
+
+    async def test_who_is_asked_may_be_silent_lie_or_be_away(self):
+        for answer in (b'', b'xx', self.asked, b'\0' * 12, b'xx\x80\0\0\0\0\1' + b'\0' * 4,
+                       b'xx\x82\0' + b'\0' * 8, None):
+            with self.subTest(answer):
+                def got(packet, sender, transport, answer=answer):
+                    if answer is not None:
+                        transport.sendto(packet[:2] + answer[2:], sender)
+                there, _ = await self.loop.create_datagram_endpoint(
+                    lambda got=got: lt.Datagrams(got), ('127.0.0.1', 0))
+                with contextlib.closing(there), self.constant(DNS_PATIENCE=0.06):
+                    place = there.get_extra_info('sockname')
+                    self.assertFalse(await lt.ask_dns(place, 't.example', 1))
+        self.assertIsNone(await lt.ask_dns(place, 't.example', 1))      # nobody is there any more
+
+    @unittest.skipUnless(sys.platform == 'linux', 'other systems have one address of loopback')
+    async def test_a_resolver_of_this_machine_is_no_obstacle(self):
+        names, place = await self.serving()
+        await names.close()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as stub:
+            stub.bind(('127.0.0.53', place[1]))
+            names = lt.NameServer(self.runtime, names.zone)
+            self.stack.push_async_callback(names.close)
+            await names.listen(*place)
+            self.assertEqual(await lt.ask_dns(place, names.zone.name, 16), [b'\7a proof'])
+            with self.assertRaises(OSError):
+                await names.listen('127.0.0.53', place[1])
+
 
 # ------------------------------------------------------------------------------------------------
 # 17. Raw TCP
@@ -5289,6 +5374,7 @@ class AcmeTest(FolderTest, WorldTest):
     """A server with --acme in this process, and what the world knows of t.example."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'LOOK_SOON': 0.02, 'LEAST_PAUSE': 0.01, 'POLL_FIRST': 0.01,
                  'NONCE_TRIES': 50}
+    SECONDS = 3 * PATIENCE          # other programs are at work, too
     where, resolver, http, directory = '127.0.0.1', 0, 0, ''
 
     def setUp(self):
@@ -5699,8 +5785,7 @@ class MadeUpTest(AcmeTest):
     async def test_without_advice_it_is_renewed_at_a_third_of_its_life_or_half_of_a_short_one(self):
         for days, before, after in ((90, 59, 61), (6, 2.9, 3.1)):
             with self.subTest(days):
-                self.authority.days, self.server = days, None
-                self.authority.orders = 0
+                self.authority.days, self.authority.orders = days, 0
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(self.path('acme-certificate.pem'))
                 keeper = await self.keeper()
@@ -5782,6 +5867,174 @@ class MadeUpTest(AcmeTest):
         self.authority.says = {}
         await keeper._look()
         self.assertRegex(self.last(), 'https works')
+
+
+class OutsideTest(AcmeTest):
+    """What is looked at before an authority is asked, and what the operator reads of it."""
+    directory = 'https://localhost:1/'
+
+    async def test_the_record_that_is_missing_or_wrong_is_named(self):
+        record = 'name _acme-challenge.t, type NS, value t.example.com.'
+        zone = '_acme-challenge.t.example.com'
+        for what, records, faults, said in (
+                ('none', {}, {}, f'you add a DNS record: {record}'),
+                ('elsewhere', {(zone, 2): [lt.encode_name('ns.example')]}, {},
+                 f'you change the DNS record that leads elsewhere: {record}'),
+                ('nobody answers', {}, {zone: 2},
+                 f'questions for {zone} get an answer: let them through to port 53 of this '
+                 f'machine, by UDP and TCP, and check this DNS record: {record}'),
+                ('a zone of its own', {('t.example.com', 6): [b'soa']}, {},
+                 'you add a DNS record: name _acme-challenge, type NS, value t.example.com.')):
+            with self.subTest(what):
+                self.dns.records, self.dns.faults = records, faults
+                outside = (await self.keeper(domain='t.example.com'))._outside
+                self.assertEqual(await outside.missing(), said)
+                self.assertFalse(await outside.is_delegated())
+                self.assertEqual(outside.zone.texts, set())
+
+    async def test_why_visitors_do_not_arrive_is_said(self):
+        await self.world(domain='t.example')
+        elsewhere = await self.serves(App(OK).serve)
+        for what, address, port, said in (
+                ('no address', None, self.port, 't.example has no address; add a DNS record: name '
+                 '@, type A, value '),
+                ('nobody', '127.0.0.1', 1, 'at 127.0.0.1 does not arrive here .nothing is '
+                 'listening on 127.0.0.1.; point the DNS record at this machine, and let port 80'),
+                ('others', '127.0.0.1', elsewhere[1], 'arrive here .another server answers.; ')):
+            with self.subTest(what):
+                self.dns.records = {('t.example', 6): [b'soa'], ('t.example', 1): [
+                    socket.inet_aton(address) for address in [address] if address]}
+                outside = (await self.keeper(domain='t.example'))._outside
+                outside._port = port
+                with self.assertRaisesRegex(lt.AcmeError, said):
+                    await outside.reach()
+                self.assertEqual(self.server.everywhere, {})
+        self.dns.faults['t.example'] = 2
+        self.dns.records.clear()
+        self.assertIsNone(await lt.ask_dns(('127.0.0.1', self.resolver), 't.example', 1))
+        with self.assertRaisesRegex(lt.AcmeError, 'resolver does not say where .* --resolver'):
+            await outside.reach()
+
+    async def test_caa_records_let_us_or_not(self):
+        outside = (await self.keeper(domain='t.example'))._outside
+        authority = lt.Authority(self.runtime, 'https://ca.example/', None, '')
+        authority.directory = {'meta': {'caaIdentities': ['ca.example']}}
+        authority.account = 'https://ca.example/me'
+        for where, values, method, both, domain in (
+                ('t.example', (), 'dns-01', True, True),
+                ('t.example', ('issue ca.example',), 'dns-01', True, True),
+                ('example', ('issue ca.example',), 'dns-01', True, True),
+                ('example', ('issue other.example',), 'dns-01', False, False),
+                ('t.example', ('issue other.example', 'issue ca.example'), 'dns-01', True, True),
+                ('t.example', ('issue ca.example', 'issuewild ;'), 'dns-01', False, True),
+                ('t.example', ('issue ;', 'issuewild ca.example'), 'dns-01', False, False),
+                ('t.example', ('issuewild other.example',), 'dns-01', False, True),
+                ('t.example', ('iodef mailto:x@y.example',), 'dns-01', True, True),
+                ('t.example', ('issue ca.example; validationmethods=http-01',), 'dns-01', False,
+                 False),
+                ('t.example', ('issue ca.example; validationmethods = http-01, dns-01',),
+                 'dns-01', True, True),
+                ('t.example', ('issue ca.example; accounturi=https://ca.example/me',), 'http-01',
+                 True, True),
+                ('t.example', ('issue ca.example; accounturi=https://ca.example/you',), 'http-01',
+                 False, False),
+                ('t.example', ('ISSUE ca.example',), 'http-01', True, True)):
+            self.dns.records = {(where, 257): [
+                bytes([0, len(tag)]) + tag.encode() + value.encode()
+                for tag, _, value in (text.partition(' ') for text in values)]}
+            for names, fine in ((['t.example', '*.t.example'], both), (['t.example'], domain)):
+                with self.subTest(values, names=names):
+                    if fine:
+                        await outside.check_caa(authority, names, method)
+                        continue
+                    with self.assertRaisesRegex(lt.AcmeError, (
+                            f'^CAA records of {where} do not let https://ca.example/ issue for '
+                            rf'\S*t\.example .issue.*; change them, or choose another')):
+                        await outside.check_caa(authority, names, method)
+
+    async def test_what_is_wrong_is_told_once_and_to_a_url(self):
+        told = []
+
+        async def hook(reader, writer):
+            head = await reader.readuntil(b'\r\n\r\n')
+            told.append(json.loads(await body_of(head, reader)))
+            writer.write(ok(b''))
+            writer.close()
+        port = (await self.serves(hook))[1]
+        keeper = await self.keeper('--notify', f'http://localhost:{port}/hook?a=b')
+        with self.constant(BACKOFF=[0.0]):
+            await keeper._look()
+            await keeper._look()
+        self.assertEqual(told[0], {
+            'event': 'certificate', 'domain': '127.0.0.1', 'expires': 0.0, 'urgent': True,
+            'problem': 'nothing is listening on https://localhost:1/'})
+        self.assertEqual(len(told), 2)
+        self.assertEqual([line for line in self.notes() if 'asking' not in line], [
+            'certificate: nothing is listening on https://localhost:1/; trying again in 1 min, or '
+            'at once on SIGHUP',
+            'certificate: the same again; trying again in 1 min, or at once on SIGHUP'])
+        self.assertEqual(self.server.counters['certificate_failures'], 2)
+
+    async def test_damaged_files_and_a_full_disk_are_survived(self):
+        self.write('acme-certificate.pem', 'x')
+        self.write('acme.json', '[')
+        self.directory = (await MadeUp(self.folder).listen(self)).url + '/'
+        keeper = await self.keeper()
+        self.assertRegex(self.notes()[-1], "^warning: can't use the certificate .*; we get another")
+        full, write = OSError(28, 'No space left on device', 'the disk'), lt.write_secret
+
+        def write_some(path, data):
+            if '.new' in path:
+                raise full
+            write(path, data)
+        with unittest.mock.patch.object(lt, 'write_secret', write_some):
+            await keeper._look()
+        self.assertRegex(self.notes()[-1], "can't write the disk: No space left on device; trying")
+        self.write('acme.json', json.dumps({'failures': 9, 'why': 'it rained', 'again': 1e300,
+                                            'failed': [1e300, 5]}))
+        keeper = await self.keeper()
+        with unittest.mock.patch.object(lt, 'time', Later(8 * lt.DAY)):
+            await keeper._look()
+        self.assertRegex(self.notes()[-1], 'https works for 127.0.0.1')
+
+    async def test_without_the_openssl_program_it_is_named(self):
+        self.directory = (await MadeUp(self.folder).listen(self)).url + '/'
+        keeper = await self.keeper()
+        with unittest.mock.patch.dict(os.environ, PATH=self.folder):
+            await keeper._look()
+        self.assertRegex(self.notes()[-1], "openssl program can't be started .*; install it, since")
+
+    async def test_a_port_53_that_is_taken_is_the_loudest_line(self):
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+            other.bind(('127.0.0.1', self.dns_port))
+            keeper = await self.keeper(domain='t.example')
+            await keeper._look()
+            self.assertEqual(self.notes()[0], (
+                f"ERROR: DNS can't be answered on port {self.dns_port} of 127.0.0.1 (Address "
+                'already in use); stop what listens there, or name an address of this machine '
+                'with --dns-bind; until then there is no https for names'))
+        await keeper._look()        # now it can be
+        place = '127.0.0.1', self.dns_port
+        self.assertEqual(await lt.ask_dns(place, '_acme-challenge.t.example', 16), [])
+
+    async def test_what_is_typed_wrong_is_said_at_once(self):
+        await self.world()
+        for options, said in (
+                (['--acme', 'me'], 'you@example.com'),
+                (['--acme-directory', 'http://ca.example/'], 'https://acme.example.com/directory'),
+                (['--acme-directory', 'ca.example'], 'https://acme.example.com/directory'),
+                (['--notify', 'ftp://x'], 'https://example.com/hook'),
+                (['--acme-ca', self.path('none')], "can't use .*none: No such file"),
+                (['--acme-ca', self.write('x.pem', 'x')], 'no certificate in PEM form'),
+                (['--acme-eab', 'kid'], 'KID:HMAC'), (['--resolver', 'dns.example'], '9.9.9.9'),
+                (['--domain', 'localhost'], '--domain with a name or an address on the internet')):
+            with self.subTest(options), self.assertRaisesRegex(lt.UsageError, said):
+                await self.annex.at_server(self.args(*options), self.server)
+        with unittest.mock.patch.object(lt, 'system_resolver', lambda: None):
+            args = self.args()
+            args.resolver = None
+            with self.assertRaisesRegex(lt.UsageError, '--resolver ADDRESS'):
+                await self.annex.at_server(args, self.server)
 
 
 # ------------------------------------------------------------------------------------------------
