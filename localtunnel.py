@@ -7971,6 +7971,9 @@ class Acme(Annex):
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.acme:
+            for name in 'acme_directory', 'acme_ca', 'acme_profile', 'acme_eab', 'notify':
+                if getattr(args, name):
+                    raise UsageError(f'--{name.replace("_", "-")} needs --acme EMAIL; add it')
             return
         if is_loopback(args.domain) and not is_address(args.domain):
             raise UsageError('--acme needs --domain with a name or an address on the internet')
@@ -13450,7 +13453,7 @@ process, SIGTERM and SIGINT finish open requests, the second one stops at once
 
 examples:
   localtunnel.py server            a trial on this machine
-  localtunnel.py server --domain t.example.com --cert chain.pem --key key.pem
+  localtunnel.py server --domain t.example.com --acme you@example.com
   localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
@@ -14366,7 +14369,7 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
         visitors = 'http://' + authority('http', args.domain, port)
     if not is_loopback(args.domain) and visitors.startswith('http://') and (not tls or pin):
         log.note(f'HTTP ONLY: {args.domain} has no certificate, so Stripe, Slack and browser '
-                 'features that need https will not work; add --cert and --key'
+                 'features that need https will not work; add --acme EMAIL, or --cert and --key'
                  + ('. Clients connect over TLS all the same, checked by a pin' if pin else ''))
     ports = f'ports {port} and {tls.port}' if tls and tls.port else f'port {port}'
     log.note(f'listening on {ports}; tunnels will appear at '
