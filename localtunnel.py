@@ -4055,8 +4055,8 @@ class Admission:
                 self._counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired; '
                           'ask its operator for a new code, for --join' if token else
-                          'the server needs a token; ask its operator for a code for --join, or '
-                          'set LOCALTUNNEL_TOKEN')
+                          'the server needs a token; ask its operator for a code, for --join '
+                          'or LOCALTUNNEL_JOIN')
         return grant
 
     async def _release(self, asked: Candidate) -> None:
@@ -5079,8 +5079,8 @@ class ClientObserver(Observer):
     def pending(self, exchange: Record, status: int) -> None:
         """EXCHANGE takes long: more than SLOW, or an upgrade.  STATUS is 0 without an answer."""
 
-    def back(self) -> None:
-        """Visitors can come again."""
+    def back(self, url: str) -> None:
+        """Visitors can come again, to URL."""
 
     def lost(self, why: str, seconds: float) -> None:
         """The server can't be reached; the next attempt is in SECONDS."""
@@ -5581,10 +5581,10 @@ class Client:
             session, count = self._new_session(), 0
         session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
-        if self.url:
-            self._observer.back()
+        before, self.url = self.url, printable(str(welcome.get('url', self.url))[:MAX_TEXT])
+        if before:
+            self._observer.back(self.url)       # which is https now if a certificate has come
         else:
-            self.url = printable(str(welcome.get('url'))[:MAX_TEXT])
             self.welcomed.set()
             self._observer.ready(self.url, printable(str(welcome.get('user', ''))[:MAX_TEXT]),
                                  round_trip)
@@ -9845,7 +9845,7 @@ class LandingPage(Annex):
 
 SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
 SEEN = 'seen.json'              # {digest of a token: Unix seconds}
-SEEN_EVERY = 60.0               # between its changes: a crash loses no more
+SEEN_EVERY = 15.0               # between its changes: a crash loses no more
 READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a file has changed
 USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
 NOT_USERS = {'list': '--list', 'ls': '--list', 'show': '--list', 'revoke': '--revoke',
@@ -13046,10 +13046,12 @@ class Terminal(ClientObserver):
         lost, self._lost = self._lost, None
         return time.monotonic() - lost[0] if lost else 0.0
 
-    def back(self) -> None:
+    def back(self, url: str) -> None:
         seconds = self._found()
-        self._event('back')
-        say(self._paint('32', 'connected again', sys.stderr) + f' after {duration(seconds)}')
+        self._event('back', url=url)
+        say(self._paint('32', 'connected again', sys.stderr) + f' after {duration(seconds)}'
+            + (f', now at {url}' if url != self._url else ''))
+        self._url = url
 
     def pending(self, exchange: Record, status: int) -> None:
         if self._json:
@@ -13981,8 +13983,9 @@ class Life(ClientObserver):
             LOG.warning('%s; trying again', why)
         self._become('lost')
 
-    def back(self) -> None:
-        LOG.info('connected again')
+    def back(self, url: str) -> None:
+        self.url = url
+        LOG.info('connected again: %s', url)
         self._become('connected')
 
     def note(self, text: str, event: str = 'note', **facts: str) -> None:

@@ -9037,12 +9037,12 @@ class ScreenTest(unittest.TestCase):
         terminal = self.terminal(io.StringIO)
         for why in ('it broke', 'nobody', 'nobody', 'nobody'):
             terminal.lost(why, 1)
-        terminal.back()
+        terminal.back('https://x.t.example')
         terminal.lost('it broke', 0)
         lines = self.shown(terminal).splitlines()
         self.assertEqual(lines[:2] + lines[3:], ['it broke; trying again', 'nobody; trying again',
                                                  'it broke; trying again'])
-        self.assertIn('connected again', lines[2])
+        self.assertRegex(lines[2], 'connected again.* now at https://x.t.example')
 
     def test_json_has_a_time_in_each_event_and_nothing_else_on_stdout(self):
         terminal = self.terminal(io.StringIO, as_json=True, source='--server', allow=['::1/128'])
@@ -9054,7 +9054,7 @@ class ScreenTest(unittest.TestCase):
             terminal.exchange(self.record(why='cut'), 1)
             terminal.lost('broke', 2)
             terminal.lost('broke', 4)
-            terminal.back()
+            terminal.back('https://x.t.example')
             terminal.ended(1, 1, 1)
         events = [json.loads(line) for line in self.shown(terminal).splitlines()]
         self.assertEqual([event['event'] for event in events],
