@@ -7342,7 +7342,7 @@ class Authority:
     def __init__(self, runtime: Runtime, url: str, tls: ssl.SSLContext, key: str) -> None:
         """URL is that of its directory; KEY is the file of our account's key, or will be."""
         self.url = url
-        self.account = ''                       # its URL, once we are known
+        self.account = ''                       # our URL there, once we are known
         self.directory: dict[str, Any] = {}     # its URLs, once it was read
         self._runtime, self._tls, self._key = runtime, tls, key
         self._jwk: dict[str, str] = {}          # the account's public key
@@ -7365,6 +7365,7 @@ class Authority:
         wish: dict[str, Any] = {'termsOfServiceAgreed': True, 'contact': [f'mailto:{mail}']}
         if external:
             wish['externalAccountBinding'] = self._binding(external)
+        self.account = ''
         response, _ = await self._post(self.directory['newAccount'], wish)
         self.account = response.find(b'location')
 
@@ -7523,14 +7524,18 @@ class AcmeTls(Tls):
     def shows(self, host: str) -> bool:
         return self.names != [] and self._is_for(host)
 
-    def reload(self) -> str | None:
-        self.look_now.set()
+    def read(self) -> str | None:
+        """Show what is in the file, if there is one; return why it can't be shown."""
         try:
             if os.path.exists(self.path):
                 self.load(self.path)
         except UsageError as e:
-            return f'{e}; the old certificate stays'
+            return str(e)
         return None
+
+    def reload(self) -> str | None:
+        self.look_now.set()
+        return self.read()
 
 
 # What it needs, and its keeper.
@@ -7682,7 +7687,10 @@ class Keeper:
     def __init__(self, args: Args, server: Server, tls: AcmeTls, names: NameServer) -> None:
         self._args, self._server, self._tls, self._names = args, server, tls, names
         self._outside = Outside(args, server, names.zone)
-        self._trust = args.acme_ca or ssl.create_default_context()
+        trust = args.acme_ca or ssl.create_default_context()
+        self._authorities = [
+            Authority(server.runtime, url, trust, os.path.join(args.state, 'acme-account.key'))
+            for url in args.acme_directory or [LETS_ENCRYPT]]
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
         self._aim: list[str] = []                   # names for which we want a certificate now
         self._failures, self._why = 0, ''           # in a row, and of the last one
@@ -7690,17 +7698,13 @@ class Keeper:
         self._failed: list[float] = []              # when proofs failed
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
         self._said: dict[str, str] = {}             # to the operator last, by what it is about
+        self._path = os.path.join(args.state, 'acme.json')      # what survives a restart
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(
                 self._path, encoding='ascii') as f:
             kept = json.load(f)
             self._failed = [float(at) for at in kept['failed']]
             self._failures, self._why = int(kept['failures']), str(kept['why'])
             self._again = min(float(kept['again']), time.time() + LONGEST_WAIT)
-
-    @property
-    def _path(self) -> str:
-        """Where that is which survives a restart."""
-        return os.path.join(self._args.state, 'acme.json')
 
     # What is to be done, and when.
 
@@ -7772,9 +7776,8 @@ class Keeper:
         if time.time() > self._asked + LOOK:
             self._asked = time.time()
             with contextlib.suppress(Exception):        # it is asked again
-                authority = self._authority(self._directories[0])
-                await authority.learn()
-                window = await authority.window(renewal_id(self._shown()))
+                await self._authorities[0].learn()
+                window = await self._authorities[0].window(renewal_id(self._shown()))
                 self._window = random.uniform(*window) if window else 0.0
         life = ends - begins
         if self._window:        # but never at once, and over and over; and never too late
@@ -7880,9 +7883,9 @@ class Keeper:
     async def _ask(self, names: list[str], method: str,
                    publish: Callable[[str, str], None]) -> bytes:
         """Key and chain from the first authority, or the next where its rate is used up."""
-        for url in self._directories:
-            authority = self._authority(url)
-            self._server.log.note(f'certificate: asking {url} for {" and ".join(names)}')
+        for authority in self._authorities:
+            self._server.log.note(
+                f'certificate: asking {authority.url} for {" and ".join(names)}')
             try:
                 await authority.learn()
                 await authority.enter(self._args.acme, self._args.acme_eab or '')
@@ -7894,18 +7897,10 @@ class Keeper:
                 return await authority.obtain(
                     names, method, publish, self._profile(authority), old)
             except AcmeError as e:
-                if e.code != 'rateLimited' or url == self._directories[-1]:
+                if e.code != 'rateLimited' or authority is self._authorities[-1]:
                     raise
                 self._server.log.note(f'certificate: {printable(str(e))}')
         raise AssertionError('the last one returns or raises')
-
-    @property
-    def _directories(self) -> list[str]:
-        return self._args.acme_directory or [LETS_ENCRYPT]
-
-    def _authority(self, url: str) -> Authority:
-        return Authority(self._server.runtime, url, self._trust,
-                         os.path.join(self._args.state, 'acme-account.key'))
 
     def _profile(self, authority: Authority) -> str:
         """The kind of certificate to ask for.  Raises AcmeError."""
@@ -7958,8 +7953,8 @@ class Acme(Annex):
         add('--acme-ca', type=trusting, metavar='FILE',
             help='also trust this authority for the directory')
         add('--acme-profile', metavar='NAME', help='kind of certificate, of those it offers')
-        add('--acme-eab', type=text_like('[^:]+:[A-Za-z0-9_-]+=*', 'KID:HMAC'), metavar='KID:HMAC',
-            help='account that you have at the authority')
+        add('--acme-eab', metavar='KID:HMAC', help='account that you have at the authority',
+            type=text_like('[^:]+:([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2,3})?=*', 'KID:HMAC'))
         add('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
             help="whom to ask what the world sees (the system's)")
         add('--dns-port', type=port_number, default=53, metavar='PORT',
@@ -7983,11 +7978,9 @@ class Acme(Annex):
         sockets = server.doors.bind(args.bind, args.tls_port)
         server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
                              sockets[0].getsockname()[1])
-        if os.path.exists(server.tls.path):
-            try:
-                server.tls.load(server.tls.path)
-            except UsageError as e:
-                server.log.note(f'warning: {e}; we get another one')
+        why = server.tls.read()
+        if why:
+            server.log.note(f'warning: {why}; we get another one')
         for sock in sockets:
             await server.listen(sock, tls=True)
 
