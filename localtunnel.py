@@ -9370,9 +9370,10 @@ def who_listens(address: str, port: int) -> str:
 
 
 def process_of(folder: str) -> int:
-    """The server that runs with the state FOLDER; 0 for none.  Raises OSError, ImportError."""
-    import fcntl
-    with open(os.path.join(folder, 'lock'), 'rb') as f:
+    """The server that runs with the state FOLDER; 0 for none, and where that can't be known."""
+    with contextlib.suppress(ImportError, OSError, ValueError), open(
+            os.path.join(folder, 'lock'), 'rb') as f:
+        import fcntl
         try:
             fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -9402,21 +9403,21 @@ class Premises:
             served = dict(json.load(f))     # as it is written for `invite`
         self._files = [str(path) for path in served.get('files', ())
                        if os.path.basename(path) != MEMBERS or os.path.exists(path)]
-        self._pin = str(served.get('pin', ''))
+        self._process, self._pin = process_of(self._folder), str(served.get('pin', ''))
         if not (args.domain or served):
             raise UsageError('no server is known here; name one with --server URL or --join CODE, '
                              'or, on its own machine, with --domain DOMAIN or --state DIR')
         at = ServerAddress(str(served.get('address') or args.domain))
-        self.where = self._domain = args.domain or at.site
+        self.domain = args.domain or at.site
         usual = {**USUAL_PORTS, at.scheme: at.port}
         self._port, self._tls_port = args.port or usual['http'], args.tls_port or usual['https']
         self._ports = {80: False, self._port: False, self._tls_port: True}
-        self._here = ['127.0.0.1'] if is_loopback(self._domain) else (
+        self._here = ['127.0.0.1'] if is_loopback(self.domain) else (
             outward_addresses() or ['127.0.0.1'])
         self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
         self._reached: tuple[str, int, bool] | None = None  # where it answers last; True: by TLS
-        self._delegated = f'_acme-challenge.{self._domain}'
-        self._acme = not is_address(self._domain) and bool(
+        self._delegated = f'_acme-challenge.{self.domain}'
+        self._acme = not is_address(self.domain) and bool(
             glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
         self.checks: Sequence[Check] = (self.state, self.descriptors, self.clock, self.http_port,
                                         self.tls_port, self.dns_port, self.server)
@@ -9444,12 +9445,11 @@ class Premises:
 
     async def descriptors(self) -> AsyncIterator[Verdict]:
         most, whose = descriptor_limit(), 'a server started like this doctor'
-        with contextlib.suppress(ImportError, OSError, ValueError, AttributeError):
+        with contextlib.suppress(ImportError, OSError, AttributeError):
             import resource
-            process = process_of(self._folder)
-            if process:
-                whose = f'the server (process {process})'
-                most, _ = resource.prlimit(process, resource.RLIMIT_NOFILE)
+            if self._process:
+                most, _ = resource.prlimit(self._process, resource.RLIMIT_NOFILE)
+                whose = f'the server (process {self._process})'
         yield (True, f'{whose} may have {most} open', '') if most >= FEW_DESCRIPTORS else (
             False, f'{whose} may have {most} open, and a request takes two',
             'say LimitNOFILE=65536 in its systemd unit, or ulimit -n 65536 before it starts')
@@ -9480,13 +9480,15 @@ class Premises:
         for address in self._here:
             answers: bool | None = None
             try:
-                answers = await in_thread(Caller(self._ports).ask, self._domain, address, port, tls)
+                answers = await in_thread(Caller(self._ports).ask, self.domain, address, port, tls)
             except OSError as e:        # a handshake may fail
                 answers = None if isinstance(e, ConnectionRefusedError) else False
             who = '' if answers else await in_thread(who_listens, address, port)
             if answers:
                 self._reached = address, port, tls
                 yield True, f'this server answers at port {port} of {address}', ''
+            elif f'(process {self._process})' in who:
+                yield None, f'this server has port {port} of {address}, and no certificate yet', ''
             elif answers is False:
                 yield (False, f'{who or "another program"} has port {port} of {address}',
                        f'end it, or give the server another port with --{"tls-" * tls}port')
@@ -9511,20 +9513,17 @@ class Premises:
                    'end it' if who else "see the server's log: it says why it can't")
 
     async def server(self) -> AsyncIterator[Verdict]:
-        try:
-            process = process_of(self._folder)
-        except (OSError, ValueError, ImportError):
-            process = 0
         if self._reached is None:
-            yield (False, f'process {process} does not answer' if process else
-                   f'no server runs for {self._domain}', "see the server's log" if process else
-                   f'start it: python3 localtunnel.py server --domain {self._domain}')
+            yield (False, f'the server (process {self._process}) does not answer', 'see its log'
+                   ) if self._process else (
+                       False, f'no server runs for {self.domain}',
+                       f'start it: python3 localtunnel.py server --domain {self.domain}')
             return
         address, port, tls = self._reached
         connection = await dial_server(self._runtime, ServerAddress(
             f'{"https" if tls else "http"}://{bracketed(address)}:{port}'),
             believer() if tls else None, '', REACHED_WITHIN)
-        response = await send_request(connection, self._domain, '/localtunnel.py')
+        response = await send_request(connection, self.domain, '/localtunnel.py')
         said = await read_answer(connection, response)
         connection.abort()
         version = re.search(rb"\n__version__ = '([^']{1,20})'", said)
@@ -9559,11 +9558,11 @@ class Domain(Premises):
         return [str(ipaddress.ip_address(data)) for some in answers for data in some or ()]
 
     async def dns(self) -> AsyncIterator[Verdict]:
-        if is_address(self._domain) or is_loopback(self._domain):
-            yield None, f'{self._domain} needs none', ''
+        if is_address(self.domain) or is_loopback(self.domain):
+            yield None, f'{self.domain} needs none', ''
             return
-        for host, record in ((self._domain, self._domain),
-                             (f'{secrets.token_hex(8)}.{self._domain}', f'*.{self._domain}')):
+        for host, record in ((self.domain, self.domain),
+                             (f'{secrets.token_hex(8)}.{self.domain}', f'*.{self.domain}')):
             found = self._found[host] = await self._look_up(host)
             cure = f'add a DNS record: name {record}, type A, value {self._here[0]}'
             if not found:
@@ -9574,7 +9573,7 @@ class Domain(Premises):
                     True, f'{record} is {address}', '')
 
     async def zone(self) -> AsyncIterator[Verdict]:
-        labels, servers = self._domain.split('.'), []       # type: list[str], list[bytes]
+        labels, servers = self.domain.split('.'), []       # type: list[str], list[bytes]
         for i in range(len(labels) - 1 if self._found else 0):
             servers = servers or await self._ask('.'.join(labels[i:]), TYPE_NS) or []
         if not servers:
@@ -9596,25 +9595,25 @@ class Domain(Premises):
             yield None, self.no_matter(), ''
             return
         found = await self._ask(self._delegated, TYPE_NS)
-        record = f'name {self._delegated}, type NS, value {self._domain}.'
+        record = f'name {self._delegated}, type NS, value {self.domain}.'
         if found is None:
             yield (False, f'nobody answers for {self._delegated}',
                    f'let port 53 (UDP and TCP) through to this machine; the record is: {record}')
-        elif self._domain.encode() in found:
-            yield True, f'{self._delegated} leads to {self._domain}', ''
+        elif self.domain.encode() in found:
+            yield True, f'{self._delegated} leads to {self.domain}', ''
         else:
-            yield (False, f'no NS record leads {self._delegated} to {self._domain}, so there is no '
+            yield (False, f'no NS record leads {self._delegated} to {self.domain}, so there is no '
                    'https for names below it', f'add a DNS record: {record}')
 
     async def caa(self) -> AsyncIterator[Verdict]:
         if not (self._acme and self._resolver):
             yield None, self.no_matter(), ''
             return
-        name, records = self._domain, []        # type: str, list[bytes]
+        name, records = self.domain, []        # type: str, list[bytes]
         while name and not records:
             records = await self._ask(name, TYPE_CAA) or []
             name = name if records else name.partition('.')[2]
-        for host in self._domain, f'*.{self._domain}':
+        for host in self.domain, f'*.{self.domain}':
             tag, values = caa_terms(records, host)
             issuers = [value.partition(';')[0].strip() for value in values]
             yield (True, f'{self._args.authority} may issue for {host}', '') if (
@@ -9624,12 +9623,14 @@ class Domain(Premises):
                     f'"{self._args.authority}"')
 
     async def certificate(self) -> AsyncIterator[Verdict]:
-        place, host = (self._here[0], self._tls_port), self._domain
+        place, host = (self._here[0], self._tls_port), self.domain
         try:
             shown, _ = await in_thread(shown_at, place, host, believer())
             _, facts = await in_thread(shown_at, place, host, believer(shown))
         except OSError as e:
-            yield None, f'none: {explain(e, f"port {place[1]}")}; visitors have plain http', ''
+            yield (False, 'this server has none yet', 'see its log: it says what is missing') if (
+                self._acme) else (
+                    None, f'none: {explain(e, f"port {place[1]}")}; visitors have plain http', '')
             return
         if digest_of(shown) == self._pin:
             yield None, 'one of its own, for clients; visitors have plain http', ''
@@ -9735,7 +9736,7 @@ class Doctor(Annex):
                 Target('doctor', text='doctor'), ClientObserver())
             if made is None:
                 domain = Domain(args, runtime)
-                await report.run(domain.checks, domain.where, [c.__name__ for c in domain.checks])
+                await report.run(domain.checks, domain.domain, [c.__name__ for c in domain.checks])
                 return report.end()
             known, app, client = made
             echo, way = Echo(runtime), Way(args, runtime, known, client)

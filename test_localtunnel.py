@@ -6996,11 +6996,11 @@ class DoctorOfServersTest(Doctored):
         self.records[f'_acme-challenge.{self.DOMAIN}', lt.TYPE_NS] = [lt.encode_name(self.DOMAIN)]
 
     async def test_nothing_is_wrong(self):
-        await self.with_acme()
+        await self.world(domain=self.DOMAIN)
         self.server.pages[b'/localtunnel.py'] = lt.script_page
-        await self.look('', '', '--dns-port', self.dns_port)
-        self.assertEqual([one['check'] for one in self.said if not one['ok']],
-                         ['clock', 'tls_port', 'zone', 'certificate'])
+        await self.look('', '')
+        self.assertEqual([one['check'] for one in self.said if not one['ok']], [
+            'clock', 'tls_port', 'dns_port', 'zone', 'ns', 'caa', 'certificate'])
         self.assertIn(f'with version {lt.__version__}', str(self.said))
 
     async def test_what_a_server_left_says_where_it_is(self):
@@ -7056,8 +7056,13 @@ class DoctorOfServersTest(Doctored):
         os.close(lt.lock_folder(self.folder))
         await self.look('server', 'no server runs')
         lock = lt.lock_folder(self.folder)
-        await self.look('server', f'process {os.getpid()} does not answer; see')
+        await self.look('server', f'process {os.getpid()}. does not answer; see')
         self.assertRegex(self.said[1]['text'], f'process {os.getpid()}. may have [0-9]+ open')
+        self.tls_port = (await self.app()).address[1]
+        with self.constant(REACHED_WITHIN=0.1):
+            await self.look('server', 'does not answer')
+        self.assertIn('and no certificate yet' if os.path.exists('/proc/net/tcp') else '',
+                      str(self.said))
         os.close(lock)
 
     async def test_dns(self):
@@ -7108,13 +7113,13 @@ class DoctorOfServersTest(Doctored):
 
         def caa(tag, value):
             return bytes([0, len(tag)]) + tag + value
-        for records, text in (([caa(b'issue', b'other.example')], 'for t.example.com; .* issue'),
-                              ([caa(b'issue', b'letsencrypt.org'), caa(b'issuewild', b';')],
-                               'issue for [*].t.example.com; add .* 0 issuewild "letsencrypt'),
-                              ([caa(b'issue', b'letsencrypt.org; x=y')], '^; $')):
+        for check, records, text in (
+                ('caa', [caa(b'issue', b'other.example')], 'for t.example.com; .* issue'),
+                ('caa', [caa(b'issue', b'letsencrypt.org'), caa(b'issuewild', b';')],
+                 'issue for [*].t.example.com; add .* 0 issuewild "letsencrypt'),
+                ('certificate', [caa(b'issue', b'letsencrypt.org; x=y')], 'has none yet; see its')):
             self.records['example.com', lt.TYPE_CAA] = records
-            await self.look('caa' if records[-1][-3:] != b'x=y' else '', text, '--dns-port',
-                            self.dns_port)
+            await self.look(check, text, '--dns-port', self.dns_port)
 
     async def test_the_certificate(self):
         self.DOMAIN = 'localhost'
