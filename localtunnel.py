@@ -9419,8 +9419,9 @@ class Premises:
         self._delegated = f'_acme-challenge.{self.domain}'
         self._acme = not is_address(self.domain) and bool(
             glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
-        self.checks: Sequence[Check] = (self.state, self.descriptors, self.clock, self.http_port,
-                                        self.tls_port, self.dns_port, self.server)
+        self.checks: Sequence[Check] = (        # port 53 is what most often stands in the way
+            self.dns_port, self.state, self.descriptors, self.clock, self.http_port, self.tls_port,
+            self.server)
 
     def no_matter(self) -> str:
         """Why it is not looked at what an authority asks for."""

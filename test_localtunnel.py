@@ -7000,7 +7000,7 @@ class DoctorOfServersTest(Doctored):
         self.server.pages[b'/localtunnel.py'] = lt.script_page
         await self.look('', '')
         self.assertEqual([one['check'] for one in self.said if not one['ok']], [
-            'clock', 'tls_port', 'dns_port', 'zone', 'ns', 'caa', 'certificate'])
+            'dns_port', 'clock', 'tls_port', 'zone', 'ns', 'caa', 'certificate'])
         self.assertIn(f'with version {lt.__version__}', str(self.said))
 
     async def test_what_a_server_left_says_where_it_is(self):
@@ -7057,7 +7057,7 @@ class DoctorOfServersTest(Doctored):
         await self.look('server', 'no server runs')
         lock = lt.lock_folder(self.folder)
         await self.look('server', f'process {os.getpid()}. does not answer; see')
-        self.assertRegex(self.said[1]['text'], f'process {os.getpid()}. may have [0-9]+ open')
+        self.assertRegex(self.said[2]['text'], f'process {os.getpid()}. may have [0-9]+ open')
         self.tls_port = (await self.app()).address[1]
         with self.constant(REACHED_WITHIN=0.1):
             await self.look('server', 'does not answer')
