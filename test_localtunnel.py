@@ -7986,7 +7986,7 @@ class ReplayTest(InspectorTest):
         for edits, seen, unseen, body in (
                 ({'set_headers': [['x-a', '2']]}, b'\r\nx-a: 2\r\n', b'X-A: 1', b'body'),
                 ({'body': 'longer'}, b'\r\nContent-Length: 6\r\n', b': 4', b'longer'),
-                ({'headers': [['Content-Length', '99']]}, b'\r\nContent-Length: 4', b'99', b'body'),
+                ({'headers': [['Content-Length', '9']]}, b'\r\nContent-Length: 4', b': 9', b'body'),
                 ({'headers': [['Transfer-Encoding', 'gzip'], ['Connection', 'x']]},
                  b'\r\nTransfer-Encoding: chunked\r\n', b'Connection', b'4\r\nbody\r\n0\r\n\r\n'),
                 ({'body': 'AP8=', 'encoding': 'base64', 'trailers': [['X-T', '1']]},
@@ -9434,8 +9434,9 @@ class TunnelTest(FolderTest, WorldTest):
         self.states, self.before = [], self.threads()
 
     async def nothing_is_left(self):
-        await eventually(lambda: self.threads() <= self.before,
-                         f'a thread is left: {self.threads()}')
+        with contextlib.suppress(AssertionError):
+            await eventually(lambda: self.threads() <= self.before)
+        self.assertEqual(self.threads() - self.before, set())
         await super().nothing_is_left()
 
     @staticmethod
@@ -9494,7 +9495,7 @@ class TunnelTest(FolderTest, WorldTest):
                 await eventually(lambda: self.states == ['connected', 'lost', 'connected'])
         self.assertEqual([(r.levelname, r.getMessage().partition(';')[0]) for r in logs.records], [
             ('INFO', f'{t.url} -> echo'), ('WARNING', 'the connection to the server broke'),
-            ('INFO', 'connected again')])
+            ('INFO', f'connected again: {t.url}')])
         t = await self.tunnel(once=True)
         for member in self.server.tunnels.members():
             member.session.connection.abort()
@@ -9655,7 +9656,6 @@ class FreshMachineTest(CommandTest):
     def test_it_never_takes_the_port_of_its_target(self):
         client = self.start('client', lt.FIRST_LOCAL_PORT)
         self.assertNotEqual(client.url(), f'http://localhost:{lt.FIRST_LOCAL_PORT}')
-        self.assertIn(fetch(client.url())[0], range(200, 600))      # whatever listens there
 
     def test_json_says_that_it_is_not_public(self):
         app = self.app()
