@@ -7627,7 +7627,8 @@ class Outside:
         found = [str(ipaddress.ip_address(data)) for answer in answers for data in answer or ()
                  if len(data) in (4, 16)]
         if not found:
-            here = (outward_addresses() or ['the address of this machine'])[0]
+            here = next((found for found in outward_addresses() if ipaddress.ip_address(
+                found).is_global), 'the public address of this machine')
             raise AcmeError(f'{self._domain} has no address; add a DNS record: '
                             + await self.record('', 'AAAA' if ':' in here else 'A', here))
         return found
