@@ -11986,7 +11986,9 @@ def shown_sides(exchange: dict[str, Any], heads: bool) -> Iterator[str]:
         if side['encoding'] == 'utf-8':
             lines += side['body'].splitlines()
         else:
-            lines.append(f'({len(side["body"]) * 3 // 4} bytes that are not text; --json has them)')
+            with contextlib.suppress(BadHttp):      # in a file that is damaged
+                size = len(body_of(side))
+                lines.append(f'({size} bytes that are not text; --json has them)')
         for line in lines:
             yield f'  {sign} {printable(line.expandtabs())}'.rstrip()
 
@@ -12233,7 +12235,8 @@ class Inspect(Annex):
 CODE_WORDS = {'join', 'login', 'auth', 'authtoken', 'config', 'add-authtoken'}
 OTHER_COMMANDS = {'unblock': ['block', '--remove'], 'revoke': ['invite', '--revoke'],
                   'members': ['invite', '--list'], 'users': ['invite', '--list']}
-FIRST_WORDS = {'http': ['client'], 'share': ['client'], 'expose': ['client'], 'tunnel': ['client'],
+FIRST_WORDS = {'http': ['client'], 'start': ['client'], 'share': ['client'],
+               'expose': ['client'], 'tunnel': ['client'],
                'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'], 'relay': ['server']}
 
 # An option there, and what it is here: an option; TARGET or HOST, if its value is the target or its
@@ -12283,10 +12286,10 @@ def bare(words: list[str], option: str, note: Callable[[str], Any]) -> None:
         match = re.fullmatch(r'(?:\w+://)?(?:\*\.)?([^:/]*?)[.]?(?:[:/].*)?', words[i + 1])
         name = match.group(1) if match else words[i + 1]
         if option == '--name':
-            name = name.partition('.')[0]
+            name = name.partition('.')[0].replace('_', '-')
         if name != words[i + 1]:
             note(f'{option} takes a name ' + (
-                'without dots' if option == '--name' else 'such as t.example.com'))
+                'such as shop-2' if option == '--name' else 'such as t.example.com'))
             words[i + 1] = name
 
 

@@ -8218,6 +8218,7 @@ class ElsewhereTest(FolderTest):
         ('client -l 10.0.0.1 -p 80', 'client 10.0.0.1:80'),
         ('client 8000 --host https://t.example.com', 'client 8000 --server https://t.example.com'),
         ('client 8000 --hostname x.t.example.com', 'client 8000 --name x'),
+        ('start 8000 --name my_app', 'client 8000 --name my-app'),
         ('client 8000 --name X.t.example.com --quiet', 'client 8000 --name X --quiet'),
         ('client 8000 --region eu --print-requests --once', 'client 8000 --once'),
         ('client 8000 --verbos', 'client 8000 --verbose'),
