@@ -11969,9 +11969,10 @@ def send_to(target: Target, message: bytes, method: str) -> int:
 
 def shown_line(exchange: dict[str, Any]) -> str:
     """Return EXCHANGE as a line of `logs`."""
+    of = exchange.get('replay_of')
     return printable(f'{exchange["id"]} {exchange["method"]} {exchange["target"]} '
                      f'{exchange["status"]} {exchange["ms"]}ms {exchange["response_bytes"]}B '
-                     + exchange['error']).rstrip()
+                     + exchange['error'] + (f' (a replay of {of})' if of else '')).rstrip()
 
 
 def shown_sides(exchange: dict[str, Any], heads: bool) -> Iterator[str]:
@@ -12252,6 +12253,7 @@ CLIENT_WORDS = {
     '--remote-port': '--tcp-port', '--allow-invalid-cert': '--insecure', '-v': '--verbose',
     '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--open': FLAG, '--qr': FLAG,
     '--region': VALUE}
+INSTEAD = {'--open': ': press o', '-o': ': press o', '--qr': ': press i'}    # of what is left out
 SERVER_WORDS = {
     '--domain': '--domain', '-d': '--domain', '--hostname': '--domain', '-p': '--port',
     '--host': '--bind', '--address': '--bind', '--secret': '--token', '-t': '--token',
@@ -12276,7 +12278,8 @@ def translated(words: Sequence[str], table: dict[str, str],
         elif here != FLAG and queue:
             found[here] = queue.popleft()
         if here != option:
-            note(f'{option} is {here} here' if here.startswith('-') else f'{option} is not needed')
+            note(f'{option} is {here} here' if here.startswith('-')
+                 else f'{option} is not needed{INSTEAD.get(option, "")}')
     return said, found
 
 

@@ -9770,6 +9770,7 @@ class LogsAndReplayTest(CommandTest):
 
         code, out, err = self.command('replay', 1, '#2', '--set-header', 'X-A: 1')
         self.assertEqual((code, out.split()[:3], err), (0, ['3', 'GET', '/a?token=***'], ''))
+        self.assertRegex(out, '(?m)^3 .* [(]a replay of 1[)]$')
         self.assertEqual(self.command('replay', 99)[0], 1)
         other = self.app('other')
         code, out, _ = self.command('replay', 1, '--to', other.port)
