@@ -39,11 +39,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  36 Terminal
-     2 Wire                   16 DNS                    37 Options
-     3 Credit                 17 Raw TCP                38 Wiring
-     4 Byte streams           18 Folder and echo        39 Python
-     5 Session                19 Host header            40 Command line
+     1 Constants and errors   15 Annex                  37 Terminal
+     2 Wire                   16 DNS                    38 Options
+     3 Credit                 17 Raw TCP                39 Wiring
+     4 Byte streams           18 Folder and echo        40 Python
+     5 Session                19 Host header            41 Command line
      6 HTTP/1.1               20 Outgoing proxy
      7 Names and tokens       21 Certificates
      8 Exchange               22 Certificates by ACME
@@ -60,6 +60,7 @@ Rooms
                               33 Logs and replay
                               34 Words from elsewhere
                               35 Error pages
+                              36 Setting up
 """
 
 from __future__ import annotations
@@ -5883,6 +5884,48 @@ def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None
         return None
 
 
+SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
+
+
+class Served:
+    """Where the server is reached that runs, or ran, with a state folder, and its token files."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises UsageError."""
+        path = os.path.join(folder, SERVED)
+        try:
+            with open(path, encoding='ascii') as f:
+                served = json.load(f)
+            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
+            self.files = [str(name) for name in served['files']]    # the first has new ones
+            self.open = bool(served['open'])
+            if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
+                raise ValueError('a bad pin, or no token file')
+        except FileNotFoundError as e:
+            raise UsageError(f'no server has run with the state folder {folder}; start it once, '
+                             'or give --state as its log says; for one that was started with '
+                             'sudo, type sudo here, too') from e
+        except OSError as e:
+            raise UsageError(f"can't read {path}: {e.strerror}") from e
+        except (ValueError, KeyError, TypeError, UsageError) as e:
+            raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
+
+
+@functools.lru_cache(maxsize=None)
+def own_source() -> list[bytes]:
+    """Return this file: what stands before and after the stamp.
+
+    Raises if it was read from a pipe, which can't be read again.
+    """
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            source = f.read()
+    else:
+        sys.stdin.buffer.seek(0)
+        source = sys.stdin.buffer.read()
+    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -5900,8 +5943,10 @@ class Annex:
         """Commands beside client and server, as add(NAME, help=...).
 
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
+        With like='server' it takes the options of that command, too; `typed` has all as words.
         What was typed has functions with it: `say` prints a line, `tls` makes a context that checks
-        servers, and `as_client` what `client` would have made of it, see Wiring.
+        servers, `as_client` is what `client` would have made of it, see Wiring, `ask` asks for a
+        secret, `keep` remembers the server of a code, `do` runs another command, of those `known`.
         """
 
     def target(self, args: Args) -> Target | None:
@@ -9790,21 +9835,6 @@ def landing_page(private: bool, contact: str, address: str) -> tuple[str, Sequen
     return HTML, [PAGE.format(title='localtunnel', text=text).encode()]
 
 
-@functools.lru_cache(maxsize=None)
-def own_source() -> list[bytes]:
-    """Return this file: what stands before and after the stamp.
-
-    Raises if it was read from a pipe, which can't be read again.
-    """
-    if own_path():
-        with open(own_path(), 'rb') as f:
-            source = f.read()
-    else:
-        sys.stdin.buffer.seek(0)
-        source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
-
-
 def script_page(address: str) -> tuple[str, Sequence[bytes]]:
     """This file, with the server's ADDRESS written into it.  Raises HopFailed.
 
@@ -9839,7 +9869,6 @@ class LandingPage(Annex):
 # which files it reads, and now and then whom it saw.
 # ------------------------------------------------------------------------------------------------
 
-SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
 SEEN = 'seen.json'              # {digest of a token: Unix seconds}
 SEEN_EVERY = 15.0               # between its changes: a crash loses no more
 READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a file has changed
@@ -9875,28 +9904,8 @@ def rewrite(path: str, change: Callable[[list[Entry]], list[bytes]]) -> None:
         write_secret(path, b''.join(change(entries_of(path))), like)
 
 
-class Members:
+class Members(Served):
     """Those who have tokens of the server that runs, or ran, with a state folder."""
-
-    def __init__(self, folder: str) -> None:
-        """Raises UsageError."""
-        path = os.path.join(folder, SERVED)
-        try:
-            with open(path, encoding='ascii') as f:
-                served = json.load(f)
-            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
-            self.files = [str(name) for name in served['files']]    # the first has new ones
-            self.open = bool(served['open'])
-            if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
-                raise ValueError('a bad pin, or no token file')
-        except FileNotFoundError as e:
-            raise UsageError(f'no server has run with the state folder {folder}; start it once, '
-                             'or give --state as its log says; for one that was started with '
-                             'sudo, type sudo here, too') from e
-        except OSError as e:
-            raise UsageError(f"can't read {path}: {e.strerror}") from e
-        except (ValueError, KeyError, TypeError, UsageError) as e:
-            raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
 
     def __iter__(self) -> Iterator[tuple[str, Grant]]:
         """All lines with tokens, and what they allow."""
@@ -12457,6 +12466,507 @@ class ErrorPages(Annex):
         server.pages.error = error_page
 
 
+# ------------------------------------------------------------------------------------------------
+# 36. Setting up
+#
+# A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
+# has that done through the user's own ssh program.  Both can show all that they would do as root.
+# ------------------------------------------------------------------------------------------------
+
+SYSTEM = '/'            # below it all is installed
+PROGRAM, STATE = 'usr/local/lib/localtunnel/localtunnel.py', 'var/lib/localtunnel'
+OPTIONS, USER_FILE = 'etc/localtunnel/options', 'etc/sysusers.d/localtunnel.conf'
+UNITS = SOCKET, SERVICE = 'localtunnel.socket', 'localtunnel.service'
+UNIT_FOLDER, USUAL_PYTHON = 'etc/systemd/system/', '/usr/bin/python3'
+
+SOCKET_UNIT = """[Unit]
+Description=Ports of the localtunnel server
+
+[Socket]
+{ports}
+BindIPv6Only=ipv6-only
+Backlog=1024
+
+[Install]
+WantedBy=sockets.target
+"""
+SERVICE_UNIT = """[Unit]
+Description=localtunnel server
+Wants=network-online.target
+After=network-online.target localtunnel.socket
+Requires=localtunnel.socket
+
+[Service]
+Type=notify
+NotifyAccess=all
+ExecStart={python} {program} server @{options}
+ExecReload=/bin/kill -USR2 $MAINPID
+Restart=always
+TimeoutStopSec=45
+LimitNOFILE=65536
+
+User=localtunnel
+StateDirectory=localtunnel
+StateDirectoryMode=0700
+UMask=0077
+AmbientCapabilities=CAP_NET_BIND_SERVICE
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE
+DevicePolicy=closed
+ProcSubset=pid
+ProtectProc=invisible
+ProtectSystem=strict
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX
+SystemCallArchitectures=native
+SystemCallErrorNumber=EPERM
+SystemCallFilter=@system-service
+SystemCallFilter=~@privileged
+{hardened}
+
+[Install]
+WantedBy=multi-user.target
+"""
+HARDENED = ('LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp '
+            'ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs '
+            'ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces '
+            'RestrictRealtime RestrictSUIDSGID').split()
+ELSEWHERE = """
+# Without systemd all this is for you to do. With OpenRC, as /etc/init.d/localtunnel:
+#!/sbin/openrc-run
+export STATE_DIRECTORY={state}
+command={python} command_args="{program} server @{options}" command_background=yes
+command_user=localtunnel capabilities=^cap_net_bind_service
+pidfile=/run/localtunnel.pid error_log=/var/log/localtunnel.log
+depend() {{ need net; }}
+start_pre() {{ checkpath -d -m 700 -o localtunnel {state}; }}
+
+# With Docker:
+docker run -d --restart unless-stopped -p 80:80 -p 443:443 -v localtunnel:/state \\
+  -e STATE_DIRECTORY=/state -v "$PWD/localtunnel.py:/localtunnel.py:ro" python:3-slim \\
+  python3 /localtunnel.py server {words}"""
+
+
+def words_of(args: Args) -> list[str]:
+    """The server's options among those that were typed."""
+    own = '--dry-run', '--print', '--purge', '--remove'
+    return [word for word in args.typed if word.partition('=')[0] not in own]
+
+
+def ports_of(args: Args) -> list[int]:
+    """The ports of a server with the options ARGS."""
+    secure = not args.trust_proxy or any(getattr(args, name, None) for name in ('cert', 'acme'))
+    return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
+
+
+def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
+    """All files of a server with the options WORDS, which mean ARGS."""
+    import shlex
+    any_host = ['0.0.0.0', '[::]'][:1 + os.path.exists('/proc/net/if_inet6')]
+    hosts = [bracketed(args.bind.strip('[]'))] if args.bind else any_host
+    ports = [f'ListenStream={host}:{port}' for port in ports_of(args) for host in hosts]
+    options = '# Options of the server. After a change: systemctl reload localtunnel\n'
+    texts = {
+        USER_FILE: 'u localtunnel - "localtunnel server"\n',
+        OPTIONS: options + ''.join(f'{shlex.quote(word)}\n' for word in words),
+        UNIT_FOLDER + SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
+        UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
+            python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
+            hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
+    source = b"STAMPED_SERVER = ''".join(own_source())
+    return {PROGRAM: source, **{name: text.encode() for name, text in texts.items()}}
+
+
+SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
+          ['systemctl', 'daemon-reload']]
+START, STOP = ['systemctl', 'enable', '--now', *UNITS], ['systemctl', 'disable', '--now', *UNITS]
+HAND_OVER = ['systemctl', 'reload', SERVICE]
+
+
+def removal(purge: bool) -> list[list[str]]:
+    """The commands that take the server away; leases and tokens stay, but for PURGE."""
+    gone = [os.path.dirname(PROGRAM), *(UNIT_FOLDER + unit for unit in UNITS), OPTIONS, USER_FILE]
+    return [STOP, ['rm', '-rf', *(SYSTEM + name for name in gone + [STATE] * purge)],
+            ['systemctl', 'daemon-reload'], *([['userdel', 'localtunnel']] if purge else [])]
+
+
+def shown(args: Args, words: Sequence[str], python: str) -> str:
+    """What `install` does as root, and what is to be done without systemd."""
+    import shlex
+    if args.remove:
+        return '\n'.join(map(shlex.join, removal(args.purge)))
+    files = server_files(args, words, python)
+    files[PROGRAM] = b'(this file)\n'
+    return '\n'.join([
+        *(f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()),
+        *map(shlex.join, [*SET_UP, START]), f'# or, where it runs: {shlex.join(HAND_OVER)}',
+        ELSEWHERE.format(python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
+                         state=SYSTEM + STATE, words=shlex.join(words))])
+
+
+COMMAND_PATIENCE = 120.0        # for one of the system's commands; systemd gives a server 90
+READY_WITHIN = 60.0             # for a successor to serve, and for what a server then writes
+READY_LOOK = 0.3
+
+
+def system(*words: str) -> str:
+    """Run WORDS; return what they print.  Raises LocaltunnelError."""
+    import subprocess
+    try:
+        done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+                              errors='replace', timeout=COMMAND_PATIENCE)
+    except (OSError, subprocess.TimeoutExpired) as e:
+        raise LocaltunnelError(f"{words[0]} does not run: {printable(str(e))}") from e
+    if done.returncode:
+        said = [f'{words[0]} ended with {done.returncode}', *done.stderr.strip().splitlines()]
+        raise LocaltunnelError(f'{words[0]}: {printable(said[-1])}')
+    return done.stdout.strip()
+
+
+def asked(*words: str) -> str:
+    """The same; '' where they fail."""
+    with contextlib.suppress(LocaltunnelError):
+        return system(*words)
+    return ''
+
+
+def contents(path: str) -> bytes:
+    """What is in the file at PATH; nothing where there is none."""
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+        return f.read()
+    return b''
+
+
+def listener(port: int, kind: str) -> str:
+    """The program that listens on PORT, of UDP for strangers; '' where none is seen."""
+    for line in asked('ss', f'-Hln{kind}p', f'sport = :{port}').splitlines():
+        if kind == 't' or not re.search(r'\s(127\.\S+|\[::1\]):\d+\s', line):
+            match = re.search(r'users:\(\("([^"]+)"', line)
+            return printable(match.group(1)) if match else 'another program'
+    return ''
+
+
+def look(args: Args, running: bool) -> str:
+    """What this machine has for a server with the options ARGS.  Raises LocaltunnelError."""
+    import platform
+    if not os.path.isdir(SYSTEM + 'run/systemd/system'):
+        raise LocaltunnelError('systemd does not run here; `install --print` ends with what to do '
+                               'instead, with OpenRC or Docker')
+    name = re.search(rb'(?m)^PRETTY_NAME="?([^"\n]+)', contents('/etc/os-release'))
+    facts = [name.group(1).decode(errors='replace') if name else sys.platform,
+             f'Python {platform.python_version()}', ' and '.join(outward_addresses())]
+    ours = contents(SYSTEM + UNIT_FOLDER + SOCKET) if running else b''
+    for port in ports_of(args):
+        mine = b':%d\n' % port in ours
+        program = '' if mine else listener(port, 't')
+        if program:
+            raise LocaltunnelError(
+                f'port {port} is used by {program}; stop that, or let it pass requests on (README, '
+                '"A proxy in front"), or choose another one with --port and --tls-port')
+        facts.append(f'port {port} is {"ours" if mine else "free"}')
+    if getattr(args, 'acme', None) and not running:
+        program = listener(args.dns_port, 'u')
+        facts.append(f'port {args.dns_port} is ' + (
+            f'used by {program}, so names get no https' if program else 'free for DNS'))
+    return printable('; '.join(facts))
+
+
+def check(args: Args, python: str) -> None:
+    """Raise UsageError for options that an installed server can't have."""
+    if python.startswith(('/home/', '/root/')):
+        raise UsageError(f"homes are hidden from the server, so it can't run {python}; use the "
+                         "system's Python")
+    if is_loopback(args.domain):
+        raise UsageError('add --domain DOMAIN: a name that leads to the server, or its address')
+    if args.state:
+        raise UsageError(f'an installed server keeps its state in /{STATE}; leave out --state')
+    if args.bind and not is_address(args.bind):
+        raise UsageError(f'--bind takes an address here, not {args.bind!r}')
+
+
+def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Write those FILES that differ from what is there; return that."""
+    before = {name: contents(SYSTEM + name) for name in files}
+    changed = {name: text for name, text in before.items() if text != files[name]}
+    for name in changed:
+        path = SYSTEM + name
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        write_secret(path, files[name])
+        os.chmod(path, 0o640 if name == OPTIONS else 0o644)
+    return changed
+
+
+def start(running: bool, changed: Iterable[str]) -> None:
+    """Let the server run as its files say, of which some have CHANGED.  Raises LocaltunnelError."""
+    served, since = f'{SYSTEM}{STATE}/{SERVED}', f'--since=@{time.time():.0f}'
+    before, deadline = stamp_of(served), time.monotonic() + READY_WITHIN
+    if running and UNIT_FOLDER + SOCKET not in changed:
+        system(*HAND_OVER)
+    else:
+        for unit in reversed(UNITS) if running else ():
+            system('systemctl', 'stop', unit)
+        asked(*START)           # why it fails is said below
+    while stamp_of(served) in ([], before):
+        said = re.findall('(?m)^localtunnel.py: (.*)',
+                          asked('journalctl', '-u', SERVICE, '-o', 'cat', since))
+        if said or time.monotonic() > deadline:
+            raise LocaltunnelError('the server does not start: ' + (
+                printable(said[-1]) if said else 'see `journalctl -u localtunnel`'))
+        time.sleep(READY_LOOK)
+
+
+def code_for(args: Args) -> str:
+    """The code for the server, which runs with the options ARGS."""
+    served, token = Served(SYSTEM + STATE), (args.token or [''])[0]
+    if not (args.token or args.token_file):
+        token = contents(f'{SYSTEM}{STATE}/token').decode('ascii', 'replace').strip()
+    return make_code(served.address, '' if served.open else token, served.pin)
+
+
+# On another machine.
+
+# What a shell does there: it takes this file, finds a Python that can run it, and lets it install.
+REMOTELY = """set -e
+umask 077
+folder=$(mktemp -d)
+trap 'rm -r "$folder"' EXIT
+head -c {size} >"$folder/localtunnel.py"
+for python in {pythons} ""; do
+    "$python" -c "import asyncio, ssl, sys; sys.exit(sys.version_info < (3, 8))" && break
+done >/dev/null 2>&1
+if [ ! "$python" ]; then echo "it lacks Python 3.8 or later; install python3"; exit 1; fi
+set -- "$python" "$folder/localtunnel.py" {words}
+if [ "$(id -u)" = 0 ]; then "$@" 2>&1
+elif sudo -n true >/dev/null 2>&1; then sudo -n "$@" 2>&1
+else echo "{question}"; sudo -S -p "" "$@" 2>&1
+fi"""
+PYTHONS = USUAL_PYTHON, 'python3', *(f'python3.{minor}' for minor in range(14, 7, -1))
+QUESTION = 'password?'          # the line by which it asks for one, for sudo
+SSH = 'ssh', '-o', 'ConnectTimeout=20', '-o', 'ServerAliveInterval=20'
+DEPLOYED_WITHIN = 900.0         # people look for second factors; the parts have their own deadlines
+ANSWERS_WITHIN, ANSWER_LOOK = 60.0, 1.0         # an authority issues a certificate meanwhile
+MOST_SAID = 64 * KIB            # by the other machine; ours say a few lines
+
+
+def converse(process: Any, given: bytes, ask: Callable[[], str],
+             heard: Callable[[str], None]) -> str:
+    """Let PROCESS read GIVEN, and what ASK returns if it asks; HEARD gets its lines but the last.
+
+    That one is returned: it says why, if it fails.
+    """
+    last, left = '', MOST_SAID
+    with contextlib.suppress(BrokenPipeError):      # then it says why
+        process.stdin.write(given)
+    while True:
+        line = process.stdout.readline(left)
+        left -= len(line)
+        if not line:
+            return last
+        if last:
+            heard(last)
+        last = printable(line.decode(errors='replace').rstrip())
+        if last == QUESTION:
+            last, answer = '', ask().encode()
+            with contextlib.suppress(BrokenPipeError):
+                process.stdin.write(answer + b'\n')
+            process.stdin.close()
+
+
+def over_ssh(host: str, script: str, given: bytes, ask: Callable[[], str],
+             heard: Callable[[str], None]) -> None:
+    """Run SCRIPT on HOST, see `converse`.  Raises LocaltunnelError."""
+    import shlex
+    import subprocess
+    import tempfile
+    words = [*SSH, '--', host, shlex.join(['sh', '-c', script])]
+    with tempfile.TemporaryFile() as errors:    # a pipe would be kept open by a shared connection
+        try:
+            process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE, stderr=errors)
+        except OSError as e:
+            raise LocaltunnelError(f"can't start ssh ({e.strerror}); install OpenSSH") from e
+        timer = threading.Timer(DEPLOYED_WITHIN, process.kill)
+        timer.start()
+        try:
+            last = converse(process, given, ask, heard)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            with process:               # closes its pipes, and waits
+                pass
+            timer.cancel()
+        code = process.returncode
+        errors.seek(0)
+        said = errors.read(MOST_SAID).decode(errors='replace').strip().rstrip('.')
+    if code == 255:
+        why = printable(said.rpartition('\n')[2]) or 'it does not say why'
+        raise LocaltunnelError(f"can't reach {host}: {why}; `ssh {host}` alone may say more")
+    if code < 0:
+        raise LocaltunnelError(f'{host} was not done within {DEPLOYED_WITHIN:.0f} seconds')
+    if code:
+        raise LocaltunnelError(f'on {host}: ' + last.replace('localtunnel.py: ', '', 1))
+    heard(last)
+
+
+def domain_of(host: str, acme: bool) -> str:
+    """What stands for a domain of HOST: its address, or that as a name, where it gets https."""
+    name = re.search(r'(?m)^hostname (\S+)$', system('ssh', '-G', '--', host))
+    try:
+        found = socket.getaddrinfo(name.group(1) if name else host, None, type=socket.SOCK_STREAM)
+    except OSError as e:
+        raise UsageError(f'{host} has no address that is known here; add --domain DOMAIN') from e
+    address = min((str(place[0]) for *_, place in found), key=lambda text: ':' in text)
+    if acme and ipaddress.ip_address(address).is_global:
+        return re.sub('[.:]', '-', address) + '.sslip.io'
+    return address
+
+
+def why_silent(address: str, pin: str) -> str:
+    """Why the server at ADDRESS can't be visited from here; '' where it can."""
+    import urllib.error
+    import urllib.request
+    context = ssl.create_default_context()
+    if pin:             # clients check that; nothing is sent here
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        urllib.request.urlopen(address, timeout=ANSWERS_WITHIN / 6, context=context).close()
+    except OSError as e:
+        return '' if isinstance(e, urllib.error.HTTPError) else plainly(e)
+    return ''
+
+
+INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/options.
+
+examples:
+  localtunnel.py install --domain t.example.com --acme you@example.com
+  localtunnel.py install --domain t.example.com --print      show what it does
+  localtunnel.py install --remove                            leases and token stay"""
+DEPLOY_EPILOG = """It runs `install` there, by your ssh program. Without --domain the domain is the
+address, or with --acme its name at sslip.io.
+
+examples:
+  localtunnel.py deploy root@203.0.113.7 --acme you@example.com
+  localtunnel.py deploy root@HOST --domain t.example.com --acme you@example.com
+  localtunnel.py deploy root@HOST --remove                   leases and token stay"""
+
+
+class SettingUp(Annex):
+    """`install` and `deploy`."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        for name, epilog, run, text in (
+                ('install', INSTALL_EPILOG, self.install, 'run the server by systemd'),
+                ('deploy', DEPLOY_EPILOG, self.deploy, 'do that on another machine, by ssh')):
+            parser = add(name, like='server', epilog=epilog, help=text)
+            parser.set_defaults(run=run)
+            option = parser.add_argument_group(name).add_argument
+            option('--remove', action='store_true', help='take the server away')
+            option('--purge', action='store_true', help='with --remove: leases and token, too')
+            if name == 'install':
+                option('--print', action='store_true', help='print what it would do, for root')
+            else:
+                parser.add_argument('host', metavar='[USER@]HOST', help='a machine, as for ssh')
+                option('--dry-run', action='store_true', help='print what it would do')
+
+    def install(self, args: Args) -> int:
+        """Do what ARGS say; return the exit code."""
+        words, here = words_of(args), os.path.realpath(sys.executable)
+        python = USUAL_PYTHON if here == os.path.realpath(USUAL_PYTHON) else here
+        if not args.remove:
+            check(args, python)
+        try:
+            if args.print:
+                args.say(shown(args, words, python))
+            elif args.remove:
+                for command in removal(args.purge):
+                    (system if command[0] == 'rm' else asked)(*command)
+                args.say('the server is gone' + '; its leases and token are still in '
+                         f'{SYSTEM}{STATE}' * (not args.purge))
+            else:
+                self.set_up(args, server_files(args, words, python))
+        except PermissionError as e:
+            raise LocaltunnelError(f"can't write {e.filename}: it takes root, so type sudo") from e
+        return 0
+
+    @staticmethod
+    def set_up(args: Args, files: dict[str, bytes]) -> None:
+        """Let the server run that FILES describe."""
+        running = asked('systemctl', 'is-active', SERVICE) == 'active'
+        args.say(look(args, running))
+        os.umask(0o022)
+        before = write_files(files)
+        try:
+            for command in SET_UP:
+                system(*command)
+            if before or not running:
+                start(running, before)
+        except LocaltunnelError as e:
+            if not running:
+                raise
+            write_files(before)
+            asked('systemctl', 'daemon-reload')
+            raise LocaltunnelError(f'{e}; the old one goes on') from e
+        args.say('the server runs; its log: journalctl -u localtunnel')
+        args.say(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')
+
+    def deploy(self, args: Args) -> int:
+        """Do what ARGS say; return the exit code."""
+        import shlex
+        words = words_of(args)
+        if is_loopback(args.domain) and not args.remove:
+            args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
+            words.append(f'--domain={args.domain}')
+        source = b"STAMPED_SERVER = ''".join(own_source())
+        script = REMOTELY.format(
+            size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
+            words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
+                              *words]))
+        if not args.remove:
+            check(args, USUAL_PYTHON)
+        if args.dry_run:
+            args.say(f'{shlex.join([*SSH, "--", args.host])}   # runs this, and reads this file:\n'
+                     f'{script}\n\n# What install does there, as root:\n'
+                     + shown(args, words, USUAL_PYTHON))
+            return 0
+        codes: list[str] = []
+
+        def heard(line: str) -> None:
+            found = re.search('--join (lt1[a-z2-7]+)$', line)
+            if found:
+                codes.append(found.group(1))
+            else:
+                args.say(f'  {line}')
+
+        def password() -> str:
+            typed = str(args.ask(f'password for sudo on {args.host}: '))
+            if not typed:
+                raise LocaltunnelError(f'sudo on {args.host} asks for a password; type it on a '
+                                       'terminal, or log in as root')
+            return typed
+        args.say(f'{args.host}:')
+        over_ssh(args.host, script, source, password, heard)
+        return self.finish(args, codes[-1]) if codes else 0
+
+    @staticmethod
+    def finish(args: Args, code: str) -> int:
+        """Let this user's clients go to the server of CODE; see whether they can."""
+        address, _, pin = read_code(code)
+        args.keep(code)
+        args.say(f'waiting until {address} answers')
+        deadline = time.monotonic() + ANSWERS_WITHIN
+        why = why_silent(address, pin)
+        while why and time.monotonic() < deadline:
+            time.sleep(ANSWER_LOOK)
+            why = why_silent(address, pin)
+        if why:
+            args.say(f'it does not answer yet ({printable(why)}); DNS must lead {args.domain} and '
+                     f'*.{args.domain} there, and its firewall let the ports through')
+        result = args.do(['doctor', '--server', address]) if 'doctor' in args.known else bool(why)
+        named = STAMPED_SERVER or os.environ.get('LOCALTUNNEL_SERVER')
+        args.say('type this, with the port of your app: python3 localtunnel.py client 8000'
+                 + (f' --server {address}' if named else ''))
+        return int(result)
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -12464,7 +12974,7 @@ class ErrorPages(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 36. Terminal
+# 37. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13255,14 +13765,15 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Options
+# 38. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
                             Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
-                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages())
+                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
+                            SettingUp())
 
 
 def target_word(text: str) -> str:
@@ -13353,9 +13864,30 @@ def server_options(parser: argparse.ArgumentParser) -> None:
         annex.server_options(parser.add_argument_group(annex.title).add_argument)
 
 
+def options_in(path: str) -> list[str]:
+    """The words in the file at PATH, as in a shell.  Raises UsageError."""
+    import shlex
+    try:
+        with open(path, encoding='utf-8') as f:
+            return shlex.split(f.read(), comments=True)
+    except OSError as e:
+        raise UsageError(f"can't read {path}: {e.strerror}") from e
+    except ValueError as e:
+        raise UsageError(f"can't use {path}: {e}") from e
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose help goes the way of all other output, and whose errors are UsageErrors."""
     commands: Dict[str, Any] = {}       # parsers by name
+
+    def __init__(self, **words: Any) -> None:
+        self.typed: list[str] = []      # the options, each as a word
+        super().__init__(**words)
+
+    def _get_values(self, action: argparse.Action, values: list[str]) -> Any:
+        if action.option_strings:
+            self.typed.append('='.join([action.option_strings[0], *values]))
+        return super()._get_values(action, values)
 
     def _print_message(self, message: str, file: Any = None) -> None:
         put(file or sys.stderr, message)
@@ -13475,13 +14007,19 @@ def make_parser() -> Parser:
     server_options(commands.add_parser(
         'server', help='run the server', epilog=SERVER_EPILOG, usage='%(prog)s [OPTION ...]',
         **form))
+
+    def add(name: str, like: str = '', **words: Any) -> Parser:
+        parents: Any = {'parents': [parser.commands[like]], 'add_help': False} if like else {}
+        added: Parser = commands.add_parser(name, **parents, **words, **form)
+        added.set_defaults(typed=added.typed)
+        return added
     for annex in ANNEXES:
-        annex.commands(functools.partial(commands.add_parser, **form))
+        annex.commands(add)
     return parser
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Wiring
+# 39. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -13634,6 +14172,14 @@ def given_code(args: Args) -> str:
                              'you can paste it')
         return code
     return args.join or ('' if args.server or args.local else of('LOCALTUNNEL_JOIN', ''))
+
+
+def keep_joined(code: str) -> None:
+    """Remember the server that CODE names, as if it had said welcome; a token of before stays."""
+    server = joined_server(code)
+    before = kept_servers()['servers'].get(str(server.address), {})
+    server.token = server.token or before.get('token', '')
+    keep_server(server)
 
 
 def named_server(args: Args) -> KnownServer | None:
@@ -13825,7 +14371,7 @@ def as_client(args: Args, runtime: Runtime, target: Target,
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Python
+# 40. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14131,7 +14677,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Command line
+# 41. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14458,8 +15004,12 @@ def command(words: Sequence[str]) -> int:
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
+        if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
+            words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
         args.say, args.tls, args.as_client = print_line, client_tls, as_client
+        args.ask, args.keep, args.do = ask, keep_joined, command
+        args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         pass

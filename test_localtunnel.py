@@ -44,11 +44,12 @@ Contents
    33 Logs and replay         what a client leaves on disk; the commands (in Command line)
    34 Words from elsewhere    what users of other programs type
    35 Error pages             the way and where it stops, for each thing that fails
-   36 Terminal                what a person sees
-   37 Options                 what can be typed
-   38 Wiring                  the key; which server, which token (in Command line)
-   39 Python                  a tunnel inside another program, and its options as keywords
-   40 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   36 Setting up              what is installed, and how another machine is talked to
+   37 Terminal                what a person sees
+   38 Options                 what can be typed
+   39 Wiring                  the key; which server, which token (in Command line)
+   40 Python                  a tunnel inside another program, and its options as keywords
+   41 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -8489,7 +8490,214 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Terminal
+# 36. Setting up
+# ------------------------------------------------------------------------------------------------
+
+def server_args(*words):
+    """What was typed for `install`."""
+    return lt.make_parser().parse_args(['install', '--domain', 't.example.com', *words])
+
+
+def unit_lines(name, *words):
+    """The lines of the file NAME, below where units are, for a server with the options WORDS."""
+    args = server_args(*words)
+    files = lt.server_files(args, lt.words_of(args), '/usr/bin/python3')
+    return files[lt.UNIT_FOLDER + name].decode().splitlines()
+
+
+class InstallTest(FolderTest):
+
+    def setUp(self):
+        super().setUp()
+        patch = unittest.mock.patch.object(lt, 'SYSTEM', self.folder + '/')
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_the_socket_unit_has_the_ports_of_the_options(self):
+        exists = os.path.exists
+        for ipv6, words, ports in (
+                (True, [], ['0.0.0.0:80', '[::]:80', '0.0.0.0:443', '[::]:443']),
+                (False, [], ['0.0.0.0:80', '0.0.0.0:443']),
+                (True, ['--port', '81', '--tls-port', '444', '--bind', '[::1]'],
+                 ['[::1]:81', '[::1]:444']),
+                (False, ['--trust-proxy', '10.0.0.1'], ['0.0.0.0:80']),
+                (False, ['--trust-proxy', '10.0.0.1', '--acme', 'a@example.com'],
+                 ['0.0.0.0:80', '0.0.0.0:443'])):
+            with self.subTest(words), unittest.mock.patch.object(
+                    lt.os.path, 'exists', lambda path: ipv6 if 'inet6' in path else exists(path)):
+                self.assertEqual([line[13:] for line in unit_lines(lt.SOCKET, *words)
+                                  if line.startswith('ListenStream=')], ports)
+
+    def test_options_that_are_written_are_read_as_they_were_typed(self):
+        words = ['--token', "a 'b' # c", '--acme=x@example.com', '--open', '--admin']
+        args = server_args(*words)
+        files = lt.server_files(args, lt.words_of(args), '')
+        read = lt.options_in(self.write('options', files[lt.OPTIONS].decode()))
+        self.assertEqual(read, ['--domain=t.example.com', "--token=a 'b' # c",
+                                '--acme=x@example.com', '--open', '--admin'])
+        again = lt.make_parser().parse_args(['server', *read])
+        self.assertEqual((again.token, again.admin), (["a 'b' # c"], args.admin))
+
+    def test_its_own_options_are_not_the_servers(self):
+        args = server_args('--print', '--remove', '--purge', '--open')
+        self.assertEqual(lt.words_of(args), ['--domain=t.example.com', '--open'])
+
+    def test_what_an_installed_server_can_not_have_is_said(self):
+        for words, why in ((['--domain', 'localhost'], 'add --domain'),
+                           (['--state', '/x'], 'leave out --state'),
+                           (['--bind', 'eth0'], '--bind takes an address')):
+            with self.subTest(words), self.assertRaisesRegex(lt.UsageError, why):
+                lt.check(server_args(*words), '/usr/bin/python3')
+        with self.assertRaisesRegex(lt.UsageError, 'homes are hidden'):
+            lt.check(server_args(), '/home/ana/bin/python3')
+        lt.check(server_args('--bind', '[::1]'), '/usr/bin/python3')
+
+    def test_a_machine_without_systemd_is_told_what_else_to_do(self):
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'install --print.*OpenRC or Docker'):
+            lt.look(server_args(), False)
+        shown = lt.shown(server_args(), [], '/usr/bin/python3')
+        self.assertIn('\n#!/sbin/openrc-run\n', shown)
+        self.assertIn('\ndocker run -d ', shown)
+
+    def test_the_program_that_has_a_port_is_named(self):
+        os.makedirs(self.path('run/systemd/system'))
+        for said, why in (
+                ('LISTEN 0 511 0.0.0.0:80 0.0.0.0:* users:(("nginx",pid=7,fd=6),("nginx",pid=8))',
+                 'port 80 is used by nginx;'),
+                ('LISTEN 0 511 *:80 *:*', 'port 80 is used by another program;'),
+                ('LISTEN 0 511 *:80 *:* users:(("\x1b[2J",pid=7,fd=6))', r'used by \?\[2J;')):
+            with unittest.mock.patch.object(lt, 'asked', lambda *words: said):
+                with self.subTest(said), self.assertRaisesRegex(lt.LocaltunnelError, why):
+                    lt.look(server_args(), False)
+
+    def test_a_resolver_on_loopback_leaves_the_port_of_dns_free(self):
+        os.makedirs(self.path('run/systemd/system'))
+        for where, free in (('127.0.0.53%lo:53', True), ('[::1]:53', True), ('0.0.0.0:53', False)):
+            said = f'UNCONN 0 0 {where} 0.0.0.0:* users:(("named",pid=7,fd=6))'
+            with unittest.mock.patch.object(
+                    lt, 'asked', lambda *words: said if '-Hlnup' in words else ''):
+                found = lt.look(server_args('--acme', 'a@example.com'), False)
+            self.assertIn('port 53 is ' + ('free' if free else 'used by named'), found)
+
+    def test_only_what_differs_is_written_and_all_of_it_can_be_put_back(self):
+        old = {'etc/a': b'1', lt.OPTIONS: b'2', 'etc/c': b'3'}
+        self.assertEqual(lt.write_files(old), {'etc/a': b'', lt.OPTIONS: b'', 'etc/c': b''})
+        changed = lt.write_files({**old, lt.OPTIONS: b'new'})
+        self.assertEqual(changed, {lt.OPTIONS: b'2'})
+        lt.write_files(changed)
+        self.assertEqual(open_and_read(self.path(lt.OPTIONS)), b'2')
+        if POSIX:
+            self.assertEqual([os.stat(self.path(name)).st_mode & 0o777 for name in old],
+                             [0o644, 0o640, 0o644])
+
+    def test_systemd_finds_nothing_wrong_with_the_units_and_little_that_is_exposed(self):
+        if not shutil.which('systemd-analyze') or not os.path.exists('/usr/bin/python3'):
+            missing(self, 'systemd')
+        for name in lt.UNITS:
+            self.write(name, '\n'.join(unit_lines(name)))
+        units = [self.path(name) for name in lt.UNITS]
+        done = subprocess.run(['systemd-analyze', 'verify', *units], capture_output=True, text=True)
+        self.assertEqual((done.returncode, [line for line in done.stderr.splitlines()
+                                            if 'localtunnel' in line]), (0, []))
+        done = subprocess.run(['systemd-analyze', 'security', '--offline=true', '--threshold=20',
+                               '--no-pager', units[1]], capture_output=True, text=True)
+        if 'unrecognized option' in done.stderr:
+            missing(self, 'a systemd that judges units which are not installed')
+        self.assertEqual(done.returncode, 0, done.stdout + done.stderr)
+
+
+# What takes the place of ssh: {0} is done with the command that would run on the other machine.
+FAKE_SSH = """#!/bin/sh
+for last; do :; done
+[ "$1" = -G ] && exec echo "hostname 127.0.0.1"
+{0}
+"""
+
+
+@unittest.skipUnless(POSIX, 'the program in place of ssh is a shell script')
+class SshTest(FolderTest):
+    """What is said to another machine, and what it may say."""
+
+    def setUp(self):
+        super().setUp()
+        os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
+        self.heard = []
+
+    def ssh(self, text):
+        os.chmod(self.write('ssh', FAKE_SSH.format(text)), 0o755)
+
+    def run_there(self, script='', given=b'', ask=lambda: 'secret'):
+        lt.over_ssh('ana@example.com', script, given, ask, self.heard.append)
+
+    def test_the_script_reads_what_it_is_given_whatever_is_quoted(self):
+        self.ssh('exec sh -c "$last"')
+        self.run_there("""head -c 5; echo; echo "it's" '$HOME'""", b'12345')
+        self.assertEqual(self.heard, ['12345', "it's $HOME"])
+
+    def test_a_password_is_asked_for_only_where_it_is_needed(self):
+        self.ssh('exec sh -c "$last"')
+        self.run_there('echo "password?"; read word; echo "it was $word"; cat; echo done')
+        self.assertEqual(self.heard, ['it was secret', 'done'])
+
+    def test_without_a_password_it_ends(self):
+        self.ssh('exec sh -c "$last"')
+
+        def ask():
+            raise lt.LocaltunnelError('there is none')
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'there is none'):
+            self.run_there('echo "password?"; exec cat', ask=ask)
+
+    def test_where_ssh_fails_its_own_words_are_the_reason(self):
+        self.ssh('printf "Welcome \\\\033[2J\\n%s: Permission denied (publickey).\\n" ana >&2; '
+                 'exit 255')
+        with self.assertRaisesRegex(lt.LocaltunnelError, re.escape(
+                "can't reach ana@example.com: ana: Permission denied (publickey); `ssh "
+                'ana@example.com` alone may say more')):
+            self.run_there(given=bytes(1000000))
+
+    def test_where_the_other_end_fails_its_last_line_is_the_reason_once(self):
+        self.ssh('echo looked; echo "localtunnel.py: port 80 is used by nginx"; exit 1')
+        with self.assertRaisesRegex(lt.LocaltunnelError,
+                                    '^on ana@example.com: port 80 is used by nginx$'):
+            self.run_there(given=bytes(1000000))
+        self.assertEqual(self.heard, ['looked'])
+
+    def test_a_hostile_machine_neither_paints_on_the_terminal_nor_fills_the_memory(self):
+        self.ssh('printf "\\033]0;x\\007\\n"; exec yes "$(printf "\\033[31m")aaaa"')
+        with self.assertRaises(lt.LocaltunnelError):
+            self.run_there()
+        self.assertTrue(all(line.isprintable() for line in self.heard))
+        self.assertLess(sum(map(len, self.heard)), lt.MOST_SAID)
+
+    def test_one_that_does_not_end_is_left(self):
+        self.ssh('exec sleep 100')
+        with unittest.mock.patch.object(lt, 'DEPLOYED_WITHIN', 0.01):
+            with self.assertRaisesRegex(lt.LocaltunnelError, 'was not done within'):
+                self.run_there()
+
+    def test_without_ssh_it_says_what_to_install(self):
+        os.environ['PATH'] = self.folder
+        with self.assertRaisesRegex(lt.LocaltunnelError, "can't start ssh .*install OpenSSH"):
+            self.run_there()
+
+    def test_a_python_that_is_too_old_or_not_there_is_told(self):
+        script = lt.REMOTELY.format(size=1, pythons='false', words='', question='')
+        self.ssh('exec sh -c "$last"')
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'it lacks Python 3.8 or later'):
+            self.run_there(script, b'x')
+
+    def test_without_a_domain_it_is_the_address_or_its_name(self):
+        self.ssh('exit 1')
+        for address, acme, domain in (
+                ('1.2.3.4', True, '1-2-3-4.sslip.io'), ('1.2.3.4', False, '1.2.3.4'),
+                ('10.0.0.1', True, '10.0.0.1'), ('2606:4700::1', True, '2606-4700--1.sslip.io')):
+            with unittest.mock.patch.object(lt.socket, 'getaddrinfo', lambda *words, **_: [
+                    (0, 0, 0, '', ('fd00::1', 0)), (0, 0, 0, '', (address, 0))][':' in address:]):
+                self.assertEqual(lt.domain_of('vps', acme), domain)
+
+
+# ------------------------------------------------------------------------------------------------
+# 37. Terminal
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9193,7 +9401,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Options
+# 38. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9217,7 +9425,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Wiring
+# 39. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -9432,7 +9640,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Python
+# 40. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -9613,7 +9821,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Command line
+# 41. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -10827,6 +11035,155 @@ class ThinLogTest(unittest.TestCase):
         log, written, _ = self.log()
         log.note('tunnel closed', reason='a "b"\x1b[31m\n', user='', name='x')
         self.assertTrue(written[0].endswith('tunnel closed reason="a \\"b\\"?[31m?" name=x\n'))
+
+
+# What systemd does with the units of `install`, as far as `install` asks for it; {0} is the system.
+FAKE_SYSTEMCTL = """#!/bin/sh
+state={0}/var/lib/localtunnel
+pid=$(cat $state/lock 2>/dev/null)
+case $1 in
+is-active) kill -0 $pid 2>/dev/null && echo active;;
+enable) mkdir -p $state
+    export STATE_DIRECTORY=$state
+    $(sed -n s/^ExecStart=//p {0}/etc/systemd/system/localtunnel.service) >>{0}/log 2>&1 &;;
+reload) kill -USR2 $pid;;
+stop|disable) kill $pid 2>/dev/null; while kill -0 $pid 2>/dev/null; do sleep 0.01; done;;
+esac
+"""
+
+
+@unittest.skipUnless(sys.platform == 'linux', 'systemd is of Linux')
+class DeployTest(CommandTest):
+    """From a bare machine to a URL, an upgrade, and away again; the machine is a folder."""
+
+    def setUp(self):
+        super().setUp()
+        if not os.path.exists('/usr/bin/python3') or not shutil.which('openssl'):
+            missing(self, '/usr/bin/python3 and openssl')
+        self.system = self.path('system')
+        os.makedirs(self.path('system/run/systemd/system'))
+        self.program('systemctl', FAKE_SYSTEMCTL.format(self.system))
+        self.program('journalctl', f'#!/bin/sh\nexec cat {self.system}/log')
+        for name in 'systemd-sysusers', 'chgrp', 'userdel', 'ss':
+            self.program(name, '#!/bin/sh')
+        self.program('id', '#!/bin/sh\necho 0')
+        self.addCleanup(self.take_away)
+        source = open_and_read(SCRIPT).replace(b"\nSYSTEM = '/' ", b"\nSYSTEM = '%s/' "
+                                               % self.system.encode())
+        self.script = self.write('ours.py', source.decode())
+        self.host = 'ana@example.com'
+        self.ports = [self.free_port() for _ in 'ab']
+        self.ssh()
+
+    def program(self, name, text):
+        os.makedirs(self.path('bin'), exist_ok=True)
+        os.chmod(self.write(f'bin/{name}', text), 0o755)
+
+    def ssh(self):
+        """Let `ssh` go to that machine."""
+        self.program('ssh', FAKE_SSH.format(f'PATH={self.path("bin")}:$PATH exec sh -c "$last"'))
+        os.environ['PATH'] = self.path('bin') + os.pathsep + os.environ['PATH']
+
+    def take_away(self):
+        subprocess.run([self.path('bin/systemctl'), 'stop'], check=True)
+
+    def deploy(self, *words):
+        return self.start('deploy', self.host, *words, script=(self.script,))
+
+    def done(self, *words):
+        """What it prints, with the server's options."""
+        program = self.deploy('--domain', '0.0.0.0', '--bind', '127.0.0.1', '--port',
+                              self.ports[0], '--tls-port', self.ports[1], *words)
+        self.assertEqual((program.ends(), program.lines['err']), (0, []))
+        return program.lines['out']
+
+    def test_one_command_makes_a_server_another_one_upgrades_it_and_a_third_takes_it_away(self):
+        state = os.path.join(self.system, 'var/lib/localtunnel')
+        said = self.done()
+        self.assertEqual(said[-1], 'type this, with the port of your app: python3 localtunnel.py '
+                                   'client 8000')
+        self.assertNotIn('lt1', ''.join(said))
+        token = open_and_read(os.path.join(state, 'token')).decode().strip()
+        kept = open_and_read(self.path('config/localtunnel/servers.json')).decode()
+        self.assertIn(token, kept)
+        client = self.start('client', self.app().port)
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        lock = open_and_read(os.path.join(state, 'lock'))
+        self.done()
+        self.assertEqual(open_and_read(os.path.join(state, 'lock')), lock)      # nothing to do
+        self.done('--contact', 'ana@example.com')
+        self.assertNotEqual(open_and_read(os.path.join(state, 'lock')), lock)
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        wrong = self.deploy('--domain', '0.0.0.0', '--bind', '127.0.0.1', '--port', self.ports[0],
+                            '--tls-port', self.ports[1], '--cert', '/none', '--key', '/none')
+        self.assertEqual(wrong.ends(), 1)
+        wrong.says("does not start: can't read /none: No such file .*; the old one goes on")
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        self.assertIn(b'--contact', open_and_read(os.path.join(self.system, lt.OPTIONS)))
+        client.interrupt()
+        self.assertEqual(self.deploy('--remove').ends(), 0)
+        self.assertEqual(os.listdir(os.path.join(self.system, 'etc/systemd/system')), [])
+        self.assertTrue(os.path.exists(os.path.join(state, 'token')))
+        self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
+        self.assertFalse(os.path.exists(state))
+
+    def test_a_dry_run_goes_nowhere_and_shows_all(self):
+        self.program('ssh', FAKE_SSH.format(f'echo gone >{self.path("gone")}'))
+        program = self.deploy('--domain', 't.example.com', '--dry-run')
+        self.assertEqual(program.ends(), 0)
+        said = '\n'.join(program.lines['out'])
+        self.assertFalse(os.path.exists(self.path('gone')))
+        for part in ('-- ana@example.com', 'install --domain=t.example.com', 'systemctl enable',
+                     'ProtectSystem=strict', 'sudo -n "$@"'):
+            self.assertIn(part, said)
+
+
+class RealSshTest(DeployTest):
+    """The same by the real ssh, to a real sshd."""
+
+    def ssh(self):
+        sshd, ssh, keygen = (shutil.which(name, path=f'{os.environ["PATH"]}:/usr/sbin:/usr/bin')
+                             for name in ('sshd', 'ssh', 'ssh-keygen'))
+        if not (sshd and ssh and keygen):
+            missing(self, "OpenSSH's server")
+        port, key = self.free_port(), self.path('key')
+        subprocess.run([keygen, '-q', '-t', 'ed25519', '-N', '', '-f', key], check=True)
+        self.write('sshd', f'HostKey {key}\nAuthorizedKeysFile {key}.pub\nPidFile none\n'
+                   f'ListenAddress 127.0.0.1:{port}\nStrictModes no\nUsePAM no\n'
+                   f'PermitRootLogin yes\nSetEnv PATH={self.path("bin")}:/usr/bin:/bin\n')
+        if os.geteuid() == 0 and not os.path.exists('/run/sshd'):       # it insists
+            os.mkdir('/run/sshd')
+            self.addCleanup(os.rmdir, '/run/sshd')
+        self.start('-D', '-e', '-f', self.path('sshd'), script=(
+            '-c', 'import os, sys; os.execv(sys.argv[1], sys.argv[1:])', sshd)
+            ).says('Server listening')
+        public = open_and_read(f'{key}.pub').decode()
+        self.write('known', f'[127.0.0.1]:{port} {public}')
+        self.write('ssh_config', f'Host vps\nHostName 127.0.0.1\nPort {port}\nBatchMode yes\n'
+                   f'IdentityFile {key}\nUserKnownHostsFile {self.path("known")}\n')
+        self.program('ssh', f'#!/bin/sh\nexec {ssh} -F {self.path("ssh_config")} "$@"')
+        os.environ['PATH'] = self.path('bin') + os.pathsep + os.environ['PATH']
+        self.host = 'vps'
+
+    test_a_dry_run_goes_nowhere_and_shows_all = None
+    test_one_command_makes_a_server_another_one_upgrades_it_and_a_third_takes_it_away = None
+
+    def test_one_command_makes_a_server_and_another_one_takes_it_away(self):
+        self.done()
+        client = self.start('client', self.app().port)
+        self.assertEqual(fetch(client.url()), (200, b'app /'))
+        client.interrupt()
+        self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
+        self.assertEqual(os.listdir(os.path.join(self.system, 'var/lib')), [])
+
+    def test_a_host_key_that_has_changed_is_told_and_nothing_is_sent(self):
+        other = self.path('other')
+        subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', other], check=True)
+        place = open_and_read(self.path('known')).decode().split()[0]
+        self.write('known', f'{place} {open_and_read(other + ".pub").decode()}')
+        program = self.deploy('--domain', 't.example.com')
+        self.assertEqual(program.ends(), 1)
+        program.says("can't reach vps: Host key verification failed; `ssh vps` alone may say more")
 
 
 class RealProxyTest(CommandTest):
