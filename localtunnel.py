@@ -4765,7 +4765,9 @@ class Server:
             if not (is_address(host) or is_loopback(host)):
                 raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
                                 f'not as {host or "no host"}')
-            return next((tunnel.name for tunnel in self.tunnels), '')
+            mine = min((tunnel for tunnel in self.tunnels if tunnel.kind == 'http'), default=None,
+                       key=lambda tunnel: (not tunnel.members, -tunnel.left_at))
+            return mine.name if mine else ''
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
         if parent == self.domain and (self.admission.leases.owner(name, time.time())
@@ -12743,7 +12745,7 @@ QUESTION = 'password?'          # the line by which it asks for one, for sudo
 SSH = 'ssh', '-o', 'ConnectTimeout=20', '-o', 'ServerAliveInterval=20'
 DEPLOYED_WITHIN = 900.0         # people look for second factors; the parts have their own deadlines
 ANSWERS_WITHIN, ANSWER_LOOK = 60.0, 1.0         # an authority issues a certificate meanwhile
-MOST_SAID = 64 * KIB            # by the other machine; ours say a few lines
+MOST_HEARD = 64 * KIB            # by the other machine; ours say a few lines
 
 
 def converse(process: Any, given: bytes, ask: Callable[[], str],
@@ -12752,7 +12754,7 @@ def converse(process: Any, given: bytes, ask: Callable[[], str],
 
     That one is returned: it says why, if it fails.
     """
-    last, left = '', MOST_SAID
+    last, left = '', MOST_HEARD
     with contextlib.suppress(BrokenPipeError):      # then it says why
         process.stdin.write(given)
     while True:
@@ -12796,7 +12798,7 @@ def over_ssh(host: str, script: str, given: bytes, ask: Callable[[], str],
             timer.cancel()
         code = process.returncode
         errors.seek(0)
-        said = errors.read(MOST_SAID).decode(errors='replace').strip().rstrip('.')
+        said = errors.read(MOST_HEARD).decode(errors='replace').strip().rstrip('.')
     if code == 255:
         why = printable(said.rpartition('\n')[2]) or 'it does not say why'
         raise LocaltunnelError(f"can't reach {host}: {why}; `ssh {host}` alone may say more")
@@ -12960,11 +12962,12 @@ class SettingUp(Annex):
         if why:
             args.say(f'it does not answer yet ({printable(why)}); DNS must lead {args.domain} and '
                      f'*.{args.domain} there, and its firewall let the ports through')
-        result = args.do(['doctor', '--server', address]) if 'doctor' in args.known else bool(why)
+        if 'doctor' in args.known:
+            args.do(['doctor', '--server', address])
         named = STAMPED_SERVER or os.environ.get('LOCALTUNNEL_SERVER')
         args.say('type this, with the port of your app: python3 localtunnel.py client 8000'
                  + (f' --server {address}' if named else ''))
-        return int(result)
+        return int(bool(why))
 
 
 # ================================================================================================
