@@ -12371,6 +12371,23 @@ def server_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     return rest
 
 
+def block_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
+    """WORDS after `block`, with the name of a URL instead of it."""
+    names = [re.sub(r'https?://([^/.:]+)[.].*', r'\1', word) for word in words]
+    if names != [*words]:
+        note('a name is what stands before the domain')
+    return names
+
+
+def logs_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
+    """WORDS after `logs`."""
+    return translated(words, {'--tail': '--follow'}, note)[0]
+
+
+WORDS_AFTER = {'client': client_words, 'server': server_words, 'block': block_words,
+               'logs': logs_words}
+
+
 class Elsewhere(Annex):
     """Says in our words what was said in others'."""
 
@@ -12389,9 +12406,7 @@ class Elsewhere(Annex):
         elif re.match('-|localhost|.*[0-9:/]', first) or os.path.exists(first):
             note('the first word is client or server')
             first, rest = 'client', [first, *rest]
-        if first not in ('client', 'server'):
-            return words
-        return [first, *(client_words if first == 'client' else server_words)(rest, note)]
+        return [first, *WORDS_AFTER[first](rest, note)] if first in WORDS_AFTER else words
 
 
 # ------------------------------------------------------------------------------------------------
@@ -13898,6 +13913,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words: Sequence[str]) -> Args:     # type: ignore[override]
         """What WORDS say.  `after` are those after a client's `--`, which are another command."""
         words = list(words)
+        if words[:1] == ['help']:
+            words = [*words[1:2], '--help']
         end = words.index('--', 2) if words[:1] == ['client'] and '--' in words[2:] else len(words)
         if words[end:] == ['--']:
             raise UsageError('what follows -- is a command to run beside the tunnel; name one')

@@ -8253,7 +8253,8 @@ class ElsewhereTest(FolderTest):
         ('client http://localhost:8888/lab?token=a', 'client http://localhost:8888'),
         ('unblock bob', 'block --remove bob'), ('revoke ana', 'invite --revoke ana'),
         ('invite revoke ana', 'invite --revoke ana'), ('invite list', 'invite --list'),
-        ('members', 'invite --list'))
+        ('members', 'invite --list'), ('logs --tail', 'logs --follow'),
+        ('block https://shop.t.example.com/x', 'block shop'))
 
     def said(self, *words):
         with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -8280,6 +8281,12 @@ class ElsewhereTest(FolderTest):
         for typed, text in (('localhost:8000/', 'localhost:8000'), ('a.b:1/c', 'a.b:1/c')):
             args = lt.make_parser().parse_args(['client', typed])
             self.assertEqual(lt.find_target(args).text, text)
+
+    def test_help_is_a_word_too(self):
+        for words, shown in (['help'], 'COMMAND'), (['help', 'invite'], 'RULE'):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                self.assertEqual(lt.main(words), 0)
+            self.assertIn(shown, out.getvalue())
 
     def test_what_is_not_known_gets_a_list_of_what_is(self):
         self.assertIn('there is no nothing here, but client, server, ', self.said('nothing'))
