@@ -7532,8 +7532,8 @@ class Authority:
 
 def plain_host(host: str) -> str:
     """HOST as certificates have it: addresses are compared as such."""
-    return (str(ipaddress.ip_address(host.strip('[]'))) if is_address(host)
-            else host.lower().rstrip('.'))
+    host = host.strip('[].').lower()
+    return str(ipaddress.ip_address(host)) if ':' in host and is_address(host) else host
 
 
 class AcmeTls(Tls):
@@ -7740,7 +7740,7 @@ class Keeper:
             Authority(server.runtime, url, trust, os.path.join(args.state, 'acme-account.key'))
             for url in args.acme_directory or [LETS_ENCRYPT]]
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
-        self._aim: list[str] = []                   # names for which we want a certificate now
+        self._aims: list[list[str]] = []            # names that were wanted since we had them all
         self._failures, self._why = 0, ''           # in a row, and of the last one
         self._again = 0.0                           # not to be tried before, in Unix seconds
         self._failed: list[float] = []              # when proofs failed
@@ -7774,12 +7774,14 @@ class Keeper:
         tls, high = self._tls, set(self._all) <= set(self._tls.names)
         delegated = len(self._all) > 1 and await self._outside.is_delegated()
         aim = self._all if delegated or high else self._all[:1]
-        if self._aim not in ([], aim):
-            self._again = 0.0           # a record has come, or the certificate for all has ended
-        self._aim = aim
+        if aim not in self._aims:       # a record has come, or the certificate for all has ended
+            self._again = 0.0 if self._aims else self._again
+            self._aims.append(aim)
         if time.time() >= max(await self._due(aim), self._again):
             await self._note(await self._climb(
                 [aim, self._all[:1]] if delegated and not high else [aim], delegated))
+        if not self._why:
+            self._aims = [aim]
         if self._all[0] in tls.names:
             await self._tell(delegated)
         pause = max(await self._due(aim), self._again) - time.time()
@@ -7859,7 +7861,10 @@ class Keeper:
         url = self._args.notify
         try:
             tls = ssl.create_default_context() if url.startswith('https:') else None
-            await fetch(self._server.runtime, url, tls, json.dumps(facts), 'application/json')
+            response, _ = await fetch(self._server.runtime, url, tls, json.dumps(facts),
+                                      'application/json')
+            if response.status >= 300:
+                raise AcmeError(f'{url} answers {response.status}')
         except AcmeError as e:
             self._server.log.note(f"warning: --notify can't be told: {e}")
 

@@ -5986,6 +5986,35 @@ class OutsideTest(AcmeTest):
             'certificate: the same again; trying again in 1 min, or at once on SIGHUP'])
         self.assertEqual(self.server.counters['certificate_failures'], 2)
 
+    async def test_a_record_that_comes_is_reason_to_try_at_once_but_one_that_flickers_is_not(self):
+        self.directory = (await MadeUp(self.folder).listen(self)).url + '/'
+        keeper, tries = await self.keeper(domain='t.example'), []
+
+        async def fails(names, delegated):
+            tries.append(names[-1])
+            raise lt.AcmeError('no', wait=7200.0)
+        keeper._renew, zone = fails, '_acme-challenge.t.example'
+        for _ in range(3):
+            await keeper._look()
+            self.dns.delegated[zone] = self.dns_port
+            await keeper._look()
+            self.dns.delegated.clear()
+        self.assertEqual(tries, ['t.example', '*.t.example', 't.example'])
+        del keeper._renew
+        keeper = await self.keeper(domain='t.example')      # as after a restart
+        await keeper._look()
+        self.assertFalse(self.server.tls.names)
+        self.server.reload()
+        running = self.meanwhile(keeper.run())
+        await eventually(lambda: self.server.tls.names)
+        await self.forget(running)
+
+    async def test_who_can_not_be_told_is_named(self):
+        app = await self.app(b'HTTP/1.1 500 x\r\nContent-Length: 0\r\nConnection: close\r\n\r\n')
+        await (await self.keeper('--notify', f'http://localhost:{app.address[1]}/x'))._look()
+        self.assertEqual(self.notes()[-1], "warning: --notify can't be told: http://localhost:"
+                         f'{app.address[1]}/x answers 500')
+
     async def test_damaged_files_and_a_full_disk_are_survived(self):
         self.write('acme-certificate.pem', 'x')
         self.write('acme.json', '[')
