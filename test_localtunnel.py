@@ -5705,14 +5705,17 @@ class MadeUp:
         self.asked.append((path, payload, protected))
         answer = self.says.get(path)
         answer = (answer(payload) if callable(answer) else answer) or self.usual(path, payload)
-        if answer is not Ellipsis:      # it just waits
+        if answer is Ellipsis:          # it just waits
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+        else:
             status, document, *lines = answer
             whole = document if isinstance(document, bytes) else json.dumps(document).encode()
             form = 'octet-stream' if whole is document and whole[:1] != b'[' else 'json'
             writer.write('\r\n'.join([
                 f'HTTP/1.1 {status} x', f'Content-Type: application/{form}', 'Replay-Nonce: again',
                 f'Content-Length: {len(whole)}', *lines, '', '']).encode('latin-1') + whole)
-            writer.close()
+        writer.close()
 
     @staticmethod
     def decoded(text):
