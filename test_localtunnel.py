@@ -10187,7 +10187,7 @@ class ExitCodeTest(CommandTest):
         self.ended_here(2, 'client', '1', '--server', word='--server: its value is missing')
         self.ended_here(2, 'client', '1', '--', word='a command to run beside the tunnel')
         self.ended_here(2, 'server', '--port', 'x', word='--port')
-        self.ended_here(2, 'server', '--cert', 'x', word='add --key FILE')
+        self.ended_here(2, 'server', '--port', 0, '--cert', 'x', word='add --key FILE')
 
     def test_what_cannot_be_meant_is_2(self):
         to = ['--server', 'localhost:1', '--once']
@@ -10590,13 +10590,13 @@ class TokenPromptTest(CommandTest):
         return client
 
     def test_a_terminal_is_asked_once_and_the_answer_kept_for_this_user_alone(self):
-        address = self.server('--token', 'right')
+        address = self.server('--token', 'right!')
         client = self.asked('--server', address)
-        client.type('right\n')
+        client.type('right!\n')
         url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
         self.assertEqual(fetch(url), (200, b'app /'))
         self.assertEqual(client.interrupt(), 0)
-        self.assertNotIn('right', '\n'.join(client.lines['out']))
+        self.assertNotIn('right!', '\n'.join(client.lines['out']))
         kept = self.path('config', 'localtunnel', 'servers.json')
         self.assertEqual(os.stat(kept).st_mode & 0o777, 0o600)
         for args in ('--server', address), ():      # which is the last one then
