@@ -14759,6 +14759,7 @@ def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> 
 # A command beside the tunnel.
 
 NOT_FOUND, NOT_EXECUTABLE, SIGNALLED = 127, 126, 128        # exit codes, as of a shell
+COMMAND_WAITS = 60.0            # for the tunnel: a server that restarts is back by then
 
 
 def terminal_tells_children() -> bool:
@@ -14800,13 +14801,21 @@ class Beside:
         return SIGNALLED - code if code < 0 else code
 
     async def run(self, client: Client) -> int:
-        """Run it, once CLIENT is welcome; return the exit code.  Without a command, wait."""
+        """Run it, once CLIENT is welcome; return the exit code.  Without a command, wait.
+
+        Raises LocaltunnelError if CLIENT isn't welcome in time.
+        """
         if not self._words:
             await client.runtime.loop.create_future()
-        await first_of(client.welcomed.wait(), self._signalled.wait())
+        program, *words = self._words
+        try:
+            await asyncio.wait_for(first_of(client.welcomed.wait(), self._signalled.wait()),
+                                   COMMAND_WAITS)
+        except asyncio.TimeoutError as e:
+            raise LocaltunnelError(f'no tunnel came up in {COMMAND_WAITS:.0f} s, so '
+                                   f'{printable(program)} was not run') from e
         if self._signal:
             return SIGNALLED + self._signal
-        program, *words = self._words
         try:
             self._process = await asyncio.create_subprocess_exec(
                 shutil.which(program) or program, *words,

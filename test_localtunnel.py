@@ -10347,6 +10347,17 @@ class BesideTest(FolderTest, LoopTest):
 
 
 @unittest.skipUnless(POSIX, 'needs sh')
+class BesideWaitTest(LoopTest):
+
+    async def test_without_a_tunnel_it_is_not_run_and_the_client_ends(self):
+        beside = lt.Beside(self.runtime, ())
+        beside._words = ['never']
+        client = types.SimpleNamespace(welcomed=asyncio.Event(), runtime=self.runtime)
+        with self.constant(COMMAND_WAITS=0.01), self.assertRaisesRegex(
+                lt.LocaltunnelError, 'no tunnel came up in 0 s, so never was not run'):
+            await beside.run(client)
+
+
 class BesideCommandTest(CommandTest):
 
     def test_it_has_the_url_and_standard_output_for_itself(self):
