@@ -12984,7 +12984,7 @@ class SettingUp(Annex):
                      f'*.{args.domain} there, and its firewall let the ports through')
         if 'doctor' in args.known:
             args.do(['doctor', '--server', address])
-        named = STAMPED_SERVER or os.environ.get('LOCALTUNNEL_SERVER')
+        named = STAMPED_SERVER or os.environ.keys() & {'LOCALTUNNEL_SERVER', 'LOCALTUNNEL_JOIN'}
         args.say('type this, with the port of your app: python3 localtunnel.py client 8000'
                  + (f' --server {address}' if named else ''))
         return int(bool(why))
