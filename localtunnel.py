@@ -6292,6 +6292,15 @@ async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes
         return None
 
 
+async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
+    """The addresses of HOST, [] for none.  Raises Disconnected where RESOLVER does not say."""
+    answers = [await ask_dns(resolver, host, kind) for kind in (TYPE_A, TYPE_AAAA)]
+    if answers == [None, None]:
+        raise Disconnected('the resolver {}:{} does not answer'.format(*resolver))
+    return [str(ipaddress.ip_address(data)) for some in answers for data in some or ()
+            if len(data) in (4, 16)]
+
+
 # ------------------------------------------------------------------------------------------------
 # 17. Raw TCP
 #
@@ -7666,13 +7675,7 @@ class Outside:
         """Where visitors of the domain go.  Raises AcmeError."""
         if is_address(self._domain):
             return [self._domain]
-        answers = [await ask_dns(self._resolver, self._domain, kind) if self._resolver else None
-                   for kind in (TYPE_A, TYPE_AAAA)]
-        if answers == [None, None]:
-            raise AcmeError(f'the resolver does not say where {self._domain} is; name another one '
-                            'with --resolver')
-        found = [str(ipaddress.ip_address(data)) for answer in answers for data in answer or ()
-                 if len(data) in (4, 16)]
+        found = await addresses_in_dns(self._resolver, self._domain) if self._resolver else []
         if not found:
             here = next((found for found in outward_addresses() if ipaddress.ip_address(
                 found).is_global), 'the public address of this machine')
@@ -8806,8 +8809,13 @@ class Probe(Observer):
         return self._awaited[target].wait(REACHED_WITHIN)
 
 
-def look_up(host: str) -> list[str]:
-    """The addresses of HOST.  Raises OSError."""
+def look_up(host: str, resolver: tuple[str, int] | None = None) -> list[str]:
+    """The addresses of HOST, as RESOLVER or the system says.  Raises OSError and Disconnected."""
+    if resolver:
+        told = asyncio.run(addresses_in_dns(resolver, host))
+        if not told:
+            raise socket.gaierror(socket.EAI_NONAME, 'no address')
+        return told[:MOST_ADDRESSES]
     found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return sorted({str(place[0]) for *_, place in found})[:MOST_ADDRESSES]
 
@@ -8827,17 +8835,20 @@ def why_elsewhere(probe: Probe, host: str, address: str) -> str:
     return ''
 
 
-def name_findings(domain: str, probe: Probe) -> Iterator[str]:
+def name_findings(domain: str, probe: Probe,
+                  resolver: tuple[str, int] | None = None) -> Iterator[str]:
     """Whether DNS leads DOMAIN, and the names below it, here."""
     for host, record in ((domain, domain), (f'{secrets.token_hex(8)}.{domain}', f'*.{domain}')):
         try:
-            for address in look_up(host):
+            for address in look_up(host, resolver):
                 why = why_elsewhere(probe, host, address)
                 if why:
                     yield f'DNS leads {record} to {address}, {why}'
         except socket.gaierror as e:
             yield (f'DNS has no address for {record}; add a record that leads to this machine'
                    if e.errno in NO_ADDRESS else f"can't look {record} up in DNS: {e.strerror}")
+        except Disconnected as e:
+            yield f"can't look {record} up in DNS: {e}"
 
 
 def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
@@ -8849,7 +8860,7 @@ def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
     given = [getattr(args, name, None) for name in ('key', 'token_file', 'cert')]
     yield from file_findings(args.state, [path for path in given if path],
                              [path for path in given[:2] if path])
-    yield from name_findings(args.domain, probe)
+    yield from name_findings(args.domain, probe, getattr(args, 'resolver', None))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9606,10 +9617,7 @@ class Domain(Premises):
                 if e.errno in NO_ADDRESS:
                     return []
                 raise
-        answers = [await self._ask(host, kind) for kind in (TYPE_A, TYPE_AAAA)]
-        if answers == [None, None]:
-            raise Disconnected('the resolver {}:{} does not answer'.format(*self._args.resolver))
-        return [str(ipaddress.ip_address(data)) for some in answers for data in some or ()]
+        return await addresses_in_dns(self._args.resolver, host)
 
     async def dns(self) -> AsyncIterator[Verdict]:
         if is_address(self.domain) or is_loopback(self.domain):

@@ -5926,8 +5926,19 @@ class OutsideTest(AcmeTest):
         self.dns.faults['t.example'] = 2
         self.dns.records.clear()
         self.assertIsNone(await lt.ask_dns(('127.0.0.1', self.resolver), 't.example', 1))
-        with self.assertRaisesRegex(lt.AcmeError, 'resolver does not say where .* --resolver'):
+        with self.assertRaisesRegex(lt.Disconnected, 'the resolver 127.0.0.1:.* does not answer'):
             await outside.reach()
+
+    async def test_the_look_at_the_ground_asks_the_same_resolver(self):
+        place = '127.0.0.1', self.resolver
+        found = await self.loop.run_in_executor(None, lambda: list(lt.name_findings(
+            't.example', lt.Probe(self.log, {}), place)))
+        self.assertEqual(found, ['DNS has no address for *.t.example; add a record that leads to '
+                                 'this machine'])
+        self.dns.faults['t.example'] = 2
+        self.dns.records.clear()
+        with self.assertRaises(lt.Disconnected):
+            await self.loop.run_in_executor(None, lt.look_up, 't.example', place)
 
     async def test_caa_records_let_us_or_not(self):
         outside = (await self.keeper(domain='t.example'))._outside
@@ -6585,7 +6596,7 @@ class FindingTest(FolderTest):
             return list(lt.name_findings('t.example.com', unittest.mock.Mock(**probe)))
 
     def test_a_name_without_an_address_is_told_with_the_record(self):
-        def look_up(host):
+        def look_up(host, resolver):
             if host == 't.example.com':
                 return []
             self.assertRegex(host, '^[0-9a-f]{16}[.]t[.]example[.]com$')
