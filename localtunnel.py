@@ -39,11 +39,11 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  37 Terminal
-     2 Wire                   16 DNS                    38 Options
-     3 Credit                 17 Raw TCP                39 Wiring
-     4 Byte streams           18 Folder and echo        40 Python
-     5 Session                19 Host header            41 Command line
+     1 Constants and errors   15 Annex                  38 Terminal
+     2 Wire                   16 DNS                    39 Options
+     3 Credit                 17 Raw TCP                40 Wiring
+     4 Byte streams           18 Folder and echo        41 Python
+     5 Session                19 Host header            42 Command line
      6 HTTP/1.1               20 Outgoing proxy
      7 Names and tokens       21 Certificates
      8 Exchange               22 Certificates by ACME
@@ -61,6 +61,7 @@ Rooms
                               34 Words from elsewhere
                               35 Error pages
                               36 Setting up
+                              37 Via ssh
 """
 
 from __future__ import annotations
@@ -112,7 +113,8 @@ import warnings
 import weakref
 import zlib
 from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator,
-                    Iterable, Iterator, List, NoReturn, Optional, Sequence, TextIO, Tuple, Union)
+                    Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, TextIO,
+                    Tuple, Union)
 
 __version__ = '1.0'
 
@@ -3330,10 +3332,12 @@ class Visitor:
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
                  'refusal', 'stream', 'exchange', 'waiting')
 
-    def __init__(self, connection: Connection, trusted: Networks = ()) -> None:
+    def __init__(self, connection: Connection, trusted: Networks = (), scheme: str = '') -> None:
+        """TRUSTED is whose word about its visitors is taken; SCHEME is theirs, where it is known.
+        """
         self.connection = connection
         self.peer = self.address = connection.peer
-        self.scheme = 'https' if connection.secure else 'http'
+        self.scheme = scheme or ('https' if connection.secure else 'http')
         self.host = b''             # what a trusted proxy says was the visitor's Host
         self.trusted = trusted if within(self.peer, trusted) else ()
         self.refusal: HopFailed | None = None           # there was no room for this connection
@@ -4210,6 +4214,8 @@ class Visitors:
     def __init__(self, runtime: Runtime, trusted: Networks) -> None:
         """TRUSTED are the addresses of the proxies in front."""
         self._runtime, self._trusted = runtime, trusted
+        self.url, self._scheme = '', ''         # where they come, if somebody carries them here
+        self.host: str | None = None            # of the URL
         self._here: dict[Visitor, None] = {}        # the least recently active first
         self._of_subnet: dict[str, int] = collections.Counter()     # connections of each
         self._descriptors = descriptor_limit()
@@ -4221,12 +4227,19 @@ class Visitors:
     def __len__(self) -> int:
         return len(self._here)
 
+    def carried(self, url: str, trusted: Networks) -> None:
+        """From now on visitors of URL are carried here, by one of TRUSTED if it tells who they are.
+        """
+        parts = urllib.parse.urlsplit(url)
+        self.url, self._scheme, self.host = url, parts.scheme, parts.hostname
+        self._trusted = trusted
+
     def enter(self, connection: Connection) -> Visitor:
         """A visitor came on CONNECTION; near the limit the one idle for longest has to go.
 
         Never let accept() run out of descriptors: asyncio would try again and log without end.
         """
-        visitor = Visitor(connection, self._trusted)
+        visitor = Visitor(connection, self._trusted, self._scheme)
         self._here[visitor] = None
         self._of_subnet[subnet_of(visitor.peer)] += 1
         visitor.refusal = self._no_room(visitor.peer)
@@ -4762,7 +4775,7 @@ class Server:
         """
         if self.tunnels.only:
             # A stranger's name that leads here would let its pages read the app (DNS rebinding).
-            if not (is_address(host) or is_loopback(host)):
+            if not (is_address(host) or is_loopback(host) or host == self.visitors.host):
                 raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
                                 f'not as {host or "no host"}')
             mine = min((tunnel for tunnel in self.tunnels if tunnel.kind == 'http'), default=None,
@@ -4881,7 +4894,7 @@ class Server:
         host_name = self.domain if self.tunnels.only else f'{name}.{self.domain}'
         if self.tls and not visitor.trusted and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
-        return visitor.url_of(host_name, host)
+        return self.visitors.url or visitor.url_of(host_name, host)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -5721,6 +5734,8 @@ class Client:
 Args = argparse.Namespace       # what was typed, see Options
 Add = Callable[..., Any]        # argparse's add_argument
 
+AT_LAST: list[Callable[[], Any]] = []       # called even where the process ends at once
+
 
 # Types for argparse: they raise ArgumentTypeError or ValueError for what does not fit.
 
@@ -5928,6 +5943,14 @@ def own_source() -> list[bytes]:
     return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
 
 
+class Carrier:
+    """Someone else who brings visitors to the server in this process: `name`, for people."""
+    name = ''
+
+    def carry(self, app: App, client: Client, server: Server) -> None:
+        """Bring them to SERVER, which stands in front of CLIENT and its APP, while that runs."""
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -5953,6 +5976,9 @@ class Annex:
 
     def target(self, args: Args) -> Target | None:
         """What the tunnel leads to, where this annex knows what ARGS mean."""
+
+    def carrier(self, args: Args) -> Carrier | None:
+        """Who brings visitors to a server in this process, where ARGS say so."""
 
     def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
         """WORDS that were not understood, as they were meant; NOTE is told what had to change."""
@@ -12998,6 +13024,216 @@ class SettingUp(Annex):
         return int(bool(why))
 
 
+# ------------------------------------------------------------------------------------------------
+# 37. Via ssh
+#
+# A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
+# machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
+# of the app as ever.  That machine sees what passes, so nobody is asked who was not named.
+# ------------------------------------------------------------------------------------------------
+
+class Service(NamedTuple):
+    """How an sshd is asked to forward, and where it says what the URL is."""
+    port: str               # as ssh -R takes it
+    before: str             # stands before the URL, or before the port; other URLs may come first
+    names: bool = False     # it gives chosen names
+    tells: bool = False     # it is known to say who a visitor is: X-Forwarded-For is believed
+
+
+SERVICES = {'srv.us': Service('1', '1: '), 'localhost.run': Service('80', 'tls termination, '),
+            'serveo.net': Service('80', 'HTTP traffic from ', names=True),
+            'tuns.sh': Service('80', 'HTTPS: ', names=True, tells=True),
+            'pinggy.io': Service('0', '^', tells=True)}
+# Of any other sshd ssh itself tells: which port, and once it is known, that it may have it again.
+PLAIN = Service('0', '(?:Allocated port |remote forward success for: listen .*:)')
+
+HEARD = re.compile('debug1: Server host key: (?P<key>.+)|(?P<new>Warning: Permanently added )|'
+                   '(debug1: )?Authenticated to (?P<host>[^ ]+) |debug1: |OpenSSH_|Allocated port |'
+                   'Transferred: |Bytes per second: ')
+URL_OR_PORT = '(https://[A-Za-z0-9.-]+|[1-9][0-9]*(?=[ ,]))'
+IN_COLOUR = re.compile('\x1b\\[[0-9;]*m')
+
+# What ssh says where trying again can't help, and a sentence about its HOST.
+SSH_FAULTS = {
+    'IDENTIFICATION HAS CHANGED|Host key verification failed':
+        'HOST shows another host key than before, so someone may be in between; if its operator '
+        'has made a new one, forget the old one: ssh-keygen -R HOST',
+    'Permission denied|Too many authentication failures':
+        'HOST does not let you in; make a key with ssh-keygen if you have none, hand it over with '
+        'ssh-copy-id, and if it has a passphrase, give that to ssh-add',
+    'not known|nodename nor servname|No address associated':
+        "can't find the host HOST; check how it is spelled",
+    'remote port forwarding failed':
+        'HOST refuses to forward; its sshd_config needs "AllowTcpForwarding yes"'}
+
+# A broken path is seen after 15 s: at the third time that there should have been an answer.
+SSH_OPTIONS = ('ExitOnForwardFailure=yes', 'ServerAliveInterval=5', 'ServerAliveCountMax=2',
+               'StrictHostKeyChecking=accept-new', f'ConnectTimeout={HANDSHAKE_TIMEOUT:.0f}',
+               'ControlPath=none', 'RemoteCommand=none')
+SSH_ANSWERS, SSH_ASKS = 30.0, 120.0     # until there is a URL; where a person may type a password
+LAST_SAID = 20                          # lines, to tell why ssh ended
+VIA = re.compile(       # neither part begins with a dash: it would be an option
+    r'(?:ssh://)?((?:[\w.+%][\w.+%-]*@)?)(\w[\w.-]*|\[[\da-f:]+\])((?::\d{1,5})?)/?', re.ASCII)
+
+
+class Ssh(Carrier):
+    """An ssh process to one machine, and another one whenever the client comes back."""
+
+    def __init__(self, label: str, user: str, host: str, port: str) -> None:
+        self._where, self.name, self._label = f'ssh://{user}{host}{port}', host.lower(), label
+        self.service = next((service for domain, service in SERVICES.items()
+                             if f'.{self.name}'.endswith(f'.{domain}')), PLAIN)
+        self._port = self.service.port
+        # A password may be typed at first; later the terminal is read for single keys.
+        self._asks = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
+        self._heard: dict[str, str] = {}                    # of HEARD, with their names
+        self._said: collections.deque[str] = collections.deque(maxlen=LAST_SAID)
+        self._task: asyncio.Task[None] | None = None        # while a process runs
+        self._connection: Connection | None = None          # of the client to its server
+
+    def carry(self, app: App, client: Client, server: Server) -> None:
+        self._runtime, self._observer, self._server = app.runtime, app.observer, server
+        self._dial, self._door = client.dial, client.address.port
+        client.dial = self._connect
+
+    async def _connect(self, timeout: float) -> Connection:
+        """A connection to the server here, once visitors can come.  Raises Refused."""
+        if self._task is None or self._task.done():
+            self._up: asyncio.Future[LocaltunnelError | None] = self._runtime.loop.create_future()
+            self._task = self._runtime.spawn(self._run())
+        patience = SSH_ASKS if self._asks else SSH_ANSWERS
+        try:
+            error = await asyncio.wait_for(self._up, patience)
+        except asyncio.TimeoutError:
+            await end_task(self._task)
+            raise Disconnected(f'{self.name} gave no URL within {patience:.0f} s') from None
+        if error:
+            raise error
+        self._asks = False
+        connection = self._connection = await self._dial(timeout)
+        if self._task.done():
+            connection.abort()
+        return connection
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        """Start ssh.  A plain sshd runs nothing for us; a service says the URL in its session."""
+        plain, pipe = self.service is PLAIN, asyncio.subprocess.PIPE
+        address = '*:' if plain else f'{self._label}:' if self._label else ''
+        options = [f'-o{option}' for option in (
+            *SSH_OPTIONS, f'BatchMode={"no" if self._asks else "yes"}')]
+        # Ctrl-C is for us: open requests finish before ssh ends.
+        apart: dict[str, Any] = {'start_new_session': True}
+        if self._asks:
+            apart = {'preexec_fn': lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)
+                     } if os.name == 'posix' else {}
+        return await asyncio.create_subprocess_exec(
+            'ssh', '-v', '-NT' if plain else '-T', *options, '-R',
+            f'{address}{self._port}:localhost:{self._door}', '--', self._where, stdin=pipe,
+            stdout=pipe, stderr=asyncio.subprocess.STDOUT, limit=MAX_LINE, **apart)
+
+    async def _run(self) -> None:
+        """One process, from its start to its end."""
+        self._said.clear()
+        try:
+            process = await self._start()
+        except OSError as e:
+            return self._up.set_result(Refused(
+                502, 'ssh', f"can't run ssh ({plainly(e)}); install the client of OpenSSH"))
+        assert process.stdout
+        AT_LAST.append(process.kill)
+        try:
+            while not process.stdout.at_eof():
+                with contextlib.suppress(ValueError):       # a line too long to be of interest
+                    self._hear(await process.stdout.readline())
+            with contextlib.suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(process.wait(), LINGER)
+        finally:
+            AT_LAST.remove(process.kill)
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+            if self._connection:
+                self._connection.abort()        # so that the client comes back
+        if not self._up.done():
+            self._up.set_result(self._why())
+        else:
+            self._observer.note(str(self._why()))
+
+    def _hear(self, line: bytes) -> None:
+        """Take in a LINE of what ssh or the machine says."""
+        text = printable(IN_COLOUR.sub('', line.decode(errors='replace')).strip())[:MAX_TEXT]
+        heard = HEARD.match(text)
+        if heard is None:
+            self._said.extend(text.splitlines())        # but not an empty line
+        elif heard['new']:
+            self._observer.note(f'{self.name} is new here; its host key is {self._heard["key"]}, '
+                                'as its operator can confirm, and from now on has to stay the same')
+        else:
+            self._heard.update((key, value) for key, value in heard.groupdict().items() if value)
+        found = re.search(self.service.before + URL_OR_PORT, text)
+        if found and not self._up.done():
+            self._found(found[1])
+
+    def _found(self, url: str) -> None:
+        """Visitors can come: to URL, or to this port."""
+        if self.service is PLAIN:
+            self._port = url            # next time, too, so that the URL stays
+            self._runtime.spawn(self._look(self._heard['host'], int(url)))
+            url = f'http://{bracketed(self._heard["host"])}:{url}'
+        self._server.visitors.carried(
+            url, [network('127.0.0.0/8'), network('::1')] if self.service.tells else [])
+        for tunnel in self._server.tunnels:
+            tunnel.url = url
+        self._up.set_result(None)
+
+    async def _look(self, host: str, port: int) -> None:
+        """Tell the user if visitors are not let in: ssh does not know."""
+        try:
+            _, writer = await asyncio.wait_for(asyncio.open_connection(host, port), CONNECT_TIMEOUT)
+            writer.close()
+        except (OSError, asyncio.TimeoutError):
+            self._observer.hint(f'nothing answers on port {port} of {host}: its sshd_config needs '
+                                '"GatewayPorts clientspecified", its firewall to let visitors in')
+
+    def _why(self) -> LocaltunnelError:
+        """Why ssh has ended."""
+        said = '\n'.join(self._said)
+        if self._port != self.service.port and 'remote port forwarding failed' in said:
+            self._port = self.service.port
+            return Disconnected(f'{self.name} has given the port to others; asking for another one')
+        for words, fault in SSH_FAULTS.items():
+            if re.search(words, said):
+                return Refused(502, 'ssh', fault.replace('HOST', self.name))
+        return Disconnected(f'ssh to {self.name} ended' + ': ' * bool(said) + ''.join(
+            list(self._said)[-1:]))
+
+
+class ViaSsh(Annex):
+    """The option --via."""
+    title = 'without a server'
+
+    def client_options(self, add: Add) -> None:
+        add('--via', metavar='[USER@]HOST',
+            help='let this sshd, or a service such as srv.us, carry visitors here')
+
+    def carrier(self, args: Args) -> Carrier | None:
+        if args.via is None:
+            return None
+        if args.join or args.server or args.local or args.token or args.pin:
+            raise UsageError('--via takes no server, so it goes with none of --join, --server, '
+                             '--local, --token and --pin')
+        parts = VIA.fullmatch(args.via)
+        if not parts:
+            raise UsageError(f'--via takes [USER@]HOST or ssh://[USER@]HOST:PORT, not {args.via}')
+        ssh = Ssh(args.name or '', *parts.groups())
+        if args.name and not ssh.service.names:
+            raise UsageError(f'--name means nothing to {ssh.name}, which makes the URL by itself')
+        if args.allow and not ssh.service.tells:
+            raise UsageError(f'--allow has nothing to go by: {ssh.name} does not tell where '
+                             'visitors come from; --auth works')
+        return ssh
+
+
 # ================================================================================================
 # III. THE COMMAND LINE
 #
@@ -13005,7 +13241,7 @@ class SettingUp(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 37. Terminal
+# 38. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13338,7 +13574,10 @@ class Keys:
     def __init__(self, runtime: Runtime, actions: Actions) -> None:
         self._runtime, self._actions = runtime, actions
         self._loop = runtime.loop
-        runtime.swept.add(self)
+
+    def start(self) -> None:
+        """Read keys from now on."""
+        self._runtime.swept.add(self)
         self._loop.add_signal_handler(signal.SIGTSTP, self._stop)
         self.sweep()
 
@@ -13448,7 +13687,8 @@ PATHS = 16, 40                  # characters of a path at least, and to where th
 SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
            'remembered': '(remembered; --local for this machine only)',
            'LOCALTUNNEL_SERVER': '(as LOCALTUNNEL_SERVER says)',
-           'LOCALTUNNEL_JOIN': '(as LOCALTUNNEL_JOIN says)'}
+           'LOCALTUNNEL_JOIN': '(as LOCALTUNNEL_JOIN says)',
+           'carrier': 'carries visitors here, and sees what passes'}
 
 
 def event_line(event: str, **values: Any) -> str:
@@ -13529,15 +13769,24 @@ class Terminal(ClientObserver):
 
     # Keys.
 
-    def listen(self, runtime: Runtime, leave: Callable[[], None]) -> Keys | None:
-        """Read keys, where a person sits in front of a terminal; `q` calls LEAVE."""
+    def listen(self, runtime: Runtime, leave: Callable[[], None],
+               at_once: bool = True) -> Keys | None:
+        """Read keys, where a person sits in front of a terminal; `q` calls LEAVE.
+
+        If not AT_ONCE, once the tunnel is there: until then a password may be asked for.
+        """
         if self._json or self._quiet or not Keys.possible():
             return None
         self.keys.update({
             'c': ('copies the URL', self._copy), 'o': ('opens it', self._open),
             'q': ('quits', leave), '?': ('says so', self.help)})
         self._reads_keys = True
-        return Keys(runtime, self.keys)
+        keys = Keys(runtime, self.keys)
+        if at_once:
+            keys.start()
+        else:
+            self._first = keys.start
+        return keys
 
     def help(self) -> None:
         """Say how it ends, and what the keys do."""
@@ -13560,7 +13809,9 @@ class Terminal(ClientObserver):
         """What there is to know of a tunnel, by what it is about."""
         about = self._about
         source = SOURCES.get(about['source'], '')
-        server = f'{about["server"]} {source}'.rstrip() + f', {duration(round_trip)} away'
+        server = f'{about["server"]} {source}'.rstrip()
+        if about['source'] != 'carrier':
+            server += f', {duration(round_trip)} away'
         allow = ', '.join(about['allow'])
         visitors = ('from ' + allow + ' only' if allow else 'anyone with the URL'
                     if about['public'] else 'this machine only')
@@ -13796,7 +14047,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Options
+# 39. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -13804,7 +14055,7 @@ class ServerLog(Observer):
 ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
                             Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
                             LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
-                            SettingUp())
+                            SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -14052,7 +14303,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Wiring
+# 40. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14184,6 +14435,12 @@ def ask(prompt: str) -> str:
             return ''
 
 
+def find_carrier(args: Args) -> Carrier | None:
+    """Who brings visitors to a server in this process, if ARGS name someone.  Raises UsageError."""
+    carriers = (annex.carrier(args) for annex in ANNEXES)
+    return next((carrier for carrier in carriers if carrier), None)
+
+
 def joined_server(code: str, ca: str = '', source: str = '--join') -> KnownServer:
     """Return the server that CODE names.  Raises UsageError."""
     address, token, pin = read_code(code)
@@ -14239,6 +14496,8 @@ def known_server(args: Args) -> KnownServer | None:
 
     Raises UsageError.
     """
+    if find_carrier(args):
+        return None
     if args.join and (args.server or args.token or args.pin):
         raise UsageError('a code has server, token and pin in it, so --join goes with none of '
                          '--server, --token and --pin')
@@ -14404,7 +14663,7 @@ def as_client(args: Args, runtime: Runtime, target: Target,
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Python
+# 41. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14535,6 +14794,9 @@ class Life(ClientObserver):
                 await annex.beside(args, app)       # else nobody asked for a page
             self._client = make_client(app, args, known, self._key)
             self._client.once = True
+            carrier = find_carrier(args)
+            if server and carrier:
+                carrier.carry(app, self._client, server)
             stack.push_async_callback(self._client.stop)
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
                 await first_of(self._client.run(), self._stop)
@@ -14710,7 +14972,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Command line
+# 42. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14735,6 +14997,14 @@ def on_signals(loop: asyncio.AbstractEventLoop, tell: Callable[[int], None]) -> 
             signal.signal(number, lambda number, _: loop.call_soon_threadsafe(tell, number))
 
 
+def leave_at_once(code: int) -> NoReturn:
+    """End the process, whatever is under way."""
+    give_terminal_back()
+    for act in AT_LAST:
+        act()
+    os._exit(code)
+
+
 def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> int:
     """Run COMMAND; its event is set by the first SIGINT or SIGTERM, and the second ends at once.
 
@@ -14745,8 +15015,7 @@ def run(command: Callable[..., Coroutine[Any, Any, int | None]], *args: Any) -> 
 
         def asked(number: int) -> None:
             if stop.is_set():
-                give_terminal_back()
-                os._exit(0)
+                leave_at_once(0)
             clean_lines()
             stop.set()
         on_signals(loop, asked)
@@ -14799,7 +15068,7 @@ class Beside:
         self._signal = number
         self._signalled.set()
         if self._process and self._process.returncode is not None:
-            os._exit(self._code())          # the second one, while open requests finish
+            leave_at_once(self._code())     # the second one, while open requests finish
         if self._process and not (number == signal.SIGINT and terminal_tells_children()):
             with contextlib.suppress(ProcessLookupError):
                 self._process.send_signal(number)
@@ -14850,32 +15119,41 @@ class Beside:
             await self._process.wait()
 
 
+def say_not_public(args: Args) -> None:
+    """Say where this URL works, and the ways out, first the one that most people can go."""
+    say(f'NOT PUBLIC: {"--local" if args.local else "no server is known"}, so this URL works '
+        'on this machine only')
+    say(f'  with a code of a server:  python3 localtunnel.py client {args.target} --join CODE')
+    say(f'  by ssh, without a server: python3 localtunnel.py client {args.target} --via HOST')
+    say('  for one of your own:      python3 localtunnel.py deploy HOST')
+
+
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
     beside = Beside(runtime, args.after)
     key = load_key(LOG.warning)
-    server = None
+    server, carrier = None, find_carrier(args)
     if known is None:
         server, known = await start_local_server(runtime, target)
-        say(f'NOT PUBLIC: {"--local" if args.local else "no server is known"}, so this URL works '
-            'on this machine only')
-        say(f'  with a code of a server:  python3 localtunnel.py client {args.target} --join CODE')
-        say('  for one of your own:      python3 localtunnel.py server --domain DOMAIN')
+        if not carrier:
+            say_not_public(args)
 
     frames = Lines(sys.stderr, runtime.loop.call_later)
     terminal = Terminal(
-        target.text, str(known.address), server is None, runtime.loop.call_later,
-        source=known.source, protected=bool(args.auth), allow=[str(net) for net in args.allow],
-        as_json=args.json, quiet=args.quiet,
-        first=lambda: None if server else keep_server(known))
+        target.text, carrier.name if carrier else str(known.address), not server or bool(carrier),
+        runtime.loop.call_later, source='carrier' if carrier else known.source,
+        protected=bool(args.auth), allow=[str(net) for net in args.allow], as_json=args.json,
+        quiet=args.quiet, first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
     if server:
         server.pages.error = app.error_page
     for annex in () if args.release else ANNEXES:       # a release opens no tunnel
         await annex.beside(args, app)
     client = make_client(app, args, known, key, frames.frame if args.verbose else None)
-    keys = terminal.listen(runtime, stop.set)
+    if server and carrier:
+        carrier.carry(app, client, server)
+    keys = terminal.listen(runtime, stop.set, at_once=not carrier)
     pulse = None if args.json or args.quiet else Pulse(app, client, terminal)
     probe = [] if args.release else [runtime.spawn(app.look())]
     try:

@@ -45,11 +45,12 @@ Contents
    34 Words from elsewhere    what users of other programs type
    35 Error pages             the way and where it stops, for each thing that fails
    36 Setting up              what is installed, and how another machine is talked to
-   37 Terminal                what a person sees
-   38 Options                 what can be typed
-   39 Wiring                  the key; which server, which token (in Command line)
-   40 Python                  a tunnel inside another program, and its options as keywords
-   41 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   37 Via ssh                 how services are asked, and what ends it
+   38 Terminal                what a person sees
+   39 Options                 what can be typed
+   40 Wiring                  the key; which server, which token (in Command line)
+   41 Python                  a tunnel inside another program, and its options as keywords
+   42 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -8757,7 +8758,166 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Terminal
+# 37. Via ssh
+# ------------------------------------------------------------------------------------------------
+
+REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
+           'Authenticated to localhost ([127.0.0.1]:22) using "publickey".\n')
+# What services print, and what --via makes of it: how it asks, the URL, whose word is taken.
+SERVICES = {
+    'nokey@localhost.run': (
+        'Follow us at [https://twitter.com/localhost_run].\nhttps://docs.gitlab.com/ee/ssh/\n\n'
+        'a1.lhr.life tunneled with tls termination, https://a1.lhr.life\n'
+        'see https://localhost.run/docs/forever-free/\n', '80:', 'https://a1.lhr.life', False),
+    'srv.us': ('Support: https://discord.gg/6YnH\r\n1: https://q5.srv.us/, https://u.gh.srv.us/\n',
+               '1:', 'https://q5.srv.us', False),
+    'serveo.net': ('Forwarding HTTP traffic from https://a.serveousercontent.com\r\n', '80:',
+                   'https://a.serveousercontent.com', False),
+    'tuns.sh': ('\x1b[44mHTTP\x1b[0m: http://u.tuns.sh\r\n'
+                '\x1b[44mHTTPS\x1b[0m: https://u.tuns.sh\r\n', '80:', 'https://u.tuns.sh', True),
+    'ssh://qr+force@a.pinggy.io:443': (
+        'You have 60 minutes. Upgrade: https://dashboard.pinggy.io\n\nhttp://x.free.pinggy.link\n'
+        'https://x.free.pinggy.link\n', '0:', 'https://x.free.pinggy.link', True)}
+REFUSALS = {
+    'root@h: Permission denied (publickey).': 'h.example does not let you in; make a key',
+    '@  WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!  @\nHost key verification failed.':
+        'h.example shows another host key than before.*ssh-keygen -R h.example',
+    'ssh: Could not resolve hostname h: Name or service not known': "can't find the host h.ex",
+    'Error: remote port forwarding failed for listen port 0': 'h.example refuses to forward'}
+
+
+@unittest.skipUnless(POSIX, 'needs a shell')
+class ViaTest(FolderTest, WorldTest):
+    """A machine elsewhere carries visitors here.  A script takes the part of ssh."""
+
+    def setUp(self):
+        super().setUp()
+        self.write('ssh', '#!/bin/sh\necho "$@" >> "$0.asked"\n. "$0.does"\n')
+        os.chmod(self.path('ssh'), 0o700)
+        os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
+        terminal = unittest.mock.patch.object(sys, 'stdin', None)
+        terminal.start()
+        self.addCleanup(terminal.stop)
+
+    async def nothing_is_left(self):
+        await super().nothing_is_left()
+        self.assertEqual(lt.AT_LAST, [])        # so no process is
+
+    def does(self, says, more='exec cat > /dev/null'):
+        """From now on ssh SAYS that, and then does MORE."""
+        self.write('says', says)
+        self.write('ssh.does', f'cat {self.path("says")}; {more}')
+
+    def asked(self):
+        """How ssh was called, each time."""
+        return open_and_read(self.path('ssh.asked')).decode().splitlines()
+
+    def typed(self, *words):
+        return lt.make_parser().parse_args(['client', 'echo', *words])
+
+    async def carried(self, via, *words, wait=True):
+        """A client whose visitors come VIA a machine, once they can, if they can."""
+        if self.server is None:
+            await self.world(only=True)
+        args, known = self.typed('--via', via, *words), lt.KnownServer(f'localhost:{self.port}')
+        app = lt.make_app(self.runtime, args, lt.find_target(args), known, self.log)
+        client = lt.make_client(app, args, known, KEY)
+        lt.find_carrier(args).carry(app, client, self.server)
+        client.app = app
+        self.clients.append(client)
+        client.running = asyncio.ensure_future(client.run())
+        if wait:
+            await client.welcomed.wait()
+        return client
+
+    async def test_each_service_is_asked_in_its_way_and_believed_as_far_as_it_deserves(self):
+        for via, (says, spec, url, tells) in SERVICES.items():
+            with self.subTest(via):
+                self.server, self.clients, self.peers = None, [], []
+                self.does(says)
+                client = await self.carried(via)
+                self.assertEqual(client.url, url)
+                where = via if '://' in via else f'ssh://{via}'
+                self.assertRegex(self.asked()[-1], f'^-v -T .*=accept-new.* -R {spec}localhost:'
+                                 f'{self.port} -- {re.escape(where)}$')
+                status, _, body = await self.visit(url[8:], fields=(
+                    'X-Forwarded-For: 192.0.2.7\n'
+                    f'X-Forwarded-Proto: {"https" if tells else "http"}\n'))
+                self.assertEqual(status, 200)
+                self.assertIn(b'X-Forwarded-For: 192.0.2.7' if tells else
+                              b'X-Forwarded-For: 127.0.0.1', body)
+                self.assertIn(b'X-Forwarded-Proto: https', body)
+                self.assertEqual((await self.visit('evil.example'))[0], 403)
+                await self.end_of_the_world()
+
+    async def test_a_plain_sshd_keeps_the_port_when_ssh_was_killed(self):
+        port = (await self.serves(lambda reader, writer: writer.close()))[1]
+        self.does(f'{REACHED}Allocated port {port} for remote forward to localhost:1\n')
+        client = await self.carried('me@vps')
+        self.assertEqual(client.url, f'http://localhost:{port}')
+        self.does(f'{REACHED}debug1: remote forward success for: listen *:{port}, connect x:1\n')
+        lt.AT_LAST[0]()
+        await eventually(lambda: ('back', client.url) in self.log.told)
+        first, second = self.asked()
+        self.assertRegex(first, '-NT .* -R [*]:0:localhost')
+        self.assertIn(f' -R *:{port}:localhost', second)
+        self.assertIn('ssh to vps ended', self.log.text())
+        self.assertNotIn('hint', self.log.text())
+
+    async def test_where_the_port_went_to_others_another_one_is_asked_for_and_told(self):
+        self.does(f'{REACHED}Allocated port 1 for remote forward to localhost:1\n')
+        await self.carried('vps')
+        await eventually(lambda: 'nothing answers on port 1' in self.log.text())
+        self.does('Error: remote port forwarding failed for listen port 1\n', 'exit 255')
+        lt.AT_LAST[0]()
+        await eventually(lambda: 'has given the port to others' in self.log.text())
+        self.does(f'{REACHED}Allocated port 2 for remote forward to localhost:1\n')
+        await eventually(lambda: ('back', 'http://localhost:2') in self.log.told)
+        self.assertEqual((await self.visit('localhost'))[0], 200)
+
+    async def test_what_trying_again_can_not_cure_ends_it_with_the_cure(self):
+        for says, told in REFUSALS.items():
+            self.does(f'{says}\n', 'exit 255')
+            client = await self.carried('h.example', wait=False)
+            with self.subTest(says), self.assertRaisesRegex(lt.Refused, told):
+                await client.running
+        os.environ['PATH'] = self.path('nowhere')
+        with self.assertRaisesRegex(lt.Refused, "can't run ssh.*install"):
+            await (await self.carried('h.example', wait=False)).running
+
+    async def test_what_may_pass_is_tried_again(self):
+        self.does('\x1b]0;ssh: connect to host vps port 22: No route to host\n', 'exit 255')
+        client = await self.carried('vps', wait=False)
+        await eventually(lambda: 'ssh to vps ended: ?]0;ssh: connect to host' in self.log.text())
+        with self.constant(SSH_ANSWERS=0.01):
+            self.does('Welcome' * lt.MAX_LINE)
+            await eventually(lambda: 'vps gave no URL within 0 s' in self.log.text())
+        self.does(f'{REACHED}Allocated port 1 for remote forward to localhost:1\n')
+        await client.welcomed.wait()
+
+    async def test_a_host_that_is_new_is_told_with_its_key(self):
+        self.does(REACHED.replace('Auth', 'Warning: Permanently added x to the list.\nAuth')
+                  + 'Allocated port 1 for remote forward to localhost:1\n')
+        await self.carried('vps')
+        self.assertIn('vps is new here; its host key is ssh-ed25519 SHA256:abc', self.log.text())
+
+    def test_it_takes_a_host_and_what_makes_sense_with_it(self):
+        cases = ('x --server y', 'takes no server'), ('x --local', 'takes no server'), (
+            '-x', 'missing'), ('-a@x', 'missing'), ('a@-x', 'takes'), ('ssh://-x', 'takes'), (
+            'x/y', 'takes'), ('x:y', 'takes'), ('srv.us --name n', 'means nothing to srv'), (
+            'vps --allow 10.0.0.0/8', 'does not tell where visitors')
+        for words, told in cases:
+            with self.subTest(words), self.assertRaisesRegex(lt.UsageError, told):
+                lt.known_server(self.typed('--via', *words.split()))
+        os.environ['LOCALTUNNEL_SERVER'] = 'y.example'
+        for words in ('[::1]',), ('a.b%40c+d@h',), ('tuns.sh', '--name', 'n'), (
+                'free.pinggy.io', '--allow', '10.0.0.0/8', '--public'):
+            self.assertIsNone(lt.known_server(self.typed('--via', *words)))
+        self.assertIsNotNone(lt.known_server(self.typed()))
+
+
+# ------------------------------------------------------------------------------------------------
+# 38. Terminal
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9461,7 +9621,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Options
+# 39. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9485,7 +9645,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Wiring
+# 40. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -9700,7 +9860,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Python
+# 41. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -9881,7 +10041,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Command line
+# 42. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
