@@ -5475,6 +5475,8 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
 
 
 PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
+# What a server may call the URL of a tunnel: it is shown, opened, and given to shells.
+PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
 
 
 class Client:
@@ -5597,7 +5599,7 @@ class Client:
             session, count = self._new_session(), 0
         session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
-        before, self.url = self.url, printable(str(welcome.get('url', self.url))[:MAX_TEXT])
+        before, self.url = self.url, str(welcome['url'])
         if before:
             self._observer.back(self.url)       # which is https now if a certificate has come
         else:
@@ -5639,9 +5641,9 @@ class Client:
             welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
         except (ValueError, RecursionError):
             welcome = None
-        if not isinstance(welcome, dict) or not welcome.get('url'):
+        if not isinstance(welcome, dict) or not PUBLIC_URL.fullmatch(str(welcome.get('url'))):
             raise Refused(502, 'no_upgrade', f'{self.address} is not a localtunnel server: it sent '
-                          'no welcome')
+                          'no welcome with a URL')
         return welcome
 
     async def _refused(self, connection: Connection, response: Response) -> Refused:

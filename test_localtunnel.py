@@ -12764,6 +12764,17 @@ class HostileTest(FolderTest, WorldTest):
 class FrameTest(HostileTest):
     """A hostile client."""
 
+    async def test_a_url_is_one_that_browsers_shells_and_pages_may_have(self):
+        async def behave(peer, hello):
+            self.welcome(peer, url=url)
+        for url in ['javascript:alert(1)//http://x', 'http://x;id', 'http://$(id)', 'http://x/?a',
+                    'http://' + BAD, 'http://x\n', 'http://' + 'x' * 1000, 'file://x', ['http://x']]:
+            with self.subTest(url):
+                client = await self.against(behave)
+                with self.assertRaises(lt.Refused):
+                    await client.running
+                self.assertEqual(client.url, '')
+
     async def test_each_violation_has_its_goodbye(self):
         await self.world()
         await self.good()
@@ -13204,7 +13215,7 @@ class ServerTest(HostileTest):
 
     async def test_nothing_that_it_says_reaches_the_terminal_as_it_is(self):
         async def behave(peer, hello):
-            self.welcome(peer, url='http://' + BAD, session=BAD, user=BAD)
+            self.welcome(peer, session=BAD, user=BAD)
             peer.send(
                 F(lt.OPEN, 1, b'GET /\x9b31m HTTP/1.1\r\nHost: x\r\n\r\n'),
                 F(lt.RESET, 1, WORDS(1, BAD)), F(lt.GOAWAY, 0, WORDS(lt.REVOKED, BAD)))
@@ -13288,13 +13299,14 @@ class ServerTest(HostileTest):
 
     async def test_it_shows_no_more_of_a_text_than_a_sentence(self):
         async def behave(peer, hello):
-            self.welcome(peer, url='u' * 30000, session='s' * 30000)
+            self.welcome(peer, user='u' * 30000, session='s' * 30000)
             peer.send(F(lt.GOAWAY, 0, WORDS(lt.REVOKED, 'g' * 50000)))
 
         client = await self.against(behave)
         with self.assertRaises(lt.Refused) as caught:
             await client.running
-        self.assertEqual([len(x) for x in (client.url, client._session_id, str(caught.exception))],
+        (user,) = [words[1] for name, *words in self.log.told if name == 'ready']
+        self.assertEqual([len(x) for x in (user, client._session_id, str(caught.exception))],
                          [lt.MAX_TEXT] * 3)
 
     async def test_a_welcome_that_comes_in_drops_is_not_waited_for(self):
