@@ -10805,7 +10805,7 @@ def not_replayable(exchange: dict[str, Any]) -> str:
         return ''
     kept, size = len(body_of(request)), exchange['request_bytes']
     for name, value in request['headers']:
-        if name.lower() == 'content-length' and value.isdigit():
+        if name.lower() == 'content-length' and re.fullmatch('[0-9]{1,15}', value):
             size = int(value)       # an early answer may have cut it short
     if exchange['request_bytes'] > kept:
         return (f'only {kept} of the {size} bytes of its body were kept; start the client with '
@@ -11860,16 +11860,26 @@ EXCHANGE_TYPES = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': st
                   'ms': (int, float), 'request_bytes': int, 'response_bytes': int, 'error': str,
                   'failed': str, 'request': (dict, type(None)), 'response': (dict, type(None)),
                   'timing': dict}
+TIMING_TYPES = {'first_byte_ms': (int, float, type(None)), 'end_ms': (int, float, type(None))}
 SIDE_TYPES = {'line': str, 'headers': list, 'trailers': list, 'body': str, 'encoding': str,
               'truncated': bool}
+MOST_NUMBER = 1e15              # bytes and times are less; NaN and infinity are not
+
+
+def fits(value: Any, types: dict[str, Any]) -> bool:
+    """Return True if VALUE is a dict with the TYPES, and its numbers are such as are counted."""
+    return isinstance(value, dict) and types.keys() <= value.keys() and all(
+        isinstance(value[key], wanted)
+        and (not isinstance(value[key], (int, float)) or abs(value[key]) < MOST_NUMBER)
+        for key, wanted in types.items())
 
 
 def is_exchange(value: Any) -> bool:
     """Return True if VALUE is what Kept.details returns."""
-    def fits(value: Any, types: dict[str, Any]) -> bool:
-        return isinstance(value, dict) and all(
-            isinstance(value.get(key), wanted) for key, wanted in types.items())
-    return fits(value, EXCHANGE_TYPES) and all(
+    if not (fits(value, EXCHANGE_TYPES) and fits(value['timing'], TIMING_TYPES)):
+        return False
+    messages = value.get('messages', [])
+    return isinstance(messages, list) and all(fits(one, {'text': str}) for one in messages) and all(
         side is None or fits(side, SIDE_TYPES) and all(
             isinstance(field, list) and [type(text) for text in field] == [str, str]
             for field in side['headers'] + side['trailers'])

@@ -82,6 +82,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import math
 import marshal
 import os
 import queue
@@ -10228,6 +10229,26 @@ class LogsAndReplayTest(CommandTest):
                       (self.path('none'), '--to', 1), (1, '--to', 99999)):
             code, _, err = self.command('replay', *words)
             self.assertEqual((code, err.count('\n')), (2, 1), words)
+
+    def test_a_file_that_a_stranger_made_harms_nobody(self):
+        side = {'line': 'GET / HTTP/1.1', 'headers': [], 'trailers': [], 'body': '',
+                'encoding': 'utf-8', 'truncated': True}
+        right = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
+                 'ms': 1, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
+                 'request': side, 'response': None,
+                 'timing': {'first_byte_ms': None, 'end_ms': 1}, 'messages': []}
+        self.assertTrue(lt.is_exchange(right))
+        for wrong in (
+                {'ms': math.nan}, {'ms': math.inf}, {'ms': 10 ** 4000}, {'id': 10 ** 4000},
+                {'timing': {}}, {'timing': {'first_byte_ms': 'x', 'end_ms': 1}}, {'timing': 1},
+                {'messages': 1}, {'messages': [1]}, {'messages': [{}]},
+                {'response': {}}, {'request': 0}, {'request': {**side, 'headers': [['a']]}}):
+            self.assertFalse(lt.is_exchange({**right, **wrong}), wrong)
+        for value in '9' * 5000, '\u00b2':
+            side['headers'] = [['Content-Length', value]]
+            self.write('file', json.dumps(right))
+            code, _, err = self.command('replay', self.path('file'), '--to', 1)
+            self.assertEqual((code, err.count('\n')), (1, 1))
 
     def test_a_body_that_is_not_text_does_not_fill_the_terminal(self):
         _, url = self.running()
