@@ -12785,17 +12785,6 @@ class HostileTest(FolderTest, WorldTest):
 class FrameTest(HostileTest):
     """A hostile client."""
 
-    async def test_a_url_is_one_that_browsers_shells_and_pages_may_have(self):
-        async def behave(peer, hello):
-            self.welcome(peer, url=url)
-        for url in ['javascript:alert(1)//http://x', 'http://x;id', 'http://$(id)', 'http://x/?a',
-                    'http://' + BAD, 'http://x\n', 'http://' + 'x' * 999, 'file://x', ['http://x']]:
-            with self.subTest(url):
-                client = await self.against(behave)
-                with self.assertRaises(lt.Refused):
-                    await client.running
-                self.assertEqual(client.url, '')
-
     async def test_each_violation_has_its_goodbye(self):
         await self.world()
         await self.good()
@@ -13317,6 +13306,17 @@ class ServerTest(HostileTest):
         with self.assertRaises(lt.Refused) as caught:
             await (await self.against(behave, name='x')).running
         self.assertEqual(caught.exception.code, 'no_upgrade')
+
+    async def test_a_url_is_one_that_browsers_shells_and_pages_may_have(self):
+        async def behave(peer, hello):
+            self.welcome(peer, url=url)
+        for url in ['javascript:alert(1)//http://x', 'http://x;id', 'http://$(id)', 'http://x/?a',
+                    'http://' + BAD, 'http://x\n', 'http://' + 'x' * 999, 'file://x', ['http://x']]:
+            with self.subTest(url):
+                client = await self.against(behave)
+                with self.assertRaises(lt.Refused):
+                    await client.running
+                self.assertEqual(client.url, '')
 
     async def test_it_shows_no_more_of_a_text_than_a_sentence(self):
         async def behave(peer, hello):
