@@ -9592,6 +9592,7 @@ class KeysTest(LoopTest):
         typed, usual = asyncio.Event(), termios.tcgetattr(self.typing)
         with self.constant(in_foreground=lambda _: False):
             keys = lt.Keys(self.runtime, {'x': ('is typed', typed.set)})
+            keys.start()
             self.assertTrue(self.echoes())
         await eventually(lambda: not self.echoes())     # once it is looked at
         os.write(self.typing, b'x')
@@ -9607,6 +9608,7 @@ class KeysTest(LoopTest):
 
     async def test_it_is_given_back_while_it_is_stopped_and_at_a_sudden_end(self):
         keys, before = lt.Keys(self.runtime, {}), []
+        keys.start()
         with unittest.mock.patch.object(os, 'kill', lambda *_: before.append(self.echoes())):
             keys._stop()
         self.assertEqual((before, self.echoes()), ([True], False))
@@ -9616,6 +9618,8 @@ class KeysTest(LoopTest):
 
     async def test_a_terminal_that_goes_away_ends_them(self):
         keys = lt.Keys(self.runtime, {})
+        self.assertTrue(self.echoes())          # ssh may ask for a password until then
+        keys.start()
         with unittest.mock.patch.object(os, 'read', lambda *_: b''):
             keys._typed()
         self.assertNotIn(keys, self.runtime.swept)
