@@ -7755,6 +7755,18 @@ class Outside:
         self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
 
 
+def trusting(path: str | None) -> ssl.SSLContext:
+    """What trusts the authorities in the file PATH, too.  Raises UsageError."""
+    context = ssl.create_default_context()
+    try:
+        if path:
+            context.load_verify_locations(path)
+    except OSError as e:
+        why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
+        raise UsageError(f"--acme-ca: can't use {path}: {why}") from e
+    return context
+
+
 class Keeper:
     """Gets the best certificate that the records of the domain allow, and renews it.
 
@@ -7766,7 +7778,7 @@ class Keeper:
     def __init__(self, args: Args, server: Server, tls: AcmeTls, names: NameServer) -> None:
         self._args, self._server, self._tls, self._names = args, server, tls, names
         self._outside = Outside(args, server, names.zone)
-        trust = args.acme_ca or ssl.create_default_context()
+        trust = trusting(args.acme_ca)
         self._authorities = [
             Authority(server.runtime, url, trust, os.path.join(args.state, 'acme-account.key'))
             for url in args.acme_directory or [LETS_ENCRYPT]]
@@ -8012,17 +8024,6 @@ def text_like(pattern: str, example: str) -> Callable[[str], str]:
     return check
 
 
-def trusting(path: str) -> ssl.SSLContext:
-    """A type for argparse: what trusts the authorities in the file PATH too."""
-    context = ssl.create_default_context()
-    try:
-        context.load_verify_locations(path)
-    except OSError as e:
-        why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
-        raise argparse.ArgumentTypeError(f"can't use {path}: {why}") from e
-    return context
-
-
 class Acme(Annex):
     """--acme."""
     title = 'https by itself'
@@ -8034,8 +8035,7 @@ class Acme(Annex):
         add('--acme-directory', action='append', metavar='URL',
             type=text_like(f'https://{url}', 'https://acme.example.com/directory'),
             help="the authority (Let's Encrypt); the second one is asked if its rate is used up")
-        add('--acme-ca', type=trusting, metavar='FILE',
-            help='also trust this authority for the directory')
+        add('--acme-ca', metavar='FILE', help='also trust this authority for the directory')
         add('--acme-profile', metavar='NAME', help='kind of certificate, of those it offers')
         add('--acme-eab', metavar='KID:HMAC', help='account that you have at the authority',
             type=text_like('[^:]+:([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2,3})?=*', 'KID:HMAC'))
@@ -8059,6 +8059,7 @@ class Acme(Annex):
         if not (args.resolver or system_resolver() or is_address(args.domain)):
             raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
                              'resolv.conf that names one')
+        trusting(args.acme_ca)          # or say at once why not
         sockets = server.doors.bind(args.bind, args.tls_port)
         server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
                              sockets[0].getsockname()[1])

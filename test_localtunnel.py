@@ -8602,6 +8602,12 @@ class InstallTest(FolderTest):
         again = lt.make_parser().parse_args(['server', *read])
         self.assertEqual((again.token, again.admin), (["a 'b' # c"], args.admin))
 
+    def test_files_of_another_machine_are_not_looked_for_on_this_one(self):
+        words = [word for name in ('cert', 'key', 'token-file', 'acme-ca')
+                 for word in (f'--{name}', '/there')]
+        args = lt.make_parser().parse_args(['deploy', 'vps', *words])
+        self.assertEqual(lt.words_of(args), list(map('='.join, zip(words[::2], words[1::2]))))
+
     def test_its_own_options_are_not_the_servers(self):
         args = server_args('--print', '--remove', '--purge', '--open')
         self.assertEqual(lt.words_of(args), ['--domain=t.example.com', '--open'])
