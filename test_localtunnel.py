@@ -10651,8 +10651,8 @@ class HandedOutTest(CommandTest):
     def test_the_script_is_this_file_with_the_address_stamped_in(self):
         address = self.server()
         with open(SCRIPT, 'rb') as f:
-            expected = f.read().replace(b"STAMPED_SERVER = ''",
-                                        f"STAMPED_SERVER = '{address}'".encode())
+            expected = f.read().replace(b"\nSTAMPED_SERVER = ''",
+                                        f"\nSTAMPED_SERVER = '{address}'".encode())
         self.assertEqual(self.script(address), expected)
 
     def test_through_a_pipe_it_reaches_that_server_and_ctrl_c_ends_it(self):
