@@ -10140,7 +10140,7 @@ class Invitations(Annex):
 # 30. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
-# each request, so they keep what they are shown and no more; what people see is made when they ask.
+# each request, so they hold on to what is there anyway; all else is made when somebody asks.
 # One annex with the three rooms below.
 #
 # An exchange has two forms: Kept, and a dict (Kept.details) that the API and record files share.
@@ -10151,10 +10151,10 @@ KEPT_EXCHANGES = 500
 KEPT_BYTES = 64 * MIB           # of all of them
 KEPT_REQUEST = 1 * MIB          # of a request's body: a replay needs it whole
 KEPT_RESPONSE = 64 * KIB        # of a response's body: enough to see what it is
-KEPT_OBJECTS = 4 * KIB          # of an exchange beside its bytes, with a usual response head
+KEPT_OBJECTS = 4 * KIB          # of an exchange beside its request and the bodies
 KEPT_MESSAGES, KEPT_MESSAGE = 20, 1 * KIB       # of a WebSocket or an event stream, and of each
 MAX_DEFLATED, MAX_INFLATED = 64 * KIB, 1 * MIB  # of a compressed message that is read
-MAX_FRAMES = 512                # in one piece: who sends tiny ones can't make reading them a burden
+MAX_FRAMES = 512                # in one piece: reading tiny ones must not become a burden
 PACE_SECONDS = 300              # for which the pace is known, second by second
 PACE_NOW = 5                    # seconds of which the mean is the pace now
 
@@ -10166,15 +10166,12 @@ _SECRET_NAME = re.compile(r'(?i:token|secret|passw|signature|credential|api_?-?k
 _PARAMETER = re.compile(r'(?<=[?&;])([^=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
 
 
-def hide_parameter(match: re.Match[str]) -> str:
-    """Return a parameter of a query, masked if its name says that it is secret."""
-    secret = _SECRET_NAME.search(urllib.parse.unquote(match.group(1)))
-    return f'{match.group(1)}={MASK}' if secret else match.group()
-
-
 def masked(text: str) -> str:
-    """Return TEXT with the secret parameters of its URLs masked."""
-    return _PARAMETER.sub(hide_parameter, text) if '=' in text else text
+    """Return TEXT with the parameters of its URLs masked whose names say that they are secret."""
+    def hide(match: re.Match[str]) -> str:
+        secret = _SECRET_NAME.search(urllib.parse.unquote(match.group(1)))
+        return f'{match.group(1)}={MASK}' if secret else match.group()
+    return _PARAMETER.sub(hide, text) if '=' in text else text
 
 
 def hidden(name: str, value: str) -> str:
@@ -10184,12 +10181,8 @@ def hidden(name: str, value: str) -> str:
 
 def fields_of(block: bytes, show: bool) -> list[list[str]]:
     """Return the header lines of BLOCK as [name, value]; secrets are masked, or SHOWn."""
-    fields = []
-    for line in block.decode('latin-1').split('\r\n')[:-1]:
-        name, _, value = line.partition(':')
-        value = value.strip(' \t')
-        fields.append([name, value if show else hidden(name, value)])
-    return fields
+    found = re.findall(r'([^:]*):[ \t]*(.*?)[ \t]*\r\n', block.decode('latin-1'))
+    return [[name, value if show else hidden(name, value)] for name, value in found]
 
 
 def text_of(body: bytes, whole: bool) -> tuple[str, str]:
@@ -10200,22 +10193,33 @@ def text_of(body: bytes, whole: bool) -> tuple[str, str]:
     return base64.b64encode(body).decode(), 'base64'
 
 
+def body_of(side: dict[str, Any]) -> bytes:
+    """Return the bytes that text_of made text and encoding of, which SIDE has.  Raises BadHttp."""
+    try:
+        if side['encoding'] == 'base64':
+            return base64.b64decode(side['body'], validate=True)
+        if side['encoding'] == 'utf-8':
+            return bytes(side['body'].encode())
+    except ValueError as e:
+        raise BadHttp(400, f'the body is not {side["encoding"]}') from e
+    raise BadHttp(400, 'encoding takes utf-8 or base64')
+
+
 # The messages inside a WebSocket, or a stream of events.
 
 class Reader:
-    """Finds the messages in what passes one way, counts them, and keeps the first of an exchange.
+    """Sees what passes one way.  This one counts bytes; its heirs find messages, and keep some.
 
     It reads what strangers send, on the path of the tunnel: nothing makes it fail.
     """
 
     def __init__(self, kept: Kept, sender: str) -> None:
         self.kept, self.sender = kept, sender
-        self.count = 0              # messages so far
-        self._rest = b''            # of what is not yet complete
+        self.size = self.count = 0      # bytes, and messages, so far
 
     def feed(self, data: bytes) -> None:
-        """Read DATA."""
-        raise NotImplementedError
+        """Read DATA; this is a tap."""
+        self.size += len(data)
 
     @property
     def full(self) -> bool:
@@ -10228,7 +10232,7 @@ class Reader:
         if not self.full:
             shown = payload[:KEPT_MESSAGE]
             text = shown.hex(' ') if kind == 'binary' else shown.decode('utf-8', 'replace')
-            seconds = time.monotonic() - self.kept.began
+            seconds = time.monotonic() - self.kept.record.began
             self.kept.messages = [*self.kept.messages, {
                 'from': self.sender, 'kind': kind, 'text': text, 'size': size,
                 'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)}]
@@ -10239,6 +10243,7 @@ class Reader:
 class Events(Reader):
     """Reads server-sent events."""
     END = re.compile(rb'\r\n\r\n|\n\n|\r\r')
+    _rest = b''                 # of an event that is not yet complete
 
     def feed(self, data: bytes) -> None:
         *events, rest = self.END.split(self._rest + data)
@@ -10256,71 +10261,63 @@ class Frames(Reader):
 
     def __init__(self, kept: Kept, sender: str, deflated: bool) -> None:
         super().__init__(kept, sender)
-        self._left = self._length = self._first = 0     # of the frame: to come, in all, first byte
-        self._mask = b''
-        self._frame = bytearray()       # its payload, as far as it is read
-        self._opening = 0               # the first byte of the message
-        self._message, self._size = bytearray(), 0
-        self._lost = False              # there were too many: the rest is not read
+        self._data, self._at = b'', 0       # a piece, and how far it is read
+        self._frames = MAX_FRAMES           # that may still come in it
         self._inflater = zlib.decompressobj(-zlib.MAX_WBITS) if deflated else None
+        self._reading = self._read()        # stands where it waits for more
 
     def feed(self, data: bytes) -> None:
-        data, at, frames = self._rest + data, 0, 0
-        while at < len(data) and not self._lost:
-            if self._left:
-                n = min(self._left, len(data) - at)
-                if not self.full:
-                    room = MAX_DEFLATED - len(self._frame)
-                    self._frame += data[at:at + min(n, room)]
-                self._left -= n
-            else:
-                n = self._header(data, at)
-                if not n:
-                    break
-            at += n
-            if not self._left:
-                self._frame_ends()
-                frames += 1
-                self._lost = frames > MAX_FRAMES
-        self._rest = data[at:] if not self._lost else b''
+        super().feed(data)
+        self._data, self._at, self._frames = data, 0, MAX_FRAMES
+        next(self._reading, None)
 
-    def _header(self, data: bytes, at: int) -> int:
-        """Read a frame's header; return its size, or 0 if it is not all here."""
-        if len(data) < at + 2:
-            return 0
-        length, key = data[at + 1] & 127, 4 * (data[at + 1] >> 7)
-        start = at + 2 + {126: 2, 127: 8}.get(length, 0)
-        if len(data) < start + key:
-            return 0
-        self._first, self._mask = data[at], data[start:start + key]
-        self._length = self._left = int.from_bytes(data[at + 2:start], 'big') or length
-        return start + key - at
+    def _take(self, n: int, most: int = 8) -> Generator[None, None, bytes]:
+        """Wait for N bytes; return the first MOST of them."""
+        taken = bytearray()
+        while True:
+            here = min(n, len(self._data) - self._at)
+            taken += self._data[self._at:self._at + min(here, most - len(taken))]
+            self._at += here
+            n -= here
+            if not n:
+                return bytes(taken)
+            yield
 
-    def _frame_ends(self) -> None:
-        payload, code = bytes(self._frame), self._first & 15
-        n, self._frame = len(payload), bytearray()
-        key = (self._mask * (n // 4 + 1))[:n]       # of a frame from a visitor
-        payload = (int.from_bytes(payload, 'big') ^ int.from_bytes(key, 'big')).to_bytes(n, 'big')
-        if code >= 8:       # it may come between the frames of a message
-            if code == 8 and n >= 2:
-                payload = b'%d %b' % (int.from_bytes(payload[:2], 'big'), payload[2:])
-            return self.keep(self.KINDS.get(code, 'control'), payload, self._length)
-        if code:
-            self._opening, self._message, self._size = self._first, bytearray(), 0
-        self._size += self._length
-        self._message += payload[:max(0, MAX_DEFLATED + 1 - len(self._message))]
-        if self._first & 0x80:
-            payload, self._message = bytes(self._message), bytearray()
-            if self._opening & 0x40 and not self.full:
-                payload = self._inflated(payload)
-            self.keep(self.KINDS.get(self._opening & 15, 'binary'), payload, self._size)
+    def _read(self) -> Generator[None, None, None]:
+        """Read frames as if all were here; ends where there are too many at once."""
+        message, opening, size = bytearray(), 0, 0      # its first byte; as it came, in bytes
+        while self._frames:
+            self._frames -= 1
+            first, second = yield from self._take(2)
+            length, mask = second & 127, bytes(4)
+            if length > 125:
+                length = int.from_bytes((yield from self._take(2 if length == 126 else 8)), 'big')
+            if second & 128:            # it is from a visitor
+                mask = yield from self._take(4)
+            payload = yield from self._take(length, 0 if self.full else MAX_DEFLATED)
+            n = len(payload)
+            key = int.from_bytes((mask * (n // 4 + 1))[:n], 'big')
+            payload = (int.from_bytes(payload, 'big') ^ key).to_bytes(n, 'big')
+            code = first & 15
+            if code >= 8:               # it may come between the frames of a message
+                if code == 8 and n >= 2:
+                    payload = b'%d %b' % (int.from_bytes(payload[:2], 'big'), payload[2:])
+                self.keep(self.KINDS.get(code, 'control'), payload, length)
+                continue
+            if code:
+                message, opening, size = bytearray(), first, 0
+            message += payload[:max(0, MAX_DEFLATED - len(message))]
+            size += length
+            if first & 128:             # the last one
+                whole = self._inflated(message, size) if opening & 64 else bytes(message)
+                self.keep(self.KINDS.get(opening & 15, 'binary'), whole, size)
 
-    def _inflated(self, payload: bytes) -> bytes:
-        """Return PAYLOAD inflated, as long as all before it was: they share a dictionary."""
+    def _inflated(self, message: bytearray, size: int) -> bytes:
+        """Return MESSAGE inflated, as long as all before it were: they share a dictionary."""
         inflater, self._inflater = self._inflater, None
-        if inflater is not None and self._size <= MAX_DEFLATED:
+        if inflater is not None and len(message) == size:
             with contextlib.suppress(zlib.error):
-                text = inflater.decompress(payload + b'\0\0\xff\xff', MAX_INFLATED)
+                text = inflater.decompress(message + b'\0\0\xff\xff', MAX_INFLATED)
                 if not inflater.unconsumed_tail and not inflater.eof:
                     self._inflater = inflater
                 return text
@@ -10329,52 +10326,14 @@ class Frames(Reader):
 
 # One exchange.
 
-class Side:
-    """One message of an exchange, as far as it is kept."""
-    __slots__ = ('kept', 'block', 'most', 'body', 'size', 'finished', 'trailers', 'reader')
-
-    def __init__(self, kept: Kept, block: bytes, most: int) -> None:
-        self.kept: Kept | None = kept       # while it runs: no cycle waits for the collector
-        self.block, self.most = block, most     # -1 after an upgrade: no body is kept
-        self.body: bytes | bytearray = b''
-        self.size = 0               # of the body, however much of it is kept
-        self.finished = False       # the body has come to its end
-        self.trailers = b''
-        self.reader: Reader | None = None       # of the messages in it
-
-    def take(self, piece: bytes) -> None:
-        """Keep a PIECE of the body while there is room; this is a tap."""
-        self.size += len(piece)
-        if self.reader is not None:
-            self.reader.feed(piece)
-        room = self.most - len(self.body)
-        if room > 0:
-            piece = piece[:room]
-            if not self.body:
-                self.body = piece       # most are one piece
-            elif isinstance(self.body, bytes):
-                self.body = bytearray(self.body + piece)
-            else:
-                self.body += piece
-            if self.kept is not None:
-                self.kept.hold(len(piece))
-
-    def details(self, show: bool) -> dict[str, Any]:
-        """Return what is known of it, with secrets if they are to be SHOWn."""
-        whole = self.finished and (self.size == len(self.body) or self.most < 0)
-        body, encoding = text_of(bytes(self.body), whole)
-        return {'headers': fields_of(self.block, show), 'trailers': fields_of(self.trailers, show),
-                'body': body, 'encoding': encoding, 'truncated': not whole}
-
-
 class Replay(ByteStream):
     """A stream with one request that was sent before; nobody reads the response."""
-    __slots__ = ('of', 'edited', 'made', 'on_lost')
+    __slots__ = ('edited', 'made', 'on_lost')
 
-    def __init__(self, runtime: Runtime, of: int, edited: bool, message: bytes) -> None:
+    def __init__(self, runtime: Runtime, message: bytes, edited: bool = False) -> None:
         super().__init__(runtime)
-        self.of, self.edited = of, edited       # the exchange that it repeats; not as it was
-        self.made: Kept | None = None           # the exchange that it became
+        self.edited = edited                # it is not as it was
+        self.made: Kept | None = None       # the exchange that it became
         self.on_lost: Callable[[], None] | None = None
         self.feed_data(message)
         self.feed_eof()
@@ -10404,191 +10363,163 @@ def failed_hop(record: Record) -> str:
     return '' if code == CANCELLED else 'relay'
 
 
-# By the field with the signature: whose it is, and how many seconds it is accepted, by default.
-SIGNATURES = {'stripe-signature': ('Stripe', 300), 'x-slack-signature': ('Slack', 300),
+# By the field with the signature: whose it is, and how many minutes it is accepted, by default.
+SIGNATURES = {'stripe-signature': ('Stripe', 5), 'x-slack-signature': ('Slack', 5),
               'x-hub-signature-256': ('GitHub', 0), 'x-twilio-signature': ('Twilio', 0),
               'x-shopify-hmac-sha256': ('Shopify', 0)}
 
 
-def about_signature(exchange: dict[str, Any], now: float) -> str:
-    """Return a sentence on whether a provider's signature survives a replay of EXCHANGE, or ''."""
-    fields = {name.lower(): value for name, value in exchange['request']['headers']}
+def about_signature(headers: Iterable[Sequence[str]], edited: bool, now: float) -> str:
+    """Return a sentence on whether a provider's signature survives a replay, or ''."""
+    fields = {name.lower(): value for name, value in headers}
     for field in SIGNATURES.keys() & fields.keys():
-        provider, seconds = SIGNATURES[field]
-        if exchange['edited']:
+        provider, minutes = SIGNATURES[field]
+        if edited:
             return f'edited after {provider} had signed it, so a check of the signature refuses it'
-        signed = re.search(r'(?:^|[, ])t=([0-9]{1,12})(?:,|$)', fields[field]) or re.match(
-            '([0-9]{1,12})$', fields.get('x-slack-request-timestamp', ''))
-        if not seconds:
+        if not minutes:
             return (f"{provider}'s signature has no age: a replay is accepted as it was, "
                     'but not edited')
-        left = seconds - (now - int(signed.group(1))) if signed else 0
+        signed = re.search(r'(?:^|[, ])t=([0-9]{1,12})(?:,|$)', fields[field]) or re.match(
+            '([0-9]{1,12})$', fields.get('x-slack-request-timestamp', ''))
+        left = 60 * minutes - (now - int(signed.group(1))) if signed else 0
         if left <= 0:
-            return (f"{provider}'s signature is older than {seconds // 60} minutes, so a replay is "
+            return (f"{provider}'s signature is older than {minutes} minutes, so a replay is "
                     'refused unless your code allows more')
         return (f"{provider}'s signature is accepted for {round(left)} s more, if the replay is "
                 'not edited')
     return ''
 
 
-class Kept(Record):
-    """One exchange, as far as it is kept."""
-    __slots__ = ('book', 'record', 'at', 'seconds', 'first', 'request', 'response', 'reason',
-                 'messages', 'replay_of', 'edited', 'failed', 'held', 'gone')
+class Kept:
+    """One exchange: the record that the tunnel keeps anyway, and what passed.
 
-    def __init__(self, book: Exchanges, record: Record) -> None:
-        Record.__init__(self, record.number, record.began, record.method, record.target)
-        self.book = book
-        self.record: Record | None = record     # while it runs
-        self.at = time.time()                   # when it began
-        self.seconds: float | None = None       # that it took, once it has ended
-        self.first = 0.0                        # seconds until the response began
-        self.request: Side | None = None
-        self.response: Side | None = None
-        self.reason = b''                       # in the response's first line
-        self.messages: Sequence[dict[str, Any]] = ()
-        self.replay_of: int | None = None       # the exchange that it repeats, and not as it was
-        self.edited = False
-        self.failed = ''                        # which hop did: app, client, relay
-        self.held, self.gone = 0, False         # bytes of memory; it is no longer in the book
+    An attribute of the class is so until it is set: most never are.
+    """
+    response: Response | None = None    # its head, once it is here
+    sent = received = bytearray()       # of the bodies; a request's only if it was streamed
+    readers: Sequence[Reader] = ()      # of both ways, after an upgrade and in an event stream
+    messages: Sequence[dict[str, Any]] = ()
+    edited = False                      # it is a replay, and not as it was
+    seconds: float | None = None        # that it took, once it has ended
+    failed = ''                         # which hop did: app, client, relay
+
+    def __init__(self, book: Exchanges, record: Record, held: int) -> None:
+        self.book, self.record = book, record
+        self.held = held                # bytes of memory; 0 once it is no longer in the book
+        self.at = time.time()
 
     def hold(self, size: int) -> None:
         """Count SIZE bytes of memory."""
-        if not self.gone:
+        if self.held:
             self.held += size
             self.book.used += size
             if self.book.used > KEPT_BYTES:
                 self.book.shrink()
 
-    def look(self, record: Record) -> None:
-        """See how far RECORD has come, which this is kept of."""
-        request, response = self.request, self.response
-        self.status, self.why = record.status, record.why
-        if request is not None:
-            body = record.body          # type: ignore[attr-defined]  # an Exchange has asked for it
-            request.finished, request.trailers = body.finished, body.trailers
-            if response is not None and self.status != 101:
-                body = record.answer    # type: ignore[attr-defined]
-                if isinstance(body, Body):      # and not a page of ours instead
-                    response.finished, response.trailers = body.finished, body.trailers
+    def sends(self, piece: bytes) -> None:
+        """Keep a PIECE of the request's body, or see what comes after an upgrade; this is a tap."""
+        if self.readers:
+            return self.readers[0].feed(piece)
+        room = self.book.most - len(self.sent)
+        if room > 0 and self.held:
+            if not self.sent:
+                self.sent = bytearray()
+            self.sent += piece[:room]
+            self.hold(min(room, len(piece)))
 
-    def end(self, record: Record, seconds: float) -> None:
-        """Note that it has ended, after SECONDS, and let go of its streams."""
-        self.look(record)
-        self.seconds, self.record = seconds, None
-        if record.why:
-            self.failed = failed_hop(record)
-        if self.request is None:
-            self.request, self.response = Side(self, b'', 0), Side(self, b'', 0)
-            self.request.size, self.response.size = record.sent, record.size
-        self.request.kept = None
-        if self.response is not None:
-            self.response.kept = None
-            if self.request.trailers or self.response.trailers:
-                self.hold(len(self.request.trailers) + len(self.response.trailers))
+    def receives(self, piece: bytes) -> None:
+        """Keep a PIECE of the response's body; this is a tap."""
+        if self.readers:
+            self.readers[1].feed(piece)
+        room = KEPT_RESPONSE - len(self.received)
+        if room > 0 and self.held:
+            self.received += piece[:room]
+            self.hold(min(room, len(piece)))
 
     @property
     def kind(self) -> str:
         """http, websocket or tcp."""
-        block = self.request.block if self.request else b''
-        return ('tcp' if self.method == 'TCP' and not block else
-                'websocket' if re.search(rb'(?im)^upgrade:[ \t]*websocket', block) else 'http')
+        if isinstance(self.record, Exchange):
+            return 'websocket' if b'websocket' in self.record.request.upgrade.lower() else 'http'
+        return 'tcp' if self.record.method == 'TCP' else 'http'
 
     def summary(self, show: bool = False) -> dict[str, Any]:
         """Return what a list shows of it, with secrets if they are to be SHOWn."""
-        if self.record is not None:
-            self.look(self.record)
-        request, response = self.request, self.response
-        seconds = time.monotonic() - self.began if self.seconds is None else self.seconds
-        visitor = request and re.search(rb'(?im)^x-forwarded-for:[ \t]*([^\r, ]+)', request.block)
+        record, visitor, origin = self.record, self.record.visitor, b''
+        if isinstance(record, Exchange):
+            visitor = record.request.get(b'x-forwarded-for').decode('latin-1').partition(',')[0]
+            origin = record.request.fields.get(b'localtunnel-replay', b'')
+        seconds = time.monotonic() - record.began if self.seconds is None else self.seconds
+        upgraded = self.response is not None and self.response.status == 101
         return {
-            'id': self.number, 'kind': self.kind, 'at': rfc3339(self.at),
-            'visitor': visitor.group(1).decode('latin-1') if visitor else self.visitor,
-            'method': self.method, 'target': self.target if show else masked(self.target),
-            'status': self.status, 'ms': round(seconds * 1e3, 1),
-            'request_bytes': request.size if request else 0,
-            'response_bytes': response.size if response else 0,
-            'error': self.why, 'failed': self.failed,
-            'replay_of': self.replay_of, 'pending': self.seconds is None}
+            'id': record.number, 'kind': self.kind, 'at': rfc3339(self.at), 'visitor': visitor,
+            'method': record.method, 'target': record.target if show else masked(record.target),
+            'status': record.status, 'ms': round(seconds * 1e3, 1),
+            'request_bytes': self.readers[0].size if upgraded else record.sent,
+            'response_bytes': record.size, 'error': record.why, 'failed': self.failed,
+            'replay_of': int(origin) if origin.isdigit() else None,
+            'pending': self.seconds is None}
 
     def details(self, show: bool = False) -> dict[str, Any]:
         """Return all that is known of it, with secrets if they are to be SHOWn."""
-        summary = self.summary(show)
-        request, response = (side if side and side.block else None
-                             for side in (self.request, self.response))
-        lines = (f'{self.method} {summary["target"]} HTTP/1.1',
-                 f'HTTP/1.1 {self.status}{self.reason.decode("latin-1")}')
-        details = {**summary,
-                   'request': request and {'line': lines[0], **request.details(show)},
-                   'response': response and {'line': lines[1], **response.details(show)},
-                   'timing': {'first_byte_ms': round(self.first * 1e3, 1) if response else None,
-                              'end_ms': None if self.seconds is None else summary['ms']}}
-        readers = [side.reader if side else None for side in (request, response)]
-        if any(readers):
+        record, response, summary = self.record, self.response, self.summary(show)
+        details = {**summary, 'request': None, 'response': None, 'timing': {
+            'first_byte_ms': None, 'end_ms': None if summary['pending'] else summary['ms']}}
+        if not isinstance(record, Exchange):
+            return details
+
+        def side(line: str, head: Head, body: Any, kept: bytes) -> dict[str, Any]:
+            whole = isinstance(body, Body) and body.finished and body.taken == len(kept)
+            whole = whole or response is not None and response.status == 101
+            text, encoding = text_of(kept, whole)
+            return {'line': line, 'headers': fields_of(head.block, show), 'body': text,
+                    'trailers': fields_of(getattr(body, 'trailers', b''), show),
+                    'encoding': encoding, 'truncated': not whole}
+        details['request'] = request = side(
+            f'{record.method} {summary["target"]} HTTP/1.1', record.request, record.body,
+            bytes(self.sent) if record.whole is None else record.whole)
+        details['edited'] = self.edited
+        details['signature'] = about_signature(request['headers'], self.edited, time.time())
+        if response is not None:
+            line = f'HTTP/1.1 {response.status}{response.reason.decode("latin-1")}'
+            details['response'] = side(line, response, record.answer, bytes(self.received))
+            if record.answered:
+                first = round((record.answered - record.began) * 1e3, 1)
+                details['timing']['first_byte_ms'] = first
+        if any(type(reader) is not Reader for reader in self.readers):
             details['messages'] = [*self.messages]
-            details['message_counts'] = [reader.count if reader else 0 for reader in readers]
-        if details['request']:
-            details['edited'] = self.edited
-            details['signature'] = about_signature(details, time.time())
+            details['message_counts'] = [reader.count for reader in self.readers]
         return details
+
+    def as_object(self) -> types.SimpleNamespace:
+        """Return it as an object, whose attributes have the names of the API."""
+        return types.SimpleNamespace(**self.details())
 
 
 # All of them.
 
-class Pace:
-    """How it went in each of the last seconds: [Unix time, requests, errors, median, slowest]."""
-
-    def __init__(self) -> None:
-        self.past: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
-        self._second = self._errors = 0     # the one that runs
-        self._took: list[float] = []
-
-    def add(self, now: float, seconds: float, failed: bool) -> None:
-        """Count a request that ended NOW, after SECONDS."""
-        if now >= self._second + 1:
-            self.turn(now)
-        self._took.append(seconds)
-        if failed:
-            self._errors += 1
-
-    def turn(self, now: float) -> None:
-        """Close the second that runs, if it is over."""
-        if now >= self._second + 1 and self._took:
-            took = sorted(self._took)
-            self.past.append([self._second, len(took), self._errors,
-                              round(took[len(took) // 2] * 1e3, 1), round(took[-1] * 1e3, 1)])
-            self._errors, self._took = 0, []
-        self._second = int(now)
-
-    def now(self, now: float) -> float:
-        """Return the requests a second of late."""
-        self.turn(now)
-        return sum(second[1] for second in self.past if second[0] >= int(now) - PACE_NOW) / PACE_NOW
-
-
-def as_object(kept: Kept) -> types.SimpleNamespace:
-    """Return KEPT as an object, whose attributes have the names of the API."""
-    return types.SimpleNamespace(**kept.details())
-
-
 class Exchanges(ClientObserver):
-    """Keeps what passes at an app, the latest of it."""
+    """Keeps what passes at an app, the latest of it; for people in Python it is a sequence."""
 
     def __init__(self, app: App, server: str, most: int) -> None:
         """Of a client of SERVER; MOST bytes are kept of a request's body."""
         self.app, self.server, self.most = app, server, most
         self.url = ''               # of the tunnel, once it is there
-        self.kept: dict[int, Kept] = {}         # by number
-        self._order: collections.deque[int] = collections.deque()      # the oldest first
-        self.open: dict[int, Kept] = {}         # those that run
+        self.kept: collections.deque[Kept] = collections.deque()        # the oldest first
+        self.open: dict[Record, Kept] = {}      # those that run
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
-        self.pace = Pace()
-        # Seams.  They are told of an exchange that has begun, come further, or ended.
+        # By second: [Unix time, requests, errors, median, slowest]; and the one that runs.
+        self.pace: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
+        self._second = self._errors = 0
+        self._took: list[float] = []
+        self._nowhere = ByteStream(app.runtime)     # where the streams were of those that ended
+        # A seam.  They are told of an exchange that has begun, come further, or ended.
         self.listeners: list[Callable[[Kept], None]] = []
         app.request_taps.append(self.begun)
         app.response_taps.append(self.responded)
         observers: Any = Observers(app.observer, self)
         app.observer = observers
+        app.runtime.swept.add(self)
 
     def tell(self, kept: Kept) -> None:
         """Tell the listeners of KEPT."""
@@ -10602,129 +10533,128 @@ class Exchanges(ClientObserver):
 
     def begun(self, exchange: Exchange) -> Tap:
         """Keep EXCHANGE; return what keeps the body of its request."""
-        near, number, whole = exchange.near, exchange.number, exchange.whole
-        kept = self.open[number] = self.kept[number] = Kept(self, exchange)
+        size, near = 2 * len(exchange.request.block), exchange.near
+        if exchange.whole:
+            size += len(exchange.whole)
+        kept = self.open[exchange] = self._keep(exchange, size)
         if type(near) is Replay:
-            near.made, kept.replay_of, kept.edited = kept, near.of, near.edited
-        side = kept.request = Side(kept, exchange.request.block, self.most)
-        self._added(kept, len(side.block) + len(kept.target))
-        if whole:
-            side.take(whole)
-        return side.take
-
-    def responded(self, exchange: Exchange, response: Response) -> Tap | None:
-        """Keep RESPONSE; return what keeps its body."""
-        kept = self.open.get(exchange.number)
-        if kept is None or kept.request is None:
-            return None
-        kept.first = time.monotonic() - exchange.began
-        block = response.block
-        side = kept.response = Side(kept, block, 0 if kept.gone else KEPT_RESPONSE)
-        kept.status, kept.reason = response.status, response.reason
-        if len(block) > KEPT_OBJECTS // 2:
-            kept.hold(len(block))
-        if response.status == 101:
-            kept.request.most = side.most = -1
-            kept.request.finished = side.finished = True
-            if kept.kind == 'websocket':
-                deflated = b'permessage-deflate' in block
-                kept.request.reader = Frames(kept, 'visitor', deflated)
-                side.reader = Frames(kept, 'app', deflated)
-        elif b'text/event-stream' in block:
-            side.reader = Events(kept, 'app')
+            near.made, kept.edited = kept, near.edited
         if self.listeners:
             self.tell(kept)
-        return side.take
+        return kept.sends
+
+    def responded(self, exchange: Exchange, response: Response) -> Tap:
+        """Keep RESPONSE; return what keeps its body."""
+        kept = self.open[exchange]
+        kept.response, kept.received = response, bytearray()
+        if len(response.block) > KEPT_OBJECTS // 4:
+            kept.hold(2 * len(response.block))
+        if response.status == 101:
+            deflated = b'permessage-deflate' in response.block
+            kept.readers = [Frames(kept, sender, deflated) if kept.kind == 'websocket' else
+                            Reader(kept, sender) for sender in ('visitor', 'app')]
+        elif b'content-length' not in response.fields and response.find(
+                b'content-type').lower().startswith('text/event-stream'):
+            kept.readers = Reader(kept, 'visitor'), Events(kept, 'app')
+        if self.listeners:
+            self.tell(kept)
+        return kept.readers[1].feed if response.status == 101 else kept.receives
 
     def exchange(self, exchange: Record, seconds: float) -> None:
-        kept = self.open.pop(exchange.number, None)
-        if kept is None:
-            kept = self.kept[exchange.number] = Kept(self, exchange)
-            self._added(kept, 0)
-        kept.end(exchange, seconds)
-        self.pace.add(kept.at + seconds, seconds, exchange.why != '' or exchange.status >= 500)
+        kept = self.open.pop(exchange, None) or self._keep(exchange, 0)
+        kept.seconds = seconds
+        self._took.append(seconds)
+        if exchange.why:
+            kept.failed = failed_hop(exchange)
+        if exchange.why or exchange.status >= 500:
+            self._errors += 1
+        if isinstance(exchange, Exchange):      # its streams would hold much more
+            exchange.near = exchange.far = exchange.body.stream = self._nowhere
+            if isinstance(exchange.answer, Body):
+                exchange.answer.stream = self._nowhere
         if self.listeners:
             self.tell(kept)
 
-    # What is kept; for people in Python it is a sequence.
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Close the second that is over; twice a second is often enough."""
+        second = int(time.time())
+        if self._took and second != self._second:
+            took = sorted(self._took)
+            self.pace.append([self._second, len(took), self._errors,
+                              round(took[len(took) // 2] * 1e3, 1), round(took[-1] * 1e3, 1)])
+            self._errors, self._took = 0, []
+        self._second = second
+
+    # What is kept.
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, at: Any) -> Any:
-        kept = list(self.kept.values())[at]
-        return [as_object(one) for one in kept] if isinstance(kept, list) else as_object(kept)
+        kept = list(self.kept)[at]
+        return [one.as_object() for one in kept] if isinstance(at, slice) else kept.as_object()
 
-    def _added(self, kept: Kept, size: int) -> None:
+    def _keep(self, record: Record, size: int) -> Kept:
+        """Keep what comes of RECORD; SIZE bytes are there."""
+        size += KEPT_OBJECTS
+        kept = Kept(self, record, size)
+        self.kept.append(kept)
         self.seen += 1
-        self._order.append(kept.number)
-        kept.held = size = size + KEPT_OBJECTS
         self.used += size
         if len(self.kept) > KEPT_EXCHANGES or self.used > KEPT_BYTES:
             self.shrink()
-        if self.listeners:
-            self.tell(kept)
+        return kept
 
-    def shrink(self, most: int = -1) -> None:
+    def shrink(self, most: int | None = None) -> None:
         """Let go of the oldest, until there is room, or no more than MOST are left."""
-        most = KEPT_EXCHANGES if most < 0 else most
-        while len(self.kept) > most or self.used > KEPT_BYTES and self.kept:
-            kept = self.kept.pop(self._order.popleft())
+        most = KEPT_EXCHANGES if most is None else most
+        while len(self.kept) > most or self.used > KEPT_BYTES:
+            kept = self.kept.popleft()
             self.used -= kept.held
-            kept.held, kept.gone = 0, True
-            for side in (kept.request, kept.response) if kept.seconds is None else ():
-                if side is not None:        # it runs: nothing more of it is kept
-                    side.most, side.body = 0, b''
+            kept.held = 0
+            if kept.seconds is None:        # it runs: nothing more of it is kept
+                kept.sent, kept.received = bytearray(), bytearray()
 
 
 # What is made of them: a choice, an archive, a request to send again.
 
-def wanted_status(value: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test for status:404 or status:5xx."""
-    if not re.fullmatch('[0-9][0-9x]{2}', value):
-        raise BadHttp(400, f'status takes 404 or 5xx, not {value!r}')
-    pattern = re.compile(value.replace('x', '[0-9]'))
-    return lambda exchange: bool(pattern.fullmatch(f'{exchange["status"]:03}'))
-
-
-def wanted_slow(value: str) -> Callable[[dict[str, Any]], bool]:
-    """Return a test for slow:>500, in milliseconds."""
-    if not re.fullmatch('>?[0-9]{1,9}([.][0-9]{1,9})?', value):
-        raise BadHttp(400, f'slow takes >MILLISECONDS, such as >500, not {value!r}')
-    return lambda exchange: bool(exchange['ms'] > float(value.lstrip('>')))
-
-
-def wanted_word(key: str) -> Callable[[str], Callable[[dict[str, Any]], bool]]:
-    """Return what makes a test for KEY:value."""
-    return lambda value: lambda exchange: bool(exchange[key].lower() == value)
+# Words of a filter: how their values look, an example, and the test that they make.
+WORDS: dict[str, tuple[str, str, Callable[[dict[str, Any], str], object]]] = {
+    'status': ('[0-9][0-9x]{2}', '404 or 5xx', lambda exchange, value: re.fullmatch(
+        value.replace('x', '.'), f'{exchange["status"]:03}')),
+    'slow': ('>?[0-9]{1,9}([.][0-9]{1,9})?', '>MILLISECONDS, such as >500',
+             lambda exchange, value: exchange['ms'] > float(value.lstrip('>'))),
+    'method': ('.*', '', lambda exchange, value: exchange['method'].lower() == value),
+    'kind': ('.*', '', lambda exchange, value: exchange['kind'] == value),
+    'failed': ('.*', '', lambda exchange, value: exchange['failed'] == value)}
 
 
 class Filter:
     """Words that must all fit an exchange: method:post, status:5xx, slow:>500, or any text."""
-    WORDS = {'status': wanted_status, 'slow': wanted_slow, 'method': wanted_word('method'),
-             'kind': wanted_word('kind'), 'failed': wanted_word('failed')}
 
     def __init__(self, text: str) -> None:
         """Raises BadHttp."""
-        self.tests, self.texts = [], []
+        self._words, self.texts = [], []
         for word in text.lower().split():
             name, colon, value = word.partition(':')
-            if colon and name in self.WORDS:
-                self.tests.append(self.WORDS[name](value))
-            else:
+            if not colon or name not in WORDS:
                 self.texts.append(word)
+                continue
+            pattern, example, test = WORDS[name]
+            if not re.fullmatch(pattern, value):
+                raise BadHttp(400, f'{name} takes {example}, not {value!r}')
+            self._words.append((test, value))
 
     def fits(self, exchange: dict[str, Any], details: Callable[[], dict[str, Any]]) -> bool:
         """Return True if EXCHANGE fits; texts are looked for in its DETAILS."""
-        if not all(test(exchange) for test in self.tests):
+        if not all(test(exchange, value) for test, value in self._words):
             return False
         if not self.texts:
             return True
         exchange, parts = details(), [exchange['target']]
-        for side in (exchange['request'], exchange['response']):
-            if side:
-                parts += [': '.join(field) for field in side['headers'] + side['trailers']]
-                parts += [side['body']] if side['encoding'] == 'utf-8' else []
+        for side in filter(None, (exchange['request'], exchange['response'])):
+            parts += [': '.join(field) for field in side['headers'] + side['trailers']]
+            parts += [side['body']] if side['encoding'] == 'utf-8' else []
         parts += [message['text'] for message in exchange.get('messages', ())]
         whole = '\n'.join(parts).lower()
         return all(text in whole for text in self.texts)
@@ -10733,66 +10663,47 @@ class Filter:
 def har_entry(exchange: dict[str, Any]) -> dict[str, Any]:
     """Return EXCHANGE as HTTP Archive 1.2 has it."""
     request, response = exchange['request'], exchange['response'] or {
-        'line': 'HTTP/1.1 0', 'headers': [], 'body': '', 'encoding': 'utf-8'}
-    fields = {name.lower(): value for name, value in request['headers']}
-    types = {name.lower(): value for name, value in response['headers']}
-    scheme = fields.get('x-forwarded-proto', 'http')
-    query = exchange['target'].partition('?')[2]
-
-    def headers(side: dict[str, Any]) -> list[dict[str, str]]:
-        return [{'name': name, 'value': value} for name, value in side['headers']]
+        'line': '', 'headers': [], 'body': '', 'encoding': 'utf-8'}
+    asked, told = ({name.lower(): value for name, value in side['headers']}
+                   for side in (request, response))
     wait = min(exchange['timing']['first_byte_ms'] or exchange['ms'], exchange['ms'])
-    entry = {
+
+    def pairs(fields: Iterable[Iterable[str]]) -> list[dict[str, str]]:
+        return [dict(zip(('name', 'value'), field)) for field in fields]
+
+    def content(side: dict[str, Any], fields: dict[str, str]) -> dict[str, Any]:
+        encoding = {'encoding': 'base64'} if side['encoding'] == 'base64' else {}
+        return {'mimeType': fields.get('content-type', ''), 'text': side['body'], **encoding}
+    both = {'httpVersion': 'HTTP/1.1', 'cookies': [], 'headersSize': -1}
+    return {
         'startedDateTime': exchange['at'], 'time': exchange['ms'], 'cache': {},
         'request': {
-            'method': exchange['method'], 'httpVersion': 'HTTP/1.1', 'cookies': [],
-            'url': f'{scheme}://{fields.get("host", "localhost")}{exchange["target"]}',
-            'headers': headers(request), 'headersSize': -1,
-            'bodySize': exchange['request_bytes'], 'queryString': [
-                {'name': name, 'value': value} for name, value in
-                urllib.parse.parse_qsl(query, keep_blank_values=True)]},
+            **both, 'method': exchange['method'], 'headers': pairs(request['headers']),
+            'url': f'{asked.get("x-forwarded-proto", "http")}://{asked.get("host", "localhost")}'
+                   + exchange['target'],
+            'queryString': pairs(urllib.parse.parse_qsl(
+                exchange['target'].partition('?')[2], keep_blank_values=True)),
+            'bodySize': exchange['request_bytes'],
+            **({'postData': content(request, asked)} if request['body'] else {})},
         'response': {
-            'status': exchange['status'], 'statusText': response['line'][13:],
-            'httpVersion': 'HTTP/1.1', 'cookies': [], 'headers': headers(response),
-            'redirectURL': types.get('location', ''), 'headersSize': -1,
+            **both, 'status': exchange['status'], 'statusText': response['line'][13:],
+            'headers': pairs(response['headers']), 'redirectURL': told.get('location', ''),
             'bodySize': exchange['response_bytes'],
-            'content': {'size': exchange['response_bytes'], 'text': response['body'],
-                        'mimeType': types.get('content-type', '')}},
-        'timings': {'send': 0, 'wait': wait, 'receive': round(exchange['ms'] - wait, 1)}}
-    if response['encoding'] == 'base64':
-        entry['response']['content']['encoding'] = 'base64'
-    if request['body']:
-        entry['request']['postData'] = {'mimeType': fields.get('content-type', ''),
-                                        'text': request['body']}
-        if request['encoding'] == 'base64':
-            entry['request']['postData']['encoding'] = 'base64'
-    if exchange['error']:
-        entry['comment'] = exchange['error']
-    return entry
-
-
-HAR_HEAD = ('{"log": {"version": "1.2", "creator": {"name": "localtunnel", "version": "%s"}, '
-            '"entries": [' % __version__)
+            'content': {'size': exchange['response_bytes'], **content(response, told)}},
+        'timings': {'send': 0, 'wait': wait, 'receive': round(exchange['ms'] - wait, 1)},
+        'comment': exchange['error']}
 
 
 def har_pieces(exchanges: Iterable[dict[str, Any]]) -> Iterator[str]:
     """Return EXCHANGES as an HTTP Archive, piece by piece."""
-    yield HAR_HEAD
+    yield ('{"log": {"version": "1.2", "creator": {"name": "localtunnel", "version": "%s"}, '
+           '"entries": [' % __version__)
     comma = ''
     for exchange in exchanges:
-        if exchange['kind'] != 'tcp' and exchange['request']:
+        if exchange['request']:
             yield comma + json.dumps(har_entry(exchange))
             comma = ',\n'
     yield ']}}\n'
-
-
-def body_of(side: dict[str, Any]) -> bytes:
-    """Return the body in SIDE, whose encoding is utf-8 or base64.  Raises BadHttp."""
-    try:
-        return (base64.b64decode(side['body'], validate=True) if side['encoding'] == 'base64'
-                else side['body'].encode())
-    except ValueError as e:
-        raise BadHttp(400, f'the body is not {printable(side["encoding"])}') from e
 
 
 def not_replayable(exchange: dict[str, Any]) -> str:
@@ -10800,20 +10711,42 @@ def not_replayable(exchange: dict[str, Any]) -> str:
     request = exchange['request']
     if not request:
         return 'there was no whole request, so there is nothing to replay'
-    if any(name.lower() == 'upgrade' for name, _ in request['headers']):
+    fields = {name.lower(): value for name, value in request['headers']}
+    if 'upgrade' in fields:
         return "an upgrade, such as a WebSocket, can't be replayed"
     if not request['truncated']:
         return ''
     kept, size = len(body_of(request)), exchange['request_bytes']
-    for name, value in request['headers']:
-        if name.lower() == 'content-length' and re.fullmatch('[0-9]{1,15}', value):
-            size = int(value)       # an early answer may have cut it short
-    if exchange['request_bytes'] > kept:
-        return (f'only {kept} of the {size} bytes of its body were kept; start the client with '
-                f'--inspect-body {-(-size // KIB)} to keep them all')
-    return 'the body of its request did not come whole'
+    if size <= kept:
+        return 'the body of its request did not come whole'
+    if re.fullmatch('[0-9]{1,15}', fields.get('content-length', '')):
+        # An early answer may have cut it short.
+        size = int(fields['content-length'])
+    return (f'only {kept} of the {size} bytes of its body were kept; start the client with '
+            f'--inspect-body {-(-size // KIB)} to keep them all')
 
 
+MOST_NUMBER = 1e15              # bytes and times are less; NaN and infinity are not
+
+
+def fits(value: Any, shape: Any) -> bool:
+    """Return True if JSON of a stranger, VALUE, has SHAPE.
+
+    That is a type, a dict of shapes, or a list of one shape for all members, or of one for each.
+    """
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and shape.keys() <= value.keys() and all(
+            fits(value[key], inside) for key, inside in shape.items())
+    if isinstance(shape, list) and isinstance(value, list):
+        shapes = shape if len(shape) > 1 else shape * len(value)
+        return len(value) == len(shapes) and all(map(fits, value, shapes))
+    return not isinstance(shape, list) and isinstance(value, shape) and (
+        not isinstance(value, (int, float)) or abs(value) < MOST_NUMBER)
+
+
+FIELDS = [[str, str]]
+EDITS = {'method': str, 'target': str, 'headers': FIELDS, 'trailers': FIELDS, 'body': str,
+         'encoding': str, 'set_headers': FIELDS}
 # They belong to the connection that they came on, or are made anew.
 NOT_REPLAYED = {'connection', 'keep-alive', 'proxy-connection', 'te', 'upgrade',
                 'transfer-encoding', 'expect', 'localtunnel-replay'}
@@ -10824,98 +10757,83 @@ class Edited:
 
     def __init__(self, exchange: dict[str, Any], edits: dict[str, Any]) -> None:
         """EXCHANGE shows its secrets where they are known; EDITS may mask them.  Raises BadHttp."""
+        for name, value in edits.items():
+            if name not in EDITS or not fits(value, EDITS[name]):
+                raise BadHttp(400, f'a replay takes {", ".join(EDITS)}, not {name[:MAX_TEXT]!r} of '
+                              'this kind; headers are a list of [name, value]')
         request = exchange['request']
-        self._check(edits)
+        was = exchange['method'], exchange['target'], body_of(request)
         self.left_out: list[str] = []       # what is masked, and not known here
-        self._secrets = request['headers'] + request['trailers']
+        self._secrets = {(name.lower(), hidden(name, value)): value
+                         for name, value in request['headers'] + request['trailers']}
         self.method = edits.get('method', exchange['method'])
         self.target = self._target(edits.get('target', exchange['target']), exchange['target'])
-        self.body = body_of({'encoding': 'utf-8', **edits} if 'body' in edits else request)
+        self.body = body_of({**request, 'encoding': 'utf-8', **edits}
+                            if edits.keys() & {'body', 'encoding'} else request)
         self.trailers = self._known(edits.get('trailers', request['trailers']))
-        self.headers = self._known(edits.get('headers', request['headers']))
-        for name, value in edits.get('set_headers', ()):
-            self.headers = [field for field in self.headers if field[0].lower() != name.lower()]
-            self.headers.append([name, value])
-        self.changed = (self.method, self.target, self.body) != (
-            exchange['method'], exchange['target'], body_of(request))
-        self._host = dict((name.lower(), value) for name, value in request['headers']).get('host')
-
-    @staticmethod
-    def _check(edits: dict[str, Any]) -> None:
-        """Raise BadHttp unless EDITS have the names and types that they may have."""
-        for name, value in edits.items():
-            if name in ('headers', 'trailers', 'set_headers'):
-                right = isinstance(value, list) and all(
-                    isinstance(field, list) and len(field) == 2
-                    and all(isinstance(text, str) for text in field) for field in value)
-                if not right:
-                    raise BadHttp(400, f'{name} takes a list of [name, value]')
-            elif name not in ('method', 'target', 'body', 'encoding') or not isinstance(value, str):
-                raise BadHttp(400, 'a replay takes method, target, headers, trailers, body and '
-                              f'encoding, not {name[:MAX_TEXT]!r} of this kind')
-        if edits.get('encoding', 'utf-8') not in ('utf-8', 'base64'):
-            raise BadHttp(400, 'encoding takes utf-8 or base64')
+        new = edits.get('set_headers', [])
+        names = {name.lower() for name, _ in new}
+        self.headers = self._known([
+            [name, value] for name, value in edits.get('headers', request['headers'])
+            if name.lower() not in names]) + new
+        self._host = [[name, value] for name, value in request['headers'] if name.lower() == 'host']
+        self.changed = (self.method, self.target, self.body) != was
 
     def _known(self, fields: list[list[str]]) -> list[list[str]]:
         """Return FIELDS with what their masks hide, or without those of which nothing is known."""
-        known = []
-        for name, value in fields:
-            secret = next((v for n, v in self._secrets if n.lower() == name.lower()
-                           and MASK in value and value == hidden(n, v)), value)
-            if MASK in secret and secret == hidden(name, secret):
-                self.left_out.append(name)
-            else:
-                known.append([name, secret])
-        return known
+        known = [[name, self._secrets.get((name.lower(), value), value)] for name, value in fields]
+        self.left_out += [name for name, value in known if MASK in value]
+        return [[name, value] for name, value in known if MASK not in value]
 
     def _target(self, target: str, original: str) -> str:
         """Return TARGET with the parameters that it masks, as in ORIGINAL, or without them."""
         secrets = dict(_PARAMETER.findall(original))
 
         def known(match: re.Match[str]) -> str:
-            value = secrets.get(match.group(2), MASK)
+            name, value = match.groups()
+            if value == MASK:
+                value = secrets.get(name, MASK)
             if value != MASK:
-                return f'{match.group(1)}{match.group(2)}={value}'
-            self.left_out.append(match.group(2))
-            return match.group(1) if match.group(1) == '?' else ''
-        shown = re.sub(r'([?&;])([^=&;#]+)=' + re.escape(MASK) + '(?=[&;]|$)', known, target)
-        return shown.replace('?&', '?').rstrip('?') if shown != target else target
+                return f'{name}={value}'
+            self.left_out.append(name)
+            return ''
+        shown = _PARAMETER.sub(known, target)
+        return re.sub(r'([?&;])[&;]+|[?&;]+$', r'\1', shown) if self.left_out else shown
 
-    def message(self, number: int, host: str, *extra: str) -> bytes:
-        """Return it as bytes: a replay of exchange NUMBER, for HOST if it names none; EXTRA lines.
+    def _fields(self) -> list[list[str]]:
+        """Return the header fields; where the body ends is said anew."""
+        names = {name.lower() for name, _ in self.headers}
+        chunked, length = bool(self.trailers) or 'transfer-encoding' in names, str(len(self.body))
+        dropped = NOT_REPLAYED | ({'content-length'} if chunked else set())
+        fields = [[name, length if name.lower() == 'content-length' else value]
+                  for name, value in self.headers if name.lower() not in dropped]
+        if chunked:
+            fields.append(['Transfer-Encoding', 'chunked'])
+        elif 'content-length' not in names and (self.body or self.method in ('POST', 'PUT')):
+            fields.append(['Content-Length', length])
+        return fields if 'host' in names else self._host + fields
+
+    def message(self, number: int, *extra: list[str]) -> bytes:
+        """Return it as bytes: a replay of exchange NUMBER, with EXTRA fields.
 
         Raises BadHttp for what HTTP does not allow.
         """
-        names = [name.lower() for name, _ in self.headers]
-        chunked = bool(self.trailers) or 'transfer-encoding' in names
-        lines = [f'{name}: {value}' if name.lower() != 'content-length' else
-                 f'{name}: {len(self.body)}' for name, value in self.headers
-                 if name.lower() not in NOT_REPLAYED
-                 and not (chunked and name.lower() == 'content-length')]
-        if 'host' not in names:
-            lines.insert(0, f'Host: {self._host or host}')
-        if chunked:
-            lines.append('Transfer-Encoding: chunked')
-        elif 'content-length' not in names and (self.body or self.method in ('POST', 'PUT')):
-            lines.append(f'Content-Length: {len(self.body)}')
-        lines += [*extra, f'Localtunnel-Replay: {number}']
-        trailers = [f'{name}: {value}' for name, value in self.trailers]
-        if any(':' in name for name, _ in self.headers + self.trailers):
-            raise BadHttp(400, "a header field's name has no colon in it")
+        fields = [*self._fields(), *extra, ['Localtunnel-Replay', str(number)]]
+        every = [[self.method, self.target], *fields, *self.trailers]
+        if any(re.search('[\r\n]', ''.join(pair)) or ':' in pair[0] for pair in every):
+            raise BadHttp(400, 'a line break where none may be, or a colon in the name of a field')
         try:
-            block = b''.join(line.encode('latin-1') + b'\r\n' for line in lines)
-            last = b''.join(line.encode('latin-1') + b'\r\n' for line in trailers)
-            head = f'{self.method} {self.target} HTTP/1.1\r\n'.encode('latin-1')
+            head, last = (''.join(f'{name}: {value}\r\n' for name, value in pairs).encode('latin-1')
+                          + b'\r\n' for pairs in (fields, self.trailers))
+            head = f'{self.method} {self.target} HTTP/1.1\r\n'.encode('latin-1') + head
         except UnicodeEncodeError as e:
             raise BadHttp(400, 'method, target and header fields take Latin-1 only') from e
-        whole = (block + last).count(b'\n') == len(lines) + len(trailers) and head.count(b'\n') == 1
-        if not (whole and _TRAILERS.fullmatch(last + b'\r\n')) or any(
-                NO_TRAILER.match(line.lower().encode('latin-1')) for line in trailers):
-            raise BadHttp(400, 'a header field or a trailer that HTTP does not allow')
-        parse_request(head + block + b'\r\n')
-        body = b''.join((b'%x\r\n%b\r\n' % (len(self.body), self.body) if self.body else b'',
-                         b'0\r\n', last, b'\r\n')) if chunked else self.body
-        return head + block + b'\r\n' + body
+        if not _TRAILERS.fullmatch(last) or any(map(NO_TRAILER.match, last.lower().splitlines())):
+            raise BadHttp(400, 'a trailer that HTTP does not allow')
+        if parse_request(head).body_length() != CHUNKED:
+            return head + self.body
+        size = b'%x\r\n%b\r\n' % (len(self.body), self.body) if self.body else b''
+        return head + size + b'0\r\n' + last
 
 
 # ------------------------------------------------------------------------------------------------
@@ -11440,7 +11358,7 @@ look();
 # 32. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
-# an API of JSON, and the commands that use it.  Nothing on the path of a stream waits for it.
+# an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
 # ------------------------------------------------------------------------------------------------
 
 INSPECTOR_PORT, INSPECTOR_PORTS = 4040, 100     # the first to try, by habit, and how many
@@ -11452,10 +11370,7 @@ EVENTS_UNREAD = 1 * MIB         # by a page that has stopped reading; then it is
 EVENTS_SILENT = 15.0            # a comment is sent, so that a page that is gone is noticed
 REPLAY_WAIT = 30.0              # for the answer of a replay; then it goes on by itself
 REPLAY_MOST = 3600.0            # for all of a replay: an endless answer has an end
-MAX_REPLAYS = 16                # at a time
 EDIT_ROOM = 256 * KIB           # of JSON around the body of an edited replay
-RECORD_QUEUE = 1000             # exchanges that wait for the disk; more are dropped and counted
-FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
 
 
 def page_policy(page: str) -> str:
@@ -11469,54 +11384,224 @@ def page_policy(page: str) -> str:
             "frame-ancestors 'none'")
 
 
-class Live:
-    """One reader of /api/events.  It is told, at its own pace, or it is dropped."""
+class Call:
+    """One request to an inspector, and its answer."""
 
-    def __init__(self, connection: Connection, chosen: Filter) -> None:
-        self._connection, self._chosen = connection, chosen
-        self._due: dict[int, Kept] = {}     # what it has to be told
-        self._missed = 0                    # of these, too many at once
-        self._waiting = False               # until the next may be sent
+    def __init__(self, inspector: Inspector, connection: Connection) -> None:
+        self._inspector, self._connection = inspector, connection
+        self._book = inspector.book
+        self._runtime = connection.runtime
+        self._request: Request = None           # type: ignore[assignment]  # it is read first
+        self._words: dict[str, str] = {}        # of its query
+        self._body = b''
 
-    def tell(self, kept: Kept) -> None:
-        """Tell it of KEPT, soon."""
-        self._due[kept.number] = kept
-        if len(self._due) > KEPT_EXCHANGES:
-            del self._due[next(iter(self._due))]
-            self._missed += 1
-        if not self._waiting:
-            self._waiting = True
-            self._connection.runtime.loop.call_soon(self._send)
+    async def serve(self) -> None:
+        """Read it, and answer it.  Raises LocaltunnelError."""
+        try:
+            head = await read_head(self._connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            if head is not None:
+                self._request = parse_request(head)
+                self._check()
+                await self._check_password()
+                await self._answer()
+        except (BadHttp, HopFailed) as e:
+            await self._write(e.status, 'application/json', json.dumps({'error': str(e)}),
+                              *(e.extra if isinstance(e, HopFailed) else ()))
 
-    def _send(self) -> None:
+    def _check(self) -> None:
+        """Raise HopFailed unless it comes from this machine, and from no other site's page."""
+        request, told, password = self._request, self._inspector.host, self._inspector.password
+        host, origin = request.host_name, request.find(b'origin')
+        # A tunnel to this inspector adds such fields; raw TCP does not, but comes from here.
+        passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
         transport = self._connection.transport
-        if transport.is_closing():
-            return
-        if transport.get_write_buffer_size() > EVENTS_UNREAD:
-            return transport.abort()
-        self._waiting = bool(self._due)
-        if self._due:
-            lines = [f'data: {json.dumps(summary)}\n\n' for kept in self._due.values()
-                     for summary in [kept.summary()] if self._chosen.fits(summary, kept.details)]
-            if self._missed:
-                lines.append(f'event: missed\ndata: {self._missed}\n\n')
-            self._due, self._missed = {}, 0
-            transport.write(''.join(lines).encode())
-            self._connection.runtime.loop.call_later(
-                EVENTS_TOGETHER + EVENTS_APART * len(lines), self._send)
+        ends = [transport.get_extra_info(name) for name in ('peername', 'sockname')]
+        if passed or any([other.get_extra_info(name) for name in ('sockname', 'peername')] == ends
+                         for other in self._runtime.transports):
+            raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
+        if not password and not is_loopback(self._connection.peer):
+            raise HopFailed(403, 'the inspector is for its own machine')
+        if not (host in ('localhost', told) or is_address(host) and (
+                is_loopback(host) or told in ('0.0.0.0', '[::]'))):
+            raise HopFailed(403, 'open the inspector as localhost')      # DNS rebinding
+        page = request.target.partition(b'?')[0] == b'/' and request.method == b'GET'
+        if request.has(b'origin') and origin.lower() != f'http://{request.host.decode()}' or (
+                request.find(b'sec-fetch-site') not in ('', 'same-origin', 'none') and not page):
+            raise HopFailed(403, 'a page of another site asks for this')
 
-    async def until_gone(self) -> None:
-        """Wait until the reader has left."""
-        connection = self._connection
-        while True:
-            try:
-                if not await connection.wait_for_data(EVENTS_SILENT):
-                    return
-                connection.read_nowait(READ_SIZE)
-            except Overdue:
+    async def _check_password(self) -> None:
+        scheme, _, said = self._request.find(b'authorization').partition(' ')
+        password, given = self._inspector.password.encode(), b''
+        with contextlib.suppress(ValueError):
+            given = base64.b64decode(said, validate=True).partition(b':')[2]
+        if password and not (scheme.lower() == 'basic' and hmac.compare_digest(given, password)):
+            await asyncio.sleep(WRONG_TOKEN if given else 0)
+            raise HopFailed(401, 'the inspector asks for its password; any user name will do',
+                            'WWW-Authenticate: Basic realm="localtunnel inspector"')
+
+    async def _answer(self) -> None:
+        """Find who answers it; what that returns is JSON, or None if it has answered itself."""
+        request = self._request
+        most = 2 * self._book.most + EDIT_ROOM if request.method == b'POST' else 0
+        self._body = await read_whole(body_reader(self._connection, request.body_length()), most)
+        if len(self._body) > most:
+            raise BadHttp(413, f'the body has more than {most} bytes')
+        path, _, query = request.target.decode('latin-1').partition('?')
+        self._words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
+        fitting = [(re.fullmatch(pattern, path), method, answer)
+                   for method, pattern, answer in self.CALLS if re.fullmatch(pattern, path)]
+        for match, method, answer in fitting:
+            if method == request.method.decode() and match:
+                value = await answer(self, *match.groups())
+                if value is not None:
+                    await self._write(200, 'application/json', json.dumps(value))
+                return
+        if fitting:
+            allowed = [method for _, method, _ in fitting]
+            raise HopFailed(405, f'{path} takes {" and ".join(allowed)}',
+                            'Allow: ' + ', '.join(allowed))
+        raise HopFailed(404, 'there is nothing here; the API is described in README')
+
+    async def _write(self, status: int, form: str, text: str, *extra: str) -> None:
+        await write_own(self._connection, plain_message(status, form, text.encode(), [
+            'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
+            'Cross-Origin-Resource-Policy: same-origin', *extra]))
+
+    async def _begin(self, form: str, *extra: str) -> None:
+        """Write the head of an answer that comes piece by piece."""
+        await self._connection.write('\r\n'.join([
+            'HTTP/1.1 200 OK', f'Content-Type: {form}', 'Cache-Control: no-store',
+            'Connection: close', 'X-Content-Type-Options: nosniff', *extra, '', '']).encode())
+
+    # The answers, see CALLS; README has the contract.
+
+    async def _page(self) -> None:
+        await self._write(200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
+                          'Content-Security-Policy: ' + page_policy(INSPECTOR_PAGE))
+
+    async def _chosen(self) -> list[Kept]:
+        """Return what the query asks for, oldest first; it takes its time."""
+        chosen = Filter(self._words.get('q', ''))
+        found: list[Kept] = []
+        for name in ('after', 'limit'):
+            if not re.fullmatch('[0-9]{1,15}', self._words.get(name, '0')):
+                raise BadHttp(400, f'{name} takes a number, not {self._words[name]!r}')
+        after, most = (int(self._words.get(name, other))
+                       for name, other in (('after', 0), ('limit', KEPT_EXCHANGES)))
+        for kept in tuple(self._book.kept):
+            if len(found) < most and kept.record.number > after and chosen.fits(
+                    kept.summary(), kept.details):
+                found.append(kept)
+            if chosen.texts:
+                await asyncio.sleep(0)
+        return found
+
+    async def _list(self) -> Any:
+        return {'exchanges': [kept.summary() for kept in await self._chosen()],
+                'dropped': self._book.seen - len(self._book.kept)}
+
+    async def _clear(self) -> None:
+        self._book.shrink(0)
+        await write_own(self._connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
+
+    def _find(self, number: str) -> Kept:
+        for kept in self._book.kept:
+            if kept.record.number == int(number):
+                return kept
+        raise HopFailed(404, f'exchange {number} is not kept, or never was')
+
+    async def _one(self, number: str) -> Any:
+        show = self._words.get('secrets') == '1'
+        if show and not self._request.has(SECRETS_FIELD):
+            raise HopFailed(403, 'secrets are shown to a request with the field '
+                            'Localtunnel-Inspector, which no other site can send')
+        return self._find(number).details(show)
+
+    async def _status(self) -> Any:
+        book = self._book
+        book.sweep(0, False)
+        since = int(time.time()) - PACE_NOW
+        took = sorted(kept.seconds for kept in tuple(book.kept)[-100:] if kept.seconds is not None)
+        return {'url': book.url, 'target': book.app.target.text, 'server': book.server,
+                'requests_per_second': sum(n for at, n, *_ in book.pace if at >= since) / PACE_NOW,
+                'open': len(book.open), 'seen': book.seen, 'kept': len(book.kept),
+                'median_ms': round(took[len(took) // 2] * 1e3, 1) if took else None,
+                'kept_bytes': book.used, 'dropped': book.seen - len(book.kept),
+                'pace': list(book.pace), 'version': __version__}
+
+    async def _events(self) -> None:
+        """Exchanges as they come, while the page is there and reads; it is told, or let go."""
+        chosen, connection = Filter(self._words.get('q', '')), self._connection
+        news = asyncio.Event()
+        due: dict[Record, Kept] = {}        # what it has to be told
+        missed = 0                          # of these, too many at once
+
+        def tell(kept: Kept) -> None:
+            nonlocal missed
+            due[kept.record] = kept
+            if len(due) > KEPT_EXCHANGES:
+                del due[next(iter(due))]
+                missed += 1
+            news.set()
+        await self._begin('text/event-stream')
+        connection.on_eof = connection.on_lost = news.set
+        self._book.listeners.append(tell)
+        try:
+            while not connection.eof and connection.error is None:
                 if connection.transport.get_write_buffer_size() > EVENTS_UNREAD:
                     return connection.abort()
-                connection.transport.write(b':\n\n')
+                news.clear()
+                summaries = [kept.summary() for kept in due.values()]
+                lines = [f'data: {json.dumps(summary)}\n\n' for summary, kept in zip(
+                    summaries, due.values()) if chosen.fits(summary, kept.details)]
+                lines += [f'event: missed\ndata: {missed}\n\n'] if missed else []
+                missed = 0
+                due.clear()
+                connection.transport.write(''.join(lines or [':\n\n']).encode())
+                await asyncio.sleep(EVENTS_TOGETHER + EVENTS_APART * len(lines))
+                with contextlib.suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(news.wait(), EVENTS_SILENT)
+        finally:
+            self._book.listeners.remove(tell)
+
+    async def _har(self) -> None:
+        """An archive of those that fit; it may be large, so it is made as it is read."""
+        found = await self._chosen()
+        await self._begin('application/json',
+                          'Content-Disposition: attachment; filename="localtunnel.har"')
+        for piece in har_pieces(kept.details() for kept in found):
+            await write_own(self._connection, piece.encode())
+            await asyncio.sleep(0)
+
+    async def _replay(self, number: str) -> Any:
+        """Send a request again, perhaps edited; its number, once the answer is there."""
+        exchange = self._find(number).details(show=True)
+        why = not_replayable(exchange)
+        if why:
+            raise HopFailed(409, why)
+        try:
+            edits = json.loads(self._body or b'{}')
+        except (ValueError, RecursionError):
+            edits = None
+        if not isinstance(edits, dict):
+            raise BadHttp(400, 'the body is not a JSON object')
+        edited, runtime = Edited(exchange, edits), self._runtime
+        stream = Replay(runtime, edited.message(exchange['id']), edited.changed)
+        # As if it came through the tunnel: by the same way to the app, and kept like others.
+        sending = runtime.spawn(self._book.app.serve(stream))   # type: ignore[arg-type]
+        overdue = runtime.loop.call_later(REPLAY_MOST, stream.reset, CANCELLED,
+                                          'a replay does not take longer than an hour')
+        sending.add_done_callback(lambda task: overdue.cancel())
+        await asyncio.wait({sending}, timeout=REPLAY_WAIT)
+        if stream.made is None:
+            raise BadHttp(400, f'it was not sent: {stream.error}')
+        return {'id': stream.made.record.number, 'left_out': edited.left_out}
+
+    CALLS: Sequence[tuple[str, str, Callable[..., Awaitable[Any]]]] = (
+        ('GET', '/', _page), ('GET', '/api/exchanges', _list), ('DELETE', '/api/exchanges', _clear),
+        ('GET', '/api/exchanges/([0-9]{1,15})', _one), ('GET', '/api/events', _events),
+        ('POST', '/api/exchanges/([0-9]{1,15})/replay', _replay), ('GET', '/api/har', _har),
+        ('GET', '/api/status', _status))
 
 
 class Inspector:
@@ -11524,233 +11609,22 @@ class Inspector:
 
     def __init__(self, book: Exchanges, host: str, password: str) -> None:
         """It was told to listen on HOST, and to ask for PASSWORD, if there is one."""
-        self._book, self._host, self._password = book, host, password
-        self._runtime = book.app.runtime
-        self._connections = self._replays = 0
-        self._routes: list[tuple[str, str, Callable[..., Awaitable[Any]]]] = [
-            ('GET', '/', self._page), ('GET', '/api/exchanges', self._list),
-            ('DELETE', '/api/exchanges', self._clear),
-            ('GET', '/api/exchanges/([0-9]{1,15})', self._one),
-            ('POST', '/api/exchanges/([0-9]{1,15})/replay', self._replay),
-            ('GET', '/api/events', self._events), ('GET', '/api/har', self._har),
-            ('GET', '/api/status', self._status)]
+        self.book, self.host, self.password = book, host, password
+        self._connections = 0
 
     async def serve(self, connection: Connection) -> None:
-        """Serve one connection, which is for one request."""
+        """Serve CONNECTION, which is for one request."""
         self._connections += 1
         connection.timeout = HEAD_TIMEOUT
         try:
             if self._connections <= MAX_INSPECTORS:
-                await self._serve(connection)
+                await Call(self, connection).serve()
                 await connection.linger()
         except (LocaltunnelError, OSError):
             connection.abort()
         finally:
             connection.close()
             self._connections -= 1
-
-    async def _serve(self, connection: Connection) -> None:
-        try:
-            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
-            if head is None:
-                return
-            request = parse_request(head)
-            self._check(connection, request)
-            await self._check_password(request)
-            if 'continue' in request.find(b'expect').lower():
-                await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
-            most = 2 * self._book.most + EDIT_ROOM if request.method == b'POST' else 0
-            body = await read_whole(body_reader(connection, request.body_length()), most)
-            if len(body) > most:
-                raise BadHttp(413, f'the body has more than {most} bytes')
-            await self._answer(connection, request, body)
-        except (BadHttp, HopFailed) as e:
-            extra = e.extra if isinstance(e, HopFailed) else ()
-            await self._write(connection, e.status, 'application/json',
-                              json.dumps({'error': str(e)}), *extra)
-
-    def _check(self, connection: Connection, request: Request) -> None:
-        """Raise HopFailed unless REQUEST comes from this machine, and from no other site's page."""
-        host, origin = request.host_name, request.find(b'origin')
-        # A tunnel to this inspector adds such fields; raw TCP does not, but comes from here.
-        passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
-        ends = [connection.transport.get_extra_info(name) for name in ('peername', 'sockname')]
-        if passed or any([transport.get_extra_info(name) for name in ('sockname', 'peername')]
-                         == ends for transport in self._runtime.transports):
-            raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
-        if not self._password and not is_loopback(connection.peer):
-            raise HopFailed(403, 'the inspector is for its own machine')
-        if not (host == 'localhost' or is_address(host) and is_loopback(host)
-                or host == self._host or self._host in ('0.0.0.0', '[::]') and is_address(host)):
-            raise HopFailed(403, 'open the inspector as localhost')      # DNS rebinding
-        site = request.find(b'sec-fetch-site')
-        page = request.target.partition(b'?')[0] == b'/' and request.method == b'GET'
-        if request.has(b'origin') and origin.lower() != f'http://{request.host.decode()}' or (
-                site not in ('', 'same-origin', 'none') and not page):
-            raise HopFailed(403, 'a page of another site asks for this')
-
-    async def _check_password(self, request: Request) -> None:
-        scheme, _, said = request.find(b'authorization').partition(' ')
-        given = b''
-        with contextlib.suppress(ValueError):
-            given = base64.b64decode(said, validate=True).partition(b':')[2]
-        if self._password and not (scheme.lower() == 'basic' and hmac.compare_digest(
-                given, self._password.encode())):
-            await asyncio.sleep(WRONG_TOKEN if given else 0)
-            raise HopFailed(401, 'the inspector asks for its password; any user name will do',
-                            'WWW-Authenticate: Basic realm="localtunnel inspector"')
-
-    async def _answer(self, connection: Connection, request: Request, body: bytes) -> None:
-        """Find who answers REQUEST; what it returns is JSON, or None if it has answered itself."""
-        path, _, query = request.target.decode('latin-1').partition('?')
-        method = request.method.decode()
-        allowed = []
-        for verb, pattern, handler in self._routes:
-            match = re.fullmatch(pattern, path)
-            if match and verb == method:
-                words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
-                answer = await handler(connection, request, words, body, *match.groups())
-                if answer is not None:
-                    await self._write(connection, 200, 'application/json', json.dumps(answer))
-                return
-            if match:
-                allowed.append(verb)
-        if allowed:
-            raise HopFailed(405, f'{path} takes {" and ".join(allowed)}',
-                            'Allow: ' + ', '.join(allowed))
-        raise HopFailed(404, 'there is nothing here; the API is described in README')
-
-    @staticmethod
-    async def _write(connection: Connection, status: int, form: str, text: str,
-                     *extra: str) -> None:
-        await write_own(connection, plain_message(status, form, text.encode(), [
-            'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
-            'Cross-Origin-Resource-Policy: same-origin', *extra]))
-
-    # What it answers, call by call; README has the contract.  Each gets connection and request, the
-    # words of its query, its body, and what the path names; it returns JSON, or has answered.
-
-    async def _page(self, connection: Connection, *_: Any) -> None:
-        await self._write(connection, 200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
-                          'Content-Security-Policy: ' + page_policy(INSPECTOR_PAGE))
-
-    async def _chosen(self, words: dict[str, str]) -> list[Kept]:
-        """Return what WORDS ask for, oldest first; it takes its time."""
-        chosen = Filter(words.get('q', ''))
-        found: list[Kept] = []
-        for name in ('after', 'limit'):
-            if not re.fullmatch('[0-9]{1,15}', words.get(name, '0')):
-                raise BadHttp(400, f'{name} takes a number, not {words[name]!r}')
-        after, most = int(words.get('after', 0)), int(words.get('limit', KEPT_EXCHANGES))
-        for kept in tuple(self._book.kept.values()):
-            if len(found) < most and kept.number > after and chosen.fits(
-                    kept.summary(), kept.details):
-                found.append(kept)
-            if chosen.texts:
-                await asyncio.sleep(0)
-        return found
-
-    async def _list(self, connection: Connection, request: Request, words: dict[str, str],
-                    body: bytes) -> Any:
-        """The exchanges that fit, as a list shows them."""
-        found = await self._chosen(words)
-        return {'exchanges': [kept.summary() for kept in found],
-                'dropped': self._book.seen - len(self._book.kept)}
-
-    async def _clear(self, connection: Connection, *_: Any) -> None:
-        """Let go of all."""
-        self._book.shrink(0)
-        await write_own(connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
-
-    def _find(self, number: str) -> Kept:
-        """Return the exchange NUMBER.  Raises HopFailed."""
-        kept = self._book.kept.get(int(number))
-        if kept is None:
-            raise HopFailed(404, f'exchange {number} is not kept, or never was')
-        return kept
-
-    async def _one(self, connection: Connection, request: Request, words: dict[str, str],
-                   body: bytes, number: str) -> Any:
-        """One exchange, with its secrets only where no other site can have asked for them."""
-        show = words.get('secrets') == '1'
-        if show and not request.has(SECRETS_FIELD):
-            raise HopFailed(403, 'secrets are shown to a request with the field '
-                            'Localtunnel-Inspector, which no other site can send')
-        return self._find(number).details(show)
-
-    async def _status(self, *_: Any) -> Any:
-        """How the tunnel does."""
-        book, now = self._book, time.time()
-        took = sorted(kept.seconds for kept in tuple(book.kept.values())[-100:]
-                      if kept.seconds is not None)
-        return {'url': book.url, 'target': book.app.target.text, 'server': book.server,
-                'requests_per_second': book.pace.now(now), 'open': len(book.open),
-                'median_ms': round(took[len(took) // 2] * 1e3, 1) if took else None,
-                'seen': book.seen, 'kept': len(book.kept), 'kept_bytes': book.used,
-                'dropped': book.seen - len(book.kept), 'pace': list(book.pace.past),
-                'version': __version__}
-
-    async def _events(self, connection: Connection, request: Request, words: dict[str, str],
-                      body: bytes) -> None:
-        """Exchanges as they come, for as long as the reader stays, and reads."""
-        live = Live(connection, Filter(words.get('q', '')))
-        await connection.write(
-            b'HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nCache-Control: no-store\r\n'
-            b'Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n:\n\n')
-        self._book.listeners.append(live.tell)
-        try:
-            await live.until_gone()
-        finally:
-            self._book.listeners.remove(live.tell)
-
-    async def _har(self, connection: Connection, request: Request, words: dict[str, str],
-                   body: bytes) -> None:
-        """An archive of those that fit; it may be large, so it is made as it is read."""
-        found = await self._chosen(words)
-        await connection.write(
-            b'HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nCache-Control: no-store\r\n'
-            b'Content-Disposition: attachment; filename="localtunnel.har"\r\n'
-            b'Connection: close\r\nX-Content-Type-Options: nosniff\r\n\r\n')
-        for piece in har_pieces(kept.details() for kept in found):
-            await write_own(connection, piece.encode())
-            await asyncio.sleep(0)
-
-    async def _replay(self, connection: Connection, request: Request, words: dict[str, str],
-                      body: bytes, number: str) -> Any:
-        """Send a request again, perhaps edited; its number, once the answer is there."""
-        exchange = self._find(number).details(show=True)
-        why = not_replayable(exchange)
-        if why:
-            raise HopFailed(409, why)
-        if self._replays >= MAX_REPLAYS:
-            raise HopFailed(429, f'{MAX_REPLAYS} replays wait for your app already')
-        try:
-            edits = json.loads(body or b'{}')
-        except (ValueError, RecursionError):
-            edits = None
-        if not isinstance(edits, dict):
-            raise BadHttp(400, 'the body is not a JSON object')
-        app = self._book.app
-        edited = Edited(exchange, edits)
-        stream = Replay(self._runtime, exchange['id'], edited.changed,
-                        edited.message(exchange['id'], app.target.authority))
-        sending = self._runtime.spawn(self._send(stream))
-        await asyncio.wait({sending}, timeout=REPLAY_WAIT)
-        if stream.made is None:
-            raise BadHttp(400, f'it was not sent: {stream.error}')
-        return {'id': stream.made.number, 'left_out': edited.left_out}
-
-    async def _send(self, stream: Replay) -> None:
-        """Give STREAM to the app; nobody takes what it answers, so nothing holds it up."""
-        overdue = self._runtime.loop.call_later(
-            REPLAY_MOST, stream.reset, CANCELLED, 'a replay does not take longer than an hour')
-        self._replays += 1
-        try:
-            # As if it came through the tunnel: by the same way to the app, and kept like others.
-            await self._book.app.serve(stream)      # type: ignore[arg-type]
-        finally:
-            self._replays -= 1
-            overdue.cancel()
 
 
 async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[socket.socket],
@@ -11777,114 +11651,83 @@ async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[so
 # and `replay`, which read such a file or ask the inspector of a client that runs.
 # ------------------------------------------------------------------------------------------------
 
+FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
+
+
 class Recorder:
-    """Appends exchanges to a file, a line each, in a thread: a slow disk holds nothing up."""
+    """Appends exchanges to a file, a line each, in a thread: a slow disk holds nothing up.
+
+    It holds none of them: what the book lets go before the disk has taken it is missing.
+    """
 
     def __init__(self, path: str, show: bool, warn: Callable[[str], None]) -> None:
         """SHOW secrets or mask them; WARN is called in the thread, once.  Raises OSError."""
         self._path, self._show, self._warn = path, show, warn
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file).st_mode):
-            os.fchmod(self._file, 0o600)
-        size = os.fstat(self._file).st_size
+        self._file = open(path, 'a+b', 0, opener=lambda path, flags: os.open(path, flags, 0o600))
+        if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+            os.fchmod(self._file.fileno(), 0o600)
         # A line that a crash has cut short must not spoil the next one.
-        self._torn = size > 0 and os.read(self._seek(size - 1), 1) != b'\n'
-        self._queue: collections.deque[Kept | None] = collections.deque()
-        self._queued = 0            # bytes
-        self._changed = threading.Condition()
-        self.dropped = 0            # exchanges that are not in the file
+        self._torn = os.path.getsize(path) > 0 and (
+            self._file.seek(-1, os.SEEK_END) >= 0 and self._file.read(1) != b'\n')
+        self._due: collections.deque[weakref.ref[Kept]] = collections.deque(maxlen=KEPT_EXCHANGES)
+        self._news, self._ending = threading.Event(), False
+        self._told = self._written = 0      # exchanges
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
-
-    def _seek(self, at: int) -> int:
-        os.lseek(self._file, at, os.SEEK_SET)
-        return self._file
-
-    @staticmethod
-    def _size(kept: Kept) -> int:
-        sides = [side for side in (kept.request, kept.response) if side]
-        return KEPT_OBJECTS + sum(len(side.body) + len(side.block) for side in sides)
 
     def tell(self, kept: Kept) -> None:
         """Write KEPT, if it has ended, soon."""
         if kept.seconds is not None:
-            with self._changed:
-                if len(self._queue) >= RECORD_QUEUE or self._queued > KEPT_BYTES:
-                    self.dropped += 1
-                else:
-                    self._queue.append(kept)
-                    self._queued += self._size(kept)
-                    self._changed.notify()
+            self._told += 1
+            self._due.append(weakref.ref(kept))
+            self._news.set()
 
     def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._queue)
-                kept = self._queue.popleft()
-                if kept is None:
-                    return os.close(self._file)
-                self._queued -= self._size(kept)
-            self._write(json.dumps(kept.details(self._show)).encode() + b'\n')
+        while not self._ending:
+            self._news.wait()
+            self._news.clear()
+            while self._due:
+                kept = self._due.popleft()()
+                if kept is not None:
+                    self._write(json.dumps(kept.details(self._show)).encode() + b'\n')
+        self._file.close()
 
     def _write(self, line: bytes) -> None:
         """Write LINE at once, so that a crash leaves it whole or torn, and never mixed."""
         line, why = (b'\n' if self._torn else b'') + line, 'the disk is full'
         try:
-            done = os.write(self._file, line)
+            done = os.write(self._file.fileno(), line)
         except OSError as e:
             done, why = 0, str(e.strerror)
-        if done < len(line):
+        if done == len(line):
+            self._torn, self._written = False, self._written + 1
+        else:
             self._torn = self._torn or done > 0
-            self.dropped += 1
             warn, self._warn = self._warn, lambda text: None
             warn(f"warning: can't record in {self._path}: {why}; exchanges are missing there")
-        else:
-            self._torn = False
 
-    def close(self) -> None:
-        """Write what is queued, if the disk takes it soon."""
-        with self._changed:
-            self._queue.append(None)
-            self._changed.notify()
+    def close(self) -> int:
+        """Write what is queued, if the disk takes it soon; return how many are missing."""
+        self._ending = True
+        self._news.set()
         self._thread.join(LAST_LINES)
+        return self._told - self._written
 
 
-def field_of(text: str) -> list[str]:
-    """For argparse: 'NAME: VALUE'."""
-    name, colon, value = text.partition(':')
-    if not colon or not name.strip():
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'NAME: VALUE'")
-    return [name.strip(), value.strip()]
-
-
-EXCHANGE_TYPES = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
-                  'ms': (int, float), 'request_bytes': int, 'response_bytes': int, 'error': str,
-                  'failed': str, 'request': (dict, type(None)), 'response': (dict, type(None)),
-                  'timing': dict}
-TIMING_TYPES = {'first_byte_ms': (int, float, type(None)), 'end_ms': (int, float, type(None))}
-SIDE_TYPES = {'line': str, 'headers': list, 'trailers': list, 'body': str, 'encoding': str,
-              'truncated': bool}
-MOST_NUMBER = 1e15              # bytes and times are less; NaN and infinity are not
-
-
-def fits(value: Any, types: dict[str, Any]) -> bool:
-    """Return True if VALUE is a dict with the TYPES, and its numbers are such as are counted."""
-    return isinstance(value, dict) and types.keys() <= value.keys() and all(
-        isinstance(value[key], wanted)
-        and (not isinstance(value[key], (int, float)) or abs(value[key]) < MOST_NUMBER)
-        for key, wanted in types.items())
+NUMBER, NOTHING = (int, float), type(None)
+SIDE = {'line': str, 'headers': FIELDS, 'trailers': FIELDS, 'body': str, 'encoding': str,
+        'truncated': bool}
+EXCHANGE = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
+            'ms': NUMBER, 'request_bytes': int, 'response_bytes': int, 'error': str, 'failed': str,
+            'request': (dict, NOTHING), 'response': (dict, NOTHING), 'messages': [{'text': str}],
+            'timing': {'first_byte_ms': (*NUMBER, NOTHING), 'end_ms': (*NUMBER, NOTHING)}}
+NOTE = {'host': str, 'port': int, 'password': str}      # of a client, where its inspector is
 
 
 def is_exchange(value: Any) -> bool:
     """Return True if VALUE is what Kept.details returns."""
-    if not (fits(value, EXCHANGE_TYPES) and fits(value['timing'], TIMING_TYPES)):
-        return False
-    messages = value.get('messages', [])
-    return isinstance(messages, list) and all(fits(one, {'text': str}) for one in messages) and all(
-        side is None or fits(side, SIDE_TYPES) and all(
-            isinstance(field, list) and [type(text) for text in field] == [str, str]
-            for field in side['headers'] + side['trailers'])
-        for side in (value['request'], value['response']))
+    return isinstance(value, dict) and fits({'messages': [], **value}, EXCHANGE) and all(
+        side is None or fits(side, SIDE) for side in (value['request'], value['response']))
 
 
 def lines_of(path: str, follow: bool) -> Iterator[str]:
@@ -11894,13 +11737,12 @@ def lines_of(path: str, follow: bool) -> Iterator[str]:
         while True:
             piece = f.readline()
             rest += piece
-            if rest.endswith('\n') or not piece and not follow:
-                if rest:
-                    yield rest
+            if rest.endswith('\n') or rest and not piece and not follow:
+                yield rest
                 rest = ''
-            if not piece and not follow:
+            elif not piece and not follow:
                 return
-            if not piece:
+            elif not piece:
                 time.sleep(FOLLOW_LOOK)
 
 
@@ -11908,15 +11750,14 @@ def recorded(path: str, follow: bool, warn: Callable[[str], None]) -> Iterator[d
     """Return the exchanges in the file PATH.  Raises UsageError."""
     torn = 0
     try:
-        for line in lines_of(path, follow):
-            try:
+        for line in filter(str.strip, lines_of(path, follow)):
+            exchange: Any = None
+            with contextlib.suppress(ValueError, RecursionError):
                 exchange = json.loads(line)
-            except (ValueError, RecursionError):
-                exchange = None
             if is_exchange(exchange):
                 yield exchange
             else:
-                torn += bool(line.strip())
+                torn += 1
     except OSError as e:
         raise UsageError(f"can't read {path}: {e.strerror}") from e
     if torn:
@@ -11928,50 +11769,47 @@ class Remote:
 
     def __init__(self, place: tuple[str, int] | None, password: str | None) -> None:
         """It is at PLACE, else of the newest client of this user.  Raises LocaltunnelError."""
-        self._password = password or ''
-        if place:
-            self._host, self._port = place
-            for _, said in self.noted():
-                if said['port'] == place[1] and not password:
-                    self._password = said['password']
-            return
-        for note, said in self.noted():
-            self._host, self._port, self._password = said['host'], said['port'], said['password']
+        self._place: tuple[str, int]
+        for path, said in self._notes():
+            if place and said['port'] != place[1]:
+                continue
+            self._place = place or (said['host'], said['port'])
+            self._password = password or said['password']
+            if place:
+                return
             with contextlib.suppress(LocaltunnelError):
                 if 'target' in self.ask('GET', '/api/status'):
                     return
             with contextlib.suppress(OSError):      # what a client left that was killed
-                os.unlink(note)
-        raise LocaltunnelError('no client of yours runs here with an inspector; start one, or give '
-                               'its port with --inspect')
+                os.unlink(path)
+        if not place:
+            raise LocaltunnelError('no client of yours runs here with an inspector; start one, or '
+                                   'give its port with --inspect')
+        self._password, self._place = password or '', place
 
     @staticmethod
-    def noted() -> list[tuple[str, dict[str, Any]]]:
+    def _notes() -> list[tuple[str, dict[str, Any]]]:
         """Return (path, what it says) of the notes of this user's clients, the newest first."""
         found = []
-        with contextlib.suppress(OSError):
-            for entry in os.scandir(config_path('inspectors')):
-                with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                    with open(entry.path, encoding='utf-8') as f:
-                        said = json.load(f)
-                    found.append((entry.stat().st_mtime, entry.path, {
-                        'host': str(said['host']), 'port': int(said['port']),
-                        'password': str(said['password'])}))
-        return [item[1:] for item in sorted(found, key=lambda item: item[0], reverse=True)]
+        for path in glob.glob(config_path(os.path.join('inspectors', '*'))):
+            with contextlib.suppress(OSError, ValueError), open(path, encoding='utf-8') as f:
+                said = json.load(f)
+                if fits(said, NOTE):
+                    found.append((os.path.getmtime(path), path, said))
+        return [item[1:] for item in sorted(found, key=lambda item: -item[0])]
 
     def open(self, method: str, path: str, value: Any = None) -> Any:
         """Return the response to a request, as http.client has it.  Raises LocaltunnelError."""
         import http.client
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=2 * REPLAY_WAIT)
-        fields = {'Localtunnel-Inspector': 'shell'}
-        if self._password:
-            fields['Authorization'] = 'Basic ' + base64.b64encode(
-                f':{self._password}'.encode()).decode()
+        connection = http.client.HTTPConnection(*self._place, timeout=2 * REPLAY_WAIT)
+        code = base64.b64encode(f':{self._password}'.encode()).decode()
         try:
-            connection.request(method, path, value and json.dumps(value), fields)
+            connection.request(method, path, value and json.dumps(value), {
+                'Localtunnel-Inspector': 'shell', 'Authorization': f'Basic {code}'})
             return connection.getresponse()
         except (OSError, http.client.HTTPException) as e:
-            raise LocaltunnelError(f'no inspector answers on {self._host}, port {self._port}: '
+            raise LocaltunnelError(f'no inspector answers on {self._place[0]}, '
+                                   f'port {self._place[1]}: '
                                    f'{printable(str(e))}') from e
 
     def ask(self, method: str, path: str, value: Any = None) -> Any:
@@ -11986,48 +11824,38 @@ class Remote:
                 why = 'this is not the inspector of a client'
         raise LocaltunnelError(printable(why[:MAX_TEXT]))
 
+    def one(self, number: int | str, query: str = '') -> Any:
+        """Return the exchange NUMBER.  Raises LocaltunnelError."""
+        return self.ask('GET', f'/api/exchanges/{number}{query}')
+
     def exchanges(self, words: str, details: bool, follow: bool) -> Iterator[dict[str, Any]]:
         """Return the exchanges that fit WORDS, with DETAILS or as in a list."""
         query, seen = '?q=' + urllib.parse.quote(words), set()
-        events = self.open('GET', '/api/events' + query) if follow else None
+        events = self.open('GET', '/api/events' + query) if follow else ()
         found = self.ask('GET', '/api/exchanges' + query)['exchanges']
-        for exchange in itertools.chain(found, self._followed(events) if events else ()):
-            if not (follow and exchange['pending']) and exchange['id'] not in seen:
-                seen.add(exchange['id'])
-                yield self.ask('GET', f'/api/exchanges/{exchange["id"]}') if details else exchange
-
-    @staticmethod
-    def _followed(events: Any) -> Iterator[dict[str, Any]]:
-        with events, contextlib.suppress(OSError):      # the client has ended
-            for line in events:
-                if line.startswith(b'data: {'):
-                    yield json.loads(line[6:])
+        with contextlib.suppress(OSError):          # the client has ended
+            for exchange in itertools.chain(found, (
+                    json.loads(line[6:]) for line in events if line.startswith(b'data: {'))):
+                if not (follow and exchange['pending']) and exchange['id'] not in seen:
+                    seen.add(exchange['id'])
+                    yield self.one(exchange['id']) if details else exchange
 
 
-def send_to(target: Target, message: bytes, method: str) -> int:
-    """Send MESSAGE to TARGET, and return the status of its answer.  Raises LocaltunnelError."""
-    import http.client
-    try:
-        if target.scheme == 'unix':
-            sock = socket.socket(socket.AF_UNIX)
-            sock.connect(target.path)
-        else:
-            sock = socket.create_connection((target.host, target.port), CONNECT_TIMEOUT)
-        if target.scheme == 'https':
-            context = ssl.create_default_context()
-            context.check_hostname = not target.local
-            context.verify_mode = ssl.CERT_NONE if target.local else ssl.CERT_REQUIRED
-            sock = context.wrap_socket(sock, server_hostname=target.host)
-        with sock:
-            sock.settimeout(RESPONSE_TIMEOUT)
-            sock.sendall(message)
-            response = http.client.HTTPResponse(sock, method=method)
-            response.begin()
-            while response.read(READ_SIZE):
-                pass
-            return response.status
-    except (OSError, http.client.HTTPException) as e:
-        raise LocaltunnelError(explain(e, target.text)) from e
+class Sent(ClientObserver):
+    """Learns what became of the one request that is sent to an app."""
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        self.record, self.seconds = exchange, seconds
+
+
+async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) -> Sent:
+    """Send MESSAGE to TARGET as a client does; return what became of it."""
+    runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
+    app = App(runtime, target, sent, tls=tls)
+    await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
+    app.close()
+    await runtime.close()
+    return sent
 
 
 def shown_line(exchange: dict[str, Any]) -> str:
@@ -12055,6 +11883,14 @@ def shown_sides(exchange: dict[str, Any], heads: bool) -> Iterator[str]:
                 lines.append(f'({size} bytes that are not text; --json has them)')
         for line in lines:
             yield f'  {sign} {printable(line.expandtabs())}'.rstrip()
+
+
+def field_of(text: str) -> list[str]:
+    """For argparse: 'NAME: VALUE'."""
+    name, colon, value = text.partition(':')
+    if not colon or not name.strip():
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'NAME: VALUE'")
+    return [name.strip(), value.strip()]
 
 
 LOGS_EPILOG = """examples:
@@ -12096,22 +11932,22 @@ class Inspect(Annex):
         if not args.no_inspect or args.record or told:
             app.seen = Exchanges(app, str(address), args.inspect_body * KIB)
         if told:
-            self.tell_python(app, told)
+            app.seen.listeners.append(functools.partial(self.tell_python, told))
         if args.record:
-            self._record(args, app)
+            app.runtime.spawn(self._record(self._recorder(args, app), app))
 
     @staticmethod
-    def tell_python(app: App, function: Callable[[Any], object]) -> None:
-        """Call FUNCTION with each exchange of APP that has ended."""
-        def tell(kept: Kept) -> None:
-            if kept.seconds is not None:
-                try:
-                    function(as_object(kept))
-                except Exception:       # it is not ours, and must harm nothing
-                    logging.getLogger('localtunnel').exception('on_exchange failed')
-        app.seen.listeners.append(tell)
+    def tell_python(function: Callable[[Any], object], kept: Kept) -> None:
+        """Call FUNCTION with KEPT, if it has ended."""
+        if kept.seconds is not None:
+            try:
+                function(kept.as_object())
+            except Exception:       # it is not ours, and must harm nothing
+                logging.getLogger('localtunnel').exception('on_exchange failed')
 
-    def _record(self, args: Args, app: App) -> None:
+    @staticmethod
+    def _recorder(args: Args, app: App) -> Recorder:
+        """What writes --record FILE.  Raises UsageError."""
         def warn(text: str) -> None:
             with contextlib.suppress(RuntimeError):     # the loop has ended
                 app.runtime.loop.call_soon_threadsafe(app.observer.note, text)
@@ -12120,17 +11956,17 @@ class Inspect(Annex):
         except OSError as e:
             raise UsageError(f"can't write --record {args.record}: {e.strerror}") from e
         app.seen.listeners.append(recorder.tell)
-        app.runtime.spawn(self._close(recorder, app))
+        return recorder
 
     @staticmethod
-    async def _close(recorder: Recorder, app: App) -> None:
+    async def _record(recorder: Recorder, app: App) -> None:
         """Close RECORDER at the end."""
         try:
             await app.runtime.loop.create_future()
         finally:
-            recorder.close()
-            if recorder.dropped:
-                app.observer.note(f'{recorder.dropped} exchanges are missing in the record')
+            missing = recorder.close()
+            if missing:
+                app.observer.note(f'{missing} exchanges are missing in the record')
 
     async def beside(self, args: Args, app: App) -> None:
         if args.no_inspect:
@@ -12234,59 +12070,53 @@ class Inspect(Annex):
 
     def replay(self, args: Args) -> int:
         """Send requests again; return 1 if one could not be sent."""
-        numbers, path = [word.lstrip('#') for word in args.words], ''
-        if not numbers[0].isdigit():
-            numbers, path = numbers[1:], args.words[0]
+        path = '' if args.words[0].lstrip('#').isdigit() else args.words.pop(0)
         if path and not os.path.exists(path):
             raise UsageError(f'replay takes numbers, as in the log; {path} is neither one nor a '
                              'file')
-        if any(not number.isdigit() for number in numbers):
+        numbers = [word.lstrip('#') for word in args.words]
+        if not all(map(str.isdigit, numbers)):
             raise UsageError('replay takes numbers, as in the log, after the file')
         if path and not args.to:
             raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
-        target, failed = parse_target(args.to) if args.to else None, False
-        if path:
-            found = {str(e['id']): e for e in recorded(path, False, self.warn)}
-            get: Callable[[str], Any] = found.get
-        else:
-            remote = Remote(args.inspect, args.inspect_password)
-            get = functools.partial(self._shown, remote)
+        target = parse_target(args.to) if args.to else None
+        found = {str(e['id']): e for e in recorded(path, False, self.warn)} if path else {}
+        remote = None if path else Remote(args.inspect, args.inspect_password)
+        failed = False
         for number in numbers or found:
             try:
                 if target:
-                    self._send_to(target, get(number), args)
-                else:
+                    self._send_to(target, remote.one(number, '?secrets=1') if remote else
+                                  found.get(number), args)
+                elif remote:
                     answer = remote.ask('POST', f'/api/exchanges/{number}/replay',
                                         {'set_headers': args.set_header})
-                    args.say(shown_line(remote.ask('GET', f'/api/exchanges/{answer["id"]}')))
+                    args.say(shown_line(remote.one(answer['id'])))
             except LocaltunnelError as e:
                 self.warn(f'{number}: {e}')
                 failed = True
         return int(failed)
 
-    @staticmethod
-    def _shown(remote: Remote, number: str) -> Any:
-        return remote.ask('GET', f'/api/exchanges/{number}?secrets=1')
-
     def _send_to(self, target: Target, exchange: Any, args: Args) -> None:
-        """Send EXCHANGE to TARGET, and print its answer's status."""
-        if exchange is None:
-            raise LocaltunnelError('there is no such exchange in the file')
-        why = not_replayable(exchange)
+        """Send EXCHANGE to TARGET, and print the status of the answer.  Raises LocaltunnelError."""
+        why = not_replayable(exchange) if exchange else 'there is no such exchange in the file'
         if why:
             raise LocaltunnelError(why)
         edited = Edited(exchange, {'set_headers': args.set_header})
-        if target.port:
-            edited.target = target.path + edited.target
         if edited.left_out:
             self.warn(f'{exchange["id"]}: without what the record masks: '
                       + ', '.join(edited.left_out))
-        began = time.monotonic()
-        status = send_to(target, edited.message(exchange['id'], target.authority,
-                                                'Connection: close'), edited.method)
+        if target.port:
+            edited.target = target.path + edited.target
+        sent = asyncio.run(send_to(
+            target, args.tls(check=not target.local) if target.scheme == 'https' else None,
+            edited.message(exchange['id'])))
+        if sent.record.why:
+            raise LocaltunnelError(sent.record.why)
         args.say(shown_line({
-            **exchange, 'target': masked(edited.target), 'method': edited.method, 'status': status,
-            'ms': round((time.monotonic() - began) * 1e3, 1), 'response_bytes': 0, 'error': ''}))
+            **exchange, 'target': masked(edited.target), 'method': edited.method,
+            'status': sent.record.status, 'ms': round(sent.seconds * 1e3, 1),
+            'response_bytes': sent.record.size, 'error': ''}))
 
 
 # ------------------------------------------------------------------------------------------------
