@@ -8253,11 +8253,13 @@ class RecorderTest(FolderTest, InspectorTest):
                 'truncated': False}
         right = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
                  'ms': 1.5, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
-                 'request': side, 'response': None, 'timing': {}}
+                 'request': side, 'response': None,
+                 'timing': {'first_byte_ms': None, 'end_ms': 1.5}}
         self.assertTrue(lt.is_exchange(right))
         for wrong in ({'id': 'x'}, {'target': None}, {'request': []}, {'timing': None},
                       {'request': {**side, 'headers': [['a']]}},
-                      {'request': {**side, 'headers': [['a', 1]]}}, {'response': {}}):
+                      {'request': {**side, 'headers': [['a', 1]]}}, {'response': {}},
+                      {'timing': {}}, {'ms': float('nan')}, {'messages': [{}]}):
             self.assertFalse(lt.is_exchange({**right, **wrong}), wrong)
 
 
