@@ -12456,6 +12456,15 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
+def program() -> bytes:
+    """This file, as if no server had handed it out.  Raises UsageError."""
+    try:
+        return b"STAMPED_SERVER = ''".join(own_source())
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError('this came through a pipe, so there is nothing to copy; save it as a file '
+                         'first, with curl -O') from e
+
+
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     import shlex
@@ -12470,8 +12479,7 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
             python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
-    source = b"STAMPED_SERVER = ''".join(own_source())
-    return {PROGRAM: source, **{name: text.encode() for name, text in texts.items()}}
+    return {PROGRAM: program(), **{name: text.encode() for name, text in texts.items()}}
 
 
 SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
@@ -12516,7 +12524,7 @@ def system(*words: str) -> str:
         raise LocaltunnelError(f"{words[0]} does not run: {printable(str(e))}") from e
     if done.returncode:
         said = [f'{words[0]} ended with {done.returncode}', *done.stderr.strip().splitlines()]
-        raise LocaltunnelError(f'{words[0]}: {printable(said[-1])}')
+        raise LocaltunnelError(printable(said[-1]))
     return done.stdout.strip()
 
 
@@ -12555,16 +12563,16 @@ def look(args: Args, running: bool) -> str:
     ours = contents(SYSTEM + UNIT_FOLDER + SOCKET) if running else b''
     for port in ports_of(args):
         mine = b':%d\n' % port in ours
-        program = '' if mine else listener(port, 't')
-        if program:
+        other = '' if mine else listener(port, 't')
+        if other:
             raise LocaltunnelError(
-                f'port {port} is used by {program}; stop that, or let it pass requests on (README, '
+                f'port {port} is used by {other}; stop that, or let it pass requests on (README, '
                 '"A proxy in front"), or choose another one with --port and --tls-port')
         facts.append(f'port {port} is {"ours" if mine else "free"}')
     if getattr(args, 'acme', None) and not running:
-        program = listener(args.dns_port, 'u')
+        other = listener(args.dns_port, 'u')
         facts.append(f'port {args.dns_port} is ' + (
-            f'used by {program}, so names get no https' if program else 'free for DNS'))
+            f'used by {other}, so names get no https' if other else 'free for DNS'))
     return printable('; '.join(facts))
 
 
@@ -12814,7 +12822,7 @@ class SettingUp(Annex):
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
-        source = b"STAMPED_SERVER = ''".join(own_source())
+        source = program()
         script = REMOTELY.format(
             size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
             words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
@@ -13990,15 +13998,15 @@ def server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def options_in(path: str) -> list[str]:
-    """The words in the file at PATH, as in a shell.  Raises UsageError."""
+    """The words in the file at PATH, as in a shell.  Raises LocaltunnelError."""
     import shlex
     try:
         with open(path, encoding='utf-8') as f:
             return shlex.split(f.read(), comments=True)
     except OSError as e:
-        raise UsageError(f"can't read {path}: {e.strerror}") from e
+        raise LocaltunnelError(f"can't read {path}: {e.strerror}") from e
     except ValueError as e:
-        raise UsageError(f"can't use {path}: {e}") from e
+        raise LocaltunnelError(f"can't use {path}: {e}") from e
 
 
 class Parser(argparse.ArgumentParser):

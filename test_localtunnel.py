@@ -8615,6 +8615,19 @@ class InstallTest(FolderTest):
         args = lt.make_parser().parse_args(['deploy', 'vps', *words])
         self.assertEqual(lt.words_of(args), list(map('='.join, zip(words[::2], words[1::2]))))
 
+    def test_a_file_of_options_that_can_not_be_used_is_named(self):
+        for path, why in ((self.path('none'), "can't read .*none: No such file"),
+                          (self.write('odd', "'x"), "can't use .*odd: No closing quotation")):
+            with self.subTest(why), unittest.mock.patch.object(lt, 'say') as say:
+                self.assertEqual(lt.main(['server', f'@{path}']), 1)
+                self.assertRegex(say.call_args[0][0], why)
+
+    def test_what_came_through_a_pipe_is_not_copied(self):
+        with unittest.mock.patch.object(lt, 'own_source', side_effect=OSError):
+            with self.assertRaisesRegex(lt.UsageError, 'came through a pipe.*save it'):
+                lt.program()
+        self.assertEqual(lt.program(), open_and_read(SCRIPT))
+
     def test_its_own_options_are_not_the_servers(self):
         args = server_args('--print', '--remove', '--purge', '--open')
         self.assertEqual(lt.words_of(args), ['--domain=t.example.com', '--open'])
