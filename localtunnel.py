@@ -12996,13 +12996,19 @@ class Ssh(Carrier):
             while not process.stdout.at_eof():
                 with contextlib.suppress(ValueError):       # a line too long to be of interest
                     self._hear(await process.stdout.readline())
-            with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(process.wait(), LINGER)
+            await asyncio.wait({asyncio.ensure_future(process.wait())}, timeout=LINGER)
         finally:
+            if process.returncode is None:
+                process.terminate()
+            ended = asyncio.ensure_future(process.communicate())    # which closes its pipes
+            self._runtime.loop.call_later(LINGER, ended.cancel)
+            while not ended.done():             # however often this is cancelled
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({ended})
+                    await asyncio.sleep(0)      # asyncio closes them in the next turn
             AT_LAST.remove(process.kill)
             if process.returncode is None:
                 process.kill()
-                await process.wait()
             if self._connection:
                 self._connection.abort()        # so that the client comes back
         if not self._up.done():
@@ -13051,7 +13057,7 @@ class Ssh(Carrier):
         said = '\n'.join(self._said)
         if self._port != self.service.port and 'remote port forwarding failed' in said:
             self._port = self.service.port
-            return Disconnected(f'{self.name} has given the port to others; asking for another one')
+            return Disconnected(f'the port is taken at {self.name}; asking for another one')
         for words, fault in SSH_FAULTS.items():
             if re.search(words, said):
                 return Refused(502, 'ssh', fault.replace('HOST', self.name))

@@ -8899,7 +8899,7 @@ class ViaTest(FolderTest, WorldTest):
         await eventually(lambda: 'nothing answers on port 1' in self.log.text())
         self.does('Error: remote port forwarding failed for listen port 1\n', 'exit 255')
         lt.AT_LAST[0]()
-        await eventually(lambda: 'has given the port to others' in self.log.text())
+        await eventually(lambda: 'the port is taken at vps' in self.log.text())
         self.does(f'{REACHED}Allocated port 2 for remote forward to localhost:1\n')
         await eventually(lambda: ('back', 'http://localhost:2') in self.log.told)
         self.assertEqual((await self.visit('localhost'))[0], 200)
