@@ -112,9 +112,9 @@ import urllib.parse
 import warnings
 import weakref
 import zlib
-from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Coroutine, Dict, Generator,
-                    Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence, TextIO,
-                    Tuple, Union)
+from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine, Dict,
+                    Generator, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence,
+                    TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -5792,6 +5792,28 @@ def alone_in(folder: str) -> Iterator[None]:
         os.close(handle)
 
 
+def whole_lines(path: str) -> list[bytes]:
+    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+        lines = f.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith((b'\n', b'\r')):
+        lines[-1] += b'\n'
+    return lines
+
+
+def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
+    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
+
+    A link stays one, and the file keeps its owner and mode.
+    """
+    path = os.path.realpath(path)
+    with alone_in(os.path.dirname(path)):
+        like = os.stat(path) if os.path.exists(path) else None
+        lines = [line for line in whole_lines(path) if line not in gone]
+        write_secret(path, b''.join(lines) + new, like)
+
+
 # A code is all that a client needs to come to a server, for --join: a word that a double click
 # takes whole, and that no shell changes.  It is "lt1" and then, in base32, a byte of flags, the pin
 # (32 bytes) if there is one, HOST:PORT, a zero byte, the token, and some bytes of a hash of these.
@@ -8489,6 +8511,7 @@ BLOCKED_HEAD = ('# One entry a line: name:NAME, user:USER, an address or ADDRESS
 
 # ('name', NAME), ('user', USER), or of addresses (version, bits that differ, those that don't).
 Key = Union[Tuple[str, str], Tuple[int, int, int]]
+Blocked = Tuple[Key, str, str]  # an entry: its key, how it is written, and the reason
 
 
 def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -8515,16 +8538,28 @@ def read_entry(text: str) -> tuple[Key, str]:
                      '(a name is what stands before the domain, such as demo)')
 
 
-def read_line(line: str) -> tuple[Key, str, str] | None:
-    """What a LINE of the file names, how that is written, and the reason; None if it names nothing.
-
-    Raises ValueError.
-    """
-    entry, _, reason = line.partition('#')
-    if not entry.strip():
+def read_line(line: bytes) -> Blocked | None:
+    """What a LINE of the file says, None for nothing.  Raises ValueError."""
+    text, _, reason = line.decode('utf-8-sig', 'replace').partition('#')
+    if not text.strip():
         return None
-    key, text = read_entry(entry.strip())
-    return key, text, printable(reason.strip())[:MAX_REASON]
+    key, written = read_entry(text.strip())
+    return key, written, printable(reason.strip())[:MAX_REASON]
+
+
+def read_list(path: str, known: dict[bytes, Blocked | None]
+              ) -> tuple[dict[bytes, Blocked | None], list[str]]:
+    """What the lines of the file at PATH say, and what is wrong in it.  Raises OSError.
+
+    Lines that are KNOWN are not read again: to read a hundred thousand networks takes a second.
+    """
+    lines, wrong = {}, []
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            lines[line] = known[line] if line in known else read_line(line)
+        except ValueError as e:
+            wrong.append(f'line {number}: {e}')
+    return lines, wrong
 
 
 class BlockList(Bars):
@@ -8534,7 +8569,7 @@ class BlockList(Bars):
         """Raises UsageError where the file is there and can't be read."""
         self._path, self._server, self._seen = path, server, stamp_of(path)
         self._contact = f'; to ask about it, write to {contact}' if contact else ''
-        self._lines: dict[str, tuple[Key, str, str] | None] = {}       # as they were read last
+        self._lines: dict[bytes, Blocked | None] = {}   # as they were read last
         self._reasons: dict[Key, str] = {}      # of all who are blocked
         self._widths: set[tuple[int, int]] = set()      # the first two of the keys of addresses
         try:
@@ -8560,14 +8595,8 @@ class BlockList(Bars):
 
     def _read(self) -> str | None:
         """Read the file; return what is wrong in it, and then keep those who were blocked, too."""
-        self._seen, lines, wrong = stamp_of(self._path), {}, []
-        with contextlib.suppress(FileNotFoundError), open(
-                self._path, encoding='utf-8-sig', errors='replace') as f:
-            for number, line in enumerate(f, 1):
-                try:            # to parse a hundred thousand networks takes a second
-                    lines[line] = self._lines[line] if line in self._lines else read_line(line)
-                except ValueError as e:
-                    wrong.append(f'line {number}: {e}')
+        self._seen = stamp_of(self._path)
+        lines, wrong = read_list(self._path, self._lines)
         reasons = {key: reason for key, _, reason in filter(None, lines.values())}
         self._lines, self._reasons = lines, {**self._reasons, **reasons} if wrong else reasons
         self._widths = {(key[0], key[1]) for key in self._reasons if len(key) == 3}
@@ -8649,45 +8678,6 @@ examples:
   localtunnel.py block --remove user:ana
   localtunnel.py block --list"""
 
-def entry_of(line: str) -> Key | None:
-    """The key of LINE in the file; None for a comment, and for what makes no sense."""
-    try:
-        found = read_line(line.lstrip('\ufeff'))
-    except ValueError:
-        return None
-    return found[0] if found else None
-
-
-def change(path: str, key: Key, line: str) -> bool:
-    """Let LINE stand for KEY in the file PATH; return whether one did.  Other lines stay."""
-    lines = [BLOCKED_HEAD]
-    with contextlib.suppress(FileNotFoundError), open(
-            path, encoding='utf-8', errors='surrogateescape', newline='') as f:
-        lines = f.readlines()
-    others = [other for other in lines if entry_of(other) != key]
-    if others and not others[-1].endswith('\n'):
-        others[-1] += '\n'
-    write_secret(path, ''.join([*others, line]).encode(errors='surrogateescape'))
-    return len(others) < len(lines)
-
-
-def print_list(path: str, say: Callable[[str], None]) -> int:
-    """Print the entries in the file PATH, and what is wrong in it; return the exit code."""
-    code, found = 0, None
-    with contextlib.suppress(FileNotFoundError), open(
-            path, encoding='utf-8-sig', errors='replace') as f:
-        for number, line in enumerate(f, 1):
-            try:
-                found = read_line(line)
-                if found:
-                    say(f'{found[1]}  # {found[2]}' if found[2] else found[1])
-            except ValueError as e:
-                code = 1
-                say(f'# line {number}: {e}')
-    if found is None and not code:
-        say('# nobody is blocked')
-    return code
-
 
 class Blocking(Annex):
     """The command `block`, and the list at a server."""
@@ -8712,19 +8702,24 @@ class Blocking(Annex):
         if not os.path.isdir(folder):
             raise UsageError(f"{folder} is not there; name your server's folder with --state")
         try:
+            lines, wrong = read_list(path, {})
             if args.list:
-                return print_list(path, args.say)
+                shown = [f'{text}  # {why}' if why else text
+                         for _, text, why in filter(None, lines.values())]
+                shown += [f'# {mistake}' for mistake in wrong]
+                args.say('\n'.join(shown or ['# nobody is blocked']))
+                return int(bool(wrong))
             key, text = read_entry(args.entry)
+            gone = {line for line, entry in lines.items() if entry and entry[0] == key}
+            if args.remove and not gone:
+                raise LocaltunnelError(f'{text} is not in {path}; see block --list')
             reason = printable(' '.join((args.reason or '').split()))[:MAX_REASON]
-            line = '' if args.remove else f'{text}  # {reason}\n' if reason else f'{text}\n'
-            with alone_in(os.path.dirname(path)):
-                was = change(path, key, line)
+            new = f'{"" if lines else BLOCKED_HEAD}{text}' + f'  # {reason}' * bool(reason) + '\n'
+            rewrite(path, gone, b'' if args.remove else new.encode())
         except ValueError as e:
             raise UsageError(str(e)) from e
         except OSError as e:
             raise LocaltunnelError(f"can't use {path}: {e.strerror}") from e
-        if args.remove and not was:
-            raise LocaltunnelError(f'{text} is not in {path}; see block --list')
         args.say(f'{text} is {"no longer blocked" if args.remove else "blocked"}, in {path}')
         if text.startswith('name:') and ':' not in args.entry and not args.remove:
             args.say(f'(a user of this name is not: for that, block user:{args.entry})')
@@ -9922,30 +9917,13 @@ NOT_USERS = {'list': '--list', 'ls': '--list', 'show': '--list', 'revoke': '--re
 SHOWN_DIGITS = 8                # of a token's hash: enough to tell those of one server apart
 
 
-Entry = Tuple[bytes, Optional[Grant]]           # a line of a token file, and what it allows
-
-
-def entries_of(path: str) -> list[Entry]:
-    """Return the token file at PATH, which may be missing.  Raises OSError and UsageError."""
-    entries: list[Entry] = []
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
-        for number, line in enumerate(f.read().splitlines(keepends=True), 1):
-            try:
-                entries.append((line, parse_grant(line.decode('utf-8-sig'))))
-            except (ValueError, UsageError) as e:
-                raise UsageError(f"can't use {path}, nor can a server: line {number}: {e}") from e
-    return entries
-
-
-def rewrite(path: str, change: Callable[[list[Entry]], list[bytes]]) -> None:
-    """Replace the lines of the token file at PATH by what CHANGE makes of its entries.
-
-    A link stays one, and the file keeps its owner and mode.  Raises OSError and UsageError.
-    """
-    path = os.path.realpath(path) if os.path.exists(path) else path
-    with alone_in(os.path.dirname(path)):
-        like = os.stat(path) if os.path.exists(path) else None
-        write_secret(path, b''.join(change(entries_of(path))), like)
+def grants_in(path: str) -> Iterator[tuple[bytes, Grant | None]]:
+    """The lines of the token file at PATH, and what they allow.  Raises OSError and UsageError."""
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            yield line, parse_grant(line.decode('utf-8-sig'))
+        except (ValueError, UsageError) as e:
+            raise UsageError(f"can't use {path}, nor can a server: line {number}: {e}") from e
 
 
 class Members(Served):
@@ -9954,7 +9932,7 @@ class Members(Served):
     def __iter__(self) -> Iterator[tuple[str, Grant]]:
         """All lines with tokens, and what they allow."""
         for path in self.files:
-            for line, grant in entries_of(path):
+            for line, grant in grants_in(path):
                 if grant:
                     yield line.decode('utf-8-sig'), grant
 
@@ -9970,21 +9948,16 @@ class Members(Served):
             parse_grant(new)
         except ValueError as e:
             raise UsageError(str(e).replace('after USER TOKEN', 'after USER')) from e
-
-        def longer(entries: list[Entry]) -> list[bytes]:
-            lines = [line for line, _ in entries]
-            if lines and not lines[-1].endswith((b'\n', b'\r')):
-                lines[-1] += b'\n'
-            return [*lines, new.strip().encode() + b'\n']
-        rewrite(self.files[0], longer)
+        list(grants_in(self.files[0]))      # no server reads a file with a mistake
+        rewrite(self.files[0], (), new.strip().encode() + b'\n')
         return make_code(self.address, token, self.pin)
 
     def remove(self, fits: Callable[[Grant], bool]) -> None:
         """Take the tokens out that one FITS."""
         for path in self.files:
-            if any(grant and fits(grant) for _, grant in entries_of(path)):
-                rewrite(path, lambda entries: [line for line, grant in entries
-                                               if not grant or not fits(grant)])
+            gone = {line for line, grant in grants_in(path) if grant and fits(grant)}
+            if gone:
+                rewrite(path, gone)
 
 
 def member_table(members: Members, seen: dict[str, float]) -> Iterator[str]:
