@@ -4498,7 +4498,8 @@ class NameServerTest(LoopTest):
             slow = [await self.raw(*place) for _ in range(3)]
             slow[0].send(b'\1')
             for peer in slow:
-                self.assertEqual(await peer.reader.read(), b'')
+                with contextlib.suppress(ConnectionResetError):     # a byte of it was never read
+                    self.assertEqual(await peer.reader.read(), b'')
 
     async def test_the_rate_of_answers_is_bounded(self):
         with self.constant(DNS_RATE=0.0, DNS_BURST=3.0):
