@@ -7829,8 +7829,9 @@ class Keeper:
             pause = await self._look()
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self._tls.look_now.wait(), max(pause, LEAST_PAUSE))
+            if self._tls.look_now.is_set():
+                self._tls.look_now.clear()
                 self._again = 0.0       # SIGHUP: somebody has mended something
-            self._tls.look_now.clear()
 
     async def _look(self) -> float:
         """Do what is due; return for how many seconds nothing more is."""
