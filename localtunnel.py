@@ -12101,11 +12101,9 @@ class Inspect(Annex):
 # ------------------------------------------------------------------------------------------------
 
 CODE_WORDS = {'join', 'login', 'auth', 'authtoken', 'config', 'add-authtoken'}
-OTHER_COMMANDS = {'unblock': ['block', '--remove'], 'revoke': ['invite', '--revoke'],
-                  'members': ['invite', '--list'], 'users': ['invite', '--list']}
-FIRST_WORDS = {'http': ['client'], 'start': ['client'], 'share': ['client'],
-               'expose': ['client'], 'tunnel': ['client'],
-               'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'], 'relay': ['server']}
+FIRST_WORDS = {'http': ['client'], 'start': ['client'], 'share': ['client'], 'expose': ['client'],
+               'tunnel': ['client'], 'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'],
+               'relay': ['server'], 'unblock': ['block', '--remove']}
 
 # An option there, and what it is here: an option; TARGET or HOST, if its value is the target or its
 # host; FLAG or VALUE, if it is left out, alone or with its value.
@@ -12115,12 +12113,9 @@ CLIENT_WORDS = {
     '--name': '--name', '--subdomain': '--name', '-s': '--name', '--hostname': '--name',
     '--url': '--name', '--domain': '--name', '-n': '--name', '--host': '--server',
     '--to': '--server', '--server-addr': '--server', '--authtoken': '--token',
-    '--secret': '--token', '-t': '--token', '--basic-auth': '--auth', '--password': '--auth',
-    '--cidr-allow': '--allow',
+    '--secret': '--token', '-t': '--token', '--basic-auth': '--auth', '--cidr-allow': '--allow',
     '--remote-port': '--tcp-port', '--allow-invalid-cert': '--insecure', '-v': '--verbose',
-    '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--open': FLAG, '--qr': FLAG,
-    '--region': VALUE}
-INSTEAD = {'--open': ': press o', '-o': ': press o', '--qr': ': press i'}    # of what is left out
+    '-q': '--quiet', '--print-requests': FLAG, '-o': FLAG, '--open': FLAG, '--region': VALUE}
 SERVER_WORDS = {
     '--domain': '--domain', '-d': '--domain', '--hostname': '--domain', '-p': '--port',
     '--host': '--bind', '--address': '--bind', '--secret': '--token', '-t': '--token',
@@ -12146,7 +12141,7 @@ def translated(words: Sequence[str], table: dict[str, str],
             found[here] = queue.popleft()
         if here != option:
             note(f'{option} is {here} here' if here.startswith('-')
-                 else f'{option} is not needed{INSTEAD.get(option, "")}')
+                 else f'leave {option} out')
     return said, found
 
 
@@ -12164,17 +12159,13 @@ def bare(words: list[str], option: str, note: Callable[[str], Any]) -> None:
 
 
 def with_code(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
-    """WORDS after `client`, with a code that stands among them behind --join, and a target."""
+    """WORDS after `client`, with a code that stands among them at the end, behind --join."""
     code = next((word for word in words if CODE.fullmatch(word)), '')
     if not code:
         return list(words)
-    rest = [word for word in words if word not in (code, '--join')]
-    if not rest or rest[0].startswith('-'):
-        note('say what is to get a URL, such as the port of your app')
-        rest.insert(0, '8000')
-    else:
+    if '--join' not in words:
         note('say --join before a code')
-    return [*rest, '--join', code]
+    return [*(word for word in words if word not in (code, '--join')), '--join', code]
 
 
 def place(typed: str, found: dict[str, str], note: Callable[[str], Any]) -> str:
@@ -12205,16 +12196,13 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     bare(rest, '--name', note)
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
     target = place(typed, found, note)
-    if any(word.startswith('--password') for word in words) and '--auth' in rest[:-1]:
-        i = rest.index('--auth') + 1
-        rest[i] = rest[i] if ':' in rest[i] else 'me:' + rest[i]
-    if rest and target and not rest[0].startswith('-'):
-        note('say -- before a command')
-        rest.insert(0, '--')
-    if not words:
+    if not target:
         note('say what is to get a URL, such as the port of your app')
         target = '8000'
-    return [*filter(None, [target]), *rest]
+    elif rest and not rest[0].startswith('-'):
+        note('say -- before a command')
+        rest.insert(0, '--')
+    return [target, *rest]
 
 
 def server_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
@@ -12227,31 +12215,11 @@ def server_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     return rest
 
 
-def block_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
-    """WORDS after `block`, with the name of a URL instead of it."""
-    names = [re.sub(r'https?://([^/.:]+)[.].*', r'\1', word) for word in words]
-    if names != [*words]:
-        note('a name is what stands before the domain')
-    return names
-
-
-def logs_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
-    """WORDS after `logs`."""
-    return translated(words, {'--tail': '--follow'}, note)[0]
-
-
-WORDS_AFTER = {'client': client_words, 'server': server_words, 'block': block_words,
-               'logs': logs_words}
-
-
 class Elsewhere(Annex):
     """Says in our words what was said in others'."""
 
     def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
         first, *rest = words or ['client']
-        if first in OTHER_COMMANDS:
-            note(f'{first} is {" ".join(OTHER_COMMANDS[first])} here')
-            return [*OTHER_COMMANDS[first], *rest]
         if first in CODE_WORDS:
             note('the code that a server prints lets you in')
             return ['client', '8000', '--join', *(word for word in rest if CODE.fullmatch(word))]
@@ -12262,7 +12230,9 @@ class Elsewhere(Annex):
         elif re.match('-|localhost|.*[0-9:/]', first) or os.path.exists(first):
             note('the first word is client or server')
             first, rest = 'client', [first, *rest]
-        return [first, *WORDS_AFTER[first](rest, note)] if first in WORDS_AFTER else words
+        if first == 'client':
+            return [first, *client_words(rest, note)]
+        return [first, *(server_words(rest, note) if first == 'server' else rest)]
 
 
 # ------------------------------------------------------------------------------------------------

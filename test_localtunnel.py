@@ -8297,8 +8297,8 @@ class ElsewhereTest(FolderTest):
         ('server -d t.example.com --open', 'server --domain t.example.com --open'),
         ('server --domain https://t.example.com/', 'server --domain t.example.com'),
         ("client 8000 --auth 'a b:c' -v", "client 8000 --auth 'a b:c' --verbose"),
-        ('client 8000 --password secret', 'client 8000 --auth me:secret'),
-        ('client 8000 --password=a:b --open', 'client 8000 --auth a:b'),
+        ('client 8000 --basic-auth=a:b --open', 'client 8000 --auth a:b'),
+        ('client --share', 'client 8000 --share'),
         ('client 8000 pytest -x a', 'client 8000 -- pytest -x a'),
         ('8000 pytest -- a', 'client 8000 -- pytest -- a'),
         (f'join {CODE}', f'client 8000 --join {CODE}'), (CODE, f'client 8000 --join {CODE}'),
@@ -8306,10 +8306,8 @@ class ElsewhereTest(FolderTest):
         (f'client --join {CODE}', f'client 8000 --join {CODE}'),
         ('login', 'client 8000 --join'), ('config add-authtoken 2a', 'client 8000 --join'),
         ('client http://localhost:8888/lab?token=a', 'client http://localhost:8888'),
-        ('unblock bob', 'block --remove bob'), ('revoke ana', 'invite --revoke ana'),
-        ('invite revoke ana', 'invite --revoke ana'), ('invite list', 'invite --list'),
-        ('members', 'invite --list'), ('logs --tail', 'logs --follow'),
-        ('block https://shop.t.example.com/x', 'block shop'))
+        ('unblock bob', 'block bob --remove'), ('invite revoke ana', 'invite --revoke ana'),
+        ('invite list', 'invite --list'))
 
     def said(self, *words):
         with contextlib.redirect_stderr(io.StringIO()) as told:
@@ -10407,7 +10405,7 @@ class ExitCodeTest(CommandTest):
         self.ended_here(2, 'client', 'nonsense', word='a target is one of')
         self.ended_here(2, 'client', '99999', word='not a port')
         self.ended_here(2, 'client', '1', '--server', 'http://a/b', word='--server')
-        self.ended_here(2, 'client', '--once', word='TARGET is missing')
+        self.ended_here(2, 'client', '--once', word='say what is to get a URL')
         self.ended_here(2, 'client', '1', '--xyzzy', word="can't tell what this means: --xyzzy")
         self.ended_here(2, 'client', '1', '--server', word='--server: its value is missing')
         self.ended_here(2, 'client', '1', '--', word='a command to run beside the tunnel')
