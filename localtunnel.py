@@ -12345,6 +12345,7 @@ NotifyAccess=all
 ExecStart={python} {program} server @{options}
 ExecReload=/bin/kill -USR2 $MAINPID
 Restart=always
+RestartSec=2
 TimeoutStopSec=45
 LimitNOFILE=65536
 
@@ -12522,6 +12523,8 @@ def look(args: Args, running: bool) -> str:
 
 def check(args: Args, python: str) -> None:
     """Raise UsageError for options that an installed server can't have."""
+    if args.purge:
+        raise UsageError('--purge goes with --remove')
     if python.startswith(('/home/', '/root/')):
         raise UsageError(f"homes are hidden from the server, so it can't run {python}; use the "
                          "system's Python")
@@ -12548,19 +12551,22 @@ def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
 def start(running: bool, changed: Iterable[str]) -> None:
     """Let the server run as its files say, of which some have CHANGED.  Raises LocaltunnelError."""
     served, since = f'{SYSTEM}{STATE}/{SERVED}', f'--since=@{time.time():.0f}'
-    before, deadline = stamp_of(served), time.monotonic() + READY_WITHIN
+    before, deadline, why = stamp_of(served), time.monotonic() + READY_WITHIN, ''
     if running and UNIT_FOLDER + SOCKET not in changed:
         system(*HAND_OVER)
     else:
         for unit in reversed(UNITS) if running else ():
             system('systemctl', 'stop', unit)
-        asked(*START)           # why it fails is said below
+        try:
+            system(*START)
+        except LocaltunnelError as e:
+            why = str(e)        # the log may know better
     while stamp_of(served) in ([], before):
-        said = re.findall('(?m)^localtunnel.py: (.*)',
-                          asked('journalctl', '-u', SERVICE, '-o', 'cat', since))
-        if said or time.monotonic() > deadline:
-            raise LocaltunnelError('the server does not start: ' + (
-                printable(said[-1]) if said else 'see `journalctl -u localtunnel`'))
+        log = asked('journalctl', '-u', SERVICE, '-u', SOCKET, '-o', 'cat', since)
+        said = re.search(r'(?m)^localtunnel\.(?:py: |socket: (?=Failed to ))(.*)', log)
+        if said or why or time.monotonic() > deadline:
+            why = printable(said.group(1)) if said else why or 'see `journalctl -u localtunnel`'
+            raise LocaltunnelError(f'the server does not start: {why}')
         time.sleep(READY_LOOK)
 
 
@@ -12754,7 +12760,8 @@ class SettingUp(Annex):
             if not running:
                 raise
             write_files(before)
-            asked('systemctl', 'daemon-reload')
+            for command in [*SET_UP, START]:        # it may have had to stop
+                asked(*command)
             raise LocaltunnelError(f'{e}; the old one goes on') from e
         args.say('the server runs; its log: journalctl -u localtunnel')
         args.say(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')

@@ -8633,6 +8633,7 @@ class InstallTest(FolderTest):
 
     def test_what_an_installed_server_can_not_have_is_said(self):
         for words, why in ((['--domain', 'localhost'], 'add --domain'),
+                           (['--purge'], '--purge goes with --remove'),
                            (['--state', '/x'], 'leave out --state'),
                            (['--bind', 'eth0'], '--bind takes an address')):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, why):
@@ -11347,8 +11348,9 @@ class DeployTest(CommandTest):
         os.makedirs(self.path('system/run/systemd/system'))
         self.program('systemctl', FAKE_SYSTEMCTL.format(self.system))
         self.program('journalctl', f'#!/bin/sh\nexec cat {self.system}/log')
-        for name in 'systemd-sysusers', 'chgrp', 'userdel', 'ss':
+        for name in 'systemd-sysusers', 'userdel', 'ss':
             self.program(name, '#!/bin/sh')
+        self.program('chgrp', f'#!/bin/sh\necho "$@" >>{self.system}/grouped')
         self.program('id', '#!/bin/sh\necho 0')
         self.addCleanup(self.take_away)
         source = open_and_read(SCRIPT).replace(b"\nSYSTEM = '/' ", b"\nSYSTEM = '%s/' "
@@ -11403,6 +11405,7 @@ class DeployTest(CommandTest):
         wrong.says("does not start: can't read /none: No such file .*; the old one goes on")
         self.assertEqual(fetch(client.url()), (200, b'app /'))
         self.assertIn(b'--contact', open_and_read(os.path.join(self.system, lt.OPTIONS)))
+        self.assertEqual(open_and_read(os.path.join(self.system, 'grouped')).count(b'\n'), 5)
         client.interrupt()
         self.assertEqual(self.deploy('--remove').ends(), 0)
         self.assertEqual(os.listdir(os.path.join(self.system, 'etc/systemd/system')), [])
