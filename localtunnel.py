@@ -12855,14 +12855,14 @@ HEARD = re.compile('debug1: Server host key: (?P<key>.+)|(?P<new>Warning: Perman
 URL_OR_PORT = '(https://[A-Za-z0-9.-]+|[1-9][0-9]*(?=[ ,]))'
 IN_COLOUR = re.compile('\x1b\\[[0-9;]*m')
 
-# What ssh says where trying again can't help, and a sentence about its HOST.
+# What ssh says where trying again can't help, and a sentence about its HOST, known as PLACE.
 SSH_FAULTS = {
     'IDENTIFICATION HAS CHANGED|Host key verification failed':
         'HOST shows another host key than before, so someone may be in between; if its operator '
-        'has made a new one, forget the old one: ssh-keygen -R HOST',
+        'has made a new one, forget the old one: ssh-keygen -R PLACE',
     'Permission denied|Too many authentication failures':
-        'HOST does not let you in; make a key with ssh-keygen if you have none, hand it over with '
-        'ssh-copy-id, and if it has a passphrase, give that to ssh-add',
+        'HOST does not let you in; make a key with ssh-keygen if you have none, take it to a '
+        'machine of yours with ssh-copy-id, and give its passphrase to ssh-add',
     'not known|nodename nor servname|No address associated':
         "can't find the host HOST; check how it is spelled",
     'remote port forwarding failed':
@@ -12888,7 +12888,9 @@ class Ssh(Carrier):
         self._port = self.service.port
         # A password may be typed at first; later the terminal is read for single keys.
         self._asks = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-        self._heard: dict[str, str] = {}                    # of HEARD, with their names
+        # How it is known: by ssh, as that says, and in the file known_hosts.
+        self._known = {'host': host.strip('[]'), 'key': 'not told',
+                       'place': f"'[{self.name}]{port}'" if port else self.name}
         self._said: collections.deque[str] = collections.deque(maxlen=LAST_SAID)
         self._task: asyncio.Task[None] | None = None        # while a process runs
         self._connection: Connection | None = None          # of the client to its server
@@ -12974,10 +12976,10 @@ class Ssh(Carrier):
         if heard is None:
             self._said.extend(text.splitlines())        # but not an empty line
         elif heard['new']:
-            self._observer.note(f'{self.name} is new here; its host key is {self._heard["key"]}, '
+            self._observer.note(f'{self.name} is new here; its host key is {self._known["key"]}, '
                                 'as its operator can confirm, and from now on has to stay the same')
         else:
-            self._heard.update((key, value) for key, value in heard.groupdict().items() if value)
+            self._known.update((key, value) for key, value in heard.groupdict().items() if value)
         found = re.search(self.service.before + URL_OR_PORT, text)
         if found and not self._up.done():
             self._found(found[1])
@@ -12986,8 +12988,8 @@ class Ssh(Carrier):
         """Visitors can come: to URL, or to this port."""
         if self.service is PLAIN:
             self._port = url            # next time, too, so that the URL stays
-            self._runtime.spawn(self._look(self._heard['host'], int(url)))
-            url = f'http://{bracketed(self._heard["host"])}:{url}'
+            self._runtime.spawn(self._look(self._known['host'], int(url)))
+            url = f'http://{bracketed(self._known["host"])}:{url}'
         self._server.visitors.carried(
             url, [network('127.0.0.0/8'), network('::1')] if self.service.tells else [])
         for tunnel in self._server.tunnels:
@@ -13011,9 +13013,9 @@ class Ssh(Carrier):
             return Disconnected(f'the port is taken at {self.name}; asking for another one')
         for words, fault in SSH_FAULTS.items():
             if re.search(words, said):
-                return Refused(502, 'ssh', fault.replace('HOST', self.name))
-        return Disconnected(f'ssh to {self.name} ended' + ': ' * bool(said) + ''.join(
-            list(self._said)[-1:]))
+                return Refused(502, 'ssh', fault.replace('HOST', self.name).replace(
+                    'PLACE', self._known['place']))
+        return Disconnected(': '.join([f'ssh to {self.name} ended', *list(self._said)[-1:]]))
 
 
 class ViaSsh(Annex):

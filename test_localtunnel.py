@@ -11471,6 +11471,25 @@ class RealSshTest(DeployTest):
         self.assertEqual(program.ends(), 1)
         program.says("can't reach vps: Host key verification failed; `ssh vps` alone may say more")
 
+    def test_visitors_come_by_ssh_alone_and_again_when_it_was_killed(self):
+        script = open_and_read(self.path('bin', 'ssh')).decode()
+        self.program('ssh', script.replace('exec', f'echo $$ > {self.path("pid")}; exec'))
+        client = self.start('client', self.app().port, '--via', 'vps')
+        url = client.url()
+        client.says('vps carries visitors here, and sees what passes')
+        self.assertEqual(fetch(url), (200, b'app /'))
+        os.kill(int(open_and_read(self.path('pid'))), signal.SIGKILL)
+        client.says('connected again')
+        self.assertEqual(fetch(url), (200, b'app /'))
+        self.assertEqual(client.interrupt(), 0)
+        with self.assertRaises(ProcessLookupError):
+            os.kill(int(open_and_read(self.path('pid'))), 0)
+
+    def test_an_sshd_that_lets_nobody_in_ends_it_with_the_cure(self):
+        client = self.start('client', 'echo', '--via', 'nobody@vps')
+        self.assertEqual(client.ends(), 1)
+        client.says('vps does not let you in; make a key with ssh-keygen')
+
 
 class RealProxyTest(CommandTest):
     """Behind real proxies, with the words of README."""
