@@ -4408,7 +4408,6 @@ class Tls:
         self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
         # From when, until when (in Unix seconds) and for which names it holds, where that is known.
         self.validity: tuple[float, float, list[str]] | None = None
-        self.kept = False       # True where somebody renews it, and tells what is wrong with it
 
     def shows(self, host: str) -> bool:
         """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
@@ -5874,6 +5873,26 @@ def server_context(cert: str, key: str) -> ssl.SSLContext:
         raise UsageError(f"can't use the certificate {cert} with the key {key}: {why}") from e
     except OSError as e:
         raise UsageError(f"can't read {e.filename or cert}: {e.strerror}") from e
+    return context
+
+
+MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
+
+
+def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
+    """Return a context that checks a server by the system's authorities and the file CA, or not."""
+    context = ssl.create_default_context()
+    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
+        context.load_verify_locations(MACOS_AUTHORITIES)
+    if ca:
+        try:
+            context.load_verify_locations(ca)
+        except ssl.SSLError as e:
+            raise UsageError(f'--ca {ca} holds no certificate in PEM form') from e
+        except OSError as e:
+            raise UsageError(f"can't read --ca {ca}: {e.strerror}") from e
+    if not check:
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -7601,7 +7620,7 @@ class AcmeTls(Tls):
     def __init__(self, path: str, port: int = 0) -> None:
         """PATH is the file with key and chain, one so that they always belong together."""
         super().__init__(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), port)
-        self.path, self.kept = path, True
+        self.path = path
         self.look_now = asyncio.Event()         # SIGHUP came
         self._current: ssl.SSLContext | None = None
         self.context.sni_callback = self._choose
@@ -8734,301 +8753,394 @@ class Blocking(Annex):
 # ------------------------------------------------------------------------------------------------
 # 26. Ground
 #
-# What a server stands on: its certificate, its names in DNS, its clock, its files.  It is looked at
-# when the server starts and once a day, in a thread, and nothing waits for it; and by the doctor of
-# the next room.  A finding is one sentence that says what is wrong; about what can't be known there
-# is none.
+# What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
+# of the next room, with which this is one annex, looks at all of it; and the server itself at a
+# part, when it starts and once a day.  A check is a method that returns what is right, in words;
+# what is wrong, or can't be known, it raises as a Finding.
 # ------------------------------------------------------------------------------------------------
 
-LOOK_WITHIN = 120.0             # for all of it; a thread that hangs is left alone
-REACHED_WITHIN = 5.0            # for a request of our own to connect, and then to arrive here
-MOST_ADDRESSES = 8              # of a name, which are tried
+CHECK_WITHIN, REACHED_WITHIN = 20.0, 5.0        # for one check, and in it for one connection
+MOST_SAID = 4 * MAX_TEXT        # characters: names in a certificate may be many, and long
+CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signatures allow 300
+FEW_DESCRIPTORS = 4096          # each request that is under way takes two
 ENDS_SOON = 14 * DAY            # of a certificate, or a third of its life: renewal has failed
-NO_ADDRESS = socket.EAI_NONAME, getattr(socket, 'EAI_NODATA', None)     # DNS says so
+MOST_ADDRESSES = 8              # of a name, which are tried
+ISSUER = 'letsencrypt.org'      # as CAA records name the authority that --acme asks by default
+# What a server says of itself, by any Host: who visits DOMAIN can tell whether it arrives here.
+ITSELF = '/.well-known/localtunnel/server'
+SAID = re.compile(rb'localtunnel ([!-~]{1,20}) [0-9a-f]{32}')   # its version, and a random number
+
+# True for right, False for wrong, None for what can't be known; what is so; what helps.
+Verdict = Tuple[Optional[bool], str, str]
+Check = Callable[[], Awaitable[str]]
 
 
-def day(when: float) -> str:
-    """WHEN, in Unix seconds, as people write it."""
-    return time.strftime('%Y-%m-%d', time.gmtime(when))
+class Finding(LocaltunnelError):
+    """TEXT says what is wrong, and CURE what helps; where OK is None, what can't be known."""
+
+    def __init__(self, text: str, cure: str = '', ok: bool | None = False) -> None:
+        super().__init__(text)
+        self.cure, self.ok = cure, ok
 
 
-def certificate_findings(since: float, until: float, names: Sequence[str], domain: str,
-                         now: float) -> Iterator[str]:
-    """What is wrong with a certificate for DOMAIN that is valid for NAMES from SINCE to UNTIL."""
-    if now >= until:
-        yield f'the certificate expired on {day(until)}, so browsers and clients refuse it'
-    elif now < since:
-        yield (f'the certificate is valid from {day(since)} on, and the clock of this machine says '
-               f'{day(now)}; set it right')
-    elif until - now < min(ENDS_SOON, (until - since) / 3):
-        yield f'the certificate expires on {day(until)}; it should have been renewed by now'
-    if domain not in names and '*.' + domain.partition('.')[2] not in names:
-        yield (f'the certificate is for {", ".join(names[:3]) or "no host"}, not for {domain}, so '
-               'clients refuse it')
-    if f'*.{domain}' not in names and not is_address(domain):
-        yield (f'the certificate lacks *.{domain}, so browsers refuse the URLs of tunnels; get one '
-               f'for {domain} and *.{domain}')
+async def verdict_of(check: Check, where: str) -> Verdict:
+    """What CHECK finds at WHERE."""
+    ok: bool | None = False
+    try:
+        ok, text, cure = True, await asyncio.wait_for(check(), CHECK_WITHIN), ''
+    except Finding as e:
+        ok, text, cure = e.ok, str(e), e.cure
+    except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
+        text, _, cure = explain(e, where).partition('; ')
+        cure = cure or 'see what runs there, and what its log says'
+    except (ValueError, LookupError) as e:      # from odd answers
+        text, cure = f'what is said there makes no sense ({e})', 'see what runs there'
+    return ok, printable(text)[:MOST_SAID], printable(cure)[:MOST_SAID]
 
 
-def clock_findings(now: float) -> Iterator[str]:
-    """Whether the clock is obviously wrong: this file was written later."""
-    if own_path() and now < os.stat(own_path()).st_mtime - DAY:
-        yield (f'the clock of this machine says {day(now)}, and this program was written on '
-               f'{day(os.stat(own_path()).st_mtime)}; set it right')
+@contextlib.asynccontextmanager
+async def asking(
+        dial: Awaitable[Connection], host: str, path: str, *lines: str, body: bytes = b'',
+        within: float = 0.0) -> AsyncIterator[tuple[Connection, Response]]:
+    """Ask what DIAL reaches for PATH of HOST; each wait takes REACHED_WITHIN, or WITHIN."""
+    within = within or REACHED_WITHIN
+    connection = await asyncio.wait_for(dial, within)
+    try:
+        connection.timeout = within
+        head = [f'{"POST" if body else "GET"} {path} HTTP/1.1', f'Host: {host}',
+                'User-Agent: localtunnel', f'Content-Length: {len(body)}', *lines, '', '']
+        await connection.write('\r\n'.join(head).encode() + body)
+        yield connection, await read_final(connection, None, within)
+    finally:
+        connection.abort()
 
 
-def file_findings(state: str, files: Sequence[str], secret: Sequence[str]) -> Iterator[str]:
-    """What is wrong with the folder STATE and with FILES, some of them SECRET."""
-    for path in files:
-        if not os.access(path, os.R_OK):
-            yield (f"the server can't read {path} any more; it goes on with what it has read, and "
-                   'will not start again')
-    for path, bit, what in ((state, 0o002, 'change'), *((path, 0o004, 'read') for path in secret)):
+async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
+    """The body of RESPONSE, or more than MOST bytes of it."""
+    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+
+
+def compare_clocks(response: Response, where: str) -> str:
+    """Compare the clock of this machine with that of WHERE, of which RESPONSE is."""
+    import email.utils
+    try:
+        said = email.utils.parsedate_to_datetime(response.find(b'date')).timestamp()
+    except (ValueError, TypeError, IndexError, OverflowError):
+        raise Finding(f'not compared: {where} does not say what time it is', ok=None) from None
+    ahead = time.time() - said
+    if abs(ahead) > CLOCK_OFF:
+        raise Finding(f'the clock of this machine is {abs(ahead):.0f} seconds '
+                      f'{"ahead of" if ahead > 0 else "behind"} the one of {where}',
+                      'set it right (timedatectl set-ntp true), or the other one')
+    return f'as the one of {where}'
+
+
+def judge_certificate(facts: Any, domain: str, now: float) -> str:
+    """Judge a certificate for DOMAIN by its FACTS; others have looked at the chain."""
+    since, until, names = validity(facts)
+    if not names:
+        raise Finding('one of its own, for clients; visitors have plain http', ok=None)
+    wanted = [domain] if is_address(domain) else [domain, f'*.{domain}']
+    missing = [name for name in wanted
+               if name not in names and '*.' + name.partition('.')[2] not in names]
+    if missing:
+        raise Finding(f'the certificate is for {", ".join(names[:3])}, not for {missing[0]}',
+                      f'get one for {" and ".join(wanted)}')
+    days = f'{(until - now) / DAY:.0f} days left'
+    if until - now < min(ENDS_SOON, (until - since) / 3):
+        raise Finding(f'the certificate has {days}', 'renew it, and see why that has not happened')
+    return f'for {", ".join(names[:3])}, signed by an authority, with {days}'
+
+
+LISTENS = '0A'                  # the state of a socket, in /proc/net/tcp
+
+
+def who_listens(address: str, port: int) -> str:
+    """The program and process that listen at PORT of ADDRESS, as far as Linux tells."""
+    packed = socket.inet_aton(address)[::-1].hex().upper() if ':' not in address else ''
+    wanted, sockets = [f'{host}:{port:04X}' for host in (packed, 8 * '0', 32 * '0')], set()
+    for path in '/proc/net/tcp', '/proc/net/tcp6':
+        with contextlib.suppress(OSError), open(path, encoding='ascii') as f:
+            sockets |= {f'socket:[{words[9]}]' for words in map(str.split, f)
+                        if words[1] in wanted and words[3] == LISTENS}
+    for path in glob.iglob('/proc/[0-9]*/fd/*') if sockets else ():
         with contextlib.suppress(OSError):
-            if os.name == 'posix' and os.stat(path).st_mode & bit:
-                yield f'every user of this machine can {what} {path}; say: chmod o-rwx {path}'
+            if os.readlink(path) in sockets:
+                process = path.split('/')[2]
+                with open(f'/proc/{process}/comm', encoding='utf-8') as f:
+                    return f'{f.read().strip()} (process {process})'
+    return 'another program' if sockets else ''
 
 
-class Probe(Observer):
-    """Requests of our own, which show whether an address is that of this server."""
+class Ground:
+    """The checks of the machine and the domain of a server, whether that runs or not."""
 
-    def __init__(self, log: Observer, ports: dict[int, bool]) -> None:
-        """LOG is told of all others.  PORTS are those to try; True where TLS is spoken."""
-        self._ports = ports
-        self._awaited: dict[str, threading.Event] = {}      # by what they ask for
-        self._log, self.note = log, log.note        # type: ignore[method-assign]
+    def __init__(self, args: Args, runtime: Runtime, itself: bytes = b'') -> None:
+        """ARGS are those of the server, or of `doctor`; ITSELF is what the server says there."""
+        self._args, self._runtime, self._itself = args, runtime, itself
+        self.domain, self._folder = args.domain, state_folder(args.state)
+        local = is_loopback(self.domain)
+        self._port, self._tls_port = args.port or (8080 if local else 80), args.tls_port
+        self._here = (not local and outward_addresses()) or ['127.0.0.1']
+        self._public = [here for here in self._here if ipaddress.ip_address(here).is_global]
+        self._resolver: tuple[str, int] | None = (
+            getattr(args, 'resolver', None) or system_resolver())
+        self._who = ''                              # the program that is the server, if it runs
+        self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
+        self._delegated = f'_acme-challenge.{self.domain}'
+        self._acme = not is_address(self.domain) and bool(
+            glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
+        self.checks: Sequence[Check] = (        # port 53 is what most often stands in the way
+            self.dns_port, self.state, self.clock, self.http_port, self.tls_port, self.descriptors,
+            self.dns, self.zone, self.ns, self.caa, self.certificate)
 
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        arrived = self._awaited.get(exchange.target)
-        if arrived:
-            arrived.set()
-        else:
-            self._log.exchange(exchange, seconds)
+    # The machine.
 
-    def arrives(self, host: str, address: str) -> bool | None:
-        """Return True if a request to HOST at ADDRESS comes here; None if nobody answers there."""
-        answered = None
-        for port, tls in self._ports.items():
-            with contextlib.suppress(OSError):
-                if self.ask(host, address, port, tls):
-                    return True
-                answered = False
-        return answered
+    async def state(self) -> str:
+        folder = self._folder
+        if not os.path.exists(folder):
+            raise Finding(f'{folder} is not there yet; a server makes it', ok=None)
+        if not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
+            raise Finding(f"this user can't use the state folder {folder}", 'be the user of the '
+                          'server, say with sudo, or name its folder with --state')
+        given = [getattr(self._args, name, None) for name in ('key', 'token_file', 'cert')]
+        for path in filter(None, given):
+            if not os.access(path, os.R_OK):
+                raise Finding(f"the server can't read {path} any more", 'let it: it goes on with '
+                              'what it has read, and will not start again')
+        for path, bit, what in ((folder, 0o002, 'change'), (given[0], 0o004, 'read'),
+                                (given[1], 0o004, 'read')):
+            if path and os.name == 'posix' and os.stat(path).st_mode & bit:
+                raise Finding(f'every user of this machine can {what} {path}',
+                              f'say: chmod o-rwx {path}')
+        return f'{folder} can be used, and not by everybody'
 
-    def ask(self, host: str, address: str, port: int, tls: bool) -> bool:
-        """Send one request; return True if it arrives here.  Raises OSError."""
-        target = f'/.well-known/localtunnel/{secrets.token_hex(16)}'
-        self._awaited[target] = threading.Event()
-        with contextlib.ExitStack() as closing:
-            sock = closing.enter_context(
-                socket.create_connection((address, port), REACHED_WITHIN))
-            if tls:
-                sock = closing.enter_context(believer().wrap_socket(sock, server_hostname=host))
-            sock.sendall(f'GET {target} HTTP/1.1\r\nHost: {host}\r\nUser-Agent: localtunnel\r\n'
-                         'Connection: close\r\n\r\n'.encode())
-            sock.settimeout(REACHED_WITHIN)
-            return self._heard(sock, target)
+    async def clock(self) -> str:
+        written = os.stat(own_path()).st_mtime if own_path() else 0.0
+        if time.time() < written - DAY:
+            raise Finding('the clock of this machine is before the day when this program was '
+                          'written', 'set it right (timedatectl set-ntp true)')
+        if not getattr(self._args, 'server', None):
+            raise Finding('not compared: --server URL names one to compare with', ok=None)
+        place = ServerAddress(self._args.server)
+        tls = client_tls(self._args.ca) if place.scheme == 'https' else None
+        async with asking(dial_server(self._runtime, place, tls, '', REACHED_WITHIN),
+                          str(place).partition('://')[2], '/') as (_, response):
+            return compare_clocks(response, str(place))
 
-    def _heard(self, sock: socket.socket, target: str) -> bool:
-        """Return True if what went through SOCK to TARGET arrives here."""
-        return self._awaited[target].wait(REACHED_WITHIN)
+    # Its ports.
 
+    async def _dial(self, address: str, port: int, tls: ssl.SSLContext | None) -> Connection:
+        """Come to PORT of ADDRESS as a visitor of the domain."""
+        _, connection = await self._runtime.loop.create_connection(
+            lambda: Connection(self._runtime), address, port, ssl=tls,
+            server_hostname=self.domain if tls else None)
+        return connection
 
-def look_up(host: str, resolver: tuple[str, int] | None = None) -> list[str]:
-    """The addresses of HOST, as RESOLVER or the system says.  Raises OSError and Disconnected."""
-    if resolver:
-        told = asyncio.run(addresses_in_dns(resolver, host))
-        if not told:
-            raise socket.gaierror(socket.EAI_NONAME, 'no address')
-        return told[:MOST_ADDRESSES]
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    return sorted({str(place[0]) for *_, place in found})[:MOST_ADDRESSES]
-
-
-def why_elsewhere(probe: Probe, host: str, address: str) -> str:
-    """Why ADDRESS, as DNS says for HOST, is not ours; '' where it is, or where that is unknown."""
-    own = way_to(address)
-    if own == address or is_loopback(address):
-        return ''
-    public = own != '' and ipaddress.ip_address(own).is_global
-    arrives = probe.arrives(host, address)
-    if arrives is None and public:
-        return f'where nobody answers, and this machine has the address {own}'
-    if arrives is False:
-        return ('and a request sent there did not arrive at this server'
-                + ('' if public else ' (behind a router, try it from outside)'))
-    return ''
-
-
-def name_findings(domain: str, probe: Probe,
-                  resolver: tuple[str, int] | None = None) -> Iterator[str]:
-    """Whether DNS leads DOMAIN, and the names below it, here."""
-    for host, record in ((domain, domain), (f'{secrets.token_hex(8)}.{domain}', f'*.{domain}')):
+    async def _who_is(self, address: str, port: int, tls: bool) -> bytes | None:
+        """What a server says of itself at PORT of ADDRESS; b'' for others, None for nobody."""
         try:
-            for address in look_up(host, resolver):
-                why = why_elsewhere(probe, host, address)
-                if why:
-                    yield f'DNS leads {record} to {address}, {why}'
-        except socket.gaierror as e:
-            yield (f'DNS has no address for {record}; add a record that leads to this machine'
-                   if e.errno in NO_ADDRESS else f"can't look {record} up in DNS: {e.strerror}")
-        except Disconnected as e:
-            yield f"can't look {record} up in DNS: {e}"
+            async with asking(self._dial(address, port, believer() if tls else None),
+                              self.domain, ITSELF) as answer:
+                said = await read_answer(*answer)
+                return said if SAID.fullmatch(said) else b''
+        except (ssl.SSLError, LocaltunnelError):
+            return b''
+        except (OSError, asyncio.TimeoutError):
+            return None
 
+    async def _door(self, port: int, option: str) -> str:
+        """Where this server answers at PORT, and with which version; '' for nowhere."""
+        told = []
+        for address in self._here:
+            said = await self._who_is(address, port, option == '--tls-port')
+            who = who_listens(address, port)
+            if said:
+                self._itself, self._who = said, who
+                told.append(f'version {said.split()[1].decode()} answers at port {port} of '
+                            f'{address}')
+            elif who and who == self._who:
+                raise Finding(f'this server has port {port}, and no certificate yet', ok=None)
+            elif who or said is not None:
+                raise Finding(f'{who or "another program"} has port {port} of {address}',
+                              f'end it, or give the server another port with {option}')
+        return ', '.join(told)
 
-def findings(args: Args, tls: Tls | None, probe: Probe) -> Iterator[str]:
-    """All that is wrong under a server."""
-    now = time.time()
-    yield from clock_findings(now)
-    if tls and tls.validity and not tls.pin and not tls.kept:
-        yield from certificate_findings(*tls.validity, args.domain, now)
-    given = [getattr(args, name, None) for name in ('key', 'token_file', 'cert')]
-    yield from file_findings(args.state, [path for path in given if path],
-                             [path for path in given[:2] if path])
-    yield from name_findings(args.domain, probe, getattr(args, 'resolver', None))
+    async def http_port(self) -> str:
+        answers = await self._door(self._port, '--port')
+        if not answers:
+            raise Finding(f'no server answers at port {self._port} of {", ".join(self._here)}',
+                          f'start it: python3 localtunnel.py server --domain {self.domain}; or '
+                          'name its port with --port, or see its --bind')
+        return answers
+
+    async def tls_port(self) -> str:
+        return await self._door(self._tls_port, '--tls-port') or 'nobody listens there'
+
+    async def descriptors(self) -> str:
+        match = re.search('process ([0-9]+)', self._who)
+        if not match:
+            raise Finding('not looked at: the server does not run, or belongs to another', ok=None)
+        import resource
+        most, _ = resource.prlimit(int(match.group(1)), resource.RLIMIT_NOFILE)
+        if most < FEW_DESCRIPTORS:
+            raise Finding(f'the server may have {most} open, and a request takes two',
+                          'say LimitNOFILE=65536 in its systemd unit, or ulimit -n 65536 before it')
+        return f'the server may have {most} open'
+
+    async def dns_port(self) -> str:
+        self._check_acme()
+        port = self._args.dns_port
+        for address in self._here:
+            if not await ask_dns((address, port), self._delegated, TYPE_SOA):
+                who = who_listens(address, port)
+                raise Finding(f'{who} has port {port} of {address}' if who else
+                              f'nobody answers DNS on port {port} of {address}',
+                              'end it' if who else "see the server's log: it says why it can't")
+        return f'this server answers at port {port} of {", ".join(self._here)}'
+
+    # The domain, as the world sees it.
+
+    def _check_acme(self) -> None:
+        """Raises Finding where what an authority asks for does not matter."""
+        if not (self._acme and self._resolver):
+            raise Finding('not looked at: ' + ('name a --resolver' if self._acme else
+                                               'it matters only to --acme with a domain'), ok=None)
+
+    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
+        return await ask_dns(self._resolver, name, kind) if self._resolver else None
+
+    async def _addresses(self, host: str) -> list[str]:
+        """The addresses of HOST, [] for none."""
+        if not self._resolver:
+            raise Finding('not looked at: name a --resolver', ok=None)
+        return (await addresses_in_dns(self._resolver, host))[:MOST_ADDRESSES]
+
+    async def _elsewhere(self, address: str) -> str:
+        """Why ADDRESS is not that of this server; '' if it is, or nobody can tell from inside."""
+        if way_to(address) == address or is_loopback(address):
+            return ''
+        said = await asyncio.gather(*(self._who_is(address, port, tls) for port, tls in (
+            (80, False), (self._port, False), (443, True), (self._tls_port, True))))
+        if self._itself in said:
+            return ''
+        if self._itself and said != 4 * [None]:
+            return 'where another server answers' + (
+                '' if self._public else ' (behind a router, try it from outside)')
+        return f'and this machine has the address {self._public[0]}' if self._public else ''
+
+    async def dns(self) -> str:
+        if is_address(self.domain) or is_loopback(self.domain):
+            raise Finding(f'{self.domain} needs none', ok=None)
+        records: dict[str, str] = {}        # which lead there, by address
+        here = (self._public or ['the public address of this machine'])[0]
+        cure = f'add a DNS record: name {{}}, type {"AAAA" if ":" in here else "A"}, value {here}'
+        for record in self.domain, f'*.{self.domain}':
+            host = record.replace('*', secrets.token_hex(8))
+            found = self._found[host] = await self._addresses(host)
+            if not found:
+                raise Finding(f'DNS has no address for {record}', cure.format(record))
+            records = {**dict.fromkeys(found, record), **records}
+        for address, why in zip(records, await asyncio.gather(*map(self._elsewhere, records))):
+            if why:
+                raise Finding(f'DNS leads {records[address]} to {address}, {why}',
+                              cure.format(records[address]))
+        return f'{self.domain} and the names below it are {", ".join(records)}'
+
+    async def zone(self) -> str:
+        labels, servers = self.domain.split('.'), []       # type: list[str], list[bytes]
+        for i in range(len(labels) - 1 if self._found else 0):
+            servers = servers or await self._ask('.'.join(labels[i:]), TYPE_NS) or []
+        name = min(servers, default=b'').decode('latin-1')
+        places = await self._addresses(name) if name else []
+        if not places:
+            raise Finding('not looked at: its servers are not known', ok=None)
+        for host, seen in self._found.items():
+            theirs = {str(ipaddress.ip_address(data))
+                      for data in await ask_dns((places[0], DNS_PORT), host, TYPE_A) or ()}
+            if theirs and not theirs & set(seen):
+                raise Finding(f'{name} leads {host} to {", ".join(theirs)}: the record was '
+                              'changed, and the old one is still remembered elsewhere', ok=None)
+        return f'{name} says the same'
+
+    async def ns(self) -> str:
+        self._check_acme()
+        found = await self._ask(self._delegated, TYPE_NS)
+        record = f'name {self._delegated}, type NS, value {self.domain}.'
+        if found is None:
+            raise Finding(f'nobody answers for {self._delegated}', 'let port 53 (UDP and TCP) '
+                          f'through to this machine; the record is: {record}')
+        if self.domain.encode() not in found:
+            raise Finding(f'no NS record leads {self._delegated} to {self.domain}, so there is no '
+                          'https for names below it', f'add a DNS record: {record}')
+        return f'{self._delegated} leads to {self.domain}'
+
+    async def caa(self) -> str:
+        self._check_acme()
+        name, records = self.domain, []        # type: str, list[bytes]
+        while name and not records:
+            records = await self._ask(name, TYPE_CAA) or []
+            name = name if records else name.partition('.')[2]
+        for host in self.domain, f'*.{self.domain}':
+            tag, values = caa_terms(records, host)
+            if values and ISSUER not in [value.partition(';')[0].strip() for value in values]:
+                raise Finding(f'CAA records of {name} do not let {ISSUER} issue for {host}',
+                              f'add a DNS record: name {name}, type CAA, value 0 {tag} "{ISSUER}"; '
+                              'or give the server another --acme-directory')
+        return f'{ISSUER} may issue for all of it'
+
+    async def certificate(self) -> str:
+        tls = client_tls(getattr(self._args, 'ca', None))
+        tls.check_hostname = False      # the names are looked at below
+        with contextlib.suppress(OSError):      # it has no names
+            tls.load_verify_locations(os.path.join(self._folder, 'self-signed.pem'))
+        try:
+            async with asking(self._dial(self._here[0], self._tls_port, tls),
+                              self.domain, ITSELF) as (connection, _):
+                facts = connection.transport.get_extra_info('peercert')
+        except (OSError, asyncio.TimeoutError) as e:
+            fault, _, cure = tls_fault(
+                e, self.domain, 'get one from a public authority').partition('; ')
+            if fault or self._acme:
+                raise Finding(fault or 'this server has none yet',
+                              cure or 'see its log: it says what is missing') from e
+            raise Finding('none that can be seen here; visitors have plain http', ok=None) from e
+        return judge_certificate(facts, self.domain, time.time())
 
 
 # ------------------------------------------------------------------------------------------------
 # 27. Doctor
 #
-# `doctor` names the first thing that is wrong on the way of a request, and what helps; and the look
-# of a server at the room above, with which this is one annex.  A check is an asynchronous generator
-# of verdicts; they come in the order of the way.
+# `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
+# client, for a URL, or on the ground of a server; and that looks at itself.
 # ------------------------------------------------------------------------------------------------
 
-CHECK_WITHIN, ALL_WITHIN = 10.0, 55.0   # for one check, and for all
-MOST_SAID = 4 * MAX_TEXT        # characters: names in a certificate may be many, and long
-CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signatures allow 300
-FEW_DESCRIPTORS = 4096          # each request that is under way takes two
 SAMPLE = 512 * KIB              # bytes that go up and down: 5 s at 1 Mbit/s
 STREAM_WITHIN = 3.0             # for the first piece of an answer, of which more is to come
 HEADERS, LEAST_HEADERS = (60, 31, 15, 7, 3), 7      # KiB of one field; nginx takes 8, less a bit
-FRAME_UP = b'\x81\x8b\0\0\0\0localtunnel'       # of a WebSocket, with a mask that changes nothing
+UPGRADE = 'Connection: Upgrade', 'Upgrade: websocket'
+KEY_OF_US = 'Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=='       # with its answer, from RFC 6455 1.3
+ACCEPTED = 'Sec-WebSocket-Accept: s3pPLMBiTxaQ9kYGzzhZRbK+xOo='
+FRAME_UP = b'\x81\x8b\0\0\0\0localtunnel'       # with a mask that changes nothing
 FRAME_DOWN = b'\x81\x0blocaltunnel'
 
-# True for right, False for wrong, None for what can't be known; what is so; what helps.
-Verdict = Tuple[Optional[bool], str, str]
-Check = Callable[[], AsyncIterator[Verdict]]
-SIGNS = {True: ('ok ', 32), None: ('-  ', 2), False: ('BAD', 31)}       # with colours
-
-RECIPES = 'README says under "A proxy in front": Upgrade, buffers, limits'
-# Who stands in front, by what is said in the header lines, and how to let everything pass.
+RECIPES = 'configure it as README says under "A proxy in front"'
+# Who stands in front, by the header lines of answers, and how to let everything pass.
 FRONTS = (
     ('Cloudflare', r'cf-ray:|server: *cloudflare', 'set the DNS record to "DNS only"'),
     ('Envoy', r'x-envoy-|server: *envoy', f'allow "{PROTOCOL}" in its upgrade_configs'),
-    ('nginx', r'server: *nginx', f'configure it as {RECIPES}'),
-    ('Apache', r'server: *apache', 'say upgrade=ANY in its ProxyPass'),
-    ('a proxy', r'(?:server|via|x-cache):', f'configure it as {RECIPES}'))
+    ('nginx', r'server: *nginx', RECIPES),
+    ('a proxy', r'(?:server|via|x-cache):', RECIPES))
 SOMEBODY = 'something on the way', 'ask who runs the network, or try another one'
 
-# What to look at, by the hop that failed and the status; '' for all others of the hop.
+# What to look at, by the hop that failed, and the status where that tells more.
 LOOK_AT = {
     'app502': 'see whether the app runs, on the port that the client was given',
-    'app504': 'see what the app is busy with, or give the client a longer --timeout',
     'app': 'see the log of the app, and what the client printed',
-    'client503': 'start the client, or see what it prints: if its network broke, it comes back',
-    'client': 'see what the client prints, and run doctor beside it',
-    'relay401': 'log in, with what the client has as --auth',
-    'relay403': "see the client's --allow, and on the server block --list",
+    'client': 'start the client, or see what it prints, and run doctor beside it',
     'relay404': 'start the client, and compare the URL that it prints with this one',
-    'relay410': 'ask the operator of the server, who ended it',
-    'relay429': 'send less, or ask the operator of the server for a higher --rate',
-    'relay503': 'try again soon, and run doctor on the server if it stays',
-    'relay': 'change the request: the server refuses it as it is'}
-
-
-def in_two(finding: str) -> Verdict:
-    """The verdict that a FINDING is, a sentence of what is wrong and often what helps."""
-    text, _, cure = finding.partition('; ')
-    return False, text, cure
-
-
-class Report:
-    """What the checks say, when they say it: for people, or as lines of JSON."""
-
-    def __init__(self, args: Args) -> None:
-        self._say, self._json = args.say, args.json
-        self._colours = os.isatty(1) and not ('NO_COLOR' in os.environ
-                                              or os.environ.get('TERM') == 'dumb')
-        self._until = time.monotonic() + ALL_WITHIN
-        self._first = ''                    # that is wrong, in a sentence
-
-    def tell(self, check: str, ok: bool | None, text: str, cure: str = '') -> None:
-        """Tell one verdict of CHECK."""
-        text, cure = printable(text)[:MOST_SAID], printable(cure)[:MOST_SAID]
-        whole = text + (cure and f'; {cure}')
-        if ok is False and not self._first:
-            self._first = f'{check}: {whole}'
-        if self._json:
-            self._say(json.dumps({'check': check, 'ok': ok, 'text': text, 'cure': cure}))
-            return
-        sign, colour = SIGNS[ok]
-        self._say((f'\x1b[{colour}m{sign}\x1b[0m' if self._colours else sign)
-                  + f' {check:11} {whole}')
-
-    async def hear(self, check: str, verdicts: AsyncIterator[Verdict], where: str) -> bool:
-        """Tell the VERDICTS of CHECK; return False if something is wrong.  WHERE is looked at."""
-        right, seconds = True, max(0.0, min(CHECK_WITHIN, self._until - time.monotonic()))
-
-        async def all_of_them() -> None:
-            nonlocal right
-            async for ok, text, cure in verdicts:
-                right = right and ok is not False
-                self.tell(check, ok, text, cure)
-        try:
-            await asyncio.wait_for(all_of_them(), seconds)
-            return right
-        except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
-            ok, text, cure = in_two(explain(e, where))
-            self.tell(check, ok, text, cure or 'see what runs there, and what its log says')
-        except (ValueError, LookupError) as e:      # from odd answers
-            self.tell(check, False, f'what is said there makes no sense ({e})')
-        return False
-
-    async def run(self, checks: Sequence[Check], where: str, alone: Sequence[str]) -> bool:
-        """Run CHECKS; return False after one that finds something wrong, but for those ALONE."""
-        for check in checks:
-            name = check.__name__
-            if not await self.hear(name, check(), where) and name not in alone:
-                return False
-        return True
-
-    def end(self) -> int:
-        """Tell what matters; return the exit code."""
-        if not self._json:
-            self._say(f'\nMend this first: {self._first}' if self._first else
-                      '\nEverything that was looked at is right.')
-        return int(self._first != '')
-
-
-async def in_thread(work: Callable[..., Any], *args: Any) -> Any:
-    """What WORK returns, which may take long; nobody waits for its thread at the end."""
-    result: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    result.set_running_or_notify_cancel()       # who waits for it may go
-
-    def run() -> None:
-        try:
-            result.set_result(work(*args))
-        except Exception as e:
-            result.set_exception(e)
-    threading.Thread(target=run, daemon=True).start()
-    return await asyncio.wrap_future(result)
-
-
-async def send_request(connection: Connection, host: str, path: str, *lines: str,
-                       method: str = 'GET', body: bytes = b'') -> Response:
-    """Send a request with the header LINES to HOST; return the head of its answer."""
-    head = [f'{method} {path} HTTP/1.1', f'Host: {host}', 'User-Agent: localtunnel', *lines]
-    if body:
-        head.append(f'Content-Length: {len(body)}')
-    connection.timeout = CHECK_WITHIN
-    await connection.write('\r\n'.join([*head, '', '']).encode() + body)
-    return await read_final(connection, None, CHECK_WITHIN)
-
-
-async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
-    """The body of RESPONSE to a GET."""
-    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+    'relay': 'see whether the client lets you in (--auth, --allow); its operator knows what the '
+             'server refuses'}
 
 
 def front_of(response: Response) -> tuple[str, str]:
@@ -9038,7 +9150,7 @@ def front_of(response: Response) -> tuple[str, str]:
                  if re.search(f'(?im)^(?:{words})', lines)), ('', ''))
 
 
-def since(began: float) -> str:
+def milliseconds(began: float) -> str:
     """How long it is since BEGAN, of time.monotonic."""
     return f'{(time.monotonic() - began) * 1e3:.1f} ms'
 
@@ -9048,698 +9160,292 @@ def rate(began: float) -> str:
     return f'{SAMPLE * 8e-6 / max(1e-9, time.monotonic() - began):.1f} Mbit/s'
 
 
-def accept_key(key: str) -> bytes:
-    """What a server answers to the KEY of a WebSocket (RFC 6455 1.3)."""
-    return base64.b64encode(hashlib.sha1(
-        key.encode('latin-1') + b'258EAFA5-E914-47DA-95CA-C5AB0DC85B11').digest())
-
-
-def clock_verdict(response: Response, where: str) -> Verdict:
-    """Whether the clock of this machine agrees with the one of WHERE, which RESPONSE is of."""
-    import email.utils
+async def answer_ourselves(connection: Connection) -> None:
+    """Be the app at the end of the tunnel, for one request: send its body back."""
     try:
-        said = email.utils.parsedate_to_datetime(response.find(b'date')).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None, f'not compared: {where} does not say what time it is', ''
-    ahead = time.time() - said
-    if abs(ahead) < CLOCK_OFF:
-        return True, f'as the one of {where}', ''
-    return (False, f'the clock of this machine is {abs(ahead):.0f} seconds '
-            f'{"ahead of" if ahead > 0 else "behind"} the one of {where}',
-            'set it right (timedatectl set-ntp true), or the other one')
-
-
-# Beside a client.
-
-class Echo:
-    """The app at the end of the tunnel, and what is sent through it."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.sample = b'<html><body>' + os.urandom(SAMPLE) + b'</body></html>'     # tempting
-        self.arrived = asyncio.Event()      # the first piece of an answer that is not complete
-
-    async def dial(self, target: Target) -> Connection:
-        """A connection to it."""
-        ours, theirs = socket.socketpair()
-        connection = None
-        for sock, serve in (theirs, self._answer), (ours, None):
-            _, connection = await self._runtime.loop.create_connection(
-                functools.partial(Connection, self._runtime, serve), sock=sock)
-        assert connection is not None
-        return connection
-
-    async def _answer(self, connection: Connection) -> None:
-        """Answer one request."""
-        try:
-            head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
-            request = parse_request(head or b'')
-            body = await read_whole(body_reader(connection, request.body_length()), 2 * SAMPLE)
-            answer = {b'/websocket': self._websocket, b'/streaming': self._streaming}.get(
-                request.target, self._page)
-            await answer(connection, request, body)
-            await connection.linger()
-        except (LocaltunnelError, OSError):
-            connection.abort()
-
-    async def _page(self, connection: Connection, request: Request, body: bytes) -> None:
-        said = self.sample if request.target == b'/download' else (
-            hashlib.sha256(body).hexdigest().encode())
-        await connection.write(plain_message(200, HTML, said, ['Connection: close']))
-
-    async def _streaming(self, connection: Connection, request: Request, body: bytes) -> None:
-        await connection.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n'
-                               b'Connection: close\r\n\r\n5\r\nfirst\r\n')
-        await asyncio.wait_for(self.arrived.wait(), CHECK_WITHIN)
-        await connection.write(b'4\r\nlast\r\n0\r\n\r\n')
-
-    async def _websocket(self, connection: Connection, request: Request, body: bytes) -> None:
-        key = accept_key(request.find(b'sec-websocket-key'))
-        await connection.write(b'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n'
-                               b'Upgrade: websocket\r\nSec-WebSocket-Accept: %b\r\n\r\n' % key)
-        if await connection.read() == FRAME_UP:
-            await connection.write(FRAME_DOWN)
+        head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
+        request = parse_request(head or b'')
+        body = await read_whole(body_reader(connection, request.body_length()), SAMPLE)
+        if request.target == b'/websocket':
+            await connection.write('\r\n'.join(
+                ['HTTP/1.1 101 Switching Protocols', *UPGRADE, ACCEPTED, '', '']).encode())
+            if await connection.read() == FRAME_UP:
+                await connection.write(FRAME_DOWN)
+        elif request.target == b'/streaming':
+            await connection.write(b'HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n'
+                                   b'5\r\nfirst\r\n')
+            await connection.wait_for_data(CHECK_WITHIN)        # until the visitor has gone
+        else:
+            await connection.write(plain_message(200, HTML, body, ['Connection: close']))
+        await connection.linger()
+    except (LocaltunnelError, OSError):
+        connection.abort()
 
 
 class Way:
-    """The checks beside a client, from its server to a tunnel of our own."""
+    """The checks from a client to its server, and through a tunnel to an app of ours."""
 
-    def __init__(self, args: Args, runtime: Runtime, known: Any, client: Client) -> None:
-        """KNOWN and CLIENT are what `client` would have made of ARGS."""
-        self.client, self.where, self.front = client, str(client.address), SOMEBODY
-        self._args, self._runtime, self._known = args, runtime, known
+    def __init__(self, runtime: Runtime, known: Any, app: App, client: Client) -> None:
+        """KNOWN, APP and CLIENT are what `client` would make of the same words."""
+        self.runtime, self.known, self.client, self._app = runtime, known, client, app
+        app.dialers['doctor'] = self._dial_ourselves
+        self.where, self.front = str(client.address), SOMEBODY
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
         self._refusal: Any = None           # why there is no tunnel
-        self._running: list[tuple[Client, asyncio.Future[None]]] = []
-        self.checks: Sequence[Check] = (
-            self.server, self.proxy, self.dns, self.connect, self.tls, self.http, self.clock,
-            self.upgrade, self.token, self.name, self.tunnel)
+        self._running: asyncio.Future[None] | None = None
+        self.needed: Sequence[Check] = (        # each by those that follow
+            self.server, self.proxy, self.dns, self.connect, self.tls, self.http, self.upgrade,
+            self.token, self.tunnel, self.visitor)
+        self.others: Sequence[Check] = (
+            self.clock, self.body, self.streaming, self.websocket, self.headers)
 
     async def close(self) -> None:
-        """Close the tunnels."""
-        for client, running in self._running:
-            running.cancel()
-            await asyncio.wait({running})
+        """Close the tunnel."""
+        self._app.close()
+        if self._running:
+            self._running.cancel()
+            await asyncio.wait({self._running})
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(client.stop(), LINGER)
+                await asyncio.wait_for(self.client.stop(), LINGER)
 
-    async def server(self) -> AsyncIterator[Verdict]:
-        yield True, f'{self.where} ({self._known.source})', ''
+    async def _dial_ourselves(self, target: Target) -> Connection:
+        """A connection to our app."""
+        near, far = socket.socketpair()
+        await self.runtime.loop.create_connection(
+            lambda: Connection(self.runtime, answer_ourselves), sock=far)
+        _, connection = await self.runtime.loop.create_connection(
+            lambda: Connection(self.runtime), sock=near)
+        return connection
 
-    async def proxy(self) -> AsyncIterator[Verdict]:
+    # To the server.
+
+    async def server(self) -> str:
+        return f'{self.where} ({self.known.source})'
+
+    async def proxy(self) -> str:
         address = self.client.address
         if not address.route:
-            yield True, 'none is asked for: the way is straight', ''
-            return
+            return 'none is asked for: the way is straight'
         try:
             (await address.route(address.site, address.port)).close()
         except LocaltunnelError as e:
-            yield False, str(e), 'see HTTPS_PROXY, ALL_PROXY and NO_PROXY'
-        else:
-            yield True, 'the one in the environment connects', ''
+            raise Finding(str(e), 'see HTTPS_PROXY, ALL_PROXY and NO_PROXY') from e
+        return 'the one in the environment connects'
 
-    async def dns(self) -> AsyncIterator[Verdict]:
+    async def dns(self) -> str:
         site = self.client.address.site
         if self.client.address.route:
-            yield None, 'not looked at: the proxy asks it', ''
-            return
+            return 'the proxy asks it'
         try:
-            found = addresses(site) if is_loopback(site) else await in_thread(look_up, site)
+            found = addresses(site) if is_loopback(site) else sorted({
+                str(place[0]) for *_, place in await self.runtime.loop.getaddrinfo(
+                    site, None, type=socket.SOCK_STREAM)})
         except socket.gaierror as e:
-            yield False, explain(e, self.where), 'check how it is spelled, or add a DNS record'
-            return
-        kinds = {':' in place: place for place in reversed(found)}      # one of each
-        self._places = list(kinds.values())
-        yield True, f'{site} is {", ".join(found)}', ''
+            raise Finding(explain(e, self.where), 'check how it is spelled, or add a DNS '
+                          'record') from e
+        self._places = list({':' in place: place for place in reversed(found)}.values())
+        return f'{site} is {", ".join(found)}'
 
-    async def connect(self) -> AsyncIterator[Verdict]:
-        port, failed = self.client.address.port, []
-        if self.client.address.route:
-            yield None, 'not looked at: the proxy does it', ''
+    async def connect(self) -> str:
+        """Try an address of each family."""
+        port, good, bad = self.client.address.port, [], []
         for place in self._places:
             began = time.monotonic()
             try:
-                transport, _ = await asyncio.wait_for(self._runtime.loop.create_connection(
+                transport, _ = await asyncio.wait_for(self.runtime.loop.create_connection(
                     asyncio.Protocol, place, port), REACHED_WITHIN)
                 transport.close()
-                yield True, f'{place} answers in {since(began)}', ''
+                good.append(f'{place} answers in {milliseconds(began)}')
             except (OSError, asyncio.TimeoutError) as e:
-                failed.append(explain(e, f'port {port} of {place}'))
-        for text in failed:
-            yield (None, text, '') if len(failed) < len(self._places) else (
-                False, text, 'start the server there, or see what its firewall lets through')
+                bad.append(explain(e, f'port {port} of {place}'))
+        if bad and not good:
+            raise Finding(', '.join(bad),
+                          'start the server there, or see what its firewall lets through')
+        return ', '.join(good + bad) or 'the proxy does it'
 
-    async def tls(self) -> AsyncIterator[Verdict]:
-        connection = await self.client.dial(CHECK_WITHIN)
+    async def tls(self) -> str:
+        connection = await self.client.dial(REACHED_WITHIN)
         shown = connection.transport.get_extra_info('peercert')
         connection.abort()
         if not connection.secure:
-            yield None, 'none: what is sent there can be read on the way', ''
-        elif not shown:
-            yield True, 'the certificate is the one of the pin', ''
-        else:
-            _, until, names = validity(shown)
-            issuer = dict(pair for part in shown['issuer'] for pair in part)
-            who = issuer.get('organizationName') or issuer.get('commonName') or '?'
-            yield True, f'{who} signed it for {", ".join(names[:3])}, until {day(until)}', ''
+            raise Finding('none: what is sent there can be read on the way', ok=None)
+        if not shown:
+            return 'the certificate is the one of the pin'
+        _, until, names = validity(shown)
+        issuer = dict(pair for part in shown['issuer'] for pair in part)
+        who = issuer.get('organizationName') or issuer.get('commonName')
+        return (f'{who} signed it for {", ".join(names[:3])}, with '
+                f'{(until - time.time()) / DAY:.0f} days left')
 
-    async def http(self) -> AsyncIterator[Verdict]:
-        self._response = response = await self._answer_to(self.where.partition('://')[2])
-        ours = response.find(b'localtunnel-failed')
-        if not ours and response.status not in PROXY_FAILED:    # a server with one tunnel passes it
-            ours = (await self._answer_to('localtunnel.invalid')).find(b'localtunnel-failed')
-        who, cure = front_of(response)
+    async def http(self) -> str:
+        async with asking(self.client.dial(REACHED_WITHIN), self.where.partition('://')[2],
+                          ITSELF) as (connection, response):
+            said = await read_answer(connection, response)
+        self._response, (who, cure) = response, front_of(response)
         self.front = (who, cure) if who else SOMEBODY
-        if ours:
-            yield True, 'a localtunnel server answers' + (who and f', behind {who}'), ''
-        elif response.status in PROXY_FAILED:
-            yield (False, f'{who or "a proxy"} in front answers {response.status}: the server '
-                   'behind it is down', 'start the server, or run doctor on its machine')
-        elif 300 <= response.status < 400:
-            yield (False, f'{self.where} redirects to {response.find(b"location")[:MAX_TEXT]}',
-                   'name that one with --server')
-        else:
-            yield (False, f'{who or self.where} answers {response.status}, not as a localtunnel '
-                   'server does', 'compare the address with the one that the server printed')
+        if SAID.fullmatch(said) or response.has(b'localtunnel-failed'):
+            return 'a localtunnel server answers' + (who and f', behind {who}')
+        if response.status in PROXY_FAILED:
+            raise Finding(f'{who or "a proxy"} in front answers {response.status}: the server '
+                          'behind it is down', 'start the server, or run doctor on its machine')
+        if 300 <= response.status < 400:
+            raise Finding(f'{self.where} redirects to {response.find(b"location")[:MAX_TEXT]}',
+                          'name that one with --server')
+        raise Finding(f'{who or self.where} answers {response.status}, not as a localtunnel server '
+                      'does', 'compare the address with the one that the server printed')
 
-    async def _answer_to(self, host: str) -> Response:
-        """What the server says to a request for HOST that no page is for."""
-        connection = await self.client.dial(CHECK_WITHIN)
+    async def clock(self) -> str:
+        return compare_clocks(self._response, self.where)
+
+    async def upgrade(self) -> str:
+        self._running = asyncio.ensure_future(self.client.run())
+        welcomed = asyncio.ensure_future(self.client.welcomed.wait())
         try:
-            return await send_request(connection, host, WELL_KNOWN)
-        finally:
-            connection.abort()
-
-    async def clock(self) -> AsyncIterator[Verdict]:
-        yield clock_verdict(self._response, self.where)
-
-    # The tunnel.
-
-    async def _open(self, client: Client) -> BaseException | None:
-        """Open the tunnel of CLIENT; return why it can't be."""
-        running = asyncio.ensure_future(client.run())
-        self._running.append((client, running))
-        welcomed = asyncio.ensure_future(client.welcomed.wait())
-        try:
-            await asyncio.wait({running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({self._running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
         finally:
             welcomed.cancel()
-        return running.exception() if running.done() else None
-
-    async def upgrade(self) -> AsyncIterator[Verdict]:
-        self._refusal = await self._open(self.client)
+        self._refusal = self._running.exception() if self._running.done() else None
+        if getattr(self._refusal, 'code', '') == 'no_upgrade':
+            who, cure = self.front
+            raise Finding(f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure)
         if self._refusal and not isinstance(self._refusal, Refused):
             raise self._refusal
-        who, cure = self.front
-        yield (False, f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure) if (
-            getattr(self._refusal, 'code', '') == 'no_upgrade') else (
-                True, f'"Upgrade: {PROTOCOL}" passes', '')
+        return f'"Upgrade: {PROTOCOL}" passes'
 
-    async def token(self) -> AsyncIterator[Verdict]:
-        code = getattr(self._refusal, 'code', '')
-        if code in ('token', 'blocked', 'slow_down'):
+    async def token(self) -> str:
+        if getattr(self._refusal, 'code', '') in ('token', 'blocked', 'slow_down'):
             raise self._refusal
-        yield (None, 'the server refuses for another reason', '') if code else (
-            True, 'accepted' if self._known.token else 'none is needed', '')
+        return 'accepted' if self.known.token else 'none is needed'
 
-    async def name(self) -> AsyncIterator[Verdict]:
-        if not self._args.name:
-            return
-        _, _, client = self._args.as_client(
-            self._args, self._runtime, Target('doctor'), ClientObserver())
-        refusal: Any = await self._open(client)
-        if refusal and getattr(refusal, 'code', '') != 'superseded':
-            raise refusal
-        yield True, f'{self._args.name} is yours' + (
-            ', and a client of yours has it' if refusal else ''), ''
-
-    async def tunnel(self) -> AsyncIterator[Verdict]:
+    async def tunnel(self) -> str:
         if self._refusal:
             raise self._refusal
-        yield True, f'open at {self.client.url}', ''
+        return f'open at {self.client.url}'
 
 
-class Passage:
-    """The checks of what passes through a tunnel, to an Echo and back."""
+    # Through the tunnel, as a visitor.
 
-    def __init__(self, runtime: Runtime, way: Way, echo: Echo,
-                 tls: Callable[[], ssl.SSLContext]) -> None:
-        """WAY has led to the tunnel; TLS makes what checks it."""
-        self.where, self._host = way.where, way.client.url.partition('://')[2]
-        self._runtime, self._way, self._echo, self._tls = runtime, way, echo, tls
-        self.checks: Sequence[Check] = (self.visitor, self.upload, self.download, self.streaming,
-                                        self.websocket, self.headers)
+    async def _dial(self) -> Connection:
+        place = ServerAddress(self.client.url)
+        place.route = self.client.address.route
+        tls = client_tls(self.known.ca) if place.scheme == 'https' else None
+        return await dial_server(self.runtime, place, tls, '', REACHED_WITHIN)
 
-    async def _visit(self) -> Connection:
-        """Come to the tunnel as a visitor."""
-        place = ServerAddress(self._way.client.url)
-        place.route = self._way.client.address.route
-        if not (place.route or is_loopback(place.site)):
-            await in_thread(look_up, place.site)
-        tls = self._tls() if place.scheme == 'https' else None
-        return await dial_server(self._runtime, place, tls, '', REACHED_WITHIN)
+    def _ask(self, path: str, *lines: str, **how: Any
+             ) -> contextlib.AbstractAsyncContextManager[tuple[Connection, Response]]:
+        return asking(self._dial(), self.client.url.partition('://')[2], path, *lines, **how)
 
-    @contextlib.asynccontextmanager
-    async def _ask(self, path: str, *lines: str,
-                   **what: Any) -> AsyncIterator[tuple[Connection, Response]]:
-        """Send a request as a visitor."""
-        connection = await self._visit()
+    def _check(self, passes: bool, wrong: str) -> None:
+        """Raises Finding, with what is WRONG with who stands in front, unless all PASSES."""
+        if not passes:
+            who, cure = self.front
+            raise Finding(f'{who} {wrong}', cure)
+
+    async def visitor(self) -> str:
+        site, began = ServerAddress(self.client.url).site, time.monotonic()
+        every = f'*.{site.partition(".")[2]}'
         try:
-            yield connection, await send_request(connection, self._host, path, *lines, **what)
-        finally:
-            connection.abort()
+            async with self._ask('/') as (_, response):
+                hop = response.find(b'localtunnel-failed')
+        except socket.gaierror as e:
+            raise Finding(f'DNS has no address for {site}', f'add a record for all names: name '
+                          f'{every}, with the address of the server') from e
+        except Refused as e:
+            raise Finding(str(e).partition(' (')[0], 'let the server have a certificate for '
+                          f'{every}, too') from e
+        if response.status != 200:
+            who, cure = self.front
+            raise Finding(f'is answered {response.status} by {f"our {hop}" if hop else who}',
+                          LOOK_AT.get(hop, cure))
+        return f'is answered in {milliseconds(began)}'
 
-    async def visitor(self) -> AsyncIterator[Verdict]:
-        site, began = ServerAddress(self._way.client.url).site, time.monotonic()
-        try:
-            connection = await self._visit()
-        except (socket.gaierror, Refused) as e:
-            every = f'*.{site.partition(".")[2]}'
-            yield (False, *(
-                (str(e).partition(' (')[0], f'let the server have a certificate for {every}, too')
-                if isinstance(e, Refused) else (
-                    f'DNS has no address for {site}', f'add a record for all names: name {every}, '
-                    'with the address of the server')))
-            return
-        came, began = since(began), time.monotonic()
-        response = await send_request(connection, self._host, '/')
-        connection.abort()
-        hop, who = response.find(b'localtunnel-failed'), self._way.front[0]
-        yield (True, f'comes in {came}, and is answered in {since(began)}', '') if (
-            response.status == 200) else (
-                False, f'is answered {response.status} by ' + (f'our {hop}' if hop else who),
-                LOOK_AT.get(hop, self._way.front[1]))
-
-    async def upload(self) -> AsyncIterator[Verdict]:
-        began, sample = time.monotonic(), self._echo.sample
-        async with self._ask('/upload', method='POST', body=sample) as (connection, response):
-            said = await read_answer(connection, response)
-        yield self._passes(said == hashlib.sha256(sample).hexdigest().encode(),
-                           f'{rate(began)}, unchanged', 'changes what goes up')
-
-    async def download(self) -> AsyncIterator[Verdict]:
+    async def body(self) -> str:
+        sample = b'<html><body>' + os.urandom(SAMPLE - 26) + b'</body></html>'    # tempting
         began = time.monotonic()
-        async with self._ask('/download') as (connection, response):
-            said = await read_answer(connection, response, 2 * SAMPLE)
-        yield self._passes(said == self._echo.sample, f'{rate(began)}, unchanged',
-                           'changes what comes down')
+        async with self._ask('/', body=sample, within=CHECK_WITHIN) as answer:
+            up, began = rate(began), time.monotonic()
+            said = await read_answer(*answer, SAMPLE)
+        self._check(said == sample, 'changes the bodies that pass')
+        return f'{up} up, {rate(began)} down, unchanged'
 
-    async def streaming(self) -> AsyncIterator[Verdict]:
-        try:
-            first = await asyncio.wait_for(self._first_piece(), STREAM_WITHIN)
-        except asyncio.TimeoutError:
-            first = b''
-        finally:
-            self._echo.arrived.set()
-        yield self._passes(first == b'first', 'an answer arrives piece by piece',
-                           'keeps an answer back until it is complete')
+    async def streaming(self) -> str:
+        first = b''
+        with contextlib.suppress(Overdue):
+            async with self._ask('/streaming', within=STREAM_WITHIN) as (connection, _):
+                first = await connection.read()
+        self._check(b'first' in first, 'keeps an answer back until it is complete')
+        return 'an answer arrives piece by piece'
 
-    async def _first_piece(self) -> bytes:
-        async with self._ask('/streaming') as (connection, response):
-            body = body_reader(connection, response.body_length(b'GET'))
-            piece = body.take()
-            while not piece and not body.finished:
-                await connection.wait_for_data()
-                piece = body.take()
-            return piece
-
-    async def websocket(self) -> AsyncIterator[Verdict]:
-        key, echoed = base64.b64encode(os.urandom(16)).decode(), b''
-        async with self._ask(
-                '/websocket', 'Connection: Upgrade', 'Upgrade: websocket',
-                f'Sec-WebSocket-Key: {key}', 'Sec-WebSocket-Version: 13') as (connection, response):
-            if response.find(b'sec-websocket-accept').encode() == accept_key(key):
+    async def websocket(self) -> str:
+        echoed = b''
+        async with self._ask('/websocket', *UPGRADE, KEY_OF_US,
+                             'Sec-WebSocket-Version: 13') as (connection, response):
+            if response.status == 101:
                 await connection.write(FRAME_UP)
                 echoed = await connection.read()
-        yield self._passes(echoed == FRAME_DOWN, 'frames pass both ways',
-                           f'does not let WebSockets pass ({response.status})')
+        self._check(echoed == FRAME_DOWN, f'does not let WebSockets pass ({response.status})')
+        return 'frames pass both ways'
 
-    async def headers(self) -> AsyncIterator[Verdict]:
+    async def headers(self) -> str:
+        largest = 0
         for size in HEADERS:
             with contextlib.suppress(LocaltunnelError, OSError):
                 async with self._ask('/', f'X-Doctor: {"x" * size * KIB}') as (_, response):
                     if response.status == 200:
+                        largest = size
                         break
-        else:
-            size = 0
-        yield self._passes(size >= LEAST_HEADERS, f'up to {size} KiB of them pass',
-                           f'lets no more than {size} KiB of them pass')
-
-    def _passes(self, passes: bool, how: str, wrong: str) -> Verdict:
-        """The verdict for what PASSES, or what is WRONG with who stands in front."""
-        who, cure = self._way.front
-        return (True, how, '') if passes else (False, f'{who} {wrong}', cure)
+        self._check(largest >= LEAST_HEADERS, f'lets no more than {largest} KiB of them pass')
+        return f'up to {largest} KiB of them pass'
 
 
-# What a visitor sees.
-
-async def answer(args: Args, runtime: Runtime) -> AsyncIterator[Verdict]:
-    """The check of a URL: what answers there, and what that means."""
-    url = args.url if '://' in args.url else 'https://' + args.url
-    scheme, host, port, path = split_url(url, ('https', 'http'))
-    place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
-    if not is_loopback(place.site):
-        await in_thread(look_up, place.site)
-    connection = await dial_server(runtime, place, args.tls(args.ca) if scheme == 'https' else None,
-                                   '', REACHED_WITHIN)
-    response = await send_request(connection, authority(scheme, host, port), path or '/')
-    hop, status, who = response.find(b'localtunnel-failed'), response.status, front_of(response)[0]
+async def explain_answer(runtime: Runtime, args: Args) -> str:
+    """What answers at a URL, unless that is an error."""
+    scheme, host, port, path = split_url(
+        args.url if '://' in args.url else 'https://' + args.url, ('https', 'http'))
+    where = authority(scheme, host, port)
+    tls = client_tls(args.ca) if scheme == 'https' else None
+    place = ServerAddress(f'{scheme}://{where}')
+    async with asking(dial_server(runtime, place, tls, '', REACHED_WITHIN),
+                      where, path or '/') as (connection, response):
+        text = (await read_answer(connection, response)).decode('latin-1').strip()[:MAX_TEXT]
+    hop, status = response.find(b'localtunnel-failed'), response.status
+    who, _ = front_of(response)
     if hop:
-        text = (await read_answer(connection, response)).decode('latin-1').strip()
         hop = hop if hop in LOOK_AT else 'relay'
-        yield (False, f'the {hop} says {text[:MAX_TEXT]}',
-               LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
-    elif status in PROXY_FAILED:
-        yield (False, f'{status} comes from {who or "a proxy"} in front, or from the app: this '
-               'page is not ours', 'run doctor on the server, and see the log of the app')
-    elif status >= 400:
-        yield (False, f'{status} comes from the app' + (who and f', or from {who} in front'),
-               'see the log of the app, and of the client')
-    else:
-        yield True, f'{status}, which is none of our error pages', ''
-    connection.abort()
+        raise Finding(f'the {hop} says {text}', LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
+    if status in PROXY_FAILED:
+        raise Finding(f'{status} comes from {who or "a proxy"} in front, or from the app: this '
+                      'page is not ours', 'run doctor on the server, and see the log of the app')
+    if status >= 400:
+        raise Finding(f'{status} comes from the app' + (who and f', or from {who} in front'),
+                      'see the log of the app, and of the client')
+    return f'{status}, which is none of our error pages'
 
 
-# On a server's machine.
+async def report(args: Args, where: str, needed: Sequence[Check],
+                 others: Sequence[Check] = ()) -> int:
+    """Say what all checks find, up to one of those NEEDED that fails; return the exit code."""
+    first = ''
+    for check in (*needed, *others):
+        name = check.__name__
+        ok, text, cure = await verdict_of(check, where)
+        whole = text + (cure and f'; {cure}')
+        args.say(json.dumps({'check': name, 'ok': ok, 'text': text, 'cure': cure}) if args.json else
+                 f'{ {True: "ok", False: "BAD", None: "-"}[ok]:3} {name:11} {whole}')
+        if ok is False:
+            first = first or f'{name}: {whole}'
+            if check in needed:
+                break
+    if not args.json:
+        args.say(f'\nMend this first: {first}' if first else
+                 '\nEverything that was looked at is right.')
+    return int(first != '')
 
-class Caller(Probe):
-    """Requests from another process than the server's: any localtunnel server is taken for it."""
-
-    def __init__(self, ports: dict[int, bool]) -> None:
-        super().__init__(Observer(), ports)
-
-    def _heard(self, sock: socket.socket, target: str) -> bool:
-        head = sock.recv(MAX_HEAD)
-        redirected = re.search(rb'\r\nlocation: *https://\S+%b\r' % target.encode(), head, re.I)
-        return bool(redirected) or b'\r\nlocaltunnel-failed:' in head.lower()
-
-
-LISTENS = '0A'                  # the state of a socket, in /proc/net/tcp
-
-
-def who_listens(address: str, port: int) -> str:
-    """Who listens at PORT of ADDRESS, as far as the system tells."""
-    wanted, sockets = {address, '0.0.0.0', '::'}, set()
-    for path in '/proc/net/tcp', '/proc/net/tcp6':
-        with contextlib.suppress(OSError), open(path, encoding='ascii') as f:
-            for words in map(str.split, f):
-                host, _, number = words[1].partition(':')
-                if words[3] == LISTENS and int(number, 16) == port:
-                    packed = b''.join(struct.pack('=I', int(host[i:i + 8], 16))
-                                      for i in range(0, len(host), 8))
-                    if str(ipaddress.ip_address(packed)) in wanted:
-                        sockets.add(f'socket:[{words[9]}]')
-    for path in glob.iglob('/proc/[0-9]*/fd/*'):
-        with contextlib.suppress(OSError):
-            if os.readlink(path) in sockets:
-                with open(os.path.join(os.path.dirname(path), '../comm'), encoding='utf-8') as f:
-                    return f'{f.read().strip()} (process {path.split("/")[2]})'
-    return 'another program' if sockets else ''
-
-
-def process_of(folder: str) -> int:
-    """The server that runs with the state FOLDER; 0 for none, and where that can't be known."""
-    with contextlib.suppress(ImportError, OSError, ValueError), open(
-            os.path.join(folder, 'lock'), 'rb') as f:
-        import fcntl
-        try:
-            fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return int(f.read(20))
-    return 0
-
-
-def shown_at(place: tuple[str, int], host: str, context: ssl.SSLContext) -> tuple[bytes, Any]:
-    """The certificate that visitors of HOST are shown at PLACE, and what it says.
-
-    Raises OSError.
-    """
-    with socket.create_connection(place, REACHED_WITHIN) as sock, \
-            context.wrap_socket(sock, server_hostname=host) as tls:
-        return tls.getpeercert(binary_form=True) or b'', tls.getpeercert()
-
-
-class Premises:
-    """The checks of the machine of a server, whether that runs or not."""
-
-    def __init__(self, args: Args, runtime: Runtime) -> None:
-        """Raises UsageError."""
-        self._args, self._runtime, self._folder = args, runtime, state_folder(args.state)
-        served: dict[str, Any] = {}
-        with contextlib.suppress(OSError, ValueError, TypeError), open(
-                os.path.join(self._folder, 'server.json'), encoding='ascii') as f:
-            served = dict(json.load(f))     # as it is written for `invite`
-        self._files = [str(path) for path in served.get('files', ())
-                       if os.path.basename(path) != MEMBERS or os.path.exists(path)]
-        self._process, self._pin = process_of(self._folder), str(served.get('pin', ''))
-        if not (args.domain or served):
-            raise UsageError('no server is known here; name one with --server URL or --join CODE, '
-                             'or, on its own machine, with --domain DOMAIN or --state DIR')
-        at = ServerAddress(str(served.get('address') or args.domain))
-        self.domain = args.domain or at.site
-        usual = {**USUAL_PORTS, at.scheme: at.port}
-        self._port, self._tls_port = args.port or usual['http'], args.tls_port or usual['https']
-        self._ports = {80: False, self._port: False, self._tls_port: True}
-        self._here = ['127.0.0.1'] if is_loopback(self.domain) else (
-            outward_addresses() or ['127.0.0.1'])
-        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
-        self._reached: tuple[str, int, bool] | None = None  # where it answers last; True: by TLS
-        self._delegated = f'_acme-challenge.{self.domain}'
-        self._acme = not is_address(self.domain) and bool(
-            glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
-        self.checks: Sequence[Check] = (        # port 53 is what most often stands in the way
-            self.dns_port, self.state, self.descriptors, self.clock, self.http_port, self.tls_port,
-            self.server)
-
-    def no_matter(self) -> str:
-        """Why it is not looked at what an authority asks for."""
-        return 'not looked at: ' + ('name a --resolver' if self._acme else
-                                    'it matters only to --acme with a domain')
-
-    # The machine.
-
-    async def state(self) -> AsyncIterator[Verdict]:
-        folder = self._folder
-        if not os.path.exists(folder):
-            yield None, f'{folder} is not there yet; a server makes it', ''
-        elif not (os.path.isdir(folder) and os.access(folder, os.R_OK | os.W_OK | os.X_OK)):
-            yield (False, f"this user can't use the state folder {folder}",
-                   'be the user of the server, say with sudo, or name its folder with --state')
-        else:
-            found = list(file_findings(folder, self._files, self._files))
-            for finding in found:
-                yield in_two(finding)
-            if not found:
-                yield True, f'{folder} can be used, and not by everybody', ''
-
-    async def descriptors(self) -> AsyncIterator[Verdict]:
-        most, whose = descriptor_limit(), 'a server started like this doctor'
-        with contextlib.suppress(ImportError, OSError, AttributeError):
-            import resource
-            if self._process:
-                most, _ = resource.prlimit(self._process, resource.RLIMIT_NOFILE)
-                whose = f'the server (process {self._process})'
-        yield (True, f'{whose} may have {most} open', '') if most >= FEW_DESCRIPTORS else (
-            False, f'{whose} may have {most} open, and a request takes two',
-            'say LimitNOFILE=65536 in its systemd unit, or ulimit -n 65536 before it starts')
-
-    async def clock(self) -> AsyncIterator[Verdict]:
-        found = list(clock_findings(time.time()))
-        for finding in found:
-            yield in_two(finding)
-        if self._args.server:
-            place = ServerAddress(self._args.server)
-            connection = await dial_server(self._runtime, place, self._args.tls(
-                self._args.ca) if place.scheme == 'https' else None, '', REACHED_WITHIN)
-            host = str(place).partition('://')[2]
-            yield clock_verdict(await send_request(connection, host, '/'), str(place))
-            connection.abort()
-        elif not found:
-            yield None, 'not compared: --server URL names one to compare with', ''
-
-    # Its ports.
-
-    def http_port(self) -> AsyncIterator[Verdict]:
-        return self._door(self._port, False)
-
-    def tls_port(self) -> AsyncIterator[Verdict]:
-        return self._door(self._tls_port, True)
-
-    async def _door(self, port: int, tls: bool) -> AsyncIterator[Verdict]:
-        for address in self._here:
-            answers: bool | None = None
-            try:
-                answers = await in_thread(Caller(self._ports).ask, self.domain, address, port, tls)
-            except OSError as e:        # a handshake may fail
-                answers = None if isinstance(e, ConnectionRefusedError) else False
-            who = '' if answers else await in_thread(who_listens, address, port)
-            if answers:
-                self._reached = address, port, tls
-                yield True, f'this server answers at port {port} of {address}', ''
-            elif f'(process {self._process})' in who:
-                yield None, f'this server has port {port} of {address}, and no certificate yet', ''
-            elif answers is False:
-                yield (False, f'{who or "another program"} has port {port} of {address}',
-                       f'end it, or give the server another port with --{"tls-" * tls}port')
-            elif await in_thread(who_listens, '::1' if ':' in address else '127.0.0.1', port):
-                yield (False, f'port {port} answers on this machine alone, and not at {address}',
-                       'let the server listen there, with --bind')
-            else:
-                yield None, f'nobody listens at port {port} of {address}', ''
-
-    async def dns_port(self) -> AsyncIterator[Verdict]:
-        port = self._args.dns_port
-        if not self._acme:
-            yield None, self.no_matter(), ''
-            return
-        for address in self._here:
-            if await ask_dns((address, port), self._delegated, TYPE_SOA):
-                yield True, f'this server answers at port {port} of {address}', ''
-                continue
-            who = await in_thread(who_listens, address, port)
-            yield (False, f'{who} has port {port} of {address}' if who else
-                   f'nobody answers DNS on port {port} of {address}',
-                   'end it' if who else "see the server's log: it says why it can't")
-
-    async def server(self) -> AsyncIterator[Verdict]:
-        if self._reached is None:
-            yield (False, f'the server (process {self._process}) does not answer', 'see its log'
-                   ) if self._process else (
-                       False, f'no server runs for {self.domain}',
-                       f'start it: python3 localtunnel.py server --domain {self.domain}')
-            return
-        address, port, tls = self._reached
-        connection = await dial_server(self._runtime, ServerAddress(
-            f'{"https" if tls else "http"}://{bracketed(address)}:{port}'),
-            believer() if tls else None, '', REACHED_WITHIN)
-        response = await send_request(connection, self.domain, '/localtunnel.py')
-        said = await read_answer(connection, response)
-        connection.abort()
-        version = re.search(rb"\n__version__ = '([^']{1,20})'", said)
-        yield True, 'it runs' + (f', with version {version.group(1).decode("latin-1")}; this is '
-                                 f'{__version__}' if version else ''), ''
-
-
-class Domain(Premises):
-    """The same, and what the world sees of the server."""
-
-    def __init__(self, args: Args, runtime: Runtime) -> None:
-        super().__init__(args, runtime)
-        self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
-        self.checks = (*self.checks, self.dns, self.zone, self.ns, self.caa, self.certificate)
-
-    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
-        return await ask_dns(self._resolver, name, kind) if self._resolver else None
-
-    async def _look_up(self, host: str) -> list[str]:
-        """The addresses of HOST, [] for none.  Raises OSError."""
-        if not self._args.resolver:
-            try:
-                found: list[str] = await in_thread(look_up, host)
-                return found
-            except socket.gaierror as e:
-                if e.errno in NO_ADDRESS:
-                    return []
-                raise
-        return await addresses_in_dns(self._args.resolver, host)
-
-    async def dns(self) -> AsyncIterator[Verdict]:
-        if is_address(self.domain) or is_loopback(self.domain):
-            yield None, f'{self.domain} needs none', ''
-            return
-        for host, record in ((self.domain, self.domain),
-                             (f'{secrets.token_hex(8)}.{self.domain}', f'*.{self.domain}')):
-            found = self._found[host] = await self._look_up(host)
-            cure = f'add a DNS record: name {record}, type A, value {self._here[0]}'
-            if not found:
-                yield False, f'DNS has no address for {record}', cure
-            for address in found:
-                why = await in_thread(why_elsewhere, Caller(self._ports), host, address)
-                yield (False, f'DNS leads {record} to {address}, {why}', cure) if why else (
-                    True, f'{record} is {address}', '')
-
-    async def zone(self) -> AsyncIterator[Verdict]:
-        labels, servers = self.domain.split('.'), []       # type: list[str], list[bytes]
-        for i in range(len(labels) - 1 if self._found else 0):
-            servers = servers or await self._ask('.'.join(labels[i:]), TYPE_NS) or []
-        if not servers:
-            yield None, 'not looked at: its servers are not known', ''
-        for server in sorted(servers)[:2]:
-            name = server.decode('latin-1')
-            place = (await self._look_up(name) or [''])[0], DNS_PORT
-            for host, seen in self._found.items():
-                said = await ask_dns(place, host, TYPE_A) or []
-                theirs = {str(ipaddress.ip_address(data)) for data in said}
-                if not theirs or theirs & set(seen):
-                    yield True, f'{name} says the same of {host}', ''
-                else:
-                    yield (None, f'{name} leads {host} to {", ".join(theirs)}: the record was '
-                           'changed, and the old one is still remembered elsewhere', '')
-
-    async def ns(self) -> AsyncIterator[Verdict]:
-        if not (self._acme and self._resolver):
-            yield None, self.no_matter(), ''
-            return
-        found = await self._ask(self._delegated, TYPE_NS)
-        record = f'name {self._delegated}, type NS, value {self.domain}.'
-        if found is None:
-            yield (False, f'nobody answers for {self._delegated}',
-                   f'let port 53 (UDP and TCP) through to this machine; the record is: {record}')
-        elif self.domain.encode() in found:
-            yield True, f'{self._delegated} leads to {self.domain}', ''
-        else:
-            yield (False, f'no NS record leads {self._delegated} to {self.domain}, so there is no '
-                   'https for names below it', f'add a DNS record: {record}')
-
-    async def caa(self) -> AsyncIterator[Verdict]:
-        if not (self._acme and self._resolver):
-            yield None, self.no_matter(), ''
-            return
-        name, records = self.domain, []        # type: str, list[bytes]
-        while name and not records:
-            records = await self._ask(name, TYPE_CAA) or []
-            name = name if records else name.partition('.')[2]
-        for host in self.domain, f'*.{self.domain}':
-            tag, values = caa_terms(records, host)
-            issuers = [value.partition(';')[0].strip() for value in values]
-            yield (True, f'{self._args.authority} may issue for {host}', '') if (
-                not values or self._args.authority in issuers) else (
-                    False, f'CAA records of {name} do not let {self._args.authority} issue for '
-                    f'{host}', f'add a DNS record: name {name}, type CAA, value 0 {tag} '
-                    f'"{self._args.authority}"')
-
-    async def certificate(self) -> AsyncIterator[Verdict]:
-        place, host = (self._here[0], self._tls_port), self.domain
-        try:
-            shown, _ = await in_thread(shown_at, place, host, believer())
-            _, facts = await in_thread(shown_at, place, host, believer(shown))
-        except OSError as e:
-            yield (False, 'this server has none yet', 'see its log: it says what is missing') if (
-                self._acme) else (
-                    None, f'none: {explain(e, f"port {place[1]}")}; visitors have plain http', '')
-            return
-        if digest_of(shown) == self._pin:
-            yield None, 'one of its own, for clients; visitors have plain http', ''
-            return
-        since, until, names = validity(facts)
-        wrong = list(certificate_findings(since, until, names, host, time.time()))
-        try:
-            await in_thread(shown_at, place, host, self._args.tls(self._args.ca))
-        except ssl.SSLError as e:
-            wrong = wrong or [tls_fault(e, host, 'get one from a public authority') or str(e)]
-        for finding in wrong:
-            yield in_two(finding)
-        if not wrong:
-            yield (True, f'for {", ".join(names[:3])}, signed by an authority, with '
-                   f'{(until - time.time()) / DAY:.0f} days left', '')
-
-
-# The command, and the annex of both rooms.
 
 DOCTOR_EPILOG = """It looks beside a client at the way to its server and at what passes;
-with --domain or --state at the server on this machine; with URL at what
-answers there.  It ends with 1 if something is wrong.
+with --domain at the server on this machine; with URL at what answers
+there.  It ends with 1 if something is wrong.
 
 examples:
   localtunnel.py doctor                               beside a client
@@ -9751,34 +9457,21 @@ class Doctor(Annex):
     """`doctor`, and what a server finds out by itself: the look at start, and those that follow."""
 
     async def run(self, args: Args, server: Server) -> None:
+        itself = f'localtunnel {__version__} {secrets.token_hex(16)}'.encode()
+        server.everywhere[ITSELF.encode()] = lambda _: ('text/plain', [itself])
         while not is_loopback(args.domain):
-            await self.look(args, server)
+            await self.look(args, server, Ground(args, server.runtime, itself))
             await asyncio.sleep(DAY)
         await super().run(args, server)
 
     @staticmethod
-    async def look(args: Args, server: Server) -> None:
-        """Say what is wrong."""
-        loop, done, log = server.runtime.loop, asyncio.Event(), server.log
-        ports = {80: False, args.port: False, 443: True}
-        if server.tls:
-            ports[server.tls.port] = True
-        probe = Probe(log, ports)
-
-        def work() -> None:
-            with contextlib.suppress(RuntimeError):         # the loop is closed
-                with contextlib.suppress(OSError, ValueError):
-                    for finding in findings(args, server.tls, probe):
-                        loop.call_soon_threadsafe(log.note, f'warning: {finding}')
-                loop.call_soon_threadsafe(done.set)
-        server.log = probe
-        try:
-            threading.Thread(target=work, daemon=True).start()
-            await asyncio.wait_for(done.wait(), LOOK_WITHIN)
-        except asyncio.TimeoutError:
-            log.note('warning: to look at what this server stands on takes long; DNS may be slow')
-        finally:
-            server.log = log
+    async def look(args: Args, server: Server, ground: Ground) -> None:
+        """Log what is wrong on the GROUND of SERVER; the keeper of --acme tells of certificates."""
+        checks = [ground.state, ground.clock, ground.dns, ground.certificate]
+        for check in checks[:3 if getattr(args, 'acme', None) else 4]:
+            ok, text, cure = await verdict_of(check, args.domain)
+            if ok is False:
+                server.log.note(f'warning: {text}; {cure}')
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         parser = add('doctor', help='say what is wrong, and what helps', epilog=DOCTOR_EPILOG,
@@ -9792,18 +9485,16 @@ class Doctor(Annex):
         option('--server', metavar='URL', help='the server (LOCALTUNNEL_SERVER, or the last one)')
         option('--token', help='token that the server asks for (LOCALTUNNEL_TOKEN)')
         option('--pin', metavar='SHA256', help='accept only this certificate of the server')
-        option('--name', type=str.lower, help='ask for this name, too')
         option = parser.add_argument_group('on a server').add_argument
         option('--domain', type=str.lower, help='look at the server for DOMAIN on this machine')
         option('--state', metavar='DIR', help='its state folder')
         option('--port', type=port_number, help='its port for http (80)')
-        option('--tls-port', type=port_number, metavar='PORT', help='its port for https (443)')
+        option('--tls-port', type=port_number, metavar='PORT', default=USUAL_PORTS['https'],
+               help='its port for https (%(default)s)')
         option('--dns-port', type=port_number, metavar='PORT', default=DNS_PORT,
                help='its port for DNS (%(default)s)')
         option('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
                help="whom to ask what the world sees (the system's)")
-        option('--authority', metavar='NAME', default='letsencrypt.org',
-               help='whom CAA records must allow (%(default)s)')
         parser.set_defaults(run=self.doctor)
 
     def doctor(self, args: Args) -> int:
@@ -9813,32 +9504,31 @@ class Doctor(Annex):
 
     async def examine(self, args: Args) -> int:
         """The same, in the loop that runs."""
-        runtime, report = Runtime(asyncio.get_running_loop()), Report(args)
+        runtime = Runtime(asyncio.get_running_loop())
+
+        async def answer() -> str:
+            return await explain_answer(runtime, args)
         try:
             if args.url:
-                await report.hear('answer', answer(args, runtime), args.url)
-                return report.end()
-            made = None if args.domain or args.state else args.as_client(
-                argparse.Namespace(**{**vars(args), 'name': None}), runtime,
-                Target('doctor', text='doctor'), ClientObserver())
-            if made is None:
-                domain = Domain(args, runtime)
-                await report.run(domain.checks, domain.domain, [c.__name__ for c in domain.checks])
-                return report.end()
-            known, app, client = made
-            echo, way = Echo(runtime), Way(args, runtime, known, client)
-            app.dialers['doctor'] = echo.dial
-            try:
-                if await report.run(way.checks, way.where, ['clock', 'name']):
-                    passage = Passage(runtime, way, echo, functools.partial(args.tls, known.ca))
-                    await report.run(passage.checks, way.where, [
-                        'upload', 'download', 'streaming', 'websocket', 'headers'])
-            finally:
-                await way.close()
-                app.close()
-            return report.end()
+                return await report(args, args.url, [answer])
+            if args.domain:
+                return await report(args, args.domain, [], Ground(args, runtime).checks)
+            return await self.try_tunnel(args, runtime)
         finally:
             await runtime.close()
+
+    @staticmethod
+    async def try_tunnel(args: Args, runtime: Runtime) -> int:
+        """The same, beside a client."""
+        made = args.as_client(args, runtime, Target('doctor', text='doctor'))
+        if made is None:
+            raise UsageError('no server is known here; name one with --server URL or --join CODE, '
+                             'or, on its own machine, with --domain DOMAIN')
+        way = Way(runtime, *made)
+        try:
+            return await report(args, way.where, way.needed, way.others)
+        finally:
+            await way.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -14326,26 +14016,6 @@ def known_server(args: Args) -> KnownServer | None:
     return known
 
 
-MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until its script has run
-
-
-def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
-    """Return a context that checks a server by the system's authorities and the file CA, or not."""
-    context = ssl.create_default_context()
-    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
-        context.load_verify_locations(MACOS_AUTHORITIES)
-    if ca:
-        try:
-            context.load_verify_locations(ca)
-        except ssl.SSLError as e:
-            raise UsageError(f'--ca {ca} holds no certificate in PEM form') from e
-        except OSError as e:
-            raise UsageError(f"can't read --ca {ca}: {e.strerror}") from e
-    if not check:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
 def tls_to(place: ServerAddress | Target, ca: str | None = None,
            check: bool = True) -> ssl.SSLContext | None:
     """Return the context for connections to PLACE; None if they go without TLS."""
@@ -14456,20 +14126,16 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   **Access.encode(args.allow, args.auth, key), **wish)
 
 
-def as_client(args: Args, runtime: Runtime, target: Target,
-              observer: ClientObserver) -> tuple[KnownServer, App, Client] | None:
-    """What `client` would make of ARGS, for a trial of TARGET; None where no server is known.
-
-    It counts as started long ago, so it takes no tunnel from a client that runs.
-    """
+def as_client(args: Args, runtime: Runtime,
+              target: Target) -> tuple[KnownServer, App, Client] | None:
+    """What `client` would make of ARGS, to try TARGET once; None where no server is known."""
     typed = make_parser().parse_args(['client', '--', 'echo'])
     vars(typed).update(vars(args), once=True)
     known = known_server(typed)
     if known is None:
         return None
-    app = make_app(runtime, typed, target, known, observer)
-    key = load_key(warn_once) if typed.name else make_key()
-    return known, app, make_client(app, typed, known, key, started=0)
+    app = make_app(runtime, typed, target, known, ClientObserver())
+    return known, app, make_client(app, typed, known, make_key())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -15137,7 +14803,7 @@ def command(words: Sequence[str]) -> int:
         if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
             words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
-        args.say, args.tls, args.as_client = print_line, client_tls, as_client
+        args.say, args.as_client = print_line, as_client
         args.ask, args.keep, args.do = ask, keep_joined, command
         args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))
