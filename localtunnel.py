@@ -1009,7 +1009,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if exc is not None and not self.secure and self.receiver is None:
             self._read_last_words()
         self.set_exception(Disconnected(
-            f'the connection broke: {getattr(exc, "strerror", None) or exc}' if exc else
+            f'the connection broke: {plainly(exc)}' if exc else
             'the connection ended'))
         on_lost, self.on_lost, self.on_eof = self.on_lost, None, None
         if on_lost:
