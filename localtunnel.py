@@ -39,13 +39,13 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  38 Terminal
-     2 Wire                   16 DNS                    39 Options
-     3 Credit                 17 Raw TCP                40 Wiring
-     4 Byte streams           18 Folder and echo        41 Python
-     5 Session                19 Host header            42 Command line
-     6 HTTP/1.1               20 Outgoing proxy
-     7 Names and tokens       21 Certificates
+     1 Constants and errors   15 Annex                  38 Output
+     2 Wire                   16 DNS                    39 Keys
+     3 Credit                 17 Raw TCP                40 Terminal
+     4 Byte streams           18 Folder and echo        41 Options
+     5 Session                19 Host header            42 Wiring
+     6 HTTP/1.1               20 Outgoing proxy         43 Python
+     7 Names and tokens       21 Certificates           44 Command line
      8 Exchange               22 Certificates by ACME
      9 Tunnels                23 Hand-over
     10 Admission              24 Operator's page
@@ -12741,12 +12741,10 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 38. Terminal
+# 38. Output
 #
-# What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
-#
-# A terminal gets colour and a line for each exchange.  If stdout is not a terminal, its first line
-# is just the URL, and everything else goes to stderr; with --json it has one object a line.
+# Lines for people and scripts.  They are written in a thread of their own, so that what is served
+# waits for no reader; and numbers, times and sentences look the same everywhere.
 # ------------------------------------------------------------------------------------------------
 
 def dropped_lines(count: int) -> str:
@@ -13004,12 +13002,6 @@ def counted(number: int, what: str) -> str:
     return f'{number:,} {what}' + ('s' if number != 1 else '')
 
 
-def is_public(url: str) -> bool:
-    """Return True unless URL names this machine, or nothing."""
-    host, colon, port = url.partition('://')[2].partition('/')[0].rpartition(':')
-    return url != '' and not is_loopback(host or port)
-
-
 class Lines:
     """Lines for one stream; those of the same moment leave in one write."""
 
@@ -13051,6 +13043,12 @@ class Lines:
         self.add(f'{direction} {name} #{stream} {size}')
 
 
+# ------------------------------------------------------------------------------------------------
+# 39. Keys
+#
+# Single keys at a terminal, which do something at once, and the browser that some of them open.
+# ------------------------------------------------------------------------------------------------
+
 # What a key does, in words, and what is called.
 Actions = Dict[str, Tuple[str, Callable[[], None]]]
 USUAL: list[Any] = []           # how the terminal at stdin was, while keys are read from it
@@ -13065,7 +13063,7 @@ def give_terminal_back() -> None:
 
 
 class Keys:
-    """Single keys on a terminal, which do something at once and are not echoed.
+    """Reads keys, which are not echoed, and does what they stand for.
 
     They are read while this program is in the foreground: reading in the background, or setting the
     terminal there, would stop it.  Nobody says when it comes there, so that is looked at.
@@ -13147,6 +13145,21 @@ def open_in_browser(url: str) -> None:
             os.environ.get('DISPLAY') or os.environ.get('WAYLAND_DISPLAY')):
         return say(f'there is no browser with a window here; open {url} where there is one')
     threading.Thread(target=webbrowser.open, args=(url,), daemon=True).start()
+
+
+# ------------------------------------------------------------------------------------------------
+# 40. Terminal
+#
+# What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
+#
+# A terminal gets colour and a line for each exchange.  If stdout is not a terminal, its first line
+# is just the URL, and everything else goes to stderr; with --json it has one object a line.
+# ------------------------------------------------------------------------------------------------
+
+def is_public(url: str) -> bool:
+    """Return True unless URL names this machine, or nothing."""
+    host, colon, port = url.partition('://')[2].partition('/')[0].rpartition(':')
+    return url != '' and not is_loopback(host or port)
 
 
 class Crowd:
@@ -13547,7 +13560,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Options
+# 41. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -13803,7 +13816,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Wiring
+# 42. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14139,7 +14152,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Python
+# 43. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14448,7 +14461,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Command line
+# 44. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -46,11 +46,13 @@ Contents
    35 Error pages             the way and where it stops, for each thing that fails
    36 Setting up              what is installed, and how another machine is talked to
    37 Via ssh                 how services are asked, and what ends it
-   38 Terminal                what a person sees
-   39 Options                 what can be typed
-   40 Wiring                  the key; which server, which token (in Command line)
-   41 Python                  a tunnel inside another program, and its options as keywords
-   42 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   38 Output                  programs, and those who read slowly what they write
+   39 Keys                    what is typed while a tunnel runs
+   40 Terminal                what a person sees
+   41 Options                 what can be typed
+   42 Wiring                  the key; which server, which token (in Command line)
+   43 Python                  a tunnel inside another program, and its options as keywords
+   44 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -8896,7 +8898,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Terminal
+# 38. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9138,70 +9140,6 @@ class CommandTest(FolderTest):
 
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
-class TerminalTest(CommandTest):
-
-    def session(self, *args):
-        """All that a terminal shows of a first visit, a first error and Ctrl-C."""
-        app = self.app()
-        client = self.start('client', app.port, '--server', self.server(), *args, terminal=True)
-        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
-        fetch(url, '/first')
-        client.says('GET    /first', 'out')
-        app.close()
-        app.close = lambda: None
-        fetch(url, '/second')
-        client.says('GET    /second', 'out')
-        self.assertEqual(client.interrupt(), 0)
-        self.relay.end()        # its folder is for the next one
-        return url, '\n'.join(client.lines['out'])
-
-    def test_it_shows_a_banner_and_a_line_for_each_exchange(self):
-        os.environ['TERM'] = 'xterm'
-        url, shown = self.session()
-        self.assertRegex(shown, rf'{url}\S* -> localhost:\d+')
-        self.assertRegex(shown, r'\x1b\[32m200\x1b\[0m  GET    /first +\d+ms +\d+B')
-        self.assertRegex(shown, r'\x1b\[31m502\x1b\[0m  GET    /second .*\n +nothing is listening')
-        self.assertRegex(shown, r'ended after .*: 2 requests, 1 error, \d+B in, \d+B out$')
-        self.assertNotIn('Traceback', shown)
-
-    def test_no_color_and_a_dumb_terminal_get_no_colours(self):
-        for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
-            with unittest.mock.patch.dict(os.environ, {'TERM': 'xterm', name: value}):
-                self.assertNotIn('\x1b', self.session()[1])
-
-    def test_keys_do_something_at_once_and_the_terminal_is_given_back(self):
-        import termios
-        os.environ['TERM'] = 'xterm'
-        client = self.start('client', 'echo', '--server', self.server(), terminal=True)
-        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
-        client.says('q quits', 'out')
-        keys = os.dup(client.terminal)
-        self.addCleanup(os.close, keys)
-        echoes = termios.ICANON | termios.ECHO
-        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, 0)
-        client.type('c')
-        code = client.says(r'\x1b]52;c;(\S+)\x07', 'out').group(1)
-        self.assertEqual(base64.b64decode(code).decode(), url)
-        client.type('pasted quickly')       # is not q
-        self.relay.interrupt()
-        client.says('trying again', 'out')
-        client.type('q')
-        self.assertEqual(client.ends(), 0)
-        self.assertIn('\r\x1b[Kended after', '\n'.join(client.lines['out']))
-        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, echoes)
-
-    def test_quiet_shows_the_url_alone(self):
-        app = self.app()
-        client = self.start('client', app.port, '--server', self.server(), '--quiet')
-        fetch(client.url(), '/first')
-        self.assertEqual(client.interrupt(), 0)
-        self.assertEqual((len(client.lines['out']), client.lines['err']), (1, []))
-
-    def test_quiet_still_says_what_is_wrong(self):
-        client = self.start('client', 1, '--server', f'localhost:{self.unused_port()}', '--quiet')
-        client.says('nothing is listening')
-
-
 class SlowReaderTest(CommandTest):
 
     def setUp(self):
@@ -9301,6 +9239,130 @@ class LineForPeopleTest(unittest.TestCase):
             self.assertLessEqual(len(lt.cut_in_middle(text, room)), room)
             self.assertEqual(lt.cut_in_middle(text, room)[:3], cut[:3])
             self.assertTrue(text.endswith(lt.cut_in_middle(text, room)[-3:]))
+
+
+# ------------------------------------------------------------------------------------------------
+# 39. Keys
+# ------------------------------------------------------------------------------------------------
+
+class KeysTest(LoopTest):
+
+    async def ready(self):
+        self.typing, shown = os.openpty()
+        self.stream = open(shown)       # of a terminal that controls nothing
+        for name in ('stdin', 'stdout'):
+            self.stack.enter_context(unittest.mock.patch.object(sys, name, self.stream))
+        self.stack.callback(self.stream.close)
+        self.stack.callback(os.close, self.typing)
+
+    def echoes(self):
+        import termios
+        return bool(termios.tcgetattr(self.typing)[3] & (termios.ICANON | termios.ECHO))
+
+    async def test_they_are_read_in_the_foreground_only(self):
+        import termios
+        typed, usual = asyncio.Event(), termios.tcgetattr(self.typing)
+        with self.constant(in_foreground=lambda _: False):
+            keys = lt.Keys(self.runtime, {'x': ('is typed', typed.set)})
+            keys.start()
+            self.assertTrue(self.echoes())
+        await eventually(lambda: not self.echoes())     # once it is looked at
+        os.write(self.typing, b'x')
+        await typed.wait()
+        with self.constant(in_foreground=lambda _: False):
+            keys.sweep()
+            self.assertFalse(self.loop.remove_reader(self.stream))
+            termios.tcsetattr(self.typing, termios.TCSANOW, usual)      # as the shell does
+        keys.sweep()
+        self.assertFalse(self.echoes())
+        keys.close()
+        self.assertTrue(self.echoes())
+
+    async def test_it_is_given_back_while_it_is_stopped_and_at_a_sudden_end(self):
+        keys, before = lt.Keys(self.runtime, {}), []
+        keys.start()
+        with unittest.mock.patch.object(os, 'kill', lambda *_: before.append(self.echoes())):
+            keys._stop()
+        self.assertEqual((before, self.echoes()), ([True], False))
+        lt.give_terminal_back()
+        self.assertTrue(self.echoes())
+        keys.close()
+
+    async def test_a_terminal_that_goes_away_ends_them(self):
+        keys = lt.Keys(self.runtime, {})
+        self.assertTrue(self.echoes())          # ssh may ask for a password until then
+        keys.start()
+        with unittest.mock.patch.object(os, 'read', lambda *_: b''):
+            keys._typed()
+        self.assertNotIn(keys, self.runtime.swept)
+
+
+# ------------------------------------------------------------------------------------------------
+# 40. Terminal
+# ------------------------------------------------------------------------------------------------
+
+class TerminalTest(CommandTest):
+
+    def session(self, *args):
+        """All that a terminal shows of a first visit, a first error and Ctrl-C."""
+        app = self.app()
+        client = self.start('client', app.port, '--server', self.server(), *args, terminal=True)
+        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
+        fetch(url, '/first')
+        client.says('GET    /first', 'out')
+        app.close()
+        app.close = lambda: None
+        fetch(url, '/second')
+        client.says('GET    /second', 'out')
+        self.assertEqual(client.interrupt(), 0)
+        self.relay.end()        # its folder is for the next one
+        return url, '\n'.join(client.lines['out'])
+
+    def test_it_shows_a_banner_and_a_line_for_each_exchange(self):
+        os.environ['TERM'] = 'xterm'
+        url, shown = self.session()
+        self.assertRegex(shown, rf'{url}\S* -> localhost:\d+')
+        self.assertRegex(shown, r'\x1b\[32m200\x1b\[0m  GET    /first +\d+ms +\d+B')
+        self.assertRegex(shown, r'\x1b\[31m502\x1b\[0m  GET    /second .*\n +nothing is listening')
+        self.assertRegex(shown, r'ended after .*: 2 requests, 1 error, \d+B in, \d+B out$')
+        self.assertNotIn('Traceback', shown)
+
+    def test_no_color_and_a_dumb_terminal_get_no_colours(self):
+        for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
+            with unittest.mock.patch.dict(os.environ, {'TERM': 'xterm', name: value}):
+                self.assertNotIn('\x1b', self.session()[1])
+
+    def test_keys_do_something_at_once_and_the_terminal_is_given_back(self):
+        import termios
+        os.environ['TERM'] = 'xterm'
+        client = self.start('client', 'echo', '--server', self.server(), terminal=True)
+        url = client.says(r'http://[a-z0-9-]+\.localhost:\d+', 'out').group()
+        client.says('q quits', 'out')
+        keys = os.dup(client.terminal)
+        self.addCleanup(os.close, keys)
+        echoes = termios.ICANON | termios.ECHO
+        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, 0)
+        client.type('c')
+        code = client.says(r'\x1b]52;c;(\S+)\x07', 'out').group(1)
+        self.assertEqual(base64.b64decode(code).decode(), url)
+        client.type('pasted quickly')       # is not q
+        self.relay.interrupt()
+        client.says('trying again', 'out')
+        client.type('q')
+        self.assertEqual(client.ends(), 0)
+        self.assertIn('\r\x1b[Kended after', '\n'.join(client.lines['out']))
+        self.assertEqual(termios.tcgetattr(keys)[3] & echoes, echoes)
+
+    def test_quiet_shows_the_url_alone(self):
+        app = self.app()
+        client = self.start('client', app.port, '--server', self.server(), '--quiet')
+        fetch(client.url(), '/first')
+        self.assertEqual(client.interrupt(), 0)
+        self.assertEqual((len(client.lines['out']), client.lines['err']), (1, []))
+
+    def test_quiet_still_says_what_is_wrong(self):
+        client = self.start('client', 1, '--server', f'localhost:{self.unused_port()}', '--quiet')
+        client.says('nothing is listening')
 
 
 class CrowdTest(unittest.TestCase):
@@ -9551,60 +9613,8 @@ class EndEventTest(unittest.TestCase):
 
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
-class KeysTest(LoopTest):
-
-    async def ready(self):
-        self.typing, shown = os.openpty()
-        self.stream = open(shown)       # of a terminal that controls nothing
-        for name in ('stdin', 'stdout'):
-            self.stack.enter_context(unittest.mock.patch.object(sys, name, self.stream))
-        self.stack.callback(self.stream.close)
-        self.stack.callback(os.close, self.typing)
-
-    def echoes(self):
-        import termios
-        return bool(termios.tcgetattr(self.typing)[3] & (termios.ICANON | termios.ECHO))
-
-    async def test_they_are_read_in_the_foreground_only(self):
-        import termios
-        typed, usual = asyncio.Event(), termios.tcgetattr(self.typing)
-        with self.constant(in_foreground=lambda _: False):
-            keys = lt.Keys(self.runtime, {'x': ('is typed', typed.set)})
-            keys.start()
-            self.assertTrue(self.echoes())
-        await eventually(lambda: not self.echoes())     # once it is looked at
-        os.write(self.typing, b'x')
-        await typed.wait()
-        with self.constant(in_foreground=lambda _: False):
-            keys.sweep()
-            self.assertFalse(self.loop.remove_reader(self.stream))
-            termios.tcsetattr(self.typing, termios.TCSANOW, usual)      # as the shell does
-        keys.sweep()
-        self.assertFalse(self.echoes())
-        keys.close()
-        self.assertTrue(self.echoes())
-
-    async def test_it_is_given_back_while_it_is_stopped_and_at_a_sudden_end(self):
-        keys, before = lt.Keys(self.runtime, {}), []
-        keys.start()
-        with unittest.mock.patch.object(os, 'kill', lambda *_: before.append(self.echoes())):
-            keys._stop()
-        self.assertEqual((before, self.echoes()), ([True], False))
-        lt.give_terminal_back()
-        self.assertTrue(self.echoes())
-        keys.close()
-
-    async def test_a_terminal_that_goes_away_ends_them(self):
-        keys = lt.Keys(self.runtime, {})
-        self.assertTrue(self.echoes())          # ssh may ask for a password until then
-        keys.start()
-        with unittest.mock.patch.object(os, 'read', lambda *_: b''):
-            keys._typed()
-        self.assertNotIn(keys, self.runtime.swept)
-
-
 # ------------------------------------------------------------------------------------------------
-# 39. Options
+# 41. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9628,7 +9638,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Wiring
+# 42. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -9843,7 +9853,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Python
+# 43. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10024,7 +10034,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Command line
+# 44. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -14302,6 +14312,8 @@ NOT_KNOWN = {
     'App': FRAMES | SERVER | {'GOAWAY', 'END', 'Session', 'ServerAddress'},
     'Client': FRAMES | SERVER | {'GOAWAY', 'END', 'App', 'Target', 'Exchange', 'Request',
                                  'parse_request'},
+    'Output': SERVER | {'Session', 'Stream', 'Connection', 'Client', 'App', 'Annex', 'Exchange'},
+    'Keys': SERVER | {'Session', 'Stream', 'Connection', 'Client', 'App', 'Annex', 'Exchange'},
     'Terminal': SERVER | {'Session', 'Stream', 'Connection', 'Client', 'App', 'Request', 'Response',
                           'Annex'},
 }
