@@ -3069,12 +3069,18 @@ def is_loopback(host: str) -> bool:
     return host == 'localhost' or host.endswith('.localhost')
 
 
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """ADDRESS, as IPv4 if an IPv6 socket has it (::ffff:203.0.113.7).  Raises ValueError."""
+    ip = ipaddress.ip_address(address.partition('%')[0])
+    return getattr(ip, 'ipv4_mapped', None) or ip
+
+
 def subnet_of(address: str) -> str:
     """ADDRESS as limits count it: of IPv6 everybody has 2**64 (a /64), so those are one."""
     if ':' not in address or is_loopback(address):
         return address
-    ip = ipaddress.IPv6Address(address.partition('%')[0])
-    return str(ip.ipv4_mapped or ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+    ip = plain_address(address)
+    return str(ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
@@ -3085,11 +3091,10 @@ def within(address: str, networks: Networks) -> bool:
     if not networks:
         return False        # asked for each connection, and to parse an address takes long
     try:
-        ip = ipaddress.ip_address(address.partition('%')[0])
+        ip = plain_address(address)
     except ValueError:
         return False
-    mapped = getattr(ip, 'ipv4_mapped', None)
-    return any((mapped or ip) in network for network in networks)
+    return any(ip in network for network in networks)
 
 
 class Access:
@@ -6385,8 +6390,7 @@ class TcpRecord(Record):
     """What observers are told of a visitor's connection."""
     __slots__ = ('sent', 'size', 'facts')
 
-    def __init__(self, number: int, began: float, target: str,
-                 visitor: str) -> None:
+    def __init__(self, number: int, began: float, target: str, visitor: str) -> None:
         super().__init__(number, began, 'TCP', target)
         self.visitor, self.sent, self.size = visitor, 0, 0
         self.facts = UNSERVED
@@ -8479,8 +8483,9 @@ class OperatorPage:
         members = tunnel.members
         lives = [member.session.liveness for member in members]
         seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
+        zero = time.time() - self._server.runtime.now()     # of the runtime's clock, in Unix time
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
-                'since': self._date(tunnel.since), 'last_seen': self._date(seen),
+                'since': rfc3339(zero + tunnel.since), 'last_seen': rfc3339(zero + seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
                 'bytes_out': carried.sent, 'held': self._server.tunnels.waiting(tunnel),
                 'sessions': [
@@ -8491,11 +8496,6 @@ class OperatorPage:
                      'round_trip_ms': None if liveness.round_trip == ROUND_TRIP else
                      round(liveness.round_trip * 1e3, 1)}
                     for member, liveness in zip(members, lives)]}
-
-    def _date(self, moment: float) -> str:
-        """The date and time (RFC 3339) of MOMENT by the runtime's clock."""
-        ago = self._server.runtime.now() - moment
-        return time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime(time.time() - ago))
 
 
 class Operator(Annex):
@@ -8532,12 +8532,6 @@ BLOCKED_HEAD = ('# One entry a line: name:NAME, user:USER, an address or ADDRESS
 # ('name', NAME), ('user', USER), or of addresses (version, bits that differ, those that don't).
 Key = Union[Tuple[str, str], Tuple[int, int, int]]
 Blocked = Tuple[Key, str, str]  # an entry: its key, how it is written, and the reason
-
-
-def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """ADDRESS, as IPv4 if an IPv6 socket has it (::ffff:203.0.113.7).  Raises ValueError."""
-    ip = ipaddress.ip_address(address.partition('%')[0])
-    return getattr(ip, 'ipv4_mapped', None) or ip
 
 
 def read_entry(text: str) -> tuple[Key, str]:
@@ -9603,8 +9597,6 @@ SEEN = 'seen.json'              # {digest of a token: Unix seconds}
 SEEN_EVERY = 15.0               # between its changes: a crash loses no more
 READ_AGAIN = 2 * SWEEP          # a server that runs has seen by then that a file has changed
 USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
-NOT_USERS = {'list': '--list', 'ls': '--list', 'show': '--list', 'revoke': '--revoke',
-             'remove': '--revoke', 'delete': '--revoke', 'rm': '--revoke'}      # typed by habit
 SHOWN_DIGITS = 8                # of a token's hash: enough to tell those of one server apart
 
 
@@ -9711,10 +9703,9 @@ class Invitations(Annex):
 
     def invite(self, args: Args) -> int:
         """Do what ARGS say."""
-        if args.user in NOT_USERS:
-            right = ' '.join(['invite', NOT_USERS[args.user], *args.rules])
+        if args.user in ('list', 'revoke'):     # typed by habit
             raise UsageError(f'{args.user} is not a user; did you mean: python3 localtunnel.py '
-                             + right)
+                             + ' '.join(['invite', f'--{args.user}', *args.rules]))
         folder = state_folder(args.state)
         members = Members(folder)
         try:
@@ -11935,7 +11926,7 @@ class Elsewhere(Annex):
 HEADLINES = {
     ('app', 502): 'The app does not answer', ('app', 504): 'The app took too long',
     ('client', 502): 'The tunnel broke', ('client', 503): 'This site is not connected',
-    ('client', 504): 'The client does not answer', ('relay', 400): 'This request can\'t be read',
+    ('client', 504): 'The client does not answer', ('relay', 400): "This request can't be read",
     ('relay', 401): 'A password is needed', ('relay', 403): 'You may not come in',
     ('relay', 404): 'Nothing is here', ('relay', 408): 'The request took too long',
     ('relay', 410): 'This site was ended',
@@ -11981,9 +11972,9 @@ def error_page(error: HopFailed) -> str:
         way.append(f'<li class="{state}"><b aria-hidden="true">{MARKS[state]}</b>{name}'
                    f'<small>{state}</small></li>')
     code = f'{error.status} {http.HTTPStatus(error.status).phrase}'
-    later = error.status in (502, 504) and ' Please try again later.'
+    later = ' Please try again later.' if error.status in (502, 504) else ''
     text = ERROR_TEXT.format(
-        way=''.join(way), text=sentence(str(error)) + (later or ''), code=code,
+        way=''.join(way), text=sentence(str(error)) + later, code=code,
         owner=error.cure and f'<p class="owner">Is this yours? {sentence(error.cure)}</p>',
         time=time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime()))
     return PAGE.format(title=HEADLINES.get((error.hop, error.status), code), text=text)
@@ -13205,7 +13196,7 @@ SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
 
 
 def event_line(event: str, **values: Any) -> str:
-    """Return a line for scripts (--json)."""
+    """Return a line for programs, of a client (--json) or a server (--log-format json)."""
     return json.dumps({'event': event, 'time': rfc3339(time.time()), **values})
 
 
@@ -13536,8 +13527,7 @@ class ServerLog(Observer):
 
     def _entry(self, text: str, event: str, facts: Facts) -> str:
         if self._json:
-            return json.dumps(
-                {'time': rfc3339(time.time()), 'event': event, 'message': text, **facts})
+            return event_line(event, message=text, **facts)
         return at_words(f'{clock()} {text}' + in_text(facts), sys.stderr)
 
     def exchange(self, exchange: Record, seconds: float) -> None:
@@ -13545,10 +13535,10 @@ class ServerLog(Observer):
         path, host, why = exchange.target.partition('?')[0], exchange.host, exchange.why
         if self._json:
             error = {'error': why} if why else {}
-            self._lines.add(json.dumps({
-                'time': rfc3339(time.time()), 'event': 'request', 'visitor': exchange.visitor,
-                'method': exchange.method, 'host': host, 'path': path, 'status': exchange.status,
-                'ms': round(seconds * 1000, 1), 'bytes': exchange.size, **exchange.facts, **error}))
+            self._lines.add(event_line(
+                'request', visitor=exchange.visitor, method=exchange.method, host=host, path=path,
+                status=exchange.status, ms=round(seconds * 1000, 1), bytes=exchange.size,
+                **exchange.facts, **error))
         else:
             facts = exchange.facts      # the name stands in the host
             client = facts['client']
