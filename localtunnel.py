@@ -8814,6 +8814,14 @@ async def read_answer(connection: Connection, response: Response, most: int = MA
     return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
 
 
+def visit(runtime: Runtime, place: ServerAddress, ca: str | None, path: str, *lines: str,
+          **how: Any) -> contextlib.AbstractAsyncContextManager[tuple[Connection, Response]]:
+    """Ask for PATH at PLACE, whose certificate is checked by the system's authorities and CA."""
+    tls = client_tls(ca) if place.scheme == 'https' else None
+    return asking(dial_server(runtime, place, tls, '', REACHED_WITHIN),
+                  str(place).partition('://')[2], path, *lines, **how)
+
+
 def compare_clocks(response: Response, where: str) -> str:
     """Compare the clock of this machine with that of WHERE, of which RESPONSE is."""
     import email.utils
@@ -8874,19 +8882,19 @@ class Ground:
         self._args, self._runtime, self._itself = args, runtime, itself
         self.domain, self._folder = args.domain, state_folder(args.state)
         local = is_loopback(self.domain)
-        self._port, self._tls_port = args.port or (8080 if local else 80), args.tls_port
+        self._ports = (args.port or (8080 if local else 80), False), (args.tls_port, True)
         self._here = (not local and outward_addresses()) or ['127.0.0.1']
         self._public = [here for here in self._here if ipaddress.ip_address(here).is_global]
-        self._resolver: tuple[str, int] | None = (
-            getattr(args, 'resolver', None) or system_resolver())
         self._who = ''                              # the program that is the server, if it runs
         self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
         self._delegated = f'_acme-challenge.{self.domain}'
-        self._acme = not is_address(self.domain) and bool(
-            glob.glob(os.path.join(glob.escape(self._folder), 'acme*')))
+        self._resolver: Any = getattr(args, 'resolver', None) or system_resolver()
+        in_dns = self._resolver and not (local or is_address(self.domain))
+        self._acme = in_dns and glob.glob(os.path.join(glob.escape(self._folder), 'acme*'))
         self.checks: Sequence[Check] = (        # port 53 is what most often stands in the way
-            self.dns_port, self.state, self.clock, self.http_port, self.tls_port, self.descriptors,
-            self.dns, self.zone, self.ns, self.caa, self.certificate)
+            *[self.dns_port] * bool(self._acme), self.state, self.clock, self.ports,
+            self.descriptors, *[self.dns, self.zone] * bool(in_dns),
+            *[self.ns, self.caa] * bool(self._acme), self.certificate)
 
     # The machine.
 
@@ -8915,11 +8923,9 @@ class Ground:
             raise Finding('the clock of this machine is before the day when this program was '
                           'written', 'set it right (timedatectl set-ntp true)')
         if not getattr(self._args, 'server', None):
-            raise Finding('not compared: --server URL names one to compare with', ok=None)
+            return 'not before this program was written; --server URL names one to compare with'
         place = ServerAddress(self._args.server)
-        tls = client_tls(self._args.ca) if place.scheme == 'https' else None
-        async with asking(dial_server(self._runtime, place, tls, '', REACHED_WITHIN),
-                          str(place).partition('://')[2], '/') as (_, response):
+        async with visit(self._runtime, place, self._args.ca, '/') as (_, response):
             return compare_clocks(response, str(place))
 
     # Its ports.
@@ -8943,38 +8949,29 @@ class Ground:
         except (OSError, asyncio.TimeoutError):
             return None
 
-    async def _door(self, port: int, option: str) -> str:
-        """Where this server answers at PORT, and with which version; '' for nowhere."""
+    async def ports(self) -> str:
         told = []
-        for address in self._here:
-            said = await self._who_is(address, port, option == '--tls-port')
+        for (port, tls), address in itertools.product(self._ports, self._here):
+            said = await self._who_is(address, port, tls)
             who = who_listens(address, port)
             if said:
                 self._itself, self._who = said, who
                 told.append(f'version {said.split()[1].decode()} answers at port {port} of '
                             f'{address}')
             elif who and who == self._who:
-                raise Finding(f'this server has port {port}, and no certificate yet', ok=None)
+                told.append(f'it has port {port}, and no certificate yet')
             elif who or said is not None:
                 raise Finding(f'{who or "another program"} has port {port} of {address}',
-                              f'end it, or give the server another port with {option}')
+                              f'end it, or give the server another port with --{"tls-" * tls}port')
+        if not self._itself:
+            raise Finding(f'no server answers at {", ".join(self._here)}', 'start it: python3 '
+                          f'localtunnel.py server --domain {self.domain}; or name its --port here')
         return ', '.join(told)
-
-    async def http_port(self) -> str:
-        answers = await self._door(self._port, '--port')
-        if not answers:
-            raise Finding(f'no server answers at port {self._port} of {", ".join(self._here)}',
-                          f'start it: python3 localtunnel.py server --domain {self.domain}; or '
-                          'name its port with --port, or see its --bind')
-        return answers
-
-    async def tls_port(self) -> str:
-        return await self._door(self._tls_port, '--tls-port') or 'nobody listens there'
 
     async def descriptors(self) -> str:
         match = re.search('process ([0-9]+)', self._who)
         if not match:
-            raise Finding('not looked at: the server does not run, or belongs to another', ok=None)
+            raise Finding('not looked at: this user does not see the server', ok=None)
         import resource
         most, _ = resource.prlimit(int(match.group(1)), resource.RLIMIT_NOFILE)
         if most < FEW_DESCRIPTORS:
@@ -8983,7 +8980,6 @@ class Ground:
         return f'the server may have {most} open'
 
     async def dns_port(self) -> str:
-        self._check_acme()
         port = self._args.dns_port
         for address in self._here:
             if not await ask_dns((address, port), self._delegated, TYPE_SOA):
@@ -8995,27 +8991,12 @@ class Ground:
 
     # The domain, as the world sees it.
 
-    def _check_acme(self) -> None:
-        """Raises Finding where what an authority asks for does not matter."""
-        if not (self._acme and self._resolver):
-            raise Finding('not looked at: ' + ('name a --resolver' if self._acme else
-                                               'it matters only to --acme with a domain'), ok=None)
-
-    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
-        return await ask_dns(self._resolver, name, kind) if self._resolver else None
-
-    async def _addresses(self, host: str) -> list[str]:
-        """The addresses of HOST, [] for none."""
-        if not self._resolver:
-            raise Finding('not looked at: name a --resolver', ok=None)
-        return (await addresses_in_dns(self._resolver, host))[:MOST_ADDRESSES]
-
     async def _elsewhere(self, address: str) -> str:
         """Why ADDRESS is not that of this server; '' if it is, or nobody can tell from inside."""
         if way_to(address) == address or is_loopback(address):
             return ''
         said = await asyncio.gather(*(self._who_is(address, port, tls) for port, tls in (
-            (80, False), (self._port, False), (443, True), (self._tls_port, True))))
+            (80, False), (443, True), *self._ports)))
         if self._itself in said:
             return ''
         if self._itself and said != 4 * [None]:
@@ -9024,14 +9005,13 @@ class Ground:
         return f'and this machine has the address {self._public[0]}' if self._public else ''
 
     async def dns(self) -> str:
-        if is_address(self.domain) or is_loopback(self.domain):
-            raise Finding(f'{self.domain} needs none', ok=None)
         records: dict[str, str] = {}        # which lead there, by address
         here = (self._public or ['the public address of this machine'])[0]
         cure = f'add a DNS record: name {{}}, type {"AAAA" if ":" in here else "A"}, value {here}'
         for record in self.domain, f'*.{self.domain}':
             host = record.replace('*', secrets.token_hex(8))
-            found = self._found[host] = await self._addresses(host)
+            found = (await addresses_in_dns(self._resolver, host))[:MOST_ADDRESSES]
+            self._found[host] = found
             if not found:
                 raise Finding(f'DNS has no address for {record}', cure.format(record))
             records = {**dict.fromkeys(found, record), **records}
@@ -9043,10 +9023,11 @@ class Ground:
 
     async def zone(self) -> str:
         labels, servers = self.domain.split('.'), []       # type: list[str], list[bytes]
-        for i in range(len(labels) - 1 if self._found else 0):
-            servers = servers or await self._ask('.'.join(labels[i:]), TYPE_NS) or []
+        for i in range(len(labels) - 1):
+            servers = servers or await ask_dns(
+                self._resolver, '.'.join(labels[i:]), TYPE_NS) or []
         name = min(servers, default=b'').decode('latin-1')
-        places = await self._addresses(name) if name else []
+        places = name and await addresses_in_dns(self._resolver, name)
         if not places:
             raise Finding('not looked at: its servers are not known', ok=None)
         for host, seen in self._found.items():
@@ -9058,8 +9039,7 @@ class Ground:
         return f'{name} says the same'
 
     async def ns(self) -> str:
-        self._check_acme()
-        found = await self._ask(self._delegated, TYPE_NS)
+        found = await ask_dns(self._resolver, self._delegated, TYPE_NS)
         record = f'name {self._delegated}, type NS, value {self.domain}.'
         if found is None:
             raise Finding(f'nobody answers for {self._delegated}', 'let port 53 (UDP and TCP) '
@@ -9070,10 +9050,9 @@ class Ground:
         return f'{self._delegated} leads to {self.domain}'
 
     async def caa(self) -> str:
-        self._check_acme()
         name, records = self.domain, []        # type: str, list[bytes]
         while name and not records:
-            records = await self._ask(name, TYPE_CAA) or []
+            records = await ask_dns(self._resolver, name, TYPE_CAA) or []
             name = name if records else name.partition('.')[2]
         for host in self.domain, f'*.{self.domain}':
             tag, values = caa_terms(records, host)
@@ -9089,7 +9068,7 @@ class Ground:
         with contextlib.suppress(OSError):      # it has no names
             tls.load_verify_locations(os.path.join(self._folder, 'self-signed.pem'))
         try:
-            async with asking(self._dial(self._here[0], self._tls_port, tls),
+            async with asking(self._dial(self._here[0], self._args.tls_port, tls),
                               self.domain, ITSELF) as (connection, _):
                 facts = connection.transport.get_extra_info('peercert')
         except (OSError, asyncio.TimeoutError) as e:
@@ -9119,29 +9098,27 @@ FRAME_UP = b'\x81\x8b\0\0\0\0localtunnel'       # with a mask that changes nothi
 FRAME_DOWN = b'\x81\x0blocaltunnel'
 
 RECIPES = 'configure it as README says under "A proxy in front"'
+NOBODY = 'something on the way'         # that does not say so
 # Who stands in front, by the header lines of answers, and how to let everything pass.
 FRONTS = (
     ('Cloudflare', r'cf-ray:|server: *cloudflare', 'set the DNS record to "DNS only"'),
     ('Envoy', r'x-envoy-|server: *envoy', f'allow "{PROTOCOL}" in its upgrade_configs'),
     ('nginx', r'server: *nginx', RECIPES),
-    ('a proxy', r'(?:server|via|x-cache):', RECIPES))
-SOMEBODY = 'something on the way', 'ask who runs the network, or try another one'
+    ('a proxy', r'(?:server|via|x-cache):', RECIPES),
+    (NOBODY, '', 'ask who runs the network, or try another one'))
 
-# What to look at, by the hop that failed, and the status where that tells more.
-LOOK_AT = {
-    'app502': 'see whether the app runs, on the port that the client was given',
-    'app': 'see the log of the app, and what the client printed',
+LOOK_AT = {                     # by the hop that failed
+    'app': 'see whether the app runs on the port that the client was given, and what it logs',
     'client': 'start the client, or see what it prints, and run doctor beside it',
-    'relay404': 'start the client, and compare the URL that it prints with this one',
-    'relay': 'see whether the client lets you in (--auth, --allow); its operator knows what the '
-             'server refuses'}
+    'relay': 'compare this URL with the one that the client prints; --auth, --allow, --rate and '
+             'block refuse visitors, too'}
 
 
 def front_of(response: Response) -> tuple[str, str]:
-    """(who, cure) of what stands in front of the server that RESPONSE is of; ('', '') if nobody."""
+    """(who, cure) of what stands in front of the server that RESPONSE is of, if anything does."""
     lines = response.block.decode('latin-1')
-    return next(((who, cure) for who, words, cure in FRONTS
-                 if re.search(f'(?im)^(?:{words})', lines)), ('', ''))
+    return next((who, cure) for who, words, cure in FRONTS
+                if re.search(f'(?im)^(?:{words})', lines))
 
 
 def milliseconds(began: float) -> str:
@@ -9183,13 +9160,13 @@ class Way:
         """KNOWN, APP and CLIENT are what `client` would make of the same words."""
         self.runtime, self.known, self.client, self._app = runtime, known, client, app
         app.dialers['doctor'] = self._dial_ourselves
-        self.where, self.front = str(client.address), SOMEBODY
+        self.where, self.front = str(client.address), ('', '')
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
         self._refusal: Any = None           # why there is no tunnel
-        self._running: asyncio.Future[None] | None = None
+        self._running: asyncio.Task[None] | None = None
         self.needed: Sequence[Check] = (        # each by those that follow
-            self.server, self.proxy, self.dns, self.connect, self.tls, self.http, self.upgrade,
+            self.server, self.dns, self.connect, self.tls, self.http, self.upgrade,
             self.token, self.tunnel, self.visitor)
         self.others: Sequence[Check] = (
             self.clock, self.body, self.streaming, self.websocket, self.headers)
@@ -9198,8 +9175,7 @@ class Way:
         """Close the tunnel."""
         self._app.close()
         if self._running:
-            self._running.cancel()
-            await asyncio.wait({self._running})
+            await end_task(self._running)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.client.stop(), LINGER)
 
@@ -9212,51 +9188,50 @@ class Way:
             lambda: Connection(self.runtime), sock=near)
         return connection
 
+    def _check(self, passes: bool, wrong: str) -> None:
+        """Raises Finding, with what is WRONG with who stands in front, unless all PASSES."""
+        if not passes:
+            who, cure = self.front
+            raise Finding(f'{who} {wrong}', cure)
+
     # To the server.
 
     async def server(self) -> str:
-        return f'{self.where} ({self.known.source})'
-
-    async def proxy(self) -> str:
-        address = self.client.address
-        if not address.route:
-            return 'none is asked for: the way is straight'
-        try:
-            (await address.route(address.site, address.port)).close()
-        except LocaltunnelError as e:
-            raise Finding(str(e), 'see HTTPS_PROXY, ALL_PROXY and NO_PROXY') from e
-        return 'the one in the environment connects'
+        return f'{self.where} ({self.known.source})' + (
+            ', through the proxy of the environment' if self.client.address.route else '')
 
     async def dns(self) -> str:
         site = self.client.address.site
         if self.client.address.route:
             return 'the proxy asks it'
         try:
-            found = addresses(site) if is_loopback(site) else sorted({
-                str(place[0]) for *_, place in await self.runtime.loop.getaddrinfo(
-                    site, None, type=socket.SOCK_STREAM)})
+            found = [str(place[0]) for host in addresses(site) for *_, place in
+                     await self.runtime.loop.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
         except socket.gaierror as e:
-            raise Finding(explain(e, self.where), 'check how it is spelled, or add a DNS '
-                          'record') from e
-        self._places = list({':' in place: place for place in reversed(found)}.values())
+            raise Finding(explain(e, self.where),
+                          'check how it is spelled, or add a DNS record') from e
+        self._places = list({':' in place: place for place in found}.values())
         return f'{site} is {", ".join(found)}'
 
     async def connect(self) -> str:
-        """Try an address of each family."""
-        port, good, bad = self.client.address.port, [], []
+        """Try the proxy, or an address of each family."""
+        address, good, bad = self.client.address, [], []
+        if address.route:
+            (await address.route(address.site, address.port)).close()
+            return 'the proxy does it'
         for place in self._places:
             began = time.monotonic()
             try:
                 transport, _ = await asyncio.wait_for(self.runtime.loop.create_connection(
-                    asyncio.Protocol, place, port), REACHED_WITHIN)
+                    asyncio.Protocol, place, address.port), REACHED_WITHIN)
                 transport.close()
                 good.append(f'{place} answers in {milliseconds(began)}')
             except (OSError, asyncio.TimeoutError) as e:
-                bad.append(explain(e, f'port {port} of {place}'))
-        if bad and not good:
+                bad.append(explain(e, f'port {address.port} of {place}'))
+        if not good:
             raise Finding(', '.join(bad),
                           'start the server there, or see what its firewall lets through')
-        return ', '.join(good + bad) or 'the proxy does it'
+        return ', '.join(good + bad)
 
     async def tls(self) -> str:
         connection = await self.client.dial(REACHED_WITHIN)
@@ -9276,18 +9251,16 @@ class Way:
         async with asking(self.client.dial(REACHED_WITHIN), self.where.partition('://')[2],
                           ITSELF) as (connection, response):
             said = await read_answer(connection, response)
-        self._response, (who, cure) = response, front_of(response)
-        self.front = (who, cure) if who else SOMEBODY
+        self._response, self.front = response, front_of(response)
+        who, where = self.front[0], response.find(b'location')[:MAX_TEXT]
         if SAID.fullmatch(said) or response.has(b'localtunnel-failed'):
-            return 'a localtunnel server answers' + (who and f', behind {who}')
+            return 'a localtunnel server answers' + (f', behind {who}' if who != NOBODY else '')
         if response.status in PROXY_FAILED:
-            raise Finding(f'{who or "a proxy"} in front answers {response.status}: the server '
-                          'behind it is down', 'start the server, or run doctor on its machine')
-        if 300 <= response.status < 400:
-            raise Finding(f'{self.where} redirects to {response.find(b"location")[:MAX_TEXT]}',
-                          'name that one with --server')
-        raise Finding(f'{who or self.where} answers {response.status}, not as a localtunnel server '
-                      'does', 'compare the address with the one that the server printed')
+            raise Finding(f'{who} in front answers {response.status}: the server behind it is down',
+                          'start the server, or run doctor on its machine')
+        raise Finding(f'{self.where} answers {response.status}, not as a localtunnel server does',
+                      f'name {where} with --server' if where else
+                      'compare the address with the one that the server printed')
 
     async def clock(self) -> str:
         return compare_clocks(self._response, self.where)
@@ -9300,9 +9273,8 @@ class Way:
         finally:
             welcomed.cancel()
         self._refusal = self._running.exception() if self._running.done() else None
-        if getattr(self._refusal, 'code', '') == 'no_upgrade':
-            who, cure = self.front
-            raise Finding(f'{who} does not let "Upgrade: {PROTOCOL}" pass', cure)
+        self._check(getattr(self._refusal, 'code', '') != 'no_upgrade',
+                    f'does not let "Upgrade: {PROTOCOL}" pass')
         if self._refusal and not isinstance(self._refusal, Refused):
             raise self._refusal
         return f'"Upgrade: {PROTOCOL}" passes'
@@ -9317,41 +9289,26 @@ class Way:
             raise self._refusal
         return f'open at {self.client.url}'
 
-
     # Through the tunnel, as a visitor.
-
-    async def _dial(self) -> Connection:
-        place = ServerAddress(self.client.url)
-        place.route = self.client.address.route
-        tls = client_tls(self.known.ca) if place.scheme == 'https' else None
-        return await dial_server(self.runtime, place, tls, '', REACHED_WITHIN)
 
     def _ask(self, path: str, *lines: str, **how: Any
              ) -> contextlib.AbstractAsyncContextManager[tuple[Connection, Response]]:
-        return asking(self._dial(), self.client.url.partition('://')[2], path, *lines, **how)
-
-    def _check(self, passes: bool, wrong: str) -> None:
-        """Raises Finding, with what is WRONG with who stands in front, unless all PASSES."""
-        if not passes:
-            who, cure = self.front
-            raise Finding(f'{who} {wrong}', cure)
+        place = ServerAddress(self.client.url)
+        place.route = self.client.address.route
+        return visit(self.runtime, place, self.known.ca, path, *lines, **how)
 
     async def visitor(self) -> str:
         site, began = ServerAddress(self.client.url).site, time.monotonic()
         every = f'*.{site.partition(".")[2]}'
         try:
             async with self._ask('/') as (_, response):
-                hop = response.find(b'localtunnel-failed')
+                self._check(response.status == 200, f'answers {response.status} in its place')
         except socket.gaierror as e:
             raise Finding(f'DNS has no address for {site}', f'add a record for all names: name '
                           f'{every}, with the address of the server') from e
         except Refused as e:
             raise Finding(str(e).partition(' (')[0], 'let the server have a certificate for '
                           f'{every}, too') from e
-        if response.status != 200:
-            who, cure = self.front
-            raise Finding(f'is answered {response.status} by {f"our {hop}" if hop else who}',
-                          LOOK_AT.get(hop, cure))
         return f'is answered in {milliseconds(began)}'
 
     async def body(self) -> str:
@@ -9397,23 +9354,16 @@ async def explain_answer(runtime: Runtime, args: Args) -> str:
     """What answers at a URL, unless that is an error."""
     scheme, host, port, path = split_url(
         args.url if '://' in args.url else 'https://' + args.url, ('https', 'http'))
-    where = authority(scheme, host, port)
-    tls = client_tls(args.ca) if scheme == 'https' else None
-    place = ServerAddress(f'{scheme}://{where}')
-    async with asking(dial_server(runtime, place, tls, '', REACHED_WITHIN),
-                      where, path or '/') as (connection, response):
-        text = (await read_answer(connection, response)).decode('latin-1').strip()[:MAX_TEXT]
-    hop, status = response.find(b'localtunnel-failed'), response.status
-    who, _ = front_of(response)
-    if hop:
-        hop = hop if hop in LOOK_AT else 'relay'
-        raise Finding(f'the {hop} says {text}', LOOK_AT.get(f'{hop}{status}', LOOK_AT[hop]))
-    if status in PROXY_FAILED:
-        raise Finding(f'{status} comes from {who or "a proxy"} in front, or from the app: this '
-                      'page is not ours', 'run doctor on the server, and see the log of the app')
+    place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
+    async with visit(runtime, place, args.ca, path or '/') as (connection, response):
+        hop, status, (who, _) = (
+            response.find(b'localtunnel-failed'), response.status, front_of(response))
+        said = await read_answer(connection, response) if hop else b''
+    if hop in LOOK_AT:
+        raise Finding(f'the {hop} says {said[:MAX_TEXT].decode("latin-1").strip()}', LOOK_AT[hop])
     if status >= 400:
-        raise Finding(f'{status} comes from the app' + (who and f', or from {who} in front'),
-                      'see the log of the app, and of the client')
+        raise Finding(f'{status} comes from the app, or from {who}: this page is not ours',
+                      'see the logs of the app and the client, and run doctor on the server')
     return f'{status}, which is none of our error pages'
 
 
@@ -9461,11 +9411,12 @@ class Doctor(Annex):
     @staticmethod
     async def look(args: Args, server: Server, ground: Ground) -> None:
         """Log what is wrong on the GROUND of SERVER; the keeper of --acme tells of certificates."""
-        checks = [ground.state, ground.clock, ground.dns, ground.certificate]
-        for check in checks[:3 if getattr(args, 'acme', None) else 4]:
-            ok, text, cure = await verdict_of(check, args.domain)
-            if ok is False:
-                server.log.note(f'warning: {text}; {cure}')
+        names = ['state', 'clock', 'dns'] + ['certificate'] * (not getattr(args, 'acme', None))
+        for check in ground.checks:
+            if check.__name__ in names:
+                ok, text, cure = await verdict_of(check, args.domain)
+                if ok is False:
+                    server.log.note(f'warning: {text}; {cure}')
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         parser = add('doctor', help='say what is wrong, and what helps', epilog=DOCTOR_EPILOG,
