@@ -9769,7 +9769,7 @@ SECRET_FIELDS = {'authorization', 'proxy-authorization', 'cookie', 'set-cookie'}
 # Names of query parameters: words that people glue to others, and short ones that stand alone.
 _SECRET_NAME = re.compile(r'(?i:token|secret|passw|signature|credential|api_?-?key)'
                           r'|(?<![A-Za-z])(?i:key|sig|auth|pwd|jwt)(?![a-z])|(?:Key|Sig)(?![a-z])')
-_PARAMETER = re.compile(r'(?<=[?&;])([^=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
+_PARAMETER = re.compile(r'(?<=[?&;])([^?=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
 
 
 def masked(text: str) -> str:
@@ -10537,14 +10537,18 @@ dialog { width: min(52rem, 94vw); border: var(--edge); border-radius: .7em; marg
 <script>
 'use strict';
 const KEPT = 500, MOST = 1000;  // exchanges in the list; lines or members that are laid out at once
-const UNPACKED = 4 << 20;       // bytes that a compressed body may become
+const LONG = 1 << 16;           // characters of a text that is shown, and of markup that is parsed
+const UNPACKED = 4 << 20;       // bytes that a compressed body may become, and
+const DROP = 256;               // bytes of it at a time, of which a bomb makes a megabyte or a few
+const NESTED = 4;               // multipart bodies inside one another
 const $ = selector => document.querySelector(selector), json = JSON.stringify;
 
 // What strangers sent gets into the page by `make` alone: as text, never as markup, and with what
 // would be invisible, or turn its surroundings around, spelled out.
-const shown = text => String(text).replace(
+const shown = text => String(text).slice(0, LONG).replace(
   /[\0-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u206f\ufeff]/g,
-  c => c === '\r' ? '' : `\\u${c.charCodeAt().toString(16).padStart(4, '0')}`);
+  c => c === '\r' ? '' : `\\u${c.charCodeAt().toString(16).padStart(4, '0')}`)
+  + (text?.length > LONG ? `\n\u2026 ${text.length - LONG} more characters` : '');
 function make(spec, ...inside) {        // 'tag.class', and what it holds; objects are properties
   const [tag, ...classes] = spec.split('.'), node = document.createElement(tag);
   node.className = classes.join(' ');
@@ -10661,6 +10665,7 @@ const dataOf = ({body, encoding}) => encoding === 'base64' ? unlatin(atob(body))
   : new TextEncoder().encode(body);
 const source = (type, data) => `data:${type};base64,${btoa(latin(data))}`;
 const field = (part, name) => part.headers.find(([n]) => n.toLowerCase() === name)?.[1] ?? '';
+const kindOf = type => type.split(';')[0].trim().toLowerCase();
 function textOf(data, type) {   // null if it holds none; its last character may be cut
   const charset = type.match(/charset="?([\w-]+)/i)?.[1] ?? 'utf-8';
   try {
@@ -10677,12 +10682,14 @@ const hex = data => Array.from({length: Math.min(MOST, Math.ceil(data.length / 1
 async function unpack(data, coding) {   // and what is to be said of it
   const format = {br: 'brotli', 'x-gzip': 'gzip'}[coding] ?? coding, pieces = [];
   if (!format || format === 'identity') return [data, ''];
-  let got = 0;
+  let got = 0, at = 0;
+  const drops = new ReadableStream({pull: to => at < data.length
+    ? to.enqueue(data.slice(at, at += DROP)) : to.close()});
   try {
-    const undone = new Blob([data]).stream().pipeThrough(new DecompressionStream(format));
-    const reader = undone.getReader();
+    const reader = drops.pipeThrough(new DecompressionStream(format)).getReader();
     for (let piece; got < UNPACKED && (piece = (await reader.read()).value); got += piece.length)
       pieces.push(piece);
+    reader.cancel();
   } catch { }           // it was cut, or is not what it says
   return got ? [new Uint8Array(await new Blob(pieces).arrayBuffer()), `${coding}: ${size(got)}`]
     : [data, `${coding}, which this browser can't undo`];
@@ -10711,22 +10718,22 @@ function xmlTree(node, depth = 0) {
   return !node.childElementCount ? make('div', label, node.textContent.trim())
     : fold(label, inside.map(one => () => xmlTree(one, depth + 1)), depth < 4);
 }
-function partOf(text) {         // of multipart
+function partOf(text, depth) {  // of multipart
   const [head, ...rest] = text.trimStart().split('\r\n\r\n');
   const type = head.match(/^content-type: *(.*)$/im)?.[1] ?? 'text/plain';
   const data = unlatin(rest.join('\r\n\r\n').replace(/\r\n$/, ''));
-  return make('div.box', make('p.dim', textOf(unlatin(head), '')), layOut(data, type));
+  return make('div.box', make('p.dim', textOf(unlatin(head), '')), layOut(data, type, depth));
 }
-function layOut(data, type) {
+function layOut(data, type, depth = 0) {
   const boundary = type.match(/^multipart\/.*boundary="?([^";]+)/i)?.[1];
-  const text = textOf(data, type), [kind] = type.toLowerCase().split(/ *;/);
-  if (boundary) return make('div', latin(data).split(`--${boundary}`).slice(1)
-    .filter(part => !part.startsWith('--')).slice(0, MOST).map(partOf));
+  const text = textOf(data, type), kind = kindOf(type);
+  if (boundary && depth < NESTED) return make('div', latin(data).split(`--${boundary}`).slice(1)
+    .filter(part => !part.startsWith('--')).slice(0, MOST).map(part => partOf(part, depth + 1)));
   if (/^image/.test(kind)) return make('img', {src: source(kind, data), alt: 'the image'});
   try {
     if (/json/.test(kind) || /^\s*[[{]/.test(text)) return jsonTree(JSON.parse(text, exact));
     if (/urlencoded/.test(kind)) return table([...new URLSearchParams(text)]);
-    const tree = /xml|html/.test(kind) && new DOMParser().parseFromString(
+    const tree = /xml|html/.test(kind) && text.length < LONG && new DOMParser().parseFromString(
       text, /html/.test(kind) ? 'text/html' : 'text/xml');
     if (tree && !tree.querySelector('parsererror')) return xmlTree(tree.documentElement);
   } catch { }           // it is not what its type says
@@ -10739,11 +10746,11 @@ async function message(title, part, note) {
   return make('section', make('h3', title),
     make('div.box', make('p.mono.wrap', part.line), table(part.headers)),
     !data.length ? null : [make('div.box.tree', {tabIndex: 0}, layOut(plain, type)), make('div.bar',
-      make('a', {href: source('', data), download: type.replace(/.*\W(\w+)(;.*|$)/, 'body.$1')},
+      make('a', {href: source('', data), download: `body.${kindOf(type).split(/\W/).pop()}`},
         'Download'), make('span.dim', coding)),
     fold('As it came', [() => make('pre.box', textOf(data, type) ?? hex(data))]),
     /html/.test(type) ? fold('Preview', [() => make('iframe.box', {
-      sandbox: '', srcdoc: textOf(plain, type)})]) : null],
+      sandbox: '', srcdoc: textOf(plain, type)?.slice(0, LONG) ?? ''})]) : null],
     part.truncated ? make('p.warn', note) : null,
     part.trailers.length ? make('div.box', 'Trailers', table(part.trailers)) : null);
 }
