@@ -9934,20 +9934,17 @@ class Frames(Reader):
 
 class Replay(ByteStream):
     """A stream with one request that was sent before; nobody reads the response."""
-    __slots__ = ('edited', 'made', 'on_lost')
+    made: Kept | None = None            # the exchange that it became
+    on_lost: Callable[[], None] | None = None
 
     def __init__(self, runtime: Runtime, message: bytes, edited: bool = False) -> None:
+        """MESSAGE is the whole request, as it was or EDITED."""
         super().__init__(runtime)
-        self.edited = edited                # it is not as it was
-        self.made: Kept | None = None       # the exchange that it became
-        self.on_lost: Callable[[], None] | None = None
+        self.edited = edited
         self.feed_data(message)
         self.feed_eof()
 
     async def write(self, data: Buffer, end: bool = False) -> None:
-        self.check()
-
-    async def write_eof(self) -> None:
         self.check()
 
     def reset(self, code: int, text: str) -> None:
@@ -10224,15 +10221,10 @@ class Exchanges(ClientObserver):
 
 # What is made of them: a choice, an archive, a request to send again.
 
-# Words of a filter: how their values look, an example, and the test that they make.
-WORDS: dict[str, tuple[str, str, Callable[[dict[str, Any], str], object]]] = {
-    'status': ('[0-9][0-9x]{2}', '404 or 5xx', lambda exchange, value: re.fullmatch(
-        value.replace('x', '.'), f'{exchange["status"]:03}')),
-    'slow': ('>?[0-9]{1,9}([.][0-9]{1,9})?', '>MILLISECONDS, such as >500',
-             lambda exchange, value: exchange['ms'] > float(value.lstrip('>'))),
-    'method': ('.*', '', lambda exchange, value: exchange['method'].lower() == value),
-    'kind': ('.*', '', lambda exchange, value: exchange['kind'] == value),
-    'failed': ('.*', '', lambda exchange, value: exchange['failed'] == value)}
+# Words of a filter: how their values look, and an example of what they take.
+WORDS = {'status': ('[0-9][0-9x]{2}', '404 or 5xx'), 'method': ('.*', ''), 'kind': ('.*', ''),
+         'slow': ('>?[0-9]{1,9}([.][0-9]{1,9})?', '>MILLISECONDS, such as >500'),
+         'failed': ('.*', '')}
 
 
 class Filter:
@@ -10240,20 +10232,29 @@ class Filter:
 
     def __init__(self, text: str) -> None:
         """Raises BadHttp."""
-        self._words, self.texts = [], []
+        self._words: list[tuple[str, str]] = []
+        self.texts: list[str] = []
         for word in text.lower().split():
             name, colon, value = word.partition(':')
             if not colon or name not in WORDS:
                 self.texts.append(word)
                 continue
-            pattern, example, test = WORDS[name]
+            pattern, example = WORDS[name]
             if not re.fullmatch(pattern, value):
                 raise BadHttp(400, f'{name} takes {example}, not {value!r}')
-            self._words.append((test, value))
+            self._words.append((name, value))
+
+    @staticmethod
+    def _fits(exchange: dict[str, Any], name: str, value: str) -> bool:
+        if name == 'status':
+            return bool(re.fullmatch(value.replace('x', '.'), f'{exchange["status"]:03}'))
+        if name == 'slow':
+            return bool(exchange['ms'] > float(value.lstrip('>')))
+        return bool(exchange[name].lower() == value)
 
     def fits(self, exchange: dict[str, Any], details: Callable[[], dict[str, Any]]) -> bool:
         """Return True if EXCHANGE fits; texts are looked for in its DETAILS."""
-        if not all(test(exchange, value) for test, value in self._words):
+        if not all(self._fits(exchange, *word) for word in self._words):
             return False
         if not self.texts:
             return True
@@ -10997,19 +10998,34 @@ def page_policy(page: str) -> str:
             "frame-ancestors 'none'")
 
 
-class Call:
-    """One request to an inspector, and its answer."""
+class Inspector:
+    """One request to the inspector of a client, and its answer."""
+    live: set[Connection] = set()       # of all that are asked now
 
-    def __init__(self, inspector: Inspector, connection: Connection) -> None:
-        self._inspector, self._connection = inspector, connection
-        self._book = inspector.book
-        self._runtime = connection.runtime
+    def __init__(self, book: Exchanges, host: str, password: str, connection: Connection) -> None:
+        """It was told to listen on HOST, and to ask for PASSWORD, if there is one."""
+        self._book, self._connection = book, connection
+        self._host, self._password = host, password
         self._request: Request = None           # type: ignore[assignment]  # it is read first
         self._words: dict[str, str] = {}        # of its query
         self._body = b''
 
     async def serve(self) -> None:
-        """Read it, and answer it.  Raises LocaltunnelError."""
+        """Read it, answer it, and close the connection."""
+        connection = self._connection
+        connection.timeout = HEAD_TIMEOUT
+        self.live.add(connection)
+        try:
+            if len(self.live) <= MAX_INSPECTORS:
+                await self._serve()
+                await connection.linger()
+        except (LocaltunnelError, OSError):
+            connection.abort()
+        finally:
+            connection.close()
+            self.live.discard(connection)
+
+    async def _serve(self) -> None:
         try:
             head = await read_head(self._connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
             if head is not None:
@@ -11023,16 +11039,16 @@ class Call:
 
     def _check(self) -> None:
         """Raise HopFailed unless it comes from this machine, and from no other site's page."""
-        request, told, password = self._request, self._inspector.host, self._inspector.password
+        request, told = self._request, self._host
         host, origin = request.host_name, request.find(b'origin')
         # A tunnel to this inspector adds such fields; raw TCP does not, but comes from here.
         passed = {*request.untrusted()} - {SECRETS_FIELD} or request.has(b'via')
         transport = self._connection.transport
         ends = [transport.get_extra_info(name) for name in ('peername', 'sockname')]
         if passed or any([other.get_extra_info(name) for name in ('sockname', 'peername')] == ends
-                         for other in self._runtime.transports):
+                         for other in self._connection.runtime.transports):
             raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
-        if not password and not is_loopback(self._connection.peer):
+        if not self._password and not is_loopback(self._connection.peer):
             raise HopFailed(403, 'the inspector is for its own machine')
         if not (host in ('localhost', told) or is_address(host) and (
                 is_loopback(host) or told in ('0.0.0.0', '[::]'))):
@@ -11044,7 +11060,7 @@ class Call:
 
     async def _check_password(self) -> None:
         scheme, _, said = self._request.find(b'authorization').partition(' ')
-        password, given = self._inspector.password.encode(), b''
+        password, given = self._password.encode(), b''
         with contextlib.suppress(ValueError):
             given = base64.b64decode(said, validate=True).partition(b':')[2]
         if password and not (scheme.lower() == 'basic' and hmac.compare_digest(given, password)):
@@ -11198,7 +11214,7 @@ class Call:
             edits = None
         if not isinstance(edits, dict):
             raise BadHttp(400, 'the body is not a JSON object')
-        edited, runtime = Edited(exchange, edits), self._runtime
+        edited, runtime = Edited(exchange, edits), self._connection.runtime
         stream = Replay(runtime, edited.message(exchange['id']), edited.changed)
         # As if it came through the tunnel: by the same way to the app, and kept like others.
         sending = runtime.spawn(self._book.app.serve(stream))   # type: ignore[arg-type]
@@ -11217,34 +11233,15 @@ class Call:
         ('GET', '/api/status', _status))
 
 
-class Inspector:
-    """The inspector of one client."""
+async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket], note: str,
+                    said: dict[str, Any]) -> None:
+    """Serve on SOCKETS, of HOST, until it is cancelled; meanwhile the file NOTE holds SAID."""
+    runtime = book.app.runtime
 
-    def __init__(self, book: Exchanges, host: str, password: str) -> None:
-        """It was told to listen on HOST, and to ask for PASSWORD, if there is one."""
-        self.book, self.host, self.password = book, host, password
-        self._connections = 0
-
-    async def serve(self, connection: Connection) -> None:
-        """Serve CONNECTION, which is for one request."""
-        self._connections += 1
-        connection.timeout = HEAD_TIMEOUT
-        try:
-            if self._connections <= MAX_INSPECTORS:
-                await Call(self, connection).serve()
-                await connection.linger()
-        except (LocaltunnelError, OSError):
-            connection.abort()
-        finally:
-            connection.close()
-            self._connections -= 1
-
-
-async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[socket.socket],
-                    note: str, said: dict[str, Any]) -> None:
-    """Serve on SOCKETS until it is cancelled; meanwhile the file NOTE holds what is SAID."""
+    def serve(connection: Connection) -> Coroutine[Any, Any, None]:
+        return Inspector(book, host, said['password'], connection).serve()
     doors = [await runtime.loop.create_server(
-        lambda: Connection(runtime, inspector.serve), sock=sock) for sock in sockets]
+        lambda: Connection(runtime, serve), sock=sock) for sock in sockets]
     with contextlib.suppress(OSError):      # then the commands need --inspect PORT
         os.makedirs(os.path.dirname(note), mode=0o700, exist_ok=True)
         write_secret(note, json.dumps(said).encode())
@@ -11267,28 +11264,39 @@ async def listen_on(inspector: Inspector, runtime: Runtime, sockets: Sequence[so
 FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
 
 
+def private(path: str, flags: int) -> int:
+    """For open: nobody else may read what is made."""
+    return os.open(path, flags, 0o600)
+
+
 class Recorder:
     """Appends exchanges to a file, a line each, in a thread: a slow disk holds nothing up.
 
     It holds none of them: what the book lets go before the disk has taken it is missing.
     """
 
-    def __init__(self, path: str, show: bool, warn: Callable[[str], None]) -> None:
-        """SHOW secrets or mask them; WARN is called in the thread, once.  Raises OSError."""
-        self._path, self._show, self._warn = path, show, warn
-        self._file = open(path, 'a+b', 0, opener=lambda path, flags: os.open(path, flags, 0o600))
-        if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
-            os.fchmod(self._file.fileno(), 0o600)
-        # A line that a crash has cut short must not spoil the next one.
-        self._torn = os.path.getsize(path) > 0 and (
-            self._file.seek(-1, os.SEEK_END) >= 0 and self._file.read(1) != b'\n')
+    def __init__(self, path: str, show: bool, app: App) -> None:
+        """Of what passes at APP; SHOW secrets or mask them.  Raises UsageError."""
+        self._path, self._show, self._app = path, show, app
+        try:
+            self._file = open(path, 'a+b', 0, opener=private)
+            if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
+                os.fchmod(self._file.fileno(), 0o600)
+            # A line that a crash has cut short must not spoil the next one.
+            self._torn = os.path.getsize(path) > 0 and (
+                self._file.seek(-1, os.SEEK_END) >= 0 and self._file.read(1) != b'\n')
+        except OSError as e:
+            raise UsageError(f"can't write --record {path}: {e.strerror}") from e
         self._due: collections.deque[weakref.ref[Kept]] = collections.deque(maxlen=KEPT_EXCHANGES)
         self._news, self._ending = threading.Event(), False
         self._told = self._written = 0      # exchanges
+        self._warned = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
+        app.seen.listeners.append(self._tell)
+        app.runtime.spawn(self._until_the_end())
 
-    def tell(self, kept: Kept) -> None:
+    def _tell(self, kept: Kept) -> None:
         """Write KEPT, if it has ended, soon."""
         if kept.seconds is not None:
             self._told += 1
@@ -11316,15 +11324,26 @@ class Recorder:
             self._torn, self._written = False, self._written + 1
         else:
             self._torn = self._torn or done > 0
-            warn, self._warn = self._warn, lambda text: None
-            warn(f"warning: can't record in {self._path}: {why}; exchanges are missing there")
+            with contextlib.suppress(RuntimeError):     # the loop has ended
+                self._app.runtime.loop.call_soon_threadsafe(self._warn, why)
 
-    def close(self) -> int:
-        """Write what is queued, if the disk takes it soon; return how many are missing."""
-        self._ending = True
-        self._news.set()
-        self._thread.join(LAST_LINES)
-        return self._told - self._written
+    def _warn(self, why: str) -> None:
+        if not self._warned:
+            self._warned = True
+            self._app.observer.note(f"warning: can't record in {self._path}: {why}; exchanges are "
+                                    'missing there')
+
+    async def _until_the_end(self) -> None:
+        """Write what is left, if the disk takes it soon, and say what is missing."""
+        try:
+            await self._app.runtime.loop.create_future()
+        finally:
+            self._ending = True
+            self._news.set()
+            self._thread.join(LAST_LINES)
+            if self._told > self._written:
+                self._app.observer.note(f'{self._told - self._written} exchanges are missing in '
+                                        'the record')
 
 
 NUMBER, NOTHING = (int, float), type(None)
@@ -11547,7 +11566,7 @@ class Inspect(Annex):
         if told:
             app.seen.listeners.append(functools.partial(self.tell_python, told))
         if args.record:
-            app.runtime.spawn(self._record(self._recorder(args, app), app))
+            Recorder(args.record, args.record_secrets, app)
 
     @staticmethod
     def tell_python(function: Callable[[Any], object], kept: Kept) -> None:
@@ -11558,40 +11577,16 @@ class Inspect(Annex):
             except Exception:       # it is not ours, and must harm nothing
                 logging.getLogger('localtunnel').exception('on_exchange failed')
 
-    @staticmethod
-    def _recorder(args: Args, app: App) -> Recorder:
-        """What writes --record FILE.  Raises UsageError."""
-        def warn(text: str) -> None:
-            with contextlib.suppress(RuntimeError):     # the loop has ended
-                app.runtime.loop.call_soon_threadsafe(app.observer.note, text)
-        try:
-            recorder = Recorder(args.record, args.record_secrets, warn)
-        except OSError as e:
-            raise UsageError(f"can't write --record {args.record}: {e.strerror}") from e
-        app.seen.listeners.append(recorder.tell)
-        return recorder
-
-    @staticmethod
-    async def _record(recorder: Recorder, app: App) -> None:
-        """Close RECORDER at the end."""
-        try:
-            await app.runtime.loop.create_future()
-        finally:
-            missing = recorder.close()
-            if missing:
-                app.observer.note(f'{missing} exchanges are missing in the record')
-
     async def beside(self, args: Args, app: App) -> None:
         if args.no_inspect:
             return
         host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
         sockets = self.sockets(host, port, 1 if args.inspect else INSPECTOR_PORTS)
-        port, password = sockets[0].getsockname()[1], args.inspect_password or ''
+        port = sockets[0].getsockname()[1]
         where = '127.0.0.1' if host in ('', '0.0.0.0', '::') else host
         app.runtime.spawn(listen_on(
-            Inspector(app.seen, bracketed(host), password), app.runtime, sockets,
-            config_path(os.path.join('inspectors', str(port))),
-            {'host': where, 'port': port, 'password': password}))
+            app.seen, bracketed(host), sockets, config_path(os.path.join('inspectors', str(port))),
+            {'host': where, 'port': port, 'password': args.inspect_password or ''}))
         app.observer.watched(f'http://{authority("http", host, port)}')
 
     @staticmethod
