@@ -6059,12 +6059,14 @@ DNS_PORT = 53
 TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
     1, 2, 6, 16, 28, 41, 255, 257)
 INTERNET = 1                            # the class
-IS_ANSWER, IS_TRUE, IS_CUT, GO_ON, OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800     # flags
+IS_ANSWER, IS_TRUE, GO_ON, OPCODE = 0x8000, 0x0400, 0x0100, 0x7800      # flags
 NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
-DNS_PLAIN, DNS_EXTENDED = 512, 1232     # bytes of UDP: without EDNS, and what no path breaks up
+EDNS_SIZE = 1232                # bytes that we say we take by UDP: no path breaks them up
 ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
-MOST_ADDITIONS = 8              # records of a question that are looked at; EDNS has one
-MOST_STEPS = 256                # labels and pointers of a name: twice as many as fit into one
+LONGEST_NAME = 255              # bytes
+MOST_RECORDS = 64               # that are looked at; an answer without EDNS hardly holds more
+MOST_TEXTS = 4                  # an order has two: so that each answer fits into 512 bytes
+POINTER = 0xC000                # to where a name was written before
 
 
 def encode_name(name: str) -> bytes:
@@ -6074,24 +6076,39 @@ def encode_name(name: str) -> bytes:
 
 
 def read_labels(packet: bytes, at: int) -> tuple[list[bytes], int]:
-    """The labels of the name in PACKET, and where it ends.  Raises IndexError and ValueError."""
-    labels, began = [], at
-    while packet[at]:
+    """The labels of the name in PACKET, in small letters, and where it ends.
+
+    Raises IndexError, and ValueError.
+    """
+    labels, end, length = [], 0, 1
+    while length <= LONGEST_NAME:       # each pointer counts, too: they may lead in a circle
         size = packet[at]
-        if size > 63 or at + size - began > 253:    # a pointer has no place in a question
-            raise ValueError('a malformed name')
-        labels.append(packet[at + 1:at + 1 + size].lower())
-        at += 1 + size
-    return labels, at + 1
+        if size >= POINTER >> 8:
+            end, length = end or at + 2, length + 1
+            at = (size << 8 | packet[at + 1]) - POINTER
+        elif size > 63:
+            break
+        elif size:
+            labels.append(packet[at + 1:at + 1 + size].lower())
+            at, length = at + 1 + size, length + 1 + size
+        else:
+            return labels, end or at + 1
+    raise ValueError('a malformed name')
 
 
-def skip_name(packet: bytes, at: int) -> int:
-    """Where the name ends that begins in PACKET; it may be a pointer.  Raises IndexError."""
-    while packet[at]:
-        if packet[at] >= 0xC0:
-            return at + 2
-        at += 1 + packet[at]
-    return at + 1
+def walk_records(packet: bytes, at: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """(type, seconds to live, where the data begins and ends) of COUNT records in PACKET.
+
+    Raises what read_labels does, and struct.error.
+    """
+    for _ in range(min(count, MOST_RECORDS)):
+        _, at = read_labels(packet, at)
+        kind, _, seconds, size = DNS_RECORD.unpack_from(packet, at)
+        begin = at + DNS_RECORD.size
+        at = begin + size
+        if at > len(packet):
+            raise IndexError('a record without its end')
+        yield kind, seconds, begin, at
 
 
 class Zone:
@@ -6105,60 +6122,46 @@ class Zone:
     def __init__(self, domain: str) -> None:
         self.name = f'_acme-challenge.{domain}'
         self.texts: set[str] = set()        # that an order, or a trial, has published
-        self._labels = [label.encode() for label in self.name.split('.')]
-        host = encode_name(domain)
-        self._fixed = {TYPE_NS: host, TYPE_SOA: host + encode_name(f'hostmaster.{domain}')
-                       + struct.pack('>5I', 1, 3600, 600, 86400, ZONE_SECONDS)}
+        self._wire = encode_name(self.name).lower()
 
-    def answer(self, packet: bytes, most: int = DNS_PLAIN) -> bytes:
-        """The answer to PACKET, of MOST bytes; b'' for what is malformed, or an answer itself."""
+    def answer(self, packet: bytes) -> bytes:
+        """The answer to PACKET; b'' for what is malformed, or an answer itself."""
         try:
-            id, flags, *counts = DNS_HEADER.unpack_from(packet)
-            labels, at = read_labels(packet, DNS_HEADER.size)
+            id, flags, questions, *more = DNS_HEADER.unpack_from(packet)
+            _, at = read_labels(packet, DNS_HEADER.size)
             kind, group = struct.unpack_from('>HH', packet, at)
-            version, room = self._extension(packet, at + 4, counts)
+            version = next((seconds >> 16 & 255 for type, seconds, *_ in walk_records(
+                packet, at + 4, sum(more)) if type == TYPE_OPT), -1)    # of EDNS (RFC 6891)
         except (struct.error, IndexError, ValueError):
             return b''
-        if flags & IS_ANSWER or counts[0] != 1:
+        if flags & IS_ANSWER or questions != 1:
             return b''
-        ours = labels[-len(self._labels):] == self._labels and group in (INTERNET, TYPE_ANY)
+        name = packet[DNS_HEADER.size:at].lower()
+        ours = name.endswith(self._wire) and group in (INTERNET, TYPE_ANY)
         error = (NOT_IMPLEMENTED if flags & OPCODE else BAD_VERSION if version > 0
                  else NO_ERROR if ours else NOT_OURS)
-        found = self._records(kind) if not error and labels == self._labels else []
-        empty = [(TYPE_SOA, self._fixed[TYPE_SOA])] if not error and not found else []
-        apex = at - len(encode_name(self.name))         # where the name of the zone stands
+        apex = at - len(self._wire)         # where the question has the name of the zone
+        found = self._records(kind, apex) if not error and name == self._wire else []
+        empty = [] if error or found else self._records(TYPE_SOA, apex)
         records = b''.join(
-            struct.pack('>H', 0xC000 | apex) + DNS_RECORD.pack(
+            struct.pack('>H', POINTER | apex) + DNS_RECORD.pack(
                 kind, INTERNET, ZONE_SECONDS, len(data)) + data for kind, data in found + empty)
-        extension = b'' if version < 0 else b'\0' + DNS_RECORD.pack(
-            TYPE_OPT, DNS_EXTENDED, error >> 4 << 24, 0)
-        question = packet[DNS_HEADER.size:at + 4]       # as it was spelt
+        if version >= 0:
+            records += b'\0' + DNS_RECORD.pack(TYPE_OPT, EDNS_SIZE, error >> 4 << 24, 0)
         flags = IS_ANSWER | flags & (GO_ON | OPCODE) | error & 15 | (IS_TRUE if ours else 0)
-        if DNS_HEADER.size + len(question + records + extension) > max(
-                most, min(room, DNS_EXTENDED)):
-            flags, found, empty, records = flags | IS_CUT, [], [], b''
-        return DNS_HEADER.pack(id, flags, 1, len(found), len(empty), bool(extension)) + (
-            question + records + extension)
+        return DNS_HEADER.pack(id, flags, 1, len(found), len(empty), version >= 0) + (
+            packet[DNS_HEADER.size:at + 4] + records)       # the question as it was spelt
 
-    @staticmethod
-    def _extension(packet: bytes, at: int, counts: Sequence[int]) -> tuple[int, int]:
-        """The version of EDNS that PACKET speaks, -1 for none, and how much it takes (RFC 6891)."""
-        if counts[1] or counts[2]:
-            return -1, 0
-        for _ in range(min(counts[3], MOST_ADDITIONS)):
-            at = skip_name(packet, at)
-            kind, room, more, size = DNS_RECORD.unpack_from(packet, at)
-            if kind == TYPE_OPT:
-                return more >> 16 & 255, room
-            at += DNS_RECORD.size + size
-        return -1, 0
-
-    def _records(self, kind: int) -> list[tuple[int, bytes]]:
-        """(type, data) of what there is of KIND."""
+    def _records(self, kind: int, apex: int) -> list[tuple[int, bytes]]:
+        """(type, data) of what there is of KIND in the zone whose name is at APEX."""
         if kind == TYPE_TXT:
-            return [(TYPE_TXT, bytes([len(text)]) + text.encode()) for text in sorted(self.texts)]
+            return [(kind, bytes([len(text)]) + text.encode())
+                    for text in sorted(self.texts)[:MOST_TEXTS]]
+        host = struct.pack('>H', POINTER | apex + len('._acme-challenge'))
+        fixed = {TYPE_NS: host, TYPE_SOA: host + b'\x0ahostmaster' + host + struct.pack(
+            '>5I', 1, 3600, 600, 86400, ZONE_SECONDS)}
         kind = TYPE_SOA if kind == TYPE_ANY else kind       # something has to be said (RFC 8482)
-        return [(kind, self._fixed[kind])] if kind in self._fixed else []
+        return [(kind, fixed[kind])] if kind in fixed else []
 
 
 class Datagrams(asyncio.DatagramProtocol):
@@ -6179,7 +6182,8 @@ class Datagrams(asyncio.DatagramProtocol):
 
 DNS_RATE, DNS_BURST = 200.0, 500.0      # answers a second: an order has a few dozen askers
 DNS_CONNECTIONS = 64                    # over TCP at once
-DNS_PATIENCE = 5.0                      # seconds for a question over TCP, and for all our own
+DNS_PATIENCE = 5.0                      # seconds for who asks over TCP, and for all our own
+DNS_TRIES = 3                           # by UDP, which loses some
 SIZE_BEFORE = struct.Struct('>H')       # over TCP, a message stands behind its size
 
 
@@ -6191,7 +6195,7 @@ class NameServer:
         self._runtime = runtime
         self._left, self._at = DNS_BURST, runtime.now()     # answers, and when they were counted
         self._open: dict[str, list[Any]] = {}               # what listens, by host
-        self._serving: set[asyncio.Task[Any]] = set()       # who came over TCP
+        self._guests = 0                                    # who came over TCP
 
     async def listen(self, host: str, port: int) -> None:
         """Answer at PORT of HOST, beside a predecessor where the system can.  Raises OSError."""
@@ -6202,52 +6206,50 @@ class NameServer:
             lambda: Datagrams(self._datagram), (host, port), reuse_port=beside)
         try:
             self._open[host] = [transport, await asyncio.start_server(
-                self._came, host, port, reuse_port=beside)]
+                lambda reader, writer: self._runtime.spawn(self._serve(reader, writer)),
+                host, port, reuse_port=beside)]
         except OSError:
             transport.close()
             raise
 
-    async def close(self) -> None:
-        """Answer nobody any more."""
+    def close(self) -> None:
+        """Let nobody come any more."""
         for one in itertools.chain(*self._open.values()):
             one.close()
-        for task in tuple(self._serving):
-            await end_task(task)
 
-    def _answer(self, packet: bytes, most: int) -> bytes:
+    def _answer(self, packet: bytes) -> bytes:
         now = self._runtime.now()
         self._left = min(DNS_BURST, self._left + (now - self._at) * DNS_RATE)
         self._at = now
         if self._left < 1:
             return b''
         self._left -= 1
-        return self.zone.answer(packet, most)
+        return self.zone.answer(packet)
 
     def _datagram(self, data: bytes, sender: Any, transport: Any) -> None:
-        answer = self._answer(data, DNS_PLAIN)
+        answer = self._answer(data)
         if answer:
             transport.sendto(answer, sender)
 
-    def _came(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = self._runtime.spawn(self._serve(reader, writer))
-        self._serving.add(task)
-        task.add_done_callback(self._serving.discard)
-
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._guests += 1
         try:
-            while len(self._serving) <= DNS_CONNECTIONS:
-                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
-                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
-                answer = self._answer(await asyncio.wait_for(
-                    reader.readexactly(size), DNS_PATIENCE), MAX_HEAD)
-                if not answer:
-                    break
-                writer.write(SIZE_BEFORE.pack(len(answer)) + answer)
-                await asyncio.wait_for(writer.drain(), DNS_PATIENCE)
+            if self._guests <= DNS_CONNECTIONS:
+                await asyncio.wait_for(self._converse(reader, writer), DNS_PATIENCE)
         except (OSError, EOFError, asyncio.TimeoutError):
             pass                # they left, or take too long
         finally:
+            self._guests -= 1
             writer.close()
+
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Answer each question of who came over TCP, up to a malformed one.  Raises EOFError."""
+        answer = b'.'
+        while answer:
+            size, = SIZE_BEFORE.unpack(await reader.readexactly(SIZE_BEFORE.size))
+            answer = self._answer(await reader.readexactly(size))
+            writer.write(SIZE_BEFORE.pack(len(answer)) + answer if answer else b'')
+            await writer.drain()
 
 
 def way_to(address: str) -> str:
@@ -6270,50 +6272,27 @@ def system_resolver() -> tuple[str, int] | None:
                                             errors='replace') as f:
         match = re.search(r'(?m)^nameserver\s+(\S+)', f.read())
         if match:
-            return match.group(1), 53
+            return match.group(1), DNS_PORT
     return None
 
 
 def place_of_resolver(text: str) -> tuple[str, int]:
     """ADDRESS or ADDRESS:PORT, of IPv6 in brackets where a port follows."""
-    host, port = (text, '53') if is_address(text) else text.rpartition(':')[::2]
+    host, port = (text, str(DNS_PORT)) if is_address(text) else text.rpartition(':')[::2]
     if not is_address(host):
         raise argparse.ArgumentTypeError(f'{text!r} is not an address, such as 9.9.9.9')
     return host.strip('[]'), port_number(port)
 
 
-def read_name(packet: bytes, at: int) -> bytes:
-    """The name in PACKET, with dots; it may end with a pointer to another.  Raises IndexError."""
-    labels: list[bytes] = []
-    for _ in range(MOST_STEPS):
-        size = packet[at]
-        if size >= 0xC0:
-            at = (size & 0x3F) << 8 | packet[at + 1]
-        elif size:
-            labels.append(packet[at + 1:at + 1 + size].lower())
-            at += 1 + size
-        else:
-            break
-    return b'.'.join(labels)
-
-
 def read_records(packet: bytes, kind: int) -> list[bytes]:
     """The data of the records of KIND in PACKET, an answer: of NS the name, with dots.
 
-    Raises IndexError and struct.error.
+    Raises what walk_records does.
     """
-    _, _, questions, answers, _, _ = DNS_HEADER.unpack_from(packet)
-    at, found = DNS_HEADER.size, []
-    for _ in range(questions):
-        at = skip_name(packet, at) + 4
-    for _ in range(answers):
-        at = skip_name(packet, at)
-        this, _, _, size = DNS_RECORD.unpack_from(packet, at)
-        at += DNS_RECORD.size + size
-        if this == kind and at <= len(packet):
-            found.append(read_name(packet, at - size) if kind == TYPE_NS else
-                         packet[at - size:at])
-    return found
+    answers = DNS_HEADER.unpack_from(packet)[3]
+    _, at = read_labels(packet, DNS_HEADER.size)
+    return [b'.'.join(read_labels(packet, begin)[0]) if kind == TYPE_NS else packet[begin:end]
+            for this, _, begin, end in walk_records(packet, at + 4, answers) if this == kind]
 
 
 def caa_terms(records: Iterable[bytes], name: str) -> tuple[str, list[str]]:
@@ -6329,9 +6308,9 @@ def caa_terms(records: Iterable[bytes], name: str) -> tuple[str, list[str]]:
 
 async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
     """The data of the records of KIND at NAME, [] for none; None where RESOLVER does not say."""
-    loop, id = asyncio.get_running_loop(), secrets.randbelow(1 << 16)
-    packet = DNS_HEADER.pack(id, GO_ON, 1, 0, 0, 0) + encode_name(name) + struct.pack(
-        '>HH', kind, INTERNET)
+    loop = asyncio.get_running_loop()
+    packet = DNS_HEADER.pack(secrets.randbelow(1 << 16), GO_ON, 1, 0, 0, 0) + encode_name(
+        name) + struct.pack('>HH', kind, INTERNET)
     got: asyncio.Future[bytes] = loop.create_future()
 
     def answered(data: bytes, _: Any, __: Any) -> None:
@@ -6340,29 +6319,16 @@ async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes
     try:
         transport, _ = await loop.create_datagram_endpoint(
             lambda: Datagrams(answered), remote_addr=resolver)
-        try:
-            for _ in range(3):
+        with contextlib.closing(transport):
+            for _ in range(DNS_TRIES):
                 transport.sendto(packet)
-                await asyncio.wait({got}, timeout=DNS_PATIENCE / 3)
+                await asyncio.wait({got}, timeout=DNS_PATIENCE / DNS_TRIES)
                 if got.done():
                     break
-        finally:
-            transport.close()
         answer = got.result() if got.done() else b''
-        flags = DNS_HEADER.unpack_from(answer)[1]
-        if flags & IS_CUT:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_connection(*resolver), DNS_PATIENCE)
-            with contextlib.closing(writer):
-                writer.write(SIZE_BEFORE.pack(len(packet)) + packet)
-                size, = SIZE_BEFORE.unpack(await asyncio.wait_for(
-                    reader.readexactly(SIZE_BEFORE.size), DNS_PATIENCE))
-                answer = await asyncio.wait_for(reader.readexactly(size), DNS_PATIENCE)
-                flags = DNS_HEADER.unpack_from(answer)[1]
-        if flags & 15 not in (NO_ERROR, NO_SUCH_NAME):
-            return None
-        return read_records(answer, kind)
-    except (OSError, EOFError, asyncio.TimeoutError, struct.error, IndexError):
+        error = DNS_HEADER.unpack_from(answer)[1] & 15
+        return None if error not in (NO_ERROR, NO_SUCH_NAME) else read_records(answer, kind)
+    except (OSError, struct.error, IndexError, ValueError):
         return None
 
 
@@ -8122,7 +8088,7 @@ class Acme(Annex):
         try:
             await Keeper(args, server, server.tls, names).run()
         finally:
-            await names.close()
+            names.close()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -228,20 +228,17 @@ def chunk_reader(data, sizes):
     assert chunked(pieces(data, sizes)) == chunked([data])
 
 
-@given(damaged(packets) | packets | st.binary(max_size=99), st.sampled_from([512, 65535]))
-def zone_answers(packet, most):
+@given(damaged(packets) | packets | st.binary(max_size=99))
+def zone_answers(packet):
     """Nothing, or a whole answer to this very question, of which no byte is too much."""
-    answer = zone.answer(packet, most)
+    answer = zone.answer(packet)
     if answer:
         id, flags, *counts = lt.DNS_HEADER.unpack_from(answer)
         labels, at = lt.read_labels(packet, lt.DNS_HEADER.size)
         assert SHORT.pack(id) == packet[:2] and flags & lt.IS_ANSWER and counts[0] == 1
-        assert answer[12:at + 4] == packet[12:at + 4] and len(answer) <= max(most, 1232)
-        at += 4
-        for _ in range(sum(counts[1:])):
-            at = lt.skip_name(answer, at)
-            at += lt.DNS_RECORD.size + lt.DNS_RECORD.unpack_from(answer, at)[3]
-        assert at == len(answer)
+        assert answer[12:at + 4] == packet[12:at + 4] and len(answer) <= 512
+        ends = [end for *_, end in lt.walk_records(answer, at + 4, sum(counts[1:]))]
+        assert (ends or [at + 4])[-1] == len(answer)
 
 
 @given(damaged(packets) | packets | packets.map(lambda asked: zone.answer(asked)), numbers)
@@ -249,7 +246,7 @@ def records_of_others(packet, kind):
     """What a resolver says is read, or is not an answer."""
     try:
         lt.caa_terms(lt.read_records(packet, kind), 't.example')
-    except (IndexError, lt.struct.error):
+    except (IndexError, ValueError, lt.struct.error):
         pass
 
 
