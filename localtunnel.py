@@ -10586,21 +10586,29 @@ function arrive(x) {
   due ||= setTimeout(settle, 100);
 }
 let events, listed;             // what tells of new ones; the query that filled the list
+let early;                      // what came while that was asked for
 function listen() {
   const query = `?q=${encodeURIComponent($('#filter').value)}`, load = async () => {
-    const {exchanges} = await call(`exchanges${query}`), old = x => list.get(x.id)?.exchange;
+    const mine = early = [], old = x => list.get(x.id)?.exchange;
+    const {exchanges} = await call(`exchanges${query}`).finally(
+      () => early === mine && (early = null));
     if (!events.url.endsWith(query)) return;    // more has been typed
     if (listed === query && exchanges.some(x => old(x)?.at === x.at))   // of the same client
       return exchanges.filter(x => json(old(x)) !== json(x)).forEach(arrive);
     for (const one of [list, coming]) one.clear();
     $('#list').replaceChildren();
     exchanges.forEach(put);
+    mine.forEach(arrive);
     listed = query;
     choose();
   };
   events?.close();
   events = new EventSource(`/api/events${query}`);
-  events.onmessage = e => arrive(JSON.parse(e.data));
+  events.onmessage = e => {
+    const x = JSON.parse(e.data);
+    early?.push(x);
+    arrive(x);
+  };
   events.onopen = load;
   events.onerror = () => events.readyState === 2 && load().catch(e => say(e.message));  // filter
 }

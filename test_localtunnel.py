@@ -11861,6 +11861,18 @@ class InspectorPageTest(unittest.TestCase):
         tab.shows('/third', '#list')
         self.assertTrue(tab.js('document.querySelector("#more").hidden'))
 
+    def test_what_comes_while_the_list_is_on_its_way_is_in_it(self):
+        tab = self.open()
+        tab.js('const asks = fetch; window.fetch = async (...what) => { const answer = await '
+               'asks(...what); await new Promise(good => window.go = good); return answer; }')
+        tab.type('#filter', 'method:get')
+        tab.js('document.querySelector("#filter").dispatchEvent(new Event("input"))')
+        tab.until('window.go')
+        self.visit('/first')
+        tab.until('coming.size')
+        tab.js('go()')
+        tab.shows('/first', '#list')
+
     def test_a_filter_finds_as_one_types(self):
         for path, method, body in (('/a', 'POST', 'needle'), ('/b?status=404', 'GET', None),
                                    ('/c?status=500', 'GET', None)):
