@@ -5773,6 +5773,25 @@ def host_and_port(text: str) -> tuple[str, int]:
     return host.strip('[]') or '127.0.0.1', port_number(port)
 
 
+def print_line(text: str) -> None:
+    """Print TEXT, which a command was asked for: however slow the reader is, nothing is dropped."""
+    try:
+        print(text, flush=True)
+    except OSError:         # the reader went away, or the disk is full; Python would try once more
+        os._exit(1)
+
+
+def ask(prompt: str) -> str:
+    """Return what the user types, without an echo; '' without a terminal, or if it is nothing."""
+    import getpass
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', getpass.GetPassWarning)      # it would be seen
+        try:
+            return getpass.getpass(prompt).strip()
+        except (EOFError, getpass.GetPassWarning):
+            return ''
+
+
 LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
 
 
@@ -6017,9 +6036,9 @@ class Annex:
 
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
         With like='server' it takes the options of that command, too; `typed` has all as words.
-        What was typed has functions with it: `say` prints a line, `tls` makes a context that checks
-        servers, `as_client` is what `client` would have made of it, see Wiring, `ask` asks for a
-        secret, `keep` remembers the server of a code, `do` runs another command, of those `known`.
+        What was typed has functions of part III with it: `as_client` is what `client` would have
+        made of it, `keep` remembers the server of a code, `do` runs another command, of those
+        `known`.
         """
 
     def target(self, args: Args) -> Target | None:
@@ -8687,7 +8706,7 @@ class Blocking(Annex):
                 shown = [f'{text}  # {why}' if why else text
                          for _, text, why in filter(None, lines.values())]
                 shown += [f'# {mistake}' for mistake in wrong]
-                args.say('\n'.join(shown or ['# nobody is blocked']))
+                print_line('\n'.join(shown or ['# nobody is blocked']))
                 return int(bool(wrong))
             key, text = read_entry(args.entry)
             gone = {line for line, entry in lines.items() if entry and entry[0] == key}
@@ -8700,9 +8719,9 @@ class Blocking(Annex):
             raise UsageError(str(e)) from e
         except OSError as e:
             raise LocaltunnelError(f"can't use {path}: {e.strerror}") from e
-        args.say(f'{text} is {"no longer blocked" if args.remove else "blocked"}, in {path}')
+        print_line(f'{text} is {"no longer blocked" if args.remove else "blocked"}, in {path}')
         if text.startswith('name:') and ':' not in args.entry and not args.remove:
-            args.say(f'(a user of this name is not: for that, block user:{args.entry})')
+            print_line(f'(a user of this name is not: for that, block user:{args.entry})')
         return 0
 
     async def at_server(self, args: Args, server: Server) -> None:
@@ -9341,15 +9360,16 @@ async def report(args: Args, where: str, needed: Sequence[Check],
         name = check.__name__
         ok, text, cure = await verdict_of(check, where)
         whole = text + (cure and f'; {cure}')
-        args.say(json.dumps({'check': name, 'ok': ok, 'text': text, 'cure': cure}) if args.json else
-                 f'{ {True: "ok", False: "BAD", None: "-"}[ok]:3} {name:11} {whole}')
+        print_line(json.dumps({'check': name, 'ok': ok, 'text': text, 'cure': cure})
+                   if args.json else
+                   f'{ {True: "ok", False: "BAD", None: "-"}[ok]:3} {name:11} {whole}')
         if ok is False:
             first = first or f'{name}: {whole}'
             if check in needed:
                 break
     if not args.json:
-        args.say(f'\nMend this first: {first}' if first else
-                 '\nEverything that was looked at is right.')
+        print_line(f'\nMend this first: {first}' if first else
+                   '\nEverything that was looked at is right.')
     return int(first != '')
 
 
@@ -9627,11 +9647,11 @@ class Invitations(Annex):
         members = Members(folder)
         try:
             if args.list:
-                args.say('\n'.join(member_table(members, read_seen(folder))))
+                print_line('\n'.join(member_table(members, read_seen(folder))))
             elif args.revoke:
-                args.say(self.revoke(members, args.revoke))
+                print_line(self.revoke(members, args.revoke))
             else:
-                args.say(self.welcome(members, args.user, args.rules))
+                print_line(self.welcome(members, args.user, args.rules))
         except OSError as e:
             raise LocaltunnelError(f"can't use {e.filename or folder}: {e.strerror}") from e
         return 0
@@ -11612,14 +11632,14 @@ class Inspect(Annex):
         exchanges = one or self._fitting(path, args)
         if args.har:
             for piece in har_pieces(exchanges):
-                args.say(piece)
+                print_line(piece)
             return 0
         shown = None
         for shown in exchanges:
-            args.say(json.dumps(shown) if args.json else shown_line(shown))
+            print_line(json.dumps(shown) if args.json else shown_line(shown))
             for line in () if args.json or not (one or args.body) else shown_sides(
                     shown, bool(one)):
-                args.say(line)
+                print_line(line)
         if shown is None and not args.json:
             self.warn(f'no exchange fits {" ".join(args.words)}' if args.words else
                       'no exchange is there yet')
@@ -11673,7 +11693,7 @@ class Inspect(Annex):
                 elif remote:
                     answer = remote.ask('POST', f'/api/exchanges/{number}/replay',
                                         {'set_headers': args.set_header})
-                    args.say(shown_line(remote.one(answer['id'])))
+                    print_line(shown_line(remote.one(answer['id'])))
             except LocaltunnelError as e:
                 self.warn(f'{number}: {e}')
                 failed = True
@@ -11691,11 +11711,11 @@ class Inspect(Annex):
         if target.port:
             edited.target = target.path + edited.target
         sent = asyncio.run(send_to(
-            target, args.tls(check=not target.local) if target.scheme == 'https' else None,
+            target, client_tls(check=not target.local) if target.scheme == 'https' else None,
             edited.message(exchange['id'])))
         if sent.record.why:
             raise LocaltunnelError(sent.record.why)
-        args.say(shown_line({
+        print_line(shown_line({
             **exchange, 'target': masked(edited.target), 'method': edited.method,
             'status': sent.record.status, 'ms': round(sent.seconds * 1e3, 1),
             'response_bytes': sent.record.size, 'error': ''}))
@@ -12340,12 +12360,12 @@ class SettingUp(Annex):
             check(args, python)
         try:
             if args.print:
-                args.say(shown(args, words, python))
+                print_line(shown(args, words, python))
             elif args.remove:
                 for command in removal(args.purge):
                     (system if command[0] == 'rm' else asked)(*command)
-                args.say('the server is gone' + '; its leases and token are still in '
-                         f'{SYSTEM}{STATE}' * (not args.purge))
+                print_line('the server is gone' + '; its leases and token are still in '
+                           f'{SYSTEM}{STATE}' * (not args.purge))
             else:
                 self.set_up(args, server_files(args, words, python))
         except PermissionError as e:
@@ -12356,7 +12376,7 @@ class SettingUp(Annex):
     def set_up(args: Args, files: dict[str, bytes]) -> None:
         """Let the server run that FILES describe."""
         running = asked('systemctl', 'is-active', SERVICE) == 'active'
-        args.say(look(args, running))
+        print_line(look(args, running))
         os.umask(0o022)
         before = write_files(files)
         try:
@@ -12371,8 +12391,8 @@ class SettingUp(Annex):
             for command in [*SET_UP, START]:        # it may have had to stop
                 asked(*command)
             raise LocaltunnelError(f'{e}; the old one goes on') from e
-        args.say('the server runs; its log: journalctl -u localtunnel')
-        args.say(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')
+        print_line('the server runs; its log: journalctl -u localtunnel')
+        print_line(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')
 
     def deploy(self, args: Args) -> int:
         """Do what ARGS say; return the exit code."""
@@ -12389,9 +12409,9 @@ class SettingUp(Annex):
         if not args.remove:
             check(args, USUAL_PYTHON)
         if args.dry_run:
-            args.say(f'{shlex.join([*SSH, "--", args.host])}   # runs this, and reads this file:\n'
-                     f'{script}\n\n# What install does there, as root:\n'
-                     + shown(args, words, USUAL_PYTHON))
+            print_line(f'{shlex.join([*SSH, "--", args.host])}'
+                       f'   # runs this, and reads this file:\n{script}\n\n'
+                       '# What install does there, as root:\n' + shown(args, words, USUAL_PYTHON))
             return 0
         codes: list[str] = []
 
@@ -12400,15 +12420,15 @@ class SettingUp(Annex):
             if found:
                 codes.append(found.group(1))
             else:
-                args.say(f'  {line}')
+                print_line(f'  {line}')
 
         def password() -> str:
-            typed = str(args.ask(f'password for sudo on {args.host}: '))
+            typed = ask(f'password for sudo on {args.host}: ')
             if not typed:
                 raise LocaltunnelError(f'sudo on {args.host} asks for a password; type it on a '
                                        'terminal, or log in as root')
             return typed
-        args.say(f'{args.host}:')
+        print_line(f'{args.host}:')
         over_ssh(args.host, script, source, password, heard)
         return self.finish(args, codes[-1]) if codes else 0
 
@@ -12417,20 +12437,20 @@ class SettingUp(Annex):
         """Let this user's clients go to the server of CODE; see whether they can."""
         address, _, pin = read_code(code)
         args.keep(code)
-        args.say(f'waiting until {address} answers')
+        print_line(f'waiting until {address} answers')
         deadline = time.monotonic() + ANSWERS_WITHIN
         why = why_silent(address, pin)
         while why and time.monotonic() < deadline:
             time.sleep(ANSWER_LOOK)
             why = why_silent(address, pin)
         if why:
-            args.say(f'it does not answer yet ({printable(why)}); DNS must lead {args.domain} and '
-                     f'*.{args.domain} there, and its firewall let the ports through')
+            print_line(f'it does not answer yet ({printable(why)}); DNS must lead {args.domain} '
+                       f'and *.{args.domain} there, and its firewall let the ports through')
         if 'doctor' in args.known:
             args.do(['doctor', '--server', address])
         named = STAMPED_SERVER or os.environ.keys() & {'LOCALTUNNEL_SERVER', 'LOCALTUNNEL_JOIN'}
-        args.say('type this, with the port of your app: python3 localtunnel.py client 8000'
-                 + (f' --server {address}' if named else ''))
+        print_line('type this, with the port of your app: python3 localtunnel.py client 8000'
+                   + (f' --server {address}' if named else ''))
         return int(bool(why))
 
 
@@ -12851,14 +12871,6 @@ def at_words(text: str, stream: TextIO | None) -> str:
 def say(text: str) -> None:
     """Write a line to stderr."""
     put(sys.stderr, at_words(text, sys.stderr) + '\n')
-
-
-def print_line(text: str) -> None:
-    """Print TEXT, which a command was asked for: however slow the reader is, nothing is dropped."""
-    try:
-        print(text, flush=True)
-    except OSError:         # the reader went away, or the disk is full; Python would try once more
-        os._exit(1)
 
 
 LOG = logging.getLogger('localtunnel')      # warnings; and in a program all that users would read
@@ -13854,17 +13866,6 @@ def token_of_environment(address: ServerAddress) -> str:
     return token
 
 
-def ask(prompt: str) -> str:
-    """Return what the user types, without an echo; '' without a terminal, or if it is nothing."""
-    import getpass
-    with warnings.catch_warnings():
-        warnings.simplefilter('error', getpass.GetPassWarning)      # it would be seen
-        try:
-            return getpass.getpass(prompt).strip()
-        except (EOFError, getpass.GetPassWarning):
-            return ''
-
-
 def find_carrier(args: Args) -> Carrier | None:
     """Who brings visitors to a server in this process, if ARGS name someone.  Raises UsageError."""
     carriers = (annex.carrier(args) for annex in ANNEXES)
@@ -14733,8 +14734,7 @@ def command(words: Sequence[str]) -> int:
         if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
             words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
-        args.say, args.as_client = print_line, as_client
-        args.ask, args.keep, args.do = ask, keep_joined, command
+        args.as_client, args.keep, args.do = as_client, keep_joined, command
         args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:

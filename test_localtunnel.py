@@ -6525,9 +6525,9 @@ class BlockCommandTest(FolderTest):
     @unittest.skipUnless(POSIX, 'a folder can be locked')
     def test_those_who_change_the_list_at_a_time_lose_nothing(self):
         args = [types.SimpleNamespace(entry=f'n{i}', reason=None, remove=False, list=False,
-                                      state=self.path('s'), say=str) for i in range(40)]
+                                      state=self.path('s')) for i in range(40)]
         with concurrent.futures.ThreadPoolExecutor(8) as pool, unittest.mock.patch.multiple(
-                lt, LOCK_LOOK=0.001, LOCK_LOOKS=10000):
+                lt, LOCK_LOOK=0.001, LOCK_LOOKS=10000, print_line=str):
             self.assertEqual(set(pool.map(lt.Blocking.block, args)), {0})
         self.assertEqual(len(self.block('--list')[1].splitlines()), 40)
 
@@ -6699,8 +6699,9 @@ class Doctored(FolderTest, WorldTest):
         """What `doctor WORDS --json` says."""
         lines = []
         args = lt.make_parser().parse_args(['doctor', '--json', *map(str, words)])
-        args.say, args.as_client = lines.append, lt.as_client
-        self.code = await lt.Doctor().examine(args)
+        args.as_client = lt.as_client
+        with unittest.mock.patch.object(lt, 'print_line', lines.append):
+            self.code = await lt.Doctor().examine(args)
         self.assertEqual([line for line in lines if re.search('[^ -~]', line)], [])
         self.said = [json.loads(line) for line in lines]
         return self.said
@@ -10223,6 +10224,10 @@ class LogsAndReplayTest(CommandTest):
         self.assertIn('without what the record masks: token, Cookie', err)
         self.assertEqual(self.command('replay', self.path('record'), '--to', other.port)[0], 0)
         self.assertEqual(self.command('replay', self.path('record'), 9, '--to', other.port)[0], 1)
+        code, _, err = self.command('replay', self.path('record'), 1, '--to',
+                                    f'https://localhost:{other.port}')
+        self.assertEqual((code, err.count('\n')), (1, 2), err)
+        self.assertIn('does not speak TLS', err)
         for words in ((self.path('record'), 1), (self.path('record'), 'x', '--to', 1),
                       (self.path('none'), '--to', 1), (1, '--to', 99999)):
             code, _, err = self.command('replay', *words)
