@@ -6018,6 +6018,17 @@ class Carrier:
         """Bring them to SERVER, which stands in front of CLIENT and its APP, while that runs."""
 
 
+def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
+                ) -> Callable[[Target], Awaitable[Connection]]:
+    """What connects to an app in this process, which has SERVE run for each connection."""
+    async def dial(target: Target) -> Connection:
+        ours, theirs = socket.socketpair()
+        await runtime.loop.create_connection(lambda: Connection(runtime, serve), sock=theirs)
+        _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
+        return connection
+    return dial
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -6890,7 +6901,7 @@ class FolderAndEcho(Annex):
         elif args.all_files or args.spa:
             raise UsageError('--all-files and --spa are for a folder, and '
                              f'{app.target.text} is something else')
-        app.dialers['echo'] = functools.partial(self.dial_echo, app.runtime)
+        app.dialers['echo'] = dial_inside(app.runtime, echo)
 
     @staticmethod
     def look(site: Site, observer: ClientObserver) -> None:
@@ -6910,15 +6921,6 @@ class FolderAndEcho(Annex):
         """A connection to what serves SITE, the folder TARGET."""
         _, connection = await runtime.loop.create_connection(
             lambda: Connection(runtime), sock=serve_folder(site))
-        return connection
-
-    @staticmethod
-    async def dial_echo(runtime: Runtime, target: Target) -> Connection:
-        """A connection to an echo."""
-        ours, theirs = socket.socketpair()
-        _, app = await runtime.loop.create_connection(lambda: Connection(runtime), sock=theirs)
-        runtime.spawn(echo(app))
-        _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
         return connection
 
 
@@ -8749,8 +8751,6 @@ ISSUER = 'letsencrypt.org'      # as CAA records name the authority that --acme 
 ITSELF = '/.well-known/localtunnel/server'
 SAID = re.compile(rb'localtunnel ([!-~]{1,20}) [0-9a-f]{32}')   # its version, and a random number
 
-# True for right, False for wrong, None for what can't be known; what is so; what helps.
-Verdict = Tuple[Optional[bool], str, str]
 Check = Callable[[], Awaitable[str]]
 
 
@@ -8762,8 +8762,8 @@ class Finding(LocaltunnelError):
         self.cure, self.ok = cure, ok
 
 
-async def verdict_of(check: Check, where: str) -> Verdict:
-    """What CHECK finds at WHERE."""
+async def verdict_of(check: Check, where: str) -> tuple[bool | None, str, str]:
+    """(ok, text, cure): what CHECK finds at WHERE, as a Finding has it; True is right."""
     ok: bool | None = False
     try:
         ok, text, cure = True, await asyncio.wait_for(check(), CHECK_WITHIN), ''
@@ -8865,7 +8865,7 @@ class Ground:
     def __init__(self, args: Args, runtime: Runtime, itself: bytes = b'') -> None:
         """ARGS are those of the server, or of `doctor`; ITSELF is what the server says there."""
         self._args, self._runtime, self._itself = args, runtime, itself
-        self.domain, self._folder = args.domain, state_folder(args.state)
+        self.domain, self._folder = args.domain.strip('[]'), state_folder(args.state)
         local = is_loopback(self.domain)
         self._ports = (args.port or (8080 if local else 80), False), (args.tls_port, True)
         self._here = (not local and outward_addresses()) or ['127.0.0.1']
@@ -8926,7 +8926,7 @@ class Ground:
         """What a server says of itself at PORT of ADDRESS; b'' for others, None for nobody."""
         try:
             async with asking(self._dial(address, port, believer() if tls else None),
-                              self.domain, ITSELF) as answer:
+                              bracketed(self.domain), ITSELF) as answer:
                 said = await read_answer(*answer)
                 return said if SAID.fullmatch(said) else b''
         except (ssl.SSLError, LocaltunnelError):
@@ -8941,8 +8941,7 @@ class Ground:
             who = who_listens(address, port)
             if said:
                 self._itself, self._who = said, who
-                told.append(f'version {said.split()[1].decode()} answers at port {port} of '
-                            f'{address}')
+                told.append(f'version {said.split()[1].decode()} at port {port} of {address}')
             elif who and who == self._who:
                 told.append(f'it has port {port}, and no certificate yet')
             elif who or said is not None:
@@ -8968,10 +8967,9 @@ class Ground:
         port = self._args.dns_port
         for address in self._here:
             if not await ask_dns((address, port), self._delegated, TYPE_SOA):
-                who = who_listens(address, port)
-                raise Finding(f'{who} has port {port} of {address}' if who else
-                              f'nobody answers DNS on port {port} of {address}',
-                              'end it' if who else "see the server's log: it says why it can't")
+                who = who_listens(address, port) or 'nobody who answers DNS'
+                raise Finding(f'{who} has port {port} of {address}',
+                              "end what is there, and see the server's log")
         return f'this server answers at port {port} of {", ".join(self._here)}'
 
     # The domain, as the world sees it.
@@ -8985,8 +8983,7 @@ class Ground:
         if self._itself in said:
             return ''
         if self._itself and said != 4 * [None]:
-            return 'where another server answers' + (
-                '' if self._public else ' (behind a router, try it from outside)')
+            return 'where another server answers (behind a router, try it from outside)'
         return f'and this machine has the address {self._public[0]}' if self._public else ''
 
     async def dns(self) -> str:
@@ -9054,7 +9051,7 @@ class Ground:
             tls.load_verify_locations(os.path.join(self._folder, 'self-signed.pem'))
         try:
             async with asking(self._dial(self._here[0], self._args.tls_port, tls),
-                              self.domain, ITSELF) as (connection, _):
+                              bracketed(self.domain), ITSELF) as (connection, _):
                 facts = connection.transport.get_extra_info('peercert')
         except (OSError, asyncio.TimeoutError) as e:
             fault, _, cure = tls_fault(
@@ -9144,7 +9141,7 @@ class Way:
     def __init__(self, runtime: Runtime, known: Any, app: App, client: Client) -> None:
         """KNOWN, APP and CLIENT are what `client` would make of the same words."""
         self.runtime, self.known, self.client, self._app = runtime, known, client, app
-        app.dialers['doctor'] = self._dial_ourselves
+        app.dialers['doctor'] = dial_inside(runtime, answer_ourselves)
         self.where, self.front = str(client.address), ('', '')
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
@@ -9163,15 +9160,6 @@ class Way:
             await end_task(self._running)
             with contextlib.suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(self.client.stop(), LINGER)
-
-    async def _dial_ourselves(self, target: Target) -> Connection:
-        """A connection to our app."""
-        near, far = socket.socketpair()
-        await self.runtime.loop.create_connection(
-            lambda: Connection(self.runtime, answer_ourselves), sock=far)
-        _, connection = await self.runtime.loop.create_connection(
-            lambda: Connection(self.runtime), sock=near)
-        return connection
 
     def _check(self, passes: bool, wrong: str) -> None:
         """Raises Finding, with what is WRONG with who stands in front, unless all PASSES."""
@@ -9251,13 +9239,9 @@ class Way:
         return compare_clocks(self._response, self.where)
 
     async def upgrade(self) -> str:
-        self._running = asyncio.ensure_future(self.client.run())
-        welcomed = asyncio.ensure_future(self.client.welcomed.wait())
-        try:
-            await asyncio.wait({self._running, welcomed}, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            welcomed.cancel()
-        self._refusal = self._running.exception() if self._running.done() else None
+        self._running = running = asyncio.ensure_future(self.client.run())
+        await look_until(lambda: running.done() or self.client.welcomed.is_set(), CHECK_WITHIN)
+        self._refusal = running.exception() if running.done() else None
         self._check(getattr(self._refusal, 'code', '') != 'no_upgrade',
                     f'does not let "Upgrade: {PROTOCOL}" pass')
         if self._refusal and not isinstance(self._refusal, Refused):
@@ -9373,11 +9357,7 @@ async def report(args: Args, where: str, needed: Sequence[Check],
     return int(first != '')
 
 
-DOCTOR_EPILOG = """It looks beside a client at the way to its server and at what passes;
-with --domain at the server on this machine; with URL at what answers
-there.  It ends with 1 if something is wrong.
-
-examples:
+DOCTOR_EPILOG = """examples:
   localtunnel.py doctor                               beside a client
   localtunnel.py doctor --domain t.example.com        on the server (with sudo)
   localtunnel.py doctor https://shop.t.example.com    where something fails"""
@@ -9444,22 +9424,19 @@ class Doctor(Annex):
                 return await report(args, args.url, [answer])
             if args.domain:
                 return await report(args, args.domain, [], Ground(args, runtime).checks)
-            return await self.try_tunnel(args, runtime)
+            if args.state:
+                raise UsageError('--state is of a server on this machine; add --domain DOMAIN')
+            made = args.as_client(args, runtime, Target('doctor', text='doctor'))
+            if made is None:
+                raise UsageError('no server is known here; name one with --server URL or --join '
+                                 'CODE, or, on its own machine, with --domain DOMAIN')
+            way = Way(runtime, *made)
+            try:
+                return await report(args, way.where, way.needed, way.others)
+            finally:
+                await way.close()
         finally:
             await runtime.close()
-
-    @staticmethod
-    async def try_tunnel(args: Args, runtime: Runtime) -> int:
-        """The same, beside a client."""
-        made = args.as_client(args, runtime, Target('doctor', text='doctor'))
-        if made is None:
-            raise UsageError('no server is known here; name one with --server URL or --join CODE, '
-                             'or, on its own machine, with --domain DOMAIN')
-        way = Way(runtime, *made)
-        try:
-            return await report(args, way.where, way.needed, way.others)
-        finally:
-            await way.close()
 
 
 # ------------------------------------------------------------------------------------------------

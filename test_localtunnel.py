@@ -6622,8 +6622,8 @@ class GroundTest(FolderTest, WorldTest):
     async def test_an_address_is_not_ours_only_where_that_is_certain(self):
         itself, public = b'localtunnel 1.0 ' + 32 * b'0', '8.8.8.8'
         for own, said, why in ((public, None, 'this machine has the address 8.8.8.8'),
-                               (public, b'', 'where another server answers$'),
-                               (public, itself[:-1] + b'1', 'where another server answers$'),
+                               (public, b'', 'where another server answers'),
+                               (public, itself[:-1] + b'1', 'where another server answers'),
                                ('10.0.0.2', b'', 'behind a router, try it from outside'),
                                ('10.0.0.2', None, '^$'), (public, itself, '^$'),
                                ('9.9.9.9', b'', '^$')):
@@ -6815,6 +6815,8 @@ class DoctorTest(Doctored):
     async def test_no_server_is_known(self):
         with self.assertRaisesRegex(lt.UsageError, 'name one with --server URL or --join'):
             await self.doctor()
+        with self.assertRaisesRegex(lt.UsageError, 'add --domain DOMAIN'):
+            await self.doctor('--state', self.folder)
 
     async def test_the_server_is_not_found_or_not_there(self):
         self.hosts()
@@ -7028,7 +7030,7 @@ class DoctorOfServersTest(Doctored):
         await self.look('', '')
         self.assertLessEqual({one['check'] for one in self.said if not one['ok']},
                              {'descriptors', 'zone', 'certificate'})
-        self.assertIn(f'version 1.0 answers at port {self.port} of 127.0.0.1', str(self.said))
+        self.assertIn(f'version 1.0 at port {self.port} of 127.0.0.1', str(self.said))
 
     async def test_the_state_folder(self):
         await self.world(domain=self.DOMAIN)
@@ -7116,7 +7118,7 @@ class DoctorOfServersTest(Doctored):
                             'example.com, type NS, value t.example.com[.]', '--dns-port',
                             self.dns_port)
         closed = CommandTest.free_port()
-        await self.look('dns_port', 'nobody answers DNS on port', '--dns-port', closed)
+        await self.look('dns_port', 'nobody who answers DNS has port', '--dns-port', closed)
 
     async def test_who_may_issue(self):
         await self.with_acme()
