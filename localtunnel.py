@@ -11030,6 +11030,7 @@ class Inspector:
             raise HopFailed(403, 'a page of another site asks for this')
 
     async def _check_password(self) -> None:
+        """Raise HopFailed unless it has the password, if there is one (HTTP Basic)."""
         scheme, _, said = self._request.find(b'authorization').partition(' ')
         password, given = self._password.encode(), b''
         with contextlib.suppress(ValueError):
@@ -11063,6 +11064,7 @@ class Inspector:
         raise HopFailed(404, 'there is nothing here; the API is described in README')
 
     async def _write(self, status: int, form: str, text: str, *extra: str) -> None:
+        """Answer with TEXT; the fields see to it that no other site gets it, in any guise."""
         await write_own(self._connection, plain_message(status, form, text.encode(), [
             'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
             'Cross-Origin-Resource-Policy: same-origin', *extra]))
@@ -11073,9 +11075,10 @@ class Inspector:
             'HTTP/1.1 200 OK', f'Content-Type: {form}', 'Cache-Control: no-store',
             'Connection: close', 'X-Content-Type-Options: nosniff', *extra, '', '']).encode())
 
-    # The answers, see CALLS; README has the contract.
+    # The answers, by method and path in CALLS; README has the contract.
 
     async def _page(self) -> None:
+        """GET /: for people.  Nobody may frame it: a click there must be meant."""
         await self._write(200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
                           'Content-Security-Policy: ' + page_policy(INSPECTOR_PAGE))
 
@@ -11097,20 +11100,24 @@ class Inspector:
         return found
 
     async def _list(self) -> Any:
+        """GET /api/exchanges: those that fit, as a list shows them."""
         return {'exchanges': [kept.summary() for kept in await self._chosen()],
                 'dropped': self._book.seen - len(self._book.kept)}
 
     async def _clear(self) -> None:
+        """DELETE /api/exchanges: those that run go on, and are not listed any more."""
         self._book.shrink(0)
         await write_own(self._connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
 
     def _find(self, number: str) -> Kept:
+        """Return what is kept of exchange NUMBER.  Raises HopFailed."""
         for kept in self._book.kept:
             if kept.record.number == int(number):
                 return kept
         raise HopFailed(404, f'exchange {number} is not kept, or never was')
 
     async def _one(self, number: str) -> Any:
+        """GET /api/exchanges/ID: with its secrets only where no other site can have asked."""
         show = self._words.get('secrets') == '1'
         if show and not self._request.has(SECRETS_FIELD):
             raise HopFailed(403, 'secrets are shown to a request with the field '
@@ -11118,8 +11125,9 @@ class Inspector:
         return self._find(number).details(show)
 
     async def _status(self) -> Any:
+        """GET /api/status: how the tunnel does."""
         book = self._book
-        book.sweep(0, False)
+        book.sweep(0, False)            # a second may just have ended
         since = int(time.time()) - PACE_NOW
         took = sorted(kept.seconds for kept in tuple(book.kept)[-100:] if kept.seconds is not None)
         return {'url': book.url, 'target': book.app.target.text, 'server': book.server,
@@ -11130,7 +11138,11 @@ class Inspector:
                 'pace': list(book.pace), 'version': __version__}
 
     async def _events(self) -> None:
-        """Exchanges as they come, while the page is there and reads; it is told, or let go."""
+        """GET /api/events: exchanges as they come, while the page is there, and reads.
+
+        Telling it is a note in `due`; one turn of the loop below writes all that is noted, and the
+        next comes the later, the more that was.  So no load makes a page cost more than it may.
+        """
         chosen, connection = Filter(self._words.get('q', '')), self._connection
         news = asyncio.Event()
         due: dict[Record, Kept] = {}        # what it has to be told
@@ -11165,7 +11177,7 @@ class Inspector:
             self._book.listeners.remove(tell)
 
     async def _har(self) -> None:
-        """An archive of those that fit; it may be large, so it is made as it is read."""
+        """GET /api/har: those that fit; the archive may be large, so it is made as it is read."""
         found = await self._chosen()
         await self._begin('application/json',
                           'Content-Disposition: attachment; filename="localtunnel.har"')
@@ -11174,7 +11186,10 @@ class Inspector:
             await asyncio.sleep(0)
 
     async def _replay(self, number: str) -> Any:
-        """Send a request again, perhaps edited; its number, once the answer is there."""
+        """POST /api/exchanges/ID/replay: send it again, perhaps edited; its new number.
+
+        That is told once the answer is there, or after REPLAY_WAIT: some answers have no end.
+        """
         exchange = self._find(number).details(show=True)
         why = not_replayable(exchange)
         if why:
@@ -11372,23 +11387,21 @@ class Remote:
 
     def __init__(self, place: tuple[str, int] | None, password: str | None) -> None:
         """It is at PLACE, else of the newest client of this user.  Raises LocaltunnelError."""
-        self._place: tuple[str, int]
-        for path, said in self._notes():
-            if place and said['port'] != place[1]:
-                continue
-            self._place = place or (said['host'], said['port'])
+        notes = self._notes()
+        if place:       # a client of this user has noted its password, too
+            known = {said['port']: said['password'] for _, said in notes}
+            self._place, self._password = place, password or known.get(place[1], '')
+            return
+        for path, said in notes:
+            self._place = said['host'], said['port']
             self._password = password or said['password']
-            if place:
-                return
             with contextlib.suppress(LocaltunnelError):
                 if 'target' in self.ask('GET', '/api/status'):
                     return
             with contextlib.suppress(OSError):      # what a client left that was killed
                 os.unlink(path)
-        if not place:
-            raise LocaltunnelError('no client of yours runs here with an inspector; start one, or '
-                                   'give its port with --inspect')
-        self._password, self._place = password or '', place
+        raise LocaltunnelError('no client of yours runs here with an inspector; start one, or give '
+                               'its port with --inspect')
 
     @staticmethod
     def _notes() -> list[tuple[str, dict[str, Any]]]:
