@@ -2667,8 +2667,7 @@ class Grant:
     __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'since', 'expires')
 
     def __init__(self, user: str, digest: str, words: Sequence[str] = ()) -> None:
-        """WORDS are names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.  Raises ValueError.
-        """
+        """WORDS: names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.  Raises ValueError."""
         self.user, self.digest = user, digest
         self.names: Sequence[str] = ('*',)
         self.ports = range(65536)
@@ -3338,8 +3337,7 @@ class Visitor:
                  'refusal', 'stream', 'exchange', 'waiting')
 
     def __init__(self, connection: Connection, trusted: Networks = (), scheme: str = '') -> None:
-        """TRUSTED is whose word about its visitors is taken; SCHEME is theirs, where it is known.
-        """
+        """TRUSTED: whose word about its visitors is taken; SCHEME: theirs, where it is known."""
         self.connection = connection
         self.peer = self.address = connection.peer
         self.scheme = scheme or ('https' if connection.secure else 'http')
@@ -3577,8 +3575,7 @@ class Tunnels:
     """
 
     def __init__(self, runtime: Runtime, hold: float, log: Observer, only: bool) -> None:
-        """Requests wait for HOLD seconds for a client that is on its way back.  ONLY one for http.
-        """
+        """Requests wait HOLD seconds for a client on its way back.  ONLY: one tunnel for http."""
         self.hold, self.only = hold, only
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.held = 0                   # requests that wait
@@ -4233,8 +4230,7 @@ class Visitors:
         return len(self._here)
 
     def carried(self, url: str, trusted: Networks) -> None:
-        """From now on visitors of URL are carried here, by one of TRUSTED if it tells who they are.
-        """
+        """From now on others carry the visitors of URL here; TRUSTED ones tell who they are."""
         parts = urllib.parse.urlsplit(url)
         self.url, self._scheme, self.host = url, parts.scheme, parts.hostname
         self._trusted = trusted
@@ -11718,7 +11714,7 @@ class Inspect(Annex):
 # used here.  It is looked at only once the words were not understood.
 # ------------------------------------------------------------------------------------------------
 
-CODE_WORDS = {'join', 'login', 'auth', 'authtoken', 'config', 'add-authtoken'}
+CODE_WORDS = {'join', 'login', 'auth', 'authtoken', 'config'}
 FIRST_WORDS = {'http': ['client'], 'start': ['client'], 'share': ['client'], 'expose': ['client'],
                'tunnel': ['client'], 'tcp': ['client', '--tcp'], 'local': ['client', '--tcp'],
                'relay': ['server'], 'unblock': ['block', '--remove']}
