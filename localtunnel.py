@@ -4913,7 +4913,7 @@ TARGET_FORMS = """a target is one of:
   ./FOLDER                 the files in a folder
   echo                     sends each request back"""
 
-HOST_NAME = r'[A-Za-z0-9._~:-]+'
+HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
 
 
 def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
@@ -4923,7 +4923,9 @@ def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
         host, port = parts.hostname, parts.port
     except ValueError as e:
         raise UsageError(f'{text} is not a URL: {e}') from e
-    if (parts.scheme not in schemes or not host or port == 0 or parts.username or parts.fragment
+    if parts.username or parts.password:        # which is not repeated
+        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, without user and password')
+    if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
         raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, not {text}')
     path = parts.path + ('?' + parts.query if parts.query else '')
@@ -5766,7 +5768,10 @@ def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
 def host_and_port(text: str) -> tuple[str, int]:
     """[HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
-    return host.strip('[]') or '127.0.0.1', port_number(port)
+    host = host.strip('[]') or '127.0.0.1'
+    if not re.fullmatch(HOST_NAME, host):
+        raise argparse.ArgumentTypeError(f'{printable(host)} is not a host')
+    return host, port_number(port)
 
 
 def print_line(text: str) -> None:

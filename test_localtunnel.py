@@ -62,6 +62,7 @@ Contents
 """
 
 import __future__
+import argparse
 import ast
 import asyncio
 import atexit
@@ -3618,9 +3619,19 @@ class AddressTest(unittest.TestCase):
 
     def test_these_are_no_servers(self):
         for text in ('', 'http://', 'ftp://a', 'https://a/b', 'https://a?b', 'https://u:p@a',
-                     'a:b'):
-            with self.subTest(text), self.assertRaises(lt.UsageError):
+                     'a:b', 'a..b', '.a', f'{"a" * 64}.com', 'http://:SECRET@a'):
+            with self.subTest(text), self.assertRaises(lt.UsageError) as caught:
                 lt.ServerAddress(text)
+            self.assertNotIn('SECRET', str(caught.exception))
+
+    def test_what_no_dns_can_look_up_is_no_host(self):
+        for text in 'a..b:80', f'{"a" * 64}.com:80':
+            with self.assertRaises(lt.UsageError):
+                lt.parse_target(text)
+            with self.assertRaises(argparse.ArgumentTypeError):
+                lt.host_and_port(text)
+        self.assertEqual(lt.host_and_port('[::1]:80'), ('::1', 80))
+        self.assertEqual(lt.parse_target('a.b.:80').host, 'a.b.')
 
 
 class TlsWordsTest(FolderTest):
