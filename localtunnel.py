@@ -5731,14 +5731,69 @@ class Client:
 # ------------------------------------------------------------------------------------------------
 # 15. Annex
 #
-# What an annex may do at a client and at a server, how options are read, and what several annexes
-# and the command line use.
+# What an annex may do at a client and at a server.  Then what several annexes and the command line
+# use: types of options, what commands print and write, codes, certificates.
 # ------------------------------------------------------------------------------------------------
 
 Args = argparse.Namespace       # what was typed, see Options
 Add = Callable[..., Any]        # argparse's add_argument
 
 AT_LAST: list[Callable[[], Any]] = []       # called even where the process ends at once
+
+
+class Carrier:
+    """Someone else who brings visitors to the server in this process: `name`, for people."""
+    name = ''
+
+    def carry(self, app: App, client: Client, server: Server) -> None:
+        """Bring them to SERVER, which stands in front of CLIENT and its APP, while that runs."""
+
+
+class Annex:
+    """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
+
+    Each method is called once, in the order of ANNEXES; what can't be meant raises UsageError.
+    """
+    title = ''          # of its options in --help
+
+    def client_options(self, add: Add) -> None:
+        """Options of `client`."""
+
+    def server_options(self, add: Add) -> None:
+        """Options of `server`."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        """Commands beside client and server, as add(NAME, help=...).
+
+        Each sets the default `run`, which is called with what was typed, and returns the exit code.
+        With like='server' it takes the options of that command, too; `typed` has all as words.
+        What was typed has functions of part III with it: `as_client` is what `client` would have
+        made of it, `keep` remembers the server of a code, `do` runs another command, of those
+        `known`.
+        """
+
+    def target(self, args: Args) -> Target | None:
+        """What the tunnel leads to, where this annex knows what ARGS mean."""
+
+    def carrier(self, args: Args) -> Carrier | None:
+        """Who brings visitors to a server in this process, where ARGS say so."""
+
+    def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
+        """WORDS that were not understood, as they were meant; NOTE is told what had to change."""
+        return words
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        """Plug in at APP, and on the way to the server at ADDRESS."""
+
+    async def beside(self, args: Args, app: App) -> None:
+        """Open what stands beside a client of the command line; APP's runtime closes it."""
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        """Plug in at SERVER, before it listens for visitors and clients."""
+
+    async def run(self, args: Args, server: Server) -> None:
+        """Run as long as SERVER serves.  Returning ends it: another process serves now."""
+        await server.runtime.loop.create_future()
 
 
 # Types for argparse: they raise ArgumentTypeError or ValueError for what does not fit.
@@ -5773,6 +5828,8 @@ def host_and_port(text: str) -> tuple[str, int]:
         raise argparse.ArgumentTypeError(f'{printable(host)} is not a host')
     return host, port_number(port)
 
+
+# What commands say, ask, and write beside others.
 
 def print_line(text: str) -> None:
     """Print TEXT, which a command was asked for: however slow the reader is, nothing is dropped."""
@@ -5921,6 +5978,12 @@ def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
     return context
 
 
+def tls_to(place: ServerAddress | Target, ca: str | None = None,
+           check: bool = True) -> ssl.SSLContext | None:
+    """Return the context for connections to PLACE; None if they go without TLS."""
+    return client_tls(ca, check) if place.scheme == 'https' else None
+
+
 # Of OpenSSL's verify flags: what is in the store is trusted without its authority; at any time.
 PARTIAL_CHAIN, NO_CHECK_TIME = 0x80000, 0x200000
 
@@ -6011,14 +6074,6 @@ def own_source() -> list[bytes]:
     return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
 
 
-class Carrier:
-    """Someone else who brings visitors to the server in this process: `name`, for people."""
-    name = ''
-
-    def carry(self, app: App, client: Client, server: Server) -> None:
-        """Bring them to SERVER, which stands in front of CLIENT and its APP, while that runs."""
-
-
 def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
                 ) -> Callable[[Target], Awaitable[Connection]]:
     """What connects to an app in this process, which has SERVE run for each connection."""
@@ -6028,53 +6083,6 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
         _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
         return connection
     return dial
-
-
-class Annex:
-    """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
-
-    Each method is called once, in the order of ANNEXES; what can't be meant raises UsageError.
-    """
-    title = ''          # of its options in --help
-
-    def client_options(self, add: Add) -> None:
-        """Options of `client`."""
-
-    def server_options(self, add: Add) -> None:
-        """Options of `server`."""
-
-    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
-        """Commands beside client and server, as add(NAME, help=...).
-
-        Each sets the default `run`, which is called with what was typed, and returns the exit code.
-        With like='server' it takes the options of that command, too; `typed` has all as words.
-        What was typed has functions of part III with it: `as_client` is what `client` would have
-        made of it, `keep` remembers the server of a code, `do` runs another command, of those
-        `known`.
-        """
-
-    def target(self, args: Args) -> Target | None:
-        """What the tunnel leads to, where this annex knows what ARGS mean."""
-
-    def carrier(self, args: Args) -> Carrier | None:
-        """Who brings visitors to a server in this process, where ARGS say so."""
-
-    def meant(self, words: Sequence[str], note: Callable[[str], Any]) -> Sequence[str]:
-        """WORDS that were not understood, as they were meant; NOTE is told what had to change."""
-        return words
-
-    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        """Plug in at APP, and on the way to the server at ADDRESS."""
-
-    async def beside(self, args: Args, app: App) -> None:
-        """Open what stands beside a client of the command line; APP's runtime closes it."""
-
-    async def at_server(self, args: Args, server: Server) -> None:
-        """Plug in at SERVER, before it listens for visitors and clients."""
-
-    async def run(self, args: Args, server: Server) -> None:
-        """Run as long as SERVER serves.  Returning ends it: another process serves now."""
-        await server.runtime.loop.create_future()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8803,7 +8811,7 @@ async def read_answer(connection: Connection, response: Response, most: int = MA
 def visit(runtime: Runtime, place: ServerAddress, ca: str | None, path: str, *lines: str,
           **how: Any) -> contextlib.AbstractAsyncContextManager[tuple[Connection, Response]]:
     """Ask for PATH at PLACE, whose certificate is checked by the system's authorities and CA."""
-    tls = client_tls(ca) if place.scheme == 'https' else None
+    tls = tls_to(place, ca)
     return asking(dial_server(runtime, place, tls, '', REACHED_WITHIN),
                   str(place).partition('://')[2], path, *lines, **how)
 
@@ -11701,9 +11709,8 @@ class Inspect(Annex):
                       + ', '.join(edited.left_out))
         if target.port:
             edited.target = target.path + edited.target
-        sent = asyncio.run(send_to(
-            target, client_tls(check=not target.local) if target.scheme == 'https' else None,
-            edited.message(exchange['id'])))
+        sent = asyncio.run(send_to(target, tls_to(target, check=not target.local),
+                                   edited.message(exchange['id'])))
         if sent.record.why:
             raise LocaltunnelError(sent.record.why)
         print_line(shown_line({
@@ -13936,12 +13943,6 @@ def known_server(args: Args) -> KnownServer | None:
         raise UsageError(f'--public needs a server that others reach, and {known.address} '
                          f'({known.source}) is on this machine; give --server URL')
     return known
-
-
-def tls_to(place: ServerAddress | Target, ca: str | None = None,
-           check: bool = True) -> ssl.SSLContext | None:
-    """Return the context for connections to PLACE; None if they go without TLS."""
-    return client_tls(ca, check) if place.scheme == 'https' else None
 
 
 FIRST_LOCAL_PORT = 4080         # of the server that a client starts for itself
