@@ -5969,10 +5969,9 @@ def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
     if ca:
         try:
             context.load_verify_locations(ca)
-        except ssl.SSLError as e:
-            raise UsageError(f'--ca {ca} holds no certificate in PEM form') from e
         except OSError as e:
-            raise UsageError(f"can't read --ca {ca}: {e.strerror}") from e
+            why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
+            raise UsageError(f"can't use {ca}: {why}") from e
     if not check:
         context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
@@ -7796,18 +7795,6 @@ class Outside:
         self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
 
 
-def trusting(path: str | None) -> ssl.SSLContext:
-    """What trusts the authorities in the file PATH, too.  Raises UsageError."""
-    context = ssl.create_default_context()
-    try:
-        if path:
-            context.load_verify_locations(path)
-    except OSError as e:
-        why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
-        raise UsageError(f"--acme-ca: can't use {path}: {why}") from e
-    return context
-
-
 class Keeper:
     """Gets the best certificate that the records of the domain allow, and renews it.
 
@@ -7819,7 +7806,7 @@ class Keeper:
     def __init__(self, args: Args, server: Server, tls: AcmeTls, names: NameServer) -> None:
         self._args, self._server, self._tls, self._names = args, server, tls, names
         self._outside = Outside(args, server, names.zone)
-        trust = trusting(args.acme_ca)
+        trust = client_tls(args.acme_ca)
         self._authorities = [
             Authority(server.runtime, url, trust, os.path.join(args.state, 'acme-account.key'))
             for url in args.acme_directory or [LETS_ENCRYPT]]
@@ -8101,7 +8088,7 @@ class Acme(Annex):
         if not (args.resolver or system_resolver() or is_address(args.domain)):
             raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
                              'resolv.conf that names one')
-        trusting(args.acme_ca)          # or say at once why not
+        client_tls(args.acme_ca)        # or say at once why not
         sockets = server.doors.bind(args.bind, args.tls_port)
         server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
                              sockets[0].getsockname()[1])
@@ -8912,6 +8899,7 @@ class Ground:
         return f'{folder} can be used, and not by everybody'
 
     async def clock(self) -> str:
+        """The clock is after this program was written, and as the one of --server."""
         written = os.stat(own_path()).st_mtime if own_path() else 0.0
         if time.time() < written - DAY:
             raise Finding('the clock of this machine is before the day when this program was '
@@ -8944,6 +8932,7 @@ class Ground:
             return None
 
     async def ports(self) -> str:
+        """This server answers at its ports, wherever anything does."""
         told = []
         for (port, tls), address in itertools.product(self._ports, self._here):
             said = await self._who_is(address, port, tls)
@@ -8996,6 +8985,7 @@ class Ground:
         return f'and this machine has the address {self._public[0]}' if self._public else ''
 
     async def dns(self) -> str:
+        """DNS leads the domain, and the names below it, here."""
         records: dict[str, str] = {}        # which lead there, by address
         here = (self._public or ['the public address of this machine'])[0]
         cure = f'add a DNS record: name {{}}, type {"AAAA" if ":" in here else "A"}, value {here}'
@@ -9013,6 +9003,7 @@ class Ground:
         return f'{self.domain} and the names below it are {", ".join(records)}'
 
     async def zone(self) -> str:
+        """The zone's own server says what the world sees."""
         labels, servers = self.domain.split('.'), []       # type: list[str], list[bytes]
         for i in range(len(labels) - 1):
             servers = servers or await ask_dns(
@@ -9030,6 +9021,7 @@ class Ground:
         return f'{name} says the same'
 
     async def ns(self) -> str:
+        """An authority that asks for the proof comes to this server."""
         found = await ask_dns(self._resolver, self._delegated, TYPE_NS)
         record = f'name {self._delegated}, type NS, value {self.domain}.'
         if found is None:
@@ -9041,6 +9033,7 @@ class Ground:
         return f'{self._delegated} leads to {self.domain}'
 
     async def caa(self) -> str:
+        """The authority may issue for the domain, and for names below it."""
         name, records = self.domain, []        # type: str, list[bytes]
         while name and not records:
             records = await ask_dns(self._resolver, name, TYPE_CAA) or []
@@ -9248,6 +9241,7 @@ class Way:
         return compare_clocks(self._response, self.where)
 
     async def upgrade(self) -> str:
+        """A session can be opened; why there is no tunnel then, the next checks say."""
         self._running = running = asyncio.ensure_future(self.client.run())
         await look_until(lambda: running.done() or self.client.welcomed.is_set(), CHECK_WITHIN)
         self._refusal = running.exception() if running.done() else None
@@ -9290,6 +9284,7 @@ class Way:
         return f'is answered in {milliseconds(began)}'
 
     async def body(self) -> str:
+        """What our app sends back is what it was sent."""
         sample = b'<html><body>' + os.urandom(SAMPLE - 26) + b'</body></html>'    # tempting
         began = time.monotonic()
         async with self._ask('/', body=sample, within=CHECK_WITHIN) as answer:
