@@ -11144,8 +11144,8 @@ class Inspector:
     async def _events(self) -> None:
         """GET /api/events: exchanges as they come, while the page is there, and reads.
 
-        Telling it is a note in `due`; one turn of the loop below writes all that is noted, and the
-        next comes the later, the more that was.  So no load makes a page cost more than it may.
+        What tells it makes a note in `due`; a turn of the loop below writes all that is noted, and
+        the next turn comes the later, the more that was.  So a page costs little under any load.
         """
         chosen, connection = Filter(self._words.get('q', '')), self._connection
         news = asyncio.Event()
@@ -11162,21 +11162,29 @@ class Inspector:
         await self._begin('text/event-stream')
         connection.on_eof = connection.on_lost = news.set
         self._book.listeners.append(tell)
+        lines = [':\n\n']       # a comment: this works
         try:
             while not connection.eof and connection.error is None:
+                connection.transport.write(''.join(lines).encode())
                 if connection.transport.get_write_buffer_size() > EVENTS_UNREAD:
                     return connection.abort()
-                news.clear()
-                summaries = [kept.summary() for kept in due.values()]
-                lines = [f'data: {json.dumps(summary)}\n\n' for summary, kept in zip(
-                    summaries, due.values()) if chosen.fits(summary, kept.details)]
-                lines += [f'event: missed\ndata: {missed}\n\n'] if missed else []
-                missed = 0
-                due.clear()
-                connection.transport.write(''.join(lines or [':\n\n']).encode())
                 await asyncio.sleep(EVENTS_TOGETHER + EVENTS_APART * len(lines))
-                with contextlib.suppress(asyncio.TimeoutError):
+                try:
                     await asyncio.wait_for(news.wait(), EVENTS_SILENT)
+                except asyncio.TimeoutError:
+                    lines = [':\n\n']
+                    continue
+                noted, gone, lines, missed = [*due.values()], missed, [], 0
+                due.clear()
+                news.clear()
+                for kept in noted:
+                    summary = kept.summary()
+                    if chosen.fits(summary, kept.details):
+                        lines.append(f'data: {json.dumps(summary)}\n\n')
+                    if chosen.texts:
+                        await asyncio.sleep(0)      # looking for text in a body may take long
+                if gone:
+                    lines.append(f'event: missed\ndata: {gone}\n\n')
         finally:
             self._book.listeners.remove(tell)
 
