@@ -2715,7 +2715,19 @@ def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
         return []
 
 
-class Tokens:
+class Source:
+    """What a server reads from files, and again when they change; after an error the old holds."""
+
+    def changed(self) -> bool:
+        """Return True if there is something to read again."""
+        return False
+
+    def reload(self) -> str | None:
+        """Read it again, and see that it holds; return what is wrong, if anything is."""
+        return None
+
+
+class Tokens(Source):
     """The tokens of a server: those given on the command line and those of its files."""
 
     def __init__(self, tokens: Iterable[str] = (), path: str | None = None, open: bool = False,
@@ -2735,7 +2747,6 @@ class Tokens:
             raise UsageError(error)
 
     def reload(self) -> str | None:
-        """Read the files again.  On an error keep the old tokens and return the reason."""
         grants = list(self._given)
         self._stamps = [stamp_of(path) for path in self.paths]
         for path in self.paths:
@@ -2751,7 +2762,6 @@ class Tokens:
         return None
 
     def changed(self) -> bool:
-        """Return True if a file has changed since it was read."""
         return [stamp_of(path) for path in self.paths] != self._stamps
 
     @staticmethod
@@ -3540,7 +3550,7 @@ class Tunnel:
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
-class Bars:
+class Bars(Source):
     """Whom the operator keeps out, in a file; false while that is nobody."""
 
     def __len__(self) -> int:
@@ -3552,14 +3562,6 @@ class Bars:
 
     def check_visitor(self, name: str, address: str) -> None:
         """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
-        raise NotImplementedError
-
-    def changed(self) -> bool:
-        """Return True if the file has changed since it was read."""
-        raise NotImplementedError
-
-    def reload(self) -> str | None:
-        """Read it again, and end what it bars; return what is wrong with it, if anything is."""
         raise NotImplementedError
 
 
@@ -4401,7 +4403,7 @@ def inherited_sockets() -> dict[int, Sockets]:
     return found
 
 
-class Tls:
+class Tls(Source):
     """How a server speaks TLS."""
 
     def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
@@ -4413,14 +4415,6 @@ class Tls:
     def shows(self, host: str) -> bool:
         """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
         return self.port != 0 and not self.pin
-
-    def changed(self) -> bool:
-        """Return True if there is something to read again."""
-        return False
-
-    def reload(self) -> str | None:
-        """Read it again; return why the old one stays, if it does."""
-        return None
 
 
 CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
@@ -4654,7 +4648,7 @@ class Server:
 
     def reload(self, changed_only: bool = False) -> bool:
         """Read tokens, certificate and bars again, or what of them has changed; whether any was."""
-        sources: list[tuple[str, Tokens | Tls | Bars | None]] = [
+        sources: list[tuple[str, Source | None]] = [
             ('tokens', self.admission.tokens), ('certificate', self.tls),
             ('block list', self.tunnels.bars)]
         read = [(what, source.reload()) for what, source in sources
