@@ -8931,7 +8931,7 @@ class Ground:
         for (port, tls), address in itertools.product(self._ports, self._here):
             said = await self._who_is(address, port, tls)
             who = who_listens(address, port)
-            if said:
+            if said and self._itself in (b'', said):
                 self._itself, self._who = said, who
                 told.append(f'version {said.split()[1].decode()} at port {port} of {address}')
             elif who and who == self._who:
@@ -9317,12 +9317,9 @@ class Way:
         return f'up to {largest} KiB of them pass'
 
 
-async def explain_answer(runtime: Runtime, args: Args) -> str:
-    """What answers at a URL, unless that is an error."""
-    scheme, host, port, path = split_url(
-        args.url if '://' in args.url else 'https://' + args.url, ('https', 'http'))
-    place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
-    async with visit(runtime, place, args.ca, path or '/') as (connection, response):
+async def explain_answer(runtime: Runtime, place: ServerAddress, ca: str | None, path: str) -> str:
+    """What answers at PATH of PLACE, unless that is an error."""
+    async with visit(runtime, place, ca, path) as (connection, response):
         hop, status, (who, _) = (
             response.find(b'localtunnel-failed'), response.status, front_of(response))
         said = await read_answer(connection, response) if hop else b''
@@ -9414,12 +9411,15 @@ class Doctor(Annex):
     async def examine(self, args: Args) -> int:
         """The same, in the loop that runs."""
         runtime = Runtime(asyncio.get_running_loop())
-
-        async def answer() -> str:
-            return await explain_answer(runtime, args)
         try:
             if args.url:
-                return await report(args, args.url, [answer])
+                scheme, host, port, path = split_url(
+                    args.url if '://' in args.url else 'https://' + args.url, ('https', 'http'))
+                place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
+
+                async def answer() -> str:
+                    return await explain_answer(runtime, place, args.ca, path or '/')
+                return await report(args, str(place), [answer])
             if args.domain:
                 return await report(args, args.domain, [], Ground(args, runtime).checks)
             if args.state:

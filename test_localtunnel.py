@@ -6976,6 +6976,8 @@ class DoctorOfUrlsTest(Doctored):
         await self.finds('answer', '502 comes from the app', f'http://127.0.0.1:{app.address[1]}')
 
     async def test_nobody_answers(self):
+        with self.assertRaisesRegex(lt.UsageError, 'expected a URL like'):
+            await self.doctor('https:///hook')
         await self.finds('answer', 'nothing is listening',
                          f'http://127.0.0.1:{CommandTest.free_port()}')
         self.hosts()
@@ -7073,6 +7075,16 @@ class DoctorOfServersTest(Doctored):
         with self.constant(REACHED_WITHIN=0.1), unittest.mock.patch.object(
                 lt, 'who_listens', lambda _, port: f'program of {port} (process 1)'):
             await self.look('ports', f'program of {self.tls_port} .* has port .*--tls-port')
+
+    async def test_another_server_has_a_port(self):
+        await self.world(domain=self.DOMAIN)
+        self.tls_port = CommandTest.free_port()
+
+        async def who_is(_, address, port, tls):
+            return b'localtunnel 1.0 %032d' % tls
+        with unittest.mock.patch.object(lt.Ground, '_who_is', who_is), unittest.mock.patch.object(
+                lt, 'who_listens', lambda _, port: f'program of {port} (process 1)'):
+            await self.look('ports', f'program of {self.tls_port} .* has port .*; end it')
 
     async def test_no_server_runs_or_has_no_certificate_yet(self):
         self.port = CommandTest.free_port()
