@@ -7296,6 +7296,9 @@ OPENSSL_PATIENCE = 20.0         # seconds; what is asked here takes it milliseco
 CURVE = '-pkeyopt', 'ec_paramgen_curve:P-256'
 # The whole of its configuration: the system's may be missing, and old ones know no -addext.
 REQUEST = '[req]\ndistinguished_name=none\nreq_extensions=more\n[none]\n[more]\nsubjectAltName='
+# In a certificate, what comes before the key of its authority and its own number, and their sizes.
+ID_PARTS = rb'\x06\x03\x55\x1d\x23\x04.\x30.\x80(.)', rb'\xa0\x03\x02\x01\x02\x02(.)'
+NOT_PROVED = 'not proved'       # the code of an AcmeError where a proof was not accepted
 
 
 class AcmeError(LocaltunnelError):
@@ -7306,49 +7309,35 @@ class AcmeError(LocaltunnelError):
         self.code, self.wait = code, wait
 
 
-NOT_PROVED = 'not proved'       # the code of an AcmeError where a proof was not accepted
-
-
 async def openssl(*words: str, given: bytes = b'') -> bytes:
     """What the openssl program makes of GIVEN.  Raises AcmeError."""
+    import subprocess
     try:
-        process = await asyncio.create_subprocess_exec(
-            'openssl', *words, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE)
-    except OSError as e:
-        raise AcmeError(f"the openssl program can't be started ({e.strerror}); install it, since "
-                        'it makes the keys and signatures') from e
-    try:
-        made, said = await asyncio.wait_for(process.communicate(given), OPENSSL_PATIENCE)
-    except asyncio.TimeoutError as e:
-        raise AcmeError('the openssl program does not end') from e
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
-    if process.returncode:
-        why = (said.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
+        done = await asyncio.get_running_loop().run_in_executor(None, lambda: subprocess.run(
+            ['openssl', *words], input=given, capture_output=True, timeout=OPENSSL_PATIENCE))
+    except (OSError, subprocess.SubprocessError) as e:
+        raise AcmeError(f"the openssl program can't be run ({plainly(e)}); install it, since it "
+                        'makes the keys and signatures') from e
+    if done.returncode:
+        why = (done.stderr.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
         raise AcmeError(f'openssl {words[0]} failed: {why}')
-    return made
+    return done.stdout
 
 
-async def make_request(path: str, names: Sequence[str]) -> tuple[bytes, bytes]:
+async def make_request(folder: str, names: Sequence[str]) -> tuple[bytes, bytes]:
     """A new P-256 key (PEM), and a request (DER) for a certificate of it for NAMES, without a CN.
 
-    The key is in PATH meanwhile, for this user alone.  Raises AcmeError and OSError.
+    The key is in FOLDER meanwhile, for this user alone.  Raises AcmeError and OSError.
     """
+    import tempfile
     said = ','.join(f'{"IP" if is_address(name) else "DNS"}:{name}' for name in names)
-    try:
-        write_secret(f'{path}.cnf', f'{REQUEST}{said}\n'.encode())
-        write_secret(path, b'')
+    with tempfile.TemporaryDirectory(dir=folder) as private:
+        config, key = (os.path.join(private, name) for name in ('config', 'key'))
+        write_secret(config, f'{REQUEST}{said}\n'.encode())
         request = await openssl('req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj', '/',
-                                '-config', f'{path}.cnf', '-keyout', path, '-outform', 'DER')
-        with open(path, 'rb') as f:
+                                '-config', config, '-keyout', key, '-outform', 'DER')
+        with open(key, 'rb') as f:
             return f.read(), request
-    finally:
-        for made in path, f'{path}.cnf':
-            with contextlib.suppress(OSError):
-                os.unlink(made)
 
 
 def raw_signature(der: bytes) -> bytes:
@@ -7368,18 +7357,10 @@ def base64json(value: Any) -> str:
 
 
 def renewal_id(der: bytes) -> str:
-    """How an authority names the certificate DER (RFC 9773 4.1).  Raises ValueError, IndexError."""
-    def content(at: int) -> tuple[int, int]:
-        size, more = der[at + 1], 0
-        if size > 127:
-            more = size & 127
-            size = int.from_bytes(der[at + 2:at + 2 + more], 'big')
-        return at + 2 + more, at + 2 + more + size
-    first, _ = content(content(0)[0])
-    begin, end = content(content(first)[1] if der[first] == 0xA0 else first)      # behind version
-    at = der.index(b'\x06\x03\x55\x1d\x23') + 5         # authorityKeyIdentifier
-    key, key_end = content(content(content(at)[0])[0])
-    return f'{base64url(der[key:key_end])}.{base64url(der[begin:end])}'
+    """How an authority names the certificate DER (RFC 9773 4.1); '' where it has no such name."""
+    parts = [re.search(before, der, re.S) for before in ID_PARTS]
+    return '.'.join(base64url(der[part.end():part.end() + part[1][0]]) for part in parts if part
+                    ) if all(parts) else ''
 
 
 # The authority.
@@ -7391,12 +7372,18 @@ POLL_FIRST, POLL_MOST = 0.5, 30.0       # seconds between looks at an order
 LONGEST_WAIT = 7 * DAY          # that it may ask for: no limit of Let's Encrypt takes longer
 
 
-async def _fetch(runtime: Runtime, place: tuple[str, int], tls: ssl.SSLContext | None, host: str,
-                 message: str) -> tuple[Response, bytes]:
+async def _fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str, form: str,
+                 to: str) -> tuple[Response, bytes]:
+    scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
+    post = f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n' if body else ''
     _, connection = await runtime.loop.create_connection(
-        lambda: Connection(runtime), *place, ssl=tls, server_hostname=host if tls else None)
+        lambda: Connection(runtime), to or host, port, ssl=tls,
+        server_hostname=host if tls else None)
     try:
-        await connection.write(message.encode())
+        await connection.write((
+            f'{"POST" if body else "GET"} {path or "/"} HTTP/1.1\r\n'
+            f'Host: {authority(scheme, host, port)}\r\nUser-Agent: localtunnel/{__version__}\r\n'
+            f'Connection: close\r\n{post}\r\n{body}').encode())
         response = await read_final(connection, None, ACME_PATIENCE)
         connection.timeout = ACME_PATIENCE
         return response, await read_whole(
@@ -7412,14 +7399,7 @@ async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: st
     With TLS only https is spoken, else only http.  Raises AcmeError.
     """
     try:
-        scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
-        message = (f'{"POST" if body else "GET"} {path or "/"} HTTP/1.1\r\n'
-                   f'Host: {authority(scheme, host, port)}\r\n'
-                   f'User-Agent: localtunnel/{__version__}\r\nConnection: close\r\n')
-        if body:
-            message += f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n'
-        return await asyncio.wait_for(
-            _fetch(runtime, (to or host, port), tls, host, f'{message}\r\n{body}'), ACME_PATIENCE)
+        return await asyncio.wait_for(_fetch(runtime, url, tls, body, form, to), ACME_PATIENCE)
     except (OSError, asyncio.TimeoutError, LocaltunnelError) as e:
         raise AcmeError(explain(e, url)) from e
 
@@ -7457,12 +7437,18 @@ class Authority:
     They also raise what odd answers lead to: each is used as if it had the right form.
     """
 
-    def __init__(self, runtime: Runtime, url: str, tls: ssl.SSLContext, key: str) -> None:
-        """URL is that of its directory; KEY is the file of our account's key, or will be."""
+    def __init__(self, runtime: Runtime, url: str, tls: ssl.SSLContext, folder: str,
+                 publish: Callable[[str, str], None]) -> None:
+        """URL is that of its directory; the key of our account is in FOLDER, or will be.
+
+        PUBLISH is called with each token, and the proof that the authority wants to see for it.
+        """
         self.url = url
         self.account = ''                       # our URL there, once we are known
-        self.directory: dict[str, Any] = {}     # its URLs, once it was read
-        self._runtime, self._tls, self._key = runtime, tls, key
+        self.meta: dict[str, Any] = {}          # what it says of itself
+        self._runtime, self._tls, self._folder, self._publish = runtime, tls, folder, publish
+        self._directory: dict[str, Any] = {}    # its URLs, once it was read
+        self._key = os.path.join(folder, 'acme-account.key')
         self._jwk: dict[str, str] = {}          # the account's public key
         self._nonce = ''                        # for the next request
 
@@ -7471,10 +7457,12 @@ class Authority:
         response, said = await fetch(self._runtime, self.url, self._tls)
         if response.status != 200:
             raise AcmeError(f'{self.url} answers {response.status}', wait=seconds_of(response))
-        self.directory = json.loads(said)
+        self._directory = json.loads(said)
+        self.meta = self._directory.get('meta') or {}
 
     async def enter(self, mail: str, external: str = '') -> None:
         """Open the account, or find it; EXTERNAL is KID:HMAC of one that we have in another way."""
+        await self.learn()
         if not os.path.exists(self._key):
             write_secret(self._key, await openssl('genpkey', '-algorithm', 'EC', *CURVE))
         point = (await openssl('pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
@@ -7484,15 +7472,10 @@ class Authority:
         if external:
             wish['externalAccountBinding'] = self._binding(external)
         self.account = ''
-        response, _ = await self._post(self.directory['newAccount'], wish)
+        response, _ = await self._post(self._directory['newAccount'], wish)
         self.account = response.find(b'location')
 
-    @property
-    def meta(self) -> dict[str, Any]:
-        """What it says of itself."""
-        return self.directory.get('meta') or {}
-
-    def proof(self, token: str) -> str:
+    def _proof(self, token: str) -> str:
         """The key authorization for TOKEN (RFC 8555 8.1)."""
         thumb = hashlib.sha256(json.dumps(self._jwk, separators=(',', ':')).encode()).digest()
         return f'{token}.{base64url(thumb)}'
@@ -7500,7 +7483,7 @@ class Authority:
     def _binding(self, external: str) -> dict[str, str]:
         """That the key is ours, signed with the secret of EXTERNAL (RFC 8555 7.3.4)."""
         kid, _, secret = external.partition(':')
-        head = base64json({'alg': 'HS256', 'kid': kid, 'url': self.directory['newAccount']})
+        head = base64json({'alg': 'HS256', 'kid': kid, 'url': self._directory['newAccount']})
         body = base64json(self._jwk)
         key = base64.urlsafe_b64decode(secret + '=' * (-len(secret) % 4))
         return {'protected': head, 'payload': body, 'signature': base64url(
@@ -7508,14 +7491,13 @@ class Authority:
 
     async def _post(self, url: str, payload: Any = None) -> tuple[Response, Any]:
         """(response, document) for PAYLOAD, signed; None just reads."""
-        kind, why, wait = '', '', 0.0
+        body = '' if payload is None else base64json(payload)
         for _ in range(NONCE_TRIES):
             if not self._nonce:
-                response, _ = await fetch(self._runtime, self.directory['newNonce'], self._tls)
+                response, _ = await fetch(self._runtime, self._directory['newNonce'], self._tls)
                 self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
             head = base64json({'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who})
-            body = '' if payload is None else base64json(payload)
             signature = raw_signature(await openssl(
                 'dgst', '-sha256', '-sign', self._key, given=f'{head}.{body}'.encode()))
             response, said = await fetch(
@@ -7526,18 +7508,17 @@ class Authority:
             document = json.loads(said) if 'json' in response.find(b'content-type') else said
             if 200 <= response.status < 300:
                 return response, document
-            kind, why = read_problem(document, response.status)
-            wait = seconds_of(response)
-            if kind != 'badNonce':
+            code, why = read_problem(document, response.status)
+            if code != 'badNonce':
                 break
-        raise AcmeError(f'{self.url} says: {why}', kind, wait)
+        raise AcmeError(f'{self.url} says: {why}', code, seconds_of(response))
 
-    async def _decided(self, url: str, *wanted: str) -> dict[str, Any]:
-        """What is at URL, once its status is one of WANTED."""
+    async def _decided(self, url: str, wanted: str) -> dict[str, Any]:
+        """What is at URL, once its status is the WANTED one."""
         pause = POLL_FIRST
         while True:
             response, document = await self._post(url)
-            if document['status'] in wanted:
+            if document['status'] == wanted:
                 return dict(document)
             if document['status'] not in ('pending', 'processing', 'ready'):
                 errors = [part.get('error') for part in (
@@ -7547,28 +7528,27 @@ class Authority:
             await asyncio.sleep(min(max(seconds_of(response), pause), POLL_MOST))
             pause = min(pause * 1.5, POLL_MOST)
 
-    async def obtain(self, names: Sequence[str], method: str, publish: Callable[[str, str], None],
-                     profile: str = '', replaces: str = '') -> bytes:
-        """A new key and a certificate for NAMES with its chain, PEM.
+    async def obtain(self, names: Sequence[str], method: str, profile: str, old: str) -> bytes:
+        """A new key and a certificate for NAMES with its chain, PEM, proved by METHOD.
 
-        PUBLISH is called with each token, and the proof that METHOD, http-01 or dns-01, shows.
+        It replaces the one whose renewal id is OLD.
         """
-        wish: dict[str, Any] = {'identifiers': [
+        known = 'renewalInfo' in self._directory
+        wish = {'profile': profile, 'replaces': old if known else '', 'identifiers': [
             {'type': 'ip' if is_address(name) else 'dns', 'value': name} for name in names]}
-        more = {'profile': profile, 'replaces': replaces}
+        wish = {key: value for key, value in wish.items() if value}
         try:
-            response, order = await self._post(self.directory['newOrder'], {
-                **wish, **{key: value for key, value in more.items() if value}})
+            response, order = await self._post(self._directory['newOrder'], wish)
         except AcmeError as e:
-            if not replaces or e.code == 'rateLimited':
+            if 'replaces' not in wish or e.code == 'rateLimited':
                 raise
             # It was replaced already, or is of another authority.
-            return await self.obtain(names, method, publish, profile)
+            return await self.obtain(names, method, profile, '')
         for url in order['authorizations']:
-            await self._prove(url, method, publish)
+            await self._prove(url, method)
         place = response.find(b'location')
         order = await self._decided(place, 'ready')
-        key, request = await make_request(f'{self._key}.new', names)
+        key, request = await make_request(self._folder, names)
         await self._post(order['finalize'], {'csr': base64url(request)})
         order = await self._decided(place, 'valid')
         _, chain = await self._post(order['certificate'])
@@ -7576,23 +7556,24 @@ class Authority:
             raise AcmeError(f'{self.url} sends something else than a certificate')
         return key + chain
 
-    async def _prove(self, url: str, method: str, publish: Callable[[str, str], None]) -> None:
+    async def _prove(self, url: str, method: str) -> None:
         _, proof = await self._post(url)
         if proof['status'] == 'valid':
             return              # from an order before
         challenge = next((c for c in proof['challenges'] if c['type'] == method), None)
         if challenge is None:
             raise AcmeError(f'{self.url} takes no {method} for {proof["identifier"]["value"]}')
-        publish(challenge['token'], self.proof(challenge['token']))
+        self._publish(challenge['token'], self._proof(challenge['token']))
         await self._post(challenge['url'], {})
         await self._decided(url, 'valid')
 
     async def window(self, certificate: str) -> tuple[float, float] | None:
         """When it suggests to renew CERTIFICATE, its renewal id: from, until; None: it does not."""
-        if 'renewalInfo' not in self.directory:
+        await self.learn()
+        if 'renewalInfo' not in self._directory:
             return None
         response, said = await fetch(
-            self._runtime, f'{self.directory["renewalInfo"]}/{certificate}', self._tls)
+            self._runtime, f'{self._directory["renewalInfo"]}/{certificate}', self._tls)
         if response.status != 200:
             return None
         found = json.loads(said)['suggestedWindow']
@@ -7601,10 +7582,12 @@ class Authority:
 
 # The certificate that is shown.
 
-def plain_host(host: str) -> str:
-    """HOST as certificates have it: addresses are compared as such."""
+def covers(names: Sequence[str], host: str) -> bool:
+    """Return True if a certificate for NAMES is one for HOST: addresses are compared as such."""
     host = host.strip('[].').lower()
-    return str(ipaddress.ip_address(host)) if ':' in host and is_address(host) else host
+    if ':' in host and is_address(host):
+        host = str(ipaddress.ip_address(host))
+    return host in names or '*.' + host.partition('.')[2] in names
 
 
 class AcmeTls(Tls):
@@ -7613,7 +7596,7 @@ class AcmeTls(Tls):
     def __init__(self, path: str, port: int = 0) -> None:
         """PATH is the file with key and chain, one so that they always belong together."""
         super().__init__(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), port)
-        self.path = path
+        self.path, self.kept = path, True
         self.look_now = asyncio.Event()         # SIGHUP came
         self._current: ssl.SSLContext | None = None
         self.context.sni_callback = self._choose
@@ -7624,36 +7607,27 @@ class AcmeTls(Tls):
         self.validity = validity_of(self._current)
 
     def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
-        if self._current is None or name and not self._is_for(name):
+        if self._current is None or name and not covers(self.life[2], name):
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
         connection.context = self._current
         return None
 
-    def _is_for(self, host: str) -> bool:
-        names = self.validity[2] if self.validity else []
-        host = plain_host(host)
-        return host in names or '*.' + host.partition('.')[2] in names
+    @property
+    def life(self) -> tuple[float, float, list[str]]:
+        """From when, until when, and for which names it holds."""
+        return self.validity or (0.0, 0.0, [])
 
     @property
     def names(self) -> list[str]:
         """Those for which it holds, now."""
-        return self.validity[2] if self.validity and time.time() < self.validity[1] else []
+        return self.life[2] if time.time() < self.life[1] else []
 
     def shows(self, host: str) -> bool:
-        return self.names != [] and self._is_for(host)
-
-    def read(self) -> str | None:
-        """Show what is in the file, if there is one; return why it can't be shown."""
-        try:
-            if os.path.exists(self.path):
-                self.load(self.path)
-        except UsageError as e:
-            return str(e)
-        return None
+        return covers(self.names, host)
 
     def reload(self) -> str | None:
         self.look_now.set()
-        return self.read()
+        return None
 
 
 # What it needs, and its keeper.
@@ -7693,19 +7667,26 @@ class Outside:
     """The domain as others see it: what is looked at before an authority is asked."""
 
     def __init__(self, args: Args, server: Server, zone: Zone) -> None:
-        self.zone = zone
         self._domain, self._server, self._port = str(args.domain), server, args.port
+        self._zone = zone
         self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
 
-    async def missing(self) -> str:
-        """What keeps the questions for _acme-challenge from us, and the cure."""
-        record = await self.record('_acme-challenge.', 'NS', f'{self._domain}.')
-        found = await ask_dns(self._resolver, self.zone.name, TYPE_NS) if self._resolver else []
-        if found is None:
-            return (f'questions for {self.zone.name} get an answer: let them through to port 53 '
-                    f'of this machine, by UDP and TCP, and check this DNS record: {record}')
-        return ('you change the DNS record that leads elsewhere: ' if found else
-                'you add a DNS record: ') + record
+    def show(self, token: str, proof: str) -> None:
+        """Let PROOF be seen where TOKEN leads to, under any name, and its digest in DNS."""
+        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
+            'application/octet-stream', [proof.encode()])
+        self._zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
+
+    def hide(self) -> None:
+        """Let nothing of it be seen any more."""
+        self._zone.texts.clear()
+        for path in tuple(self._server.everywhere):
+            if path.startswith(CHALLENGES.encode()):
+                del self._server.everywhere[path]
+
+    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
+        """What the world sees at NAME, as ask_dns says it."""
+        return await ask_dns(self._resolver, name, kind) if self._resolver else []
 
     async def record(self, prefix: str, kind: str, value: str) -> str:
         """A record below PREFIX and the domain, as DNS providers ask for it."""
@@ -7713,28 +7694,32 @@ class Outside:
         zones = ['.'.join(labels[i:]) for i in range(max(1, len(labels) - 1))]
         for zone in zones:
             if await self._ask(zone, TYPE_SOA):
-                break
-        else:
-            zone = zones[-1]
+                break           # else it is the last one
         name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
         return f'name {name}, type {kind}, value {value}'
 
-    async def _ask(self, name: str, kind: int) -> list[bytes]:
-        """The data of the records of KIND that the world sees at NAME, as far as that is known."""
-        return self._resolver and await ask_dns(self._resolver, name, kind) or []
+    async def missing(self) -> str:
+        """What keeps the questions for _acme-challenge from us, and the cure."""
+        record = await self.record('_acme-challenge.', 'NS', f'{self._domain}.')
+        found = await self._ask(self._zone.name, TYPE_NS)
+        if found is None:
+            return (f'questions for {self._zone.name} get an answer: let them through to port 53 '
+                    f'of this machine, by UDP and TCP, and check this DNS record: {record}')
+        return ('you change the DNS record that leads elsewhere: ' if found else
+                'you add a DNS record: ') + record
 
     async def is_delegated(self) -> bool:
         """Return True if who asks for _acme-challenge is answered by this server."""
         trial = secrets.token_urlsafe(32)
-        self.zone.texts.add(trial)
+        self._zone.texts.add(trial)
         try:
-            found = await self._ask(self.zone.name, TYPE_TXT)
-            return any(data[1:] == trial.encode() for data in found)
+            found = await self._ask(self._zone.name, TYPE_TXT)
+            return any(data[1:] == trial.encode() for data in found or ())
         finally:
-            self.zone.texts.discard(trial)
+            self.hide()
 
     async def _addresses(self) -> list[str]:
-        """Where visitors of the domain go.  Raises AcmeError."""
+        """Where visitors of the domain go.  Raises AcmeError, and Disconnected."""
         if is_address(self._domain):
             return [self._domain]
         found = await addresses_in_dns(self._resolver, self._domain) if self._resolver else []
@@ -7747,8 +7732,7 @@ class Outside:
 
     async def reach(self) -> None:
         """Raises AcmeError unless who visits the domain over http arrives here."""
-        token = secrets.token_urlsafe(16)
-        place = authority('http', self._domain, self._port)
+        token, place = secrets.token_urlsafe(16), authority('http', self._domain, self._port)
         self.show(token, token)
         try:
             for address in await self._addresses():
@@ -7765,13 +7749,13 @@ class Outside:
                                     f'arrive here ({why}); point the DNS record at this machine, '
                                     'and let port 80 through')
         finally:
-            self.hide(token)
+            self.hide()
 
     async def check_caa(self, authority: Authority, names: Sequence[str], method: str) -> None:
         """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
         name, records = self._domain, []        # type: str, list[bytes]
         while name and not records and not is_address(self._domain):
-            records = [data for data in await self._ask(name, TYPE_CAA) if len(data) > 2]
+            records = [data for data in await self._ask(name, TYPE_CAA) or () if len(data) > 2]
             name = name if records else name.partition('.')[2]
         for wanted in names:
             tag, values = caa_terms(records, wanted)
@@ -7780,13 +7764,12 @@ class Outside:
                                 f'{wanted} ({tag} {", ".join(values)!r}); change them, or choose '
                                 'another --acme-directory')
 
-    def show(self, token: str, text: str) -> None:
-        """Let TEXT be seen at the place for TOKEN, under any name."""
-        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
-            'application/octet-stream', [text.encode()])
 
-    def hide(self, token: str) -> None:
-        self._server.everywhere.pop(f'{CHALLENGES}{token}'.encode(), None)
+class Setback(NamedTuple):
+    """Why there is no certificate for some names."""
+    times: int = 0          # in a row
+    why: str = ''
+    again: float = 0.0      # not to be tried before, in Unix seconds
 
 
 class Keeper:
@@ -7802,57 +7785,58 @@ class Keeper:
         self._outside = Outside(args, server, names.zone)
         trust = client_tls(args.acme_ca)
         self._authorities = [
-            Authority(server.runtime, url, trust, os.path.join(args.state, 'acme-account.key'))
+            Authority(server.runtime, url, trust, args.state, self._outside.show)
             for url in args.acme_directory or [LETS_ENCRYPT]]
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
-        self._aims: list[list[str]] = []            # names that were wanted since we had them all
-        self._failures, self._why = 0, ''           # in a row, and of the last one
-        self._again = 0.0                           # not to be tried before, in Unix seconds
+        self._setbacks: dict[str, Setback] = {}     # by the last of the names wanted
         self._failed: list[float] = []              # when proofs failed
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
         self._said: dict[str, str] = {}             # to the operator last, by what it is about
         self._path = os.path.join(args.state, 'acme.json')      # what survives a restart
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError), open(
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError), open(
                 self._path, encoding='ascii') as f:
-            kept = json.load(f)
+            kept, latest = json.load(f), time.time() + LONGEST_WAIT
             self._failed = [float(at) for at in kept['failed']]
-            self._failures, self._why = int(kept['failures']), str(kept['why'])
-            self._again = min(float(kept['again']), time.time() + LONGEST_WAIT)
+            self._setbacks = {name: Setback(int(times), str(why), min(float(again), latest))
+                              for name, (times, why, again) in kept['setbacks'].items()}
 
     # What is to be done, and when.
 
     async def run(self) -> None:
         """Keep a certificate for as long as the server serves."""
-        if self._again > time.time():
-            self._say('fails', self._why, self._next)
+        for name, setback in self._setbacks.items():
+            if setback.again > time.time():
+                self._complain(name, setback)
         while True:
-            pause = await self._look()
+            pause = max(await self._look(), LEAST_PAUSE)
             with contextlib.suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(self._tls.look_now.wait(), max(pause, LEAST_PAUSE))
-            if self._tls.look_now.is_set():
-                self._tls.look_now.clear()
-                self._again = 0.0       # SIGHUP: somebody has mended something
+                await asyncio.wait_for(self._tls.look_now.wait(), pause)
+                self._tls.look_now.clear()      # SIGHUP: somebody has mended something
+                self._setbacks = {name: setback._replace(again=0.0)
+                                  for name, setback in self._setbacks.items()}
 
     async def _look(self) -> float:
         """Do what is due; return for how many seconds nothing more is."""
-        if len(self._all) > 1:
+        alone = self._all[:1]
+        if alone != self._all:
             await self._answer_dns()
-        tls, high = self._tls, set(self._all) <= set(self._tls.names)
-        delegated = len(self._all) > 1 and await self._outside.is_delegated()
-        aim = self._all if delegated or high else self._all[:1]
-        if aim not in self._aims:       # a record has come, or the certificate for all has ended
-            self._again = 0.0 if self._aims else self._again
-            self._aims.append(aim)
-        if time.time() >= max(await self._due(aim), self._again):
-            await self._note(await self._climb(
-                [aim, self._all[:1]] if delegated and not high else [aim], delegated))
-        if not self._why:
-            self._aims = [aim]
-        if self._all[0] in tls.names:
+        delegated = alone != self._all and await self._outside.is_delegated()
+        high = self._has(self._all)
+        rungs = [self._all] * (delegated or high) + [alone] * (not high)
+        for names in rungs:
+            if await self._climb(names, delegated):
+                break
+        if self._has(alone):
             await self._tell(delegated)
-        pause = max(await self._due(aim), self._again) - time.time()
-        done = not self._why and set(self._all) <= set(tls.names)
-        return min(pause, LOOK if done else LOOK_SOON)
+        again = min([max(await self._due(names), self._setback(names).again) for names in rungs])
+        done = self._has(self._all) and not self._setbacks
+        return min(again - time.time(), LOOK if done else LOOK_SOON)
+
+    def _has(self, names: Sequence[str]) -> bool:
+        return set(names) <= set(self._tls.names)
+
+    def _setback(self, names: Sequence[str]) -> Setback:
+        return self._setbacks.get(names[-1], Setback())
 
     async def _answer_dns(self) -> None:
         """Answer DNS where we don't yet; say loudly where that can't be."""
@@ -7872,149 +7856,73 @@ class Keeper:
             f"ERROR: DNS can't be answered {fault}; until then there is no https for names"
             for fault in faults))
 
-    async def _climb(self, rungs: Sequence[list[str]], delegated: bool) -> list[Exception]:
-        """Get a certificate for the first of RUNGS that can be had; return why not the others."""
-        errors: list[Exception] = []
-        for names in rungs:
-            try:
-                if time.time() >= await self._due(names):
-                    await self._renew(names, delegated)
-                break
-            except Exception as e:      # whatever an authority answers, the service goes on
-                errors.append(e)
-        return errors
+    async def _climb(self, names: list[str], delegated: bool) -> bool:
+        """Get a certificate for NAMES if one is due; return True if there is one."""
+        if time.time() < await self._due(names):
+            return True
+        if time.time() < self._setback(names).again:
+            return False
+        try:
+            await self._renew(names, delegated)
+        except Exception as e:      # whatever an authority answers, the service goes on
+            await self._fail(names, e)
+            return False
+        for name in names:
+            self._setbacks.pop(name, None)
+            self._said.pop(name, None)
+        self._save()
+        return True
 
     async def _due(self, names: Sequence[str]) -> float:
         """When a certificate for NAMES is to be had, in Unix seconds."""
-        if self._tls.validity is None or not set(names) <= set(self._tls.names):
+        if not self._has(names):
             return 0.0
-        begins, ends, _ = self._tls.validity
+        begins, ends, _ = self._tls.life
         if time.time() > self._asked + LOOK:
             self._asked = time.time()
             with contextlib.suppress(Exception):        # it is asked again
-                await self._authorities[0].learn()
-                window = await self._authorities[0].window(renewal_id(self._shown()))
+                window = await self._authorities[0].window(self._id())
                 self._window = random.uniform(*window) if window else 0.0
         life = ends - begins
         if self._window:        # but never at once, and over and over; and never too late
             return min(max(self._window, begins + min(LOOK, life / 4)), ends - life / 4)
         return ends - life / (2 if life < SHORT_LIFE else 3)
 
-    async def _note(self, errors: Sequence[Exception]) -> None:
-        """Note that we have what we want, or that there was no certificate because of ERRORS."""
-        now, server = time.time(), self._server
-        self._why = '; and '.join(map(words_for, errors))
-        self._failures = self._failures + 1 if errors else 0
-        self._again = now + max(BACKOFF[min(self._failures, len(BACKOFF)) - 1],
-                                getattr(errors[0], 'wait', 0.0)) if errors else 0.0
-        if any(getattr(e, 'code', '') == NOT_PROVED for e in errors):
-            self._failed.append(now)
-        with contextlib.suppress(OSError):      # without it, we only ask once more than we might
-            write_secret(self._path, json.dumps({
-                'failures': self._failures, 'why': self._why, 'again': self._again,
-                'failed': self._lately}).encode())
-        if not errors:
-            return self._say('fails', '')
-        server.counters['certificate_failures'] += 1
-        self._say('fails', self._why, self._next)
-        if self._args.notify:
-            begins, ends, _ = self._tls.validity or (0.0, 0.0, [])
-            await self._notify({'event': 'certificate', 'domain': self._all[0],
-                                'problem': printable(self._why), 'expires': ends,
-                                'urgent': now > ends - (ends - begins) / 4})
-
-    async def _notify(self, facts: dict[str, Any]) -> None:
-        url = self._args.notify
-        try:
-            tls = ssl.create_default_context() if url.startswith('https:') else None
-            response, _ = await fetch(self._server.runtime, url, tls, json.dumps(facts),
-                                      'application/json')
-            if response.status >= 300:
-                raise AcmeError(f'{url} answers {response.status}')
-        except AcmeError as e:
-            self._server.log.note(f"warning: --notify can't be told: {e}")
-
-    @property
-    def _lately(self) -> list[float]:
-        """When proofs failed within the last hour."""
-        return [at for at in self._failed if 0 <= time.time() - at < FAILED_FOR]
-
-    # What the operator reads.
-
-    def _say(self, about: str, text: str, after: str = '') -> None:
-        """Tell the operator TEXT, and what comes AFTER it; the same ABOUT one thing only once."""
-        again = text == self._said.get(about)
-        self._said[about] = text
-        if text and (after or not again):
-            self._server.log.note(('' if about == 'dns' else 'certificate: ') + printable(
-                'the same again' if again else text)[:2 * MAX_TEXT] + after)
-
-    @property
-    def _next(self) -> str:
-        minutes = max(1, round((self._again - time.time()) / 60))
-        return f'; trying again in {minutes} min, or at once on SIGHUP'
-
-    async def _tell(self, delegated: bool) -> None:
-        """Say how far up the ladder this server is, and what the next rung needs."""
-        domain, (_, ends, names) = self._all[0], self._tls.validity or (0.0, 0.0, [])
-        until = time.strftime('until %Y-%m-%d', time.gmtime(ends))
-        if len(self._all) == 1:
-            text = f'https works for {domain} and its one tunnel {until}'
-        elif self._all[1] in names:
-            text = f'https works for {domain} and every name below it {until}'
-        else:
-            text = (f'https works for {domain} {until}, so sessions and tokens are safe; tunnels '
-                    'have http' + ('' if delegated else ' until ' + await self._outside.missing()))
-        self._say('works', text)
-
     async def _renew(self, names: list[str], delegated: bool) -> None:
         """Get a certificate for NAMES, and show it.  Raises AcmeError, and what Authority does."""
-        if len(self._lately) >= MOST_FAILED:
+        self._failed = [at for at in self._failed if 0 <= time.time() - at < FAILED_FOR]
+        if len(self._failed) >= MOST_FAILED:
             raise AcmeError(f'{MOST_FAILED} proofs have failed within an hour',
-                            wait=self._lately[0] + FAILED_FOR - time.time())
+                            wait=self._failed[0] + FAILED_FOR - time.time())
         method = 'dns-01' if len(names) > 1 else 'http-01'
         if method == 'http-01':
             await self._outside.reach()
         elif not delegated:
             raise AcmeError("https for names can't be renewed until "
                             + await self._outside.missing())
-        tokens: list[str] = []
-
-        def publish(token: str, proof: str) -> None:
-            tokens.append(token)
-            self._outside.show(token, proof)
-            self._outside.zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
         try:
-            pem = await asyncio.wait_for(self._ask(names, method, publish), ORDER_PATIENCE)
+            pem = await asyncio.wait_for(self._ask(names, method), ORDER_PATIENCE)
         finally:
-            self._outside.zone.texts.clear()
-            for token in tokens:
-                self._outside.hide(token)
+            self._outside.hide()
         fresh = self._tls.path + '.new'
         write_secret(fresh, pem)
         self._tls.load(fresh)       # raises where it is none, and the old one stays
         os.replace(fresh, self._tls.path)
         self._window = self._asked = 0.0
-        if not set(names) <= set(self._tls.names):
+        if not self._has(names):
             raise AcmeError('the certificate that we got is not valid by the clock of this machine '
                             f'({time.strftime("%Y-%m-%d %H:%M", time.gmtime())} UTC); set it right')
 
-    async def _ask(self, names: list[str], method: str,
-                   publish: Callable[[str, str], None]) -> bytes:
+    async def _ask(self, names: list[str], method: str) -> bytes:
         """Key and chain from the first authority, or the next where its rate is used up."""
+        replaces = self._id() if set(names) == set(self._tls.names) else ''
         for authority in self._authorities:
             self._server.log.note(
                 f'certificate: asking {authority.url} for {" and ".join(names)}')
             try:
-                await authority.learn()
                 await authority.enter(self._args.acme, self._args.acme_eab or '')
                 await self._outside.check_caa(authority, names, method)
-                old = ''
-                if 'renewalInfo' in authority.directory and set(names) == set(self._tls.names):
-                    with contextlib.suppress(OSError, ValueError, IndexError):
-                        old = renewal_id(self._shown())
-                return await authority.obtain(
-                    names, method, publish, self._profile(authority), old)
+                return await authority.obtain(names, method, self._profile(authority), replaces)
             except AcmeError as e:
                 if e.code != 'rateLimited' or authority is self._authorities[-1]:
                     raise
@@ -8029,11 +7937,71 @@ class Keeper:
                             + (', '.join(offered) or 'none'))
         return wanted or ('shortlived' if len(self._all) == 1 and 'shortlived' in offered else '')
 
-    def _shown(self) -> bytes:
-        """The certificate that there is, DER.  Raises OSError, and ValueError where it is none."""
-        with open(self._tls.path, encoding='ascii') as f:
-            found = re.search(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())
-        return ssl.PEM_cert_to_DER_cert(found.group() if found else '')
+    def _id(self) -> str:
+        """How authorities name the certificate that there is, or ''."""
+        with contextlib.suppress(OSError, ValueError, IndexError), open(
+                self._tls.path, encoding='ascii') as f:
+            first = re.findall(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())[0]
+            return renewal_id(ssl.PEM_cert_to_DER_cert(first))
+        return ''
+
+    # What went wrong, and what the operator reads.
+
+    async def _fail(self, names: Sequence[str], error: Exception) -> None:
+        """Note that ERROR kept us from a certificate for NAMES."""
+        now, times, server = time.time(), self._setback(names).times + 1, self._server
+        wait = max(BACKOFF[min(times, len(BACKOFF)) - 1], getattr(error, 'wait', 0.0))
+        setback = self._setbacks[names[-1]] = Setback(times, words_for(error), now + wait)
+        if getattr(error, 'code', '') == NOT_PROVED:
+            self._failed.append(now)
+        self._save()
+        server.counters['certificate_failures'] += 1
+        self._complain(names[-1], setback)
+        if self._args.notify:
+            begins, ends, _ = self._tls.life
+            await self._notify(self._args.notify, {
+                'event': 'certificate', 'domain': self._all[0], 'problem': printable(setback.why),
+                'expires': ends, 'urgent': now > ends - (ends - begins) / 4})
+
+    def _save(self) -> None:
+        with contextlib.suppress(OSError):      # without it, we only ask once more than we might
+            write_secret(self._path, json.dumps(
+                {'failed': self._failed, 'setbacks': self._setbacks}).encode())
+
+    async def _notify(self, url: str, facts: dict[str, Any]) -> None:
+        tls = ssl.create_default_context() if url.startswith('https:') else None
+        try:
+            response, _ = await fetch(self._server.runtime, url, tls, json.dumps(facts),
+                                      'application/json')
+            if response.status >= 300:
+                raise AcmeError(f'{url} answers {response.status}')
+        except AcmeError as e:
+            self._server.log.note(f"warning: --notify can't be told: {e}")
+
+    def _say(self, about: str, text: str, after: str = '') -> None:
+        """Tell the operator TEXT, and what comes AFTER it; the same ABOUT one thing only once."""
+        again = text == self._said.get(about)
+        self._said[about] = text
+        if text and (after or not again):
+            self._server.log.note(('' if about == 'dns' else 'certificate: ') + printable(
+                'the same again' if again else text)[:2 * MAX_TEXT] + after)
+
+    def _complain(self, name: str, setback: Setback) -> None:
+        minutes = max(1, round((setback.again - time.time()) / 60))
+        self._say(name, setback.why, f'; trying again in {minutes} min, or at once on SIGHUP')
+
+    async def _tell(self, delegated: bool) -> None:
+        """Say how far up the ladder this server is, and what the next rung needs."""
+        domain, (_, ends, names) = self._all[0], self._tls.life
+        until = time.strftime('until %Y-%m-%d', time.gmtime(ends))
+        if len(self._all) == 1:
+            text = f'https works for {domain} and its one tunnel {until}'
+        elif self._all[1] in names:
+            text = f'https works for {domain} and every name below it {until}'
+        else:
+            text = (f'https works for {domain} {until}, so sessions and tokens are safe; tunnels '
+                    'have http' + ('' if delegated else ' until ' + await self._outside.missing()))
+        self._say('works', text)
 
 
 # What is typed.
@@ -8064,7 +8032,7 @@ class Acme(Annex):
             type=text_like('[^:]+:([A-Za-z0-9_-]{4})*([A-Za-z0-9_-]{2,3})?=*', 'KID:HMAC'))
         add('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
             help="whom to ask what the world sees (the system's)")
-        add('--dns-port', type=port_number, default=53, metavar='PORT',
+        add('--dns-port', type=port_number, default=DNS_PORT, metavar='PORT',
             help='answer DNS here (%(default)s)')
         add('--dns-bind', action='append', metavar='ADDRESS',
             help='answer DNS at this address (those of this machine; repeatable)')
@@ -8084,11 +8052,13 @@ class Acme(Annex):
                              'resolv.conf that names one')
         client_tls(args.acme_ca)        # or say at once why not
         sockets = server.doors.bind(args.bind, args.tls_port)
-        server.tls = AcmeTls(os.path.join(args.state, 'acme-certificate.pem'),
-                             sockets[0].getsockname()[1])
-        why = server.tls.read()
-        if why:
-            server.log.note(f'warning: {why}; we get another one')
+        path = os.path.join(args.state, 'acme-certificate.pem')
+        server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
+        try:
+            if os.path.exists(path):
+                tls.load(path)
+        except UsageError as e:
+            server.log.note(f'warning: {e}; we get another one')
         for sock in sockets:
             await server.listen(sock, tls=True)
 
