@@ -8573,6 +8573,8 @@ class BlockList(Bars):
                 why = self._why(tunnel.name, member.grant.user, client)
                 if why:
                     tunnels.revoke(tunnel, member, why)
+                    # Reason and address are the client's to know, not its visitors'.
+                    tunnel.ended = 'the operator of this server has ended this tunnel'
         for visitor in self._server.visitors:
             if not visitor.idle and self._has(visitor.address):
                 visitor.connection.reset(CANCELLED, 'the operator has blocked this address')
@@ -13446,7 +13448,8 @@ class ServerLog(Observer):
         else:
             facts = exchange.facts      # the name stands in the host
             client = facts['client']
-            whose = f' user={facts["user"] or "-"} client={client}' if client else ''
+            whose = (f' user={facts["user"] or "-"} client={client} version={facts["version"]}'
+                     if client else '')
             self._lines.add(f'{self._lines.clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
                             f'{round(seconds * 1000)}ms {exchange.size}B{whose}'

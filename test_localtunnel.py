@@ -6364,7 +6364,9 @@ class BlockListTest(FolderTest, WorldTest):
         self.assertEqual(self.server.counters['refused_blocked'], 3)
         self.assertEqual(self.server.counters['blocked_visitors'], 3)
         await self.block('')
-        self.assertEqual((await self.visit('demo.localhost'))[0], 503)      # the lease stayed
+        status, _, body = await self.visit('demo.localhost')
+        self.assertEqual(status, 503)       # the lease stayed
+        self.assertNotIn(b'spam', body)
         self.assertEqual((await self.hello('two', name='demo'))[1], 409)
         self.assertEqual((await self.hello('one', name='demo'))[1], 101)
 
@@ -6414,6 +6416,9 @@ class BlockListTest(FolderTest, WorldTest):
         await self.block('127.0.0.0/8')
         with self.assertRaisesRegex(lt.Refused, 'the address 127.0.0.1'):
             await client.running
+        status, _, body = await self.visit_from('203.0.113.8', 'demo.localhost')
+        self.assertEqual(status, 503)
+        self.assertIn(b'the operator of this server has ended this tunnel', body)
 
     @unittest.skipUnless(sys.platform == 'linux', 'others have no second address of loopback')
     async def test_a_visitor_of_raw_tcp_is_kept_out_too(self):
@@ -11269,9 +11274,9 @@ class LogFormatTest(CommandTest):
 
     def test_each_line_of_text_says_the_same(self):
         host, lines = self.visited()
-        tail = 'user=ana client=127.0.0.1'
-        for words in (f'tunnel opened url=http://{host}:\\d+ name={host.partition(".")[0]} {tail} '
-                      f'version={lt.__version__}$', f'tunnel closed url=.* {tail} .*reason="the ',
+        tail = f'user=ana client=127.0.0.1 version={lt.__version__}'
+        for words in (f'tunnel opened url=http://{host}:\\d+ name={host.partition(".")[0]} {tail}$',
+                      f'tunnel closed url=.* {tail} reason="the ',
                       f'127.0.0.1 GET {host}/a/b 200 \\d+ms 15B {tail}$',
                       f'127.0.0.1 GET {host}/up 101 \\d+ms 5B {tail}$',
                       r'127.0.0.1 GET localhost/ 200 \d+ms \d{3,}B$'):
