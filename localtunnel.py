@@ -10179,6 +10179,7 @@ class Filter:
 
     @staticmethod
     def _fits(exchange: dict[str, Any], name: str, value: str) -> bool:
+        """Return True if the word NAME:VALUE fits EXCHANGE."""
         if name == 'status':
             return bool(re.fullmatch(value.replace('x', '.'), f'{exchange["status"]:03}'))
         if name == 'slow':
@@ -10260,7 +10261,7 @@ def not_replayable(exchange: dict[str, Any]) -> str:
     if size <= kept:
         return 'the body of its request did not come whole'
     if re.fullmatch('[0-9]{1,15}', fields.get('content-length', '')):
-        # An early answer may have cut it short.
+        # The app may have answered before all of it was here: this says how much to keep.
         size = int(fields['content-length'])
     return (f'only {kept} of the {size} bytes of its body were kept; start the client with '
             f'--inspect-body {-(-size // KIB)} to keep them all')
@@ -10284,7 +10285,7 @@ def fits(value: Any, shape: Any) -> bool:
         not isinstance(value, (int, float)) or abs(value) < MOST_NUMBER)
 
 
-FIELDS = [[str, str]]
+FIELDS = [[str, str]]           # a shape: [name, value], any number of them
 EDITS = {'method': str, 'target': str, 'headers': FIELDS, 'trailers': FIELDS, 'body': str,
          'encoding': str, 'set_headers': FIELDS}
 # They belong to the connection that they came on, or are made anew.
@@ -10353,12 +10354,9 @@ class Edited:
             fields.append(['Content-Length', length])
         return fields if 'host' in names else self._host + fields
 
-    def message(self, number: int, *extra: list[str]) -> bytes:
-        """Return it as bytes: a replay of exchange NUMBER, with EXTRA fields.
-
-        Raises BadHttp for what HTTP does not allow.
-        """
-        fields = [*self._fields(), *extra, ['Localtunnel-Replay', str(number)]]
+    def message(self, number: int) -> bytes:
+        """Return it as bytes: a replay of exchange NUMBER.  Raises BadHttp if HTTP forbids it."""
+        fields = [*self._fields(), ['Localtunnel-Replay', str(number)]]
         every = [[self.method, self.target], *fields, *self.trailers]
         if any(re.search('[\r\n]', ''.join(pair)) or ':' in pair[0] for pair in every):
             raise BadHttp(400, 'a line break where none may be, or a colon in the name of a field')
@@ -11251,9 +11249,10 @@ class Recorder:
                 self._file.seek(-1, os.SEEK_END) >= 0 and self._file.read(1) != b'\n')
         except OSError as e:
             raise UsageError(f"can't write --record {path}: {e.strerror}") from e
+        # Those that are to be written: like the book, the queue lets go of the oldest.
         self._due: collections.deque[weakref.ref[Kept]] = collections.deque(maxlen=KEPT_EXCHANGES)
         self._news, self._ending = threading.Event(), False
-        self._told = self._written = 0      # exchanges
+        self._told = self._written = 0      # exchanges: the difference is what is missing
         self._warned = False
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
@@ -11268,6 +11267,7 @@ class Recorder:
             self._news.set()
 
     def _run(self) -> None:
+        """Write what comes; this is the thread."""
         while not self._ending:
             self._news.wait()
             self._news.clear()
@@ -11292,6 +11292,7 @@ class Recorder:
                 self._app.runtime.loop.call_soon_threadsafe(self._warn, why)
 
     def _warn(self, why: str) -> None:
+        """Say once that the file takes no more; how much is missing is said at the end."""
         if not self._warned:
             self._warned = True
             self._app.observer.note(f"warning: can't record in {self._path}: {why}; exchanges are "
@@ -11443,7 +11444,10 @@ class Sent(ClientObserver):
 
 
 async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) -> Sent:
-    """Send MESSAGE to TARGET as a client does; return what became of it."""
+    """Send MESSAGE to TARGET; return what became of it.
+
+    It goes the way of all requests of a client, so it is connected, timed and explained alike.
+    """
     runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
     app = App(runtime, target, sent, tls=tls)
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
