@@ -11314,11 +11314,14 @@ class Recorder:
 NUMBER, NOTHING = (int, float), type(None)
 SIDE = {'line': str, 'headers': FIELDS, 'trailers': FIELDS, 'body': str, 'encoding': str,
         'truncated': bool}
-EXCHANGE = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
-            'ms': NUMBER, 'request_bytes': int, 'response_bytes': int, 'error': str, 'failed': str,
+SUMMARY = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
+           'ms': NUMBER, 'request_bytes': int, 'response_bytes': int, 'error': str, 'failed': str}
+EXCHANGE = {**SUMMARY,
             'request': (dict, NOTHING), 'response': (dict, NOTHING), 'messages': [{'text': str}],
             'timing': {'first_byte_ms': (*NUMBER, NOTHING), 'end_ms': (*NUMBER, NOTHING)}}
 NOTE = {'host': str, 'port': int, 'password': str}      # of a client, where its inspector is
+
+NO_INSPECTOR = 'this is not the inspector of a client'
 
 
 def is_exchange(value: Any) -> bool:
@@ -11375,8 +11378,8 @@ class Remote:
             self._place = said['host'], said['port']
             self._password = password or said['password']
             with contextlib.suppress(LocaltunnelError):
-                if 'target' in self.ask('GET', '/api/status'):
-                    return
+                self.ask('GET', '/api/status', {'target': str})
+                return
             with contextlib.suppress(OSError):      # what a client left that was killed
                 os.unlink(path)
         raise LocaltunnelError('no client of yours runs here with an inspector; start one, or give '
@@ -11407,31 +11410,34 @@ class Remote:
                                    f'port {self._place[1]}: '
                                    f'{printable(str(e))}') from e
 
-    def ask(self, method: str, path: str, value: Any = None) -> Any:
-        """Return the JSON that the API answers.  Raises LocaltunnelError."""
+    def ask(self, method: str, path: str, shape: Any, value: Any = None) -> Any:
+        """Return the JSON of SHAPE that the API answers.  Raises LocaltunnelError."""
         with self.open(method, path, value) as response:
             try:
                 answer = json.loads(response.read())
-                if response.status < 400:
+                if response.status < 400 and fits(answer, shape):
                     return answer
                 why = str(answer['error'])
             except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                why = 'this is not the inspector of a client'
+                why = NO_INSPECTOR
         raise LocaltunnelError(printable(why[:MAX_TEXT]))
 
     def one(self, number: int | str, query: str = '') -> Any:
         """Return the exchange NUMBER.  Raises LocaltunnelError."""
-        return self.ask('GET', f'/api/exchanges/{number}{query}')
+        found = self.ask('GET', f'/api/exchanges/{number}{query}', SUMMARY)
+        if not is_exchange(found):
+            raise LocaltunnelError(NO_INSPECTOR)
+        return found
 
     def exchanges(self, words: str, details: bool, follow: bool) -> Iterator[dict[str, Any]]:
         """Return the exchanges that fit WORDS, with DETAILS or as in a list."""
         query, seen = '?q=' + urllib.parse.quote(words), set()
         events = self.open('GET', '/api/events' + query) if follow else ()
-        found = self.ask('GET', '/api/exchanges' + query)['exchanges']
+        found = self.ask('GET', '/api/exchanges' + query, {'exchanges': [SUMMARY]})['exchanges']
         with contextlib.suppress(OSError):          # the client has ended
             for exchange in itertools.chain(found, (
                     json.loads(line[6:]) for line in events if line.startswith(b'data: {'))):
-                if not (follow and exchange['pending']) and exchange['id'] not in seen:
+                if not (follow and exchange.get('pending')) and exchange['id'] not in seen:
                     seen.add(exchange['id'])
                     yield self.one(exchange['id']) if details else exchange
 
@@ -11626,7 +11632,7 @@ class Inspect(Annex):
             return [e for e in recorded(path, False, self.warn) if e['id'] == int(number)]
         remote = Remote(args.inspect, args.inspect_password)
         with contextlib.suppress(LocaltunnelError):     # it is text to look for
-            return [remote.ask('GET', f'/api/exchanges/{number}')]
+            return [remote.one(number)]
         return []
 
     def _fitting(self, path: str, args: Args) -> Iterator[dict[str, Any]]:
@@ -11663,7 +11669,7 @@ class Inspect(Annex):
                     self._send_to(target, remote.one(number, '?secrets=1') if remote else
                                   found.get(number), args)
                 elif remote:
-                    answer = remote.ask('POST', f'/api/exchanges/{number}/replay',
+                    answer = remote.ask('POST', f'/api/exchanges/{number}/replay', {'id': int},
                                         {'set_headers': args.set_header})
                     print_line(shown_line(remote.one(answer['id'])))
             except LocaltunnelError as e:

@@ -10264,6 +10264,13 @@ class LogsAndReplayTest(CommandTest):
             code, _, err = self.command('replay', *words)
             self.assertEqual((code, err.count('\n')), (2, 1), words)
 
+    def test_another_program_at_that_port_is_not_taken_for_an_inspector(self):
+        for said in '[]', '{"exchanges": 5}', '{"exchanges": [{"id": 1}], "id": 1}', 'null':
+            port = self.app(said).port
+            for words in ['logs'], ['logs', '1'], ['logs', '--har'], ['replay', '1']:
+                code, _, err = self.command(*words, '--inspect', port)
+                self.assertEqual((code, err.count('\n')), (1, 1), (said, words))
+
     def test_a_file_that_a_stranger_made_harms_nobody(self):
         side = {'line': 'GET / HTTP/1.1', 'headers': [], 'trailers': [], 'body': '',
                 'encoding': 'utf-8', 'truncated': True}
