@@ -6092,7 +6092,7 @@ TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
     1, 2, 6, 16, 28, 41, 255, 257)
 INTERNET = 1                            # the class
 IS_ANSWER, IS_TRUE, GO_ON, OPCODE = 0x8000, 0x0400, 0x0100, 0x7800      # flags
-NO_ERROR, NO_SUCH_NAME, NOT_IMPLEMENTED, NOT_OURS, BAD_VERSION = 0, 3, 4, 5, 16
+NO_ERROR, NO_SUCH_NAME, NOT_OURS, BAD_VERSION = 0, 3, 5, 16
 EDNS_SIZE = 1232                # bytes that we say we take by UDP: no path breaks them up
 ZONE_SECONDS = 1                # to live: what an order publishes is asked for at once
 LONGEST_NAME = 255              # bytes
@@ -6169,9 +6169,8 @@ class Zone:
         if flags & IS_ANSWER or questions != 1:
             return b''
         name = packet[DNS_HEADER.size:at].lower()
-        ours = name.endswith(self._wire) and group in (INTERNET, TYPE_ANY)
-        error = (NOT_IMPLEMENTED if flags & OPCODE else BAD_VERSION if version > 0
-                 else NO_ERROR if ours else NOT_OURS)
+        ours = name.endswith(self._wire) and group in (INTERNET, TYPE_ANY) and not flags & OPCODE
+        error = BAD_VERSION if version > 0 else NO_ERROR if ours else NOT_OURS
         apex = at - len(self._wire)         # where the question has the name of the zone
         found = self._records(kind, apex) if not error and name == self._wire else []
         empty = [] if error or found else self._records(TYPE_SOA, apex)
@@ -7316,8 +7315,8 @@ async def openssl(*words: str, given: bytes = b'') -> bytes:
         done = await asyncio.get_running_loop().run_in_executor(None, lambda: subprocess.run(
             ['openssl', *words], input=given, capture_output=True, timeout=OPENSSL_PATIENCE))
     except (OSError, subprocess.SubprocessError) as e:
-        raise AcmeError(f"the openssl program can't be run ({plainly(e)}); install it, since it "
-                        'makes the keys and signatures') from e
+        raise AcmeError(f"the openssl program can't be run ({plainly(e)}); install it, or see why: "
+                        'it makes the keys and signatures') from e
     if done.returncode:
         why = (done.stderr.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
         raise AcmeError(f'openssl {words[0]} failed: {why}')
@@ -7358,9 +7357,9 @@ def base64json(value: Any) -> str:
 
 def renewal_id(der: bytes) -> str:
     """How an authority names the certificate DER (RFC 9773 4.1); '' where it has no such name."""
-    parts = [re.search(before, der, re.S) for before in ID_PARTS]
-    return '.'.join(base64url(der[part.end():part.end() + part[1][0]]) for part in parts if part
-                    ) if all(parts) else ''
+    found = [re.search(before, der, re.S) for before in ID_PARTS]
+    parts = [base64url(der[one.end():one.end() + one[1][0]]) for one in found if one]
+    return '.'.join(parts) if len(parts) == len(ID_PARTS) else ''
 
 
 # The authority.
@@ -7644,13 +7643,10 @@ SHORT_LIFE = 10 * DAY           # renewed when half of it is over; others, when 
 
 def words_for(error: BaseException) -> str:
     """What went wrong, in one sentence."""
-    if isinstance(error, asyncio.TimeoutError):
-        return 'the authority does not decide'
-    if isinstance(error, LocaltunnelError):
-        return str(error)
-    if isinstance(error, OSError):
-        return f"can't write {error.filename}: {error.strerror}"
-    return f'the answer of the authority makes no sense ({type(error).__name__}: {error})'
+    return (str(error) if isinstance(error, LocaltunnelError) else
+            'the authority does not decide' if isinstance(error, asyncio.TimeoutError) else
+            f"can't write {error.filename}: {error.strerror}" if isinstance(error, OSError) else
+            f'the answer of the authority makes no sense ({type(error).__name__}: {error})')
 
 
 def allows(value: str, authority: Authority, method: str) -> bool:
@@ -7669,7 +7665,7 @@ class Outside:
     def __init__(self, args: Args, server: Server, zone: Zone) -> None:
         self._domain, self._server, self._port = str(args.domain), server, args.port
         self._zone = zone
-        self._resolver: tuple[str, int] | None = args.resolver or system_resolver()
+        self._resolver = args.resolver or system_resolver() or ('', 0)      # an address needs none
 
     def show(self, token: str, proof: str) -> None:
         """Let PROOF be seen where TOKEN leads to, under any name, and its digest in DNS."""
@@ -7684,24 +7680,18 @@ class Outside:
             if path.startswith(CHALLENGES.encode()):
                 del self._server.everywhere[path]
 
-    async def _ask(self, name: str, kind: int) -> list[bytes] | None:
-        """What the world sees at NAME, as ask_dns says it."""
-        return await ask_dns(self._resolver, name, kind) if self._resolver else []
-
     async def record(self, prefix: str, kind: str, value: str) -> str:
         """A record below PREFIX and the domain, as DNS providers ask for it."""
-        labels = self._domain.split('.')
-        zones = ['.'.join(labels[i:]) for i in range(max(1, len(labels) - 1))]
-        for zone in zones:
-            if await self._ask(zone, TYPE_SOA):
-                break           # else it is the last one
+        zone = self._domain
+        while zone.count('.') > 1 and not await ask_dns(self._resolver, zone, TYPE_SOA):
+            zone = zone.partition('.')[2]
         name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
         return f'name {name}, type {kind}, value {value}'
 
     async def missing(self) -> str:
         """What keeps the questions for _acme-challenge from us, and the cure."""
         record = await self.record('_acme-challenge.', 'NS', f'{self._domain}.')
-        found = await self._ask(self._zone.name, TYPE_NS)
+        found = await ask_dns(self._resolver, self._zone.name, TYPE_NS)
         if found is None:
             return (f'questions for {self._zone.name} get an answer: let them through to port 53 '
                     f'of this machine, by UDP and TCP, and check this DNS record: {record}')
@@ -7713,7 +7703,7 @@ class Outside:
         trial = secrets.token_urlsafe(32)
         self._zone.texts.add(trial)
         try:
-            found = await self._ask(self._zone.name, TYPE_TXT)
+            found = await ask_dns(self._resolver, self._zone.name, TYPE_TXT)
             return any(data[1:] == trial.encode() for data in found or ())
         finally:
             self.hide()
@@ -7722,7 +7712,7 @@ class Outside:
         """Where visitors of the domain go.  Raises AcmeError, and Disconnected."""
         if is_address(self._domain):
             return [self._domain]
-        found = await addresses_in_dns(self._resolver, self._domain) if self._resolver else []
+        found = await addresses_in_dns(self._resolver, self._domain)
         if not found:
             here = next((found for found in outward_addresses() if ipaddress.ip_address(
                 found).is_global), 'the public address of this machine')
@@ -7755,7 +7745,8 @@ class Outside:
         """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
         name, records = self._domain, []        # type: str, list[bytes]
         while name and not records and not is_address(self._domain):
-            records = [data for data in await self._ask(name, TYPE_CAA) or () if len(data) > 2]
+            found = await ask_dns(self._resolver, name, TYPE_CAA) or []
+            records = [data for data in found if len(data) > 2]
             name = name if records else name.partition('.')[2]
         for wanted in names:
             tag, values = caa_terms(records, wanted)

@@ -6070,7 +6070,7 @@ class OutsideTest(AcmeTest):
         keeper = await self.keeper()
         with unittest.mock.patch.dict(os.environ, PATH=self.folder):
             await keeper._look()
-        self.assertRegex(self.notes()[-1], "openssl program can't be run .*; install it, since")
+        self.assertRegex(self.notes()[-1], "openssl program can't be run .*; install it, or")
 
     async def test_a_port_53_that_is_taken_is_the_loudest_line(self):
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
