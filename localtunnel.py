@@ -6597,7 +6597,7 @@ _RANGE = re.compile('(?i)bytes=[ \t]*([0-9]{0,18})-([0-9]{0,18})[ \t]*')
 # In a path below the folder, a part that is hidden, or looks like a key; whatever is below it, too.
 # A sign after the ending makes it a copy (server.key.bak, server.key~) or, on Windows, the same.
 HIDDEN = re.compile(r'[\\/]\.')
-KEYS = re.compile(r'(?i)[\\/]id_|\.(?:pem|key|p12|pfx|kdbx?|ppk|jks|keystore|env)(?![a-z0-9])')
+KEY_FILES = re.compile(r'(?i)[\\/]id_|\.(?:pem|key|p12|pfx|kdbx?|ppk|jks|keystore|env)(?![a-z0-9])')
 
 
 class Site:
@@ -6612,7 +6612,7 @@ class Site:
         if path == self.root or not path.startswith(os.path.join(self.root, '')):
             return path == self.root
         below = os.sep + path[len(self.root):]
-        return self._all or not (HIDDEN.search(below) or KEYS.search(below))
+        return self._all or not (HIDDEN.search(below) or KEY_FILES.search(below))
 
     def open(self, path: str) -> BinaryIO | None:
         """The regular file PATH, where what was opened may be seen.
@@ -6647,7 +6647,7 @@ class Site:
         """How many names at the top are kept back because they look like keys."""
         with contextlib.suppress(OSError):      # it is gone
             names = [os.sep + name for name in os.listdir(self.root) if not self._all]
-            return sum(bool(KEYS.search(name)) and not HIDDEN.search(name) for name in names)
+            return sum(bool(KEY_FILES.search(name)) and not HIDDEN.search(name) for name in names)
         return 0
 
     def stands_in(self, path: str, accept: str) -> bool:
@@ -9484,7 +9484,7 @@ def grants_in(path: str) -> Iterator[tuple[bytes, Grant | None]]:
             raise UsageError(f"can't use {path}, nor can a server: line {number}: {e}") from e
 
 
-class Members(Served):
+class Invited(Served):
     """Those who have tokens of the server that runs, or ran, with a state folder."""
 
     def __iter__(self) -> Iterator[tuple[str, Grant]]:
@@ -9518,12 +9518,12 @@ class Members(Served):
                 rewrite(path, gone)
 
 
-def member_table(members: Members, seen: dict[str, float]) -> Iterator[str]:
-    """Return a line for each token of MEMBERS: whose, since when, when it was seen, its rules."""
+def table_of(invited: Invited, seen: dict[str, float]) -> Iterator[str]:
+    """Return a line for each token of INVITED: whose, since when, when it was seen, its rules."""
     def day(seconds: float, form: str) -> str:
         return time.strftime(form, time.localtime(seconds)) if seconds else '-'
     yield f'{"USER":20} {"TOKEN":8}  {"SINCE":10}  {"LAST SEEN":16}  RULES'
-    for line, grant in members:
+    for line, grant in invited:
         rules = [word for word in line.split('#')[0].split()[2:] if not word.startswith('since=')]
         yield (f'{printable(grant.user):20} {grant.digest[:SHOWN_DIGITS]}  '
                f'{day(grant.since, "%Y-%m-%d"):10}  '
@@ -9582,47 +9582,47 @@ class Invitations(Annex):
             raise UsageError(f'{args.user} is not a user; did you mean: python3 localtunnel.py '
                              + ' '.join(['invite', f'--{args.user}', *args.rules]))
         folder = state_folder(args.state)
-        members = Members(folder)
+        invited = Invited(folder)
         try:
             if args.list:
-                print_line('\n'.join(member_table(members, read_seen(folder))))
+                print_line('\n'.join(table_of(invited, read_seen(folder))))
             elif args.revoke:
-                print_line(self.revoke(members, args.revoke))
+                print_line(self.revoke(invited, args.revoke))
             else:
-                print_line(self.welcome(members, args.user, args.rules))
+                print_line(self.welcome(invited, args.user, args.rules))
         except OSError as e:
             raise LocaltunnelError(f"can't use {e.filename or folder}: {e.strerror}") from e
         return 0
 
     @staticmethod
-    def revoke(members: Members, who: str) -> str:
+    def revoke(invited: Invited, who: str) -> str:
         """Take the tokens of the user WHO away, or the one of this name; return what to say."""
-        grants = [grant for _, grant in members]
+        grants = [grant for _, grant in invited]
         users = [grant for grant in grants if grant.user == who]
         gone = users or [grant for grant in grants if grant.digest[:SHOWN_DIGITS] == who]
         if not gone:
             raise LocaltunnelError(f'{who!r} has no token; see invite --list')
         user, digests = gone[0].user, {grant.digest for grant in gone}
-        members.remove(lambda grant: grant.user == user and grant.digest in digests)
+        invited.remove(lambda grant: grant.user == user and grant.digest in digests)
         left = sum(grant.user == user for grant in grants) - len(gone)
         return (f'{user} has {left or "no"} token{"s" * (left > 1)} '
                 f'{"left" if left else "any more"} ({left + len(gone)} before); a server that runs '
                 'ends the tunnels of what is gone within seconds')
 
     @staticmethod
-    def welcome(members: Members, user: str, rules: Sequence[str]) -> str:
+    def welcome(invited: Invited, user: str, rules: Sequence[str]) -> str:
         """Give USER one more token; return what to say."""
-        address = members.address
-        if members.open:
+        address = invited.address
+        if invited.open:
             raise LocaltunnelError(f'{address} lets anyone in, so this is enough: python3 '
                                    f'localtunnel.py client 8000 --server {address}')
-        again = any(grant.user == user for _, grant in members)
-        join = f'client 8000 --join {members.add(user, rules)}'
+        again = any(grant.user == user for _, grant in invited)
+        join = f'client 8000 --join {invited.add(user, rules)}'
         time.sleep(READ_AGAIN)      # what is said works when it is said
         lines = [f'{user} is a member already; this is one more token, for another machine'] * again
         lines += [f'{user} types this, with the port of an app (the code is a secret):',
                   f'  python3 localtunnel.py {join}']
-        if address.scheme == 'https' and not members.pin:
+        if address.scheme == 'https' and not invited.pin:
             lines += ['or this, without a file:',
                       f'  curl -fsSL {address}/localtunnel.py | python3 - {join}']
         else:
@@ -10736,7 +10736,7 @@ function summary(x) {
   const {first_byte_ms: first, end_ms: end} = x.timing;
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
-      make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),
+      make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEY_FILES.Escape[1])),
     make('p.dim', `#${x.id}, ${new Date(x.at).toLocaleString()}, from ${x.visitor}, ${
       size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
       x.replay_of ? [', a replay of ', link(x.replay_of)] : null),
@@ -10848,7 +10848,7 @@ function qr(text) {             // version 5, for up to 106 bytes, level L, mask
 }
 
 // Keys, and what is live.
-const KEYS = {
+const KEY_FILES = {
   j: ['next', () => step(1)], k: ['previous', () => step(-1)],
   r: ['replay', () => open?.request && replay()], e: ['edit', () => open?.request && edit()],
   c: ['copy as curl', () => open?.request && copyAs('curl')],
@@ -10861,10 +10861,10 @@ function step(by) {
   for (const act of ['click', 'focus']) row?.[act]();
 }
 onkeydown = e => {
-  if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEYS[e.key]) return;
+  if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEY_FILES[e.key]) return;
   if (e.target.id === 'filter') return e.key === 'Escape' && e.target.blur();
   e.preventDefault();
-  KEYS[e.key][1]();
+  KEY_FILES[e.key][1]();
 };
 let place;
 async function look() {         // and touch only what has changed: it may be selected, or read out
@@ -10885,11 +10885,11 @@ async function look() {         // and touch only what has changed: it may be se
 }
 onhashchange = choose;
 document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
-$('#help').append(table(Object.entries(KEYS).map(([key, [what]]) => [key, what])));
+$('#help').append(table(Object.entries(KEY_FILES).map(([key, [what]]) => [key, what])));
 $('#filter').oninput = listen;
 $('#more').onclick = () => { settle(true); $('#list').scrollTop = 0; };
 $('#copy').onclick = () => copy($('#url').textContent, 'URL');
-$('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEYS.Escape[1]);
+$('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEY_FILES.Escape[1]);
 $('#list').onpointermove = () => moved = performance.now();
 setInterval(() => document.hidden || look(), 2000);
 listen();
@@ -11764,7 +11764,7 @@ def with_code(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     return [*(word for word in words if word not in (code, '--join')), '--join', code]
 
 
-def place(typed: str, found: dict[str, str], note: Callable[[str], Any]) -> str:
+def meant_target(typed: str, found: dict[str, str], note: Callable[[str], Any]) -> str:
     """The target that was TYPED, or is among what was FOUND."""
     port, host = found.get(TARGET, ''), found.get(HOST, '')
     if port and typed != port:
@@ -11791,7 +11791,7 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
         rest += FIRST_WORDS[first][1:]
     bare(rest, '--name', note)
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
-    target = place(typed, found, note)
+    target = meant_target(typed, found, note)
     if not target:
         note('say what is to get a URL, such as the port of your app')
         target = '8000'

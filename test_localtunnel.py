@@ -7302,7 +7302,7 @@ class InvitationTest(FolderTest):
                                  (status.st_uid, status.st_gid if kept else -1))
 
     def test_invitations_at_the_same_time_lose_nothing(self):
-        members = lt.Members(self.folder)
+        members = lt.Invited(self.folder)
         users = [f'user{n}' for n in range(8)]
         threads = [threading.Thread(target=members.add, args=(user, ())) for user in users]
         for thread in threads:
