@@ -10736,7 +10736,7 @@ function summary(x) {
   const {first_byte_ms: first, end_ms: end} = x.timing;
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
-      make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEY_FILES.Escape[1])),
+      make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),
     make('p.dim', `#${x.id}, ${new Date(x.at).toLocaleString()}, from ${x.visitor}, ${
       size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
       x.replay_of ? [', a replay of ', link(x.replay_of)] : null),
@@ -10848,7 +10848,7 @@ function qr(text) {             // version 5, for up to 106 bytes, level L, mask
 }
 
 // Keys, and what is live.
-const KEY_FILES = {
+const KEYS = {
   j: ['next', () => step(1)], k: ['previous', () => step(-1)],
   r: ['replay', () => open?.request && replay()], e: ['edit', () => open?.request && edit()],
   c: ['copy as curl', () => open?.request && copyAs('curl')],
@@ -10861,10 +10861,10 @@ function step(by) {
   for (const act of ['click', 'focus']) row?.[act]();
 }
 onkeydown = e => {
-  if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEY_FILES[e.key]) return;
+  if (e.ctrlKey || e.altKey || e.metaKey || $('dialog[open]') || !KEYS[e.key]) return;
   if (e.target.id === 'filter') return e.key === 'Escape' && e.target.blur();
   e.preventDefault();
-  KEY_FILES[e.key][1]();
+  KEYS[e.key][1]();
 };
 let place;
 async function look() {         // and touch only what has changed: it may be selected, or read out
@@ -10885,11 +10885,11 @@ async function look() {         // and touch only what has changed: it may be se
 }
 onhashchange = choose;
 document.onvisibilitychange = () => document.hidden ? events.close() : listen();  // six may live
-$('#help').append(table(Object.entries(KEY_FILES).map(([key, [what]]) => [key, what])));
+$('#help').append(table(Object.entries(KEYS).map(([key, [what]]) => [key, what])));
 $('#filter').oninput = listen;
 $('#more').onclick = () => { settle(true); $('#list').scrollTop = 0; };
 $('#copy').onclick = () => copy($('#url').textContent, 'URL');
-$('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEY_FILES.Escape[1]);
+$('#clear').onclick = () => call('exchanges', 'DELETE').then(listen).then(KEYS.Escape[1]);
 $('#list').onpointermove = () => moved = performance.now();
 setInterval(() => document.hidden || look(), 2000);
 listen();
