@@ -6275,11 +6275,12 @@ class NameServer:
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Answer each question of who came over TCP, up to a malformed one.  Raises EOFError."""
-        answer = b'.'
-        while answer:
+        while True:
             size, = SIZE_BEFORE.unpack(await reader.readexactly(SIZE_BEFORE.size))
             answer = self._answer(await reader.readexactly(size))
-            writer.write(SIZE_BEFORE.pack(len(answer)) + answer if answer else b'')
+            if not answer:
+                break
+            writer.write(SIZE_BEFORE.pack(len(answer)) + answer)
             await writer.drain()
 
 
@@ -7355,11 +7356,17 @@ def base64json(value: Any) -> str:
     return base64url(json.dumps(value).encode())
 
 
-def renewal_id(der: bytes) -> str:
-    """How an authority names the certificate DER (RFC 9773 4.1); '' where it has no such name."""
-    found = [re.search(before, der, re.S) for before in ID_PARTS]
-    parts = [base64url(der[one.end():one.end() + one[1][0]]) for one in found if one]
-    return '.'.join(parts) if len(parts) == len(ID_PARTS) else ''
+def renewal_id(path: str) -> str:
+    """How authorities name the certificate in PATH (RFC 9773 4.1); '' where it has no such name."""
+    parts = []
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, encoding='ascii') as f:
+        first = re.findall(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())[0]
+        for before in ID_PARTS:         # a ValueError where one is not there
+            _, size, rest = re.split(
+                before, ssl.PEM_cert_to_DER_cert(first), maxsplit=1, flags=re.S)
+            parts.append(base64url(rest[:size[0]]))
+        return '.'.join(parts)
+    return ''
 
 
 # The authority.
@@ -7566,15 +7573,11 @@ class Authority:
         await self._post(challenge['url'], {})
         await self._decided(url, 'valid')
 
-    async def window(self, certificate: str) -> tuple[float, float] | None:
-        """When it suggests to renew CERTIFICATE, its renewal id: from, until; None: it does not."""
+    async def window(self, certificate: str) -> tuple[float, float]:
+        """From when until when it wants CERTIFICATE, a renewal id, to be renewed, if it says so."""
         await self.learn()
-        if 'renewalInfo' not in self._directory:
-            return None
-        response, said = await fetch(
+        _, said = await fetch(
             self._runtime, f'{self._directory["renewalInfo"]}/{certificate}', self._tls)
-        if response.status != 200:
-            return None
         found = json.loads(said)['suggestedWindow']
         return read_time(found['start']), read_time(found['end'])
 
@@ -7789,7 +7792,8 @@ class Keeper:
             kept, latest = json.load(f), time.time() + LONGEST_WAIT
             self._failed = [float(at) for at in kept['failed']]
             self._setbacks = {name: Setback(int(times), str(why), min(float(again), latest))
-                              for name, (times, why, again) in kept['setbacks'].items()}
+                              for name, (times, why, again) in kept['setbacks'].items()
+                              if name in self._all}
 
     # What is to be done, and when.
 
@@ -7813,7 +7817,7 @@ class Keeper:
             await self._answer_dns()
         delegated = alone != self._all and await self._outside.is_delegated()
         high = self._has(self._all)
-        rungs = [self._all] * (delegated or high) + [alone] * (not high)
+        rungs = [self._all] * (delegated or high) + [alone] * (not high)        # from above
         for names in rungs:
             if await self._climb(names, delegated):
                 break
@@ -7871,9 +7875,9 @@ class Keeper:
         begins, ends, _ = self._tls.life
         if time.time() > self._asked + LOOK:
             self._asked = time.time()
-            with contextlib.suppress(Exception):        # it is asked again
-                window = await self._authorities[0].window(self._id())
-                self._window = random.uniform(*window) if window else 0.0
+            with contextlib.suppress(Exception):        # it says nothing, or is asked again
+                self._window = random.uniform(
+                    *await self._authorities[0].window(renewal_id(self._tls.path)))
         life = ends - begins
         if self._window:        # but never at once, and over and over; and never too late
             return min(max(self._window, begins + min(LOOK, life / 4)), ends - life / 4)
@@ -7906,7 +7910,7 @@ class Keeper:
 
     async def _ask(self, names: list[str], method: str) -> bytes:
         """Key and chain from the first authority, or the next where its rate is used up."""
-        replaces = self._id() if set(names) == set(self._tls.names) else ''
+        replaces = renewal_id(self._tls.path) if set(names) == set(self._tls.names) else ''
         for authority in self._authorities:
             self._server.log.note(
                 f'certificate: asking {authority.url} for {" and ".join(names)}')
@@ -7927,14 +7931,6 @@ class Keeper:
             raise AcmeError(f'{authority.url} has no profile {wanted}; it offers: '
                             + (', '.join(offered) or 'none'))
         return wanted or ('shortlived' if len(self._all) == 1 and 'shortlived' in offered else '')
-
-    def _id(self) -> str:
-        """How authorities name the certificate that there is, or ''."""
-        with contextlib.suppress(OSError, ValueError, IndexError), open(
-                self._tls.path, encoding='ascii') as f:
-            first = re.findall(f'(?s){ssl.PEM_HEADER}.*?{ssl.PEM_FOOTER}', f.read())[0]
-            return renewal_id(ssl.PEM_cert_to_DER_cert(first))
-        return ''
 
     # What went wrong, and what the operator reads.
 
