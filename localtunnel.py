@@ -9689,7 +9689,7 @@ SECRET_FIELDS = {'authorization', 'proxy-authorization', 'cookie', 'set-cookie'}
 # Names of query parameters: words that people glue to others, and short ones that stand alone.
 _SECRET_NAME = re.compile(r'(?i:token|secret|passw|signature|credential|api_?-?key)'
                           r'|(?<![A-Za-z])(?i:key|sig|auth|pwd|jwt)(?![a-z])|(?:Key|Sig)(?![a-z])')
-_PARAMETER = re.compile(r'(?<=[?&;])([^?=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
+_PARAMETER = re.compile(r'(?<=[?&;#])([^?=&;#\s"\'<>]+)=([^&;#\s"\'<>]+)')
 
 
 def masked(text: str) -> str:

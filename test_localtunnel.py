@@ -7420,6 +7420,8 @@ class KeptTest(InspectorTest):
         for text in '=' + '?' * 60000, '=' + 'a?' * 30000, '=' + '?a' * 30000 + ' ':
             self.assertEqual(lt.masked(text), text)     # or it would take a minute
         self.assertEqual(lt.masked('/a??token=x&b?key=y;c=z'), '/a??token=***&b?key=***;c=z')
+        self.assertEqual(lt.masked('https://a/#access_token=x&b=c'),
+                         'https://a/#access_token=***&b=c')
 
     async def test_what_passed_is_listed_and_shown(self):
         visitor = await self.inspected()
