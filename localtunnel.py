@@ -12905,13 +12905,6 @@ class Lines:
         self._stream, self._later, self._dropped = stream, later, dropped
         self._lines: list[str] = []
         self._waiting = False       # for the next write; until then lines are kept
-        self._clock = ''            # that of what is written next
-
-    def clock(self) -> str:
-        """Date and time for a line; those that leave in one write have the same."""
-        if not self._waiting:
-            self._clock = clock()
-        return self._clock
 
     def add(self, text: str) -> None:
         """Add a line; the first after a silence is written at once."""
@@ -12923,7 +12916,6 @@ class Lines:
         self._waiting = bool(self._lines)
         if self._lines:
             self.flush()
-            self._clock = clock()
             self._later(LINES_TOGETHER, self._write)
 
     def flush(self) -> None:
@@ -13284,7 +13276,7 @@ class Terminal(ClientObserver):
               colour: str = '') -> None:
         """Write a line for EXCHANGE; TOOK says for how long it ran."""
         path, why = printable(exchange.target), exchange.why
-        begin = f'{self._lines.clock()[11:]} #{exchange.number} '
+        begin = f'{clock()[11:]} #{exchange.number} '
         if self._tty:
             return self._row(begin, status, exchange.method, path, took, size, colour, why)
         self._lines.add(f'{begin}{status} {exchange.method} {path} {took}'
@@ -13447,7 +13439,7 @@ class ServerLog(Observer):
             client = facts['client']
             whose = (f' user={facts["user"] or "-"} client={client} version={facts["version"]}'
                      if client else '')
-            self._lines.add(f'{self._lines.clock()} {exchange.visitor} {exchange.method} {host}'
+            self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
                             f'{round(seconds * 1000)}ms {exchange.size}B{whose}'
                             + (in_text({'error': why}) if why else ''))
