@@ -10657,6 +10657,7 @@ function layOut(data, type, depth = 0) {
   if (boundary && depth < NESTED) return make('div', latin(data).split(`--${boundary}`).slice(1)
     .filter(part => !part.startsWith('--')).slice(0, MOST).map(part => partOf(part, depth + 1)));
   if (/^image/.test(kind)) return make('img', {src: source(kind, data), alt: 'the image'});
+  if (text === null) return make('pre', hex(data));
   try {
     if (/json/.test(kind) || /^\s*[[{]/.test(text)) return jsonTree(JSON.parse(text, exact));
     if (/urlencoded/.test(kind)) return table([...new URLSearchParams(text)]);
@@ -10664,7 +10665,7 @@ function layOut(data, type, depth = 0) {
       text, /html/.test(kind) ? 'text/html' : 'text/xml');
     if (tree && !tree.querySelector('parsererror')) return xmlTree(tree.documentElement);
   } catch { }           // it is not what its type says
-  return make('pre', text ?? hex(data));
+  return make('pre', text);
 }
 async function message(title, part, note) {
   if (!part) return null;

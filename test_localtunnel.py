@@ -11948,6 +11948,7 @@ class InspectorPageTest(unittest.TestCase):
                 ('application/x-www-form-urlencoded', '', b'name=Ana%20B', 'Ana B'),
                 ('text/xml', '', b'<a><b c="d">e</b></a>', '<b c="d">e'),
                 ('application/octet-stream', '', b'\0\1\xff', '000000  00 01 ff'),
+                ('application/json', 'zstd', b'\0\1\xff', '000000  00 01 ff'),
                 ('multipart/form-data; boundary=x', '', part, 'first part')):
             with self.subTest(form, coding=coding):
                 fields = {'Content_Encoding': coding} if coding else {}
