@@ -13377,9 +13377,10 @@ class Pulse:
         if not (requests or open_now):
             return ''
         slow = [progress(record) for record in open_now if now - record.began > SLOW]
-        return ', '.join((f'{requests:.1f} requests/s', f'{len(open_now)} open',
+        return ', '.join((*filter(None, slow),      # first: the line is cut to the window's width
+                          f'{requests:.1f} requests/s', f'{len(open_now)} open',
                           f'{in_bytes(int(received))}/s in', f'{in_bytes(int(sent))}/s out',
-                          f'median {duration(self._terminal.median)}', *filter(None, slow)))
+                          f'median {duration(self._terminal.median)}'))
 
     def close(self) -> None:
         """Show nothing more."""
