@@ -6028,6 +6028,32 @@ def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None
 SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
 
 
+REACHED_WITHIN = 5.0            # seconds for each wait of a question, where there is no hurry
+
+
+@contextlib.asynccontextmanager
+async def asking(
+        dial: Awaitable[Connection], host: str, path: str, *lines: str, body: bytes = b'',
+        within: float = 0.0) -> AsyncIterator[tuple[Connection, Response]]:
+    """Ask what DIAL reaches for PATH of HOST; each wait takes REACHED_WITHIN, or WITHIN."""
+    within = within or REACHED_WITHIN
+    connection = await asyncio.wait_for(dial, within)
+    try:
+        connection.timeout = within
+        head = [f'{"POST" if body else "GET"} {path} HTTP/1.1', f'Host: {host}',
+                f'User-Agent: localtunnel/{__version__}', *lines,
+                *[f'Content-Length: {len(body)}'] * bool(body), '', '']
+        await connection.write('\r\n'.join(head).encode() + body)
+        yield connection, await read_final(connection, None, within)
+    finally:
+        connection.abort()
+
+
+async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
+    """The body of RESPONSE, or more than MOST bytes of it."""
+    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+
+
 class Served:
     """Where the server is reached that runs, or ran, with a state folder, and its token files."""
 
@@ -7381,21 +7407,15 @@ LONGEST_WAIT = 7 * DAY          # that it may ask for: no limit of Let's Encrypt
 async def _fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str, form: str,
                  to: str) -> tuple[Response, bytes]:
     scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
-    post = f'Content-Type: {form}\r\nContent-Length: {len(body)}\r\n' if body else ''
-    _, connection = await runtime.loop.create_connection(
-        lambda: Connection(runtime), to or host, port, ssl=tls,
-        server_hostname=host if tls else None)
-    try:
-        await connection.write((
-            f'{"POST" if body else "GET"} {path or "/"} HTTP/1.1\r\n'
-            f'Host: {authority(scheme, host, port)}\r\nUser-Agent: localtunnel/{__version__}\r\n'
-            f'Connection: close\r\n{post}\r\n{body}').encode())
-        response = await read_final(connection, None, ACME_PATIENCE)
-        connection.timeout = ACME_PATIENCE
-        return response, await read_whole(
-            body_reader(connection, response.body_length(b'GET')), ACME_LARGEST)
-    finally:
-        connection.abort()
+
+    async def dial() -> Connection:
+        return (await runtime.loop.create_connection(
+            lambda: Connection(runtime), to or host, port, ssl=tls,
+            server_hostname=host if tls else None))[1]
+    async with asking(dial(), authority(scheme, host, port), path or '/',
+                      *[f'Content-Type: {form}'] * bool(form), body=body.encode(),
+                      within=ACME_PATIENCE) as (connection, response):
+        return response, await read_answer(connection, response, ACME_LARGEST)
 
 
 async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str = '',
@@ -8689,7 +8709,7 @@ class Blocking(Annex):
 # what is wrong, or can't be known, it raises as a Finding.
 # ------------------------------------------------------------------------------------------------
 
-CHECK_WITHIN, REACHED_WITHIN = 20.0, 5.0        # for one check, and in it for one connection
+CHECK_WITHIN = 20.0             # seconds for one check
 MOST_SAID = 4 * MAX_TEXT        # characters: names in a certificate may be many, and long
 CLOCK_OFF = 60.0                # seconds between two clocks: Stripe's signatures allow 300
 FEW_DESCRIPTORS = 4096          # each request that is under way takes two
@@ -8724,28 +8744,6 @@ async def verdict_of(check: Check, where: str) -> tuple[bool | None, str, str]:
     except (ValueError, LookupError) as e:      # from odd answers
         text, cure = f'what is said there makes no sense ({e})', 'see what runs there'
     return ok, printable(text)[:MOST_SAID], printable(cure)[:MOST_SAID]
-
-
-@contextlib.asynccontextmanager
-async def asking(
-        dial: Awaitable[Connection], host: str, path: str, *lines: str, body: bytes = b'',
-        within: float = 0.0) -> AsyncIterator[tuple[Connection, Response]]:
-    """Ask what DIAL reaches for PATH of HOST; each wait takes REACHED_WITHIN, or WITHIN."""
-    within = within or REACHED_WITHIN
-    connection = await asyncio.wait_for(dial, within)
-    try:
-        connection.timeout = within
-        head = [f'{"POST" if body else "GET"} {path} HTTP/1.1', f'Host: {host}',
-                'User-Agent: localtunnel', f'Content-Length: {len(body)}', *lines, '', '']
-        await connection.write('\r\n'.join(head).encode() + body)
-        yield connection, await read_final(connection, None, within)
-    finally:
-        connection.abort()
-
-
-async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
-    """The body of RESPONSE, or more than MOST bytes of it."""
-    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
 
 
 def visit(runtime: Runtime, place: ServerAddress, ca: str | None, path: str, *lines: str,

@@ -6780,7 +6780,7 @@ class DoctorTest(Doctored):
                     return await writer.drain()
                 there = await asyncio.open_connection('127.0.0.1', self.port)
                 with contextlib.closing(there[1]):
-                    kept = b'localtunnel/1' in head and not sessions
+                    kept = b'Upgrade: localtunnel/1' in head and not sessions
                     ways = (same, same) if kept else (up, down)
                     there[1].write(ways[0](head))
                     if hold in head:
