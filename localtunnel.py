@@ -2550,6 +2550,8 @@ async def write_own(connection: Connection, *message: bytes) -> None:
     try:
         for piece in message:
             for at in range(0, len(piece), PAGE_PART):
+                if connection.transport.is_closing():       # asyncio logs each write then
+                    raise Disconnected('the reader of our response went away')
                 await connection.write(memoryview(piece)[at:at + PAGE_PART])
     except Overdue as e:
         raise Disconnected('our response was not read in time') from e

@@ -2311,6 +2311,12 @@ class ReadHeadTest(LoopTest):
             most = await self.most_in_a_turn(lambda: sink.write.await_count, 500)
         self.assertLessEqual(most, 1)
 
+    async def test_nothing_more_of_a_page_is_written_once_its_reader_has_gone(self):
+        connection, _ = await self.connections()
+        connection.transport.abort()        # and the connection learns it in the loop's next turn
+        with self.assertRaises(lt.Disconnected):
+            await lt.write_own(connection, bytes(lt.MIB))
+
     async def test_what_is_ours_waits_in_small_parts_for_a_reader_and_not_for_long(self):
         connection, _ = await self.connections(small=4096)
         page = bytes(lt.MIB)
