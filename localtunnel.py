@@ -12655,7 +12655,9 @@ def dropped_lines(count: int) -> str:
     return f'... {count} lines dropped: the reader of this log is too slow'
 
 
-ERASE_LINE = '\r\x1b[K'
+# The cursor waits where the line that changes begins.  There it stays when a window that becomes
+# narrower breaks that line, so all below is the line.
+ERASE_LINE = '\r\x1b[J'
 
 
 class Writer:
@@ -12702,7 +12704,7 @@ class Writer:
     def _write(self, stream: TextIO, text: str) -> None:
         last = self._last
         if text or last != self._stands:
-            stream.write((ERASE_LINE if self._stands else '') + text + last)
+            stream.write((ERASE_LINE if self._stands else '') + text + last + '\r' * bool(last))
             stream.flush()
             self._stands = last
 

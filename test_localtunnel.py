@@ -9396,7 +9396,7 @@ class TerminalTest(CommandTest):
         client.says('trying again', 'out')
         client.type('q')
         self.assertEqual(client.ends(), 0)
-        self.assertIn('\r\x1b[Kended after', '\n'.join(client.lines['out']))
+        self.assertIn('\r\x1b[Jended after', '\n'.join(client.lines['out']))
         self.assertEqual(termios.tcgetattr(keys)[3] & echoes, echoes)
 
     def test_quiet_shows_the_url_alone(self):
@@ -9623,12 +9623,19 @@ class ScreenTest(unittest.TestCase):
         writer.change(stream, '')
         self.assertTrue(writer.finish(PATIENCE))
         screen = ['']
-        for part in re.findall(r'\r\x1b\[K|\n|[^\r\n\x1b]+', stream.getvalue()):
+        for part in re.findall(r'\r\x1b\[J|\r|\n|[^\r\n\x1b]+', stream.getvalue()):
             if part == '\n':
                 screen.append('')
-            else:
+            elif part != '\r':
                 screen[-1] = '' if part == lt.ERASE_LINE else screen[-1] + part
         self.assertEqual(screen, ['a line', 'the end', ''])
+
+    def test_the_cursor_waits_at_the_start_of_the_line_that_changes(self):
+        writer, stream = lt.Writer(), io.StringIO()
+        for text in 'wait', '':
+            writer.change(stream, text)
+            self.assertTrue(writer.finish(PATIENCE))
+        self.assertEqual(stream.getvalue(), 'wait\r\r\x1b[J')
 
     def test_a_plain_terminal_has_no_line_that_changes(self):
         for name, value in (('NO_COLOR', '1'), ('TERM', 'dumb')):
