@@ -5510,7 +5510,7 @@ class PebbleTest(AcmeTest):
                     'PEBBLE_AUTHZREUSE': '0'})
         cls.addClassCleanup(cls.pebble.wait)
         cls.addClassCleanup(cls.pebble.kill)
-        until(lambda: b' Listening on' in open_and_read(names['log']))
+        until(lambda: all(map(listens, (port, other))))     # it says so before it does
         cls.directory = f'https://localhost:{port}/dir'
         connection = http.client.HTTPSConnection('127.0.0.1', other,
                                                  context=ssl._create_unverified_context())
@@ -9129,6 +9129,13 @@ def fcntl_dup(fd):
     """A copy of FD above those that are taken in the child."""
     import fcntl
     return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 10)
+
+
+def listens(port):
+    """Whether somebody answers there."""
+    with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port), PATIENCE):
+        return True
+    return False
 
 
 def until(true):
