@@ -8817,8 +8817,9 @@ class Ground:
         self.domain, self._folder = args.domain.strip('[]'), state_folder(args.state)
         local = is_loopback(self.domain)
         self._ports = (args.port or (8080 if local else 80), False), (args.tls_port, True)
-        self._here = (not local and outward_addresses()) or ['127.0.0.1']
-        self._public = [here for here in self._here if ipaddress.ip_address(here).is_global]
+        outward, bound = [] if local else outward_addresses(), getattr(args, 'bind', None)
+        self._here = [bound.strip('[]')] if bound else outward or ['127.0.0.1']
+        self._public = [here for here in outward if ipaddress.ip_address(here).is_global]
         self._who = ''                              # the program that is the server, if it runs
         self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
         self._delegated = f'_acme-challenge.{self.domain}'

@@ -6670,6 +6670,13 @@ class GroundTest(FolderTest, WorldTest):
             self.assertIsNone(await ground._who_is('127.0.0.1', CommandTest.free_port(), False))
         self.assertNotIn('GET', self.log.text())     # of visitors alone
 
+    async def test_the_certificate_is_looked_at_where_the_server_listens(self):
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        self.server.tls = lt.Certificate(*files, port=443)
+        self.args.bind, self.args.tls_port = '127.0.0.1', await self.listen(tls=True)
+        with unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.2']):
+            self.assertIn('certificate of t.example.com is not signed', await self.look())
+
     async def test_there_is_no_look_for_localhost(self):
         self.args.domain = 'localhost'
         with unittest.mock.patch.object(lt.Doctor, 'look') as look:
