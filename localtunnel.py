@@ -11350,7 +11350,7 @@ def recorded(path: str, follow: bool, warn: Callable[[str], None]) -> Iterator[d
     except OSError as e:
         raise UsageError(f"can't read {path}: {e.strerror}") from e
     if torn:
-        warn(f'{path}: {torn} lines are torn or not exchanges, and were left out')
+        warn(f'{path}: left out {torn} line{"s" * (torn > 1)}, torn or of something else')
 
 
 class Remote:
