@@ -7458,6 +7458,33 @@ class KeptTest(InspectorTest):
         self.assertLessEqual(0, details['timing']['first_byte_ms'])
         self.assertLessEqual(details['timing']['first_byte_ms'], one['ms'])
 
+    async def test_what_has_ended_is_packed_and_loses_nothing(self):
+        answers = [OK, b'HTTP/1.1 204 No Content\r\nX: \xe9\r\n\r\n', ok(pattern(70000)),
+                   b'HTTP/1.1 200 \r\nTransfer-Encoding: chunked\r\nTrailer: a\r\n\r\n'
+                   b'2;x\r\nhi\r\n0\r\nA: b\r\n\r\n']      # the last, for it has a trailer
+        compared, pack = [], lt.Kept.pack
+
+        def packed(kept):
+            before = kept.details(True)
+            pack(kept)
+            compared.append((bool(kept.past), kept.details(True), before))
+        async def app(head, reader, writer):
+            await reader.readuntil(b'end')
+            writer.write(answers[int(head.split()[1][1:])])
+            return True
+        with unittest.mock.patch.object(lt.Kept, 'pack', packed):
+            visitor = await self.inspected(app)
+            for number in 0, 1, 2:
+                await visitor.get(f'/{number}', 'Content-Length: 8', 'POST', body=b'smallend')
+            for number in 0, 1, 2, 3:
+                await visitor.get(f'/{number}', 'Transfer-Encoding: chunked', 'PUT',
+                                  body=b'3\r\nabc\r\n0\r\nC: end\r\n\r\n')
+            await eventually(lambda: len(compared) == 7)
+        for was_packed, after, before in compared:
+            self.assertTrue(was_packed)
+            self.assertEqual(after, before)
+        self.assertEqual({len(after['request']['trailers']) for _, after, _ in compared}, {0, 1})
+
     async def test_bodies_have_limits_of_their_own_and_say_what_is_missing(self):
         for size, encoding in (150000, 'base64'), (70000, 'base64'), (2048, 'base64'):
             with self.subTest(size):
@@ -7907,7 +7934,7 @@ class LiveTest(InspectorTest):
             visitor.send(piece)
             await visitor.writer.drain()
         await visitor.answer()
-        kept = self.book.kept[0]
+        kept = self.book.kept[0].unpacked()
         self.assertEqual((kept.record.sent, len(kept.sent)), (40 << 20, 1 << 20))
         self.assertLess(self.book.used, 2 << 20)
 
