@@ -9914,10 +9914,11 @@ def about_signature(headers: Iterable[Sequence[str]], edited: bool, now: float) 
     return ''
 
 
-# Of an exchange that has ended: its number, when it began and was answered; the status; flags;
-# bytes of its two bodies; sizes of what follows: both heads, what is kept of both bodies, both
-# trailers, and why it failed.
-PAST = struct.Struct('>IddHBQQ7I')
+# Of an exchange that has ended: when it began and was answered; the status; flags; bytes of its two
+# bodies; sizes of what follows: both heads, what is kept of both bodies, both trailers.  At the end
+# stands why it failed.
+PAST = struct.Struct('>ddHBQQ6I')
+PACKED, EMPTY = Record(0, 0.0), bytearray()     # what is left in the places of what was packed
 
 
 class Kept:
@@ -9976,27 +9977,30 @@ class Kept:
                 or response is None or self.readers):
             return
         request, body, answer, whole = record.request, record.body, record.answer, record.whole
-        parts = (b'%b %b HTTP/1.%b\r\n%b\r\n' % (
-                     request.method, request.target, request.minor, request.block),
-                 b'HTTP/1.%b %d%b\r\n%b\r\n' % (
-                     response.minor, response.status, response.reason, response.block),
-                 self.sent if whole is None else whole, self.received, body.trailers,
-                 answer.trailers, record.why.encode())
-        flags = (whole is not None) | body.finished << 1 | answer.finished << 2
-        self.past = PAST.pack(record.number, record.began, record.answered, record.status, flags,
-                              body.taken, answer.taken, *map(len, parts)) + b''.join(parts)
-        del self.record, self.response, self.received
-        self.__dict__.pop('sent', None)
+        sent, received = self.sent if whole is None else whole, self.received
+        method, target, block = request.method, request.target, request.block
+        reason = response.reason
+        trailers, last, why = body.trailers, answer.trailers, record.why.encode()
+        self.past = b''.join((
+            PAST.pack(record.began, record.answered, record.status,
+                      (whole is not None) | body.finished << 1 | answer.finished << 2,
+                      body.taken, answer.taken, len(method) + len(target) + len(block) + 14,
+                      len(reason) + len(response.block) + 16, len(sent), len(received),
+                      len(trailers), len(last)),
+            method, b' ', target, b' HTTP/1.', request.minor, b'\r\n', block, b'\r\n',
+            b'HTTP/1.', response.minor, b' %03d' % response.status, reason, b'\r\n',
+            response.block, b'\r\n', sent, received, trailers, last, why))
+        self.record, self.response, self.sent, self.received = PACKED, None, EMPTY, EMPTY
 
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
-        number, began, answered, status, flags, *sizes = PAST.unpack_from(self.past)
+        began, answered, status, flags, *sizes = PAST.unpack_from(self.past)
         parts, at = [], PAST.size
-        for size in sizes[2:]:
+        for size in (*sizes[2:], len(self.past)):
             parts.append(self.past[at:at + size])
             at += size
         head, response_head, sent, received, trailers, answer_trailers, why = parts
-        record = Exchange(self.book.nowhere, parse_request(head), number)
+        record = Exchange(self.book.nowhere, parse_request(head), self.number)
         response = parse_response(response_head)
         answer = body_reader(self.book.nowhere, response.body_length(record.request.method))
         for body, taken, finished, last in ((record.body, sizes[0], flags & 2, trailers),
