@@ -5191,7 +5191,7 @@ class App:
         self.rewrites: list[Rewrite] = []
         # Asked about each request, and each response; what one returns is shown the body (of a
         # request: unless that is `whole`), and what comes after an upgrade.
-        self.request_taps: list[Callable[[Exchange], Tap]] = []
+        self.request_taps: list[Callable[[Exchange], Tap | None]] = []
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
         # Told what the app says to a request that is not HTTP.
         self.strange: list[Callable[[Request, bytes], None]] = []
@@ -5295,7 +5295,7 @@ class App:
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
         """Send the request to the app, and again if an idle connection had been closed."""
-        taps = [ask(exchange) for ask in self.request_taps]
+        taps = [tap for tap in [ask(exchange) for ask in self.request_taps] if tap]
         request, lines = exchange.request, self._request_lines(exchange.request)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
@@ -9675,6 +9675,7 @@ class Invitations(Annex):
 # ------------------------------------------------------------------------------------------------
 
 KEPT_EXCHANGES = 500
+KEPT_RATE, KEPT_BURST = 500.0, 1000.0       # a second, where nobody waits for each; at once
 KEPT_BYTES = 64 * MIB           # of all of them
 KEPT_REQUEST = 1 * MIB          # of a request's body: a replay needs it whole
 KEPT_RESPONSE = 64 * KIB        # of a response's body: enough to see what it is
@@ -10091,6 +10092,8 @@ class Exchanges(ClientObserver):
         self.url = ''               # of the tunnel, once it is there
         self.kept: collections.deque[Kept] = collections.deque()        # the oldest first
         self.open: dict[Record, Kept] = {}      # those that run
+        self._passed: set[Record] = set()       # those that run and are only counted
+        self._allowance = KEPT_BURST, app.runtime.now()     # how many may be kept, since when
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
         # By second: [Unix time, requests, errors, median, slowest]; and the one that runs.
         self.pace: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
@@ -10115,9 +10118,20 @@ class Exchanges(ClientObserver):
     def ready(self, url: str, user: str, round_trip: float) -> None:
         self.url = url
 
-    def begun(self, exchange: Exchange) -> Tap:
+    def _has_room(self, now: float) -> bool:
+        """True if one more may be kept: of thousands a second most would be gone at once."""
+        left, since = self._allowance
+        left = min(KEPT_BURST, left + (now - since) * KEPT_RATE)
+        self._allowance = (left - 1 if left >= 1 else left), now
+        return left >= 1
+
+    def begun(self, exchange: Exchange) -> Tap | None:
         """Keep EXCHANGE; return what keeps the body of its request."""
         size, near = 2 * len(exchange.request.block), exchange.near
+        if not (self.listeners or type(near) is Replay or self._has_room(exchange.began)):
+            self._passed.add(exchange)
+            self.seen += 1
+            return None
         if exchange.whole:
             size += len(exchange.whole)
         kept = self.open[exchange] = self._keep(exchange, size)
@@ -10127,8 +10141,10 @@ class Exchanges(ClientObserver):
             self.tell(kept)
         return kept.sends
 
-    def responded(self, exchange: Exchange, response: Response) -> Tap:
+    def responded(self, exchange: Exchange, response: Response) -> Tap | None:
         """Keep RESPONSE; return what keeps its body."""
+        if exchange in self._passed:
+            return None
         kept = self.open[exchange]
         kept.response, kept.received = response, bytearray()
         if len(response.block) > KEPT_OBJECTS // 4:
@@ -10145,13 +10161,15 @@ class Exchanges(ClientObserver):
         return kept.readers[1].feed if response.status == 101 else kept.receives
 
     def exchange(self, exchange: Record, seconds: float) -> None:
-        kept = self.open.pop(exchange, None) or self._keep(exchange, 0)
-        kept.seconds = seconds
         self._took.append(seconds)
-        if exchange.why:
-            kept.failed = failed_hop(exchange)
         if exchange.why or exchange.status >= 500:
             self._errors += 1
+        if exchange in self._passed:
+            return self._passed.remove(exchange)
+        kept = self.open.pop(exchange, None) or self._keep(exchange, 0)
+        kept.seconds = seconds
+        if exchange.why:
+            kept.failed = failed_hop(exchange)
         if isinstance(exchange, Exchange):      # its streams would hold much more
             exchange.near = exchange.far = exchange.body.stream = self.nowhere
             if isinstance(exchange.answer, Body):
