@@ -7929,7 +7929,7 @@ class LiveTest(InspectorTest):
         tracemalloc.start()
         try:
             self.book.listeners.append(lambda kept: None)       # or most would only be counted
-        few, many = pass_by(1, 1200), pass_by(1200, 6200)
+            few, many = pass_by(1, 1200), pass_by(1200, 6200)
         finally:
             tracemalloc.stop()
         self.assertLess(many - few, 100000)
