@@ -5936,6 +5936,26 @@ def read_code(code: str) -> tuple[str, str, str]:
 
 # What the annexes with certificates share.
 
+OPENSSL_PATIENCE = 20.0         # seconds for the openssl program; what is asked takes milliseconds
+
+
+def covers(names: Sequence[str], host: str) -> bool:
+    """Return True if a certificate for NAMES is one for HOST: addresses are compared as such."""
+    host = host.strip('[].').lower()
+    if ':' in host and is_address(host):
+        host = str(ipaddress.ip_address(host))
+    return host in names or '*.' + host.partition('.')[2] in names
+
+
+def read_date(text: str) -> float:
+    """Return the Unix seconds of a date in a header field (RFC 9110 5.6.7).  Raises ValueError."""
+    import email.utils
+    try:
+        return email.utils.parsedate_to_datetime(text).timestamp()
+    except (TypeError, IndexError, OverflowError) as e:
+        raise ValueError(f'{text!r} is not a date') from e
+
+
 def server_context(cert: str, key: str) -> ssl.SSLContext:
     """What shows the certificate in the file CERT.  Raises UsageError."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -7242,9 +7262,6 @@ class Certificate(Tls):
         return None
 
 
-OPENSSL_TIMEOUT = 20.0          # to make a key and a certificate
-
-
 def self_signed(folder: str, domain: str) -> tuple[str, str, str] | None:
     """Return (certificate, key, SHA256) for sessions, from openssl in FOLDER; None without it."""
     import subprocess
@@ -7257,7 +7274,7 @@ def self_signed(folder: str, domain: str) -> tuple[str, str, str] | None:
                 subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey',
                                 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj',
                                 f'/CN={domain}'[:64], '-keyout', made[0], '-out', made[1]],
-                               check=True, capture_output=True, timeout=OPENSSL_TIMEOUT)
+                               check=True, capture_output=True, timeout=OPENSSL_PATIENCE)
                 os.chmod(made[0], 0o600)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(cert)     # first: a crash leaves no certificate to another key
@@ -7320,7 +7337,6 @@ class Certificates(Annex):
 
 # The openssl program: keys, signatures, requests for certificates.
 
-OPENSSL_PATIENCE = 20.0         # seconds; what is asked here takes it milliseconds
 CURVE = '-pkeyopt', 'ec_paramgen_curve:P-256'
 # The whole of its configuration: the system's may be missing, and old ones know no -addext.
 REQUEST = '[req]\ndistinguished_name=none\nreq_extensions=more\n[none]\n[more]\nsubjectAltName='
@@ -7434,12 +7450,10 @@ async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: st
 
 def seconds_of(response: Response) -> float:
     """How long it wants not to be asked again: Retry-After, in seconds or as a date."""
-    import email.utils
     text = response.find(b'retry-after')
     try:
-        seconds = (float(text) if re.fullmatch('[0-9]+', text) else
-                   email.utils.parsedate_to_datetime(text).timestamp() - time.time())
-    except (TypeError, ValueError, IndexError, OverflowError):
+        seconds = float(text) if re.fullmatch('[0-9]+', text) else read_date(text) - time.time()
+    except ValueError:
         return 0.0
     return min(max(0.0, seconds), LONGEST_WAIT)
 
@@ -7605,14 +7619,6 @@ class Authority:
 
 
 # The certificate that is shown.
-
-def covers(names: Sequence[str], host: str) -> bool:
-    """Return True if a certificate for NAMES is one for HOST: addresses are compared as such."""
-    host = host.strip('[].').lower()
-    if ':' in host and is_address(host):
-        host = str(ipaddress.ip_address(host))
-    return host in names or '*.' + host.partition('.')[2] in names
-
 
 class AcmeTls(Tls):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
@@ -8758,10 +8764,9 @@ def visit(runtime: Runtime, place: ServerAddress, ca: str | None, path: str, *li
 
 def compare_clocks(response: Response, where: str) -> str:
     """Compare the clock of this machine with that of WHERE, of which RESPONSE is."""
-    import email.utils
     try:
-        said = email.utils.parsedate_to_datetime(response.find(b'date')).timestamp()
-    except (ValueError, TypeError, IndexError, OverflowError):
+        said = read_date(response.find(b'date'))
+    except ValueError:
         raise Finding(f'not compared: {where} does not say what time it is', ok=None) from None
     ahead = time.time() - said
     if abs(ahead) > CLOCK_OFF:
@@ -8777,8 +8782,7 @@ def judge_certificate(facts: Any, domain: str, now: float) -> str:
     if not names:
         raise Finding('one of its own, for clients; visitors have plain http', ok=None)
     wanted = [domain] if is_address(domain) else [domain, f'*.{domain}']
-    missing = [name for name in wanted
-               if name not in names and '*.' + name.partition('.')[2] not in names]
+    missing = [name for name in wanted if not covers(names, name)]
     if missing:
         raise Finding(f'the certificate is for {", ".join(names[:3])}, not for {missing[0]}',
                       f'get one for {" and ".join(wanted)}')
@@ -9919,19 +9923,20 @@ def about_signature(headers: Iterable[Sequence[str]], edited: bool, now: float) 
 # bodies; sizes of what follows: both heads, what is kept of both bodies, both trailers.  At the end
 # stands why it failed.
 PAST = struct.Struct('>ddHBQQ6I')
-PACKED, EMPTY = Record(0, 0.0), bytearray()     # what is left in the places of what was packed
+PACKED = Record(0, 0.0)         # what stands for the record of an exchange that was packed
 
 
 class Kept:
     """One exchange: the record that the tunnel keeps anyway, and what passed.
 
     Once it has ended it is packed into `past`, one object: hundreds of exchanges as they were would
-    keep the objects of the next ones in memory that is never warm, and cost a fifth of the speed.
+    keep the objects of the next ones in memory that is never warm, and cost a sixth of the speed.
     An attribute of the class is so until it is set: most never are.
     """
     past = b''
     response: Response | None = None    # its head, once it is here
-    sent = received = bytearray()       # of the bodies; a request's only if it was streamed
+    sent: bytes | bytearray = b''       # of the bodies; a request's only if it was streamed
+    received: bytes | bytearray = b''
     readers: Sequence[Reader] = ()      # of both ways, after an upgrade and in an event stream
     messages: Sequence[dict[str, Any]] = ()
     edited = False                      # it is a replay, and not as it was
@@ -9991,7 +9996,7 @@ class Kept:
             method, b' ', target, b' HTTP/1.', request.minor, b'\r\n', block, b'\r\n',
             b'HTTP/1.', response.minor, b' %03d' % response.status, reason, b'\r\n',
             response.block, b'\r\n', sent, received, trailers, last, why))
-        self.record, self.response, self.sent, self.received = PACKED, None, EMPTY, EMPTY
+        self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
 
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
@@ -10014,7 +10019,7 @@ class Kept:
         kept = Kept(self.book, record, 0)
         kept.at, kept.seconds, kept.failed, kept.edited = (
             self.at, self.seconds, self.failed, self.edited)
-        kept.response, kept.sent, kept.received = response, bytearray(sent), bytearray(received)
+        kept.response, kept.sent, kept.received = response, sent, received
         return kept
 
     @property
