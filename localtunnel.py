@@ -39,29 +39,31 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  38 Output
-     2 Wire                   16 DNS                    39 Keys
-     3 Credit                 17 Raw TCP                40 Terminal
-     4 Byte streams           18 Folder and echo        41 Options
-     5 Session                19 Host header            42 Wiring
-     6 HTTP/1.1               20 Outgoing proxy         43 Python
-     7 Names and tokens       21 Certificates           44 Command line
-     8 Exchange               22 Certificates by ACME
-     9 Tunnels                23 Hand-over
-    10 Admission              24 Operator's page
-    11 Server                 25 Block list
-    12 Places                 26 Ground
-    13 App                    27 Doctor
-    14 Client                 28 Landing page
-                              29 Invitations
-                              30 Exchanges
-                              31 Inspector's page
-                              32 Inspector
-                              33 Logs and replay
-                              34 Words from elsewhere
-                              35 Error pages
-                              36 Setting up
-                              37 Via ssh
+     1 Constants and errors   15 Files                  40 Output
+     2 Wire                   16 Annex                  41 Keys
+     3 Credit                 17 DNS                    42 Terminal
+     4 Byte streams           18 Kept leases            43 Options
+     5 Session                19 Raw TCP                44 Wiring
+     6 HTTP/1.1               20 Folder and echo        45 Python
+     7 Names and tokens       21 Host header            46 Command line
+     8 Exchange               22 Outgoing proxy
+     9 Tunnels                23 Certificates
+    10 Admission              24 Certificates by ACME
+    11 Server                 25 Hand-over
+    12 Places                 26 Operator's page
+    13 App                    27 Block list
+    14 Client                 28 Ground
+                              29 Doctor
+                              30 Landing page
+                              31 Invitations
+                              32 Exchanges
+                              33 Inspector's page
+                              34 Inspector
+                              35 Logs and replay
+                              36 Words from elsewhere
+                              37 Error pages
+                              38 Setting up
+                              39 Via ssh
 """
 
 from __future__ import annotations
@@ -113,8 +115,8 @@ import warnings
 import weakref
 import zlib
 from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine, Dict,
-                    Generator, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence,
-                    TextIO, Tuple, Union)
+                    Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional,
+                    Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -206,7 +208,6 @@ MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all a
 MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
 MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
 MAX_LEASES_IN_ALL = 10000
-LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 DAY = 86400
 WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
@@ -2792,111 +2793,66 @@ class Tokens(Source):
         return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
-# What is kept on disk.
-
 MEMBERS = 'members'             # a token file in the state folder, for those who are invited
-JOURNAL = '.journal'            # the file with changes of the leases since the last whole file
 
 
-def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
-    """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
-
-    The old file stays until the new one is whole.
-    """
-    beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(handle, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            if os.name == 'posix' and like:
-                group = like.st_gid if like.st_mode & 0o070 else -1     # one that counts
-                os.fchown(f.fileno(), like.st_uid, group)
-                os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
-            elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
-                folder = os.stat(os.path.dirname(beside) or os.curdir)
-                with contextlib.suppress(OSError):      # some containers' root may not
-                    os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+class Lease(NamedTuple):
+    """The right of one owner to one name."""
+    owner: str
+    token: str              # the digest of the token that came with the claim; '' without one
+    used: int               # Unix seconds, to the day
+    facts: Mapping[str, str] = {}       # of annexes, which give each of theirs a name and a bound
 
 
-def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
-    """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
-    with open(path, 'rb') as f:
-        if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
-            could = f'others can read {path}'
-            with contextlib.suppress(OSError):      # it is not ours
-                os.fchmod(f.fileno(), 0o600)
-                could = f'others could read {path} until now'
-            warn(f'{could}, and anyone with a copy {meaning}')
-        return f.read()
+Changes = Dict[str, Optional[Lease]]        # by name; None: the lease ends
 
 
-Changes = Dict[str, Optional[Dict[str, Any]]]        # leases by name; None: it ends
-
-
-JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
 LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
 LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 
 
 class Leases:
-    """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
+    """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
 
-    A change is asked for (`claim`, `release`, `free`), written, and then made: one after the other,
-    by a thread, which can wait for a disk.  It is a line at the end of a journal, which costs the
-    same however many leases there are.  Now and then the journal becomes part of the file beside
-    it, which people can read and mend; sqlite3 would be neither that nor in every Python.
+    A change is asked for (`claim`, `release`, `free`, `note`), which changes nothing yet; `save`
+    has it kept and then makes it.  One change after the other: what was looked at stays so.
     """
 
-    def __init__(self, tokens: Tokens, path: str | None = None) -> None:
-        """Without PATH leases end with the process.  Raises UsageError for a damaged file."""
-        self._tokens, self.path = tokens, path or ''
-        self._leases: dict[str, dict[str, Any]] = {}
+    def __init__(self, tokens: Tokens) -> None:
+        # A seam: who keeps changes, before they are made.  Raises Refused where that fails.
+        self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
+        self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
+        self._tokens = tokens
         self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
-        self._lines = 0             # of the journal
         self._look_at = 0.0         # when leases that have ended are looked for again
-        try:
-            self._load()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UsageError(f'{path} is damaged ({e}); repair it and its journal, or move both '
-                             'away to begin without leases') from e
 
-    def _load(self) -> None:
-        changes: dict[str, Any] = {}
-        if self.path and os.path.exists(self.path):
-            with open(self.path, encoding='ascii') as f:
-                changes.update(json.load(f)['leases'].items())
-        if self.path and os.path.exists(self.path + JOURNAL):
-            with open(self.path + JOURNAL, encoding='ascii') as f:
-                for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
-                    changes.update(json.loads(line).items())
-                    self._lines += 1
+    async def save(self, changes: Changes) -> bool:
+        """Keep CHANGES and make them; return whether there was anything.  Raises Refused."""
+        if changes:
+            for keep in self.keepers:
+                await keep(changes)
+            self.make(changes)
+        return bool(changes)
+
+    def make(self, changes: Changes) -> None:
+        """Make CHANGES, which are kept."""
         for name, lease in changes.items():
-            if lease is not None:
-                self._check(name, lease['owner'], lease['token'], lease['used'])
-            self._set(name, lease)
-        if self._lines:
-            self._compact(self._leases)
-
-    @staticmethod
-    def _check(name: str, owner: object, token: object, used: object) -> None:
-        """Raises ValueError for what `claim` would not have written."""
-        if not (isinstance(owner, str) and isinstance(token, str) and type(used) is int
-                and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)):
-            raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token or date')
+            old = self.by_name.pop(name, None)
+            for key in (old.owner, old.token) if old else ():
+                self._of[key].discard(name)
+                if not self._of[key]:
+                    del self._of[key]
+            if lease:
+                self.by_name[name] = lease
+                for key in lease.owner, lease.token:
+                    self._of[key].add(name)
 
     def owner(self, name: str, now: float) -> str | None:
         """Return the owner of NAME, or None."""
-        lease = self._leases.get(name)
-        if (lease and now - lease['used'] < LEASE_SECONDS
-                and self._tokens.holds(lease['owner'], lease['token'], now)):
-            return str(lease['owner'])
+        lease = self.by_name.get(name)
+        if (lease and now - lease.used < LEASE_SECONDS
+                and self._tokens.holds(lease.owner, lease.token, now)):
+            return lease.owner
         return None
 
     def check_limits(self, owner: str, token: str, now: float) -> None:
@@ -2913,30 +2869,30 @@ class Leases:
 
         OVER: even if somebody else has it.  Raises Refused.
         """
-        current, ended = self.owner(name, now), []
+        known, current, ended = self.by_name.get(name), self.owner(name, now), []
         if current is not None and not same(current, owner):
             if not over:
                 raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
             current = None
-        known = self._leases.get(name)
-        if current and known and known['token'] == token and now - known['used'] < DAY:
+        if current and known and known.token == token and now - known.used < DAY:
             return {}       # a date within the last day is new enough
         if current is None:
             self.check_limits(owner, token, now)
-        if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
+        if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
             if now >= self._look_at:        # all are looked at: not for each who asks
                 self._look_at = now + LEASE_LOOK
-                ended = [n for n in self._leases if not self.owner(n, now)]
-            if len(self._leases) - len(ended) >= MAX_LEASES_IN_ALL:
+                ended = [n for n in self.by_name if not self.owner(n, now)]
+            if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
-        return {**dict.fromkeys(ended), name: {'owner': owner, 'token': token, 'used': int(now)}}
+        facts = known.facts if known and current else {}
+        return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
 
-    def ports(self, owner: str | None = None) -> list[int]:
-        """Return the leased TCP ports, of OWNER or all, least recently used first."""
-        names = list(self._leases) if owner is None else self._of.get(owner, ())
-        found = sorted((int(self._leases[name]['used']), int(name[4:])) for name in names
-                       if name.startswith('tcp:'))
-        return [port for _, port in found]
+    def note(self, name: str, **facts: str) -> Changes:
+        """Return the change that adds FACTS to the lease of NAME, until another owner has it."""
+        lease = self.by_name.get(name)
+        if lease is None or {**lease.facts, **facts} == lease.facts:
+            return {}
+        return {name: lease._replace(facts={**lease.facts, **facts})}
 
     def release(self, name: str, owner: str, now: float) -> Changes:
         """Return the change that takes NAME back from OWNER.  Raises Refused."""
@@ -2946,106 +2902,13 @@ class Leases:
 
     def free(self, name: str) -> Changes:
         """Return the change that takes NAME back from its owner; none where nobody has it."""
-        return {name: None} if name in self._leases else {}
+        return {name: None} if name in self.by_name else {}
 
-    def make(self, changes: Changes) -> None:
-        """Make CHANGES, which are written."""
-        for name, lease in changes.items():
-            self._set(name, lease)
-
-    def write(self, changes: Changes) -> None:
-        """Write CHANGES, in a thread.  Raises OSError, and then they must not be made."""
-        self._append(json.dumps(changes).encode() + b'\n')
-        if self._lines > max(JOURNAL_LINES, len(self._leases)):
-            with contextlib.suppress(OSError):      # the journal has it all, too
-                self._compact({**self._leases, **changes})
-
-    def _append(self, line: bytes) -> None:
-        handle = os.open(self.path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                         | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-        with open(handle, 'ab', buffering=0) as f:
-            size = f.seek(0, os.SEEK_END)
-            try:
-                if f.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(handle)
-            except OSError:
-                f.truncate(size)
-                raise
-        self._lines += 1
-
-    def _compact(self, leases: dict[str, Any]) -> None:
-        there = {name: lease for name, lease in leases.items() if lease}
-        write_secret(self.path, json.dumps({'leases': there}, indent=1).encode())
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + JOURNAL)
-        self._lines = 0
-
-    def _set(self, name: str, lease: dict[str, Any] | None) -> None:
-        old = self._leases.pop(name, None)
-        for key in (old['owner'], old['token']) if old else ():
-            self._of[key].discard(name)
-            if not self._of[key]:
-                del self._of[key]
-        if lease:
-            self._leases[name] = lease
-            for key in (lease['owner'], lease['token']):
-                self._of[key].add(name)
-
-
-LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
-
-
-def sign_lock(handle: int) -> None:
-    """Write into the lock who holds it."""
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, b'%-20d' % os.getpid())
-
-
-def lock_folder(folder: str) -> int:
-    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
-
-    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
-    """
-    given = os.environ.pop(LOCK_VARIABLE, '')
-    handle = int(given) if given else os.open(
-        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-    os.set_inheritable(handle, False)
-    try:
-        if sys.platform == 'win32':
-            import msvcrt
-            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
-        os.close(handle)
-        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
-                         f'{printable(holder)}; end that one, or give this one another folder '
-                         'with --state') from None
-    sign_lock(handle)
-    return handle
-
-
-def user_folder(variable: str, default: str) -> str:
-    """Return our folder in the one that VARIABLE names, else where the system keeps these."""
-    usual = {'darwin': '~/Library/Application Support',
-             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
-    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
-
-
-def config_path(name: str) -> str:
-    """Return where the client keeps the file NAME."""
-    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
-
-
-def state_folder(given: str | None) -> str:
-    """Return the server's folder: the one GIVEN, systemd's, or this user's."""
-    return (given or os.environ.get('STATE_DIRECTORY')
-            or user_folder('XDG_STATE_HOME', '~/.local/state'))
+    def ports(self, owner: str | None = None) -> list[int]:
+        """Return the leased TCP ports, of OWNER or all, least recently used first."""
+        names = list(self.by_name) if owner is None else self._of.get(owner, ())
+        return [port for _, port in sorted((self.by_name[name].used, int(name[4:]))
+                                           for name in names if name.startswith('tcp:'))]
 
 
 # Hosts and addresses, and who may visit.
@@ -3890,13 +3753,13 @@ class Kind:
 class Admission:
     """Lets clients in, or says why not."""
 
-    def __init__(self, runtime: Runtime, tokens: Tokens, leases: Leases, tunnels: Tunnels,
-                 budget: Budget, most: int, counters: dict[str | int, int],
-                 trace: Trace | None) -> None:
+    def __init__(self, runtime: Runtime, tokens: Tokens, tunnels: Tunnels, budget: Budget,
+                 most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.closed = False                     # the server ends, or a successor is starting
-        self.tokens, self.leases, self.budget = tokens, leases, budget
+        self.tokens, self.budget = tokens, budget
+        self.leases = Leases(tokens)
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
@@ -3904,7 +3767,6 @@ class Admission:
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
-        self._written: asyncio.Future[None] | None = None           # the last change of leases
 
     async def close(self) -> None:
         """Let nobody else in, and wait for the one who is about to come in."""
@@ -3942,7 +3804,7 @@ class Admission:
             for key, kind in self.kinds.items() if lease else ():
                 tunnel = self._tunnels.get(tunnel_key(name, key))
                 found |= tunnel is not None and await kind.free(tunnel)
-            return found | (lease and await self.save(self.leases.free(name)))
+            return found | (lease and await self.leases.save(self.leases.free(name)))
 
     async def admit(self, visitor: Visitor, request: Request,
                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
@@ -4072,7 +3934,7 @@ class Admission:
 
     async def _release(self, asked: Candidate) -> None:
         """Take the lease of ASKED back, and end who serves it.  Raises Refused."""
-        await self.save(self.leases.release(asked.name, asked.owner, time.time()))
+        await self.leases.save(self.leases.release(asked.name, asked.owner, time.time()))
         self._tunnels.end(asked.name, f'the name {asked.name} was given back')
 
     async def _lease(self, asked: Candidate) -> None:
@@ -4098,28 +3960,10 @@ class Admission:
         new = self.leases.owner(key, now) != owner
         if new:
             self.check_limits(owner, asked)
-        await self.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
+        await self.leases.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
         if new and asked.stranger:
             self._claims[asked.subnet] += 1
         asked.visitor.connection.check()      # it may have left meanwhile
-
-    async def save(self, changes: Changes) -> bool:
-        """Change leases; return whether there was anything.
-
-        What is not on disk does not hold: raises Refused.
-        """
-        if changes and self.leases.path:
-            try:
-                if self._written and not self._written.done():
-                    raise asyncio.TimeoutError
-                self._written = self._runtime.loop.run_in_executor(
-                    None, self.leases.write, changes)
-                await asyncio.wait_for(asyncio.shield(self._written), LEASE_WRITTEN)
-            except (OSError, asyncio.TimeoutError) as e:
-                why = getattr(e, 'strerror', None) or 'its disk does not answer'
-                raise Refused(503, 'state', f'the server can\'t save its leases: {why}') from e
-        self.leases.make(changes)
-        return bool(changes)
 
     async def _enter(self, asked: Candidate,
                      url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
@@ -4594,8 +4438,8 @@ class Pages(Dict[bytes, Page]):
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, leases: Leases,
-                 log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
+    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
+                 hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
                  only: bool = False, inherited: dict[int, Sockets] | None = None,
                  trace: Trace | None = None) -> None:
@@ -4614,7 +4458,7 @@ class Server:
         self.visitors = Visitors(runtime, trusted)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
+            runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
         self._onward = Onward(self.domain, log)
         self._drain, self._rate = drain, rate
@@ -5725,7 +5569,163 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 15. Annex
+# 15. Files
+#
+# What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
+# one or the new one.
+# ------------------------------------------------------------------------------------------------
+
+def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
+    """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
+
+    The old file stays until the new one is whole.
+    """
+    beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(handle, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            if os.name == 'posix' and like:
+                group = like.st_gid if like.st_mode & 0o070 else -1     # one that counts
+                os.fchown(f.fileno(), like.st_uid, group)
+                os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
+            elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
+                folder = os.stat(os.path.dirname(beside) or os.curdir)
+                with contextlib.suppress(OSError):      # some containers' root may not
+                    os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
+    """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
+    with open(path, 'rb') as f:
+        if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
+            could = f'others can read {path}'
+            with contextlib.suppress(OSError):      # it is not ours
+                os.fchmod(f.fileno(), 0o600)
+                could = f'others could read {path} until now'
+            warn(f'{could}, and anyone with a copy {meaning}')
+        return f.read()
+
+
+LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Change what is in FOLDER while no other command does.  Raises OSError."""
+    if sys.platform == 'win32':
+        return (yield)          # a folder can't be locked there
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(LOCK_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_LOOK)
+        else:
+            raise LocaltunnelError(f'another program is changing {folder}; try again')
+        yield
+    finally:
+        os.close(handle)
+
+
+def whole_lines(path: str) -> list[bytes]:
+    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+        lines = f.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith((b'\n', b'\r')):
+        lines[-1] += b'\n'
+    return lines
+
+
+def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
+    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
+
+    A link stays one, and the file keeps its owner and mode.
+    """
+    path = os.path.realpath(path)
+    with alone_in(os.path.dirname(path)):
+        like = os.stat(path) if os.path.exists(path) else None
+        lines = [line for line in whole_lines(path) if line not in gone]
+        write_secret(path, b''.join(lines) + new, like)
+
+
+LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
+
+
+def sign_lock(handle: int) -> None:
+    """Write into the lock who holds it."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, b'%-20d' % os.getpid())
+
+
+def lock_folder(folder: str) -> int:
+    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
+
+    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
+    """
+    given = os.environ.pop(LOCK_VARIABLE, '')
+    handle = int(given) if given else os.open(
+        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    os.set_inheritable(handle, False)
+    try:
+        if sys.platform == 'win32':
+            import msvcrt
+            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
+        os.close(handle)
+        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
+                         f'{printable(holder)}; end that one, or give this one another folder '
+                         'with --state') from None
+    sign_lock(handle)
+    return handle
+
+
+def user_folder(variable: str, default: str) -> str:
+    """Return our folder in the one that VARIABLE names, else where the system keeps these."""
+    usual = {'darwin': '~/Library/Application Support',
+             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
+
+
+def config_path(name: str) -> str:
+    """Return where the client keeps the file NAME."""
+    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
+
+
+def state_folder(given: str | None) -> str:
+    """Return the server's folder: the one GIVEN, systemd's, or this user's."""
+    return (given or os.environ.get('STATE_DIRECTORY')
+            or user_folder('XDG_STATE_HOME', '~/.local/state'))
+
+
+@contextlib.contextmanager
+def using(folder: str) -> Iterator[None]:
+    """Use the server's FOLDER; where that fails, UsageError says what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise UsageError(f"can't use the state folder {folder}: {e.strerror} "
+                         f'({e.filename or folder}); name another one with --state') from e
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print and write, codes, certificates.
@@ -5844,51 +5844,6 @@ def ask(prompt: str) -> str:
             return getpass.getpass(prompt).strip()
         except (EOFError, getpass.GetPassWarning):
             return ''
-
-
-LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
-
-
-@contextlib.contextmanager
-def alone_in(folder: str) -> Iterator[None]:
-    """Change what is in FOLDER while no other command does.  Raises OSError."""
-    if sys.platform == 'win32':
-        return (yield)          # a folder can't be locked there
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(LOCK_LOOKS):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(LOCK_LOOK)
-        else:
-            raise LocaltunnelError(f'another program is changing {folder}; try again')
-        yield
-    finally:
-        os.close(handle)
-
-
-def whole_lines(path: str) -> list[bytes]:
-    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
-    lines: list[bytes] = []
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
-        lines = f.read().splitlines(keepends=True)
-    if lines and not lines[-1].endswith((b'\n', b'\r')):
-        lines[-1] += b'\n'
-    return lines
-
-
-def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
-    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
-
-    A link stays one, and the file keeps its owner and mode.
-    """
-    path = os.path.realpath(path)
-    with alone_in(os.path.dirname(path)):
-        like = os.stat(path) if os.path.exists(path) else None
-        lines = [line for line in whole_lines(path) if line not in gone]
-        write_secret(path, b''.join(lines) + new, like)
 
 
 # A code is all that a client needs to come to a server, for --join: a word that a double click
@@ -6127,7 +6082,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. DNS
+# 17. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6422,7 +6377,120 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Raw TCP
+# 18. Kept leases
+#
+# The leases of a server in files, so that they survive it.  A change is a line at the end of a
+# journal, which costs the same however many leases there are.  Now and then the journal becomes
+# part of the file beside it, which people can read and mend; sqlite3 would be neither that nor in
+# every Python.
+# ------------------------------------------------------------------------------------------------
+
+LEASES = 'leases.json'          # {"leases": {NAME: LEASE}}; each line of the journal {NAME: LEASE}
+JOURNAL = '.journal'            # what is added to the name for the changes since
+JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
+LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
+
+
+def pack_lease(lease: Lease | None) -> dict[str, Any] | None:
+    """LEASE as it stands in a file."""
+    if lease is None:
+        return None
+    return {key: value for key, value in lease._asdict().items() if value or key != 'facts'}
+
+
+def unpack_lease(name: str, lease: Any) -> Lease | None:
+    """The LEASE of NAME as it stood in a file.  Raises ValueError or what JSON amiss leads to."""
+    if lease is None:
+        return None
+    owner, token, used = lease['owner'], lease['token'], lease['used']
+    facts = lease.get('facts', {})
+    if not (isinstance(owner, str) and isinstance(token, str) and type(used) is int
+            and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)
+            and all(isinstance(value, str) for value in facts.values())):
+        raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token, date or fact')
+    return Lease(owner, token, used, facts)
+
+
+class Journal:
+    """Keeps LEASES in the file at `path` and its journal."""
+
+    def __init__(self, leases: Leases, path: str) -> None:
+        """Give LEASES what is there.  Raises UsageError for a damaged file, and OSError."""
+        self._leases, self._path = leases, path
+        self._lines = 0             # of the journal
+        self._writing: asyncio.Future[None] | None = None       # the last change
+        try:
+            leases.make({name: unpack_lease(name, lease) for name, lease in self._read()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UsageError(f'{path} is damaged ({e}); repair it and its journal, or move both '
+                             'away to begin without leases') from e
+        if self._lines:
+            self._compact({})
+
+    def _read(self) -> Iterator[tuple[str, Any]]:
+        """Names and leases, the oldest first."""
+        if os.path.exists(self._path):
+            with open(self._path, encoding='ascii') as f:
+                yield from json.load(f)['leases'].items()
+        if os.path.exists(self._path + JOURNAL):
+            with open(self._path + JOURNAL, encoding='ascii') as f:
+                for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
+                    yield from json.loads(line).items()
+                    self._lines += 1
+
+    async def keep(self, changes: Changes) -> None:
+        """Write CHANGES, in a thread, which can wait for a disk.  Raises Refused."""
+        try:
+            if self._writing and not self._writing.done():
+                raise asyncio.TimeoutError
+            self._writing = asyncio.get_running_loop().run_in_executor(None, self.write, changes)
+            await asyncio.wait_for(asyncio.shield(self._writing), LEASE_WRITTEN)
+        except (OSError, asyncio.TimeoutError) as e:
+            why = getattr(e, 'strerror', None) or 'its disk does not answer'
+            raise Refused(503, 'state', f"the server can't save its leases: {why}") from e
+
+    def write(self, changes: Changes) -> None:
+        """Write CHANGES.  Raises OSError, and then they must not be made."""
+        lines = {name: pack_lease(lease) for name, lease in changes.items()}
+        self._append(json.dumps(lines).encode() + b'\n')
+        if self._lines > max(JOURNAL_LINES, len(self._leases.by_name)):
+            with contextlib.suppress(OSError):      # the journal has it all, too
+                self._compact(changes)
+
+    def _append(self, line: bytes) -> None:
+        handle = os.open(self._path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                         | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+        with open(handle, 'ab', buffering=0) as f:
+            size = f.seek(0, os.SEEK_END)
+            try:
+                if f.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                f.truncate(size)
+                raise
+        self._lines += 1
+
+    def _compact(self, changes: Changes) -> None:
+        there = {name: pack_lease(lease) for name, lease in {**self._leases.by_name,
+                                                             **changes}.items() if lease}
+        write_secret(self._path, json.dumps({'leases': there}, indent=1).encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path + JOURNAL)
+        self._lines = 0
+
+
+class KeptLeases(Annex):
+    """A journal for what a server leases."""
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        leases = server.admission.leases
+        with using(args.state):
+            leases.keepers.append(Journal(leases, os.path.join(args.state, LEASES)).keep)
+
+
+# ------------------------------------------------------------------------------------------------
+# 19. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6475,7 +6543,7 @@ class TcpPorts(Kind):
         key = f'tcp:{port_of(tunnel)}'
         self._close(tunnel)
         admission = self._server.admission
-        return await admission.save(admission.leases.free(key))
+        return await admission.leases.save(admission.leases.free(key))
 
     async def open(self, tunnel: Tunnel) -> None:
         for sock in self._bound.pop(tunnel, ()):
@@ -6625,7 +6693,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Folder and echo
+# 20. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -6975,7 +7043,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Host header
+# 21. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7160,7 +7228,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Outgoing proxy
+# 22. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7226,7 +7294,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Certificates
+# 23. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7327,7 +7395,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Certificates by ACME
+# 24. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8088,7 +8156,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Hand-over
+# 25. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8185,7 +8253,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Operator's page
+# 26. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8479,7 +8547,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Block list
+# 27. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -8709,7 +8777,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Ground
+# 28. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9024,7 +9092,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Doctor
+# 29. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9402,7 +9470,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Landing page
+# 30. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -9462,7 +9530,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Invitations
+# 31. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9668,7 +9736,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Exchanges
+# 32. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10447,7 +10515,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector's page
+# 33. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -10981,7 +11049,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Inspector
+# 34. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11290,7 +11358,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Logs and replay
+# 35. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11772,7 +11840,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Words from elsewhere
+# 36. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -11914,7 +11982,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Error pages
+# 37. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -11988,7 +12056,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Setting up
+# 38. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12505,7 +12573,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Via ssh
+# 39. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -12729,7 +12797,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 38. Output
+# 40. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13018,7 +13086,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Keys
+# 41. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13122,7 +13190,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Terminal
+# 42. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13535,13 +13603,13 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Options
+# 43. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
-                            Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
+ANNEXES: Sequence[Annex] = (KeptLeases(), RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
+                            Acme(), Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
                             LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
                             SettingUp(), ViaSsh())
 
@@ -13791,7 +13859,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Wiring
+# 44. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14009,9 +14077,7 @@ async def first_of(*work: Awaitable[Any]) -> Any:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    tokens = Tokens(open=True)
-    server = Server(runtime, 'localhost', tokens, Leases(tokens), Observer(), only=True,
-                    drain=LINGER)
+    server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -14110,7 +14176,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Python
+# 45. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14419,7 +14485,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Command line
+# 46. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14705,10 +14771,10 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
 # The server, from its start to its end.
 
 async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
-                     tokens: Tokens, leases: Leases, made: str) -> None:
+                     tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+    server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
                     trusted=args.trust_proxy, only=is_address(args.domain),
                     inherited=inherited_sockets(),
@@ -14750,17 +14816,13 @@ def server_command(args: Args) -> int:
     if args.port is None:
         args.port = 8080 if local else 80
     args.state = state_folder(args.state)
-    try:
+    with using(args.state):
         os.makedirs(args.state, mode=0o700, exist_ok=True)
         if not os.access(args.state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
         args.lock = lock_folder(args.state)
         tokens, made = server_tokens(args)
-        leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
-    except OSError as e:
-        raise UsageError(f'can\'t use the state folder {args.state}: {e.strerror} '
-                         f'({e.filename or args.state}); name another one with --state') from e
-    return run(run_server, args, tokens, leases, made)
+    return run(run_server, args, tokens, made)
 
 
 def command(words: Sequence[str]) -> int:

@@ -15,7 +15,7 @@ Contents
     4 Byte streams            one contract for TCP, Unix sockets and both sides of a session
     5 Session                 streams, resets, goodbyes, pings, and coming back without a loss
     6 HTTP/1.1                heads and bodies, however their bytes arrive
-    7 Names and tokens        what a name is, who owns it, and the files that remember it
+    7 Names and tokens        what a name is, who owns it, and what a token allows
     8 Exchange                one request and its response: tried in the rooms of both ends
     9 Tunnels                 who serves which name, and who waits (in Server)
    10 Admission               who may (in Server)
@@ -23,36 +23,38 @@ Contents
    12 Places                  targets and servers as they are typed
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
-   15 Annex                   what a code has in it; for the rest see D
-   16 DNS                     what is asked about a zone, and answered
-   17 Raw TCP                 bytes both ways, and their ends
-   18 Folder and echo         what a folder shows, and what it hides
-   19 Host header             what app and visitor see of each other's address, base paths, hints
-   20 Outgoing proxy          the ways out, and what a proxy may answer
-   21 Certificates            what a server shows (in Command line)
-   22 Certificates by ACME    authorities, real and made up, and the records of a domain
-   23 Hand-over               from one process to the next (in Command line)
-   24 Operator's page         what he sees, and what he ends (in B)
-   25 Block list              what an entry is, and who is kept out
-   26 Ground                  what a look at it finds, and that it harms nobody
-   27 Doctor                  every fault is named first, and each look leaves nothing behind
-   28 Landing page            what to type, and the file itself (in Server, Command line)
-   29 Invitations             who gets in, and who no more
-   30 Exchanges               what is kept of what passes, and for how long
-   31 Inspector's page        shown by the next room
-   32 Inspector               who sees it, and how; what is sent again
-   33 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   34 Words from elsewhere    what users of other programs type
-   35 Error pages             the way and where it stops, for each thing that fails
-   36 Setting up              what is installed, and how another machine is talked to
-   37 Via ssh                 how services are asked, and what ends it
-   38 Output                  programs, and those who read slowly what they write
-   39 Keys                    what is typed while a tunnel runs
-   40 Terminal                what a person sees
-   41 Options                 what can be typed
-   42 Wiring                  the key; which server, which token (in Command line)
-   43 Python                  a tunnel inside another program, and its options as keywords
-   44 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   15 Files                   what is kept on disk (in Kept leases, Command line)
+   16 Annex                   what a code has in it; for the rest see D
+   17 DNS                     what is asked about a zone, and answered
+   18 Kept leases             what of them survives a server, a crash and a full disk
+   19 Raw TCP                 bytes both ways, and their ends
+   20 Folder and echo         what a folder shows, and what it hides
+   21 Host header             what app and visitor see of each other's address, base paths, hints
+   22 Outgoing proxy          the ways out, and what a proxy may answer
+   23 Certificates            what a server shows (in Command line)
+   24 Certificates by ACME    authorities, real and made up, and the records of a domain
+   25 Hand-over               from one process to the next (in Command line)
+   26 Operator's page         what he sees, and what he ends (in B)
+   27 Block list              what an entry is, and who is kept out
+   28 Ground                  what a look at it finds, and that it harms nobody
+   29 Doctor                  every fault is named first, and each look leaves nothing behind
+   30 Landing page            what to type, and the file itself (in Server, Command line)
+   31 Invitations             who gets in, and who no more
+   32 Exchanges               what is kept of what passes, and for how long
+   33 Inspector's page        shown by the next room
+   34 Inspector               who sees it, and how; what is sent again
+   35 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   36 Words from elsewhere    what users of other programs type
+   37 Error pages             the way and where it stops, for each thing that fails
+   38 Setting up              what is installed, and how another machine is talked to
+   39 Via ssh                 how services are asked, and what ends it
+   40 Output                  programs, and those who read slowly what they write
+   41 Keys                    what is typed while a tunnel runs
+   42 Terminal                what a person sees
+   43 Options                 what can be typed
+   44 Wiring                  the key; which server, which token (in Command line)
+   45 Python                  a tunnel inside another program, and its options as keywords
+   46 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2499,141 +2501,66 @@ class FolderTest(unittest.TestCase):
         return self.path(name)
 
 
-class LeaseTest(FolderTest):
-
-    def leases(self, tokens=('t',)):
-        return lt.Leases(lt.Tokens(tokens), self.path('leases.json'))
-
+class LeaseTest(unittest.TestCase):
     TOKEN = lt.digest_of('t')
 
-    @staticmethod
-    def save(leases, changes):
-        if changes:
-            leases.write(changes)
-            leases.make(changes)
+    def setUp(self):
+        self.book = lt.Leases(lt.Tokens(['t']))
 
-    def claim(self, leases, *args):
-        self.save(leases, leases.claim(*args))
+    def claim(self, *args):
+        self.book.make(self.book.claim(*args))
 
-    def release(self, leases, *args):
-        self.save(leases, leases.release(*args))
+    def release(self, *args):
+        self.book.make(self.book.release(*args))
 
     def test_the_first_to_come_has_the_name(self):
-        leases = self.leases()
-        self.assertIsNone(leases.owner('app', 0))
-        self.claim(leases, 'app', 'me', self.TOKEN, 0)
-        self.claim(leases, 'app', 'me', self.TOKEN, 1)
+        self.assertIsNone(self.book.owner('app', 0))
+        self.claim('app', 'me', self.TOKEN, 0)
+        self.claim('app', 'me', self.TOKEN, 1)
         with self.assertRaises(lt.Refused) as caught:
-            self.claim(leases, 'app', 'you', self.TOKEN, 1)
+            self.claim('app', 'you', self.TOKEN, 1)
         self.assertEqual((caught.exception.status, caught.exception.code), (409, 'name_taken'))
 
-    def test_leases_survive_the_server(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.assertEqual(self.leases().owner('app', 6), 'me')
-
-    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
-    def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        for name in 'leases.json.journal', 'leases.json':
-            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
-            self.assertEqual(os.listdir(self.folder), [name])
-            self.leases()       # whoever starts makes one file of both
-
-    def test_a_change_costs_the_same_however_many_leases_there_are(self):
-        leases, written, sync = self.leases(), [], os.fsync
-        with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
-                written.append(os.fstat(f).st_size), sync(f))):
-            for n in range(300):
-                self.claim(leases, f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
-        self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
-        self.assertEqual(os.listdir(self.folder), ['leases.json.journal'])
-        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):    # more lines than leases
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-        self.assertEqual(os.listdir(self.folder), ['leases.json'])
-        self.assertEqual(len(self.leases()._leases), 301)
-
-    def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
-        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
-        with open(self.path('leases.json.journal'), 'a') as f:
-            f.write('{"new": {"owner"')
-        leases = self.leases()
-        self.assertEqual((leases.owner('old', 6), leases.owner('new', 6)), ('me', None))
-        self.write('leases.json.journal', '{"new": {"owner"\n')
-        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
-            self.leases()
-
     def test_one_token_has_a_limit_however_many_owners_come_with_it(self):
-        leases = self.leases()
         with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
             for n in range(3):
-                self.claim(leases, f'app{n}', f'me{n}', self.TOKEN, 5)
+                self.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
             with self.assertRaises(lt.Refused):
-                self.claim(leases, 'more', 'me', self.TOKEN, 5)
-            self.release(leases, 'app0', 'me0', 5)
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-
-    def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
-        self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
-        self.claim(self.leases(), 'app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+                self.claim('more', 'me', self.TOKEN, 5)
+            self.release('app0', 'me0', 5)
+            self.claim('more', 'me', self.TOKEN, 5)
 
     def test_a_name_that_was_given_back_is_free(self):
-        leases = self.leases()
-        self.claim(leases, 'app', 'me', self.TOKEN, 5)
+        self.claim('app', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            self.release(leases, 'app', 'you', 6)
-        self.release(leases, 'app', 'me', 6)
-        self.assertIsNone(self.leases().owner('app', 6))
+            self.release('app', 'you', 6)
+        self.release('app', 'me', 6)
+        self.assertIsNone(self.book.owner('app', 6))
 
     def test_one_owner_has_no_more_than_twenty(self):
-        leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-        self.claim(leases, 'app0', 'me', self.TOKEN, 90000)
-        self.claim(leases, 'more', 'you', self.TOKEN, 5)
+            self.claim('more', 'me', self.TOKEN, 5)
+        self.claim('app0', 'me', self.TOKEN, 90000)
+        self.claim('more', 'you', self.TOKEN, 5)
 
     def test_leases_of_long_ago_do_not_count(self):
-        leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
-        self.claim(leases, 'more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
+        self.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
 
-    def test_a_damaged_file_is_an_error_that_names_it(self):
-        for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
-                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}', '[' * 100000,
-                     *('{"leases": {"%s": {"owner": "o", "token": "t", "used": %s}}}' % pair
-                       for pair in (('app', '"5"'), ('app', '1e999'), ('app', 'true'),
-                                    ('app', '-1'), ('tcp:x', '5'), ('a b', '5')))):
-            with self.subTest(text):
-                with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
-                    f.write(text)
-                with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
-                    self.leases().owner('app', 6)
-
-    @unittest.skipUnless(POSIX, 'needs symbolic links')
-    def test_a_link_that_was_planted_beside_it_is_not_followed(self):
-        for name in f'leases.json.{os.getpid()}.new', 'leases.json':
-            os.symlink(self.write('theirs', 'theirs'), self.path(name))
-        os.unlink(self.path('leases.json'))
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.leases()
-        with open(self.path('theirs')) as f:
-            self.assertEqual(f.read(), 'theirs')
-
-    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
-        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
-        for name in ('open', 'fsync'):
-            with self.subTest(name):
-                leases = self.leases()
-                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
-                    for _ in range(2):      # and one that is not on disk is not given
-                        with self.assertRaises((OSError, lt.Refused)):
-                            self.claim(leases, 'new', 'me', self.TOKEN, 5)
-                again = self.leases()
-                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
+    def test_facts_of_annexes_go_with_the_lease_until_another_owner_has_it(self):
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # nobody has it
+        self.claim('app', 'me', self.TOKEN, 5)
+        self.book.make(self.book.note('app', keep='POST /hook'))
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # it is known
+        self.book.make(self.book.note('app', signed='yes'))
+        self.claim('app', 'me', self.TOKEN, 5 + lt.DAY)
+        self.assertEqual(self.book.by_name['app'], (
+            'me', self.TOKEN, 5 + lt.DAY, {'keep': 'POST /hook', 'signed': 'yes'}))
+        self.claim('app', 'you', self.TOKEN, 6 + lt.DAY, True)
+        self.assertEqual(self.book.by_name['app'].facts, {})
 
 
 class AccessTest(unittest.TestCase):
@@ -2741,14 +2668,17 @@ class WorldTest(LoopTest):
     async def world(self, tokens=(), domain='localhost', **options):
         self.tokens = tokens if isinstance(tokens, lt.Tokens) else lt.Tokens(
             tokens, open=not tokens)
-        self.leases = lt.Leases(self.tokens)
+        self.leases = None
         self.stack.push_async_callback(self.end_of_the_world)
         await self.new_server(domain, **options)
 
     async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
-        self.server = lt.Server(self.runtime, domain, self.tokens, self.leases, self.log, **options)
+        self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
+        if self.leases:         # of the server before
+            self.server.admission.leases = self.leases
+        self.leases = self.server.admission.leases
         lt.TcpPorts(self.server, host, ports)
         self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
         self.port = self.door = await self.listen(port)
@@ -3231,7 +3161,7 @@ class AdmissionTest(WorldTest):
         await self.world(max_tunnels=1)
         self.assertEqual((await self.hello(name='one'))[1], 101)
         self.assertEqual((await self.hello(name='two'))[1], 429)
-        self.assertEqual(list(self.leases._leases), ['one'])
+        self.assertEqual(list(self.leases.by_name), ['one'])
 
     async def test_one_proof_has_a_tunnel_of_each_kind_and_the_operator_ends_both(self):
         sock, = lt.bind('127.0.0.1', 0)
@@ -3243,7 +3173,7 @@ class AdmissionTest(WorldTest):
         names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server, None).tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
-        self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
+        self.assertEqual((self.server.tunnels.members(), self.leases.by_name), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
         for address, block in {'192.0.2.1': '192.0.2.1', '2001:db8::1': '2001:db8::/64',
@@ -3286,7 +3216,8 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=ports, host='127.0.0.1')
         given = []
         for n in range(3):
-            self.leases._leases.get(f'tcp:{given[0]}' if n else '', {})['used'] = n  # the oldest
+            for name, lease in tuple(self.leases.by_name.items()):      # the first is the oldest
+                self.leases.make({name: lease._replace(used=given.index(int(name[4:])))})
             _, status, told = await self.hello(kind='tcp', proof=f'{n}{n}' * 32)
             given.append(int(told['url'].rpartition(':')[2]))
             if n < 2:
@@ -3316,7 +3247,7 @@ class AdmissionTest(WorldTest):
             told = await asyncio.gather(*(
                 self.hello(kind='tcp', proof='77' * 32, instance=i * 16) for i in instances))
             self.assertEqual({t['url'] for _, _, t in told}, {told[0][2]['url']}, told)
-        self.assertEqual(len(self.leases._leases), 1)
+        self.assertEqual(len(self.leases.by_name), 1)
 
     async def test_what_is_refused_and_what_is_guessed_is_not_remembered(self):
         await self.world(tokens=['one'], hold=PATIENCE)
@@ -3358,7 +3289,7 @@ class AdmissionTest(WorldTest):
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
-        self.assertEqual(list(self.leases._leases), ['a'])
+        self.assertEqual(list(self.leases.by_name), ['a'])
         there = self.server.tunnels.members()[0].session
         resume = {'session': told['session'], 'received': there.unacknowledged.sent}
         _, status, again = await self.hello(resume=resume, **words)
@@ -3457,7 +3388,9 @@ class SlowDiskTest(WorldTest):
         with lt.bind('127.0.0.1', 0)[0] as sock:
             self.public = sock.getsockname()[1]
         await super().world(tcp_ports=[self.public], host='127.0.0.1', **options)
-        self.leases.path, self.leases.write = 'leases.json', write
+        journal = lt.Journal(self.leases, os.path.join(os.devnull, 'leases.json'))
+        journal.write = write
+        self.leases.keepers.append(journal.keep)
         self.asked = []
 
     async def ask(self, **words):
@@ -3484,7 +3417,7 @@ class SlowDiskTest(WorldTest):
             late = await self.ask(**words)
             self.go.set()
             self.assertEqual([(await task)[1] for task in (waiting, late)], [101, told])
-            self.assertEqual(list(self.leases._leases), ['a'])
+            self.assertEqual(list(self.leases.by_name), ['a'])
             await self.server.admission.end('a', True, 'the test')
             self.go.clear()
             self.writing.clear()
@@ -3496,7 +3429,7 @@ class SlowDiskTest(WorldTest):
             _, status, told = await self.hello(**words)
             self.assertEqual((status, told['error']), (503, 'state'))
             self.assertIn('No space', told['message'])
-        self.assertEqual((list(self.server.tunnels), self.leases._leases), ([], {}))
+        self.assertEqual((list(self.server.tunnels), self.leases.by_name), ([], {}))
         self.fails = None
         for words in {'name': 'a'}, {'kind': 'tcp'}:
             self.assertEqual((await self.hello(**words))[1], 101)
@@ -4349,7 +4282,12 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Annex
+# 15. Files
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Annex
 # ------------------------------------------------------------------------------------------------
 
 class CodeTest(unittest.TestCase):
@@ -4401,7 +4339,7 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. DNS
+# 17. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4553,7 +4491,109 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Raw TCP
+# 18. Kept leases
+# ------------------------------------------------------------------------------------------------
+
+class JournalTest(FolderTest):
+    TOKEN = lt.digest_of('t')
+
+    def leases(self, tokens=('t',)):
+        """The book of a server that starts here."""
+        leases = lt.Leases(lt.Tokens(tokens))
+        self.journal = lt.Journal(leases, self.path('leases.json'))
+        return leases
+
+    def claim(self, leases, *args):
+        changes = leases.claim(*args)
+        self.journal.write(changes)
+        leases.make(changes)
+
+    def test_leases_survive_the_server(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.assertEqual(self.leases().owner('app', 6), 'me')
+
+    def test_facts_of_annexes_survive_it_too(self):
+        leases = self.leases()
+        self.claim(leases, 'app', 'me', self.TOKEN, 5)
+        self.journal.write(leases.note('app', keep='POST /hook'))
+        self.assertEqual(self.leases().by_name['app'].facts, {'keep': 'POST /hook'})
+        self.assertEqual(self.leases().by_name['app'].facts, {'keep': 'POST /hook'})    # compacted
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        for name in 'leases.json.journal', 'leases.json':
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
+            self.assertEqual(os.listdir(self.folder), [name])
+            self.leases()       # whoever starts makes one file of both
+
+    def test_a_change_costs_the_same_however_many_leases_there_are(self):
+        leases, written, sync = self.leases(), [], os.fsync
+        with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
+                written.append(os.fstat(f).st_size), sync(f))):
+            for n in range(300):
+                self.claim(leases, f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
+        self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
+        self.assertEqual(os.listdir(self.folder), ['leases.json.journal'])
+        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):    # more lines than leases
+            self.claim(leases, 'more', 'me', self.TOKEN, 5)
+        self.assertEqual(os.listdir(self.folder), ['leases.json'])
+        self.assertEqual(len(self.leases().by_name), 301)
+
+    def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
+        with open(self.path('leases.json.journal'), 'a') as f:
+            f.write('{"new": {"owner"')
+        leases = self.leases()
+        self.assertEqual((leases.owner('old', 6), leases.owner('new', 6)), ('me', None))
+        self.write('leases.json.journal', '{"new": {"owner"\n')
+        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
+            self.leases()
+
+    def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
+        self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
+        self.claim(self.leases(), 'app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+
+    def test_a_damaged_file_is_an_error_that_names_it(self):
+        for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
+                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}', '[' * 100000,
+                     '{"leases": {"a": {"owner": "", "token": "", "used": 1, "facts": {"b": 2}}}}',
+                     *('{"leases": {"%s": {"owner": "o", "token": "t", "used": %s}}}' % pair
+                       for pair in (('app', '"5"'), ('app', '1e999'), ('app', 'true'),
+                                    ('app', '-1'), ('tcp:x', '5'), ('a b', '5')))):
+            with self.subTest(text):
+                with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
+                    f.write(text)
+                with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
+                    self.leases().owner('app', 6)
+
+    @unittest.skipUnless(POSIX, 'needs symbolic links')
+    def test_a_link_that_was_planted_beside_it_is_not_followed(self):
+        for name in f'leases.json.{os.getpid()}.new', 'leases.json':
+            os.symlink(self.write('theirs', 'theirs'), self.path(name))
+        os.unlink(self.path('leases.json'))
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.leases()
+        with open(self.path('theirs')) as f:
+            self.assertEqual(f.read(), 'theirs')
+
+    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
+        for name in ('open', 'fsync'):
+            with self.subTest(name):
+                leases = self.leases()
+                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
+                    for _ in range(2):      # and one that is not on disk is not given
+                        with self.assertRaises((OSError, lt.Refused)):
+                            self.claim(leases, 'new', 'me', self.TOKEN, 5)
+                again = self.leases()
+                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
+
+
+# ------------------------------------------------------------------------------------------------
+# 19. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4652,7 +4692,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Folder and echo
+# 20. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -4962,7 +5002,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Host header
+# 21. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5247,7 +5287,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Outgoing proxy
+# 22. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5325,7 +5365,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Certificates
+# 23. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5344,7 +5384,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Certificates by ACME
+# 24. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6112,14 +6152,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Hand-over
+# 25. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Operator's page
+# 26. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6287,7 +6327,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Block list
+# 27. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -6561,7 +6601,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Ground
+# 28. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -6700,7 +6740,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Doctor
+# 29. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7194,14 +7234,14 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Landing page
+# 30. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Invitations
+# 31. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7363,21 +7403,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Exchanges
+# 32. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector's page
+# 33. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Inspector
+# 34. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8189,7 +8229,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Logs and replay
+# 35. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8311,7 +8351,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Words from elsewhere
+# 36. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8397,7 +8437,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Error pages
+# 37. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8606,7 +8646,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Setting up
+# 38. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -8833,7 +8873,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Via ssh
+# 39. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -8992,7 +9032,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Output
+# 40. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9343,7 +9383,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Keys
+# 41. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9399,7 +9439,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Terminal
+# 42. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -9722,7 +9762,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 41. Options
+# 43. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9746,7 +9786,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Wiring
+# 44. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -9961,7 +10001,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Python
+# 45. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10142,7 +10182,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Command line
+# 46. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -14527,10 +14567,10 @@ def read_rooms(source, tree):
 
 
 def annexes(rooms):
-    """The rooms of each annex, the last of which has its class; two rooms are for all of them."""
+    """The rooms of each annex, the last of which has its class; three rooms are for all."""
     found, own = [], []
     for room in rooms:
-        if room.part.startswith('II.') and room.title not in ('Annex', 'DNS'):
+        if room.part.startswith('II.') and room.title not in ('Files', 'Annex', 'DNS'):
             own.append(room)
             if any(getattr(base, 'id', '') == 'Annex' for statement in room.statements
                    for base in getattr(statement, 'bases', ())):
@@ -14733,7 +14773,7 @@ class AnnexTest(FolderTest):
         args.bind, args.state, args.lock = 'localhost', self.folder, os.open(os.devnull, 0)
         tokens = module.Tokens(open=True)
         server = asyncio.ensure_future(module.run_server(
-            runtime, stop, args, tokens, module.Leases(tokens), ''))
+            runtime, stop, args, tokens, ''))
         args = parse(['client', str(serving.sockets[0].getsockname()[1])])
         known, target = module.KnownServer(f'localhost:{port}'), module.find_target(args)
         app = module.make_app(runtime, args, target, known, module.ClientObserver())
