@@ -309,7 +309,6 @@ class Refused(LocaltunnelError):
     def __init__(self, status: int, code: str, text: str, final: bool = False) -> None:
         super().__init__(text)
         self.status, self.code, self.final = status, code, final
-        self.facts: dict[str, str] = {}         # for the log: who was refused
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3306,7 +3305,7 @@ class Visitor:
         return future.done()
 
 
-MAX_VERSION = 20                # characters of a client's version
+MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log has it
 
 
 class Hello:
@@ -3327,7 +3326,8 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
-            self.version = printable(str(hello.get('version', ''))[:MAX_VERSION])
+            self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
+                                  str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
             self.resume = str(resume['session']), int(resume['received'])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
@@ -3430,6 +3430,11 @@ class Bars(Source):
         raise NotImplementedError
 
 
+def audit(log: Observer, event: str, facts: Facts, url: str = '', reason: str = '') -> None:
+    """Write the line that says what became of a client, or of its wish: FACTS are whose it is."""
+    log.note(f'tunnel {event.replace("_", " ")}', event=event, url=url, **facts, reason=reason)
+
+
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
 SETTLE = 5.0                    # before a hand-over: clients that are away try every 2 s at first
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
@@ -3496,8 +3501,9 @@ class Tunnels:
                 return          # it was replaced, or revoked
             if session.state == OVER:
                 self.remove(tunnel, member)
-                self.log.note('tunnel closed', event='closed', url=tunnel.url, **session.facts,
-                              reason=session.goaway[1] if session.goaway else str(session.error))
+                audit(self.log, 'closed', session.facts, tunnel.url,
+                      session.goaway[1] if session.goaway else
+                      'the server is shutting down' if self.closed else str(session.error))
             goodbye = session.goaway is not None and all(
                 other.session.goaway is not None for other in tunnel.members)
             tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
@@ -3516,8 +3522,7 @@ class Tunnels:
         self.remove(tunnel, member)
         tunnel.ended, tunnel.left_at = why, self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
-        self.log.note('tunnel ended', event='ended', url=tunnel.url, **member.session.facts,
-                      reason=why)
+        audit(self.log, 'ended', member.session.facts, tunnel.url, why)
 
     def end(self, name: str, why: str) -> bool:
         """End all that serves NAME, of any kind; return whether anything did."""
@@ -3712,16 +3717,16 @@ class Candidate:
     __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
                  'tunnel', 'facts')
 
-    def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str) -> None:
+    def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
+                 facts: Facts) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
+        self.facts = facts
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         self.subnet = subnet_of(visitor.address)
         self.holder = grant.digest or self.subnet
         # Who comes without a token can make up owners, but not addresses.
         self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
-        self.facts = {'name': name, 'user': grant.user, 'client': visitor.address,
-                      'version': hello.version}
 
 
 class Kind:
@@ -3804,24 +3809,20 @@ class Admission:
             for key, kind in self.kinds.items() if lease else ():
                 tunnel = self._tunnels.get(tunnel_key(name, key))
                 found |= tunnel is not None and await kind.free(tunnel)
-            return found | (lease and await self.leases.save(self.leases.free(name)))
+            freed = lease and await self.leases.save(self.leases.free(name))
+            if freed:
+                audit(self._tunnels.log, 'released', {**UNSERVED, 'name': name}, reason=why)
+            return found | freed
 
-    async def admit(self, visitor: Visitor, request: Request,
+    async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
         """The member that a session request becomes, and its tunnel; and how many bytes its client
         has received, None where the session is new to it.
 
-        None for one that gave its name back.  URL gives that of a name.  Raises Refused.
+        None for one that gave its name back.  FACTS are filled in as they become known.  URL gives
+        that of a name.  Raises Refused.
         """
-        asked = await self._check(visitor, request)
-        try:
-            return await self._admit(asked, url)
-        except Refused as e:
-            e.facts = asked.facts
-            raise
-
-    async def _admit(self, asked: Candidate,
-                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
+        asked = await self._check(visitor, request, facts)
         self._check_bars(asked)
         goes_on = self._resumed(asked)
         if goes_on:
@@ -3839,20 +3840,22 @@ class Admission:
             await self._lease(asked)
             return await self._enter(asked, url)
 
-    async def _check(self, visitor: Visitor, request: Request) -> Candidate:
+    async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
-        grant = await self._grant(request, visitor)
-        hello = Hello(request.get(b'localtunnel-hello'))
-        if hello.name is not None:
-            check_name(hello.name)
-            if not any(fnmatch.fnmatchcase(hello.name, glob) for glob in grant.names):
-                raise Refused(403, 'bad_name', f'your token does not allow the name {hello.name}')
-            name = str(hello.name)
-        else:
+        try:
+            hello = Hello(request.get(b'localtunnel-hello'))
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
-            name = derive_name(site, hello.proof, hello.long)
-        asked = Candidate(visitor, grant, hello, name)
+            name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
+            facts.update(name=printable(name[:MAX_NAME]), version=hello.version)
+        finally:        # before the token is right, nothing of it matters, but for the log
+            grant = await self._grant(request, visitor)
+        facts['user'] = grant.user
+        if hello.name is not None:
+            check_name(name)
+            if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
+                raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+        asked = Candidate(visitor, grant, hello, name, facts)
         if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
@@ -3993,8 +3996,7 @@ class Admission:
                 event, why = 'taken_over', f'a client at {asked.visitor.address} was started later'
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
-            self._tunnels.log.note(f'tunnel {event.replace("_", " ")}', event=event,
-                                   url=tunnel.url, **old.session.facts, reason=why)
+            audit(self._tunnels.log, event, old.session.facts, tunnel.url, why)
 
     def _resumed(self, asked: Candidate) -> tuple[Member, Tunnel, int | None] | None:
         """As `admit`, where a session of this client goes on, since nothing is missing; else None.
@@ -4689,19 +4691,19 @@ class Server:
 
     async def _begin_session(self, visitor: Visitor, request: Request) -> bool:
         """Admit a client, or tell it why not; return True if it now owns the connection."""
+        facts = {**UNSERVED, 'client': visitor.address}
         try:
             self._check_version(visitor, request)
             admitted = await self.admission.admit(
-                visitor, request, lambda name: self._url(visitor, name, request.host))
+                visitor, request, facts, lambda name: self._url(visitor, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
-            self.log.note('client refused', event='refused', **{
-                'client': visitor.address, **e.facts, 'reason': e.code})
+            audit(self.log, 'refused', facts, reason=e.code)
             await write_own(visitor.connection, no_session(e))
             return False
         if admitted is None:
             done = Refused(200, 'released', 'the name was given back')      # as clients know it
-            self.log.note('name given back', event='released', client=visitor.address)
+            audit(self.log, 'released', facts, reason=str(done))
             await write_own(visitor.connection, no_session(done))
             return False
         member, tunnel, theirs = admitted
@@ -4713,8 +4715,7 @@ class Server:
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
-        self.log.note('tunnel opened' if theirs is None else 'tunnel resumed', event='opened' if
-                      theirs is None else 'resumed', url=tunnel.url, **session.facts)
+        audit(self.log, 'opened' if theirs is None else 'resumed', session.facts, tunnel.url)
         return True
 
     def _check_version(self, visitor: Visitor, request: Request) -> None:

@@ -3191,22 +3191,45 @@ class AdmissionTest(WorldTest):
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_the_log_tells_what_became_of_each_tunnel(self):
-        await self.world()
-        await self.hello(name='app')
-        await self.hello(name='app', started=2, version='9\x1b' * 99)
-        await self.hello(name='app', proof='44' * 32)
+        await self.world(tokens=['letmein'])
+        for words in ({}, {'started': 2, 'version': '9 user=root\x1b' * 99},
+                      {'name': 'x\n"' * 99}, {'token': 'wrong', 'version': '1.0'}):
+            await self.hello(**{'token': 'letmein', 'name': 'app', **words})
         await self.server.admission.end('app', False, 'the operator says so')
         first, second = self.log.events('opened')
-        self.assertEqual((first['name'], first['client'], first['version']),
-                         ('app', '127.0.0.1', ''))
-        self.assertEqual(second['version'], '9?' * (lt.MAX_VERSION // 2))
+        whose = {'name': 'app', 'user': '', 'client': '127.0.0.1', 'version': ''}
+        self.assertEqual(first, {'event': 'opened', 'url': 'http://app.localhost', **whose,
+                                 'reason': ''})
+        self.assertEqual(second, {**first, 'version': '9?user?root?9?user?root?'[:lt.MAX_VERSION]})
         for event, facts, reason in (
                 ('taken_over', first, 'a client at 127.0.0.1 was started later'),
                 ('ended', second, 'the operator says so')):
             self.assertEqual(self.log.events(event), [{**facts, 'event': event, 'reason': reason}])
-        refused, = self.log.events('refused')
-        self.assertEqual((refused['name'], refused['client'], refused['reason']),
-                         ('app', '127.0.0.1', 'name_taken'))
+        self.assertEqual(self.log.events('refused'), [
+            {**first, 'event': 'refused', 'url': '', **words} for words in (
+                {'name': 'x?"' * 21, 'reason': 'bad_name'},
+                {'version': '1.0', 'reason': 'token'})])
+
+    async def test_the_log_tells_that_the_server_has_closed_a_tunnel(self):
+        await self.world()
+        await self.hello(name='app')
+        await self.server.stop()
+        await eventually(lambda: self.log.events('closed'))
+        closed, = self.log.events('closed')
+        self.assertEqual((closed['name'], closed['reason']), ('app', 'the server is shutting down'))
+
+    async def test_the_log_tells_which_name_was_given_back_and_by_whom(self):
+        await self.world()
+        await self.hello(name='app', version='1.0')
+        await self.hello(name='app', version='1.0', started=2, release=True)
+        self.assertEqual((await self.hello(name='app', version='1.0'))[1], 101)
+        self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
+        await self.server.admission.end('app', True, 'the operator says so')
+        theirs, ours = self.log.events('released')
+        self.assertEqual((theirs['name'], theirs['client'], theirs['version'], theirs['reason']),
+                         ('app', '127.0.0.1', '1.0', 'the name was given back'))
+        self.assertEqual((ours['name'], ours['client'], ours['reason']),
+                         ('app', '', 'the operator says so'))
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
         socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
