@@ -39,13 +39,13 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  40 Output
-     2 Wire                   16 Annex                  41 Keys
-     3 Credit                 17 DNS                    42 Terminal
-     4 Byte streams           18 Kept leases            43 Options
-     5 Session                19 Raw TCP                44 Wiring
-     6 HTTP/1.1               20 Folder and echo        45 Python
-     7 Names and tokens       21 Host header            46 Command line
+     1 Constants and errors   15 Files                  41 Output
+     2 Wire                   16 Annex                  42 Keys
+     3 Credit                 17 DNS                    43 Terminal
+     4 Byte streams           18 Kept leases            44 Options
+     5 Session                19 Raw TCP                45 Wiring
+     6 HTTP/1.1               20 Folder and echo        46 Python
+     7 Names and tokens       21 Host header            47 Command line
      8 Exchange               22 Outgoing proxy
      9 Tunnels                23 Certificates
     10 Admission              24 Certificates by ACME
@@ -55,15 +55,16 @@ Rooms
     14 Client                 28 Ground
                               29 Doctor
                               30 Landing page
-                              31 Invitations
-                              32 Exchanges
-                              33 Inspector's page
-                              34 Inspector
-                              35 Logs and replay
-                              36 Words from elsewhere
-                              37 Error pages
-                              38 Setting up
-                              39 Via ssh
+                              31 Token files
+                              32 Invitations
+                              33 Exchanges
+                              34 Inspector's page
+                              35 Inspector
+                              36 Logs and replay
+                              37 Words from elsewhere
+                              38 Error pages
+                              39 Setting up
+                              40 Via ssh
 """
 
 from __future__ import annotations
@@ -2641,158 +2642,47 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode(errors='replace'), other.encode(errors='replace'))
 
 
-def check_token(token: str) -> str:
-    """Return TOKEN.  Raises UsageError if it can't travel in a header field."""
-    if not re.fullmatch('[\x21-\x7e]+', token):
-        raise UsageError('a token consists of printable ASCII characters, without spaces')
-    return token
+class Grant(NamedTuple):
+    """What one token allows."""
+    user: str = ''          # whose it is, where that is known
+    digest: str = ''        # of the token; '' for who comes without one
+    names: Sequence[str] = ('*',)       # patterns for chosen names
+    ports: Sequence[int] = range(65536)     # for raw TCP
+    tunnels: int = MAX_TUNNELS_OF_TOKEN     # at once
+    since: float = 0.0      # Unix seconds
+    expires: float = NEVER
 
 
-def port_range(text: str) -> range:
-    """Parse A-B, both included, or A.  Raises ValueError."""
-    first, _, last = text.partition('-')
-    ports = range(int(first), int(last or first) + 1)
-    if not ports or ports[0] < 1 or ports[-1] > 65535:
-        raise ValueError(f'{text} is not a range of ports')
-    return ports
+class Tokens:
+    """The tokens that open tunnels at a server, and what each allows."""
 
-
-DATE = re.compile('[0-9T:-]{10,}')
-
-
-class Grant:
-    """What one token allows; `user` is '' if it came without a user's name.
-
-    `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once;
-    `since` and `expires` in Unix seconds.
-    """
-    __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'since', 'expires')
-
-    def __init__(self, user: str, digest: str, words: Sequence[str] = ()) -> None:
-        """WORDS: names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.  Raises ValueError."""
-        self.user, self.digest = user, digest
-        self.names: Sequence[str] = ('*',)
-        self.ports = range(65536)
-        self.tunnels, self.since, self.expires = MAX_TUNNELS_OF_TOKEN, 0.0, NEVER
-        for word in words:
-            key, _, value = word.partition('=')
-            if key == 'names' and value:
-                self.names = value.lower().split(',')
-            elif key == 'ports':
-                self.ports = port_range(value)
-            elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
-                self.tunnels = int(value)
-            elif key == 'since' and DATE.fullmatch(value):
-                self.since = datetime.datetime.fromisoformat(value).timestamp()
-            elif key == 'expires' and DATE.fullmatch(value):
-                self.expires = datetime.datetime.fromisoformat(value).timestamp()
-            else:       # the word itself is not repeated: it may be part of a secret
-                raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
-                                 'expires=2027-01-31 may follow')
-
-
-HASHED = 'sha256:'              # before a token of which only the hash is kept
-
-
-def parse_grant(line: str) -> Grant | None:
-    """Return what a LINE of a token file allows; None if it is empty.  Raises ValueError."""
-    words = line.split('#')[0].split()
-    if not words:
-        return None
-    if len(words) < 2 or '=' in words[0]:
-        raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
-                         '[expires=...]')
-    if not words[1].startswith(HASHED):
-        return Grant(words[0], digest_of(check_token(words[1])), words[2:])
-    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
-        raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
-    return Grant(words[0], words[1][len(HASHED):], words[2:])
-
-
-def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
-    """Return a fingerprint that changes when a file does; [] if one can't be read."""
-    try:
-        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
-    except OSError:
-        return []
-
-
-class Source:
-    """What a server reads from files, and again when they change; after an error the old holds."""
-
-    def changed(self) -> bool:
-        """Return True if there is something to read again."""
-        return False
-
-    def reload(self) -> str | None:
-        """Read it again, and see that it holds; return what is wrong, if anything is."""
-        return None
-
-
-class Tokens(Source):
-    """The tokens of a server: those given on the command line and those of its files."""
-
-    def __init__(self, tokens: Iterable[str] = (), path: str | None = None, open: bool = False,
-                 members: str = '') -> None:
-        """The file at PATH must be there, the one at MEMBERS may.  OPEN lets anyone in.
-
-        Raises UsageError for a bad file.
-        """
+    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
+        """OPEN lets anyone in."""
         self.open = open
         self.seen: dict[str, float] = {}        # when a token came last, by its digest
-        self.paths, self._members = [p for p in (path or '', members) if p], members
-        self._given = [Grant('', digest_of(token)) for token in tokens]
-        self._grants: Sequence[Grant] = ()
+        self.take([Grant(digest=digest_of(token)) for token in tokens])
+
+    def take(self, grants: Sequence[Grant]) -> None:
+        """Take GRANTS, and no others, from now on."""
+        self.grants = grants
         self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
-        error = self.reload()
-        if error:
-            raise UsageError(error)
-
-    def reload(self) -> str | None:
-        grants = list(self._given)
-        self._stamps = [stamp_of(path) for path in self.paths]
-        for path in self.paths:
-            if path != self._members or os.path.exists(path):
-                try:
-                    grants += self._read(path)
-                except (OSError, ValueError, OverflowError) as e:
-                    return f"can't use the token file {path}: {plainly(e)}"
-        self._grants, self._until = grants, {}
         for grant in grants:
-            for key in (grant.digest, f'user:{grant.user}'):
+            for key in grant.digest, f'user:{grant.user}':
                 self._until[key] = max(grant.expires, self._until.get(key, 0.0))
-        return None
-
-    def changed(self) -> bool:
-        return [stamp_of(path) for path in self.paths] != self._stamps
-
-    @staticmethod
-    def _read(path: str) -> Iterator[Grant]:
-        with open(path, encoding='utf-8-sig') as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    grant = parse_grant(line)
-                except (ValueError, UsageError) as e:
-                    raise ValueError(f'line {number}: {e}') from e
-                if grant:
-                    yield grant
 
     def find(self, token: str, now: float) -> Grant | None:
         """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
         digest, found = digest_of(token), None
-        for grant in self._grants:
+        for grant in self.grants:
             if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
                 found = grant
         if found:
             self.seen[found.digest] = now
-        return found or (Grant('', '') if self.open else None)
+        return found or (Grant() if self.open else None)
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
         return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
-
-
-MEMBERS = 'members'             # a token file in the state folder, for those who are invited
 
 
 class Lease(NamedTuple):
@@ -3415,7 +3305,7 @@ class Tunnel:
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
-class Bars(Source):
+class Bars:
     """Whom the operator keeps out, in a file; false while that is nobody."""
 
     def __len__(self) -> int:
@@ -3772,6 +3662,7 @@ class Admission:
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
+        runtime.swept.add(self)
 
     async def close(self) -> None:
         """Let nobody else in, and wait for the one who is about to come in."""
@@ -4251,7 +4142,7 @@ def inherited_sockets() -> dict[int, Sockets]:
     return found
 
 
-class Tls(Source):
+class Tls:
     """How a server speaks TLS."""
 
     def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
@@ -4464,7 +4355,6 @@ class Server:
             self.counters, trace)
         self._onward = Onward(self.domain, log)
         self._drain, self._rate = drain, rate
-        runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4489,22 +4379,6 @@ class Server:
             return not (self.visitors or self.doors.busy)
         await look_until(finished, self._drain)
         await self.tunnels.end_all()
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Check what changes by itself: files, and how long tokens are valid."""
-        self.admission.sweep(now, at_once=self.reload(changed_only=True))
-
-    def reload(self, changed_only: bool = False) -> bool:
-        """Read tokens, certificate and bars again, or what of them has changed; whether any was."""
-        sources: list[tuple[str, Source | None]] = [
-            ('tokens', self.admission.tokens), ('certificate', self.tls),
-            ('block list', self.tunnels.bars)]
-        read = [(what, source.reload()) for what, source in sources
-                if source is not None and (not changed_only or source.changed())]
-        for what, error in read:
-            self.counters['reload_errors' if error else 'reloads'] += 1
-            self.log.note(f'error: {error}' if error else f'{what} read again')
-        return bool(read)
 
     # One connection.
 
@@ -5615,6 +5489,50 @@ def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
         return f.read()
 
 
+def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
+    """Return a fingerprint that changes when a file does; [] if one can't be read."""
+    try:
+        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
+    except OSError:
+        return []
+
+
+class Source:
+    """What a server reads from files, and again when they change; after an error the old holds."""
+    what = ''           # it is, for the log
+
+    def changed(self) -> bool:
+        """Return True if there is something to read again."""
+        return False
+
+    def reload(self) -> str | None:
+        """Read it again, and see that it holds; return what is wrong, if anything is."""
+        return None
+
+
+class Sources:
+    """Those of a server: looked at now and then, and read again on SIGHUP."""
+
+    def __init__(self, server: Server) -> None:
+        self.all: list[Source] = []
+        self._server = server
+        server.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Read again what has changed."""
+        if self.reload(changed_only=True):
+            self._server.admission.sweep(now, at_once=True)
+
+    def reload(self, changed_only: bool = False) -> bool:
+        """Read all again, or what of it has changed; return whether that was anything."""
+        read = [(source.what, source.reload()) for source in self.all
+                if not changed_only or source.changed()]
+        for what, error in read:
+            self._server.counters['reload_errors' if error else 'reloads'] += 1
+            self._server.log.note(f'error: {error}' if error else f'{what} read again')
+        return bool(read)
+
+
 LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
 
 
@@ -5786,7 +5704,7 @@ class Annex:
         """Open what stands beside a client of the command line; APP's runtime closes it."""
 
     async def at_server(self, args: Args, server: Server) -> None:
-        """Plug in at SERVER, before it listens for visitors and clients."""
+        """Plug in at SERVER, before it listens; `args.sources` are read again when they change."""
 
     async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  Returning ends it: another process serves now."""
@@ -5817,6 +5735,15 @@ def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     return ipaddress.ip_network(text, strict=False)
 
 
+def port_range(text: str) -> range:
+    """Parse A-B, both included, or A.  Raises ValueError."""
+    first, _, last = text.partition('-')
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(f'{text} is not a range of ports')
+    return ports
+
+
 def host_and_port(text: str) -> tuple[str, int]:
     """[HOST:]PORT, on loopback where no host is given."""
     host, _, port = text.rpartition(':')
@@ -5845,6 +5772,13 @@ def ask(prompt: str) -> str:
             return getpass.getpass(prompt).strip()
         except (EOFError, getpass.GetPassWarning):
             return ''
+
+
+def check_token(token: str) -> str:
+    """Return TOKEN.  Raises UsageError if it can't travel in a header field."""
+    if not re.fullmatch('[\x21-\x7e]+', token):
+        raise UsageError('a token consists of printable ASCII characters, without spaces')
+    return token
 
 
 # A code is all that a client needs to come to a server, for --join: a word that a double click
@@ -7300,11 +7234,12 @@ class OutgoingProxy(Annex):
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
 
-class Certificate(Tls):
+class Certificate(Tls, Source):
     """What a server shows, read again when its files change.
 
     A fresh context is built and checked before `context` hands connections over to it.
     """
+    what = 'certificate'
 
     def __init__(self, cert: str, key: str, port: int = 0, pin: str = '') -> None:
         """Raises UsageError."""
@@ -7390,7 +7325,8 @@ class Certificates(Annex):
             if not pin:
                 raise
             return              # it was only a courtesy
-        server.tls = Certificate(cert, key, sockets[0].getsockname()[1], pin)
+        server.tls = shown = Certificate(cert, key, sockets[0].getsockname()[1], pin)
+        args.sources.all.append(shown)
         for sock in sockets:
             await server.listen(sock, tls=True)
 
@@ -7689,8 +7625,9 @@ class Authority:
 
 # The certificate that is shown.
 
-class AcmeTls(Tls):
+class AcmeTls(Tls, Source):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
+    what = 'certificate'
 
     def __init__(self, path: str, port: int = 0) -> None:
         """PATH is the file with key and chain, one so that they always belong together."""
@@ -8138,6 +8075,7 @@ class Acme(Annex):
         sockets = server.doors.bind(args.bind, args.tls_port)
         path = os.path.join(args.state, 'acme-certificate.pem')
         server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
+        args.sources.all.append(tls)
         try:
             if os.path.exists(path):
                 tls.load(path)
@@ -8607,8 +8545,9 @@ def read_list(path: str, known: dict[bytes, Blocked | None]
     return lines, wrong
 
 
-class BlockList(Bars):
+class BlockList(Bars, Source):
     """Whom a server keeps out."""
+    what = 'block list'
 
     def __init__(self, path: str, server: Server, contact: str) -> None:
         """Raises UsageError where the file is there and can't be read."""
@@ -8773,8 +8712,9 @@ class Blocking(Annex):
         return 0
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.tunnels.bars = BlockList(os.path.join(args.state, BLOCKED), server,
-                                        getattr(args, 'contact', None) or '')
+        server.tunnels.bars = bars = BlockList(os.path.join(args.state, BLOCKED), server,
+                                               getattr(args, 'contact', None) or '')
+        args.sources.all.append(bars)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9531,7 +9471,96 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Invitations
+# 31. Token files
+#
+# The tokens of a server by user, each with its limits: a line each, or the hash of one.
+# ------------------------------------------------------------------------------------------------
+
+MEMBERS = 'members'             # a token file in the state folder, for those who are invited
+DATE = re.compile('[0-9T:-]{10,}')
+
+
+def make_grant(user: str, digest: str, words: Sequence[str]) -> Grant:
+    """What WORDS allow: names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.
+
+    Raises ValueError.
+    """
+    rules: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition('=')
+        if key == 'names' and value:
+            rules[key] = value.lower().split(',')
+        elif key == 'ports':
+            rules[key] = port_range(value)
+        elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
+            rules[key] = int(value)
+        elif key in ('since', 'expires') and DATE.fullmatch(value):
+            rules[key] = datetime.datetime.fromisoformat(value).timestamp()
+        else:       # the word itself is not repeated: it may be part of a secret
+            raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
+                             'expires=2027-01-31 may follow')
+    return Grant(user, digest, **rules)
+
+
+HASHED = 'sha256:'              # before a token of which only the hash is kept
+
+
+def parse_grant(line: str) -> Grant | None:
+    """Return what a LINE of a token file allows; None if it is empty.  Raises ValueError."""
+    words = line.split('#')[0].split()
+    if not words:
+        return None
+    if len(words) < 2 or '=' in words[0]:
+        raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
+                         '[expires=...]')
+    if not words[1].startswith(HASHED):
+        return make_grant(words[0], digest_of(check_token(words[1])), words[2:])
+    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
+        raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
+    return make_grant(words[0], words[1][len(HASHED):], words[2:])
+
+
+class TokenFiles(Source):
+    """The token files of a server, whose tokens count beside those that it was given."""
+    what = 'tokens'
+
+    def __init__(self, tokens: Tokens, path: str, members: str = '') -> None:
+        """The file at PATH must be there, the one at MEMBERS may.  Raises UsageError."""
+        self.paths, self._members = [p for p in (path, members) if p], members
+        self._tokens, self._given = tokens, tokens.grants
+        error = self.reload()
+        if error:
+            raise UsageError(error)
+
+    def reload(self) -> str | None:
+        grants = list(self._given)
+        self._stamps = [stamp_of(path) for path in self.paths]
+        for path in self.paths:
+            if path != self._members or os.path.exists(path):
+                try:
+                    grants += self._read(path)
+                except (OSError, ValueError, OverflowError) as e:
+                    return f"can't use the token file {path}: {plainly(e)}"
+        self._tokens.take(grants)
+        return None
+
+    def changed(self) -> bool:
+        return [stamp_of(path) for path in self.paths] != self._stamps
+
+    @staticmethod
+    def _read(path: str) -> Iterator[Grant]:
+        with open(path, encoding='utf-8-sig') as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    grant = parse_grant(line)
+                except (ValueError, UsageError) as e:
+                    raise ValueError(f'line {number}: {e}') from e
+                if grant:
+                    yield grant
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9631,7 +9660,12 @@ examples:
 
 
 class Invitations(Annex):
-    """`invite`, and what a server writes for it."""
+    """Token files, and `invite`: what a server reads and writes for it."""
+    title = 'users and their tokens'
+    _files: TokenFiles          # of the server that runs
+
+    def server_options(self, add: Add) -> None:
+        add('--token-file', metavar='FILE', help='file of tokens, one per line (see below)')
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         parser = add('invite', help='let someone use your server', epilog=INVITE_EPILOG,
@@ -9700,13 +9734,19 @@ class Invitations(Annex):
                       'server can only hand it out over http, where others could change it.']
         return '\n'.join(lines)
 
+    async def at_server(self, args: Args, server: Server) -> None:
+        tokens = server.admission.tokens
+        members = '' if tokens.open else os.path.join(args.state, MEMBERS)
+        self._files = TokenFiles(tokens, args.token_file or '', members)
+        args.sources.all.append(self._files)
+
     async def run(self, args: Args, server: Server) -> None:
         """Write what `invite` needs, and go on writing who was seen."""
         tokens, (address, pin) = server.admission.tokens, args.entrance
         seen = read_seen(args.state)
         try:
             served = {'address': address, 'pin': pin, 'open': tokens.open,
-                      'files': [os.path.abspath(path) for path in tokens.paths]}
+                      'files': [os.path.abspath(path) for path in self._files.paths]}
             write_secret(os.path.join(args.state, SERVED), json.dumps(served).encode())
             if not tokens.open:
                 server.log.note('to invite others: ' + invite_command(args.state))
@@ -9737,7 +9777,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Exchanges
+# 33. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10516,7 +10556,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Inspector's page
+# 34. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11050,7 +11090,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector
+# 35. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11359,7 +11399,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Logs and replay
+# 36. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11841,7 +11881,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Words from elsewhere
+# 37. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -11983,7 +12023,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Error pages
+# 38. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12057,7 +12097,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Setting up
+# 39. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12320,7 +12360,7 @@ def start(running: bool, changed: Iterable[str]) -> None:
 def code_for(args: Args) -> str:
     """The code for the server, which runs with the options ARGS."""
     served, token = Served(SYSTEM + STATE), (args.token or [''])[0]
-    if not (args.token or args.token_file):
+    if not (args.token or getattr(args, 'token_file', None)):
         token = contents(f'{SYSTEM}{STATE}/token').decode('ascii', 'replace').strip()
     return make_code(served.address, '' if served.open else token, served.pin)
 
@@ -12574,7 +12614,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Via ssh
+# 40. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -12798,7 +12838,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 40. Output
+# 41. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13087,7 +13127,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Keys
+# 42. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13191,7 +13231,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Terminal
+# 43. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13604,7 +13644,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Options
+# 44. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -13677,8 +13717,6 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('who may open tunnels').add_argument
     add('--token', action='append',
         help='token for clients (repeatable; LOCALTUNNEL_TOKEN)')
-    add('--token-file', metavar='FILE',
-        help='file of tokens, one per line (see below)')
     add('--open', action='store_true', help='let anyone open tunnels')
 
     add = parser.add_argument_group('limits').add_argument
@@ -13860,7 +13898,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Wiring
+# 45. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14177,7 +14215,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Python
+# 46. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14486,7 +14524,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Command line
+# 47. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14720,11 +14758,9 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     local = is_loopback(args.domain) and is_loopback(args.bind)
-    members = os.path.join(args.state, MEMBERS)
-    if given or args.token_file or args.open or local:
-        if args.open or not (given or args.token_file):
-            return Tokens(given, args.token_file, open=True), ''
-        return Tokens(given, args.token_file, members=members), ''
+    some = bool(given or getattr(args, 'token_file', None))
+    if some or args.open or local:
+        return Tokens(given, open=args.open or not some), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_hex(16).encode() + b'\n')
@@ -14733,7 +14769,7 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
                                        warn_once).decode('ascii').strip())
     except (OSError, ValueError, UsageError) as e:
         raise UsageError(f'{path} does not hold a token; delete it to get a new one') from e
-    return Tokens([made], members=members), made
+    return Tokens([made]), made
 
 
 def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:
@@ -14781,6 +14817,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                     inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
     sockets = server.doors.bind(args.bind, args.port)
+    args.sources = Sources(server)
     for annex in ANNEXES:
         await annex.at_server(args, server)
     for sock in sockets:
@@ -14795,7 +14832,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     announce(args, log, port, server.tls, made)
     log.flush()
     if hasattr(signal, 'SIGHUP'):
-        runtime.loop.add_signal_handler(signal.SIGHUP, server.reload)
+        runtime.loop.add_signal_handler(signal.SIGHUP, args.sources.reload)
     await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
     await server.admission.close()
     os.close(args.lock)         # from now on nothing is written into the folder

@@ -39,22 +39,23 @@ Contents
    28 Ground                  what a look at it finds, and that it harms nobody
    29 Doctor                  every fault is named first, and each look leaves nothing behind
    30 Landing page            what to type, and the file itself (in Server, Command line)
-   31 Invitations             who gets in, and who no more
-   32 Exchanges               what is kept of what passes, and for how long
-   33 Inspector's page        shown by the next room
-   34 Inspector               who sees it, and how; what is sent again
-   35 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   36 Words from elsewhere    what users of other programs type
-   37 Error pages             the way and where it stops, for each thing that fails
-   38 Setting up              what is installed, and how another machine is talked to
-   39 Via ssh                 how services are asked, and what ends it
-   40 Output                  programs, and those who read slowly what they write
-   41 Keys                    what is typed while a tunnel runs
-   42 Terminal                what a person sees
-   43 Options                 what can be typed
-   44 Wiring                  the key; which server, which token (in Command line)
-   45 Python                  a tunnel inside another program, and its options as keywords
-   46 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   31 Token files             what a line of them may be; for the rest see Server
+   32 Invitations             who gets in, and who no more
+   33 Exchanges               what is kept of what passes, and for how long
+   34 Inspector's page        shown by the next room
+   35 Inspector               who sees it, and how; what is sent again
+   36 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   37 Words from elsewhere    what users of other programs type
+   38 Error pages             the way and where it stops, for each thing that fails
+   39 Setting up              what is installed, and how another machine is talked to
+   40 Via ssh                 how services are asked, and what ends it
+   41 Output                  programs, and those who read slowly what they write
+   42 Keys                    what is typed while a tunnel runs
+   43 Terminal                what a person sees
+   44 Options                 what can be typed
+   45 Wiring                  the key; which server, which token (in Command line)
+   46 Python                  a tunnel inside another program, and its options as keywords
+   47 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2462,14 +2463,6 @@ class TokenTest(unittest.TestCase):
         self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
         self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
 
-    def test_a_file_may_have_hashes_in_it(self):
-        for line in (f'ana sha256:{lt.digest_of("T")} since=2026-11-26',
-                     'ana T names=a # sha256:'):
-            self.assertEqual(lt.parse_grant(line).digest, lt.digest_of('T'))
-        for line in 'ana sha256:', 'ana sha256:abc', 'ana sha256:' + 'A' * 64, 'ana', 'a=b c':
-            with self.subTest(line), self.assertRaises(ValueError):
-                lt.parse_grant(line)
-
     def test_an_open_server_lets_everybody_in(self):
         self.assertTrue(lt.Tokens(open=True).find('', 0))
         self.assertFalse(lt.Tokens().find('', 0))
@@ -2665,9 +2658,9 @@ class WorldTest(LoopTest):
         self.log, self.server, self.apps, self.clients, self.peers = Everything(), None, [], [], []
         self.listening = []         # sockets
 
-    async def world(self, tokens=(), domain='localhost', **options):
-        self.tokens = tokens if isinstance(tokens, lt.Tokens) else lt.Tokens(
-            tokens, open=not tokens)
+    async def world(self, tokens=(), domain='localhost', token_file='', **options):
+        self.tokens = lt.Tokens(tokens, open=not (tokens or token_file))
+        self.token_file = token_file
         self.leases = None
         self.stack.push_async_callback(self.end_of_the_world)
         await self.new_server(domain, **options)
@@ -2676,6 +2669,9 @@ class WorldTest(LoopTest):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
+        self.sources = lt.Sources(self.server)
+        if self.token_file:
+            self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
         if self.leases:         # of the server before
             self.server.admission.leases = self.leases
         self.leases = self.server.admission.leases
@@ -5496,7 +5492,7 @@ class AcmeTest(FolderTest, WorldTest):
             '--bind', self.where, '--state', self.folder, '--dns-port', str(self.dns_port),
             '--dns-bind', '127.0.0.1', '--resolver', f'127.0.0.1:{self.resolver}', '--acme-ca',
             self.write('ca.pem', CERTIFICATE), '--acme-directory', self.directory, *options])
-        args.port = self.port
+        args.port, args.sources = self.port, self.sources
         return args
 
     async def acme(self, *options, domain='t.example'):
@@ -5648,7 +5644,7 @@ class PebbleTest(AcmeTest):
         kept, _ = await self.by_tls(name, self.root)
         seen = {first}
         with unittest.mock.patch.object(lt, 'time', Later(2000)):
-            self.server.reload()
+            self.sources.reload()
             while len(seen) < 3:
                 peer, shown = await self.by_tls(name, self.root)
                 for visitor in peer, kept:
@@ -5685,9 +5681,9 @@ class PebbleTest(AcmeTest):
             await self.said(r'^certificate: https://localhost:\d+/dir did not accept the proof: .*'
                             r'; trying again in 1 min, or at once on SIGHUP$')
             for minutes in 10, 100, 1440:
-                self.server.reload()
+                self.sources.reload()
                 await self.said(f'trying again in {minutes} min')
-        self.server.reload()
+        self.sources.reload()
         await self.said('^certificate: 4 proofs have failed within an hour; trying again in 1440')
         self.assertEqual(self.server.counters['certificate_failures'], 5)
         await self.forget(self.keeping)
@@ -5695,7 +5691,7 @@ class PebbleTest(AcmeTest):
             await self.annex.at_server(args := self.args(), self.server)
             self.keeping = self.meanwhile(self.annex.run(args, self.server))
             await self.said('^certificate: 4 proofs .* trying again in 1380 min', 1)  # as before
-            self.server.reload()
+            self.sources.reload()
             await self.said('we got is not valid by the clock of this machine .*; set it right')
 
     @unittest.skipUnless(hasattr(signal, 'SIGSTOP'), 'needs signals')
@@ -5707,7 +5703,7 @@ class PebbleTest(AcmeTest):
                 await self.said('^certificate: .*/dir does not answer; trying again in 1 min')
         finally:
             self.pebble.send_signal(signal.SIGCONT)
-        self.server.reload()
+        self.sources.reload()
         await self.said('https works for t.example')
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs signals')
@@ -6101,7 +6097,7 @@ class OutsideTest(AcmeTest):
         keeper = await self.keeper(domain='t.example')      # as after a restart
         await keeper._look()
         self.assertFalse(self.server.tls.names)
-        self.server.reload()
+        self.sources.reload()
         running = self.meanwhile(keeper.run())
         await eventually(lambda: self.server.tls.names)
         await self.forget(running)
@@ -6192,7 +6188,7 @@ class MetricsTest(FolderTest, WorldTest):
 
     async def observed(self, **options):
         """A world that is measured; its only token is Ana's."""
-        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')), **options)
+        await self.world(token_file=self.write('tokens', 'ana letmein'), **options)
         self.metrics = lt.Metrics(self.server)
         self.server.log = lt.Observers(self.log, self.metrics)
 
@@ -6295,7 +6291,7 @@ class OperatorTest(FolderTest, WorldTest):
     """What an operator, and a balancer, may ask."""
 
     async def test_tunnels_say_whose_they_are_and_what_they_carried(self):
-        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')))
+        await self.world(token_file=self.write('tokens', 'ana letmein'))
         client = await self.client(await self.app(), token='letmein', name='shop')
         await self.visit(client)
         page = lt.OperatorPage(self.server, None)
@@ -6386,9 +6382,10 @@ class BlockListTest(FolderTest, WorldTest):
 
     async def barred_world(self, text='', tokens='ana one\nbob two\n', **options):
         self.write('blocked', text)
-        tokens = lt.Tokens((), self.write('tokens', tokens), open=not tokens)
-        await self.world(tokens, trusted=[lt.network('127.0.0.1')], **options)
+        await self.world(token_file=tokens and self.write('tokens', tokens),
+                         trusted=[lt.network('127.0.0.1')], **options)
         self.server.tunnels.bars = lt.BlockList(self.path('blocked'), self.server, 'x@y.z')
+        self.sources.all.append(self.server.tunnels.bars)
 
     async def block(self, text):
         """Another list holds from now on."""
@@ -6508,7 +6505,7 @@ class BlockListTest(FolderTest, WorldTest):
         async def slow(asked):
             await lease(asked)
             self.write('blocked', 'name:demo # just now')
-            self.server.reload()
+            self.sources.reload()
         with unittest.mock.patch.object(self.server.admission, '_lease', slow):
             self.assertEqual((await self.refusal('one', name='demo'))[1], 'blocked')
         self.assertEqual(self.server.tunnels.members(), [])
@@ -7264,7 +7261,29 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Invitations
+# 31. Token files
+# ------------------------------------------------------------------------------------------------
+
+def tokens_of(path, members=''):
+    """The tokens of a server that reads these files."""
+    tokens = lt.Tokens()
+    lt.TokenFiles(tokens, path, members)
+    return tokens
+
+
+class TokenFilesTest(unittest.TestCase):
+
+    def test_a_file_may_have_hashes_in_it(self):
+        for line in (f'ana sha256:{lt.digest_of("T")} since=2026-11-26',
+                     'ana T names=a # sha256:'):
+            self.assertEqual(lt.parse_grant(line).digest, lt.digest_of('T'))
+        for line in 'ana sha256:', 'ana sha256:abc', 'ana sha256:' + 'A' * 64, 'ana', 'a=b c':
+            with self.subTest(line), self.assertRaises(ValueError):
+                lt.parse_grant(line)
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7294,7 +7313,7 @@ class InvitationTest(FolderTest):
         return lt.read_code(re.search('--join (.*)', said).group(1))
 
     def grant(self, token):
-        return lt.Tokens(members=self.members).find(token, 0)
+        return tokens_of('', self.members).find(token, 0)
 
     def test_the_file_has_a_hash_and_its_member_the_token(self):
         address, token, pin = self.joins(self.invite('ana', 'names=a-*,b', 'tunnels=3'))
@@ -7333,14 +7352,14 @@ class InvitationTest(FolderTest):
         self.assertIn('(3 before)', self.invite('--revoke', 'ana'))
         self.assertEqual(open_and_read(theirs), b'# ours\r\n\nben other\n')
         self.assertEqual(open_and_read(self.members), b'')
-        self.assertIsNone(lt.Tokens(path=theirs).find(token, 0))
+        self.assertIsNone(tokens_of(theirs).find(token, 0))
         self.assertIn('has no token', self.invite('--revoke', 'ana', code=1))
 
     def test_the_list_has_who_since_when_and_when_they_were_seen(self):
         self.invite('ana', 'names=a')
         self.write('theirs', 'ben secret\n')
         self.serve(files=[self.path('theirs')])
-        digest = lt.Tokens(members=self.members)._grants[0].digest
+        digest = tokens_of('', self.members).grants[0].digest
         self.write('seen.json', json.dumps({digest: 86400 * 365}))
         header, ben, ana = self.invite('--list').splitlines()
         self.assertEqual(ben.split(), ['ben', lt.digest_of('secret')[:8], '-', '-'])
@@ -7365,7 +7384,7 @@ class InvitationTest(FolderTest):
         token = self.joins(self.invite('ana'))[1]
         self.assertTrue(os.path.islink(self.path('link')))
         self.assertEqual(os.stat(theirs).st_mode & 0o777, 0o640)
-        self.assertEqual(lt.Tokens(path=theirs).find(token, 0).user, 'ana')
+        self.assertEqual(tokens_of(theirs).find(token, 0).user, 'ana')
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_its_group_is_kept_where_that_counts(self):
@@ -7426,21 +7445,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Exchanges
+# 33. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Inspector's page
+# 34. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector
+# 35. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8252,7 +8271,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Logs and replay
+# 36. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8374,7 +8393,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Words from elsewhere
+# 37. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8460,7 +8479,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Error pages
+# 38. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8669,7 +8688,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Setting up
+# 39. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -8896,7 +8915,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Via ssh
+# 40. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9055,7 +9074,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Output
+# 41. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9406,7 +9425,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Keys
+# 42. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9462,7 +9481,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Terminal
+# 43. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -9785,7 +9804,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 43. Options
+# 44. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9809,7 +9828,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Wiring
+# 45. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10024,7 +10043,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Python
+# 46. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10205,7 +10224,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Command line
+# 47. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -10588,7 +10607,7 @@ class ExitCodeTest(CommandTest):
         for make, words, said in (
                 (lt.Certificate, (wrong, 'none'), 'read none: No such file'),
                 (lt.Certificate, (wrong, wrong), 'two files in PEM form'),
-                (lt.Tokens, ((), 'none'), 'token file none: No such file')):
+                (lt.TokenFiles, (lt.Tokens(), 'none'), 'token file none: No such file')):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, said):
                 make(*words)
 
@@ -11116,11 +11135,14 @@ class InvitedTest(CommandTest):
                 ['server', '--domain', 't.example.com', '--state', self.folder, *options])
             args.bind = ''
             tokens, _ = lt.server_tokens(args)
+            server, args.sources = unittest.mock.Mock(), unittest.mock.Mock(all=[])
+            server.admission.tokens = tokens
+            asyncio.run(lt.Invitations().at_server(args, server))
             self.write('members', f'ana sha256:{lt.digest_of("M")}\n')
             with self.subTest(options):
                 if '--open' not in options:
-                    self.assertTrue(tokens.changed())
-                tokens.reload()
+                    self.assertTrue(args.sources.all[0].changed())
+                args.sources.all[0].reload()
                 self.assertEqual(tokens.find('M', 0).user, '' if '--open' in options else 'ana')
             os.unlink(self.path('members'))
 
@@ -13268,12 +13290,12 @@ class HelloTest(HostileTest):
         await self.others_are_served()
 
     async def test_before_the_token_is_right_nothing_of_the_hello_matters(self):
-        await self.world(lt.Tokens(['right']))
+        await self.world(['right'])
         for raw in ['{', DEEP, json.dumps({'allow': ['::'] * 9000})]:
             self.assertEqual((await self.hello(raw=raw, token='wrong'))[1], 401)
 
     async def test_after_a_wrong_token_the_next_waits_before_it_is_looked_at(self):
-        await self.world(lt.Tokens(['right!']))
+        await self.world(['right!'])
         with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
             self.assertEqual((await self.hello(token='wrong1'))[1], 401)
             waiting = [self.meanwhile(self.hello(token=token)) for token in ('wrong2', 'right!')]
@@ -13303,7 +13325,7 @@ class HelloTest(HostileTest):
 
     async def test_a_session_goes_on_only_with_the_proof_and_the_token_it_began_with(self):
         path = self.write('tokens', 'ana A\nana B\n')
-        await self.world(lt.Tokens(path=path))
+        await self.world(token_file=path)
         words = {'name': 'app', 'instance': '44' * 16, 'started': 1.0}
 
         async def resumed(token, **more):
@@ -13322,7 +13344,7 @@ class HelloTest(HostileTest):
         mine = {'session': self.server.tunnels.members()[1].id, 'received': 0}
         self.assertEqual(await resumed('B', resume=mine, **tcp), (101, 0))
         self.write('tokens', 'ana B names=other ports=1\n')
-        self.server.admission.tokens.reload()
+        self.sources.reload()
         resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
         self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
         for more in {'resume': mine}, {'instance': '66' * 16}:
@@ -13331,7 +13353,7 @@ class HelloTest(HostileTest):
     async def test_a_token_has_its_limits(self):
         path = self.write('tokens', '# team\nana A names=ana-*,demo tunnels=2 # hers\n'
                           'bob B ports=20000-20001\nzo\xeb Z\nold O expires=2020-01-31\n')
-        await self.world(lt.Tokens(path=path), tcp_ports=range(20000, 20010), host='127.0.0.1')
+        await self.world(token_file=path, tcp_ports=range(20000, 20010), host='127.0.0.1')
         self.assertEqual((await self.hello('O'))[1], 401)
         self.assertEqual((await self.hello('A', name='other'))[1], 403)
         self.assertEqual((await self.hello('B', name='other'))[1], 101)  # it was not taken
@@ -13346,7 +13368,7 @@ class HelloTest(HostileTest):
         self.assertEqual(status, 429, 'sessions of one tunnel have no limit')
 
     async def test_each_client_of_a_shared_name_counts(self):
-        await self.world(lt.Tokens([], self.write('tokens', 'ana A tunnels=2\n')))
+        await self.world(token_file=self.write('tokens', 'ana A tunnels=2\n'))
         with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
             first, second = ({'instance': n * 32, 'share': True} for n in '12')
             for words, status in ((first, 101), (second, 101), ({'share': True}, 429),
@@ -13371,7 +13393,7 @@ class HelloTest(HostileTest):
         def write(text):
             os.replace(self.write('tokens.new', text), path)
         write('ana A\nbob B\n')
-        await self.world(lt.Tokens(path=path))
+        await self.world(token_file=path)
         peer, _, _ = await self.hello('A', name='ana')
         bob, _, _ = await self.hello('B', name='bob', proof='55' * 32)
         for bad in [
