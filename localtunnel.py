@@ -3201,7 +3201,7 @@ MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume', 'attempt', 'version')
+                 'rules', 'access', 'wants', 'resume', 'attempt', 'version')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -3216,6 +3216,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
+            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
                                   str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
@@ -3287,17 +3288,23 @@ class Tunnel:
         return there[0] if len(there) == 1 else min(
             there, key=lambda m: len(m.session.streams), default=None)
 
-    def may_ask(self, now: float, rate: float) -> bool:
-        """Return True if one more may come, of RATE a second; a second's worth may come at once."""
+    def check_rate(self, now: float, rate: float) -> None:
+        """Let one more request come, of RATE a second; a second's worth may come at once.
+
+        Raises HopFailed.
+        """
         left, since = self._allowance
         left = min(max(1.0, rate), left + (now - since) * rate)
         self._allowance = left - 1 if left >= 1 else left, now
-        return left >= 1
+        if left < 1:
+            raise HopFailed(429, f'{self.name} gets too many requests a second', 'Retry-After: 1',
+                            cure='the operator of the server can raise --rate')
 
     def beside(self, new: Hello) -> list[Member]:
         """Return the members that can't serve together with NEW."""
         return [old for old in self.members if old.hello.instance == new.instance or not (
-            old.hello.share and new.share and old.hello.rules == new.rules)]
+            old.hello.share and new.share
+            and (old.hello.rules, old.hello.wants) == (new.rules, new.wants))]
 
     def before(self, new: Hello) -> list[Member]:
         """Return the members that NEW may not replace: they are there, and were started later."""
@@ -3652,6 +3659,9 @@ class Admission:
                  most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
+        # A seam: what clients may want beside the tunnel, by the option that the server was given;
+        # each checks what a client says of it, and raises ValueError and TypeError.
+        self.offers: dict[str, Callable[[Any], object]] = {}
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
@@ -3778,6 +3788,7 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
+        self._check_wants(hello)
         if self._tunnels.only and hello.kind == 'http' and any(
                 other.kind == 'http' and other.members and other.name != tunnel.name
                 for other in self._tunnels):
@@ -3798,6 +3809,17 @@ class Admission:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
+
+    def _check_wants(self, hello: Hello) -> None:
+        """Raises Refused where HELLO wants what this server does not offer."""
+        for option, said in hello.wants.items():
+            if option not in self.offers:
+                raise Refused(403, 'not_offered', f'this server was started without --{option}, '
+                              'so a client can\'t have it either; ask its operator')
+            try:
+                self.offers[option](said)
+            except (ValueError, TypeError) as e:
+                raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
 
     async def _grant(self, request: Request, visitor: Visitor) -> Grant:
         """What the client's token allows.  Raises Refused.
@@ -4354,7 +4376,7 @@ class Server:
             runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
         self._onward = Onward(self.domain, log)
-        self._drain, self._rate = drain, rate
+        self._drain, self.rate = drain, rate
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4479,9 +4501,8 @@ class Server:
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself',
                             cure="give the client your app's own address, not a public one")
-        if self._rate and tunnel and not tunnel.may_ask(self.runtime.now(), self._rate):
-            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1',
-                            cure='the operator of the server can raise --rate')
+        if self.rate and tunnel:
+            tunnel.check_rate(self.runtime.now(), self.rate)
         return name
 
     def _find(self, name: str, parent: str, host: str) -> str:
@@ -4612,6 +4633,37 @@ class Server:
         return self.visitors.url or visitor.url_of(host_name, host)
 
 
+async def ask_app(server: Server, name: str, visitor: Visitor,
+                  message: Iterable[bytes]) -> Response:
+    """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
+
+    It is made for VISITOR, who needs no password: the client wants it.  Raises HopFailed.
+    """
+    tunnel = server.tunnels.get(name)
+    if server.tunnels.bars:
+        server.tunnels.bars.check_visitor(name, visitor.address)
+    if server.rate and tunnel:
+        tunnel.check_rate(server.runtime.now(), server.rate)
+    stream, _ = (server.tunnels.open_stream(name, visitor)
+                 or await server.tunnels.wait_for_stream(name, visitor))
+    visitor.begin(stream)
+    try:
+        with contextlib.suppress(StreamReset):      # by an app that has answered already
+            for piece in message:
+                await stream.write(piece)
+            await stream.write_eof()
+        response = await read_final(stream, None, NEVER, inside=True)
+        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
+            stream.timeout = LINGER
+            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+        return response
+    except (StreamReset, BadHttp, Incomplete, Overdue) as e:
+        raise no_answer(name, e) from e
+    finally:
+        visitor.stream = None
+        stream.close()
+
+
 # ------------------------------------------------------------------------------------------------
 # 12. Places
 #
@@ -4703,6 +4755,7 @@ class ServerAddress:
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
+        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host) else 'https://') + text
@@ -14199,7 +14252,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  **Access.encode(args.allow, args.auth, key), **wish)
+                  wants=address.wants, **Access.encode(args.allow, args.auth, key), **wish)
 
 
 def as_client(args: Args, runtime: Runtime,

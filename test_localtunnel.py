@@ -3132,6 +3132,25 @@ class AdmissionTest(WorldTest):
             await first.running
         self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
 
+    async def test_what_a_client_wants_beside_the_tunnel_is_checked_or_refused(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants, status, word in (
+                ({'extra': 7}, 101, ''), ({}, 101, ''), ({'extra': 'x'}, 400, 'bad_hello'),
+                ({'extra': None}, 400, 'bad_hello'), ({'other': 7}, 403, 'not_offered'),
+                (['extra'], 400, 'bad_hello'), (7, 400, 'bad_hello')):
+            with self.subTest(wants=wants):
+                _, got, told = await self.hello(wants=wants)
+                self.assertEqual((got, told.get('error', '')), (status, word))
+
+    async def test_those_who_share_a_name_want_the_same(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants in {'extra': 7}, {'extra': 7}, {'extra': 8}:
+            await self.hello(name='app', share=True, wants=wants)
+        tunnel = self.server.tunnels.get('app')
+        self.assertEqual([m.hello.wants for m in tunnel.members], [{'extra': 8}])
+
     async def test_whoever_may_not_replace_one_member_replaces_none(self):
         await self.world()
         old, new = {'share': True, 'started': 1.0}, {'share': True, 'started': 9.0}
@@ -3494,6 +3513,42 @@ class SlowDiskTest(WorldTest):
         self.assertEqual([list(changes) for changes in self.written], [['a']])
         with self.assertRaises(lt.Refused):     # nor is a lease freed for the successor
             await self.server.admission.end('a', True, 'the test')
+
+
+class AskTest(WorldTest):
+    """The server itself asks an app."""
+    HEAD = b'POST /in HTTP/1.1\r\nHost: app\r\nContent-Length: 200000\r\n\r\n'
+
+    async def asks(self, *message):
+        visitor = lt.Visitor((await self.connections())[0])
+        try:
+            return (await lt.ask_app(self.server, 'app', visitor, message)).status
+        except lt.HopFailed as e:
+            return e.status
+        finally:
+            self.assertTrue(visitor.idle)
+
+    async def test_the_app_has_the_whole_message_whatever_visitors_need(self):
+        app, _ = await self.through(ok(b'x' * 4 * lt.MAX_HEAD), name='app', auth=['ana:secret'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(100000), bytes(100000)), 200)
+        body = app.requests[0].partition(b'\r\n\r\n')[2]
+        self.assertEqual(body, bytes(200000))
+
+    async def test_an_app_may_answer_before_it_has_read_all(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 413 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n')
+        await self.through(answer, name='app')
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 413)
+
+    async def test_limits_and_addresses_hold_as_for_visitors(self):
+        await self.through(name='app', allow=['192.0.2.1'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 403)
+        await self.leaves(self.clients.pop())
+        self.assertEqual(await self.asks(self.HEAD), 503)
+        await self.end_of_the_world()
+        await self.new_server(rate=0.001)
+        await self.client(await self.app(), name='app')
+        self.assertEqual([await self.asks(self.HEAD, bytes(200000)) for _ in range(2)], [200, 429])
 
 
 # ------------------------------------------------------------------------------------------------
