@@ -39,13 +39,13 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  41 Output
-     2 Wire                   16 Annex                  42 Keys
-     3 Credit                 17 DNS                    43 Terminal
-     4 Byte streams           18 Kept leases            44 Options
-     5 Session                19 Raw TCP                45 Wiring
-     6 HTTP/1.1               20 Folder and echo        46 Python
-     7 Names and tokens       21 Host header            47 Command line
+     1 Constants and errors   15 Files                  42 Output
+     2 Wire                   16 Annex                  43 Keys
+     3 Credit                 17 DNS                    44 Terminal
+     4 Byte streams           18 Kept leases            45 Options
+     5 Session                19 Raw TCP                46 Wiring
+     6 HTTP/1.1               20 Folder and echo        47 Python
+     7 Names and tokens       21 Host header            48 Command line
      8 Exchange               22 Outgoing proxy
      9 Tunnels                23 Certificates
     10 Admission              24 Certificates by ACME
@@ -55,16 +55,17 @@ Rooms
     14 Client                 28 Ground
                               29 Doctor
                               30 Landing page
-                              31 Token files
-                              32 Invitations
-                              33 Exchanges
-                              34 Inspector's page
-                              35 Inspector
-                              36 Logs and replay
-                              37 Words from elsewhere
-                              38 Error pages
-                              39 Setting up
-                              40 Via ssh
+                              31 Verifying
+                              32 Token files
+                              33 Invitations
+                              34 Exchanges
+                              35 Inspector's page
+                              36 Inspector
+                              37 Logs and replay
+                              38 Words from elsewhere
+                              39 Error pages
+                              40 Setting up
+                              41 Via ssh
 """
 
 from __future__ import annotations
@@ -6043,6 +6044,11 @@ class Served:
             raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
 
 
+# The line that a server changes: nothing but an address stands there.
+STAMPED = re.compile(rb"(?m)^STAMPED_SERVER = '[a-z0-9.:/\[\]_~-]*'$")
+UNSTAMPED = b"STAMPED_SERVER = ''"
+
+
 @functools.lru_cache(maxsize=None)
 def own_source() -> list[bytes]:
     """Return this file: what stands before and after the stamp.
@@ -6055,7 +6061,16 @@ def own_source() -> list[bytes]:
     else:
         sys.stdin.buffer.seek(0)
         source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+    return STAMPED.split(source, maxsplit=1)
+
+
+def original() -> bytes:
+    """Return this file, as if no server had handed it out.  Raises UsageError."""
+    try:
+        return UNSTAMPED.join(own_source())
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError('this came through a pipe, so there is no file to read; save it first, '
+                         'with curl -O') from e
 
 
 def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
@@ -9524,7 +9539,82 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Token files
+# 31. Verifying
+#
+# `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
+# byte has to be the same, but for one line, in which an address may stand.
+# ------------------------------------------------------------------------------------------------
+
+MAX_SCRIPT = 4 * MIB            # of a server's script; ours has less than one
+SCRIPT_WITHIN = 60.0            # for all of it, however slowly it comes: 100 kbit/s
+SHOWN = 200                     # characters of a line that differs
+
+VERIFY_EPILOG = """Ends with 0 where both are the same, but for the address that a server writes
+into what it hands out.
+
+examples:
+  localtunnel.py verify https://t.example.com
+  localtunnel.py verify https://t.example.com --pin SHA256"""
+
+
+async def script_of(args: Args) -> bytes:
+    """What the server that ARGS name hands out.  Raises LocaltunnelError."""
+    runtime = Runtime(asyncio.get_running_loop())
+    try:
+        known, app, client = args.as_client(args, runtime, Target('verify', text='verify'))
+        app.close()
+
+        async def answer() -> tuple[int, bytes]:
+            async with asking(client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
+                              '/localtunnel.py') as (connection, response):
+                return response.status, await read_answer(connection, response, MAX_SCRIPT)
+        try:
+            status, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
+        except (Disconnected, BadHttp, OSError, asyncio.TimeoutError) as e:
+            raise LocaltunnelError(explain(e, str(known.address))) from e
+    finally:
+        await runtime.close()
+    if status != 200 or len(script) > MAX_SCRIPT:
+        said = printable(script[:SHOWN].decode(errors='replace').strip())
+        raise LocaltunnelError(f'{known.address} hands out no script, but says: {said}')
+    return script
+
+
+class Verifying(Annex):
+    """The command `verify`."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('verify', epilog=VERIFY_EPILOG,
+                     help="compare a server's script with this file")
+        parser.add_argument('server', metavar='URL', help='the server')
+        parser.add_argument('--ca', metavar='FILE', help='also trust this authority')
+        parser.add_argument('--pin', metavar='SHA256', help='accept only this certificate of it')
+        parser.set_defaults(run=self.verify, token='none')      # and of ours none is asked for
+
+    @staticmethod
+    def verify(args: Args) -> int:
+        """Do what ARGS say; return the exit code."""
+        ours, args.server = original(), re.sub(r'(?<!/)/(localtunnel[.]py)?$', '', args.server)
+        script = asyncio.run(script_of(args))
+        theirs, digest = STAMPED.sub(UNSTAMPED, script, count=1), digest_of(ours)
+        if theirs == ours:
+            stamp = STAMPED.search(script)
+            address = stamp.group().decode().split("'")[1] if stamp else ''
+            print_line(f'{args.server} hands out this file, and the address in it is '
+                       f'{address or "none"}; SHA-256 {digest}')
+            return 0
+        pairs = itertools.zip_longest(*(text.splitlines(keepends=True) for text in (ours, theirs)))
+        number, lines = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+        here, there = (printable((line or b'(none)').decode(errors='replace').rstrip('\n')[:SHOWN])
+                       for line in lines)
+        print_line(f'{args.server} hands out another file; the first line that differs is {number}:'
+                   f'\n  here   {here}\n  there  {there}\n'
+                   f'SHA-256 here   {digest}\nSHA-256 there  {digest_of(theirs)}')
+        return 1
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9613,7 +9703,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Invitations
+# 33. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9830,7 +9920,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Exchanges
+# 34. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10609,7 +10699,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector's page
+# 35. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11143,7 +11233,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector
+# 36. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11452,7 +11542,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Logs and replay
+# 37. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11934,7 +12024,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Words from elsewhere
+# 38. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12076,7 +12166,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Error pages
+# 39. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12150,7 +12240,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Setting up
+# 40. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12241,15 +12331,6 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
-def program() -> bytes:
-    """This file, as if no server had handed it out.  Raises UsageError."""
-    try:
-        return b"STAMPED_SERVER = ''".join(own_source())
-    except (OSError, ValueError, AttributeError) as e:
-        raise UsageError('this came through a pipe, so there is nothing to copy; save it as a file '
-                         'first, with curl -O') from e
-
-
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     import shlex
@@ -12264,7 +12345,7 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
             python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
-    return {PROGRAM: program(), **{name: text.encode() for name, text in texts.items()}}
+    return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
 SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
@@ -12613,7 +12694,7 @@ class SettingUp(Annex):
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
-        source = program()
+        source = original()
         script = REMOTELY.format(
             size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
             words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
@@ -12667,7 +12748,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Via ssh
+# 41. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -12891,7 +12972,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 41. Output
+# 42. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13180,7 +13261,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Keys
+# 43. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13284,7 +13365,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Terminal
+# 44. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13697,15 +13778,15 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Options
+# 45. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (KeptLeases(), RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Acme(), Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
-                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
-                            SettingUp(), ViaSsh())
+                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
+                            ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -13925,12 +14006,24 @@ examples:
   localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
+class Version(argparse.Action):
+    """Prints which file this is: also a copy from a server has the digest of the original."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *typed: Any) -> None:
+        try:
+            which = f'SHA-256 {digest_of(original())}'
+        except UsageError as e:
+            which = f'SHA-256 unknown: {e}'
+        put(sys.stdout, f'localtunnel {__version__}\n{which}\n')
+        parser.exit()
+
+
 def make_parser() -> Parser:
     """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
     parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
-    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    parser.add_argument('--version', action=Version, nargs=0, help='show which file this is')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     parser.commands = commands.choices
     client_options(commands.add_parser(
@@ -13951,7 +14044,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Wiring
+# 46. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14268,7 +14361,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Python
+# 47. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14577,7 +14670,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Command line
+# 48. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -39,23 +39,24 @@ Contents
    28 Ground                  what a look at it finds, and that it harms nobody
    29 Doctor                  every fault is named first, and each look leaves nothing behind
    30 Landing page            what to type, and the file itself (in Server, Command line)
-   31 Token files             what a line of them may be; for the rest see Server
-   32 Invitations             who gets in, and who no more
-   33 Exchanges               what is kept of what passes, and for how long
-   34 Inspector's page        shown by the next room
-   35 Inspector               who sees it, and how; what is sent again
-   36 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   37 Words from elsewhere    what users of other programs type
-   38 Error pages             the way and where it stops, for each thing that fails
-   39 Setting up              what is installed, and how another machine is talked to
-   40 Via ssh                 how services are asked, and what ends it
-   41 Output                  programs, and those who read slowly what they write
-   42 Keys                    what is typed while a tunnel runs
-   43 Terminal                what a person sees
-   44 Options                 what can be typed
-   45 Wiring                  the key; which server, which token (in Command line)
-   46 Python                  a tunnel inside another program, and its options as keywords
-   47 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   31 Verifying               what a server hands out, and this file
+   32 Token files             what a line of them may be; for the rest see Server
+   33 Invitations             who gets in, and who no more
+   34 Exchanges               what is kept of what passes, and for how long
+   35 Inspector's page        shown by the next room
+   36 Inspector               who sees it, and how; what is sent again
+   37 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   38 Words from elsewhere    what users of other programs type
+   39 Error pages             the way and where it stops, for each thing that fails
+   40 Setting up              what is installed, and how another machine is talked to
+   41 Via ssh                 how services are asked, and what ends it
+   42 Output                  programs, and those who read slowly what they write
+   43 Keys                    what is typed while a tunnel runs
+   44 Terminal                what a person sees
+   45 Options                 what can be typed
+   46 Wiring                  the key; which server, which token (in Command line)
+   47 Python                  a tunnel inside another program, and its options as keywords
+   48 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -7316,7 +7317,79 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Token files
+# 31. Verifying
+# ------------------------------------------------------------------------------------------------
+
+class VerifyTest(FolderTest, LoopTest):
+
+    def setUp(self):
+        super().setUp()
+        self.ours = lt.original()
+        self.stamped = self.ours.replace(lt.UNSTAMPED, b"STAMPED_SERVER = 'https://[::1]:8'", 1)
+
+    async def verify(self, script, status='200 OK', path=''):
+        """(exit code, what was said) where a server hands out SCRIPT."""
+        async def serve(reader, writer):
+            self.asked = await reader.readuntil(b'\r\n\r\n')
+            writer.write(f'HTTP/1.1 {status}\r\nContent-Length: {len(script)}\r\n\r\n'.encode())
+            writer.write(script[:-1] if status == '200 slow' else script)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+        host, port = await self.serves(serve)
+
+        def command():
+            with unittest.mock.patch.object(lt, 'put') as put, contextlib.redirect_stdout(
+                    io.StringIO()) as out:
+                code = lt.main(['verify', f'http://{host}:{port}{path}'])
+            return code, out.getvalue() + ''.join(call[0][1] for call in put.call_args_list)
+        return await asyncio.get_running_loop().run_in_executor(None, command)
+
+    async def test_this_file_is_the_same_with_an_address_in_it_and_without(self):
+        digest = hashlib.sha256(open_and_read(SCRIPT)).hexdigest()
+        for script, address in ((self.stamped, 'https://[::1]:8'), (self.ours, 'none')):
+            code, said = await self.verify(script)
+            self.assertEqual(code, 0)
+            self.assertRegex(said, 'this file, and the address in it is '
+                             f'{re.escape(address)}; SHA-256 {digest}\n$')
+
+    async def test_the_url_may_be_that_of_the_script(self):
+        for path in '/', '/localtunnel.py':
+            self.assertEqual((await self.verify(self.ours, path=path))[0], 0)
+            self.assertTrue(self.asked.startswith(b'GET /localtunnel.py HTTP/1.1\r\n'))
+
+    async def test_the_first_line_that_differs_is_shown_and_can_not_harm(self):
+        line = self.ours[:self.ours.index(lt.UNSTAMPED)].count(b'\n') + 1
+        for change, number, here, there in (
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '' or evil()"), line, "= ''", "= '' or evil()"),
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '\\x27'"), line, "= ''", "= '\\x27'"),
+                ((b'#!/usr/bin', b'#!\x1b]0;x\x07'), 1, '#!/usr/bin/env', '#!?]0;x?/env'),
+                ((b'sys.exit(main())\n', b'sys.exit(main())\nevil()\n'), self.ours.count(b'\n') + 1,
+                 '(none)', 'evil()')):
+            script = self.stamped if b'STAMPED' not in change[0] else self.ours
+            code, said = await self.verify(script.replace(*change, 1))
+            self.assertEqual(code, 1)
+            lines = said.splitlines()
+            self.assertRegex(lines[0], f'the first line that differs is {number}:$')
+            self.assertIn(here, lines[1])
+            self.assertIn(there, lines[2])
+            self.assertEqual((lines[3], lines[4] > 'SHA-256 there  ', said.isprintable()),
+                             (f'SHA-256 here   {lt.digest_of(self.ours)}', True, False))
+            self.assertTrue(all(map(str.isprintable, lines)))
+
+    async def test_what_is_no_script_is_told_and_too_much_or_too_slow_is_not_waited_for(self):
+        self.assertRegex((await self.verify(b'a pipe\x1b', status='404 no'))[1],
+                         r'hands out no script, but says: a pipe\?\n$')
+        with self.constant(MAX_SCRIPT=1000, SHOWN=5):
+            self.assertRegex((await self.verify(b'x' * 2000))[1], ' but says: xxxxx\n$')
+        with self.constant(SCRIPT_WITHIN=0.02):
+            code, said = await self.verify(self.ours, status='200 slow')
+        self.assertEqual(code, 1)
+        self.assertRegex(said, 'does not answer')
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7338,7 +7411,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Invitations
+# 33. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7500,21 +7573,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Exchanges
+# 34. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector's page
+# 35. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector
+# 36. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8326,7 +8399,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Logs and replay
+# 37. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8448,7 +8521,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Words from elsewhere
+# 38. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8534,7 +8607,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Error pages
+# 39. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8743,7 +8816,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Setting up
+# 40. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -8807,8 +8880,8 @@ class InstallTest(FolderTest):
     def test_what_came_through_a_pipe_is_not_copied(self):
         with unittest.mock.patch.object(lt, 'own_source', side_effect=OSError):
             with self.assertRaisesRegex(lt.UsageError, 'came through a pipe.*save it'):
-                lt.program()
-        self.assertEqual(lt.program(), open_and_read(SCRIPT))
+                lt.original()
+        self.assertEqual(lt.original(), open_and_read(SCRIPT))
 
     def test_its_own_options_are_not_the_servers(self):
         args = server_args('--print', '--remove', '--purge', '--open')
@@ -8970,7 +9043,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Via ssh
+# 41. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9129,7 +9202,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Output
+# 42. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9480,7 +9553,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Keys
+# 43. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9536,7 +9609,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Terminal
+# 44. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -9859,7 +9932,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 44. Options
+# 45. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9883,7 +9956,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Wiring
+# 46. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10098,7 +10171,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Python
+# 47. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10279,7 +10352,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Command line
+# 48. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -10909,7 +10982,8 @@ class HandedOutTest(CommandTest):
         os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
         said = subprocess.run([self.path('lt'), '--version'], stdout=subprocess.PIPE,
                               check=True).stdout
-        self.assertEqual(said.decode().strip(), f'localtunnel {lt.__version__}')
+        self.assertEqual(said.decode().split(), [       # the digest is that of the original
+            'localtunnel', lt.__version__, 'SHA-256', lt.digest_of(open_and_read(SCRIPT))])
 
     def test_a_truncated_download_runs_nothing(self):
         script = self.script(self.server())
@@ -14901,7 +14975,7 @@ class AnnexTest(FolderTest):
                 module = self.cut(*rooms)
                 with unittest.mock.patch.object(module, 'put') as put:
                     self.assertEqual(module.main(['--version']), 0)
-                    self.assertEqual(put.call_args[0][1], f'localtunnel {lt.__version__}\n')
+                    self.assertRegex(put.call_args[0][1], f'^localtunnel {lt.__version__}\n')
                     self.assertEqual(asyncio.run(
                         self.carries(module, CommandTest.free_port())), b'hello')
 
