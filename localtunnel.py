@@ -39,13 +39,13 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  41 Output
-     2 Wire                   16 Annex                  42 Keys
-     3 Credit                 17 DNS                    43 Terminal
-     4 Byte streams           18 Kept leases            44 Options
-     5 Session                19 Raw TCP                45 Wiring
-     6 HTTP/1.1               20 Folder and echo        46 Python
-     7 Names and tokens       21 Host header            47 Command line
+     1 Constants and errors   15 Files                  42 Output
+     2 Wire                   16 Annex                  43 Keys
+     3 Credit                 17 DNS                    44 Terminal
+     4 Byte streams           18 Kept leases            45 Options
+     5 Session                19 Raw TCP                46 Wiring
+     6 HTTP/1.1               20 Folder and echo        47 Python
+     7 Names and tokens       21 Host header            48 Command line
      8 Exchange               22 Outgoing proxy
      9 Tunnels                23 Certificates
     10 Admission              24 Certificates by ACME
@@ -55,16 +55,17 @@ Rooms
     14 Client                 28 Ground
                               29 Doctor
                               30 Landing page
-                              31 Token files
-                              32 Invitations
-                              33 Exchanges
-                              34 Inspector's page
-                              35 Inspector
-                              36 Logs and replay
-                              37 Words from elsewhere
-                              38 Error pages
-                              39 Setting up
-                              40 Via ssh
+                              31 Verifying
+                              32 Token files
+                              33 Invitations
+                              34 Exchanges
+                              35 Inspector's page
+                              36 Inspector
+                              37 Logs and replay
+                              38 Words from elsewhere
+                              39 Error pages
+                              40 Setting up
+                              41 Via ssh
 """
 
 from __future__ import annotations
@@ -2865,7 +2866,7 @@ class Access:
 
     It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
     """
-    __slots__ = ('users', '_networks', 'open')
+    __slots__ = ('users', '_networks')
 
     def __init__(self, rules: dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
@@ -2874,7 +2875,6 @@ class Access:
         self._networks = [ipaddress.ip_network(cidr, strict=False)
                           for cidr in rules.get('allow', [])]
         self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
-        self.open = not (self._networks or self.users)      # anyone may visit
 
     @staticmethod
     def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> dict[str, Any]:
@@ -2898,19 +2898,6 @@ class Access:
         for salt, digest in self.users:
             right |= same(digest_of(salt + given), digest)
         return right and scheme.lower() == b'basic'
-
-    def check(self, key: str, address: str, authorization: bytes | None) -> None:
-        """Raises HopFailed for a visitor of the tunnel KEY from ADDRESS who may not come in.
-
-        AUTHORIZATION is what the request says of its sender; None where there is no request.
-        """
-        if not self.admits_address(address):
-            raise HopFailed(403, f'{address} may not visit this tunnel',
-                            cure='give the client one more --allow, with this address')
-        if self.users and authorization is not None and not self.admits_user(authorization):
-            raise HopFailed(401, 'this tunnel needs a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
-                            cure='the client was started with --auth USER:PASSWORD')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3215,7 +3202,7 @@ MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume', 'attempt', 'version')
+                 'rules', 'access', 'wants', 'resume', 'attempt', 'version')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -3230,6 +3217,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
+            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
                                   str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
@@ -3296,43 +3284,33 @@ class Tunnel:
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
     def pick(self) -> Member | None:
-        """Return the member for the next request: the least busy one that is there, or None.
-
-        One that owes a PONG may have fallen asleep, so it comes last.
-        """
+        """Return the member for the next request: the least busy one that is there, or None."""
         there = [member for member in self.members if member.session.usable]
         return there[0] if len(there) == 1 else min(
-            there, key=lambda m: (m.session.liveness.asked_at != NEVER, len(m.session.streams)),
-            default=None)
+            there, key=lambda m: len(m.session.streams), default=None)
 
-    def may_ask(self, now: float, rate: float) -> bool:
-        """Return True if one more may come, of RATE a second; a second's worth may come at once."""
+    def check_rate(self, now: float, rate: float) -> None:
+        """Let one more request come, of RATE a second; a second's worth may come at once.
+
+        Raises HopFailed.
+        """
         left, since = self._allowance
         left = min(max(1.0, rate), left + (now - since) * rate)
         self._allowance = left - 1 if left >= 1 else left, now
-        return left >= 1
+        if left < 1:
+            raise HopFailed(429, f'{self.name} gets too many requests a second', 'Retry-After: 1',
+                            cure='the operator of the server can raise --rate')
 
     def beside(self, new: Hello) -> list[Member]:
         """Return the members that can't serve together with NEW."""
         return [old for old in self.members if old.hello.instance == new.instance or not (
-            old.hello.share and new.share and old.hello.rules == new.rules)]
+            old.hello.share and new.share
+            and (old.hello.rules, old.hello.wants) == (new.rules, new.wants))]
 
     def before(self, new: Hello) -> list[Member]:
         """Return the members that NEW may not replace: they are there, and were started later."""
         return [old for old in self.beside(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
-
-
-class Detour:
-    """Who has the requests of some tunnels, and decides which of them go on to a client."""
-
-    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
-        """Answer the request of VISITOR to the tunnel of KEY.  Raises HopFailed."""
-        raise NotImplementedError
-
-    def waiting(self, key: str) -> int:
-        """How many requests to the tunnel of KEY wait here."""
-        raise NotImplementedError
 
 
 class Bars:
@@ -3376,7 +3354,6 @@ class Tunnels:
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
-        self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
         self.log, self._runtime = log, runtime
         self._table: dict[str, Tunnel] = {}
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
@@ -3510,8 +3487,13 @@ class Tunnels:
         if member is None:
             return None
         access = member.hello.access
-        if not access.open:
-            access.check(key, visitor.address, authorization)
+        if not access.admits_address(visitor.address):
+            raise HopFailed(403, f'{visitor.address} may not visit this tunnel',
+                            cure='give the client one more --allow, with this address')
+        if access.users and authorization is not None and not access.admits_user(authorization):
+            raise HopFailed(401, 'this tunnel needs a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
+                            cure='the client was started with --auth USER:PASSWORD')
         stream = member.session.open_stream()
         return (stream, access) if stream else None
 
@@ -3631,13 +3613,12 @@ class Tunnels:
 class Candidate:
     """A client that asks for a tunnel."""
     __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
-                 'tunnel', 'facts', 'said')
+                 'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
                  facts: Facts) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.facts = facts
-        self.said: dict[str, Any] = {}          # the whole hello, where wishes look at it
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         self.subnet = subnet_of(visitor.address)
         self.holder = grant.digest or self.subnet
@@ -3672,21 +3653,6 @@ class Kind:
         """Tidy up; called now and then."""
 
 
-class Wish:
-    """What a client may ask for beside its tunnel, by a word of its hello."""
-
-    def check(self, asked: Candidate, value: Any) -> str:
-        """What of VALUE, None where ASKED does not say the word, is noted with its lease.
-
-        Where that is not '', its name has a lease.  Raises Refused.
-        """
-        raise NotImplementedError
-
-    def answer(self, tunnel: Tunnel) -> Any:
-        """What the welcome of a client of TUNNEL says under the same word."""
-        raise NotImplementedError
-
-
 class Admission:
     """Lets clients in, or says why not."""
 
@@ -3694,7 +3660,9 @@ class Admission:
                  most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
-        self.wishes: dict[str, Wish] = {}       # a seam, by the word in a hello
+        # A seam: what clients may want beside the tunnel, by the option that the server was given;
+        # each checks what a client says of it, and raises ValueError and TypeError.
+        self.offers: dict[str, Callable[[Any], object]] = {}
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
@@ -3777,8 +3745,7 @@ class Admission:
     async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
         try:
-            text = request.get(b'localtunnel-hello')
-            hello = Hello(text)
+            hello = Hello(request.get(b'localtunnel-hello'))
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
@@ -3791,8 +3758,6 @@ class Admission:
             if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
                 raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
         asked = Candidate(visitor, grant, hello, name, facts)
-        if self.wishes:
-            asked.said = json.loads(text)
         if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
@@ -3824,6 +3789,7 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
+        self._check_wants(hello)
         if self._tunnels.only and hello.kind == 'http' and any(
                 other.kind == 'http' and other.members and other.name != tunnel.name
                 for other in self._tunnels):
@@ -3844,6 +3810,17 @@ class Admission:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
+
+    def _check_wants(self, hello: Hello) -> None:
+        """Raises Refused where HELLO wants what this server does not offer."""
+        for option, said in hello.wants.items():
+            if option not in self.offers:
+                raise Refused(403, 'not_offered', f'this server was started without --{option}, '
+                              'so a client can\'t have it either; ask its operator')
+            try:
+                self.offers[option](said)
+            except (ValueError, TypeError) as e:
+                raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
 
     async def _grant(self, request: Request, visitor: Visitor) -> Grant:
         """What the client's token allows.  Raises Refused.
@@ -3879,13 +3856,8 @@ class Admission:
 
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants.  Raises Refused and Disconnected."""
-        notes = {word: wish.check(asked, asked.said.get(word))
-                 for word, wish in self.wishes.items()} if asked.hello.kind == 'http' else {}
         if asked.hello.name is not None:
             await self.claim(asked.name, asked.owner, asked)
-        elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
-            await self.claim(asked.name, f'proof:{digest_of(asked.hello.proof)}', asked)
-        await self.leases.save(self.leases.note(asked.name, **notes))
         if asked.hello.kind != 'http' and not asked.tunnel.url:
             await self.kinds[asked.hello.kind].place(asked)
 
@@ -4404,8 +4376,8 @@ class Server:
         self.admission = Admission(
             runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
-        self.onward = Onward(self.domain, log)
-        self._drain, self._rate = drain, rate
+        self._onward = Onward(self.domain, log)
+        self._drain, self.rate = drain, rate
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4475,16 +4447,13 @@ class Server:
         request = exchange.request
         try:
             name = '' if request.target in self.everywhere else self._route(visitor, request)
-            detour = self.tunnels.detours.get(name)
-            if detour:
-                await detour.take(visitor, exchange, name)
-            elif name:
-                await self.forward(visitor, exchange, name)
+            if name:
+                await self._forward(visitor, exchange, name)
             else:
                 await self._own_page(visitor, exchange)
         except HopFailed as e:
             exchange.why = str(e)
-            await self.give_own(visitor, exchange, e.status, functools.partial(
+            await self._give_own(visitor, exchange, e.status, functools.partial(
                 error_message, e, request.get(b'accept'), method=request.method,
                 page=self.pages.error), e.extra)
         finally:
@@ -4492,9 +4461,9 @@ class Server:
                 self.counters[exchange.status] += 1
                 self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
-    async def give_own(self, visitor: Visitor, exchange: Exchange, status: int,
-                       message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
-                       page: Sequence[bytes] = ()) -> None:
+    async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
+                        message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
+                        page: Sequence[bytes] = ()) -> None:
         """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE."""
         request, exchange.status = exchange.request, status
         exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
@@ -4533,9 +4502,8 @@ class Server:
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself',
                             cure="give the client your app's own address, not a public one")
-        if self._rate and tunnel and not tunnel.may_ask(self.runtime.now(), self._rate):
-            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1',
-                            cure='the operator of the server can raise --rate')
+        if self.rate and tunnel:
+            tunnel.check_rate(self.runtime.now(), self.rate)
         return name
 
     def _find(self, name: str, parent: str, host: str) -> str:
@@ -4571,15 +4539,15 @@ class Server:
             raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
         form, pieces = page(f'{visitor.scheme}://{request.host.decode()}')
         head = functools.partial(plain_head, 200, form, sum(map(len, pieces)))
-        await self.give_own(visitor, exchange, 200, head, PAGE_HEADERS,
-                            pieces if request.method == b'GET' else ())
+        await self._give_own(visitor, exchange, 200, head, PAGE_HEADERS,
+                             pieces if request.method == b'GET' else ())
 
     # One exchange.
 
-    async def forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
+    async def _forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
-        lines = self.onward.of_request(visitor, request, name)
+        lines = self._onward.of_request(visitor, request, name)
         login = request.get(b'authorization')
         interim = exchange.near if request.minor == b'1' else None
         while True:
@@ -4596,7 +4564,7 @@ class Server:
                 exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
                                  and (length >= 0 or request.minor == b'1')
                                  and response.status != 101)
-                lines_back = self.onward.of_response(exchange, response)
+                lines_back = self._onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
                 if exchange.status or e.code == CANCELLED:
@@ -4636,9 +4604,7 @@ class Server:
             return False
         member, tunnel, theirs = admitted
         session, connection = member.session, visitor.connection
-        more = {} if theirs is not None else {
-            word: wish.answer(tunnel) for word, wish in self.admission.wishes.items()}
-        welcome = json.dumps({**more, 'url': tunnel.url, 'session': member.id, 'resume': theirs,
+        welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
                               'received': session.decoder.received, 'user': member.grant.user})
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
@@ -4666,6 +4632,37 @@ class Server:
         if self.tls and not visitor.trusted and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
         return self.visitors.url or visitor.url_of(host_name, host)
+
+
+async def ask_app(server: Server, name: str, visitor: Visitor,
+                  message: Iterable[bytes]) -> Response:
+    """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
+
+    It is made for VISITOR, who needs no password: the client wants it.  Raises HopFailed.
+    """
+    tunnel = server.tunnels.get(name)
+    if server.tunnels.bars:
+        server.tunnels.bars.check_visitor(name, visitor.address)
+    if server.rate and tunnel:
+        tunnel.check_rate(server.runtime.now(), server.rate)
+    stream, _ = (server.tunnels.open_stream(name, visitor)
+                 or await server.tunnels.wait_for_stream(name, visitor))
+    visitor.begin(stream)
+    try:
+        with contextlib.suppress(StreamReset):      # by an app that has answered already
+            for piece in message:
+                await stream.write(piece)
+            await stream.write_eof()
+        response = await read_final(stream, None, NEVER, inside=True)
+        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
+            stream.timeout = LINGER
+            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+        return response
+    except (StreamReset, BadHttp, Incomplete, Overdue) as e:
+        raise no_answer(name, e) from e
+    finally:
+        visitor.stream = None
+        stream.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4759,7 +4756,7 @@ class ServerAddress:
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
-        self.wishes: dict[str, Any] = {}        # a seam: what a client says beside, see Wish
+        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host) else 'https://') + text
@@ -4880,12 +4877,6 @@ class ClientObserver(Observer):
 
     def watched(self, url: str) -> None:
         """What passes can be seen at URL."""
-
-    def welcome(self, said: dict[str, Any]) -> None:
-        """A new session begins: what the server SAID of it; before `ready` or `back`."""
-
-    def also(self, name: str, text: str) -> None:
-        """TEXT is what there is to know of the tunnel about NAME."""
 
 
 SLOW = 1.0                      # until people wonder whether a request is answered at all
@@ -5289,7 +5280,7 @@ class Client:
         chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
         proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
         self.name = wish['name'] or derive_name(address.site, proof, long)
-        self._hello = {**address.wishes, **wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
+        self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
                        'instance': secrets.token_hex(16), 'version': __version__}
 
     @property
@@ -5377,7 +5368,6 @@ class Client:
             if session is not None:
                 session.end(Disconnected('the server no longer knows this session'))
             session, count = self._new_session(), 0
-            self._observer.welcome(welcome)
         session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
         before, self.url = self.url, str(welcome['url'])
@@ -5747,7 +5737,7 @@ class Annex:
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
         With like='server' it takes the options of that command, too; `typed` has all as words.
         What was typed has functions of part III with it: `as_client` is what `client` would have
-        made of it, `remember` keeps the server of a code, `do` runs another command, of those
+        made of it, `keep` remembers the server of a code, `do` runs another command, of those
         `known`.
         """
 
@@ -6054,6 +6044,11 @@ class Served:
             raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
 
 
+# The line that a server changes: nothing but an address stands there.
+STAMPED = re.compile(rb"(?m)^STAMPED_SERVER = '[a-z0-9.:/\[\]_~-]*'$")
+UNSTAMPED = b"STAMPED_SERVER = ''"
+
+
 @functools.lru_cache(maxsize=None)
 def own_source() -> list[bytes]:
     """Return this file: what stands before and after the stamp.
@@ -6066,7 +6061,16 @@ def own_source() -> list[bytes]:
     else:
         sys.stdin.buffer.seek(0)
         source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+    return STAMPED.split(source, maxsplit=1)
+
+
+def original() -> bytes:
+    """Return this file, as if no server had handed it out.  Raises UsageError."""
+    try:
+        return UNSTAMPED.join(own_source())
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError('this came through a pipe, so there is no file to read; save it first, '
+                         'with curl -O') from e
 
 
 def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
@@ -8517,12 +8521,10 @@ class OperatorPage:
         lives = [member.session.liveness for member in members]
         seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
         zero = time.time() - self._server.runtime.now()     # of the runtime's clock, in Unix time
-        detour = self._server.tunnels.detours.get(tunnel.key)
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
                 'since': rfc3339(zero + tunnel.since), 'last_seen': rfc3339(zero + seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
                 'bytes_out': carried.sent, 'held': self._server.tunnels.waiting(tunnel),
-                'kept': detour.waiting(tunnel.key) if detour else 0,
                 'sessions': [
                     {'user': member.grant.user, 'client': member.session.facts['client'],
                      'version': member.session.facts['version'],
@@ -9537,7 +9539,82 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Token files
+# 31. Verifying
+#
+# `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
+# byte has to be the same, but for one line, in which an address may stand.
+# ------------------------------------------------------------------------------------------------
+
+MAX_SCRIPT = 4 * MIB            # of a server's script; ours has less than one
+SCRIPT_WITHIN = 60.0            # for all of it, however slowly it comes: 100 kbit/s
+SHOWN = 200                     # characters of a line that differs
+
+VERIFY_EPILOG = """Ends with 0 where both are the same, but for the address that a server writes
+into what it hands out.
+
+examples:
+  localtunnel.py verify https://t.example.com
+  localtunnel.py verify https://t.example.com --pin SHA256"""
+
+
+async def script_of(args: Args) -> bytes:
+    """What the server that ARGS name hands out.  Raises LocaltunnelError."""
+    runtime = Runtime(asyncio.get_running_loop())
+    try:
+        known, app, client = args.as_client(args, runtime, Target('verify', text='verify'))
+        app.close()
+
+        async def answer() -> tuple[int, bytes]:
+            async with asking(client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
+                              '/localtunnel.py') as (connection, response):
+                return response.status, await read_answer(connection, response, MAX_SCRIPT)
+        try:
+            status, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
+        except (Disconnected, BadHttp, OSError, asyncio.TimeoutError) as e:
+            raise LocaltunnelError(explain(e, str(known.address))) from e
+    finally:
+        await runtime.close()
+    if status != 200 or len(script) > MAX_SCRIPT:
+        said = printable(script[:SHOWN].decode(errors='replace').strip())
+        raise LocaltunnelError(f'{known.address} hands out no script, but says: {said}')
+    return script
+
+
+class Verifying(Annex):
+    """The command `verify`."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('verify', epilog=VERIFY_EPILOG,
+                     help="compare a server's script with this file")
+        parser.add_argument('server', metavar='URL', help='the server')
+        parser.add_argument('--ca', metavar='FILE', help='also trust this authority')
+        parser.add_argument('--pin', metavar='SHA256', help='accept only this certificate of it')
+        parser.set_defaults(run=self.verify, token='none')      # and of ours none is asked for
+
+    @staticmethod
+    def verify(args: Args) -> int:
+        """Do what ARGS say; return the exit code."""
+        ours, args.server = original(), re.sub(r'(?<!/)/(localtunnel[.]py)?$', '', args.server)
+        script = asyncio.run(script_of(args))
+        theirs, digest = STAMPED.sub(UNSTAMPED, script, count=1), digest_of(ours)
+        if theirs == ours:
+            stamp = STAMPED.search(script)
+            address = stamp.group().decode().split("'")[1] if stamp else ''
+            print_line(f'{args.server} hands out this file, and the address in it is '
+                       f'{address or "none"}; SHA-256 {digest}')
+            return 0
+        pairs = itertools.zip_longest(*(text.splitlines(keepends=True) for text in (ours, theirs)))
+        number, lines = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+        here, there = (printable((line or b'(none)').decode(errors='replace').rstrip('\n')[:SHOWN])
+                       for line in lines)
+        print_line(f'{args.server} hands out another file; the first line that differs is {number}:'
+                   f'\n  here   {here}\n  there  {there}\n'
+                   f'SHA-256 here   {digest}\nSHA-256 there  {digest_of(theirs)}')
+        return 1
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9626,7 +9703,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Invitations
+# 33. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9843,7 +9920,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Exchanges
+# 34. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10622,7 +10699,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector's page
+# 35. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11156,7 +11233,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector
+# 36. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11465,7 +11542,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Logs and replay
+# 37. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11947,7 +12024,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Words from elsewhere
+# 38. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12089,7 +12166,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Error pages
+# 39. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12163,7 +12240,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Setting up
+# 40. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12254,15 +12331,6 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
-def program() -> bytes:
-    """This file, as if no server had handed it out.  Raises UsageError."""
-    try:
-        return b"STAMPED_SERVER = ''".join(own_source())
-    except (OSError, ValueError, AttributeError) as e:
-        raise UsageError('this came through a pipe, so there is nothing to copy; save it as a file '
-                         'first, with curl -O') from e
-
-
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     import shlex
@@ -12277,7 +12345,7 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
             python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
-    return {PROGRAM: program(), **{name: text.encode() for name, text in texts.items()}}
+    return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
 SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
@@ -12626,7 +12694,7 @@ class SettingUp(Annex):
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
-        source = program()
+        source = original()
         script = REMOTELY.format(
             size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
             words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
@@ -12661,7 +12729,7 @@ class SettingUp(Annex):
     def finish(args: Args, code: str) -> int:
         """Let this user's clients go to the server of CODE; see whether they can."""
         address, _, pin = read_code(code)
-        args.remember(code)
+        args.keep(code)
         print_line(f'waiting until {address} answers')
         deadline = time.monotonic() + ANSWERS_WITHIN
         why = why_silent(address, pin)
@@ -12680,7 +12748,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Via ssh
+# 41. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -12904,7 +12972,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 41. Output
+# 42. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13193,7 +13261,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Keys
+# 43. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13297,7 +13365,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Terminal
+# 44. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13356,10 +13424,6 @@ SOURCES = {'': '(runs in this process)', 'this script': '(as this script says)',
 def event_line(event: str, **values: Any) -> str:
     """Return a line for programs, of a client (--json) or a server (--log-format json)."""
     return json.dumps({'event': event, 'time': rfc3339(time.time()), **values})
-
-
-# What is always known of a tunnel; all else has a row of its own in the banner.
-ABOUT = 'target', 'server', 'source', 'public', 'protected', 'allow'
 
 
 class Terminal(ClientObserver):
@@ -13433,11 +13497,6 @@ class Terminal(ClientObserver):
         if self._since:
             self.note(f'what passes can be seen at {url}')
 
-    def also(self, name: str, text: str) -> None:
-        self._about[name] = text
-        if self._since:
-            self.note(text)
-
     # Keys.
 
     def listen(self, runtime: Runtime, leave: Callable[[], None],
@@ -13488,7 +13547,7 @@ class Terminal(ClientObserver):
                     if about['public'] else 'this machine only')
         return {'server': server, **({'as': user} if user else {}),
                 'visitors': visitors + (', with a password' if about['protected'] else ''),
-                **{name: text for name, text in about.items() if name not in ABOUT}}
+                **({'inspector': about['inspector']} if 'inspector' in about else {})}
 
     def lost(self, why: str, seconds: float) -> None:
         why_before, now = self._lost[1] if self._lost else '', time.monotonic()
@@ -13719,15 +13778,15 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Options
+# 45. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (KeptLeases(), RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
                             Acme(), Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
-                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
-                            SettingUp(), ViaSsh())
+                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
+                            ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -13947,12 +14006,24 @@ examples:
   localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
+class Version(argparse.Action):
+    """Prints which file this is: also a copy from a server has the digest of the original."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *typed: Any) -> None:
+        try:
+            which = f'SHA-256 {digest_of(original())}'
+        except UsageError as e:
+            which = f'SHA-256 unknown: {e}'
+        put(sys.stdout, f'localtunnel {__version__}\n{which}\n')
+        parser.exit()
+
+
 def make_parser() -> Parser:
     """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
     parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
-    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    parser.add_argument('--version', action=Version, nargs=0, help='show which file this is')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     parser.commands = commands.choices
     client_options(commands.add_parser(
@@ -13973,7 +14044,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Wiring
+# 46. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14274,7 +14345,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  **Access.encode(args.allow, args.auth, key), **wish)
+                  wants=address.wants, **Access.encode(args.allow, args.auth, key), **wish)
 
 
 def as_client(args: Args, runtime: Runtime,
@@ -14290,7 +14361,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Python
+# 47. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14464,9 +14535,6 @@ class Life(ClientObserver):
     def hint(self, text: str) -> None:
         LOG.warning('hint: %s', text)
 
-    def also(self, name: str, text: str) -> None:
-        LOG.info('%s', text)
-
     def watched(self, url: str) -> None:
         LOG.info('what passes can be seen at %s', url)
 
@@ -14602,7 +14670,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Command line
+# 48. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14952,7 +15020,7 @@ def command(words: Sequence[str]) -> int:
         if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
             words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
-        args.as_client, args.remember, args.do = as_client, keep_joined, command
+        args.as_client, args.keep, args.do = as_client, keep_joined, command
         args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:

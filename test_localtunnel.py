@@ -39,23 +39,24 @@ Contents
    28 Ground                  what a look at it finds, and that it harms nobody
    29 Doctor                  every fault is named first, and each look leaves nothing behind
    30 Landing page            what to type, and the file itself (in Server, Command line)
-   31 Token files             what a line of them may be; for the rest see Server
-   32 Invitations             who gets in, and who no more
-   33 Exchanges               what is kept of what passes, and for how long
-   34 Inspector's page        shown by the next room
-   35 Inspector               who sees it, and how; what is sent again
-   36 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   37 Words from elsewhere    what users of other programs type
-   38 Error pages             the way and where it stops, for each thing that fails
-   39 Setting up              what is installed, and how another machine is talked to
-   40 Via ssh                 how services are asked, and what ends it
-   41 Output                  programs, and those who read slowly what they write
-   42 Keys                    what is typed while a tunnel runs
-   43 Terminal                what a person sees
-   44 Options                 what can be typed
-   45 Wiring                  the key; which server, which token (in Command line)
-   46 Python                  a tunnel inside another program, and its options as keywords
-   47 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   31 Verifying               what a server hands out, and this file
+   32 Token files             what a line of them may be; for the rest see Server
+   33 Invitations             who gets in, and who no more
+   34 Exchanges               what is kept of what passes, and for how long
+   35 Inspector's page        shown by the next room
+   36 Inspector               who sees it, and how; what is sent again
+   37 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   38 Words from elsewhere    what users of other programs type
+   39 Error pages             the way and where it stops, for each thing that fails
+   40 Setting up              what is installed, and how another machine is talked to
+   41 Via ssh                 how services are asked, and what ends it
+   42 Output                  programs, and those who read slowly what they write
+   43 Keys                    what is typed while a tunnel runs
+   44 Terminal                what a person sees
+   45 Options                 what can be typed
+   46 Wiring                  the key; which server, which token (in Command line)
+   47 Python                  a tunnel inside another program, and its options as keywords
+   48 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -3065,82 +3066,6 @@ class ForwardingTest(WorldTest):
             self.assertEqual(head.split()[1], status)
 
 
-class DetourTest(WorldTest):
-
-    async def test_a_detour_has_the_requests_of_its_tunnels_and_may_let_them_go_on(self):
-        _, visitor = await self.through()
-        client, = self.clients
-
-        class Detour(lt.Detour):
-            async def take(self, visitor, exchange, key, server=self.server):
-                if exchange.method == 'POST':
-                    raise lt.HopFailed(507, f'{key} has no room')
-                await server.forward(visitor, exchange, key)
-
-            def waiting(self, key):
-                return 7
-        self.server.tunnels.detours[client.name] = Detour()
-        self.assertEqual((await visitor.get())[0], 200)
-        status, _, body = await visitor.get(method='POST')
-        self.assertEqual((status, body), (
-            507, f'507 Insufficient Storage: {client.name} has no room\n'.encode()))
-        tunnel, = lt.OperatorPage(self.server, None).tunnels()
-        self.assertEqual(tunnel['kept'], 7)
-
-    async def test_of_two_clients_the_one_that_owes_a_pong_comes_last(self):
-        await self.world()
-        asleep, awake = [await self.hello(name='a', share=True) for _ in range(2)]
-        member = self.server.tunnels.get('a').members[0]
-        member.session.ping()
-        self.meanwhile(awake[0].serve(OK))
-        for _ in range(3):
-            self.assertEqual((await self.visit('a.localhost'))[0], 200)
-
-
-class WishTest(WorldTest):
-    """What a client asks for beside its tunnel."""
-
-    class Colour(lt.Wish):
-        def check(self, asked, value):
-            if value == 'none':
-                raise lt.Refused(400, 'bad_colour', 'there is no such colour')
-            return value or ''
-
-        def answer(self, tunnel):
-            return f'the colour of {tunnel.key}'
-
-    async def world(self, **options):
-        await super().world(**options)
-        self.server.admission.wishes['colour'] = self.Colour()
-
-    def noted(self):
-        return {name: lease.facts for name, lease in self.leases.by_name.items()}
-
-    async def test_it_is_noted_with_the_lease_and_answered_in_the_welcome(self):
-        await self.world()
-        _, _, told = await self.hello(name='a', colour='red')
-        self.assertEqual(told['colour'], 'the colour of a')
-        self.assertEqual(self.noted(), {'a': {'colour': 'red'}})
-        await self.hello(name='a')
-        self.assertEqual(self.noted(), {'a': {'colour': ''}})
-        _, status, told = await self.hello(name='b', colour='none')
-        self.assertEqual((status, told['error'], list(self.noted())), (400, 'bad_colour', ['a']))
-
-    async def test_a_derived_name_has_a_lease_where_there_is_something_to_note(self):
-        await self.world()
-        await self.hello()
-        self.assertEqual(self.noted(), {})
-        for token in '', 'x':           # whoever's: on an open server any will do
-            await self.hello(token, proof='33' * 32, colour='red')
-            self.assertEqual(list(self.noted().values()), [{'colour': 'red'}])
-
-    async def test_another_kind_of_tunnel_leaves_it_alone(self):
-        await self.world()
-        await self.hello(name='a', colour='red')
-        await self.hello(name='a', kind='tcp')
-        self.assertEqual(self.noted()['a'], {'colour': 'red'})
-
-
 class AdmissionTest(WorldTest):
 
     async def refused(self, **options):
@@ -3207,6 +3132,25 @@ class AdmissionTest(WorldTest):
         with self.assertRaises(lt.Refused):
             await first.running
         self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
+
+    async def test_what_a_client_wants_beside_the_tunnel_is_checked_or_refused(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants, status, word in (
+                ({'extra': 7}, 101, ''), ({}, 101, ''), ({'extra': 'x'}, 400, 'bad_hello'),
+                ({'extra': None}, 400, 'bad_hello'), ({'other': 7}, 403, 'not_offered'),
+                (['extra'], 400, 'bad_hello'), (7, 400, 'bad_hello')):
+            with self.subTest(wants=wants):
+                _, got, told = await self.hello(wants=wants)
+                self.assertEqual((got, told.get('error', '')), (status, word))
+
+    async def test_those_who_share_a_name_want_the_same(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants in {'extra': 7}, {'extra': 7}, {'extra': 8}:
+            await self.hello(name='app', share=True, wants=wants)
+        tunnel = self.server.tunnels.get('app')
+        self.assertEqual([m.hello.wants for m in tunnel.members], [{'extra': 8}])
 
     async def test_whoever_may_not_replace_one_member_replaces_none(self):
         await self.world()
@@ -3570,6 +3514,42 @@ class SlowDiskTest(WorldTest):
         self.assertEqual([list(changes) for changes in self.written], [['a']])
         with self.assertRaises(lt.Refused):     # nor is a lease freed for the successor
             await self.server.admission.end('a', True, 'the test')
+
+
+class AskTest(WorldTest):
+    """The server itself asks an app."""
+    HEAD = b'POST /in HTTP/1.1\r\nHost: app\r\nContent-Length: 200000\r\n\r\n'
+
+    async def asks(self, *message):
+        visitor = lt.Visitor((await self.connections())[0])
+        try:
+            return (await lt.ask_app(self.server, 'app', visitor, message)).status
+        except lt.HopFailed as e:
+            return e.status
+        finally:
+            self.assertTrue(visitor.idle)
+
+    async def test_the_app_has_the_whole_message_whatever_visitors_need(self):
+        app, _ = await self.through(ok(b'x' * 4 * lt.MAX_HEAD), name='app', auth=['ana:secret'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(100000), bytes(100000)), 200)
+        body = app.requests[0].partition(b'\r\n\r\n')[2]
+        self.assertEqual(body, bytes(200000))
+
+    async def test_an_app_may_answer_before_it_has_read_all(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 413 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n')
+        await self.through(answer, name='app')
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 413)
+
+    async def test_limits_and_addresses_hold_as_for_visitors(self):
+        await self.through(name='app', allow=['192.0.2.1'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 403)
+        await self.leaves(self.clients.pop())
+        self.assertEqual(await self.asks(self.HEAD), 503)
+        await self.end_of_the_world()
+        await self.new_server(rate=0.001)
+        await self.client(await self.app(), name='app')
+        self.assertEqual([await self.asks(self.HEAD, bytes(200000)) for _ in range(2)], [200, 429])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7337,7 +7317,79 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Token files
+# 31. Verifying
+# ------------------------------------------------------------------------------------------------
+
+class VerifyTest(FolderTest, LoopTest):
+
+    def setUp(self):
+        super().setUp()
+        self.ours = lt.original()
+        self.stamped = self.ours.replace(lt.UNSTAMPED, b"STAMPED_SERVER = 'https://[::1]:8'", 1)
+
+    async def verify(self, script, status='200 OK', path=''):
+        """(exit code, what was said) where a server hands out SCRIPT."""
+        async def serve(reader, writer):
+            self.asked = await reader.readuntil(b'\r\n\r\n')
+            writer.write(f'HTTP/1.1 {status}\r\nContent-Length: {len(script)}\r\n\r\n'.encode())
+            writer.write(script[:-1] if status == '200 slow' else script)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+        host, port = await self.serves(serve)
+
+        def command():
+            with unittest.mock.patch.object(lt, 'put') as put, contextlib.redirect_stdout(
+                    io.StringIO()) as out:
+                code = lt.main(['verify', f'http://{host}:{port}{path}'])
+            return code, out.getvalue() + ''.join(call[0][1] for call in put.call_args_list)
+        return await asyncio.get_running_loop().run_in_executor(None, command)
+
+    async def test_this_file_is_the_same_with_an_address_in_it_and_without(self):
+        digest = hashlib.sha256(open_and_read(SCRIPT)).hexdigest()
+        for script, address in ((self.stamped, 'https://[::1]:8'), (self.ours, 'none')):
+            code, said = await self.verify(script)
+            self.assertEqual(code, 0)
+            self.assertRegex(said, 'this file, and the address in it is '
+                             f'{re.escape(address)}; SHA-256 {digest}\n$')
+
+    async def test_the_url_may_be_that_of_the_script(self):
+        for path in '/', '/localtunnel.py':
+            self.assertEqual((await self.verify(self.ours, path=path))[0], 0)
+            self.assertTrue(self.asked.startswith(b'GET /localtunnel.py HTTP/1.1\r\n'))
+
+    async def test_the_first_line_that_differs_is_shown_and_can_not_harm(self):
+        line = self.ours[:self.ours.index(lt.UNSTAMPED)].count(b'\n') + 1
+        for change, number, here, there in (
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '' or evil()"), line, "= ''", "= '' or evil()"),
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '\\x27'"), line, "= ''", "= '\\x27'"),
+                ((b'#!/usr/bin', b'#!\x1b]0;x\x07'), 1, '#!/usr/bin/env', '#!?]0;x?/env'),
+                ((b'sys.exit(main())\n', b'sys.exit(main())\nevil()\n'), self.ours.count(b'\n') + 1,
+                 '(none)', 'evil()')):
+            script = self.stamped if b'STAMPED' not in change[0] else self.ours
+            code, said = await self.verify(script.replace(*change, 1))
+            self.assertEqual(code, 1)
+            lines = said.splitlines()
+            self.assertRegex(lines[0], f'the first line that differs is {number}:$')
+            self.assertIn(here, lines[1])
+            self.assertIn(there, lines[2])
+            self.assertEqual((lines[3], lines[4] > 'SHA-256 there  ', said.isprintable()),
+                             (f'SHA-256 here   {lt.digest_of(self.ours)}', True, False))
+            self.assertTrue(all(map(str.isprintable, lines)))
+
+    async def test_what_is_no_script_is_told_and_too_much_or_too_slow_is_not_waited_for(self):
+        self.assertRegex((await self.verify(b'a pipe\x1b', status='404 no'))[1],
+                         r'hands out no script, but says: a pipe\?\n$')
+        with self.constant(MAX_SCRIPT=1000, SHOWN=5):
+            self.assertRegex((await self.verify(b'x' * 2000))[1], ' but says: xxxxx\n$')
+        with self.constant(SCRIPT_WITHIN=0.02):
+            code, said = await self.verify(self.ours, status='200 slow')
+        self.assertEqual(code, 1)
+        self.assertRegex(said, 'does not answer')
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7359,7 +7411,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Invitations
+# 33. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7521,21 +7573,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Exchanges
+# 34. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Inspector's page
+# 35. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector
+# 36. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8347,7 +8399,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Logs and replay
+# 37. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8469,7 +8521,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Words from elsewhere
+# 38. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8555,7 +8607,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Error pages
+# 39. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8764,7 +8816,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Setting up
+# 40. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -8828,8 +8880,8 @@ class InstallTest(FolderTest):
     def test_what_came_through_a_pipe_is_not_copied(self):
         with unittest.mock.patch.object(lt, 'own_source', side_effect=OSError):
             with self.assertRaisesRegex(lt.UsageError, 'came through a pipe.*save it'):
-                lt.program()
-        self.assertEqual(lt.program(), open_and_read(SCRIPT))
+                lt.original()
+        self.assertEqual(lt.original(), open_and_read(SCRIPT))
 
     def test_its_own_options_are_not_the_servers(self):
         args = server_args('--print', '--remove', '--purge', '--open')
@@ -8991,7 +9043,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Via ssh
+# 41. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9150,7 +9202,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Output
+# 42. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9501,7 +9553,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Keys
+# 43. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9557,7 +9609,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Terminal
+# 44. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -9756,14 +9808,6 @@ class ScreenTest(unittest.TestCase):
         self.assertIn('\n  inspector http://127.0.0.1:4040\n', self.shown(terminal))
         opened.assert_called_once_with('http://127.0.0.1:4040')
 
-    def test_what_an_annex_knows_has_a_row_and_once_it_is_up_a_line(self):
-        terminal = self.terminal()
-        terminal.also('moon', 'it is full')
-        terminal.ready('http://x', '', 0)
-        self.assertIn('\n  moon      it is full\n', self.shown(terminal))
-        terminal.also('moon', 'it wanes')
-        self.assertIn('it wanes\n', self.shown(terminal))
-
     def test_a_browser_is_opened_for_the_web_and_where_it_has_a_window(self):
         self.terminal()
         for url, display, said in (('tcp://x:1', ':0', 'not for a browser'),
@@ -9888,7 +9932,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 44. Options
+# 45. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9912,7 +9956,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Wiring
+# 46. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10127,7 +10171,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Python
+# 47. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10308,7 +10352,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Command line
+# 48. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -10938,7 +10982,8 @@ class HandedOutTest(CommandTest):
         os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
         said = subprocess.run([self.path('lt'), '--version'], stdout=subprocess.PIPE,
                               check=True).stdout
-        self.assertEqual(said.decode().strip(), f'localtunnel {lt.__version__}')
+        self.assertEqual(said.decode().split(), [       # the digest is that of the original
+            'localtunnel', lt.__version__, 'SHA-256', lt.digest_of(open_and_read(SCRIPT))])
 
     def test_a_truncated_download_runs_nothing(self):
         script = self.script(self.server())
@@ -14930,7 +14975,7 @@ class AnnexTest(FolderTest):
                 module = self.cut(*rooms)
                 with unittest.mock.patch.object(module, 'put') as put:
                     self.assertEqual(module.main(['--version']), 0)
-                    self.assertEqual(put.call_args[0][1], f'localtunnel {lt.__version__}\n')
+                    self.assertRegex(put.call_args[0][1], f'^localtunnel {lt.__version__}\n')
                     self.assertEqual(asyncio.run(
                         self.carries(module, CommandTest.free_port())), b'hello')
 
