@@ -39,29 +39,33 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Annex                  38 Output
-     2 Wire                   16 DNS                    39 Keys
-     3 Credit                 17 Raw TCP                40 Terminal
-     4 Byte streams           18 Folder and echo        41 Options
-     5 Session                19 Host header            42 Wiring
-     6 HTTP/1.1               20 Outgoing proxy         43 Python
-     7 Names and tokens       21 Certificates           44 Command line
-     8 Exchange               22 Certificates by ACME
-     9 Tunnels                23 Hand-over
-    10 Admission              24 Operator's page
-    11 Server                 25 Block list
-    12 Places                 26 Ground
-    13 App                    27 Doctor
-    14 Client                 28 Landing page
-                              29 Invitations
-                              30 Exchanges
-                              31 Inspector's page
-                              32 Inspector
-                              33 Logs and replay
-                              34 Words from elsewhere
-                              35 Error pages
-                              36 Setting up
-                              37 Via ssh
+     1 Constants and errors   15 Files                  42 Output
+     2 Wire                   16 Annex                  43 Keys
+     3 Credit                 17 DNS                    44 Terminal
+     4 Byte streams           18 Kept leases            45 Options
+     5 Session                19 Raw TCP                46 Wiring
+     6 HTTP/1.1               20 Folder and echo        47 Python
+     7 Names and tokens       21 Host header            48 Command line
+     8 Exchange               22 Outgoing proxy
+     9 Tunnels                23 Certificates
+    10 Admission              24 Certificates by ACME
+    11 Server                 25 Hand-over
+    12 Places                 26 Operator's page
+    13 App                    27 Block list
+    14 Client                 28 Ground
+                              29 Doctor
+                              30 Landing page
+                              31 Verifying
+                              32 Token files
+                              33 Invitations
+                              34 Exchanges
+                              35 Inspector's page
+                              36 Inspector
+                              37 Logs and replay
+                              38 Words from elsewhere
+                              39 Error pages
+                              40 Setting up
+                              41 Via ssh
 """
 
 from __future__ import annotations
@@ -113,8 +117,8 @@ import warnings
 import weakref
 import zlib
 from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine, Dict,
-                    Generator, Iterable, Iterator, List, NamedTuple, NoReturn, Optional, Sequence,
-                    TextIO, Tuple, Union)
+                    Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional,
+                    Sequence, TextIO, Tuple, Union)
 
 __version__ = '1.0'
 
@@ -206,7 +210,6 @@ MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all a
 MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
 MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
 MAX_LEASES_IN_ALL = 10000
-LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 DAY = 86400
 WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
@@ -308,7 +311,6 @@ class Refused(LocaltunnelError):
     def __init__(self, status: int, code: str, text: str, final: bool = False) -> None:
         super().__init__(text)
         self.status, self.code, self.final = status, code, final
-        self.facts: dict[str, str] = {}         # for the log: who was refused
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2651,262 +2653,106 @@ def same(one: str, other: str) -> bool:
     return hmac.compare_digest(one.encode(errors='replace'), other.encode(errors='replace'))
 
 
-def check_token(token: str) -> str:
-    """Return TOKEN.  Raises UsageError if it can't travel in a header field."""
-    if not re.fullmatch('[\x21-\x7e]+', token):
-        raise UsageError('a token consists of printable ASCII characters, without spaces')
-    return token
+class Grant(NamedTuple):
+    """What one token allows."""
+    user: str = ''          # whose it is, where that is known
+    digest: str = ''        # of the token; '' for who comes without one
+    names: Sequence[str] = ('*',)       # patterns for chosen names
+    ports: Sequence[int] = range(65536)     # for raw TCP
+    tunnels: int = MAX_TUNNELS_OF_TOKEN     # at once
+    since: float = 0.0      # Unix seconds
+    expires: float = NEVER
 
 
-def port_range(text: str) -> range:
-    """Parse A-B, both included, or A.  Raises ValueError."""
-    first, _, last = text.partition('-')
-    ports = range(int(first), int(last or first) + 1)
-    if not ports or ports[0] < 1 or ports[-1] > 65535:
-        raise ValueError(f'{text} is not a range of ports')
-    return ports
+class Tokens:
+    """The tokens that open tunnels at a server, and what each allows."""
 
-
-DATE = re.compile('[0-9T:-]{10,}')
-
-
-class Grant:
-    """What one token allows; `user` is '' if it came without a user's name.
-
-    `names` are patterns for chosen names, `ports` for raw TCP, `tunnels` how many at once;
-    `since` and `expires` in Unix seconds.
-    """
-    __slots__ = ('user', 'digest', 'names', 'ports', 'tunnels', 'since', 'expires')
-
-    def __init__(self, user: str, digest: str, words: Sequence[str] = ()) -> None:
-        """WORDS: names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.  Raises ValueError."""
-        self.user, self.digest = user, digest
-        self.names: Sequence[str] = ('*',)
-        self.ports = range(65536)
-        self.tunnels, self.since, self.expires = MAX_TUNNELS_OF_TOKEN, 0.0, NEVER
-        for word in words:
-            key, _, value = word.partition('=')
-            if key == 'names' and value:
-                self.names = value.lower().split(',')
-            elif key == 'ports':
-                self.ports = port_range(value)
-            elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
-                self.tunnels = int(value)
-            elif key == 'since' and DATE.fullmatch(value):
-                self.since = datetime.datetime.fromisoformat(value).timestamp()
-            elif key == 'expires' and DATE.fullmatch(value):
-                self.expires = datetime.datetime.fromisoformat(value).timestamp()
-            else:       # the word itself is not repeated: it may be part of a secret
-                raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
-                                 'expires=2027-01-31 may follow')
-
-
-HASHED = 'sha256:'              # before a token of which only the hash is kept
-
-
-def parse_grant(line: str) -> Grant | None:
-    """Return what a LINE of a token file allows; None if it is empty.  Raises ValueError."""
-    words = line.split('#')[0].split()
-    if not words:
-        return None
-    if len(words) < 2 or '=' in words[0]:
-        raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
-                         '[expires=...]')
-    if not words[1].startswith(HASHED):
-        return Grant(words[0], digest_of(check_token(words[1])), words[2:])
-    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
-        raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
-    return Grant(words[0], words[1][len(HASHED):], words[2:])
-
-
-def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
-    """Return a fingerprint that changes when a file does; [] if one can't be read."""
-    try:
-        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
-    except OSError:
-        return []
-
-
-class Source:
-    """What a server reads from files, and again when they change; after an error the old holds."""
-
-    def changed(self) -> bool:
-        """Return True if there is something to read again."""
-        return False
-
-    def reload(self) -> str | None:
-        """Read it again, and see that it holds; return what is wrong, if anything is."""
-        return None
-
-
-class Tokens(Source):
-    """The tokens of a server: those given on the command line and those of its files."""
-
-    def __init__(self, tokens: Iterable[str] = (), path: str | None = None, open: bool = False,
-                 members: str = '') -> None:
-        """The file at PATH must be there, the one at MEMBERS may.  OPEN lets anyone in.
-
-        Raises UsageError for a bad file.
-        """
+    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
+        """OPEN lets anyone in."""
         self.open = open
         self.seen: dict[str, float] = {}        # when a token came last, by its digest
-        self.paths, self._members = [p for p in (path or '', members) if p], members
-        self._given = [Grant('', digest_of(token)) for token in tokens]
-        self._grants: Sequence[Grant] = ()
+        self.take([Grant(digest=digest_of(token)) for token in tokens])
+
+    def take(self, grants: Sequence[Grant]) -> None:
+        """Take GRANTS, and no others, from now on."""
+        self.grants = grants
         self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
-        error = self.reload()
-        if error:
-            raise UsageError(error)
-
-    def reload(self) -> str | None:
-        grants = list(self._given)
-        self._stamps = [stamp_of(path) for path in self.paths]
-        for path in self.paths:
-            if path != self._members or os.path.exists(path):
-                try:
-                    grants += self._read(path)
-                except (OSError, ValueError, OverflowError) as e:
-                    return f"can't use the token file {path}: {plainly(e)}"
-        self._grants, self._until = grants, {}
         for grant in grants:
-            for key in (grant.digest, f'user:{grant.user}'):
+            for key in grant.digest, f'user:{grant.user}':
                 self._until[key] = max(grant.expires, self._until.get(key, 0.0))
-        return None
-
-    def changed(self) -> bool:
-        return [stamp_of(path) for path in self.paths] != self._stamps
-
-    @staticmethod
-    def _read(path: str) -> Iterator[Grant]:
-        with open(path, encoding='utf-8-sig') as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    grant = parse_grant(line)
-                except (ValueError, UsageError) as e:
-                    raise ValueError(f'line {number}: {e}') from e
-                if grant:
-                    yield grant
 
     def find(self, token: str, now: float) -> Grant | None:
         """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
         digest, found = digest_of(token), None
-        for grant in self._grants:
+        for grant in self.grants:
             if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
                 found = grant
         if found:
             self.seen[found.digest] = now
-        return found or (Grant('', '') if self.open else None)
+        return found or (Grant() if self.open else None)
 
     def holds(self, owner: str, digest: str, now: float) -> bool:
         """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
         return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
 
 
-# What is kept on disk.
-
-MEMBERS = 'members'             # a token file in the state folder, for those who are invited
-JOURNAL = '.journal'            # the file with changes of the leases since the last whole file
-
-
-def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
-    """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
-
-    The old file stays until the new one is whole.
-    """
-    beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    try:
-        with open(handle, 'wb') as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-            if os.name == 'posix' and like:
-                group = like.st_gid if like.st_mode & 0o070 else -1     # one that counts
-                os.fchown(f.fileno(), like.st_uid, group)
-                os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
-            elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
-                folder = os.stat(os.path.dirname(beside) or os.curdir)
-                with contextlib.suppress(OSError):      # some containers' root may not
-                    os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
-        os.replace(beside, path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            os.unlink(beside)
-        raise
+class Lease(NamedTuple):
+    """The right of one owner to one name."""
+    owner: str
+    token: str              # the digest of the token that came with the claim; '' without one
+    used: int               # Unix seconds, to the day
+    facts: Mapping[str, str] = {}       # of annexes, which give each of theirs a name and a bound
 
 
-def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
-    """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
-    with open(path, 'rb') as f:
-        if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
-            could = f'others can read {path}'
-            with contextlib.suppress(OSError):      # it is not ours
-                os.fchmod(f.fileno(), 0o600)
-                could = f'others could read {path} until now'
-            warn(f'{could}, and anyone with a copy {meaning}')
-        return f.read()
+Changes = Dict[str, Optional[Lease]]        # by name; None: the lease ends
 
 
-Changes = Dict[str, Optional[Dict[str, Any]]]        # leases by name; None: it ends
-
-
-JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
 LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
 LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 
 
 class Leases:
-    """Which chosen name (or TCP port) belongs to whom, in files that survive the server.
+    """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
 
-    A change is asked for (`claim`, `release`, `free`), written, and then made: one after the other,
-    by a thread, which can wait for a disk.  It is a line at the end of a journal, which costs the
-    same however many leases there are.  Now and then the journal becomes part of the file beside
-    it, which people can read and mend; sqlite3 would be neither that nor in every Python.
+    A change is asked for (`claim`, `release`, `free`, `note`), which changes nothing yet; `save`
+    has it kept and then makes it.  One change after the other: what was looked at stays so.
     """
 
-    def __init__(self, tokens: Tokens, path: str | None = None) -> None:
-        """Without PATH leases end with the process.  Raises UsageError for a damaged file."""
-        self._tokens, self.path = tokens, path or ''
-        self._leases: dict[str, dict[str, Any]] = {}
+    def __init__(self, tokens: Tokens) -> None:
+        # A seam: who keeps changes, before they are made.  Raises Refused where that fails.
+        self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
+        self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
+        self._tokens = tokens
         self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
-        self._lines = 0             # of the journal
         self._look_at = 0.0         # when leases that have ended are looked for again
-        try:
-            self._load()
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
-            raise UsageError(f'{path} is damaged ({e}); repair it and its journal, or move both '
-                             'away to begin without leases') from e
 
-    def _load(self) -> None:
-        changes: dict[str, Any] = {}
-        if self.path and os.path.exists(self.path):
-            with open(self.path, encoding='ascii') as f:
-                changes.update(json.load(f)['leases'].items())
-        if self.path and os.path.exists(self.path + JOURNAL):
-            with open(self.path + JOURNAL, encoding='ascii') as f:
-                for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
-                    changes.update(json.loads(line).items())
-                    self._lines += 1
+    async def save(self, changes: Changes) -> bool:
+        """Keep CHANGES and make them; return whether there was anything.  Raises Refused."""
+        if changes:
+            for keep in self.keepers:
+                await keep(changes)
+            self.make(changes)
+        return bool(changes)
+
+    def make(self, changes: Changes) -> None:
+        """Make CHANGES, which are kept."""
         for name, lease in changes.items():
-            if lease is not None:
-                self._check(name, lease['owner'], lease['token'], lease['used'])
-            self._set(name, lease)
-        if self._lines:
-            self._compact(self._leases)
-
-    @staticmethod
-    def _check(name: str, owner: object, token: object, used: object) -> None:
-        """Raises ValueError for what `claim` would not have written."""
-        if not (isinstance(owner, str) and isinstance(token, str) and type(used) is int
-                and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)):
-            raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token or date')
+            old = self.by_name.pop(name, None)
+            for key in (old.owner, old.token) if old else ():
+                self._of[key].discard(name)
+                if not self._of[key]:
+                    del self._of[key]
+            if lease:
+                self.by_name[name] = lease
+                for key in lease.owner, lease.token:
+                    self._of[key].add(name)
 
     def owner(self, name: str, now: float) -> str | None:
         """Return the owner of NAME, or None."""
-        lease = self._leases.get(name)
-        if (lease and now - lease['used'] < LEASE_SECONDS
-                and self._tokens.holds(lease['owner'], lease['token'], now)):
-            return str(lease['owner'])
+        lease = self.by_name.get(name)
+        if (lease and now - lease.used < LEASE_SECONDS
+                and self._tokens.holds(lease.owner, lease.token, now)):
+            return lease.owner
         return None
 
     def check_limits(self, owner: str, token: str, now: float) -> None:
@@ -2923,30 +2769,30 @@ class Leases:
 
         OVER: even if somebody else has it.  Raises Refused.
         """
-        current, ended = self.owner(name, now), []
+        known, current, ended = self.by_name.get(name), self.owner(name, now), []
         if current is not None and not same(current, owner):
             if not over:
                 raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
             current = None
-        known = self._leases.get(name)
-        if current and known and known['token'] == token and now - known['used'] < DAY:
+        if current and known and known.token == token and now - known.used < DAY:
             return {}       # a date within the last day is new enough
         if current is None:
             self.check_limits(owner, token, now)
-        if not known and len(self._leases) >= MAX_LEASES_IN_ALL:
+        if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
             if now >= self._look_at:        # all are looked at: not for each who asks
                 self._look_at = now + LEASE_LOOK
-                ended = [n for n in self._leases if not self.owner(n, now)]
-            if len(self._leases) - len(ended) >= MAX_LEASES_IN_ALL:
+                ended = [n for n in self.by_name if not self.owner(n, now)]
+            if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
-        return {**dict.fromkeys(ended), name: {'owner': owner, 'token': token, 'used': int(now)}}
+        facts = known.facts if known and current else {}
+        return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
 
-    def ports(self, owner: str | None = None) -> list[int]:
-        """Return the leased TCP ports, of OWNER or all, least recently used first."""
-        names = list(self._leases) if owner is None else self._of.get(owner, ())
-        found = sorted((int(self._leases[name]['used']), int(name[4:])) for name in names
-                       if name.startswith('tcp:'))
-        return [port for _, port in found]
+    def note(self, name: str, **facts: str) -> Changes:
+        """Return the change that adds FACTS to the lease of NAME, until another owner has it."""
+        lease = self.by_name.get(name)
+        if lease is None or {**lease.facts, **facts} == lease.facts:
+            return {}
+        return {name: lease._replace(facts={**lease.facts, **facts})}
 
     def release(self, name: str, owner: str, now: float) -> Changes:
         """Return the change that takes NAME back from OWNER.  Raises Refused."""
@@ -2956,106 +2802,13 @@ class Leases:
 
     def free(self, name: str) -> Changes:
         """Return the change that takes NAME back from its owner; none where nobody has it."""
-        return {name: None} if name in self._leases else {}
+        return {name: None} if name in self.by_name else {}
 
-    def make(self, changes: Changes) -> None:
-        """Make CHANGES, which are written."""
-        for name, lease in changes.items():
-            self._set(name, lease)
-
-    def write(self, changes: Changes) -> None:
-        """Write CHANGES, in a thread.  Raises OSError, and then they must not be made."""
-        self._append(json.dumps(changes).encode() + b'\n')
-        if self._lines > max(JOURNAL_LINES, len(self._leases)):
-            with contextlib.suppress(OSError):      # the journal has it all, too
-                self._compact({**self._leases, **changes})
-
-    def _append(self, line: bytes) -> None:
-        handle = os.open(self.path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
-                         | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-        with open(handle, 'ab', buffering=0) as f:
-            size = f.seek(0, os.SEEK_END)
-            try:
-                if f.write(line) != len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-                os.fsync(handle)
-            except OSError:
-                f.truncate(size)
-                raise
-        self._lines += 1
-
-    def _compact(self, leases: dict[str, Any]) -> None:
-        there = {name: lease for name, lease in leases.items() if lease}
-        write_secret(self.path, json.dumps({'leases': there}, indent=1).encode())
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path + JOURNAL)
-        self._lines = 0
-
-    def _set(self, name: str, lease: dict[str, Any] | None) -> None:
-        old = self._leases.pop(name, None)
-        for key in (old['owner'], old['token']) if old else ():
-            self._of[key].discard(name)
-            if not self._of[key]:
-                del self._of[key]
-        if lease:
-            self._leases[name] = lease
-            for key in (lease['owner'], lease['token']):
-                self._of[key].add(name)
-
-
-LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
-
-
-def sign_lock(handle: int) -> None:
-    """Write into the lock who holds it."""
-    os.lseek(handle, 0, os.SEEK_SET)
-    os.write(handle, b'%-20d' % os.getpid())
-
-
-def lock_folder(folder: str) -> int:
-    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
-
-    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
-    """
-    given = os.environ.pop(LOCK_VARIABLE, '')
-    handle = int(given) if given else os.open(
-        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
-    os.set_inheritable(handle, False)
-    try:
-        if sys.platform == 'win32':
-            import msvcrt
-            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
-            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
-        else:
-            import fcntl
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        os.lseek(handle, 0, os.SEEK_SET)
-        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
-        os.close(handle)
-        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
-                         f'{printable(holder)}; end that one, or give this one another folder '
-                         'with --state') from None
-    sign_lock(handle)
-    return handle
-
-
-def user_folder(variable: str, default: str) -> str:
-    """Return our folder in the one that VARIABLE names, else where the system keeps these."""
-    usual = {'darwin': '~/Library/Application Support',
-             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
-    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
-
-
-def config_path(name: str) -> str:
-    """Return where the client keeps the file NAME."""
-    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
-
-
-def state_folder(given: str | None) -> str:
-    """Return the server's folder: the one GIVEN, systemd's, or this user's."""
-    return (given or os.environ.get('STATE_DIRECTORY')
-            or user_folder('XDG_STATE_HOME', '~/.local/state'))
+    def ports(self, owner: str | None = None) -> list[int]:
+        """Return the leased TCP ports, of OWNER or all, least recently used first."""
+        names = list(self.by_name) if owner is None else self._of.get(owner, ())
+        return [port for _, port in sorted((self.by_name[name].used, int(name[4:]))
+                                           for name in names if name.startswith('tcp:'))]
 
 
 # Hosts and addresses, and who may visit.
@@ -3453,13 +3206,13 @@ class Visitor:
         return future.done()
 
 
-MAX_VERSION = 20                # characters of a client's version
+MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log has it
 
 
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'resume', 'attempt', 'version')
+                 'rules', 'access', 'wants', 'resume', 'attempt', 'version')
 
     def __init__(self, text: bytes) -> None:
         """Raises Refused."""
@@ -3474,7 +3227,9 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
             self.access = Access(self.rules)
-            self.version = printable(str(hello.get('version', ''))[:MAX_VERSION])
+            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
+            self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
+                                  str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
             self.resume = str(resume['session']), int(resume['received'])
         except (ValueError, TypeError, KeyError, AttributeError, OverflowError,
@@ -3544,17 +3299,23 @@ class Tunnel:
         return there[0] if len(there) == 1 else min(
             there, key=lambda m: len(m.session.streams), default=None)
 
-    def may_ask(self, now: float, rate: float) -> bool:
-        """Return True if one more may come, of RATE a second; a second's worth may come at once."""
+    def check_rate(self, now: float, rate: float) -> None:
+        """Let one more request come, of RATE a second; a second's worth may come at once.
+
+        Raises HopFailed.
+        """
         left, since = self._allowance
         left = min(max(1.0, rate), left + (now - since) * rate)
         self._allowance = left - 1 if left >= 1 else left, now
-        return left >= 1
+        if left < 1:
+            raise HopFailed(429, f'{self.name} gets too many requests a second', 'Retry-After: 1',
+                            cure='the operator of the server can raise --rate')
 
     def beside(self, new: Hello) -> list[Member]:
         """Return the members that can't serve together with NEW."""
         return [old for old in self.members if old.hello.instance == new.instance or not (
-            old.hello.share and new.share and old.hello.rules == new.rules)]
+            old.hello.share and new.share
+            and (old.hello.rules, old.hello.wants) == (new.rules, new.wants))]
 
     def before(self, new: Hello) -> list[Member]:
         """Return the members that NEW may not replace: they are there, and were started later."""
@@ -3562,7 +3323,7 @@ class Tunnel:
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
-class Bars(Source):
+class Bars:
     """Whom the operator keeps out, in a file; false while that is nobody."""
 
     def __len__(self) -> int:
@@ -3575,6 +3336,11 @@ class Bars(Source):
     def check_visitor(self, name: str, address: str) -> None:
         """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
         raise NotImplementedError
+
+
+def audit(log: Observer, event: str, facts: Facts, url: str = '', reason: str = '') -> None:
+    """Write the line that says what became of a client, or of its wish: FACTS are whose it is."""
+    log.note(f'tunnel {event.replace("_", " ")}', event=event, url=url, **facts, reason=reason)
 
 
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
@@ -3643,8 +3409,9 @@ class Tunnels:
                 return          # it was replaced, or revoked
             if session.state == OVER:
                 self.remove(tunnel, member)
-                self.log.note('tunnel closed', event='closed', url=tunnel.url, **session.facts,
-                              reason=session.goaway[1] if session.goaway else str(session.error))
+                audit(self.log, 'closed', session.facts, tunnel.url,
+                      session.goaway[1] if session.goaway else
+                      'the server is shutting down' if self.closed else str(session.error))
             goodbye = session.goaway is not None and all(
                 other.session.goaway is not None for other in tunnel.members)
             tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
@@ -3663,8 +3430,7 @@ class Tunnels:
         self.remove(tunnel, member)
         tunnel.ended, tunnel.left_at = why, self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
-        self.log.note('tunnel ended', event='ended', url=tunnel.url, **member.session.facts,
-                      reason=why)
+        audit(self.log, 'ended', member.session.facts, tunnel.url, why)
 
     def end(self, name: str, why: str) -> bool:
         """End all that serves NAME, of any kind; return whether anything did."""
@@ -3859,16 +3625,16 @@ class Candidate:
     __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
                  'tunnel', 'facts')
 
-    def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str) -> None:
+    def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
+                 facts: Facts) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
+        self.facts = facts
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
         self.subnet = subnet_of(visitor.address)
         self.holder = grant.digest or self.subnet
         # Who comes without a token can make up owners, but not addresses.
         self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
-        self.facts = {'name': name, 'user': grant.user, 'client': visitor.address,
-                      'version': hello.version}
 
 
 class Kind:
@@ -3900,13 +3666,16 @@ class Kind:
 class Admission:
     """Lets clients in, or says why not."""
 
-    def __init__(self, runtime: Runtime, tokens: Tokens, leases: Leases, tunnels: Tunnels,
-                 budget: Budget, most: int, counters: dict[str | int, int],
-                 trace: Trace | None) -> None:
+    def __init__(self, runtime: Runtime, tokens: Tokens, tunnels: Tunnels, budget: Budget,
+                 most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
+        # A seam: what clients may want beside the tunnel, by the option that the server was given;
+        # each checks what a client says of it, and raises ValueError and TypeError.
+        self.offers: dict[str, Callable[[Any], object]] = {}
         self.closed = False                     # the server ends, or a successor is starting
-        self.tokens, self.leases, self.budget = tokens, leases, budget
+        self.tokens, self.budget = tokens, budget
+        self.leases = Leases(tokens)
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
@@ -3914,7 +3683,7 @@ class Admission:
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
-        self._written: asyncio.Future[None] | None = None           # the last change of leases
+        runtime.swept.add(self)
 
     async def close(self) -> None:
         """Let nobody else in, and wait for the one who is about to come in."""
@@ -3952,24 +3721,20 @@ class Admission:
             for key, kind in self.kinds.items() if lease else ():
                 tunnel = self._tunnels.get(tunnel_key(name, key))
                 found |= tunnel is not None and await kind.free(tunnel)
-            return found | (lease and await self.save(self.leases.free(name)))
+            freed = lease and await self.leases.save(self.leases.free(name))
+            if freed:
+                audit(self._tunnels.log, 'released', {**UNSERVED, 'name': name}, reason=why)
+            return found | freed
 
-    async def admit(self, visitor: Visitor, request: Request,
+    async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
         """The member that a session request becomes, and its tunnel; and how many bytes its client
         has received, None where the session is new to it.
 
-        None for one that gave its name back.  URL gives that of a name.  Raises Refused.
+        None for one that gave its name back.  FACTS are filled in as they become known.  URL gives
+        that of a name.  Raises Refused.
         """
-        asked = await self._check(visitor, request)
-        try:
-            return await self._admit(asked, url)
-        except Refused as e:
-            e.facts = asked.facts
-            raise
-
-    async def _admit(self, asked: Candidate,
-                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
+        asked = await self._check(visitor, request, facts)
         self._check_bars(asked)
         goes_on = self._resumed(asked)
         if goes_on:
@@ -3987,20 +3752,22 @@ class Admission:
             await self._lease(asked)
             return await self._enter(asked, url)
 
-    async def _check(self, visitor: Visitor, request: Request) -> Candidate:
+    async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
-        grant = await self._grant(request, visitor)
-        hello = Hello(request.get(b'localtunnel-hello'))
-        if hello.name is not None:
-            check_name(hello.name)
-            if not any(fnmatch.fnmatchcase(hello.name, glob) for glob in grant.names):
-                raise Refused(403, 'bad_name', f'your token does not allow the name {hello.name}')
-            name = str(hello.name)
-        else:
+        try:
+            hello = Hello(request.get(b'localtunnel-hello'))
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
-            name = derive_name(site, hello.proof, hello.long)
-        asked = Candidate(visitor, grant, hello, name)
+            name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
+            facts.update(name=printable(name[:MAX_NAME]), version=hello.version)
+        finally:        # before the token is right, nothing of it matters, but for the log
+            grant = await self._grant(request, visitor)
+        facts['user'] = grant.user
+        if hello.name is not None:
+            check_name(name)
+            if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
+                raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+        asked = Candidate(visitor, grant, hello, name, facts)
         if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
@@ -4032,6 +3799,7 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
+        self._check_wants(hello)
         if self._tunnels.only and hello.kind == 'http' and any(
                 other.kind == 'http' and other.members and other.name != tunnel.name
                 for other in self._tunnels):
@@ -4052,6 +3820,17 @@ class Admission:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
+
+    def _check_wants(self, hello: Hello) -> None:
+        """Raises Refused where HELLO wants what this server does not offer."""
+        for option, said in hello.wants.items():
+            if option not in self.offers:
+                raise Refused(403, 'not_offered', f'this server was started without --{option}, '
+                              'so a client can\'t have it either; ask its operator')
+            try:
+                self.offers[option](said)
+            except (ValueError, TypeError) as e:
+                raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
 
     async def _grant(self, request: Request, visitor: Visitor) -> Grant:
         """What the client's token allows.  Raises Refused.
@@ -4082,7 +3861,7 @@ class Admission:
 
     async def _release(self, asked: Candidate) -> None:
         """Take the lease of ASKED back, and end who serves it.  Raises Refused."""
-        await self.save(self.leases.release(asked.name, asked.owner, time.time()))
+        await self.leases.save(self.leases.release(asked.name, asked.owner, time.time()))
         self._tunnels.end(asked.name, f'the name {asked.name} was given back')
 
     async def _lease(self, asked: Candidate) -> None:
@@ -4108,28 +3887,10 @@ class Admission:
         new = self.leases.owner(key, now) != owner
         if new:
             self.check_limits(owner, asked)
-        await self.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
+        await self.leases.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
         if new and asked.stranger:
             self._claims[asked.subnet] += 1
         asked.visitor.connection.check()      # it may have left meanwhile
-
-    async def save(self, changes: Changes) -> bool:
-        """Change leases; return whether there was anything.
-
-        What is not on disk does not hold: raises Refused.
-        """
-        if changes and self.leases.path:
-            try:
-                if self._written and not self._written.done():
-                    raise asyncio.TimeoutError
-                self._written = self._runtime.loop.run_in_executor(
-                    None, self.leases.write, changes)
-                await asyncio.wait_for(asyncio.shield(self._written), LEASE_WRITTEN)
-            except (OSError, asyncio.TimeoutError) as e:
-                why = getattr(e, 'strerror', None) or 'its disk does not answer'
-                raise Refused(503, 'state', f'the server can\'t save its leases: {why}') from e
-        self.leases.make(changes)
-        return bool(changes)
 
     async def _enter(self, asked: Candidate,
                      url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
@@ -4159,8 +3920,7 @@ class Admission:
                 event, why = 'taken_over', f'a client at {asked.visitor.address} was started later'
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
-            self._tunnels.log.note(f'tunnel {event.replace("_", " ")}', event=event,
-                                   url=tunnel.url, **old.session.facts, reason=why)
+            audit(self._tunnels.log, event, old.session.facts, tunnel.url, why)
 
     def _resumed(self, asked: Candidate) -> tuple[Member, Tunnel, int | None] | None:
         """As `admit`, where a session of this client goes on, since nothing is missing; else None.
@@ -4415,7 +4175,7 @@ def inherited_sockets() -> dict[int, Sockets]:
     return found
 
 
-class Tls(Source):
+class Tls:
     """How a server speaks TLS."""
 
     def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
@@ -4604,8 +4364,8 @@ class Pages(Dict[bytes, Page]):
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, leases: Leases,
-                 log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
+    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
+                 hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
                  only: bool = False, inherited: dict[int, Sockets] | None = None,
                  trace: Trace | None = None) -> None:
@@ -4624,11 +4384,10 @@ class Server:
         self.visitors = Visitors(runtime, trusted)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, tokens, leases, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
+            runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
         self._onward = Onward(self.domain, log)
-        self._drain, self._rate = drain, rate
-        runtime.swept.add(self)
+        self._drain, self.rate = drain, rate
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4653,22 +4412,6 @@ class Server:
             return not (self.visitors or self.doors.busy)
         await look_until(finished, self._drain)
         await self.tunnels.end_all()
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Check what changes by itself: files, and how long tokens are valid."""
-        self.admission.sweep(now, at_once=self.reload(changed_only=True))
-
-    def reload(self, changed_only: bool = False) -> bool:
-        """Read tokens, certificate and bars again, or what of them has changed; whether any was."""
-        sources: list[tuple[str, Source | None]] = [
-            ('tokens', self.admission.tokens), ('certificate', self.tls),
-            ('block list', self.tunnels.bars)]
-        read = [(what, source.reload()) for what, source in sources
-                if source is not None and (not changed_only or source.changed())]
-        for what, error in read:
-            self.counters['reload_errors' if error else 'reloads'] += 1
-            self.log.note(f'error: {error}' if error else f'{what} read again')
-        return bool(read)
 
     # One connection.
 
@@ -4769,9 +4512,8 @@ class Server:
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself',
                             cure="give the client your app's own address, not a public one")
-        if self._rate and tunnel and not tunnel.may_ask(self.runtime.now(), self._rate):
-            raise HopFailed(429, f'{name} gets too many requests a second', 'Retry-After: 1',
-                            cure='the operator of the server can raise --rate')
+        if self.rate and tunnel:
+            tunnel.check_rate(self.runtime.now(), self.rate)
         return name
 
     def _find(self, name: str, parent: str, host: str) -> str:
@@ -4855,19 +4597,19 @@ class Server:
 
     async def _begin_session(self, visitor: Visitor, request: Request) -> bool:
         """Admit a client, or tell it why not; return True if it now owns the connection."""
+        facts = {**UNSERVED, 'client': visitor.address}
         try:
             self._check_version(visitor, request)
             admitted = await self.admission.admit(
-                visitor, request, lambda name: self._url(visitor, name, request.host))
+                visitor, request, facts, lambda name: self._url(visitor, name, request.host))
         except Refused as e:
             self.counters['refused_' + e.code] += 1
-            self.log.note('client refused', event='refused', **{
-                'client': visitor.address, **e.facts, 'reason': e.code})
+            audit(self.log, 'refused', facts, reason=e.code)
             await write_own(visitor.connection, no_session(e))
             return False
         if admitted is None:
             done = Refused(200, 'released', 'the name was given back')      # as clients know it
-            self.log.note('name given back', event='released', client=visitor.address)
+            audit(self.log, 'released', facts, reason=str(done))
             await write_own(visitor.connection, no_session(done))
             return False
         member, tunnel, theirs = admitted
@@ -4879,8 +4621,7 @@ class Server:
             f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
-        self.log.note('tunnel opened' if theirs is None else 'tunnel resumed', event='opened' if
-                      theirs is None else 'resumed', url=tunnel.url, **session.facts)
+        audit(self.log, 'opened' if theirs is None else 'resumed', session.facts, tunnel.url)
         return True
 
     def _check_version(self, visitor: Visitor, request: Request) -> None:
@@ -4901,6 +4642,37 @@ class Server:
         if self.tls and not visitor.trusted and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
         return self.visitors.url or visitor.url_of(host_name, host)
+
+
+async def ask_app(server: Server, name: str, visitor: Visitor,
+                  message: Iterable[bytes]) -> Response:
+    """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
+
+    It is made for VISITOR, who needs no password: the client wants it.  Raises HopFailed.
+    """
+    tunnel = server.tunnels.get(name)
+    if server.tunnels.bars:
+        server.tunnels.bars.check_visitor(name, visitor.address)
+    if server.rate and tunnel:
+        tunnel.check_rate(server.runtime.now(), server.rate)
+    stream, _ = (server.tunnels.open_stream(name, visitor)
+                 or await server.tunnels.wait_for_stream(name, visitor))
+    visitor.begin(stream)
+    try:
+        with contextlib.suppress(StreamReset):      # by an app that has answered already
+            for piece in message:
+                await stream.write(piece)
+            await stream.write_eof()
+        response = await read_final(stream, None, NEVER, inside=True)
+        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
+            stream.timeout = LINGER
+            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+        return response
+    except (StreamReset, BadHttp, Incomplete, Overdue) as e:
+        raise no_answer(name, e) from e
+    finally:
+        visitor.stream = None
+        stream.close()
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4994,6 +4766,7 @@ class ServerAddress:
     def __init__(self, text: str) -> None:
         """Raises UsageError.  A bare host means https, and http for this machine."""
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
+        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host) else 'https://') + text
@@ -5735,7 +5508,207 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 15. Annex
+# 15. Files
+#
+# What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
+# one or the new one.
+# ------------------------------------------------------------------------------------------------
+
+def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
+    """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
+
+    The old file stays until the new one is whole.
+    """
+    beside = f'{path}.{secrets.token_hex(8)}.new'      # nobody can plant a link there before
+    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        with open(handle, 'wb') as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+            if os.name == 'posix' and like:
+                group = like.st_gid if like.st_mode & 0o070 else -1     # one that counts
+                os.fchown(f.fileno(), like.st_uid, group)
+                os.fchmod(f.fileno(), stat.S_IMODE(like.st_mode))
+            elif os.name == 'posix' and os.geteuid() == 0:      # sudo, and the folder of a service
+                folder = os.stat(os.path.dirname(beside) or os.curdir)
+                with contextlib.suppress(OSError):      # some containers' root may not
+                    os.fchown(f.fileno(), folder.st_uid, folder.st_gid)
+        os.replace(beside, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(beside)
+        raise
+
+
+def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
+    """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
+    with open(path, 'rb') as f:
+        if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
+            could = f'others can read {path}'
+            with contextlib.suppress(OSError):      # it is not ours
+                os.fchmod(f.fileno(), 0o600)
+                could = f'others could read {path} until now'
+            warn(f'{could}, and anyone with a copy {meaning}')
+        return f.read()
+
+
+def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
+    """Return a fingerprint that changes when a file does; [] if one can't be read."""
+    try:
+        return [(s.st_mtime_ns, s.st_size, s.st_ino) for s in map(os.stat, paths)]
+    except OSError:
+        return []
+
+
+class Source:
+    """What a server reads from files, and again when they change; after an error the old holds."""
+    what = ''           # it is, for the log
+
+    def changed(self) -> bool:
+        """Return True if there is something to read again."""
+        return False
+
+    def reload(self) -> str | None:
+        """Read it again, and see that it holds; return what is wrong, if anything is."""
+        return None
+
+
+class Sources:
+    """Those of a server: looked at now and then, and read again on SIGHUP."""
+
+    def __init__(self, server: Server) -> None:
+        self.all: list[Source] = []
+        self._server = server
+        server.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Read again what has changed."""
+        if self.reload(changed_only=True):
+            self._server.admission.sweep(now, at_once=True)
+
+    def reload(self, changed_only: bool = False) -> bool:
+        """Read all again, or what of it has changed; return whether that was anything."""
+        read = [(source.what, source.reload()) for source in self.all
+                if not changed_only or source.changed()]
+        for what, error in read:
+            self._server.counters['reload_errors' if error else 'reloads'] += 1
+            self._server.log.note(f'error: {error}' if error else f'{what} read again')
+        return bool(read)
+
+
+LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Change what is in FOLDER while no other command does.  Raises OSError."""
+    if sys.platform == 'win32':
+        return (yield)          # a folder can't be locked there
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(LOCK_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_LOOK)
+        else:
+            raise LocaltunnelError(f'another program is changing {folder}; try again')
+        yield
+    finally:
+        os.close(handle)
+
+
+def whole_lines(path: str) -> list[bytes]:
+    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
+        lines = f.read().splitlines(keepends=True)
+    if lines and not lines[-1].endswith((b'\n', b'\r')):
+        lines[-1] += b'\n'
+    return lines
+
+
+def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
+    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
+
+    A link stays one, and the file keeps its owner and mode.
+    """
+    path = os.path.realpath(path)
+    with alone_in(os.path.dirname(path)):
+        like = os.stat(path) if os.path.exists(path) else None
+        lines = [line for line in whole_lines(path) if line not in gone]
+        write_secret(path, b''.join(lines) + new, like)
+
+
+LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
+
+
+def sign_lock(handle: int) -> None:
+    """Write into the lock who holds it."""
+    os.lseek(handle, 0, os.SEEK_SET)
+    os.write(handle, b'%-20d' % os.getpid())
+
+
+def lock_folder(folder: str) -> int:
+    """Keep other servers away from FOLDER, until the descriptor is closed or this process ends.
+
+    A successor inherits the descriptor, and the lock with it.  Raises UsageError.
+    """
+    given = os.environ.pop(LOCK_VARIABLE, '')
+    handle = int(given) if given else os.open(
+        os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+    os.set_inheritable(handle, False)
+    try:
+        if sys.platform == 'win32':
+            import msvcrt
+            os.lseek(handle, MIB, os.SEEK_SET)      # what is locked can't be read there
+            msvcrt.locking(handle, msvcrt.LK_NBLCK, 1)
+        else:
+            import fcntl
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        os.lseek(handle, 0, os.SEEK_SET)
+        holder = os.read(handle, 20).decode('ascii', 'replace').strip() or '?'
+        os.close(handle)
+        raise UsageError(f'the state folder {folder} belongs to the server that runs as process '
+                         f'{printable(holder)}; end that one, or give this one another folder '
+                         'with --state') from None
+    sign_lock(handle)
+    return handle
+
+
+def user_folder(variable: str, default: str) -> str:
+    """Return our folder in the one that VARIABLE names, else where the system keeps these."""
+    usual = {'darwin': '~/Library/Application Support',
+             'win32': os.environ.get('LocalAppData', '~')}.get(sys.platform, default)
+    return os.path.join(os.environ.get(variable) or os.path.expanduser(usual), 'localtunnel')
+
+
+def config_path(name: str) -> str:
+    """Return where the client keeps the file NAME."""
+    return os.path.join(user_folder('XDG_CONFIG_HOME', '~/.config'), name)
+
+
+def state_folder(given: str | None) -> str:
+    """Return the server's folder: the one GIVEN, systemd's, or this user's."""
+    return (given or os.environ.get('STATE_DIRECTORY')
+            or user_folder('XDG_STATE_HOME', '~/.local/state'))
+
+
+@contextlib.contextmanager
+def using(folder: str) -> Iterator[None]:
+    """Use the server's FOLDER; where that fails, UsageError says what to do."""
+    try:
+        yield
+    except OSError as e:
+        raise UsageError(f"can't use the state folder {folder}: {e.strerror} "
+                         f'({e.filename or folder}); name another one with --state') from e
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print and write, codes, certificates.
@@ -5795,7 +5768,7 @@ class Annex:
         """Open what stands beside a client of the command line; APP's runtime closes it."""
 
     async def at_server(self, args: Args, server: Server) -> None:
-        """Plug in at SERVER, before it listens for visitors and clients."""
+        """Plug in at SERVER, before it listens; `args.sources` are read again when they change."""
 
     async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  Returning ends it: another process serves now."""
@@ -5824,6 +5797,15 @@ def number(text: str) -> float:
 def network(text: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network:
     """An address, or a network as ADDRESS/BITS."""
     return ipaddress.ip_network(text, strict=False)
+
+
+def port_range(text: str) -> range:
+    """Parse A-B, both included, or A.  Raises ValueError."""
+    first, _, last = text.partition('-')
+    ports = range(int(first), int(last or first) + 1)
+    if not ports or ports[0] < 1 or ports[-1] > 65535:
+        raise ValueError(f'{text} is not a range of ports')
+    return ports
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -5856,49 +5838,11 @@ def ask(prompt: str) -> str:
             return ''
 
 
-LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
-
-
-@contextlib.contextmanager
-def alone_in(folder: str) -> Iterator[None]:
-    """Change what is in FOLDER while no other command does.  Raises OSError."""
-    if sys.platform == 'win32':
-        return (yield)          # a folder can't be locked there
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(LOCK_LOOKS):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(LOCK_LOOK)
-        else:
-            raise LocaltunnelError(f'another program is changing {folder}; try again')
-        yield
-    finally:
-        os.close(handle)
-
-
-def whole_lines(path: str) -> list[bytes]:
-    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
-    lines: list[bytes] = []
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
-        lines = f.read().splitlines(keepends=True)
-    if lines and not lines[-1].endswith((b'\n', b'\r')):
-        lines[-1] += b'\n'
-    return lines
-
-
-def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
-    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
-
-    A link stays one, and the file keeps its owner and mode.
-    """
-    path = os.path.realpath(path)
-    with alone_in(os.path.dirname(path)):
-        like = os.stat(path) if os.path.exists(path) else None
-        lines = [line for line in whole_lines(path) if line not in gone]
-        write_secret(path, b''.join(lines) + new, like)
+def check_token(token: str) -> str:
+    """Return TOKEN.  Raises UsageError if it can't travel in a header field."""
+    if not re.fullmatch('[\x21-\x7e]+', token):
+        raise UsageError('a token consists of printable ASCII characters, without spaces')
+    return token
 
 
 # A code is all that a client needs to come to a server, for --join: a word that a double click
@@ -6110,6 +6054,11 @@ class Served:
             raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
 
 
+# The line that a server changes: nothing but an address stands there.
+STAMPED = re.compile(rb"(?m)^STAMPED_SERVER = '[a-z0-9.:/\[\]_~-]*'$")
+UNSTAMPED = b"STAMPED_SERVER = ''"
+
+
 @functools.lru_cache(maxsize=None)
 def own_source() -> list[bytes]:
     """Return this file: what stands before and after the stamp.
@@ -6122,7 +6071,16 @@ def own_source() -> list[bytes]:
     else:
         sys.stdin.buffer.seek(0)
         source = sys.stdin.buffer.read()
-    return re.split(rb"(?m)^STAMPED_SERVER = .*$", source, maxsplit=1)
+    return STAMPED.split(source, maxsplit=1)
+
+
+def original() -> bytes:
+    """Return this file, as if no server had handed it out.  Raises UsageError."""
+    try:
+        return UNSTAMPED.join(own_source())
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError('this came through a pipe, so there is no file to read; save it first, '
+                         'with curl -O') from e
 
 
 def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
@@ -6137,7 +6095,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. DNS
+# 17. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6432,7 +6390,120 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Raw TCP
+# 18. Kept leases
+#
+# The leases of a server in files, so that they survive it.  A change is a line at the end of a
+# journal, which costs the same however many leases there are.  Now and then the journal becomes
+# part of the file beside it, which people can read and mend; sqlite3 would be neither that nor in
+# every Python.
+# ------------------------------------------------------------------------------------------------
+
+LEASES = 'leases.json'          # {"leases": {NAME: LEASE}}; each line of the journal {NAME: LEASE}
+JOURNAL = '.journal'            # what is added to the name for the changes since
+JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
+LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
+
+
+def pack_lease(lease: Lease | None) -> dict[str, Any] | None:
+    """LEASE as it stands in a file."""
+    if lease is None:
+        return None
+    return {key: value for key, value in lease._asdict().items() if value or key != 'facts'}
+
+
+def unpack_lease(name: str, lease: Any) -> Lease | None:
+    """The LEASE of NAME as it stood in a file.  Raises ValueError or what JSON amiss leads to."""
+    if lease is None:
+        return None
+    owner, token, used = lease['owner'], lease['token'], lease['used']
+    facts = lease.get('facts', {})
+    if not (isinstance(owner, str) and isinstance(token, str) and type(used) is int
+            and 0 <= used < 1 << 53 and re.fullmatch(f'tcp:[0-9]{{1,5}}|{NAME.pattern}', name)
+            and all(isinstance(value, str) for value in facts.values())):
+        raise ValueError(f'the lease of {name!r:.80} has a bad name, owner, token, date or fact')
+    return Lease(owner, token, used, facts)
+
+
+class Journal:
+    """Keeps LEASES in the file at `path` and its journal."""
+
+    def __init__(self, leases: Leases, path: str) -> None:
+        """Give LEASES what is there.  Raises UsageError for a damaged file, and OSError."""
+        self._leases, self._path = leases, path
+        self._lines = 0             # of the journal
+        self._writing: asyncio.Future[None] | None = None       # the last change
+        try:
+            leases.make({name: unpack_lease(name, lease) for name, lease in self._read()})
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
+            raise UsageError(f'{path} is damaged ({e}); repair it and its journal, or move both '
+                             'away to begin without leases') from e
+        if self._lines:
+            self._compact({})
+
+    def _read(self) -> Iterator[tuple[str, Any]]:
+        """Names and leases, the oldest first."""
+        if os.path.exists(self._path):
+            with open(self._path, encoding='ascii') as f:
+                yield from json.load(f)['leases'].items()
+        if os.path.exists(self._path + JOURNAL):
+            with open(self._path + JOURNAL, encoding='ascii') as f:
+                for line in f.read().split('\n')[:-1]:     # the last was cut off by a crash
+                    yield from json.loads(line).items()
+                    self._lines += 1
+
+    async def keep(self, changes: Changes) -> None:
+        """Write CHANGES, in a thread, which can wait for a disk.  Raises Refused."""
+        try:
+            if self._writing and not self._writing.done():
+                raise asyncio.TimeoutError
+            self._writing = asyncio.get_running_loop().run_in_executor(None, self.write, changes)
+            await asyncio.wait_for(asyncio.shield(self._writing), LEASE_WRITTEN)
+        except (OSError, asyncio.TimeoutError) as e:
+            why = getattr(e, 'strerror', None) or 'its disk does not answer'
+            raise Refused(503, 'state', f"the server can't save its leases: {why}") from e
+
+    def write(self, changes: Changes) -> None:
+        """Write CHANGES.  Raises OSError, and then they must not be made."""
+        lines = {name: pack_lease(lease) for name, lease in changes.items()}
+        self._append(json.dumps(lines).encode() + b'\n')
+        if self._lines > max(JOURNAL_LINES, len(self._leases.by_name)):
+            with contextlib.suppress(OSError):      # the journal has it all, too
+                self._compact(changes)
+
+    def _append(self, line: bytes) -> None:
+        handle = os.open(self._path + JOURNAL, os.O_WRONLY | os.O_CREAT | os.O_APPEND
+                         | getattr(os, 'O_NOFOLLOW', 0), 0o600)
+        with open(handle, 'ab', buffering=0) as f:
+            size = f.seek(0, os.SEEK_END)
+            try:
+                if f.write(line) != len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+                os.fsync(handle)
+            except OSError:
+                f.truncate(size)
+                raise
+        self._lines += 1
+
+    def _compact(self, changes: Changes) -> None:
+        there = {name: pack_lease(lease) for name, lease in {**self._leases.by_name,
+                                                             **changes}.items() if lease}
+        write_secret(self._path, json.dumps({'leases': there}, indent=1).encode())
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path + JOURNAL)
+        self._lines = 0
+
+
+class KeptLeases(Annex):
+    """A journal for what a server leases."""
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        leases = server.admission.leases
+        with using(args.state):
+            leases.keepers.append(Journal(leases, os.path.join(args.state, LEASES)).keep)
+
+
+# ------------------------------------------------------------------------------------------------
+# 19. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6485,7 +6556,7 @@ class TcpPorts(Kind):
         key = f'tcp:{port_of(tunnel)}'
         self._close(tunnel)
         admission = self._server.admission
-        return await admission.save(admission.leases.free(key))
+        return await admission.leases.save(admission.leases.free(key))
 
     async def open(self, tunnel: Tunnel) -> None:
         for sock in self._bound.pop(tunnel, ()):
@@ -6635,7 +6706,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Folder and echo
+# 20. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -6985,7 +7056,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Host header
+# 21. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7170,7 +7241,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Outgoing proxy
+# 22. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7236,16 +7307,17 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Certificates
+# 23. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
 
-class Certificate(Tls):
+class Certificate(Tls, Source):
     """What a server shows, read again when its files change.
 
     A fresh context is built and checked before `context` hands connections over to it.
     """
+    what = 'certificate'
 
     def __init__(self, cert: str, key: str, port: int = 0, pin: str = '') -> None:
         """Raises UsageError."""
@@ -7331,13 +7403,14 @@ class Certificates(Annex):
             if not pin:
                 raise
             return              # it was only a courtesy
-        server.tls = Certificate(cert, key, sockets[0].getsockname()[1], pin)
+        server.tls = shown = Certificate(cert, key, sockets[0].getsockname()[1], pin)
+        args.sources.all.append(shown)
         for sock in sockets:
             await server.listen(sock, tls=True)
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Certificates by ACME
+# 24. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -7630,8 +7703,9 @@ class Authority:
 
 # The certificate that is shown.
 
-class AcmeTls(Tls):
+class AcmeTls(Tls, Source):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
+    what = 'certificate'
 
     def __init__(self, path: str, port: int = 0) -> None:
         """PATH is the file with key and chain, one so that they always belong together."""
@@ -8079,6 +8153,7 @@ class Acme(Annex):
         sockets = server.doors.bind(args.bind, args.tls_port)
         path = os.path.join(args.state, 'acme-certificate.pem')
         server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
+        args.sources.all.append(tls)
         try:
             if os.path.exists(path):
                 tls.load(path)
@@ -8098,7 +8173,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Hand-over
+# 25. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8195,7 +8270,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Operator's page
+# 26. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8489,7 +8564,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Block list
+# 27. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -8548,8 +8623,9 @@ def read_list(path: str, known: dict[bytes, Blocked | None]
     return lines, wrong
 
 
-class BlockList(Bars):
+class BlockList(Bars, Source):
     """Whom a server keeps out."""
+    what = 'block list'
 
     def __init__(self, path: str, server: Server, contact: str) -> None:
         """Raises UsageError where the file is there and can't be read."""
@@ -8714,12 +8790,13 @@ class Blocking(Annex):
         return 0
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.tunnels.bars = BlockList(os.path.join(args.state, BLOCKED), server,
-                                        getattr(args, 'contact', None) or '')
+        server.tunnels.bars = bars = BlockList(os.path.join(args.state, BLOCKED), server,
+                                               getattr(args, 'contact', None) or '')
+        args.sources.all.append(bars)
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Ground
+# 28. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9034,7 +9111,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Doctor
+# 29. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9412,7 +9489,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Landing page
+# 30. Landing page
 #
 # What a server shows under its own name: what to type, and this file.
 # ------------------------------------------------------------------------------------------------
@@ -9472,7 +9549,171 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Invitations
+# 31. Verifying
+#
+# `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
+# byte has to be the same, but for one line, in which an address may stand.
+# ------------------------------------------------------------------------------------------------
+
+MAX_SCRIPT = 4 * MIB            # of a server's script; ours has less than one
+SCRIPT_WITHIN = 60.0            # for all of it, however slowly it comes: 100 kbit/s
+SHOWN = 200                     # characters of a line that differs
+
+VERIFY_EPILOG = """Ends with 0 where both are the same, but for the address that a server writes
+into what it hands out.
+
+examples:
+  localtunnel.py verify https://t.example.com
+  localtunnel.py verify https://t.example.com --pin SHA256"""
+
+
+async def script_of(args: Args) -> bytes:
+    """What the server that ARGS name hands out.  Raises LocaltunnelError."""
+    runtime = Runtime(asyncio.get_running_loop())
+    try:
+        known, app, client = args.as_client(args, runtime, Target('verify', text='verify'))
+        app.close()
+
+        async def answer() -> tuple[int, bytes]:
+            async with asking(client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
+                              '/localtunnel.py') as (connection, response):
+                return response.status, await read_answer(connection, response, MAX_SCRIPT)
+        try:
+            status, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
+        except (Disconnected, BadHttp, OSError, asyncio.TimeoutError) as e:
+            raise LocaltunnelError(explain(e, str(known.address))) from e
+    finally:
+        await runtime.close()
+    if status != 200 or len(script) > MAX_SCRIPT:
+        said = printable(script[:SHOWN].decode(errors='replace').strip())
+        raise LocaltunnelError(f'{known.address} hands out no script, but says: {said}')
+    return script
+
+
+class Verifying(Annex):
+    """The command `verify`."""
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('verify', epilog=VERIFY_EPILOG,
+                     help="compare a server's script with this file")
+        parser.add_argument('server', metavar='URL', help='the server')
+        parser.add_argument('--ca', metavar='FILE', help='also trust this authority')
+        parser.add_argument('--pin', metavar='SHA256', help='accept only this certificate of it')
+        parser.set_defaults(run=self.verify, token='none')      # and of ours none is asked for
+
+    @staticmethod
+    def verify(args: Args) -> int:
+        """Do what ARGS say; return the exit code."""
+        ours, args.server = original(), re.sub(r'(?<!/)/(localtunnel[.]py)?$', '', args.server)
+        script = asyncio.run(script_of(args))
+        theirs, digest = STAMPED.sub(UNSTAMPED, script, count=1), digest_of(ours)
+        if theirs == ours:
+            stamp = STAMPED.search(script)
+            address = stamp.group().decode().split("'")[1] if stamp else ''
+            print_line(f'{args.server} hands out this file, and the address in it is '
+                       f'{address or "none"}; SHA-256 {digest}')
+            return 0
+        pairs = itertools.zip_longest(*(text.splitlines(keepends=True) for text in (ours, theirs)))
+        number, lines = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
+        here, there = (printable((line or b'(none)').decode(errors='replace').rstrip('\n')[:SHOWN])
+                       for line in lines)
+        print_line(f'{args.server} hands out another file; the first line that differs is {number}:'
+                   f'\n  here   {here}\n  there  {there}\n'
+                   f'SHA-256 here   {digest}\nSHA-256 there  {digest_of(theirs)}')
+        return 1
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
+#
+# The tokens of a server by user, each with its limits: a line each, or the hash of one.
+# ------------------------------------------------------------------------------------------------
+
+MEMBERS = 'members'             # a token file in the state folder, for those who are invited
+DATE = re.compile('[0-9T:-]{10,}')
+
+
+def make_grant(user: str, digest: str, words: Sequence[str]) -> Grant:
+    """What WORDS allow: names=GLOB,... ports=A-B tunnels=N since=DATE expires=DATE.
+
+    Raises ValueError.
+    """
+    rules: dict[str, Any] = {}
+    for word in words:
+        key, _, value = word.partition('=')
+        if key == 'names' and value:
+            rules[key] = value.lower().split(',')
+        elif key == 'ports':
+            rules[key] = port_range(value)
+        elif key == 'tunnels' and re.fullmatch('[0-9]{1,9}', value):
+            rules[key] = int(value)
+        elif key in ('since', 'expires') and DATE.fullmatch(value):
+            rules[key] = datetime.datetime.fromisoformat(value).timestamp()
+        else:       # the word itself is not repeated: it may be part of a secret
+            raise ValueError('after USER TOKEN only names=GLOB,... ports=A-B tunnels=N '
+                             'expires=2027-01-31 may follow')
+    return Grant(user, digest, **rules)
+
+
+HASHED = 'sha256:'              # before a token of which only the hash is kept
+
+
+def parse_grant(line: str) -> Grant | None:
+    """Return what a LINE of a token file allows; None if it is empty.  Raises ValueError."""
+    words = line.split('#')[0].split()
+    if not words:
+        return None
+    if len(words) < 2 or '=' in words[0]:
+        raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
+                         '[expires=...]')
+    if not words[1].startswith(HASHED):
+        return make_grant(words[0], digest_of(check_token(words[1])), words[2:])
+    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
+        raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
+    return make_grant(words[0], words[1][len(HASHED):], words[2:])
+
+
+class TokenFiles(Source):
+    """The token files of a server, whose tokens count beside those that it was given."""
+    what = 'tokens'
+
+    def __init__(self, tokens: Tokens, path: str, members: str = '') -> None:
+        """The file at PATH must be there, the one at MEMBERS may.  Raises UsageError."""
+        self.paths, self._members = [p for p in (path, members) if p], members
+        self._tokens, self._given = tokens, tokens.grants
+        error = self.reload()
+        if error:
+            raise UsageError(error)
+
+    def reload(self) -> str | None:
+        grants = list(self._given)
+        self._stamps = [stamp_of(path) for path in self.paths]
+        for path in self.paths:
+            if path != self._members or os.path.exists(path):
+                try:
+                    grants += self._read(path)
+                except (OSError, ValueError, OverflowError) as e:
+                    return f"can't use the token file {path}: {plainly(e)}"
+        self._tokens.take(grants)
+        return None
+
+    def changed(self) -> bool:
+        return [stamp_of(path) for path in self.paths] != self._stamps
+
+    @staticmethod
+    def _read(path: str) -> Iterator[Grant]:
+        with open(path, encoding='utf-8-sig') as f:
+            for number, line in enumerate(f, 1):
+                try:
+                    grant = parse_grant(line)
+                except (ValueError, UsageError) as e:
+                    raise ValueError(f'line {number}: {e}') from e
+                if grant:
+                    yield grant
+
+
+# ------------------------------------------------------------------------------------------------
+# 33. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -9572,7 +9813,12 @@ examples:
 
 
 class Invitations(Annex):
-    """`invite`, and what a server writes for it."""
+    """Token files, and `invite`: what a server reads and writes for it."""
+    title = 'users and their tokens'
+    _files: TokenFiles          # of the server that runs
+
+    def server_options(self, add: Add) -> None:
+        add('--token-file', metavar='FILE', help='file of tokens, one per line (see below)')
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         parser = add('invite', help='let someone use your server', epilog=INVITE_EPILOG,
@@ -9641,13 +9887,19 @@ class Invitations(Annex):
                       'server can only hand it out over http, where others could change it.']
         return '\n'.join(lines)
 
+    async def at_server(self, args: Args, server: Server) -> None:
+        tokens = server.admission.tokens
+        members = '' if tokens.open else os.path.join(args.state, MEMBERS)
+        self._files = TokenFiles(tokens, args.token_file or '', members)
+        args.sources.all.append(self._files)
+
     async def run(self, args: Args, server: Server) -> None:
         """Write what `invite` needs, and go on writing who was seen."""
         tokens, (address, pin) = server.admission.tokens, args.entrance
         seen = read_seen(args.state)
         try:
             served = {'address': address, 'pin': pin, 'open': tokens.open,
-                      'files': [os.path.abspath(path) for path in tokens.paths]}
+                      'files': [os.path.abspath(path) for path in self._files.paths]}
             write_secret(os.path.join(args.state, SERVED), json.dumps(served).encode())
             if not tokens.open:
                 server.log.note('to invite others: ' + invite_command(args.state))
@@ -9678,7 +9930,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Exchanges
+# 34. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10457,7 +10709,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector's page
+# 35. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -10991,7 +11243,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Inspector
+# 36. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11300,7 +11552,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Logs and replay
+# 37. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -11782,7 +12034,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Words from elsewhere
+# 38. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -11924,7 +12176,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Error pages
+# 39. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -11998,7 +12250,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Setting up
+# 40. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12089,15 +12341,6 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
-def program() -> bytes:
-    """This file, as if no server had handed it out.  Raises UsageError."""
-    try:
-        return b"STAMPED_SERVER = ''".join(own_source())
-    except (OSError, ValueError, AttributeError) as e:
-        raise UsageError('this came through a pipe, so there is nothing to copy; save it as a file '
-                         'first, with curl -O') from e
-
-
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     import shlex
@@ -12112,7 +12355,7 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
             python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
-    return {PROGRAM: program(), **{name: text.encode() for name, text in texts.items()}}
+    return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
 SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
@@ -12261,7 +12504,7 @@ def start(running: bool, changed: Iterable[str]) -> None:
 def code_for(args: Args) -> str:
     """The code for the server, which runs with the options ARGS."""
     served, token = Served(SYSTEM + STATE), (args.token or [''])[0]
-    if not (args.token or args.token_file):
+    if not (args.token or getattr(args, 'token_file', None)):
         token = contents(f'{SYSTEM}{STATE}/token').decode('ascii', 'replace').strip()
     return make_code(served.address, '' if served.open else token, served.pin)
 
@@ -12461,7 +12704,7 @@ class SettingUp(Annex):
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
-        source = program()
+        source = original()
         script = REMOTELY.format(
             size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
             words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
@@ -12515,7 +12758,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Via ssh
+# 41. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -12739,7 +12982,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 38. Output
+# 42. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13028,7 +13271,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Keys
+# 43. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13132,7 +13375,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Terminal
+# 44. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13545,15 +13788,15 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Options
+# 45. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
-                            Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
-                            LandingPage(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
-                            SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (KeptLeases(), RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
+                            Acme(), Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
+                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
+                            ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -13618,8 +13861,6 @@ def server_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group('who may open tunnels').add_argument
     add('--token', action='append',
         help='token for clients (repeatable; LOCALTUNNEL_TOKEN)')
-    add('--token-file', metavar='FILE',
-        help='file of tokens, one per line (see below)')
     add('--open', action='store_true', help='let anyone open tunnels')
 
     add = parser.add_argument_group('limits').add_argument
@@ -13775,12 +14016,24 @@ examples:
   localtunnel.py server --domain t.example.com --token-file tokens"""
 
 
+class Version(argparse.Action):
+    """Prints which file this is: also a copy from a server has the digest of the original."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *typed: Any) -> None:
+        try:
+            which = f'SHA-256 {digest_of(original())}'
+        except UsageError as e:
+            which = f'SHA-256 unknown: {e}'
+        put(sys.stdout, f'localtunnel {__version__}\n{which}\n')
+        parser.exit()
+
+
 def make_parser() -> Parser:
     """Return the parser of all that a user can type."""
     form: Any = {'formatter_class': argparse.RawDescriptionHelpFormatter, 'allow_abbrev': False}
     parser = Parser(prog='localtunnel.py', epilog=EPILOG, **form,
                     description='Puts a local program on the internet under a friendly URL.')
-    parser.add_argument('--version', action='version', version=f'localtunnel {__version__}')
+    parser.add_argument('--version', action=Version, nargs=0, help='show which file this is')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
     parser.commands = commands.choices
     client_options(commands.add_parser(
@@ -13801,7 +14054,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Wiring
+# 46. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14019,9 +14272,7 @@ async def first_of(*work: Awaitable[Any]) -> Any:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    tokens = Tokens(open=True)
-    server = Server(runtime, 'localhost', tokens, Leases(tokens), Observer(), only=True,
-                    drain=LINGER)
+    server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -14104,7 +14355,7 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  **Access.encode(args.allow, args.auth, key), **wish)
+                  wants=address.wants, **Access.encode(args.allow, args.auth, key), **wish)
 
 
 def as_client(args: Args, runtime: Runtime,
@@ -14120,7 +14371,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Python
+# 47. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14429,7 +14680,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Command line
+# 48. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14663,11 +14914,9 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
     given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
     given = [check_token(token) for token in given]
     local = is_loopback(args.domain) and is_loopback(args.bind)
-    members = os.path.join(args.state, MEMBERS)
-    if given or args.token_file or args.open or local:
-        if args.open or not (given or args.token_file):
-            return Tokens(given, args.token_file, open=True), ''
-        return Tokens(given, args.token_file, members=members), ''
+    some = bool(given or getattr(args, 'token_file', None))
+    if some or args.open or local:
+        return Tokens(given, open=args.open or not some), ''
     path = os.path.join(args.state, 'token')
     if not os.path.exists(path):
         write_secret(path, secrets.token_hex(16).encode() + b'\n')
@@ -14676,7 +14925,7 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
                                        warn_once).decode('ascii').strip())
     except (OSError, ValueError, UsageError) as e:
         raise UsageError(f'{path} does not hold a token; delete it to get a new one') from e
-    return Tokens([made], members=members), made
+    return Tokens([made]), made
 
 
 def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:
@@ -14715,15 +14964,16 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
 # The server, from its start to its end.
 
 async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
-                     tokens: Tokens, leases: Leases, made: str) -> None:
+                     tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, tokens, leases, log, hold=args.hold, drain=args.drain,
+    server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
                     trusted=args.trust_proxy, only=is_address(args.domain),
                     inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
     sockets = server.doors.bind(args.bind, args.port)
+    args.sources = Sources(server)
     for annex in ANNEXES:
         await annex.at_server(args, server)
     for sock in sockets:
@@ -14738,7 +14988,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     announce(args, log, port, server.tls, made)
     log.flush()
     if hasattr(signal, 'SIGHUP'):
-        runtime.loop.add_signal_handler(signal.SIGHUP, server.reload)
+        runtime.loop.add_signal_handler(signal.SIGHUP, args.sources.reload)
     await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
     await server.admission.close()
     os.close(args.lock)         # from now on nothing is written into the folder
@@ -14760,17 +15010,13 @@ def server_command(args: Args) -> int:
     if args.port is None:
         args.port = 8080 if local else 80
     args.state = state_folder(args.state)
-    try:
+    with using(args.state):
         os.makedirs(args.state, mode=0o700, exist_ok=True)
         if not os.access(args.state, os.W_OK):
             raise PermissionError(errno.EACCES, 'Permission denied')
         args.lock = lock_folder(args.state)
         tokens, made = server_tokens(args)
-        leases = Leases(tokens, os.path.join(args.state, 'leases.json'))
-    except OSError as e:
-        raise UsageError(f'can\'t use the state folder {args.state}: {e.strerror} '
-                         f'({e.filename or args.state}); name another one with --state') from e
-    return run(run_server, args, tokens, leases, made)
+    return run(run_server, args, tokens, made)
 
 
 def command(words: Sequence[str]) -> int:

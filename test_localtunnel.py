@@ -15,7 +15,7 @@ Contents
     4 Byte streams            one contract for TCP, Unix sockets and both sides of a session
     5 Session                 streams, resets, goodbyes, pings, and coming back without a loss
     6 HTTP/1.1                heads and bodies, however their bytes arrive
-    7 Names and tokens        what a name is, who owns it, and the files that remember it
+    7 Names and tokens        what a name is, who owns it, and what a token allows
     8 Exchange                one request and its response: tried in the rooms of both ends
     9 Tunnels                 who serves which name, and who waits (in Server)
    10 Admission               who may (in Server)
@@ -23,36 +23,40 @@ Contents
    12 Places                  targets and servers as they are typed
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
-   15 Annex                   what a code has in it; for the rest see D
-   16 DNS                     what is asked about a zone, and answered
-   17 Raw TCP                 bytes both ways, and their ends
-   18 Folder and echo         what a folder shows, and what it hides
-   19 Host header             what app and visitor see of each other's address, base paths, hints
-   20 Outgoing proxy          the ways out, and what a proxy may answer
-   21 Certificates            what a server shows (in Command line)
-   22 Certificates by ACME    authorities, real and made up, and the records of a domain
-   23 Hand-over               from one process to the next (in Command line)
-   24 Operator's page         what he sees, and what he ends (in B)
-   25 Block list              what an entry is, and who is kept out
-   26 Ground                  what a look at it finds, and that it harms nobody
-   27 Doctor                  every fault is named first, and each look leaves nothing behind
-   28 Landing page            what to type, and the file itself (in Server, Command line)
-   29 Invitations             who gets in, and who no more
-   30 Exchanges               what is kept of what passes, and for how long
-   31 Inspector's page        shown by the next room
-   32 Inspector               who sees it, and how; what is sent again
-   33 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   34 Words from elsewhere    what users of other programs type
-   35 Error pages             the way and where it stops, for each thing that fails
-   36 Setting up              what is installed, and how another machine is talked to
-   37 Via ssh                 how services are asked, and what ends it
-   38 Output                  programs, and those who read slowly what they write
-   39 Keys                    what is typed while a tunnel runs
-   40 Terminal                what a person sees
-   41 Options                 what can be typed
-   42 Wiring                  the key; which server, which token (in Command line)
-   43 Python                  a tunnel inside another program, and its options as keywords
-   44 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   15 Files                   what is kept on disk (in Kept leases, Command line)
+   16 Annex                   what a code has in it; for the rest see D
+   17 DNS                     what is asked about a zone, and answered
+   18 Kept leases             what of them survives a server, a crash and a full disk
+   19 Raw TCP                 bytes both ways, and their ends
+   20 Folder and echo         what a folder shows, and what it hides
+   21 Host header             what app and visitor see of each other's address, base paths, hints
+   22 Outgoing proxy          the ways out, and what a proxy may answer
+   23 Certificates            what a server shows (in Command line)
+   24 Certificates by ACME    authorities, real and made up, and the records of a domain
+   25 Hand-over               from one process to the next (in Command line)
+   26 Operator's page         what he sees, and what he ends (in B)
+   27 Block list              what an entry is, and who is kept out
+   28 Ground                  what a look at it finds, and that it harms nobody
+   29 Doctor                  every fault is named first, and each look leaves nothing behind
+   30 Landing page            what to type, and the file itself (in Server, Command line)
+   31 Verifying               what a server hands out, and this file
+   32 Token files             what a line of them may be; for the rest see Server
+   33 Invitations             who gets in, and who no more
+   34 Exchanges               what is kept of what passes, and for how long
+   35 Inspector's page        shown by the next room
+   36 Inspector               who sees it, and how; what is sent again
+   37 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   38 Words from elsewhere    what users of other programs type
+   39 Error pages             the way and where it stops, for each thing that fails
+   40 Setting up              what is installed, and how another machine is talked to
+   41 Via ssh                 how services are asked, and what ends it
+   42 Output                  programs, and those who read slowly what they write
+   43 Keys                    what is typed while a tunnel runs
+   44 Terminal                what a person sees
+   45 Options                 what can be typed
+   46 Wiring                  the key; which server, which token (in Command line)
+   47 Python                  a tunnel inside another program, and its options as keywords
+   48 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2451,14 +2455,6 @@ class TokenTest(unittest.TestCase):
         self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
         self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
 
-    def test_a_file_may_have_hashes_in_it(self):
-        for line in (f'ana sha256:{lt.digest_of("T")} since=2026-11-26',
-                     'ana T names=a # sha256:'):
-            self.assertEqual(lt.parse_grant(line).digest, lt.digest_of('T'))
-        for line in 'ana sha256:', 'ana sha256:abc', 'ana sha256:' + 'A' * 64, 'ana', 'a=b c':
-            with self.subTest(line), self.assertRaises(ValueError):
-                lt.parse_grant(line)
-
     def test_an_open_server_lets_everybody_in(self):
         self.assertTrue(lt.Tokens(open=True).find('', 0))
         self.assertFalse(lt.Tokens().find('', 0))
@@ -2490,141 +2486,66 @@ class FolderTest(unittest.TestCase):
         return self.path(name)
 
 
-class LeaseTest(FolderTest):
-
-    def leases(self, tokens=('t',)):
-        return lt.Leases(lt.Tokens(tokens), self.path('leases.json'))
-
+class LeaseTest(unittest.TestCase):
     TOKEN = lt.digest_of('t')
 
-    @staticmethod
-    def save(leases, changes):
-        if changes:
-            leases.write(changes)
-            leases.make(changes)
+    def setUp(self):
+        self.book = lt.Leases(lt.Tokens(['t']))
 
-    def claim(self, leases, *args):
-        self.save(leases, leases.claim(*args))
+    def claim(self, *args):
+        self.book.make(self.book.claim(*args))
 
-    def release(self, leases, *args):
-        self.save(leases, leases.release(*args))
+    def release(self, *args):
+        self.book.make(self.book.release(*args))
 
     def test_the_first_to_come_has_the_name(self):
-        leases = self.leases()
-        self.assertIsNone(leases.owner('app', 0))
-        self.claim(leases, 'app', 'me', self.TOKEN, 0)
-        self.claim(leases, 'app', 'me', self.TOKEN, 1)
+        self.assertIsNone(self.book.owner('app', 0))
+        self.claim('app', 'me', self.TOKEN, 0)
+        self.claim('app', 'me', self.TOKEN, 1)
         with self.assertRaises(lt.Refused) as caught:
-            self.claim(leases, 'app', 'you', self.TOKEN, 1)
+            self.claim('app', 'you', self.TOKEN, 1)
         self.assertEqual((caught.exception.status, caught.exception.code), (409, 'name_taken'))
 
-    def test_leases_survive_the_server(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.assertEqual(self.leases().owner('app', 6), 'me')
-
-    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
-    def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        for name in 'leases.json.journal', 'leases.json':
-            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
-            self.assertEqual(os.listdir(self.folder), [name])
-            self.leases()       # whoever starts makes one file of both
-
-    def test_a_change_costs_the_same_however_many_leases_there_are(self):
-        leases, written, sync = self.leases(), [], os.fsync
-        with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
-                written.append(os.fstat(f).st_size), sync(f))):
-            for n in range(300):
-                self.claim(leases, f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
-        self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
-        self.assertEqual(os.listdir(self.folder), ['leases.json.journal'])
-        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):    # more lines than leases
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-        self.assertEqual(os.listdir(self.folder), ['leases.json'])
-        self.assertEqual(len(self.leases()._leases), 301)
-
-    def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
-        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
-        with open(self.path('leases.json.journal'), 'a') as f:
-            f.write('{"new": {"owner"')
-        leases = self.leases()
-        self.assertEqual((leases.owner('old', 6), leases.owner('new', 6)), ('me', None))
-        self.write('leases.json.journal', '{"new": {"owner"\n')
-        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
-            self.leases()
-
     def test_one_token_has_a_limit_however_many_owners_come_with_it(self):
-        leases = self.leases()
         with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
             for n in range(3):
-                self.claim(leases, f'app{n}', f'me{n}', self.TOKEN, 5)
+                self.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
             with self.assertRaises(lt.Refused):
-                self.claim(leases, 'more', 'me', self.TOKEN, 5)
-            self.release(leases, 'app0', 'me0', 5)
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-
-    def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
-        self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
-        self.claim(self.leases(), 'app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+                self.claim('more', 'me', self.TOKEN, 5)
+            self.release('app0', 'me0', 5)
+            self.claim('more', 'me', self.TOKEN, 5)
 
     def test_a_name_that_was_given_back_is_free(self):
-        leases = self.leases()
-        self.claim(leases, 'app', 'me', self.TOKEN, 5)
+        self.claim('app', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            self.release(leases, 'app', 'you', 6)
-        self.release(leases, 'app', 'me', 6)
-        self.assertIsNone(self.leases().owner('app', 6))
+            self.release('app', 'you', 6)
+        self.release('app', 'me', 6)
+        self.assertIsNone(self.book.owner('app', 6))
 
     def test_one_owner_has_no_more_than_twenty(self):
-        leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
         with self.assertRaises(lt.Refused):
-            self.claim(leases, 'more', 'me', self.TOKEN, 5)
-        self.claim(leases, 'app0', 'me', self.TOKEN, 90000)
-        self.claim(leases, 'more', 'you', self.TOKEN, 5)
+            self.claim('more', 'me', self.TOKEN, 5)
+        self.claim('app0', 'me', self.TOKEN, 90000)
+        self.claim('more', 'you', self.TOKEN, 5)
 
     def test_leases_of_long_ago_do_not_count(self):
-        leases = self.leases()
         for n in range(lt.MAX_LEASES):
-            self.claim(leases, f'app{n}', 'me', self.TOKEN, 5)
-        self.claim(leases, 'more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
+        self.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
 
-    def test_a_damaged_file_is_an_error_that_names_it(self):
-        for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
-                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}', '[' * 100000,
-                     *('{"leases": {"%s": {"owner": "o", "token": "t", "used": %s}}}' % pair
-                       for pair in (('app', '"5"'), ('app', '1e999'), ('app', 'true'),
-                                    ('app', '-1'), ('tcp:x', '5'), ('a b', '5')))):
-            with self.subTest(text):
-                with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
-                    f.write(text)
-                with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
-                    self.leases().owner('app', 6)
-
-    @unittest.skipUnless(POSIX, 'needs symbolic links')
-    def test_a_link_that_was_planted_beside_it_is_not_followed(self):
-        for name in f'leases.json.{os.getpid()}.new', 'leases.json':
-            os.symlink(self.write('theirs', 'theirs'), self.path(name))
-        os.unlink(self.path('leases.json'))
-        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
-        self.leases()
-        with open(self.path('theirs')) as f:
-            self.assertEqual(f.read(), 'theirs')
-
-    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
-        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
-        for name in ('open', 'fsync'):
-            with self.subTest(name):
-                leases = self.leases()
-                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
-                    for _ in range(2):      # and one that is not on disk is not given
-                        with self.assertRaises((OSError, lt.Refused)):
-                            self.claim(leases, 'new', 'me', self.TOKEN, 5)
-                again = self.leases()
-                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
+    def test_facts_of_annexes_go_with_the_lease_until_another_owner_has_it(self):
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # nobody has it
+        self.claim('app', 'me', self.TOKEN, 5)
+        self.book.make(self.book.note('app', keep='POST /hook'))
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # it is known
+        self.book.make(self.book.note('app', signed='yes'))
+        self.claim('app', 'me', self.TOKEN, 5 + lt.DAY)
+        self.assertEqual(self.book.by_name['app'], (
+            'me', self.TOKEN, 5 + lt.DAY, {'keep': 'POST /hook', 'signed': 'yes'}))
+        self.claim('app', 'you', self.TOKEN, 6 + lt.DAY, True)
+        self.assertEqual(self.book.by_name['app'].facts, {})
 
 
 class AccessTest(unittest.TestCase):
@@ -2729,17 +2650,23 @@ class WorldTest(LoopTest):
         self.log, self.server, self.apps, self.clients, self.peers = Everything(), None, [], [], []
         self.listening = []         # sockets
 
-    async def world(self, tokens=(), domain='localhost', **options):
-        self.tokens = tokens if isinstance(tokens, lt.Tokens) else lt.Tokens(
-            tokens, open=not tokens)
-        self.leases = lt.Leases(self.tokens)
+    async def world(self, tokens=(), domain='localhost', token_file='', **options):
+        self.tokens = lt.Tokens(tokens, open=not (tokens or token_file))
+        self.token_file = token_file
+        self.leases = None
         self.stack.push_async_callback(self.end_of_the_world)
         await self.new_server(domain, **options)
 
     async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
-        self.server = lt.Server(self.runtime, domain, self.tokens, self.leases, self.log, **options)
+        self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
+        self.sources = lt.Sources(self.server)
+        if self.token_file:
+            self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
+        if self.leases:         # of the server before
+            self.server.admission.leases = self.leases
+        self.leases = self.server.admission.leases
         lt.TcpPorts(self.server, host, ports)
         self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
         self.port = self.door = await self.listen(port)
@@ -3197,6 +3124,25 @@ class AdmissionTest(WorldTest):
             await first.running
         self.assertTrue((await self.client(1, name='app', key=bytes(32))).url)
 
+    async def test_what_a_client_wants_beside_the_tunnel_is_checked_or_refused(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants, status, word in (
+                ({'extra': 7}, 101, ''), ({}, 101, ''), ({'extra': 'x'}, 400, 'bad_hello'),
+                ({'extra': None}, 400, 'bad_hello'), ({'other': 7}, 403, 'not_offered'),
+                (['extra'], 400, 'bad_hello'), (7, 400, 'bad_hello')):
+            with self.subTest(wants=wants):
+                _, got, told = await self.hello(wants=wants)
+                self.assertEqual((got, told.get('error', '')), (status, word))
+
+    async def test_those_who_share_a_name_want_the_same(self):
+        await self.world()
+        self.server.admission.offers['extra'] = int
+        for wants in {'extra': 7}, {'extra': 7}, {'extra': 8}:
+            await self.hello(name='app', share=True, wants=wants)
+        tunnel = self.server.tunnels.get('app')
+        self.assertEqual([m.hello.wants for m in tunnel.members], [{'extra': 8}])
+
     async def test_whoever_may_not_replace_one_member_replaces_none(self):
         await self.world()
         old, new = {'share': True, 'started': 1.0}, {'share': True, 'started': 9.0}
@@ -3222,7 +3168,7 @@ class AdmissionTest(WorldTest):
         await self.world(max_tunnels=1)
         self.assertEqual((await self.hello(name='one'))[1], 101)
         self.assertEqual((await self.hello(name='two'))[1], 429)
-        self.assertEqual(list(self.leases._leases), ['one'])
+        self.assertEqual(list(self.leases.by_name), ['one'])
 
     async def test_one_proof_has_a_tunnel_of_each_kind_and_the_operator_ends_both(self):
         sock, = lt.bind('127.0.0.1', 0)
@@ -3234,7 +3180,7 @@ class AdmissionTest(WorldTest):
         names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server, None).tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
-        self.assertEqual((self.server.tunnels.members(), self.leases._leases), ([], {}))
+        self.assertEqual((self.server.tunnels.members(), self.leases.by_name), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
         for address, block in {'192.0.2.1': '192.0.2.1', '2001:db8::1': '2001:db8::/64',
@@ -3252,22 +3198,45 @@ class AdmissionTest(WorldTest):
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_the_log_tells_what_became_of_each_tunnel(self):
-        await self.world()
-        await self.hello(name='app')
-        await self.hello(name='app', started=2, version='9\x1b' * 99)
-        await self.hello(name='app', proof='44' * 32)
+        await self.world(tokens=['letmein'])
+        for words in ({}, {'started': 2, 'version': '9 user=root\x1b' * 99},
+                      {'name': 'x\n"' * 99}, {'token': 'wrong', 'version': '1.0'}):
+            await self.hello(**{'token': 'letmein', 'name': 'app', **words})
         await self.server.admission.end('app', False, 'the operator says so')
         first, second = self.log.events('opened')
-        self.assertEqual((first['name'], first['client'], first['version']),
-                         ('app', '127.0.0.1', ''))
-        self.assertEqual(second['version'], '9?' * (lt.MAX_VERSION // 2))
+        whose = {'name': 'app', 'user': '', 'client': '127.0.0.1', 'version': ''}
+        self.assertEqual(first, {'event': 'opened', 'url': 'http://app.localhost', **whose,
+                                 'reason': ''})
+        self.assertEqual(second, {**first, 'version': '9?user?root?9?user?root?'[:lt.MAX_VERSION]})
         for event, facts, reason in (
                 ('taken_over', first, 'a client at 127.0.0.1 was started later'),
                 ('ended', second, 'the operator says so')):
             self.assertEqual(self.log.events(event), [{**facts, 'event': event, 'reason': reason}])
-        refused, = self.log.events('refused')
-        self.assertEqual((refused['name'], refused['client'], refused['reason']),
-                         ('app', '127.0.0.1', 'name_taken'))
+        self.assertEqual(self.log.events('refused'), [
+            {**first, 'event': 'refused', 'url': '', **words} for words in (
+                {'name': 'x?"' * 21, 'reason': 'bad_name'},
+                {'version': '1.0', 'reason': 'token'})])
+
+    async def test_the_log_tells_that_the_server_has_closed_a_tunnel(self):
+        await self.world()
+        await self.hello(name='app')
+        await self.server.stop()
+        await eventually(lambda: self.log.events('closed'))
+        closed, = self.log.events('closed')
+        self.assertEqual((closed['name'], closed['reason']), ('app', 'the server is shutting down'))
+
+    async def test_the_log_tells_which_name_was_given_back_and_by_whom(self):
+        await self.world()
+        await self.hello(name='app', version='1.0')
+        await self.hello(name='app', version='1.0', started=2, release=True)
+        self.assertEqual((await self.hello(name='app', version='1.0'))[1], 101)
+        self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
+        await self.server.admission.end('app', True, 'the operator says so')
+        theirs, ours = self.log.events('released')
+        self.assertEqual((theirs['name'], theirs['client'], theirs['version'], theirs['reason']),
+                         ('app', '127.0.0.1', '1.0', 'the name was given back'))
+        self.assertEqual((ours['name'], ours['client'], ours['reason']),
+                         ('app', '', 'the operator says so'))
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
         socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
@@ -3277,7 +3246,8 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=ports, host='127.0.0.1')
         given = []
         for n in range(3):
-            self.leases._leases.get(f'tcp:{given[0]}' if n else '', {})['used'] = n  # the oldest
+            for name, lease in tuple(self.leases.by_name.items()):      # the first is the oldest
+                self.leases.make({name: lease._replace(used=given.index(int(name[4:])))})
             _, status, told = await self.hello(kind='tcp', proof=f'{n}{n}' * 32)
             given.append(int(told['url'].rpartition(':')[2]))
             if n < 2:
@@ -3307,7 +3277,7 @@ class AdmissionTest(WorldTest):
             told = await asyncio.gather(*(
                 self.hello(kind='tcp', proof='77' * 32, instance=i * 16) for i in instances))
             self.assertEqual({t['url'] for _, _, t in told}, {told[0][2]['url']}, told)
-        self.assertEqual(len(self.leases._leases), 1)
+        self.assertEqual(len(self.leases.by_name), 1)
 
     async def test_what_is_refused_and_what_is_guessed_is_not_remembered(self):
         await self.world(tokens=['one'], hold=PATIENCE)
@@ -3349,7 +3319,7 @@ class AdmissionTest(WorldTest):
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
-        self.assertEqual(list(self.leases._leases), ['a'])
+        self.assertEqual(list(self.leases.by_name), ['a'])
         there = self.server.tunnels.members()[0].session
         resume = {'session': told['session'], 'received': there.unacknowledged.sent}
         _, status, again = await self.hello(resume=resume, **words)
@@ -3448,7 +3418,9 @@ class SlowDiskTest(WorldTest):
         with lt.bind('127.0.0.1', 0)[0] as sock:
             self.public = sock.getsockname()[1]
         await super().world(tcp_ports=[self.public], host='127.0.0.1', **options)
-        self.leases.path, self.leases.write = 'leases.json', write
+        journal = lt.Journal(self.leases, os.path.join(os.devnull, 'leases.json'))
+        journal.write = write
+        self.leases.keepers.append(journal.keep)
         self.asked = []
 
     async def ask(self, **words):
@@ -3475,7 +3447,7 @@ class SlowDiskTest(WorldTest):
             late = await self.ask(**words)
             self.go.set()
             self.assertEqual([(await task)[1] for task in (waiting, late)], [101, told])
-            self.assertEqual(list(self.leases._leases), ['a'])
+            self.assertEqual(list(self.leases.by_name), ['a'])
             await self.server.admission.end('a', True, 'the test')
             self.go.clear()
             self.writing.clear()
@@ -3487,7 +3459,7 @@ class SlowDiskTest(WorldTest):
             _, status, told = await self.hello(**words)
             self.assertEqual((status, told['error']), (503, 'state'))
             self.assertIn('No space', told['message'])
-        self.assertEqual((list(self.server.tunnels), self.leases._leases), ([], {}))
+        self.assertEqual((list(self.server.tunnels), self.leases.by_name), ([], {}))
         self.fails = None
         for words in {'name': 'a'}, {'kind': 'tcp'}:
             self.assertEqual((await self.hello(**words))[1], 101)
@@ -3533,6 +3505,42 @@ class SlowDiskTest(WorldTest):
         self.assertEqual([list(changes) for changes in self.written], [['a']])
         with self.assertRaises(lt.Refused):     # nor is a lease freed for the successor
             await self.server.admission.end('a', True, 'the test')
+
+
+class AskTest(WorldTest):
+    """The server itself asks an app."""
+    HEAD = b'POST /in HTTP/1.1\r\nHost: app\r\nContent-Length: 200000\r\n\r\n'
+
+    async def asks(self, *message):
+        visitor = lt.Visitor((await self.connections())[0])
+        try:
+            return (await lt.ask_app(self.server, 'app', visitor, message)).status
+        except lt.HopFailed as e:
+            return e.status
+        finally:
+            self.assertTrue(visitor.idle)
+
+    async def test_the_app_has_the_whole_message_whatever_visitors_need(self):
+        app, _ = await self.through(ok(b'x' * 4 * lt.MAX_HEAD), name='app', auth=['ana:secret'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(100000), bytes(100000)), 200)
+        body = app.requests[0].partition(b'\r\n\r\n')[2]
+        self.assertEqual(body, bytes(200000))
+
+    async def test_an_app_may_answer_before_it_has_read_all(self):
+        async def answer(head, reader, writer):
+            writer.write(b'HTTP/1.1 413 No\r\nConnection: close\r\nContent-Length: 0\r\n\r\n')
+        await self.through(answer, name='app')
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 413)
+
+    async def test_limits_and_addresses_hold_as_for_visitors(self):
+        await self.through(name='app', allow=['192.0.2.1'])
+        self.assertEqual(await self.asks(self.HEAD, bytes(200000)), 403)
+        await self.leaves(self.clients.pop())
+        self.assertEqual(await self.asks(self.HEAD), 503)
+        await self.end_of_the_world()
+        await self.new_server(rate=0.001)
+        await self.client(await self.app(), name='app')
+        self.assertEqual([await self.asks(self.HEAD, bytes(200000)) for _ in range(2)], [200, 429])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4340,7 +4348,12 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Annex
+# 15. Files
+# ------------------------------------------------------------------------------------------------
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Annex
 # ------------------------------------------------------------------------------------------------
 
 class CodeTest(unittest.TestCase):
@@ -4392,7 +4405,7 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. DNS
+# 17. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4544,7 +4557,109 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Raw TCP
+# 18. Kept leases
+# ------------------------------------------------------------------------------------------------
+
+class JournalTest(FolderTest):
+    TOKEN = lt.digest_of('t')
+
+    def leases(self, tokens=('t',)):
+        """The book of a server that starts here."""
+        leases = lt.Leases(lt.Tokens(tokens))
+        self.journal = lt.Journal(leases, self.path('leases.json'))
+        return leases
+
+    def claim(self, leases, *args):
+        changes = leases.claim(*args)
+        self.journal.write(changes)
+        leases.make(changes)
+
+    def test_leases_survive_the_server(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.assertEqual(self.leases().owner('app', 6), 'me')
+
+    def test_facts_of_annexes_survive_it_too(self):
+        leases = self.leases()
+        self.claim(leases, 'app', 'me', self.TOKEN, 5)
+        self.journal.write(leases.note('app', keep='POST /hook'))
+        self.assertEqual(self.leases().by_name['app'].facts, {'keep': 'POST /hook'})
+        self.assertEqual(self.leases().by_name['app'].facts, {'keep': 'POST /hook'})    # compacted
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_the_file_is_for_its_user_alone_and_holds_no_secret(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        for name in 'leases.json.journal', 'leases.json':
+            self.assertEqual(os.stat(self.path(name)).st_mode & 0o777, 0o600)
+            self.assertEqual(os.listdir(self.folder), [name])
+            self.leases()       # whoever starts makes one file of both
+
+    def test_a_change_costs_the_same_however_many_leases_there_are(self):
+        leases, written, sync = self.leases(), [], os.fsync
+        with unittest.mock.patch.object(lt.os, 'fsync', lambda f: (
+                written.append(os.fstat(f).st_size), sync(f))):
+            for n in range(300):
+                self.claim(leases, f'app{n:04}', f'me{n:04}', self.TOKEN, 5)
+        self.assertEqual({b - a for a, b in zip(written, written[1:])}, {written[0]})
+        self.assertEqual(os.listdir(self.folder), ['leases.json.journal'])
+        with unittest.mock.patch.object(lt, 'JOURNAL_LINES', 1):    # more lines than leases
+            self.claim(leases, 'more', 'me', self.TOKEN, 5)
+        self.assertEqual(os.listdir(self.folder), ['leases.json'])
+        self.assertEqual(len(self.leases().by_name), 301)
+
+    def test_a_journal_whose_last_line_was_cut_off_is_taken_and_a_damaged_one_is_not(self):
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
+        with open(self.path('leases.json.journal'), 'a') as f:
+            f.write('{"new": {"owner"')
+        leases = self.leases()
+        self.assertEqual((leases.owner('old', 6), leases.owner('new', 6)), ('me', None))
+        self.write('leases.json.journal', '{"new": {"owner"\n')
+        with self.assertRaisesRegex(lt.UsageError, 'damaged'):
+            self.leases()
+
+    def test_a_lease_ends_with_its_token_or_a_year_after_last_use(self):
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.assertIsNone(self.leases(tokens=('other',)).owner('app', 6))
+        self.assertIsNone(self.leases().owner('app', 6 + lt.LEASE_SECONDS))
+        self.claim(self.leases(), 'app', 'you', self.TOKEN, 6 + lt.LEASE_SECONDS)
+
+    def test_a_damaged_file_is_an_error_that_names_it(self):
+        for text in ('', '{', '[]', '{}', '\udce9', '{"leases": 5}', '{"leases": []}',
+                     '{"leases": {"app": 5}}', '{"leases": {"app": {}}}', '[' * 100000,
+                     '{"leases": {"a": {"owner": "", "token": "", "used": 1, "facts": {"b": 2}}}}',
+                     *('{"leases": {"%s": {"owner": "o", "token": "t", "used": %s}}}' % pair
+                       for pair in (('app', '"5"'), ('app', '1e999'), ('app', 'true'),
+                                    ('app', '-1'), ('tcp:x', '5'), ('a b', '5')))):
+            with self.subTest(text):
+                with open(self.path('leases.json'), 'w', errors='surrogateescape') as f:
+                    f.write(text)
+                with self.assertRaisesRegex(lt.UsageError, 'leases.json is damaged'):
+                    self.leases().owner('app', 6)
+
+    @unittest.skipUnless(POSIX, 'needs symbolic links')
+    def test_a_link_that_was_planted_beside_it_is_not_followed(self):
+        for name in f'leases.json.{os.getpid()}.new', 'leases.json':
+            os.symlink(self.write('theirs', 'theirs'), self.path(name))
+        os.unlink(self.path('leases.json'))
+        self.claim(self.leases(), 'app', 'me', self.TOKEN, 5)
+        self.leases()
+        with open(self.path('theirs')) as f:
+            self.assertEqual(f.read(), 'theirs')
+
+    def test_a_write_that_is_interrupted_never_loses_the_old_file(self):
+        self.claim(self.leases(), 'old', 'me', self.TOKEN, 5)
+        for name in ('open', 'fsync'):
+            with self.subTest(name):
+                leases = self.leases()
+                with unittest.mock.patch.object(lt.os, name, side_effect=OSError(28, 'full')):
+                    for _ in range(2):      # and one that is not on disk is not given
+                        with self.assertRaises((OSError, lt.Refused)):
+                            self.claim(leases, 'new', 'me', self.TOKEN, 5)
+                again = self.leases()
+                self.assertEqual((again.owner('old', 5), again.owner('new', 5)), ('me', None))
+
+
+# ------------------------------------------------------------------------------------------------
+# 19. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4643,7 +4758,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Folder and echo
+# 20. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -4953,7 +5068,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Host header
+# 21. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5238,7 +5353,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Outgoing proxy
+# 22. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5316,7 +5431,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Certificates
+# 23. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5335,7 +5450,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Certificates by ACME
+# 24. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -5424,7 +5539,7 @@ class AcmeTest(FolderTest, WorldTest):
             '--bind', self.where, '--state', self.folder, '--dns-port', str(self.dns_port),
             '--dns-bind', '127.0.0.1', '--resolver', f'127.0.0.1:{self.resolver}', '--acme-ca',
             self.write('ca.pem', CERTIFICATE), '--acme-directory', self.directory, *options])
-        args.port = self.port
+        args.port, args.sources = self.port, self.sources
         return args
 
     async def acme(self, *options, domain='t.example'):
@@ -5576,7 +5691,7 @@ class PebbleTest(AcmeTest):
         kept, _ = await self.by_tls(name, self.root)
         seen = {first}
         with unittest.mock.patch.object(lt, 'time', Later(2000)):
-            self.server.reload()
+            self.sources.reload()
             while len(seen) < 3:
                 peer, shown = await self.by_tls(name, self.root)
                 for visitor in peer, kept:
@@ -5613,9 +5728,9 @@ class PebbleTest(AcmeTest):
             await self.said(r'^certificate: https://localhost:\d+/dir did not accept the proof: .*'
                             r'; trying again in 1 min, or at once on SIGHUP$')
             for minutes in 10, 100, 1440:
-                self.server.reload()
+                self.sources.reload()
                 await self.said(f'trying again in {minutes} min')
-        self.server.reload()
+        self.sources.reload()
         await self.said('^certificate: 4 proofs have failed within an hour; trying again in 1440')
         self.assertEqual(self.server.counters['certificate_failures'], 5)
         await self.forget(self.keeping)
@@ -5623,7 +5738,7 @@ class PebbleTest(AcmeTest):
             await self.annex.at_server(args := self.args(), self.server)
             self.keeping = self.meanwhile(self.annex.run(args, self.server))
             await self.said('^certificate: 4 proofs .* trying again in 1380 min', 1)  # as before
-            self.server.reload()
+            self.sources.reload()
             await self.said('we got is not valid by the clock of this machine .*; set it right')
 
     @unittest.skipUnless(hasattr(signal, 'SIGSTOP'), 'needs signals')
@@ -5635,7 +5750,7 @@ class PebbleTest(AcmeTest):
                 await self.said('^certificate: .*/dir does not answer; trying again in 1 min')
         finally:
             self.pebble.send_signal(signal.SIGCONT)
-        self.server.reload()
+        self.sources.reload()
         await self.said('https works for t.example')
 
     @unittest.skipUnless(hasattr(signal, 'SIGUSR2'), 'needs signals')
@@ -6029,7 +6144,7 @@ class OutsideTest(AcmeTest):
         keeper = await self.keeper(domain='t.example')      # as after a restart
         await keeper._look()
         self.assertFalse(self.server.tls.names)
-        self.server.reload()
+        self.sources.reload()
         running = self.meanwhile(keeper.run())
         await eventually(lambda: self.server.tls.names)
         await self.forget(running)
@@ -6103,14 +6218,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Hand-over
+# 25. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Operator's page
+# 26. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6120,7 +6235,7 @@ class MetricsTest(FolderTest, WorldTest):
 
     async def observed(self, **options):
         """A world that is measured; its only token is Ana's."""
-        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')), **options)
+        await self.world(token_file=self.write('tokens', 'ana letmein'), **options)
         self.metrics = lt.Metrics(self.server)
         self.server.log = lt.Observers(self.log, self.metrics)
 
@@ -6223,7 +6338,7 @@ class OperatorTest(FolderTest, WorldTest):
     """What an operator, and a balancer, may ask."""
 
     async def test_tunnels_say_whose_they_are_and_what_they_carried(self):
-        await self.world(lt.Tokens(path=self.write('tokens', 'ana letmein')))
+        await self.world(token_file=self.write('tokens', 'ana letmein'))
         client = await self.client(await self.app(), token='letmein', name='shop')
         await self.visit(client)
         page = lt.OperatorPage(self.server, None)
@@ -6278,7 +6393,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Block list
+# 27. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -6314,9 +6429,10 @@ class BlockListTest(FolderTest, WorldTest):
 
     async def barred_world(self, text='', tokens='ana one\nbob two\n', **options):
         self.write('blocked', text)
-        tokens = lt.Tokens((), self.write('tokens', tokens), open=not tokens)
-        await self.world(tokens, trusted=[lt.network('127.0.0.1')], **options)
+        await self.world(token_file=tokens and self.write('tokens', tokens),
+                         trusted=[lt.network('127.0.0.1')], **options)
         self.server.tunnels.bars = lt.BlockList(self.path('blocked'), self.server, 'x@y.z')
+        self.sources.all.append(self.server.tunnels.bars)
 
     async def block(self, text):
         """Another list holds from now on."""
@@ -6436,7 +6552,7 @@ class BlockListTest(FolderTest, WorldTest):
         async def slow(asked):
             await lease(asked)
             self.write('blocked', 'name:demo # just now')
-            self.server.reload()
+            self.sources.reload()
         with unittest.mock.patch.object(self.server.admission, '_lease', slow):
             self.assertEqual((await self.refusal('one', name='demo'))[1], 'blocked')
         self.assertEqual(self.server.tunnels.members(), [])
@@ -6552,7 +6668,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Ground
+# 28. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -6691,7 +6807,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Doctor
+# 29. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7185,14 +7301,108 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Landing page
+# 30. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # It is tried where routes are, and by processes in the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Invitations
+# 31. Verifying
+# ------------------------------------------------------------------------------------------------
+
+class VerifyTest(FolderTest, LoopTest):
+
+    def setUp(self):
+        super().setUp()
+        self.ours = lt.original()
+        self.stamped = self.ours.replace(lt.UNSTAMPED, b"STAMPED_SERVER = 'https://[::1]:8'", 1)
+
+    async def verify(self, script, status='200 OK', path=''):
+        """(exit code, what was said) where a server hands out SCRIPT."""
+        async def serve(reader, writer):
+            self.asked = await reader.readuntil(b'\r\n\r\n')
+            writer.write(f'HTTP/1.1 {status}\r\nContent-Length: {len(script)}\r\n\r\n'.encode())
+            writer.write(script[:-1] if status == '200 slow' else script)
+            with contextlib.suppress(ConnectionError):
+                await reader.read()
+            writer.close()
+        host, port = await self.serves(serve)
+
+        def command():
+            with unittest.mock.patch.object(lt, 'put') as put, contextlib.redirect_stdout(
+                    io.StringIO()) as out:
+                code = lt.main(['verify', f'http://{host}:{port}{path}'])
+            return code, out.getvalue() + ''.join(call[0][1] for call in put.call_args_list)
+        return await asyncio.get_running_loop().run_in_executor(None, command)
+
+    async def test_this_file_is_the_same_with_an_address_in_it_and_without(self):
+        digest = hashlib.sha256(open_and_read(SCRIPT)).hexdigest()
+        for script, address in ((self.stamped, 'https://[::1]:8'), (self.ours, 'none')):
+            code, said = await self.verify(script)
+            self.assertEqual(code, 0)
+            self.assertRegex(said, 'this file, and the address in it is '
+                             f'{re.escape(address)}; SHA-256 {digest}\n$')
+
+    async def test_the_url_may_be_that_of_the_script(self):
+        for path in '/', '/localtunnel.py':
+            self.assertEqual((await self.verify(self.ours, path=path))[0], 0)
+            self.assertTrue(self.asked.startswith(b'GET /localtunnel.py HTTP/1.1\r\n'))
+
+    async def test_the_first_line_that_differs_is_shown_and_can_not_harm(self):
+        line = self.ours[:self.ours.index(lt.UNSTAMPED)].count(b'\n') + 1
+        for change, number, here, there in (
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '' or evil()"), line, "= ''", "= '' or evil()"),
+                ((lt.UNSTAMPED, b"STAMPED_SERVER = '\\x27'"), line, "= ''", "= '\\x27'"),
+                ((b'#!/usr/bin', b'#!\x1b]0;x\x07'), 1, '#!/usr/bin/env', '#!?]0;x?/env'),
+                ((b'sys.exit(main())\n', b'sys.exit(main())\nevil()\n'), self.ours.count(b'\n') + 1,
+                 '(none)', 'evil()')):
+            script = self.stamped if b'STAMPED' not in change[0] else self.ours
+            code, said = await self.verify(script.replace(*change, 1))
+            self.assertEqual(code, 1)
+            lines = said.splitlines()
+            self.assertRegex(lines[0], f'the first line that differs is {number}:$')
+            self.assertIn(here, lines[1])
+            self.assertIn(there, lines[2])
+            self.assertEqual((lines[3], lines[4] > 'SHA-256 there  ', said.isprintable()),
+                             (f'SHA-256 here   {lt.digest_of(self.ours)}', True, False))
+            self.assertTrue(all(map(str.isprintable, lines)))
+
+    async def test_what_is_no_script_is_told_and_too_much_or_too_slow_is_not_waited_for(self):
+        self.assertRegex((await self.verify(b'a pipe\x1b', status='404 no'))[1],
+                         r'hands out no script, but says: a pipe\?\n$')
+        with self.constant(MAX_SCRIPT=1000, SHOWN=5):
+            self.assertRegex((await self.verify(b'x' * 2000))[1], ' but says: xxxxx\n$')
+        with self.constant(SCRIPT_WITHIN=0.02):
+            code, said = await self.verify(self.ours, status='200 slow')
+        self.assertEqual(code, 1)
+        self.assertRegex(said, 'does not answer')
+
+
+# ------------------------------------------------------------------------------------------------
+# 32. Token files
+# ------------------------------------------------------------------------------------------------
+
+def tokens_of(path, members=''):
+    """The tokens of a server that reads these files."""
+    tokens = lt.Tokens()
+    lt.TokenFiles(tokens, path, members)
+    return tokens
+
+
+class TokenFilesTest(unittest.TestCase):
+
+    def test_a_file_may_have_hashes_in_it(self):
+        for line in (f'ana sha256:{lt.digest_of("T")} since=2026-11-26',
+                     'ana T names=a # sha256:'):
+            self.assertEqual(lt.parse_grant(line).digest, lt.digest_of('T'))
+        for line in 'ana sha256:', 'ana sha256:abc', 'ana sha256:' + 'A' * 64, 'ana', 'a=b c':
+            with self.subTest(line), self.assertRaises(ValueError):
+                lt.parse_grant(line)
+
+
+# ------------------------------------------------------------------------------------------------
+# 33. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7222,7 +7432,7 @@ class InvitationTest(FolderTest):
         return lt.read_code(re.search('--join (.*)', said).group(1))
 
     def grant(self, token):
-        return lt.Tokens(members=self.members).find(token, 0)
+        return tokens_of('', self.members).find(token, 0)
 
     def test_the_file_has_a_hash_and_its_member_the_token(self):
         address, token, pin = self.joins(self.invite('ana', 'names=a-*,b', 'tunnels=3'))
@@ -7261,14 +7471,14 @@ class InvitationTest(FolderTest):
         self.assertIn('(3 before)', self.invite('--revoke', 'ana'))
         self.assertEqual(open_and_read(theirs), b'# ours\r\n\nben other\n')
         self.assertEqual(open_and_read(self.members), b'')
-        self.assertIsNone(lt.Tokens(path=theirs).find(token, 0))
+        self.assertIsNone(tokens_of(theirs).find(token, 0))
         self.assertIn('has no token', self.invite('--revoke', 'ana', code=1))
 
     def test_the_list_has_who_since_when_and_when_they_were_seen(self):
         self.invite('ana', 'names=a')
         self.write('theirs', 'ben secret\n')
         self.serve(files=[self.path('theirs')])
-        digest = lt.Tokens(members=self.members)._grants[0].digest
+        digest = tokens_of('', self.members).grants[0].digest
         self.write('seen.json', json.dumps({digest: 86400 * 365}))
         header, ben, ana = self.invite('--list').splitlines()
         self.assertEqual(ben.split(), ['ben', lt.digest_of('secret')[:8], '-', '-'])
@@ -7293,7 +7503,7 @@ class InvitationTest(FolderTest):
         token = self.joins(self.invite('ana'))[1]
         self.assertTrue(os.path.islink(self.path('link')))
         self.assertEqual(os.stat(theirs).st_mode & 0o777, 0o640)
-        self.assertEqual(lt.Tokens(path=theirs).find(token, 0).user, 'ana')
+        self.assertEqual(tokens_of(theirs).find(token, 0).user, 'ana')
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_its_group_is_kept_where_that_counts(self):
@@ -7354,21 +7564,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Exchanges
+# 34. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Inspector's page
+# 35. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Inspector
+# 36. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8180,7 +8390,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Logs and replay
+# 37. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8302,7 +8512,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Words from elsewhere
+# 38. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8388,7 +8598,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Error pages
+# 39. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8597,7 +8807,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Setting up
+# 40. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -8661,8 +8871,8 @@ class InstallTest(FolderTest):
     def test_what_came_through_a_pipe_is_not_copied(self):
         with unittest.mock.patch.object(lt, 'own_source', side_effect=OSError):
             with self.assertRaisesRegex(lt.UsageError, 'came through a pipe.*save it'):
-                lt.program()
-        self.assertEqual(lt.program(), open_and_read(SCRIPT))
+                lt.original()
+        self.assertEqual(lt.original(), open_and_read(SCRIPT))
 
     def test_its_own_options_are_not_the_servers(self):
         args = server_args('--print', '--remove', '--purge', '--open')
@@ -8824,7 +9034,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Via ssh
+# 41. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -8983,7 +9193,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Output
+# 42. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9334,7 +9544,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Keys
+# 43. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9390,7 +9600,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Terminal
+# 44. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -9713,7 +9923,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 41. Options
+# 45. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -9737,7 +9947,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Wiring
+# 46. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -9952,7 +10162,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Python
+# 47. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10133,7 +10343,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Command line
+# 48. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -10516,7 +10726,7 @@ class ExitCodeTest(CommandTest):
         for make, words, said in (
                 (lt.Certificate, (wrong, 'none'), 'read none: No such file'),
                 (lt.Certificate, (wrong, wrong), 'two files in PEM form'),
-                (lt.Tokens, ((), 'none'), 'token file none: No such file')):
+                (lt.TokenFiles, (lt.Tokens(), 'none'), 'token file none: No such file')):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, said):
                 make(*words)
 
@@ -10763,7 +10973,8 @@ class HandedOutTest(CommandTest):
         os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
         said = subprocess.run([self.path('lt'), '--version'], stdout=subprocess.PIPE,
                               check=True).stdout
-        self.assertEqual(said.decode().strip(), f'localtunnel {lt.__version__}')
+        self.assertEqual(said.decode().split(), [       # the digest is that of the original
+            'localtunnel', lt.__version__, 'SHA-256', lt.digest_of(open_and_read(SCRIPT))])
 
     def test_a_truncated_download_runs_nothing(self):
         script = self.script(self.server())
@@ -11044,11 +11255,14 @@ class InvitedTest(CommandTest):
                 ['server', '--domain', 't.example.com', '--state', self.folder, *options])
             args.bind = ''
             tokens, _ = lt.server_tokens(args)
+            server, args.sources = unittest.mock.Mock(), unittest.mock.Mock(all=[])
+            server.admission.tokens = tokens
+            asyncio.run(lt.Invitations().at_server(args, server))
             self.write('members', f'ana sha256:{lt.digest_of("M")}\n')
             with self.subTest(options):
                 if '--open' not in options:
-                    self.assertTrue(tokens.changed())
-                tokens.reload()
+                    self.assertTrue(args.sources.all[0].changed())
+                args.sources.all[0].reload()
                 self.assertEqual(tokens.find('M', 0).user, '' if '--open' in options else 'ana')
             os.unlink(self.path('members'))
 
@@ -13196,12 +13410,12 @@ class HelloTest(HostileTest):
         await self.others_are_served()
 
     async def test_before_the_token_is_right_nothing_of_the_hello_matters(self):
-        await self.world(lt.Tokens(['right']))
+        await self.world(['right'])
         for raw in ['{', DEEP, json.dumps({'allow': ['::'] * 9000})]:
             self.assertEqual((await self.hello(raw=raw, token='wrong'))[1], 401)
 
     async def test_after_a_wrong_token_the_next_waits_before_it_is_looked_at(self):
-        await self.world(lt.Tokens(['right!']))
+        await self.world(['right!'])
         with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
             self.assertEqual((await self.hello(token='wrong1'))[1], 401)
             waiting = [self.meanwhile(self.hello(token=token)) for token in ('wrong2', 'right!')]
@@ -13231,7 +13445,7 @@ class HelloTest(HostileTest):
 
     async def test_a_session_goes_on_only_with_the_proof_and_the_token_it_began_with(self):
         path = self.write('tokens', 'ana A\nana B\n')
-        await self.world(lt.Tokens(path=path))
+        await self.world(token_file=path)
         words = {'name': 'app', 'instance': '44' * 16, 'started': 1.0}
 
         async def resumed(token, **more):
@@ -13250,7 +13464,7 @@ class HelloTest(HostileTest):
         mine = {'session': self.server.tunnels.members()[1].id, 'received': 0}
         self.assertEqual(await resumed('B', resume=mine, **tcp), (101, 0))
         self.write('tokens', 'ana B names=other ports=1\n')
-        self.server.admission.tokens.reload()
+        self.sources.reload()
         resume = {'session': self.server.tunnels.members()[0].id, 'received': 0}
         self.assertEqual((await resumed('B', proof='33' * 32, resume=resume))[0], 403)
         for more in {'resume': mine}, {'instance': '66' * 16}:
@@ -13259,7 +13473,7 @@ class HelloTest(HostileTest):
     async def test_a_token_has_its_limits(self):
         path = self.write('tokens', '# team\nana A names=ana-*,demo tunnels=2 # hers\n'
                           'bob B ports=20000-20001\nzo\xeb Z\nold O expires=2020-01-31\n')
-        await self.world(lt.Tokens(path=path), tcp_ports=range(20000, 20010), host='127.0.0.1')
+        await self.world(token_file=path, tcp_ports=range(20000, 20010), host='127.0.0.1')
         self.assertEqual((await self.hello('O'))[1], 401)
         self.assertEqual((await self.hello('A', name='other'))[1], 403)
         self.assertEqual((await self.hello('B', name='other'))[1], 101)  # it was not taken
@@ -13274,7 +13488,7 @@ class HelloTest(HostileTest):
         self.assertEqual(status, 429, 'sessions of one tunnel have no limit')
 
     async def test_each_client_of_a_shared_name_counts(self):
-        await self.world(lt.Tokens([], self.write('tokens', 'ana A tunnels=2\n')))
+        await self.world(token_file=self.write('tokens', 'ana A tunnels=2\n'))
         with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
             first, second = ({'instance': n * 32, 'share': True} for n in '12')
             for words, status in ((first, 101), (second, 101), ({'share': True}, 429),
@@ -13299,7 +13513,7 @@ class HelloTest(HostileTest):
         def write(text):
             os.replace(self.write('tokens.new', text), path)
         write('ana A\nbob B\n')
-        await self.world(lt.Tokens(path=path))
+        await self.world(token_file=path)
         peer, _, _ = await self.hello('A', name='ana')
         bob, _, _ = await self.hello('B', name='bob', proof='55' * 32)
         for bad in [
@@ -14518,10 +14732,10 @@ def read_rooms(source, tree):
 
 
 def annexes(rooms):
-    """The rooms of each annex, the last of which has its class; two rooms are for all of them."""
+    """The rooms of each annex, the last of which has its class; three rooms are for all."""
     found, own = [], []
     for room in rooms:
-        if room.part.startswith('II.') and room.title not in ('Annex', 'DNS'):
+        if room.part.startswith('II.') and room.title not in ('Files', 'Annex', 'DNS'):
             own.append(room)
             if any(getattr(base, 'id', '') == 'Annex' for statement in room.statements
                    for base in getattr(statement, 'bases', ())):
@@ -14724,7 +14938,7 @@ class AnnexTest(FolderTest):
         args.bind, args.state, args.lock = 'localhost', self.folder, os.open(os.devnull, 0)
         tokens = module.Tokens(open=True)
         server = asyncio.ensure_future(module.run_server(
-            runtime, stop, args, tokens, module.Leases(tokens), ''))
+            runtime, stop, args, tokens, ''))
         args = parse(['client', str(serving.sockets[0].getsockname()[1])])
         known, target = module.KnownServer(f'localhost:{port}'), module.find_target(args)
         app = module.make_app(runtime, args, target, known, module.ClientObserver())
@@ -14752,7 +14966,7 @@ class AnnexTest(FolderTest):
                 module = self.cut(*rooms)
                 with unittest.mock.patch.object(module, 'put') as put:
                     self.assertEqual(module.main(['--version']), 0)
-                    self.assertEqual(put.call_args[0][1], f'localtunnel {lt.__version__}\n')
+                    self.assertRegex(put.call_args[0][1], f'^localtunnel {lt.__version__}\n')
                     self.assertEqual(asyncio.run(
                         self.carries(module, CommandTest.free_port())), b'hello')
 
