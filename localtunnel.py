@@ -4386,7 +4386,7 @@ class Server:
         self.admission = Admission(
             runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
-        self._onward = Onward(self.domain, log)
+        self.onward = Onward(self.domain, log)      # a seam: the header lines of what passes
         self._drain, self.rate = drain, rate
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
@@ -4557,7 +4557,7 @@ class Server:
     async def _forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
-        lines = self._onward.of_request(visitor, request, name)
+        lines = self.onward.of_request(visitor, request, name)
         login = request.get(b'authorization')
         interim = exchange.near if request.minor == b'1' else None
         while True:
@@ -4574,7 +4574,7 @@ class Server:
                 exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
                                  and (length >= 0 or request.minor == b'1')
                                  and response.status != 101)
-                lines_back = self._onward.of_response(exchange, response)
+                lines_back = self.onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
                 if exchange.status or e.code == CANCELLED:
@@ -8630,7 +8630,7 @@ class BlockList(Bars, Source):
     def __init__(self, path: str, server: Server, contact: str) -> None:
         """Raises UsageError where the file is there and can't be read."""
         self._path, self._server, self._seen = path, server, stamp_of(path)
-        self._contact = f'; to ask about it, write to {contact}' if contact else ''
+        self._contact = f'; ask about it at {contact}' if contact else ''
         self._lines: dict[bytes, Blocked | None] = {}   # as they were read last
         self._reasons: dict[Key, str] = {}      # of all who are blocked
         self._widths: set[tuple[int, int]] = set()      # the first two of the keys of addresses
@@ -9491,7 +9491,7 @@ class Doctor(Annex):
 # ------------------------------------------------------------------------------------------------
 # 30. Landing page
 #
-# What a server shows under its own name: what to type, and this file.
+# What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
 
 LANDING = """
@@ -9500,26 +9500,39 @@ LANDING = """
 python3 localtunnel.py client 8000{join}</pre>
 {whom}<p>On Windows, type <code>curl.exe</code> and <code>py</code>. To run it without a file:</p>
 <pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000{join}</pre>
-"""
+{report}"""
 WHOM = '<p>This server is private, so it asks for a code. You get one from {operator}.</p>\n'
+REPORT = '<p>The sites here are of those who opened them. Report a harmful one to {operator}.</p>\n'
+SECURITY_TEXT_HOLDS = 30 * DAY      # as RFC 9116 wants it, less than a year
 
 
-def mail_address(text: str) -> str:
-    """An address for mail."""
-    if not re.fullmatch(r'[!-~]{1,64}@[!-~]{1,189}', text):
-        raise argparse.ArgumentTypeError(f'{text!r} is not a mail address')
+def mail_or_url(text: str) -> str:
+    """An address for mail, or of a page."""
+    if not re.fullmatch(r'[!-~]{1,64}@[!-~]{1,189}|https://[!-~]{1,245}', text):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a mail address or an https URL')
     return text
 
 
+def uri_of(contact: str) -> str:
+    """CONTACT as a link leads there."""
+    return contact if '://' in contact else f'mailto:{urllib.parse.quote(contact, safe="@")}'
+
+
 def landing_page(private: bool, contact: str, address: str) -> tuple[str, Sequence[bytes]]:
-    """The page on the bare domain, of a server whose operator has the mail address CONTACT."""
+    """The page on the bare domain, of a server whose operator has this CONTACT."""
     operator = 'its operator'
     if contact:
-        operator = (f'<a href="mailto:{urllib.parse.quote(contact, safe="@")}">'
-                    f'{html.escape(contact)}</a>')
+        operator = f'<a href="{html.escape(uri_of(contact))}">{html.escape(contact)}</a>'
     text = LANDING.format(address=html.escape(address), join=' --join' if private else '',
-                          whom=WHOM.format(operator=operator) if private else '')
+                          whom=WHOM.format(operator=operator) if private else '',
+                          report=REPORT.format(operator=operator) if contact else '')
     return HTML, [PAGE.format(title='localtunnel', text=text).encode()]
+
+
+def security_text(contact: str, address: str) -> tuple[str, Sequence[bytes]]:
+    """Whom to tell of what is wrong with this server (RFC 9116)."""
+    text = f'Contact: {uri_of(contact)}\nExpires: {rfc3339(time.time() + SECURITY_TEXT_HOLDS)}\n'
+    return 'text/plain; charset=utf-8', [text.encode()]
 
 
 def script_page(address: str) -> tuple[str, Sequence[bytes]]:
@@ -9535,17 +9548,35 @@ def script_page(address: str) -> tuple[str, Sequence[bytes]]:
     return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
 
 
+class Unlisted(Onward):
+    """Of a server that is open to anyone: search engines are asked to list no tunnel."""
+
+    def of_response(self, exchange: Exchange, response: Response) -> bytes:
+        block = super().of_response(exchange, response)
+        decided = response.status == 101 or response.has(b'x-robots-tag')
+        return block if decided else block + b'X-Robots-Tag: noindex\r\n'
+
+
 class LandingPage(Annex):
-    """The page, and the script that it hands out."""
+    """The page, the script that it hands out, and what else an open server owes to strangers."""
     title = 'the landing page'
 
     def server_options(self, add: Add) -> None:
-        add('--contact', type=mail_address, metavar='MAIL', help='of whom people ask for a code')
+        add('--contact', type=mail_or_url, metavar='MAIL|URL',
+            help='of whom people ask for a code, and whom they tell of misuse')
 
     async def at_server(self, args: Args, server: Server) -> None:
         server.pages[b'/'] = functools.partial(
             landing_page, not server.admission.tokens.open, args.contact)
         server.pages[b'/localtunnel.py'] = script_page
+        if args.contact:
+            server.pages[b'/.well-known/security.txt'] = functools.partial(
+                security_text, args.contact)
+        if args.open:
+            server.onward = Unlisted(server.domain, server.log)
+            if not args.contact and not is_loopback(server.domain):
+                server.log.note('warning: anyone may open tunnels here, and nobody can tell you '
+                                'that one is harmful; add --contact MAIL or --contact URL')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12210,7 +12241,7 @@ footer {{ display: flex; flex-wrap: wrap; gap: 0 1.5em; color: var(--dim); font-
 margin-top: 2em }}
 </style>
 <ol>{way}</ol><p>{text}</p>{owner}
-<footer><span>{code}</span><span>{time} UTC</span><span>localtunnel</span></footer>"""
+<footer><span>{code}</span><span>{time} UTC</span><span>{operator}</span></footer>"""
 
 
 def sentence(text: str) -> str:
@@ -12220,8 +12251,8 @@ def sentence(text: str) -> str:
     return html.escape(first + text[1:]) + '.'
 
 
-def error_page(error: HopFailed) -> str:
-    """The page about ERROR."""
+def error_page(error: HopFailed, contact: str = '') -> str:
+    """The page about ERROR, at a server whose operator has this CONTACT."""
     way, state = [], 'works'
     for hop, name in WAY:
         if state != 'works':
@@ -12235,7 +12266,8 @@ def error_page(error: HopFailed) -> str:
     text = ERROR_TEXT.format(
         way=''.join(way), text=sentence(str(error)) + later, code=code,
         owner=error.cure and f'<p class="owner">Is this yours? {sentence(error.cure)}</p>',
-        time=time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime()))
+        time=time.strftime('%Y-%m-%d %H:%M:%S', time.gmtime()),
+        operator=f'operator: {html.escape(contact)}' if contact else 'localtunnel')
     return PAGE.format(title=HEADLINES.get((error.hop, error.status), code), text=text)
 
 
@@ -12246,7 +12278,8 @@ class ErrorPages(Annex):
         app.error_page = error_page
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.pages.error = error_page
+        contact = getattr(args, 'contact', None) or ''
+        server.pages.error = functools.partial(error_page, contact=contact)
 
 
 # ------------------------------------------------------------------------------------------------

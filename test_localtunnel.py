@@ -38,7 +38,7 @@ Contents
    27 Block list              what an entry is, and who is kept out
    28 Ground                  what a look at it finds, and that it harms nobody
    29 Doctor                  every fault is named first, and each look leaves nothing behind
-   30 Landing page            what to type, and the file itself (in Server, Command line)
+   30 Landing page            whom to ask; the rest in Server, Command line
    31 Verifying               what a server hands out, and this file
    32 Token files             what a line of them may be; for the rest see Server
    33 Invitations             who gets in, and who no more
@@ -2823,7 +2823,8 @@ class RouteTest(WorldTest):
         for private, contact, has, has_not in (
                 (False, '', b'client 8000</pre>', b'code. '),
                 (True, '', b'client 8000 --join</pre>', b'mailto'),
-                (True, 'a&"<b@t.example', b'href="mailto:a%26%22%3Cb@t.example">a&amp;', b'<b@')):
+                (True, 'a&"<b@t.example', b'href="mailto:a%26%22%3Cb@t.example">a&amp;', b'<b@'),
+                (False, 'https://t.example/"', b'<a href="https://t.example/&quot;">', b'code. ')):
             _, page = lt.landing_page(private, contact, 'https://t.example.com')
             with self.subTest((private, contact)):
                 self.assertIn(has, page[0])
@@ -6462,8 +6463,8 @@ class BlockListTest(FolderTest, WorldTest):
         await self.block('name:demo # spam\n')
         with self.assertRaises(lt.Refused) as caught:
             await client.running
-        told = 'the operator of this server has blocked the name demo (spam); to ask about it, ' \
-               'write to x@y.z'
+        told = 'the operator of this server has blocked the name demo (spam); ask about it at ' \
+               'x@y.z'
         self.assertEqual((str(caught.exception), caught.exception.final), (told, True))
         for token in ('one', 'two'):
             self.assertEqual(await self.refusal(token, name='DEMO'), (403, 'blocked', True, told))
@@ -6472,7 +6473,7 @@ class BlockListTest(FolderTest, WorldTest):
         for host in ('demo.localhost', 'DEMO.localhost', 'demo.localhost.:80'):
             status, _, body = await self.visit(host)
             self.assertEqual(status, 410)
-            self.assertIn(b'write to x@y.z', body)
+            self.assertIn(b'about it at x@y.z', body)
             self.assertNotIn(b'spam', body)
         self.assertEqual(self.server.counters['refused_blocked'], 3)
         self.assertEqual(self.server.counters['blocked_visitors'], 3)
@@ -7304,7 +7305,64 @@ class DoctorOfServersTest(Doctored):
 # 30. Landing page
 # ------------------------------------------------------------------------------------------------
 
-# It is tried where routes are, and by processes in the last room.
+# The page is tried where routes are, and by processes in the last room.
+
+class ContactTest(WorldTest):
+
+    async def landed(self, *words, domain='t.example'):
+        """A world whose server has the annex, with the options WORDS."""
+        await self.world(domain=domain)
+        args = lt.make_parser().parse_args(['server', *words])
+        for annex in lt.LandingPage(), lt.ErrorPages():
+            await annex.at_server(args, self.server)
+
+    async def test_who_has_found_something_reads_whom_to_tell(self):
+        for contact, uri in (('a+b@t.example', 'mailto:a%2Bb@t.example'),
+                             ('https://t.example/abuse?x&y', 'https://t.example/abuse?x&y')):
+            await self.landed('--contact', contact)
+            visitor = await self.visitor('t.example')
+            status, fields, body = await visitor.get('/.well-known/security.txt')
+            said, expires = re.fullmatch('Contact: (.*)\nExpires: (.*)\n', body.decode()).groups()
+            self.assertEqual((status, said, fields['content-type']),
+                             (200, uri, 'text/plain; charset=utf-8'))
+            days = (lt.datetime.datetime.fromisoformat(expires.replace('Z', '+00:00')).timestamp()
+                    - time.time()) / lt.DAY
+            self.assertTrue(29.9 < days < 30.1)
+            shown = lt.html.escape(contact).encode()
+            self.assertIn(b'Report a harmful one to <a href="%b">' % lt.html.escape(uri).encode(),
+                          (await visitor.get())[2])
+            self.assertIn(b'operator: ' + shown,
+                          (await visitor.get('/none', fields='Accept: text/html'))[2])
+
+    async def test_security_txt_of_a_tunnel_is_the_apps_and_of_nobody_without_a_contact(self):
+        await self.landed('--contact', 'a@b', domain='localhost')
+        client = await self.client(await self.app(), name='app')
+        self.assertEqual((await self.visit(client, '/.well-known/security.txt'))[2], b'hello')
+        await self.landed()
+        self.assertEqual((await self.visit('t.example', '/.well-known/security.txt'))[0], 404)
+
+    def test_a_contact_is_mail_or_https(self):
+        for text in 'a@b', 'https://b/c':
+            self.assertEqual(lt.mail_or_url(text), text)
+        for text in 'a', 'http://b', 'a@b\r\nX: y', 'https://b c', 'https://' + 'x' * 246:
+            with self.subTest(text), self.assertRaises(argparse.ArgumentTypeError):
+                lt.mail_or_url(text)
+
+    async def test_an_open_server_asks_search_engines_to_list_no_tunnel(self):
+        for words, given, tag in ((['--open'], b'', 'noindex'), ([], b'', None), (
+                ['--open'], b'X-Robots-Tag: all\r\n', 'all')):
+            await self.landed(*words, domain='localhost')
+            app = await self.app(OK.replace(b'\r\n', b'\r\n' + given, 1))
+            _, fields, body = await self.visit(await self.client(app, name='app'))
+            self.assertEqual((fields.get('x-robots-tag'), body), (tag, b'hello'))
+
+    async def test_an_open_server_without_a_contact_is_warned_of(self):
+        for words, domain, warned in ((['--open'], 't.example', True),
+                                      (['--open'], 'localhost', False), ([], 't.example', False),
+                                      (['--open', '--contact', 'a@b'], 't.example', False)):
+            self.log = Everything()
+            await self.landed(*words, domain=domain)
+            self.assertEqual('add --contact' in self.log.text(), warned, words)
 
 
 # ------------------------------------------------------------------------------------------------
