@@ -2788,11 +2788,14 @@ class Leases:
         return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
 
     def note(self, name: str, **facts: str) -> Changes:
-        """Return the change that adds FACTS to the lease of NAME, until another owner has it."""
+        """Return the change that adds FACTS to the lease of NAME, until another owner has it.
+
+        '' takes one away.
+        """
         lease = self.by_name.get(name)
-        if lease is None or {**lease.facts, **facts} == lease.facts:
-            return {}
-        return {name: lease._replace(facts={**lease.facts, **facts})}
+        now = {word: fact for word, fact in {**(lease.facts if lease else {}), **facts}.items()
+               if fact}
+        return {name: lease._replace(facts=now)} if lease and now != lease.facts else {}
 
     def release(self, name: str, owner: str, now: float) -> Changes:
         """Return the change that takes NAME back from OWNER.  Raises Refused."""
@@ -2876,7 +2879,7 @@ class Access:
 
     It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
     """
-    __slots__ = ('users', '_networks')
+    __slots__ = ('users', '_networks', 'open')
 
     def __init__(self, rules: dict[str, Any]) -> None:
         """Raises ValueError, TypeError and KeyError for malformed RULES."""
@@ -2885,6 +2888,7 @@ class Access:
         self._networks = [ipaddress.ip_network(cidr, strict=False)
                           for cidr in rules.get('allow', [])]
         self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
+        self.open = not (self._networks or self.users)      # anyone may visit
 
     @staticmethod
     def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> dict[str, Any]:
@@ -2908,6 +2912,19 @@ class Access:
         for salt, digest in self.users:
             right |= same(digest_of(salt + given), digest)
         return right and scheme.lower() == b'basic'
+
+    def check(self, key: str, address: str, authorization: bytes | None) -> None:
+        """Raises HopFailed for a visitor of the tunnel KEY from ADDRESS who may not come in.
+
+        AUTHORIZATION is what the request says of its sender; None where there is no request.
+        """
+        if not self.admits_address(address):
+            raise HopFailed(403, f'{address} may not visit this tunnel',
+                            cure='give the client one more --allow, with this address')
+        if self.users and authorization is not None and not self.admits_user(authorization):
+            raise HopFailed(401, 'this tunnel needs a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
+                            cure='the client was started with --auth USER:PASSWORD')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3294,10 +3311,14 @@ class Tunnel:
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
     def pick(self) -> Member | None:
-        """Return the member for the next request: the least busy one that is there, or None."""
+        """Return the member for the next request: the least busy one that is there, or None.
+
+        One that owes a PONG may have fallen asleep, so it comes last.
+        """
         there = [member for member in self.members if member.session.usable]
         return there[0] if len(there) == 1 else min(
-            there, key=lambda m: len(m.session.streams), default=None)
+            there, key=lambda m: (m.session.liveness.asked_at != NEVER, len(m.session.streams)),
+            default=None)
 
     def check_rate(self, now: float, rate: float) -> None:
         """Let one more request come, of RATE a second; a second's worth may come at once.
@@ -3321,6 +3342,22 @@ class Tunnel:
         """Return the members that NEW may not replace: they are there, and were started later."""
         return [old for old in self.beside(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
+
+
+class Detour:
+    """Who has the requests of some tunnels, and decides which of them go on to a client."""
+
+    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
+        """Answer the request of VISITOR to the tunnel of KEY.  Raises HopFailed."""
+        raise NotImplementedError
+
+    def waiting(self, key: str) -> int:
+        """How many requests to the tunnel of KEY wait here."""
+        raise NotImplementedError
+
+    def welcome(self, key: str) -> dict[str, Any]:
+        """What a new client of the tunnel of KEY is told beside its URL."""
+        raise NotImplementedError
 
 
 class Bars:
@@ -3364,6 +3401,7 @@ class Tunnels:
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
+        self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
         self.log, self._runtime = log, runtime
         self._table: dict[str, Tunnel] = {}
         self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
@@ -3497,13 +3535,8 @@ class Tunnels:
         if member is None:
             return None
         access = member.hello.access
-        if not access.admits_address(visitor.address):
-            raise HopFailed(403, f'{visitor.address} may not visit this tunnel',
-                            cure='give the client one more --allow, with this address')
-        if access.users and authorization is not None and not access.admits_user(authorization):
-            raise HopFailed(401, 'this tunnel needs a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
-                            cure='the client was started with --auth USER:PASSWORD')
+        if not access.open:
+            access.check(key, visitor.address, authorization)
         stream = member.session.open_stream()
         return (stream, access) if stream else None
 
@@ -3671,8 +3704,9 @@ class Admission:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         # A seam: what clients may want beside the tunnel, by the option that the server was given;
-        # each checks what a client says of it, and raises ValueError and TypeError.
-        self.offers: dict[str, Callable[[Any], object]] = {}
+        # each checks what a client says of it, and raises ValueError and TypeError.  It returns
+        # what is noted with the client's lease; if that is not '', a derived name has one, too.
+        self.offers: dict[str, Callable[[Any], str]] = {}
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
@@ -3825,6 +3859,8 @@ class Admission:
         """Raises Refused where HELLO wants what this server does not offer."""
         for option, said in hello.wants.items():
             if option not in self.offers:
+                if isinstance(said, dict) and said.get('optional'):
+                    continue        # the welcome will not speak of it
                 raise Refused(403, 'not_offered', f'this server was started without --{option}, '
                               'so a client can\'t have it either; ask its operator')
             try:
@@ -3866,8 +3902,14 @@ class Admission:
 
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants.  Raises Refused and Disconnected."""
+        wants = asked.hello.wants
+        notes = {option: offer(wants[option]) if option in wants else ''
+                 for option, offer in self.offers.items()} if asked.hello.kind == 'http' else {}
         if asked.hello.name is not None:
             await self.claim(asked.name, asked.owner, asked)
+        elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
+            await self.claim(asked.name, f'proof:{digest_of(asked.hello.proof)}', asked)
+        await self.leases.save(self.leases.note(asked.name, **notes))
         if asked.hello.kind != 'http' and not asked.tunnel.url:
             await self.kinds[asked.hello.kind].place(asked)
 
@@ -4457,13 +4499,16 @@ class Server:
         request = exchange.request
         try:
             name = '' if request.target in self.everywhere else self._route(visitor, request)
-            if name:
-                await self._forward(visitor, exchange, name)
+            detour = self.tunnels.detours.get(name)
+            if detour:
+                await detour.take(visitor, exchange, name)
+            elif name:
+                await self.forward(visitor, exchange, name)
             else:
                 await self._own_page(visitor, exchange)
         except HopFailed as e:
             exchange.why = str(e)
-            await self._give_own(visitor, exchange, e.status, functools.partial(
+            await self.give_own(visitor, exchange, e.status, functools.partial(
                 error_message, e, request.get(b'accept'), method=request.method,
                 page=self.pages.error), e.extra)
         finally:
@@ -4471,9 +4516,9 @@ class Server:
                 self.counters[exchange.status] += 1
                 self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
-    async def _give_own(self, visitor: Visitor, exchange: Exchange, status: int,
-                        message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
-                        page: Sequence[bytes] = ()) -> None:
+    async def give_own(self, visitor: Visitor, exchange: Exchange, status: int,
+                       message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
+                       page: Sequence[bytes] = ()) -> None:
         """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE."""
         request, exchange.status = exchange.request, status
         exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
@@ -4549,12 +4594,12 @@ class Server:
             raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
         form, pieces = page(f'{visitor.scheme}://{request.host.decode()}')
         head = functools.partial(plain_head, 200, form, sum(map(len, pieces)))
-        await self._give_own(visitor, exchange, 200, head, PAGE_HEADERS,
-                             pieces if request.method == b'GET' else ())
+        await self.give_own(visitor, exchange, 200, head, PAGE_HEADERS,
+                            pieces if request.method == b'GET' else ())
 
     # One exchange.
 
-    async def _forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
+    async def forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
         lines = self.onward.of_request(visitor, request, name)
@@ -4614,7 +4659,9 @@ class Server:
             return False
         member, tunnel, theirs = admitted
         session, connection = member.session, visitor.connection
-        welcome = json.dumps({'url': tunnel.url, 'session': member.id, 'resume': theirs,
+        detour = self.tunnels.detours.get(tunnel.key)
+        more = detour.welcome(tunnel.key) if detour and theirs is None else {}
+        welcome = json.dumps({**more, 'url': tunnel.url, 'session': member.id, 'resume': theirs,
                               'received': session.decoder.received, 'user': member.grant.user})
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
@@ -4887,6 +4934,12 @@ class ClientObserver(Observer):
 
     def watched(self, url: str) -> None:
         """What passes can be seen at URL."""
+
+    def welcome(self, said: dict[str, Any]) -> None:
+        """A new session begins: what the server SAID of it; before `ready` or `back`."""
+
+    def also(self, name: str, text: str) -> None:
+        """TEXT is what there is to know of the tunnel about NAME."""
 
 
 SLOW = 1.0                      # until people wonder whether a request is answered at all
@@ -5378,6 +5431,7 @@ class Client:
             if session is not None:
                 session.end(Disconnected('the server no longer knows this session'))
             session, count = self._new_session(), 0
+            self._observer.welcome(welcome)
         session.attach(connection, count)
         self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
         before, self.url = self.url, str(welcome['url'])
@@ -5747,7 +5801,7 @@ class Annex:
         Each sets the default `run`, which is called with what was typed, and returns the exit code.
         With like='server' it takes the options of that command, too; `typed` has all as words.
         What was typed has functions of part III with it: `as_client` is what `client` would have
-        made of it, `keep` remembers the server of a code, `do` runs another command, of those
+        made of it, `remember` keeps the server of a code, `do` runs another command, of those
         `known`.
         """
 
@@ -8531,10 +8585,12 @@ class OperatorPage:
         lives = [member.session.liveness for member in members]
         seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
         zero = time.time() - self._server.runtime.now()     # of the runtime's clock, in Unix time
+        detour = self._server.tunnels.detours.get(tunnel.key)
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
                 'since': rfc3339(zero + tunnel.since), 'last_seen': rfc3339(zero + seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
                 'bytes_out': carried.sent, 'held': self._server.tunnels.waiting(tunnel),
+                'kept': detour.waiting(tunnel.key) if detour else 0,
                 'sessions': [
                     {'user': member.grant.user, 'client': member.session.facts['client'],
                      'version': member.session.facts['version'],
@@ -12772,7 +12828,7 @@ class SettingUp(Annex):
     def finish(args: Args, code: str) -> int:
         """Let this user's clients go to the server of CODE; see whether they can."""
         address, _, pin = read_code(code)
-        args.keep(code)
+        args.remember(code)
         print_line(f'waiting until {address} answers')
         deadline = time.monotonic() + ANSWERS_WITHIN
         why = why_silent(address, pin)
@@ -13469,6 +13525,10 @@ def event_line(event: str, **values: Any) -> str:
     return json.dumps({'event': event, 'time': rfc3339(time.time()), **values})
 
 
+# What is always known of a tunnel; all else has a row of its own in the banner.
+ABOUT = 'target', 'server', 'source', 'public', 'protected', 'allow'
+
+
 class Terminal(ClientObserver):
     """Tells a user what a client does."""
 
@@ -13540,6 +13600,11 @@ class Terminal(ClientObserver):
         if self._since:
             self.note(f'what passes can be seen at {url}')
 
+    def also(self, name: str, text: str) -> None:
+        self._about[name] = text
+        if self._since:
+            self.note(text)
+
     # Keys.
 
     def listen(self, runtime: Runtime, leave: Callable[[], None],
@@ -13590,7 +13655,7 @@ class Terminal(ClientObserver):
                     if about['public'] else 'this machine only')
         return {'server': server, **({'as': user} if user else {}),
                 'visitors': visitors + (', with a password' if about['protected'] else ''),
-                **({'inspector': about['inspector']} if 'inspector' in about else {})}
+                **{name: text for name, text in about.items() if name not in ABOUT}}
 
     def lost(self, why: str, seconds: float) -> None:
         why_before, now = self._lost[1] if self._lost else '', time.monotonic()
@@ -14578,6 +14643,9 @@ class Life(ClientObserver):
     def hint(self, text: str) -> None:
         LOG.warning('hint: %s', text)
 
+    def also(self, name: str, text: str) -> None:
+        LOG.info('%s', text)
+
     def watched(self, url: str) -> None:
         LOG.info('what passes can be seen at %s', url)
 
@@ -15063,7 +15131,7 @@ def command(words: Sequence[str]) -> int:
         if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
             words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
-        args.as_client, args.keep, args.do = as_client, keep_joined, command
+        args.as_client, args.remember, args.do = as_client, keep_joined, command
         args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:

@@ -3058,6 +3058,77 @@ class ForwardingTest(WorldTest):
             self.assertEqual(head.split()[1], status)
 
 
+class DetourTest(WorldTest):
+
+    async def test_a_detour_has_the_requests_of_its_tunnels_and_may_let_them_go_on(self):
+        _, visitor = await self.through()
+        client, = self.clients
+
+        class Detour(lt.Detour):
+            async def take(self, visitor, exchange, key, server=self.server):
+                if exchange.method == 'POST':
+                    raise lt.HopFailed(507, f'{key} has no room')
+                await server.forward(visitor, exchange, key)
+
+            def waiting(self, key):
+                return 7
+
+            def welcome(self, key):
+                return {'moon': 'full', 'url': 'http://evil.example'}
+        self.server.tunnels.detours[client.name] = Detour()
+        self.assertEqual((await visitor.get())[0], 200)
+        status, _, body = await visitor.get(method='POST')
+        self.assertEqual((status, body), (
+            507, f'507 Insufficient Storage: {client.name} has no room\n'.encode()))
+        tunnel, = lt.OperatorPage(self.server, None).tunnels()
+        self.assertEqual(tunnel['kept'], 7)
+        self.server.tunnels.detours['a'] = Detour()
+        _, _, told = await self.hello(name='a')
+        self.assertEqual((told['moon'], told['url']), ('full', 'http://a.localhost'))
+
+    async def test_of_two_clients_the_one_that_owes_a_pong_comes_last(self):
+        await self.world()
+        asleep, awake = [await self.hello(name='a', share=True) for _ in range(2)]
+        member = self.server.tunnels.get('a').members[0]
+        member.session.ping()
+        self.meanwhile(awake[0].serve(OK))
+        for _ in range(3):
+            self.assertEqual((await self.visit('a.localhost'))[0], 200)
+
+
+class WantTest(WorldTest):
+    """What a client wants beside its tunnel."""
+
+    async def world(self, **options):
+        await super().world(**options)
+        self.server.admission.offers['colour'] = lambda said: said['is']
+
+    def noted(self):
+        return {name: lease.facts for name, lease in self.leases.by_name.items()}
+
+    async def test_it_is_noted_with_the_lease_for_as_long_as_it_is_wanted(self):
+        await self.world()
+        await self.hello(name='a', wants={'colour': {'is': 'red'}})
+        self.assertEqual(self.noted(), {'a': {'colour': 'red'}})
+        await self.hello(name='a', kind='tcp')      # another tunnel
+        self.assertEqual(self.noted()['a'], {'colour': 'red'})
+        await self.hello(name='a')
+        self.assertEqual(self.noted(), {'a': {}})
+
+    async def test_a_derived_name_has_a_lease_where_there_is_something_to_note(self):
+        await self.world()
+        await self.hello()
+        self.assertEqual(self.noted(), {})
+        for token in '', 'x':           # whoever's: on an open server any will do
+            await self.hello(token, proof='33' * 32, wants={'colour': {'is': 'red'}})
+            self.assertEqual(list(self.noted().values()), [{'colour': 'red'}])
+
+    async def test_what_is_optional_may_be_missing(self):
+        await self.world()
+        for more, status in ({'optional': True}, 101), ({'optional': False}, 403), ({}, 403):
+            self.assertEqual((await self.hello(wants={'shape': more}))[1], status)
+
+
 class AdmissionTest(WorldTest):
 
     async def refused(self, **options):
@@ -3127,7 +3198,7 @@ class AdmissionTest(WorldTest):
 
     async def test_what_a_client_wants_beside_the_tunnel_is_checked_or_refused(self):
         await self.world()
-        self.server.admission.offers['extra'] = int
+        self.server.admission.offers['extra'] = lambda said: str(int(said))
         for wants, status, word in (
                 ({'extra': 7}, 101, ''), ({}, 101, ''), ({'extra': 'x'}, 400, 'bad_hello'),
                 ({'extra': None}, 400, 'bad_hello'), ({'other': 7}, 403, 'not_offered'),
@@ -3138,7 +3209,7 @@ class AdmissionTest(WorldTest):
 
     async def test_those_who_share_a_name_want_the_same(self):
         await self.world()
-        self.server.admission.offers['extra'] = int
+        self.server.admission.offers['extra'] = lambda said: str(int(said))
         for wants in {'extra': 7}, {'extra': 7}, {'extra': 8}:
             await self.hello(name='app', share=True, wants=wants)
         tunnel = self.server.tunnels.get('app')
@@ -9856,6 +9927,14 @@ class ScreenTest(unittest.TestCase):
             terminal.keys['i'][1]()
         self.assertIn('\n  inspector http://127.0.0.1:4040\n', self.shown(terminal))
         opened.assert_called_once_with('http://127.0.0.1:4040')
+
+    def test_what_an_annex_knows_has_a_row_and_once_it_is_up_a_line(self):
+        terminal = self.terminal()
+        terminal.also('moon', 'it is full')
+        terminal.ready('http://x', '', 0)
+        self.assertIn('\n  moon      it is full\n', self.shown(terminal))
+        terminal.also('moon', 'it wanes')
+        self.assertIn('it wanes\n', self.shown(terminal))
 
     def test_a_browser_is_opened_for_the_web_and_where_it_has_a_window(self):
         self.terminal()
