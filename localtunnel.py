@@ -39,33 +39,34 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  42 Output
-     2 Wire                   16 Annex                  43 Keys
-     3 Credit                 17 DNS                    44 Terminal
-     4 Byte streams           18 Kept leases            45 Options
-     5 Session                19 Raw TCP                46 Wiring
-     6 HTTP/1.1               20 Folder and echo        47 Python
-     7 Names and tokens       21 Host header            48 Command line
-     8 Exchange               22 Outgoing proxy
-     9 Tunnels                23 Certificates
-    10 Admission              24 Certificates by ACME
-    11 Server                 25 Hand-over
-    12 Places                 26 Operator's page
-    13 App                    27 Block list
-    14 Client                 28 Ground
-                              29 Doctor
-                              30 Landing page
-                              31 Verifying
-                              32 Token files
-                              33 Invitations
-                              34 Exchanges
-                              35 Inspector's page
-                              36 Inspector
-                              37 Logs and replay
-                              38 Words from elsewhere
-                              39 Error pages
-                              40 Setting up
-                              41 Via ssh
+     1 Constants and errors   15 Files                  43 Output
+     2 Wire                   16 Annex                  44 Keys
+     3 Credit                 17 DNS                    45 Terminal
+     4 Byte streams           18 Kept leases            46 Options
+     5 Session                19 Access                 47 Wiring
+     6 HTTP/1.1               20 Raw TCP                48 Python
+     7 Names and tokens       21 Folder and echo        49 Command line
+     8 Exchange               22 Host header
+     9 Tunnels                23 Outgoing proxy
+    10 Admission              24 Certificates
+    11 Server                 25 Certificates by ACME
+    12 Places                 26 Hand-over
+    13 App                    27 Operator's page
+    14 Client                 28 Block list
+                              29 Ground
+                              30 Doctor
+                              31 Landing page
+                              32 Verifying
+                              33 Token files
+                              34 Invitations
+                              35 Exchanges
+                              36 Inspector's page
+                              37 Inspector
+                              38 Logs and replay
+                              39 Words from elsewhere
+                              40 Error pages
+                              41 Setting up
+                              42 Via ssh
 """
 
 from __future__ import annotations
@@ -206,7 +207,6 @@ POOL_IDLE = 4.0                 # an idle connection to the app may be reused: N
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
-MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are checked
 MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
 MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
 MAX_LEASES_IN_ALL = 10000
@@ -1999,7 +1999,6 @@ UNTRUSTED = (
 ).replace(b'_', rb'[^a-z0-9:]').replace(b'~', rb'[^a-z0-9:-]')
 _UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
 _FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
-_AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
 # A cookie's Domain; and one that every browser reads as written: no IDNA, no %74, no quotes.
 _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
 _PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
@@ -2574,8 +2573,8 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 # ------------------------------------------------------------------------------------------------
 # 7. Names and tokens
 #
-# Who may have which name, what of that is kept on disk, and who may visit.  Knows no sockets and no
-# clocks: callers bring `now`, in Unix seconds.
+# Who may have which name.  Knows no sockets, no files and no clocks: callers bring `now`, in Unix
+# seconds.
 #
 # A derived name comes from a proof, which only the user's key can make and any server can check
 # without a record: nobody else can ever get it.  An attacker may try any key and label, so length
@@ -2814,7 +2813,7 @@ class Leases:
                                            for name in names if name.startswith('tcp:'))]
 
 
-# Hosts and addresses, and who may visit.
+# Hosts and addresses.
 
 def bracketed(host: str) -> str:
     """Return HOST as written in a URL."""
@@ -2872,59 +2871,6 @@ def within(address: str, networks: Networks) -> bool:
     except ValueError:
         return False
     return any(ip in network for network in networks)
-
-
-class Access:
-    """Who may visit a tunnel: which addresses, and which users with their passwords.
-
-    It travels as {"allow": [CIDR, ...], "auth": [[salt, SHA256 of salt and USER:PASSWORD], ...]}.
-    """
-    __slots__ = ('users', '_networks', 'open')
-
-    def __init__(self, rules: dict[str, Any]) -> None:
-        """Raises ValueError, TypeError and KeyError for malformed RULES."""
-        if max(len(rules.get('allow', [])), len(rules.get('auth', []))) > MAX_RULES:
-            raise ValueError(f'more than {MAX_RULES} rules')
-        self._networks = [ipaddress.ip_network(cidr, strict=False)
-                          for cidr in rules.get('allow', [])]
-        self.users = [(str(salt), str(digest)) for salt, digest in rules.get('auth', [])]
-        self.open = not (self._networks or self.users)      # anyone may visit
-
-    @staticmethod
-    def encode(allow: Iterable[object], auth: Sequence[str], key: bytes) -> dict[str, Any]:
-        """Return the rules as they travel; AUTH are USER:PASSWORD, salted by means of KEY."""
-        salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user) for user in auth]
-        return {'allow': [str(cidr) for cidr in allow],
-                'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
-
-    def admits_address(self, address: str) -> bool:
-        """Return True if a visitor from ADDRESS may come in."""
-        return not self._networks or within(address, self._networks)
-
-    def admits_user(self, authorization: bytes) -> bool:
-        """Return True if AUTHORIZATION, the field's value, has a right user and password."""
-        scheme, _, encoded = authorization.partition(b' ')
-        try:
-            given = base64.b64decode(encoded.strip(), validate=True).decode()
-        except ValueError:
-            return False
-        right = False
-        for salt, digest in self.users:
-            right |= same(digest_of(salt + given), digest)
-        return right and scheme.lower() == b'basic'
-
-    def check(self, key: str, address: str, authorization: bytes | None) -> None:
-        """Raises HopFailed for a visitor of the tunnel KEY from ADDRESS who may not come in.
-
-        AUTHORIZATION is what the request says of its sender; None where there is no request.
-        """
-        if not self.admits_address(address):
-            raise HopFailed(403, f'{address} may not visit this tunnel',
-                            cure='give the client one more --allow, with this address')
-        if self.users and authorization is not None and not self.admits_user(authorization):
-            raise HopFailed(401, 'this tunnel needs a user name and a password',
-                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
-                            cure='the client was started with --auth USER:PASSWORD')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3223,15 +3169,31 @@ class Visitor:
         return future.done()
 
 
+# May this visitor come to the tunnel of this key, by this client?  Takes the header lines of the
+# request (none for raw TCP) and returns them as they go on, or raises HopFailed.
+Gate = Callable[[str, Visitor, bytes], bytes]
+# What makes a gate of a rule, by the word of a hello that has it.  Raises ValueError and the like.
+Gates = Mapping[str, Callable[[Any], Gate]]
+
+
+def make_gates(rules: Mapping[str, Any], gates: Gates) -> list[Gate]:
+    """Return those that RULES ask for.  Raises what GATES raise, and Refused for other rules."""
+    for word in rules:
+        if word not in gates:
+            raise Refused(403, 'not_offered', f"this server can't keep visitors out by --{word}; "
+                          'ask its operator')
+    return [gates[word](rule) for word, rule in rules.items()]
+
+
 MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log has it
 
 
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'access', 'wants', 'resume', 'attempt', 'version')
+                 'rules', 'gates', 'wants', 'resume', 'attempt', 'version')
 
-    def __init__(self, text: bytes) -> None:
+    def __init__(self, text: bytes, gates: Gates) -> None:
         """Raises Refused."""
         try:
             hello = json.loads(text)
@@ -3242,8 +3204,8 @@ class Hello:
             self.release = bool(hello.get('release')) and self.name is not None
             self.long = bool(hello.get('long'))
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
-            self.rules = {'allow': hello.get('allow', []), 'auth': hello.get('auth', [])}
-            self.access = Access(self.rules)
+            self.rules = {word: hello[word] for word in ('allow', 'auth') if hello.get(word)}
+            self.gates = make_gates(self.rules, gates)      # who may visit by this client
             self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
                                   str(hello.get('version', ''))[:MAX_VERSION])
@@ -3523,30 +3485,28 @@ class Tunnels:
     # Requests wait for a client.
 
     def open_stream(self, key: str, visitor: Visitor,
-                    authorization: bytes | None = None) -> tuple[Stream, Access] | None:
-        """A stream to the member that will serve VISITOR, and its rules; None if none has room now.
+                    lines: bytes = b'') -> tuple[Stream, bytes] | None:
+        """A stream to the member that will serve VISITOR, and LINES as its gates let them pass.
 
-        The rules are asked here and nowhere else, at the last moment: each member, and each that
-        comes while a request waits, may have others.  AUTHORIZATION is what the request says of its
-        sender; None where there is no request.  Raises HopFailed for who is kept out.
+        They are asked here and nowhere else, at the last moment: each member, and each that comes
+        while a request waits, may have others.  None if no member has room now.  Raises HopFailed.
         """
         tunnel = self._table.get(key)
         member = tunnel.pick() if tunnel else None
         if member is None:
             return None
-        access = member.hello.access
-        if not access.open:
-            access.check(key, visitor.address, authorization)
+        for gate in member.hello.gates:
+            lines = gate(key, visitor, lines)
         stream = member.session.open_stream()
-        return (stream, access) if stream else None
+        return (stream, lines) if stream else None
 
     async def wait_for_stream(self, key: str, visitor: Visitor,
-                              authorization: bytes | None = None) -> tuple[Stream, Access]:
+                              lines: bytes = b'') -> tuple[Stream, bytes]:
         """Do the same once a client is there and others have made room.  Raises HopFailed."""
         await self._wait_for_client(key, visitor)
         deadline = self._runtime.now() + ROOM_WITHIN
         while True:
-            opened = self.open_stream(key, visitor, authorization)
+            opened = self.open_stream(key, visitor, lines)
             if opened:
                 return opened
             await self._wait_for_room(key, visitor, deadline)
@@ -3703,6 +3663,7 @@ class Admission:
                  most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
         """MOST tunnels in all; BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
+        self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
         # A seam: what clients may want beside the tunnel, by the option that the server was given;
         # each checks what a client says of it, and raises ValueError and TypeError.  It returns
         # what is noted with the client's lease; if that is not '', a derived name has one, too.
@@ -3713,7 +3674,6 @@ class Admission:
         self._runtime, self._tunnels = runtime, tunnels
         self._most, self._counters, self._trace = most, counters, trace
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
-        self._claims_since = 0.0                # Unix seconds: a day later they are forgotten
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
         self._turn = asyncio.Lock()             # for who changes what others have looked at
@@ -3789,7 +3749,7 @@ class Admission:
     async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
         try:
-            hello = Hello(request.get(b'localtunnel-hello'))
+            hello = Hello(request.get(b'localtunnel-hello'), self.gates)
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
@@ -3915,10 +3875,7 @@ class Admission:
 
     def check_limits(self, owner: str, asked: Candidate) -> None:
         """Raises Refused where OWNER, who is ASKED, may not lease more."""
-        now = time.time()
-        self.leases.check_limits(owner, asked.grant.digest, now)
-        if now - self._claims_since > DAY:
-            self._claims_since, self._claims = now, collections.Counter()
+        self.leases.check_limits(owner, asked.grant.digest, time.time())
         if asked.stranger and self._claims[asked.subnet] >= MAX_LEASES:
             raise Refused(429, 'too_many_names', f'{asked.visitor.address} has taken {MAX_LEASES} '
                           'new names today; take one of those, or come again tomorrow')
@@ -3931,6 +3888,8 @@ class Admission:
             self.check_limits(owner, asked)
         await self.leases.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
         if new and asked.stranger:
+            if not self._claims:
+                self._runtime.loop.call_later(DAY, self._claims.clear)
             self._claims[asked.subnet] += 1
         asked.visitor.connection.check()      # it may have left meanwhile
 
@@ -4603,14 +4562,12 @@ class Server:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
         lines = self.onward.of_request(visitor, request, name)
-        login = request.get(b'authorization')
         interim = exchange.near if request.minor == b'1' else None
         while True:
-            stream, access = (self.tunnels.open_stream(name, visitor, login)
-                              or await self.tunnels.wait_for_stream(name, visitor, login))
+            stream, ours = (self.tunnels.open_stream(name, visitor, lines)
+                            or await self.tunnels.wait_for_stream(name, visitor, lines))
             visitor.begin(stream)
             try:
-                ours = _AUTHORIZATION.sub(b'', lines) if access.users else lines
                 await exchange.send(stream, ours, end=not request.upgrade)
                 response = await read_final(stream, interim, NEVER, inside=True)
                 if exchange.sending:
@@ -5818,6 +5775,14 @@ class Annex:
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         """Plug in at APP, and on the way to the server at ADDRESS."""
 
+    def hello(self, args: Args, key: bytes) -> dict[str, Any]:
+        """Words of the hello of a client, which has KEY."""
+        return {}
+
+    def gates(self) -> Gates:
+        """What keeps visitors out, at any server."""
+        return {}
+
     async def beside(self, args: Args, app: App) -> None:
         """Open what stands beside a client of the command line; APP's runtime closes it."""
 
@@ -6557,7 +6522,89 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Raw TCP
+# 19. Access
+#
+# Who may visit: which addresses, and which users with their passwords.
+#
+#   "allow"   [CIDR, ...]
+#   "auth"    [[salt, SHA256 of salt and USER:PASSWORD], ...]
+# ------------------------------------------------------------------------------------------------
+
+MAX_RULES = 100                 # of a tunnel, each of --allow and --auth: all are checked
+AUTHORIZATION = re.compile(rb'(?im)^authorization:.*\n')
+
+
+def bounded(rule: Sequence[Any]) -> Sequence[Any]:
+    """Return RULE.  Raises ValueError if it is too long to be looked at for each request."""
+    if len(rule) > MAX_RULES:
+        raise ValueError(f'more than {MAX_RULES} rules')
+    return rule
+
+
+def gate_of_networks(rule: Sequence[str]) -> Gate:
+    """Keeps out who does not come from one of the networks of RULE."""
+    networks = [ipaddress.ip_network(cidr, strict=False) for cidr in bounded(rule)]
+
+    def gate(key: str, visitor: Visitor, lines: bytes) -> bytes:
+        if not within(visitor.address, networks):
+            raise HopFailed(403, f'{visitor.address} may not visit this tunnel',
+                            cure='give the client one more --allow, with this address')
+        return lines
+    return gate
+
+
+def is_user(authorization: bytes, users: Iterable[tuple[str, str]]) -> bool:
+    """Return True if AUTHORIZATION, the field's value, has name and password of one of USERS."""
+    scheme, _, encoded = authorization.partition(b' ')
+    try:
+        given = base64.b64decode(encoded.strip(), validate=True).decode()
+    except ValueError:
+        return False
+    right = False
+    for salt, digest in users:
+        right |= same(digest_of(salt + given), digest)
+    return right and scheme.lower() == b'basic'
+
+
+def gate_of_users(rule: Sequence[tuple[str, str]]) -> Gate:
+    """Keeps out who is none of the users of RULE; the app does not see their passwords."""
+    users = [(str(salt), str(digest)) for salt, digest in bounded(rule)]
+
+    def gate(key: str, visitor: Visitor, lines: bytes) -> bytes:
+        if visitor.exchange and not is_user(visitor.exchange.request.get(b'authorization'), users):
+            raise HopFailed(401, 'this tunnel needs a user name and a password',
+                            f'WWW-Authenticate: Basic realm="{key}", charset="UTF-8"',
+                            cure='the client was started with --auth USER:PASSWORD')
+        return AUTHORIZATION.sub(b'', lines)
+    return gate
+
+
+class Access(Annex):
+    """--allow and --auth."""
+    title = 'who may visit'
+
+    def client_options(self, add: Add) -> None:
+        add('--auth', action='append', default=[], metavar='USER:PASSWORD',
+            help='visitors must log in')
+        add('--allow', type=network, action='append', default=[], metavar='CIDR',
+            help='only these visitors may come (repeatable)')
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        if any(':' not in user for user in args.auth):
+            raise UsageError('--auth takes USER:PASSWORD')
+
+    def hello(self, args: Args, key: bytes) -> dict[str, Any]:
+        salted = [(hmac.new(key, user.encode(), hashlib.sha256).hexdigest(), user)
+                  for user in args.auth]
+        return {'allow': [str(cidr) for cidr in args.allow],
+                'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
+
+    def gates(self) -> Gates:
+        return {'allow': gate_of_networks, 'auth': gate_of_users}
+
+
+# ------------------------------------------------------------------------------------------------
+# 20. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6725,7 +6772,7 @@ class RawTcp(Annex):
             return None
         if '/' in text or text == 'echo' or text.startswith('unix:'):
             raise UsageError(f'raw TCP leads to PORT or HOST:PORT, not to {text!r}')
-        if args.name or args.auth:
+        if args.name or getattr(args, 'auth', None):
             raise UsageError('--name and --auth are for HTTP, not for --tcp')
         app = parse_target(text)
         return Target('tcp', app.host, app.port, kind='tcp', public_port=args.tcp_port or 0)
@@ -6760,7 +6807,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Folder and echo
+# 21. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7110,7 +7157,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Host header
+# 22. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7295,7 +7342,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Outgoing proxy
+# 23. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7361,7 +7408,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Certificates
+# 24. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7464,7 +7511,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Certificates by ACME
+# 25. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8227,7 +8274,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Hand-over
+# 26. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8324,7 +8371,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Operator's page
+# 27. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8620,7 +8667,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Block list
+# 28. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -8852,7 +8899,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Ground
+# 29. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9167,7 +9214,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Doctor
+# 30. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9545,7 +9592,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Landing page
+# 31. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -9636,7 +9683,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Verifying
+# 32. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -9711,7 +9758,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Token files
+# 33. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9800,7 +9847,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Invitations
+# 34. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10017,7 +10064,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Exchanges
+# 35. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10796,7 +10843,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector's page
+# 36. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11330,7 +11377,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Inspector
+# 37. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11639,7 +11686,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Logs and replay
+# 38. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12121,7 +12168,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Words from elsewhere
+# 39. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12263,7 +12310,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Error pages
+# 40. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12339,7 +12386,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Setting up
+# 41. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12847,7 +12894,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Via ssh
+# 42. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13058,7 +13105,7 @@ class ViaSsh(Annex):
         ssh = Ssh(args.name or '', *parts.groups())
         if args.name and not ssh.service.names:
             raise UsageError(f'--name means nothing to {ssh.name}, which makes the URL by itself')
-        if args.allow and not ssh.service.tells:
+        if getattr(args, 'allow', None) and not ssh.service.tells:
             raise UsageError(f'--allow has nothing to go by: {ssh.name} does not tell where '
                              'visitors come from; --auth works')
         return ssh
@@ -13071,7 +13118,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 42. Output
+# 43. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13360,7 +13407,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Keys
+# 44. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13464,7 +13511,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Terminal
+# 45. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13886,15 +13933,15 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Options
+# 46. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(),
-                            Acme(), Certificates(), HandOver(), Operator(), Blocking(), Doctor(),
-                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
-                            ErrorPages(), SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), RawTcp(), FolderAndEcho(), HostHeader(),
+                            OutgoingProxy(), Acme(), Certificates(), HandOver(), Operator(),
+                            Blocking(), Doctor(), LandingPage(), Verifying(), Invitations(),
+                            Inspect(), Elsewhere(), ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -13925,10 +13972,6 @@ def client_options(parser: argparse.ArgumentParser) -> None:
     add('--name', type=str.lower, help='ask for this name; exit with 3 if it is refused')
     add('--release', action='store_true', help='with --name: give the name back, and exit')
     add('--share', action='store_true', help='let several of your clients serve one name')
-    add('--auth', action='append', default=[], metavar='USER:PASSWORD',
-        help='visitors must log in')
-    add('--allow', type=network, action='append', default=[], metavar='CIDR',
-        help='only these visitors may come (repeatable)')
 
     add = parser.add_argument_group('the app').add_argument
     add('--timeout', type=number, default=RESPONSE_TIMEOUT, metavar='SECONDS',
@@ -14152,7 +14195,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Wiring
+# 47. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14368,9 +14411,16 @@ async def first_of(*work: Awaitable[Any]) -> Any:
             await end_task(task)
 
 
+def keep_gates(server: Server) -> None:
+    """Let SERVER keep visitors out where its clients say so."""
+    for annex in ANNEXES:
+        server.admission.gates.update(annex.gates())
+
+
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
     server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER)
+    keep_gates(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -14400,8 +14450,6 @@ def check_client_options(args: Args, target: Target, known: KnownServer | None) 
         raise UsageError('--tcp needs a server; give one with --server')
     if args.name:
         check_name(args.name)
-    if any(':' not in user for user in args.auth):
-        raise UsageError('--auth takes USER:PASSWORD')
     if known and known.address.scheme == 'http' and not is_loopback(known.address.site):
         LOG.warning('the connection to %s is not encrypted: anyone on the path can read '
                     'everything, even your token and the proof of your name', known.address)
@@ -14453,7 +14501,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   app.kinds[target.kind],
                   app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  wants=address.wants, **Access.encode(args.allow, args.auth, key), **wish)
+                  wants=address.wants, **wish, **{word: said for annex in ANNEXES
+                                                  for word, said in annex.hello(args, key).items()})
 
 
 def as_client(args: Args, runtime: Runtime,
@@ -14469,7 +14518,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Python
+# 48. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14781,7 +14830,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Command line
+# 49. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -14952,8 +15001,9 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     terminal = Terminal(
         target.text, carrier.name if carrier else str(known.address), not server or bool(carrier),
         runtime.loop.call_later, source='carrier' if carrier else known.source,
-        protected=bool(args.auth), allow=[str(net) for net in args.allow], as_json=args.json,
-        quiet=args.quiet, first=lambda: None if server else keep_server(known))
+        protected=bool(getattr(args, 'auth', None)),
+        allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
+        first=lambda: None if server else keep_server(known))
     app = make_app(runtime, args, target, known, terminal)
     if server:
         server.pages.error = app.error_page
@@ -15075,6 +15125,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                     trace=log.frame if args.verbose else None)
     sockets = server.doors.bind(args.bind, args.port)
     args.sources = Sources(server)
+    keep_gates(server)
     for annex in ANNEXES:
         await annex.at_server(args, server)
     for sock in sockets:

@@ -27,36 +27,37 @@ Contents
    16 Annex                   what a code has in it; for the rest see D
    17 DNS                     what is asked about a zone, and answered
    18 Kept leases             what of them survives a server, a crash and a full disk
-   19 Raw TCP                 bytes both ways, and their ends
-   20 Folder and echo         what a folder shows, and what it hides
-   21 Host header             what app and visitor see of each other's address, base paths, hints
-   22 Outgoing proxy          the ways out, and what a proxy may answer
-   23 Certificates            what a server shows (in Command line)
-   24 Certificates by ACME    authorities, real and made up, and the records of a domain
-   25 Hand-over               from one process to the next (in Command line)
-   26 Operator's page         what he sees, and what he ends (in B)
-   27 Block list              what an entry is, and who is kept out
-   28 Ground                  what a look at it finds, and that it harms nobody
-   29 Doctor                  every fault is named first, and each look leaves nothing behind
-   30 Landing page            whom to ask; the rest in Server, Command line
-   31 Verifying               what a server hands out, and this file
-   32 Token files             what a line of them may be; for the rest see Server
-   33 Invitations             who gets in, and who no more
-   34 Exchanges               what is kept of what passes, and for how long
-   35 Inspector's page        shown by the next room
-   36 Inspector               who sees it, and how; what is sent again
-   37 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   38 Words from elsewhere    what users of other programs type
-   39 Error pages             the way and where it stops, for each thing that fails
-   40 Setting up              what is installed, and how another machine is talked to
-   41 Via ssh                 how services are asked, and what ends it
-   42 Output                  programs, and those who read slowly what they write
-   43 Keys                    what is typed while a tunnel runs
-   44 Terminal                what a person sees
-   45 Options                 what can be typed
-   46 Wiring                  the key; which server, which token (in Command line)
-   47 Python                  a tunnel inside another program, and its options as keywords
-   48 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   19 Access                  which visitors pass; for the rest see B
+   20 Raw TCP                 bytes both ways, and their ends
+   21 Folder and echo         what a folder shows, and what it hides
+   22 Host header             what app and visitor see of each other's address, base paths, hints
+   23 Outgoing proxy          the ways out, and what a proxy may answer
+   24 Certificates            what a server shows (in Command line)
+   25 Certificates by ACME    authorities, real and made up, and the records of a domain
+   26 Hand-over               from one process to the next (in Command line)
+   27 Operator's page         what he sees, and what he ends (in B)
+   28 Block list              what an entry is, and who is kept out
+   29 Ground                  what a look at it finds, and that it harms nobody
+   30 Doctor                  every fault is named first, and each look leaves nothing behind
+   31 Landing page            whom to ask; the rest in Server, Command line
+   32 Verifying               what a server hands out, and this file
+   33 Token files             what a line of them may be; for the rest see Server
+   34 Invitations             who gets in, and who no more
+   35 Exchanges               what is kept of what passes, and for how long
+   36 Inspector's page        shown by the next room
+   37 Inspector               who sees it, and how; what is sent again
+   38 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   39 Words from elsewhere    what users of other programs type
+   40 Error pages             the way and where it stops, for each thing that fails
+   41 Setting up              what is installed, and how another machine is talked to
+   42 Via ssh                 how services are asked, and what ends it
+   43 Output                  programs, and those who read slowly what they write
+   44 Keys                    what is typed while a tunnel runs
+   45 Terminal                what a person sees
+   46 Options                 what can be typed
+   47 Wiring                  the key; which server, which token (in Command line)
+   48 Python                  a tunnel inside another program, and its options as keywords
+   49 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2548,30 +2549,6 @@ class LeaseTest(unittest.TestCase):
         self.assertEqual(self.book.by_name['app'].facts, {})
 
 
-class AccessTest(unittest.TestCase):
-
-    def test_without_rules_everybody_comes_in(self):
-        access = lt.Access(lt.Access.encode([], [], b''))
-        self.assertTrue(access.admits_address('1.2.3.4') and not access.users)
-
-    def test_only_these_addresses_come_in(self):
-        access = lt.Access(lt.Access.encode(['10.0.0.0/8', '2001:db8::/32', '1.2.3.4'], [], b''))
-        for address in ('10.9.9.9', '::ffff:10.1.1.1', '2001:db8::1', '1.2.3.4'):
-            self.assertTrue(access.admits_address(address), address)
-        for address in ('11.0.0.1', '::1', '', 'nonsense', '1.2.3.5'):
-            self.assertFalse(access.admits_address(address), address)
-
-    def test_only_these_users_come_in(self):
-        rules = lt.Access.encode([], ['me:se:cret', 'you:x'], b'key')
-        self.assertNotIn('cret', json.dumps(rules))
-        access = lt.Access(json.loads(json.dumps(rules)))
-        for value, right in ((b'Basic bWU6c2U6Y3JldA==', True), (b'basic eW91Ong=', True),
-                             (b'Basic bWU6eA==', False), (b'Bearer bWU6c2U6Y3JldA==', False),
-                             (b'Basic !', False), (b'', False), (b'Basic', False),
-                             (b'Basic /w==', False)):
-            self.assertIs(access.admits_user(value), right, value)
-
-
 # ------------------------------------------------------------------------------------------------
 # 8. Exchange
 # ------------------------------------------------------------------------------------------------
@@ -2662,6 +2639,7 @@ class WorldTest(LoopTest):
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
         self.sources = lt.Sources(self.server)
+        lt.keep_gates(self.server)
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
         if self.leases:         # of the server before
@@ -4731,7 +4709,51 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Raw TCP
+# 19. Access
+# ------------------------------------------------------------------------------------------------
+
+class AccessTest(unittest.TestCase):
+
+    @staticmethod
+    def passes(gate, address='192.0.2.1', authorization=None):
+        """What goes on of the header lines of a visitor; None where the gate keeps him out."""
+        visitor = unittest.mock.Mock(address=address)
+        visitor.exchange.request.get = {b'authorization': authorization}.get
+        try:
+            return gate('app', visitor, b'A: 1\r\nAuthorization: x\r\nB: 2\r\n')
+        except lt.HopFailed:
+            return None
+
+    def test_only_these_addresses_come_in(self):
+        gate = lt.gate_of_networks(['10.0.0.0/8', '2001:db8::/32', '1.2.3.4'])
+        for address in ('10.9.9.9', '::ffff:10.1.1.1', '2001:db8::1', '1.2.3.4'):
+            self.assertIn(b'Authorization', self.passes(gate, address), address)
+        for address in ('11.0.0.1', '::1', '', 'nonsense', '1.2.3.5'):
+            self.assertIsNone(self.passes(gate, address), address)
+
+    def test_only_these_users_come_in_and_the_app_does_not_see_their_passwords(self):
+        args = lt.Args(allow=[], auth=['me:se:cret', 'you:x'])
+        rules = lt.Access().hello(args, b'key')
+        self.assertNotIn('cret', json.dumps(rules))
+        gate = lt.gate_of_users(json.loads(json.dumps(rules))['auth'])
+        for value, right in ((b'Basic bWU6c2U6Y3JldA==', True), (b'basic eW91Ong=', True),
+                             (b'Basic bWU6eA==', False), (b'Bearer bWU6c2U6Y3JldA==', False),
+                             (b'Basic !', False), (b'', False), (b'Basic', False),
+                             (b'Basic /w==', False)):
+            self.assertEqual(self.passes(gate, authorization=value),
+                             b'A: 1\r\nB: 2\r\n' if right else None, value)
+
+    def test_raw_tcp_has_no_passwords(self):
+        visitor = unittest.mock.Mock(exchange=None)
+        self.assertEqual(lt.gate_of_users([['s', 'd']])('app', visitor, b''), b'')
+
+    def test_a_rule_that_a_server_does_not_know_is_refused(self):
+        with self.assertRaisesRegex(lt.Refused, "can't keep visitors out by --auth; ask"):
+            lt.make_gates({'allow': ['::1'], 'auth': [['s', 'd']]}, {'allow': lt.gate_of_networks})
+
+
+# ------------------------------------------------------------------------------------------------
+# 20. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4830,7 +4852,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Folder and echo
+# 21. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5140,7 +5162,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Host header
+# 22. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5425,7 +5447,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Outgoing proxy
+# 23. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5503,7 +5525,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Certificates
+# 24. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5522,7 +5544,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Certificates by ACME
+# 25. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6290,14 +6312,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Hand-over
+# 26. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Operator's page
+# 27. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6465,7 +6487,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Block list
+# 28. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -6740,7 +6762,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Ground
+# 29. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -6879,7 +6901,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Doctor
+# 30. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7373,7 +7395,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Landing page
+# 31. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7437,7 +7459,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Verifying
+# 32. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -7509,7 +7531,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Token files
+# 33. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7531,7 +7553,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Invitations
+# 34. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7693,21 +7715,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Exchanges
+# 35. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Inspector's page
+# 36. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Inspector
+# 37. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8519,7 +8541,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Logs and replay
+# 38. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8641,7 +8663,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Words from elsewhere
+# 39. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8727,7 +8749,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Error pages
+# 40. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8936,7 +8958,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Setting up
+# 41. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9163,7 +9185,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Via ssh
+# 42. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9322,7 +9344,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Output
+# 43. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9673,7 +9695,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Keys
+# 44. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9729,7 +9751,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Terminal
+# 45. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10060,7 +10082,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 45. Options
+# 46. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10084,7 +10106,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Wiring
+# 47. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10299,7 +10321,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Python
+# 48. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10480,7 +10502,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Command line
+# 49. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -13917,7 +13939,7 @@ class HostileVisitorTest(HostileTest):
 
     async def test_passwords(self):
         await self.world()
-        rules = lt.Access.encode([], ['ana:secret', 'bob:x'], b'')
+        rules = lt.Access().hello(lt.Args(allow=[], auth=['ana:secret', 'bob:x']), b'')
         self.assertNotIn('secret', str(rules))
         peer = await self.victim(**rules)
 
@@ -14034,7 +14056,8 @@ class HostileVisitorTest(HostileTest):
             self.assertIn(login.encode(), (await first.until(lt.OPEN))[2])
             first.writer.transport.abort()
             other = await self.victim(proof='44' * 32,
-                                      **lt.Access.encode([], ['me:secret'], b'key'))
+                                      **lt.Access().hello(
+                                          lt.Args(allow=[], auth=['me:secret']), b'key'))
             if login:
                 _, id, head = await other.until(lt.OPEN)
                 self.assertNotIn(b'Authorization', head)
@@ -14045,7 +14068,7 @@ class HostileVisitorTest(HostileTest):
         with socket.create_server(('127.0.0.1', 0)) as free:
             ports = free.getsockname()[1],
         await self.world(tcp_ports=ports, host='127.0.0.1')
-        rules = lt.Access.encode(['192.0.2.1'], [], b'')
+        rules = lt.Access().hello(lt.Args(allow=['192.0.2.1'], auth=[]), b'')
         with self.constant(MAX_STREAMS=1, ROOM_WITHIN=PATIENCE, ROOM_LOOK=0.01):
             for kind, port, ask, refused in (
                     ('http', self.port, ASK.replace(b' x', b' evil.localhost'), b'HTTP/1.1 403'),
