@@ -45,8 +45,8 @@ Rooms
      4 Byte streams           18 Kept leases            46 Options
      5 Session                19 Access                 47 Wiring
      6 HTTP/1.1               20 Raw TCP                48 Python
-     7 Names and tokens       21 Folder and echo        49 Command line
-     8 Exchange               22 Host header
+     7 Names and tokens       21 Folder and echo        49 Configuration file
+     8 Exchange               22 Host header            50 Command line
      9 Tunnels                23 Outgoing proxy
     10 Admission              24 Certificates
     11 Server                 25 Certificates by ACME
@@ -3672,7 +3672,7 @@ class Admission:
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
         self._runtime, self._tunnels = runtime, tunnels
-        self._most, self._counters, self._trace = most, counters, trace
+        self.most, self._counters, self._trace = most, counters, trace
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
@@ -3807,8 +3807,8 @@ class Admission:
         if has >= grant.tunnels and not is_loopback(holder):
             raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
                           'client of --share counted; end another one first')
-        if sum(self._tunnels.served.values()) - len(goes) >= self._most:
-            raise Refused(429, 'too_many', f'the server is full: it has {self._most} tunnels; '
+        if sum(self._tunnels.served.values()) - len(goes) >= self.most:
+            raise Refused(429, 'too_many', f'the server is full: it has {self.most} tunnels; '
                           'try again later')
         if tunnel.before(hello) and self._is_owner(asked):
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
@@ -4388,7 +4388,7 @@ class Server:
             runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
             self.counters, trace)
         self.onward = Onward(self.domain, log)      # a seam: the header lines of what passes
-        self._drain, self.rate = drain, rate
+        self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4411,7 +4411,7 @@ class Server:
             if not handed_over:
                 self.visitors.close_idle()
             return not (self.visitors or self.doors.busy)
-        await look_until(finished, self._drain)
+        await look_until(finished, self.drain)
         await self.tunnels.end_all()
 
     # One connection.
@@ -12394,7 +12394,7 @@ class ErrorPages(Annex):
 
 SYSTEM = '/'            # below it all is installed
 PROGRAM, STATE = 'usr/local/lib/localtunnel/localtunnel.py', 'var/lib/localtunnel'
-OPTIONS, USER_FILE = 'etc/localtunnel/options', 'etc/sysusers.d/localtunnel.conf'
+CONFIG, USER_FILE = 'etc/localtunnel/server.ini', 'etc/sysusers.d/localtunnel.conf'
 UNITS = SOCKET, SERVICE = 'localtunnel.socket', 'localtunnel.service'
 UNIT_FOLDER, USUAL_PYTHON = 'etc/systemd/system/', '/usr/bin/python3'
 
@@ -12418,7 +12418,7 @@ Requires=localtunnel.socket
 [Service]
 Type=notify
 NotifyAccess=all
-ExecStart={python} {program} server @{options}
+ExecStart={python} {program} server --config {config}
 ExecReload=/bin/kill -USR2 $MAINPID
 Restart=always
 RestartSec=2
@@ -12453,7 +12453,7 @@ ELSEWHERE = """
 # Without systemd all this is for you to do. With OpenRC, as /etc/init.d/localtunnel:
 #!/sbin/openrc-run
 export STATE_DIRECTORY={state}
-command={python} command_args="{program} server @{options}" command_background=yes
+command={python} command_args="{program} server --config {config}" command_background=yes
 command_user=localtunnel capabilities=^cap_net_bind_service
 pidfile=/run/localtunnel.pid error_log=/var/log/localtunnel.log
 depend() {{ need net; }}
@@ -12466,9 +12466,21 @@ docker run -d --restart unless-stopped -p 80:80 -p 443:443 -v localtunnel:/state
 
 
 def words_of(args: Args) -> list[str]:
-    """The server's options among those that were typed."""
-    own = '--dry-run', '--print', '--purge', '--remove'
+    """The server's options among those that were typed, and those of a file that was named."""
+    own = '--config', '--dry-run', '--print', '--purge', '--remove'
     return [word for word in args.typed if word.partition('=')[0] not in own]
+
+
+def in_file(words: Sequence[str]) -> str:
+    """The options WORDS of a server, as a configuration file.  Raises UsageError."""
+    values: dict[str, list[str]] = {}
+    for word in words:
+        key, equals, value = word[2:].partition('=')
+        if re.search(r'^[\s#;]|[\r\n]|\s$', value):
+            raise UsageError(f"--{key} {value!r} can't stand in the file of an installed server")
+        values.setdefault(key, []).append(value if equals else 'yes')
+    lines = (f'{key} = ' + '\n    '.join(several) for key, several in values.items())
+    return '\n'.join(['[server]', *lines, ''])
 
 
 def ports_of(args: Args) -> list[int]:
@@ -12479,22 +12491,20 @@ def ports_of(args: Args) -> list[int]:
 
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
-    import shlex
     any_host = ['0.0.0.0', '[::]'][:1 + os.path.exists('/proc/net/if_inet6')]
     hosts = [bracketed(args.bind.strip('[]'))] if args.bind else any_host
     ports = [f'ListenStream={host}:{port}' for port in ports_of(args) for host in hosts]
-    options = '# Options of the server. After a change: systemctl reload localtunnel\n'
     texts = {
         USER_FILE: 'u localtunnel - "localtunnel server"\n',
-        OPTIONS: options + ''.join(f'{shlex.quote(word)}\n' for word in words),
+        CONFIG: '# After a change: systemctl reload localtunnel\n' + in_file(words),
         UNIT_FOLDER + SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
-            python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
+            python=python, program=SYSTEM + PROGRAM, config=SYSTEM + CONFIG,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
     return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
-SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + OPTIONS],
+SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + CONFIG],
           ['systemctl', 'daemon-reload']]
 START, STOP = ['systemctl', 'enable', '--now', *UNITS], ['systemctl', 'disable', '--now', *UNITS]
 HAND_OVER = ['systemctl', 'reload', SERVICE]
@@ -12502,7 +12512,7 @@ HAND_OVER = ['systemctl', 'reload', SERVICE]
 
 def removal(purge: bool) -> list[list[str]]:
     """The commands that take the server away; leases and tokens stay, but for PURGE."""
-    gone = [os.path.dirname(PROGRAM), *(UNIT_FOLDER + unit for unit in UNITS), OPTIONS, USER_FILE]
+    gone = [os.path.dirname(PROGRAM), *(UNIT_FOLDER + unit for unit in UNITS), CONFIG, USER_FILE]
     return [STOP, ['rm', '-rf', *(SYSTEM + name for name in gone + [STATE] * purge)],
             ['systemctl', 'daemon-reload'], *([['userdel', 'localtunnel']] if purge else [])]
 
@@ -12517,7 +12527,7 @@ def shown(args: Args, words: Sequence[str], python: str) -> str:
     return '\n'.join([
         *(f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()),
         *map(shlex.join, [*SET_UP, START]), f'# or, where it runs: {shlex.join(HAND_OVER)}',
-        ELSEWHERE.format(python=python, program=SYSTEM + PROGRAM, options=SYSTEM + OPTIONS,
+        ELSEWHERE.format(python=python, program=SYSTEM + PROGRAM, config=SYSTEM + CONFIG,
                          state=SYSTEM + STATE, words=shlex.join(words))])
 
 
@@ -12611,7 +12621,7 @@ def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
         path = SYSTEM + name
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write_secret(path, files[name])
-        os.chmod(path, 0o640 if name == OPTIONS else 0o644)
+        os.chmod(path, 0o640 if name == CONFIG else 0o644)
     return changed
 
 
@@ -12619,10 +12629,11 @@ def start(running: bool, changed: Iterable[str]) -> None:
     """Let the server run as its files say, of which some have CHANGED.  Raises LocaltunnelError."""
     served, since = f'{SYSTEM}{STATE}/{SERVED}', f'--since=@{time.time():.0f}'
     before, deadline, why = stamp_of(served), time.monotonic() + READY_WITHIN, ''
-    if running and UNIT_FOLDER + SOCKET not in changed:
+    new = [unit for unit in UNITS if UNIT_FOLDER + unit in changed]
+    if running and not new:
         system(*HAND_OVER)
     else:
-        for unit in reversed(UNITS) if running else ():
+        for unit in [SERVICE, SOCKET][:2 if SOCKET in new else 1] if running else ():
             system('systemctl', 'stop', unit)
         try:
             system(*START)
@@ -12758,7 +12769,7 @@ def why_silent(address: str, pin: str) -> str:
     return ''
 
 
-INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/options.
+INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/server.ini.
 
 examples:
   localtunnel.py install --domain t.example.com --acme you@example.com
@@ -13989,6 +14000,8 @@ def client_options(parser: argparse.ArgumentParser) -> None:
 
 
 def server_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--config', metavar='FILE', help='take the options in its section [server]')
+
     add = parser.add_argument_group('where it listens').add_argument
     add('--domain', default='localhost', type=str.lower,
         help='tunnels appear at NAME.DOMAIN (%(default)s)')
@@ -14026,18 +14039,6 @@ def server_options(parser: argparse.ArgumentParser) -> None:
         annex.server_options(parser.add_argument_group(annex.title).add_argument)
 
 
-def options_in(path: str) -> list[str]:
-    """The words in the file at PATH, as in a shell.  Raises LocaltunnelError."""
-    import shlex
-    try:
-        with open(path, encoding='utf-8') as f:
-            return shlex.split(f.read(), comments=True)
-    except OSError as e:
-        raise LocaltunnelError(f"can't read {path}: {e.strerror}") from e
-    except ValueError as e:
-        raise LocaltunnelError(f"can't use {path}: {e}") from e
-
-
 class Parser(argparse.ArgumentParser):
     """A parser whose help goes the way of all other output, and whose errors are UsageErrors."""
     commands: Dict[str, Any] = {}       # parsers by name
@@ -14057,6 +14058,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, words: Sequence[str]) -> Args:     # type: ignore[override]
         """What WORDS say.  `after` are those after a client's `--`, which are another command."""
         words = list(words)
+        for command in self.commands.values():
+            command.typed.clear()
         if words[:1] == ['help']:
             words = [*words[1:2], '--help']
         end = words.index('--', 2) if words[:1] == ['client'] and '--' in words[2:] else len(words)
@@ -14148,13 +14151,15 @@ examples:
 SERVER_EPILOG = """a line of the token file, as invite adds them:
   USER TOKEN|sha256:HASH [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
 
-signals: SIGHUP reads tokens and certificate again, SIGUSR2 hands over to a new
-process, SIGTERM and SIGINT finish open requests, the second one stops at once
+signals: SIGHUP reads files again (--config, tokens, certificate), SIGUSR2 hands
+over to a new process, SIGTERM and SIGINT finish open requests, the second one
+stops at once
 
 examples:
   localtunnel.py server            a trial on this machine
   localtunnel.py server --domain t.example.com --acme you@example.com
-  localtunnel.py server --domain t.example.com --token-file tokens"""
+  localtunnel.py server --domain t.example.com --token-file tokens
+  localtunnel.py server --config server.ini"""
 
 
 class Version(argparse.Action):
@@ -14830,7 +14835,162 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Command line
+# 49. Configuration file
+#
+# What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
+# Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
+# cure, and nothing is begun or changed before all is right.
+# ------------------------------------------------------------------------------------------------
+
+SECRET_KEYS = {'token', 'join', 'auth'}
+UNFIT_KEYS = {'help', 'config'}
+
+
+class ConfigFile:
+    """A configuration file as it was read."""
+
+    def __init__(self, path: str) -> None:
+        """Raises UsageError."""
+        self.path = path
+        self._text = self._read()
+        # By section and key: its line, and its value.
+        self.sections: dict[str, dict[str, tuple[int, str]]] = self._parsed()
+
+    def _read(self) -> str:
+        data = b''
+        try:
+            with open(self.path, 'rb') as f:
+                mode, data = os.fstat(f.fileno()).st_mode, f.read()
+            text = data.decode('utf-8-sig')
+        except OSError as e:
+            raise UsageError(f"can't read {self.path}: {e.strerror}") from e
+        except UnicodeDecodeError as e:
+            raise self.error(data[:e.start].count(b'\n') + 1, 'this is not UTF-8; save the file as '
+                             'that') from e
+        if '\0' in text:
+            raise UsageError(f'{self.path} is not a text; save it as UTF-8')
+        if os.name == 'posix' and mode & 0o007 and re.search(
+                f'(?m)^({"|".join(SECRET_KEYS)}) *=', text):
+            warn_once(f'others can read {self.path}, and anyone with a copy has what is secret in '
+                      f'it; type: chmod o= {self.path}')
+        return text
+
+    def _parsed(self) -> dict[str, dict[str, tuple[int, str]]]:
+        import configparser
+        line, keys = 0, []
+
+        def lines() -> Iterator[str]:
+            nonlocal line
+            for text in io.StringIO(self._text, newline=None):
+                line += 1
+                yield text
+
+        def key(name: str) -> str:
+            keys.append(line)       # the parser tells no lines, but asks here while it is at one
+            return name
+        parser = configparser.RawConfigParser(delimiters='=', default_section='')
+        parser.optionxform = key    # type: ignore[method-assign, assignment]
+        try:
+            parser.read_file(lines(), self.path)
+        except configparser.MissingSectionHeaderError as e:
+            raise self.error(line, 'above this a section must begin, such as [web]') from e
+        except configparser.DuplicateSectionError as e:
+            raise self.error(line, f'a second section [{e.section}]; join the two, or give it '
+                             'another name') from e
+        except configparser.DuplicateOptionError as e:
+            raise self.error(line, f'a second {e.option} in [{e.section}]; take one out, or '
+                             'write its value below the first, further in') from e
+        except configparser.ParsingError as e:
+            raise self.error(e.errors[0][0], 'a line must be KEY = VALUE, or [SECTION]') from e
+        numbers = iter(tuple(keys))
+        return {section: {key: (next(numbers), value) for key, value in parser.items(section)}
+                for section in parser.sections()}
+
+    def error(self, line: int, text: str) -> UsageError:
+        """The error for what is wrong in LINE."""
+        return UsageError(printable(f'{self.path}, line {line}: {text}'))
+
+    def words(self, section: str, parser: Parser, command: str, unfit: Container[str],
+              typed: Container[str]) -> list[str]:
+        """What SECTION says, as words of COMMAND, but for the options that are TYPED.
+
+        Raises UsageError for what it can't mean, such as keys that are UNFIT.
+        """
+        known, words = parser.commands[command]._option_string_actions, []
+        for key, (line, value) in self.sections[section].items():
+            notes: list[str] = []
+            meant = spelled(f'--{key}', known, notes.append)[2:]
+            if key in unfit:
+                raise self.error(line, f'{key} belongs on the command line')
+            if f'--{key}' not in known:
+                raise self.error(line, f'there is no option {key}' + (
+                    f'; did you mean {meant}?' if notes else
+                    f'; see localtunnel.py {command} --help'))
+            own = self._words(line, known[f'--{key}'], key, value)
+            try:
+                parser.parse_args([command, *own, *['echo'] * (command == 'client')])
+            except UsageError as e:
+                raise self.error(line, str(e)) from e
+            words += [] if f'--{key}' in typed else own
+        return words
+
+    def _words(self, line: int, action: argparse.Action, key: str, value: str) -> list[str]:
+        values = [one for one in value.split('\n') if one]
+        if not values:
+            raise self.error(line, f'{key} is empty; give it a value, or take the line out')
+        if action.nargs in (0, '?') and action.const is not ASK and value in ('yes', 'no'):
+            return [f'--{key}'] * (value == 'yes')
+        if action.nargs == 0:
+            raise self.error(line, f'{key} takes yes or no')
+        if len(values) > 1 and not isinstance(action, argparse._AppendAction):
+            raise self.error(line, f'{key} takes one value; take out the lines below it')
+        return [f'--{key}={one}' for one in values]
+
+
+def options_in(words: Iterable[str]) -> set[str]:
+    """The options among WORDS."""
+    return {word.partition('=')[0] for word in words}
+
+
+def server_args(words: Sequence[str]) -> Args:
+    """What WORDS say, with the section [server] of the file that they name.  Raises UsageError."""
+    parser = make_parser()
+    args = parser.parse_args(words)
+    file, typed = ConfigFile(args.config), parser.commands[args.command].typed
+    if 'server' not in file.sections:
+        raise UsageError(f'{args.config} has no section [server]; write one, with the options of '
+                         'the server as its keys')
+    own = file.words('server', parser, 'server', UNFIT_KEYS, options_in(typed))
+    args = parser.parse_args([words[0], *own, *words[1:]])
+    args.words, args.again = list(typed), functools.partial(server_args, words)
+    return args
+
+
+class ServerFile(Source):
+    """The configuration file of a server.  Some of it can be changed while that runs."""
+    what = 'configuration'
+    LIVE = {'--drain', '--hold', '--max-tunnels', '--rate'}
+
+    def __init__(self, args: Args, server: Server) -> None:
+        self._args, self._server = args, server
+
+    def reload(self) -> str | None:
+        server = self._server
+        try:
+            new = self._args.again()
+        except UsageError as e:
+            return f'{e}; nothing was changed'
+        server.tunnels.hold, server.drain = new.hold, new.drain
+        server.rate, server.admission.most = new.rate, new.max_tunnels
+        rest = options_in({*new.words} ^ {*self._args.words}) - self.LIVE
+        if rest:
+            server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
+                            'restart')
+        return None
+
+
+# ------------------------------------------------------------------------------------------------
+# 50. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -15179,9 +15339,9 @@ def command(words: Sequence[str]) -> int:
     try:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
-        if words[0:1] == ['server'] and ''.join(words[1:2]).startswith('@'):
-            words = ['server', *options_in(words[1][1:]), *words[2:]]
         args = parser.parse_args(words)
+        if getattr(args, 'config', None):
+            args = server_args(words)
         args.as_client, args.remember, args.do = as_client, keep_joined, command
         args.known = parser.commands
         code = int((commands.get(args.command) or args.run)(args))

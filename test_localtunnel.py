@@ -57,7 +57,8 @@ Contents
    46 Options                 what can be typed
    47 Wiring                  the key; which server, which token (in Command line)
    48 Python                  a tunnel inside another program, and its options as keywords
-   49 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   49 Configuration file      what a section means, and what is wrong with it
+   50 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -8997,27 +8998,31 @@ class InstallTest(FolderTest):
                                   if line.startswith('ListenStream=')], ports)
 
     def test_options_that_are_written_are_read_as_they_were_typed(self):
-        words = ['--token', "a 'b' # c", '--acme=x@example.com', '--open', '--admin']
+        words = ['--token', "a 'b' # c", '--token=2', '--acme=x@example.com', '--open', '--admin']
         args = server_args(*words)
-        files = lt.server_files(args, lt.words_of(args), '')
-        read = lt.options_in(self.write('options', files[lt.OPTIONS].decode()))
-        self.assertEqual(read, ['--domain=t.example.com', "--token=a 'b' # c",
-                                '--acme=x@example.com', '--open', '--admin'])
-        again = lt.make_parser().parse_args(['server', *read])
-        self.assertEqual((again.token, again.admin), (["a 'b' # c"], args.admin))
+        path = self.write('ini', lt.server_files(args, lt.words_of(args), '')[lt.CONFIG].decode())
+        os.chmod(path, 0o600)
+        read = lt.server_args(['server', '--config', path])
+        self.assertEqual({*read.words}, {
+            f'--config={path}', '--domain=t.example.com', "--token=a 'b' # c", '--token=2',
+            '--acme=x@example.com', '--open', '--admin'})
+        self.assertEqual((read.token, read.admin), (["a 'b' # c", '2'], args.admin))
+
+    def test_what_a_file_can_not_hold_is_said(self):
+        for value in ' a', 'a ', '#a', 'a\nb':
+            with self.subTest(value), self.assertRaisesRegex(lt.UsageError, "--token .* can't"):
+                lt.in_file([f'--token={value}'])
+
+    def test_the_options_of_a_file_are_installed(self):
+        path = self.write('ini', '[server]\ndomain = a.example.com\nrate = 5\n')
+        args = lt.server_args(['install', '--config', path, '--rate=6', '--print'])
+        self.assertEqual(lt.words_of(args), ['--domain=a.example.com', '--rate=6'])
 
     def test_files_of_another_machine_are_not_looked_for_on_this_one(self):
         words = [word for name in ('cert', 'key', 'token-file', 'acme-ca')
                  for word in (f'--{name}', '/there')]
         args = lt.make_parser().parse_args(['deploy', 'vps', *words])
         self.assertEqual(lt.words_of(args), list(map('='.join, zip(words[::2], words[1::2]))))
-
-    def test_a_file_of_options_that_can_not_be_used_is_named(self):
-        for path, why in ((self.path('none'), "can't read .*none: No such file"),
-                          (self.write('odd', "'x"), "can't use .*odd: No closing quotation")):
-            with self.subTest(why), unittest.mock.patch.object(lt, 'say') as say:
-                self.assertEqual(lt.main(['server', f'@{path}']), 1)
-                self.assertRegex(say.call_args[0][0], why)
 
     def test_what_came_through_a_pipe_is_not_copied(self):
         with unittest.mock.patch.object(lt, 'own_source', side_effect=OSError):
@@ -9068,12 +9073,12 @@ class InstallTest(FolderTest):
             self.assertIn('port 53 is ' + ('free' if free else 'used by named'), found)
 
     def test_only_what_differs_is_written_and_all_of_it_can_be_put_back(self):
-        old = {'etc/a': b'1', lt.OPTIONS: b'2', 'etc/c': b'3'}
-        self.assertEqual(lt.write_files(old), {'etc/a': b'', lt.OPTIONS: b'', 'etc/c': b''})
-        changed = lt.write_files({**old, lt.OPTIONS: b'new'})
-        self.assertEqual(changed, {lt.OPTIONS: b'2'})
+        old = {'etc/a': b'1', lt.CONFIG: b'2', 'etc/c': b'3'}
+        self.assertEqual(lt.write_files(old), {'etc/a': b'', lt.CONFIG: b'', 'etc/c': b''})
+        changed = lt.write_files({**old, lt.CONFIG: b'new'})
+        self.assertEqual(changed, {lt.CONFIG: b'2'})
         lt.write_files(changed)
-        self.assertEqual(open_and_read(self.path(lt.OPTIONS)), b'2')
+        self.assertEqual(open_and_read(self.path(lt.CONFIG)), b'2')
         if POSIX:
             self.assertEqual([os.stat(self.path(name)).st_mode & 0o777 for name in old],
                              [0o644, 0o640, 0o644])
@@ -10502,7 +10507,99 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Command line
+# 49. Configuration file
+# ------------------------------------------------------------------------------------------------
+
+class ConfigFileTest(FolderTest):
+
+    def said(self, text, *words, command='server'):
+        """What is said of a file with TEXT, without its path."""
+        data = text.encode() if isinstance(text, str) else text
+        path = self.path('ini')
+        with open(path, 'wb') as f:
+            f.write(data)
+        os.chmod(path, 0o600)
+        with self.assertRaises(lt.UsageError) as caught:
+            lt.server_args([command, '--config', path, *words])
+        return str(caught.exception).replace(path, 'FILE')
+
+    def test_each_mistake_is_told_with_its_line_and_a_cure(self):
+        for text, said in (
+                ('x = 1\n', 'FILE, line 1: above this a section must begin, such as [web]'),
+                ('# a\n\n[server]\nrate = 1\n\n[server]\n',
+                 'FILE, line 6: a second section [server]; join the two, or give it another name'),
+                ('[server]\nrate = 1\n # b\nrate = 2\n', 'FILE, line 4: a second rate in '
+                 '[server]; take one out, or write its value below the first, further in'),
+                ('[server]\nopen\n', 'FILE, line 2: a line must be KEY = VALUE, or [SECTION]'),
+                ('[server]\n\nratte = 1\n',
+                 'FILE, line 3: there is no option ratte; did you mean rate?'),
+                ('[server]\nxyzzy = 1\n',
+                 'FILE, line 2: there is no option xyzzy; see localtunnel.py server --help'),
+                ('[server]\ntoken = a\n  b\nrate = x\n', "FILE, line 4: --rate: 'x' is not a "
+                 'number of zero or more; see localtunnel.py server --help'),
+                ('[server]\ntoken = a\n  rate = b\nrate =\n',
+                 'FILE, line 4: rate is empty; give it a value, or take the line out'),
+                ('[server]\nrate = 1\n  2\n',
+                 'FILE, line 2: rate takes one value; take out the lines below it'),
+                ('[server]\nopen = maybe\n', 'FILE, line 2: open takes yes or no'),
+                ('[server]\nconfig = a\n', 'FILE, line 2: config belongs on the command line'),
+                ('[web]\ntarget = 1\n', 'FILE has no section [server]; write one, with the options '
+                 'of the server as its keys'),
+                (b'[server]\n# \xe4\n', 'FILE, line 2: this is not UTF-8; save the file as that'),
+                (b'[server]\n\0', 'FILE is not a text; save it as UTF-8')):
+            with self.subTest(text):
+                self.assertEqual(self.said(text), said)
+
+    def test_a_mistake_is_one_even_where_what_is_typed_wins(self):
+        self.assertIn('line 2: --rate', self.said('[server]\nrate = x\n', '--rate=1'))
+
+    def test_one_that_can_not_be_read_is_named(self):
+        with self.assertRaisesRegex(lt.UsageError, "^can't read .*none: No such file"):
+            lt.server_args(['server', '--config', self.path('none')])
+
+    def test_what_is_typed_wins(self):
+        path = self.write('ini', '\ufeff[other]\nx = 1\n[server]\nrate = 1\ntoken =\n  a\n\n  b\n'
+                          '; c\nopen = no\nadmin = yes\nverbose = yes\nhold = 3\n')
+        os.chmod(path, 0o600)
+        for words, rate, token in ([], 1, ['a', 'b']), (['--rate=2', '--token=c'], 2, ['c']):
+            args = lt.server_args(['server', '--config', path, *words])
+            self.assertEqual((args.rate, args.token, args.open, args.verbose, args.hold),
+                             (rate, token, False, True, 3))
+            self.assertEqual(args.admin, ('127.0.0.1', 9180))
+
+    def test_what_can_be_changed_while_a_server_runs_is_and_the_rest_is_said(self):
+        path, said = self.path('ini'), []
+        def write(text):
+            self.write('ini', f'[server]\n{text}')
+        write('rate = 1\nport = 1\nopen = yes\n')
+        server = types.SimpleNamespace(
+            tunnels=types.SimpleNamespace(), admission=types.SimpleNamespace(),
+            log=types.SimpleNamespace(note=said.append))
+        file = lt.ServerFile(lt.server_args(['server', '--config', path]), server)
+        write('rate = 2\nhold = 3\ndrain = 4\nmax-tunnels = 5\nport = 1\nopen = yes\n')
+        self.assertEqual((file.reload(), said), (None, []))
+        self.assertEqual((server.rate, server.tunnels.hold, server.drain, server.admission.most),
+                         (2, 3, 4, 5))
+        write('rate = 6\nport = 2\n')
+        self.assertEqual((file.reload(), server.rate), (None, 6))
+        self.assertEqual(said, [f'--open and --port changed in {path}, which takes a restart'])
+        write('rate = 7\nport = x\n')
+        self.assertRegex(file.reload(), 'line 3: --port: .*; nothing was changed')
+        self.assertEqual(server.rate, 6)
+
+    @unittest.skipUnless(POSIX, 'file modes are of POSIX')
+    def test_others_who_can_read_what_is_secret_are_warned_of(self):
+        for mode, text, warned in ((0o644, 'token = a', True), (0o640, 'token = a', False),
+                                   (0o644, 'rate = 1', False)):
+            path = self.write(f'{mode} {text}', f'[server]\n{text}\n')
+            os.chmod(path, mode)
+            with unittest.mock.patch.object(lt, 'warn_once') as warn:
+                lt.server_args(['server', '--config', path])
+            self.assertEqual(warn.called, warned)
+
+
+# ------------------------------------------------------------------------------------------------
+# 50. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -11846,7 +11943,7 @@ class DeployTest(CommandTest):
         self.assertEqual(wrong.ends(), 1)
         wrong.says("does not start: can't read /none: No such file .*; the old one goes on")
         self.assertEqual(fetch(client.url()), (200, b'app /'))
-        self.assertIn(b'--contact', open_and_read(os.path.join(self.system, lt.OPTIONS)))
+        self.assertIn(b'contact = ', open_and_read(os.path.join(self.system, lt.CONFIG)))
         self.assertEqual(open_and_read(os.path.join(self.system, 'grouped')).count(b'\n'), 5)
         client.interrupt()
         self.assertEqual(self.deploy('--remove').ends(), 0)
