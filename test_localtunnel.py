@@ -7405,7 +7405,9 @@ class ContactTest(WorldTest):
 
     async def landed(self, *words, domain='t.example'):
         """A world whose server has the annex, with the options WORDS."""
-        await self.world(domain=domain)
+        if self.server is None:
+            await self.world(domain=domain)
+        self.server.domain = domain
         args = lt.make_parser().parse_args(['server', *words])
         for annex in lt.LandingPage(), lt.ErrorPages():
             await annex.at_server(args, self.server)
@@ -7428,10 +7430,12 @@ class ContactTest(WorldTest):
             self.assertIn(b'operator: ' + shown,
                           (await visitor.get('/none', fields='Accept: text/html'))[2])
 
-    async def test_security_txt_of_a_tunnel_is_the_apps_and_of_nobody_without_a_contact(self):
+    async def test_security_txt_of_a_tunnel_is_the_apps(self):
         await self.landed('--contact', 'a@b', domain='localhost')
         client = await self.client(await self.app(), name='app')
         self.assertEqual((await self.visit(client, '/.well-known/security.txt'))[2], b'hello')
+
+    async def test_without_a_contact_there_is_no_security_txt(self):
         await self.landed()
         self.assertEqual((await self.visit('t.example', '/.well-known/security.txt'))[0], 404)
 
@@ -7443,11 +7447,11 @@ class ContactTest(WorldTest):
                 lt.mail_or_url(text)
 
     async def test_an_open_server_asks_search_engines_to_list_no_tunnel(self):
-        for words, given, tag in ((['--open'], b'', 'noindex'), ([], b'', None), (
+        for words, given, tag in (([], b'', None), (['--open'], b'', 'noindex'), (
                 ['--open'], b'X-Robots-Tag: all\r\n', 'all')):
             await self.landed(*words, domain='localhost')
             app = await self.app(OK.replace(b'\r\n', b'\r\n' + given, 1))
-            _, fields, body = await self.visit(await self.client(app, name='app'))
+            _, fields, body = await self.visit(await self.client(app, name=f'app{len(given)}'))
             self.assertEqual((fields.get('x-robots-tag'), body), (tag, b'hello'))
 
     async def test_an_open_server_without_a_contact_is_warned_of(self):
