@@ -6375,6 +6375,20 @@ class MetricsTest(FolderTest, WorldTest):
         self.assertEqual(found['localtunnel_requests_total{status="404"}'], 1)
         self.assertEqual(found['localtunnel_tunnels'], 1)
 
+    async def test_the_questions_in_readme_are_about_metrics_that_are_there(self):
+        await self.observed()
+        self.server.tls = lt.Tls(None)
+        self.server.tls.validity = 0.0, 1.0, []
+        await self.hello('wrong')
+        await self.visit(await self.client(await self.app(), token='letmein'))
+        there = {re.sub('{.*', '', name) for name in self.samples()}
+        text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
+        section = text.partition('Ten questions')[2].partition('\n\n**')[0]
+        asked = re.findall(r'(?m)`(.+)` \|$', section)
+        self.assertEqual(len(asked), 10)
+        names = set(re.findall(r'(?:localtunnel|process)_\w+', '\n'.join(asked)))
+        self.assertEqual(names - there, set())
+
     def test_a_time_belongs_to_each_bound_that_it_does_not_exceed(self):
         histogram = lt.Histogram()
         for seconds in (lt.BOUNDS[0], lt.BOUNDS[1] + 1e-9, 1e6, 0.0):
