@@ -8314,6 +8314,7 @@ async def start_successor(runtime: Runtime, sockets: Sockets, lock: int) -> int:
     import fcntl
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
+    program = ['-m', __spec__.name] if __spec__ else [os.path.abspath(own_path())]
     locked, ready = FIRST_PASSED + len(sockets), FIRST_PASSED + len(sockets) + 1
     with ours:
         with theirs:
@@ -8322,7 +8323,7 @@ async def start_successor(runtime: Runtime, sockets: Sockets, lock: int) -> int:
                     for fd in passed]                       # so that none is overwritten
         try:
             child = os.posix_spawn(
-                sys.executable, [sys.executable, os.path.abspath(own_path()), *sys.argv[1:]],
+                sys.executable, [sys.executable, *program, *sys.argv[1:]],
                 {**os.environ, 'LISTEN_FDS': str(len(sockets)), LOCK_VARIABLE: str(locked),
                  READY_VARIABLE: str(ready)},
                 file_actions=[(os.POSIX_SPAWN_DUP2, fd, FIRST_PASSED + i)
@@ -9297,11 +9298,11 @@ class Way:
         self._response: Any = None          # of the server, to no more than a question
         self._refusal: Any = None           # why there is no tunnel
         self._running: asyncio.Task[None] | None = None
-        self.needed: Sequence[Check] = (        # each by those that follow
+        self.needed: list[Check] = [            # each by those that follow
             self.server, self.dns, self.connect, self.tls, self.http, self.upgrade,
-            self.token, self.tunnel, self.visitor)
-        self.others: Sequence[Check] = (
-            self.clock, self.body, self.streaming, self.websocket, self.headers)
+            self.token, self.tunnel, self.visitor]
+        self.others: list[Check] = [
+            self.clock, self.body, self.streaming, self.websocket, self.headers]
 
     async def close(self) -> None:
         """Close the tunnel."""
@@ -9405,6 +9406,10 @@ class Way:
         return 'accepted' if self.known.token else 'none is needed'
 
     async def tunnel(self) -> str:
+        if getattr(self._refusal, 'code', '') == 'name_taken':      # its one place is in use
+            self.needed.clear()
+            del self.others[1:]     # all but the clock
+            raise Finding(f'{self._refusal}; so the rest is not looked at', ok=None)
         if self._refusal:
             raise self._refusal
         return f'open at {self.client.url}'
@@ -9489,7 +9494,7 @@ async def report(args: Args, where: str, needed: Sequence[Check],
                  others: Sequence[Check] = ()) -> int:
     """Say what all checks find, up to one of those NEEDED that fails; return the exit code."""
     first = ''
-    for check in (*needed, *others):
+    for check in itertools.chain(needed, others):       # one may end them
         name = check.__name__
         ok, text, cure = await verdict_of(check, where)
         whole = text + (cure and f'; {cure}')
@@ -12393,7 +12398,8 @@ class ErrorPages(Annex):
 # ------------------------------------------------------------------------------------------------
 
 SYSTEM = '/'            # below it all is installed
-PROGRAM, STATE = 'usr/local/lib/localtunnel/localtunnel.py', 'var/lib/localtunnel'
+FOLDER, STATE = 'usr/local/lib/localtunnel', 'var/lib/localtunnel'
+PROGRAM = f'{FOLDER}/localtunnel.py'
 CONFIG, USER_FILE = 'etc/localtunnel/server.ini', 'etc/sysusers.d/localtunnel.conf'
 UNITS = SOCKET, SERVICE = 'localtunnel.socket', 'localtunnel.service'
 UNIT_FOLDER, USUAL_PYTHON = 'etc/systemd/system/', '/usr/bin/python3'
@@ -12418,7 +12424,8 @@ Requires=localtunnel.socket
 [Service]
 Type=notify
 NotifyAccess=all
-ExecStart={python} {program} server --config {config}
+WorkingDirectory={folder}
+ExecStart={python} -m localtunnel server --config {config}
 ExecReload=/bin/kill -USR2 $MAINPID
 Restart=always
 RestartSec=2
@@ -12453,7 +12460,8 @@ ELSEWHERE = """
 # Without systemd all this is for you to do. With OpenRC, as /etc/init.d/localtunnel:
 #!/sbin/openrc-run
 export STATE_DIRECTORY={state}
-command={python} command_args="{program} server --config {config}" command_background=yes
+command={python} command_args="-m localtunnel server --config {config}" directory={folder}
+command_background=yes
 command_user=localtunnel capabilities=^cap_net_bind_service
 pidfile=/run/localtunnel.pid error_log=/var/log/localtunnel.log
 depend() {{ need net; }}
@@ -12499,20 +12507,28 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         CONFIG: '# After a change: systemctl reload localtunnel\n' + in_file(words),
         UNIT_FOLDER + SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
         UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
-            python=python, program=SYSTEM + PROGRAM, config=SYSTEM + CONFIG,
+            python=python, folder=SYSTEM + FOLDER, config=SYSTEM + CONFIG,
             hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
     return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
-SET_UP = [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + CONFIG],
-          ['systemctl', 'daemon-reload']]
+def preparation(python: str) -> list[list[str]]:
+    """The commands between writing the files and the start.
+
+    PYTHON keeps what it has compiled beside the program, where the server may not write: with that
+    it needs half of the memory.
+    """
+    return [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + CONFIG],
+            [python, '-m', 'py_compile', SYSTEM + PROGRAM], ['systemctl', 'daemon-reload']]
+
+
 START, STOP = ['systemctl', 'enable', '--now', *UNITS], ['systemctl', 'disable', '--now', *UNITS]
 HAND_OVER = ['systemctl', 'reload', SERVICE]
 
 
 def removal(purge: bool) -> list[list[str]]:
     """The commands that take the server away; leases and tokens stay, but for PURGE."""
-    gone = [os.path.dirname(PROGRAM), *(UNIT_FOLDER + unit for unit in UNITS), CONFIG, USER_FILE]
+    gone = [FOLDER, *(UNIT_FOLDER + unit for unit in UNITS), CONFIG, USER_FILE]
     return [STOP, ['rm', '-rf', *(SYSTEM + name for name in gone + [STATE] * purge)],
             ['systemctl', 'daemon-reload'], *([['userdel', 'localtunnel']] if purge else [])]
 
@@ -12526,8 +12542,9 @@ def shown(args: Args, words: Sequence[str], python: str) -> str:
     files[PROGRAM] = b'(this file)\n'
     return '\n'.join([
         *(f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()),
-        *map(shlex.join, [*SET_UP, START]), f'# or, where it runs: {shlex.join(HAND_OVER)}',
-        ELSEWHERE.format(python=python, program=SYSTEM + PROGRAM, config=SYSTEM + CONFIG,
+        *map(shlex.join, [*preparation(python), START]),
+        f'# or, where it runs: {shlex.join(HAND_OVER)}',
+        ELSEWHERE.format(python=python, folder=SYSTEM + FOLDER, config=SYSTEM + CONFIG,
                          state=SYSTEM + STATE, words=shlex.join(words))])
 
 
@@ -12658,17 +12675,20 @@ def code_for(args: Args) -> str:
 
 # On another machine.
 
-# What a shell does there: it takes this file, finds a Python that can run it, and lets it install.
+# What a shell does there: it takes this file and the options of the server (there may be secrets in
+# them, and all can see what runs), finds a Python that can run it, and lets it install.
 REMOTELY = """set -e
 umask 077
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
-head -c {size} >"$folder/localtunnel.py"
+head -c {whole} >"$folder/given"
+head -c {size} "$folder/given" >"$folder/localtunnel.py"
+tail -c +{next} "$folder/given" >"$folder/server.ini"
 for python in {pythons} ""; do
     "$python" -c "import asyncio, ssl, sys; sys.exit(sys.version_info < (3, 8))" && break
 done >/dev/null 2>&1
 if [ ! "$python" ]; then echo "it lacks Python 3.8 or later; install python3"; exit 1; fi
-set -- "$python" "$folder/localtunnel.py" {words}
+set -- "$python" "$folder/localtunnel.py" install {words}
 if [ "$(id -u)" = 0 ]; then "$@" 2>&1
 elif sudo -n true >/dev/null 2>&1; then sudo -n "$@" 2>&1
 else echo "{question}"; sudo -S -p "" "$@" 2>&1
@@ -12817,20 +12837,20 @@ class SettingUp(Annex):
                 print_line('the server is gone' + '; its leases and token are still in '
                            f'{SYSTEM}{STATE}' * (not args.purge))
             else:
-                self.set_up(args, server_files(args, words, python))
+                self.set_up(args, server_files(args, words, python), preparation(python))
         except PermissionError as e:
             raise LocaltunnelError(f"can't write {e.filename}: it takes root, so type sudo") from e
         return 0
 
     @staticmethod
-    def set_up(args: Args, files: dict[str, bytes]) -> None:
-        """Let the server run that FILES describe."""
+    def set_up(args: Args, files: dict[str, bytes], prepare: list[list[str]]) -> None:
+        """Let the server run that FILES describe, after the commands that PREPARE it."""
         running = asked('systemctl', 'is-active', SERVICE) == 'active'
         print_line(look(args, running))
         os.umask(0o022)
         before = write_files(files)
         try:
-            for command in SET_UP:
+            for command in prepare:
                 system(*command)
             if before or not running:
                 start(running, before)
@@ -12838,7 +12858,7 @@ class SettingUp(Annex):
             if not running:
                 raise
             write_files(before)
-            for command in [*SET_UP, START]:        # it may have had to stop
+            for command in [*prepare, START]:       # it may have had to stop
                 asked(*command)
             raise LocaltunnelError(f'{e}; the old one goes on') from e
         print_line('the server runs; its log: journalctl -u localtunnel')
@@ -12851,16 +12871,17 @@ class SettingUp(Annex):
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
-        source = original()
+        source, options = original(), in_file(words).encode()
         script = REMOTELY.format(
-            size=len(source), pythons=' '.join(PYTHONS), question=QUESTION,
-            words=shlex.join(['install', *['--remove'] * args.remove, *['--purge'] * args.purge,
-                              *words]))
+            size=len(source), next=len(source) + 1, whole=len(source + options),
+            pythons=' '.join(PYTHONS), question=QUESTION,
+            words=' '.join(['--remove'] * args.remove + ['--purge'] * args.purge)
+            or '--config "$folder/server.ini"')
         if not args.remove:
             check(args, USUAL_PYTHON)
         if args.dry_run:
             print_line(f'{shlex.join([*SSH, "--", args.host])}'
-                       f'   # runs this, and reads this file:\n{script}\n\n'
+                       f'   # runs this, and reads this file and the options:\n{script}\n\n'
                        '# What install does there, as root:\n' + shown(args, words, USUAL_PYTHON))
             return 0
         codes: list[str] = []
@@ -12879,7 +12900,7 @@ class SettingUp(Annex):
                                        'terminal, or log in as root')
             return typed
         print_line(f'{args.host}:')
-        over_ssh(args.host, script, source, password, heard)
+        over_ssh(args.host, script, source + options, password, heard)
         return self.finish(args, codes[-1]) if codes else 0
 
     @staticmethod

@@ -7178,6 +7178,24 @@ class DoctorTest(Doctored):
                     **changes, sessions=False))
 
 
+class DoctorOfAnAddressTest(Doctored):
+
+    async def test_a_server_for_one_tunnel_that_has_one_is_right(self):
+        await self.world(domain='127.0.0.1', only=True)
+        self.server.everywhere[lt.ITSELF.encode()] = lambda _: (
+            'text/plain', [b'localtunnel 1.0 ' + b'0' * 32])
+        server = f'http://127.0.0.1:{self.port}'
+        await self.finds('', '', '--server', server)
+        whole = [one['check'] for one in self.said]
+        await self.client(await self.app(), site='http://127.0.0.1')
+        await self.finds('', '', '--server', server)
+        self.assertEqual([one['check'] for one in self.said],
+                         whole[:whole.index('tunnel') + 1] + ['clock'])
+        tunnel = self.said[-2]
+        self.assertIsNone(tunnel['ok'])
+        self.assertIn('another one is there', tunnel['text'])
+
+
 class DoctorOfUrlsTest(Doctored):
     """`doctor URL`: what an answer means."""
 
@@ -9192,7 +9210,8 @@ class SshTest(FolderTest):
             self.run_there()
 
     def test_a_python_that_is_too_old_or_not_there_is_told(self):
-        script = lt.REMOTELY.format(size=1, pythons='false', words='', question='')
+        script = lt.REMOTELY.format(size=1, next=2, whole=1, pythons='false', words='',
+                                    question='')
         self.ssh('exec sh -c "$last"')
         with self.assertRaisesRegex(lt.LocaltunnelError, 'it lacks Python 3.8 or later'):
             self.run_there(script, b'x')
@@ -11886,6 +11905,7 @@ case $1 in
 is-active) kill -0 $pid 2>/dev/null && echo active;;
 enable) mkdir -p $state
     export STATE_DIRECTORY=$state
+    cd $(sed -n s/^WorkingDirectory=//p {0}/etc/systemd/system/localtunnel.service)
     $(sed -n s/^ExecStart=//p {0}/etc/systemd/system/localtunnel.service) >>{0}/log 2>&1 &;;
 reload) kill -USR2 $pid;;
 stop|disable) kill $pid 2>/dev/null; while kill -0 $pid 2>/dev/null; do sleep 0.01; done;;
@@ -11970,13 +11990,31 @@ class DeployTest(CommandTest):
         self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
         self.assertFalse(os.path.exists(state))
 
+    def test_a_token_is_on_no_command_line_and_what_is_compiled_is_kept(self):
+        script = open_and_read(self.path('bin', 'ssh')).decode()
+        self.program('ssh', script.replace('#!/bin/sh', f'#!/bin/sh\necho "$@" >{self.path("ps")}'))
+        self.done('--token', 'letmein')
+        self.assertIn(b'install --config "$folder/server.ini"', open_and_read(self.path('ps')))
+        self.assertNotIn(b'letmein', open_and_read(self.path('ps')))
+        path = os.path.join(self.system, lt.CONFIG)
+        self.assertIn(b'\ntoken = letmein\n', open_and_read(path))
+        self.assertEqual(os.stat(path).st_mode & 0o777, 0o640)
+        lock = open_and_read(os.path.join(self.system, 'var/lib/localtunnel/lock'))
+        kept, = os.listdir(os.path.join(self.system, lt.FOLDER, '__pycache__'))
+        self.assertRegex(kept, r'^localtunnel\.cpython-\d+\.pyc$')
+        self.done('--token', 'letmein', '--rate', '9')
+        after = open_and_read(os.path.join(self.system, 'var/lib/localtunnel/lock'))
+        self.assertNotEqual(after, lock)
+        self.assertIn(b'\0-m\0localtunnel\0',         # the successor starts from there, too
+                      open_and_read(f'/proc/{int(after)}/cmdline'))
+
     def test_a_dry_run_goes_nowhere_and_shows_all(self):
         self.program('ssh', FAKE_SSH.format(f'echo gone >{self.path("gone")}'))
         program = self.deploy('--domain', 't.example.com', '--dry-run')
         self.assertEqual(program.ends(), 0)
         said = '\n'.join(program.lines['out'])
         self.assertFalse(os.path.exists(self.path('gone')))
-        for part in ('-- ana@example.com', 'install --domain=t.example.com', 'systemctl enable',
+        for part in ('-- ana@example.com', '\ndomain = t.example.com', 'systemctl enable',
                      'ProtectSystem=strict', 'sudo -n "$@"'):
             self.assertIn(part, said)
 
@@ -12010,6 +12048,7 @@ class RealSshTest(DeployTest):
 
     test_a_dry_run_goes_nowhere_and_shows_all = None
     test_one_command_makes_a_server_another_one_upgrades_it_and_a_third_takes_it_away = None
+    test_a_token_is_on_no_command_line_and_what_is_compiled_is_kept = None
 
     def test_one_command_makes_a_server_and_another_one_takes_it_away(self):
         self.done()
