@@ -39,34 +39,35 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  43 Output
-     2 Wire                   16 Annex                  44 Keys
-     3 Credit                 17 DNS                    45 Terminal
-     4 Byte streams           18 Kept leases            46 Options
-     5 Session                19 Access                 47 Wiring
-     6 HTTP/1.1               20 Raw TCP                48 Python
-     7 Names and tokens       21 Folder and echo        49 Configuration file
-     8 Exchange               22 Host header            50 Command line
-     9 Tunnels                23 Outgoing proxy
-    10 Admission              24 Certificates
-    11 Server                 25 Certificates by ACME
-    12 Places                 26 Hand-over
-    13 App                    27 Operator's page
-    14 Client                 28 Block list
-                              29 Ground
-                              30 Doctor
-                              31 Landing page
-                              32 Verifying
-                              33 Token files
-                              34 Invitations
-                              35 Exchanges
-                              36 Inspector's page
-                              37 Inspector
-                              38 Logs and replay
-                              39 Words from elsewhere
-                              40 Error pages
-                              41 Setting up
-                              42 Via ssh
+     1 Constants and errors   15 Files                  44 Output
+     2 Wire                   16 Annex                  45 Keys
+     3 Credit                 17 TLS                    46 Terminal
+     4 Byte streams           18 DNS                    47 Options
+     5 Session                19 Kept leases            48 Wiring
+     6 HTTP/1.1               20 Access                 49 Python
+     7 Names and tokens       21 Raw TCP                50 Configuration file
+     8 Exchange               22 Folder and echo        51 Command line
+     9 Tunnels                23 Host header
+    10 Admission              24 Outgoing proxy
+    11 Server                 25 Certificates
+    12 Places                 26 Certificates by ACME
+    13 App                    27 Hand-over
+    14 Client                 28 Operator's page
+                              29 Block list
+                              30 Ground
+                              31 Doctor
+                              32 Landing page
+                              33 Verifying
+                              34 Token files
+                              35 Invitations
+                              36 Exchanges
+                              37 Inspector's page
+                              38 Inspector
+                              39 Logs and replay
+                              40 Words from elsewhere
+                              41 Error pages
+                              42 Setting up
+                              43 Via ssh
 """
 
 from __future__ import annotations
@@ -154,8 +155,7 @@ SMALL_CREDIT = 16 * KIB         # the same once half of what the session may hav
 LEAST_CREDIT = 4 * KIB          # the same once three quarters are: it may never be used
 MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
 SESSION_BUDGET = 72 * MIB       # of one session: its windows, and what it keeps for resume
-LEAST_BUDGET = 64 * MIB         # what a process has for all sessions at least, and at the most
-MOST_BUDGET = 1 * GIB
+LEAST_BUDGET = 64 * MIB         # what a process has for all sessions, at least
 KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
 KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
@@ -367,12 +367,6 @@ def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
 def printable(text: str) -> str:
     """Return TEXT made safe for a terminal and a log: one line, no control characters."""
     return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
-
-
-def rfc3339(seconds: float) -> str:
-    """Return SECONDS, Unix time, as text for programs."""
-    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
-    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
 
 
 def encode_reason(code: int, text: str) -> bytes:
@@ -3039,27 +3033,6 @@ class Observer:
         """EXCHANGE has ended, after SECONDS."""
 
 
-class Observers:
-    """Tells several observers what it is told, one after the other."""
-
-    def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
-
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        """As an Observer is told; for each request, the general way would take thrice as long."""
-        for observer in self._observers:
-            observer.exchange(exchange, seconds)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        methods = [getattr(observer, name) for observer in self._observers]
-
-        def tell(*what: Any, **facts: Any) -> None:
-            for method in methods:
-                method(*what, **facts)
-        self.__dict__[name] = tell      # from now on it is found at once
-        return tell
-
-
 # ------------------------------------------------------------------------------------------------
 # 9. Tunnels
 #
@@ -3958,44 +3931,20 @@ class Admission:
 # requests is routed by its own Host.
 # ------------------------------------------------------------------------------------------------
 
-def process_budget() -> int:
-    """Return the bytes for all receive windows of a process: an eighth of the memory."""
-    try:
-        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
-    except (AttributeError, ValueError, OSError):
-        return LEAST_BUDGET         # Windows does not say
-    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
-
-
-def descriptor_limit() -> int:
-    """Raise the limit of open files and sockets as far as it goes; return it."""
-    try:
-        import resource
-    except ImportError:
-        return MAX_DESCRIPTORS          # Windows
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    except (ValueError, OSError):
-        return soft
-    return max(soft, most)
-
-
 OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
 
 
 class Visitors:
     """All visitors' connections: who is there, from where, and whether there is room for more."""
 
-    def __init__(self, runtime: Runtime, trusted: Networks) -> None:
-        """TRUSTED are the addresses of the proxies in front."""
+    def __init__(self, runtime: Runtime, trusted: Networks, descriptors: int) -> None:
+        """TRUSTED are the proxies in front; DESCRIPTORS how many this process may have open."""
         self._runtime, self._trusted = runtime, trusted
         self.url, self._scheme = '', ''         # where they come, if somebody carries them here
         self.host: str | None = None            # of the URL
         self._here: dict[Visitor, None] = {}        # the least recently active first
         self._of_subnet: dict[str, int] = collections.Counter()     # connections of each
-        self._descriptors = descriptor_limit()
+        self._descriptors = descriptors
         self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
 
     def __iter__(self) -> Iterator[Visitor]:
@@ -4064,12 +4013,6 @@ class Visitors:
 
 # A page of our own: its type and its bytes in pieces, for who reached the server at an address.
 Page = Callable[[str], Tuple[str, Sequence[bytes]]]
-
-
-def own_path() -> str:
-    """Return the path of this file; '' if it was read from standard input."""
-    path = globals().get('__file__') or ''
-    return path if os.path.isfile(path) else ''
 
 
 @functools.lru_cache(maxsize=1)
@@ -4155,25 +4098,6 @@ class Onward:
 
 
 Sockets = List[socket.socket]
-FIRST_PASSED = 3            # SD_LISTEN_FDS_START
-
-
-def inherited_sockets() -> dict[int, Sockets]:
-    """Return the listening sockets that systemd or a predecessor passed, by their local port."""
-    count = os.environ.pop('LISTEN_FDS', '')
-    owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
-    os.environ.pop('LISTEN_FDNAMES', None)
-    found: dict[int, Sockets] = {}
-    if count.isdigit() and owner == str(os.getpid()):
-        for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
-            try:
-                sock = socket.socket(fileno=number)
-                found.setdefault(sock.getsockname()[1], []).append(sock)
-            except (OSError, IndexError) as e:
-                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is not a TCP socket '
-                                 f'({plainly(e)})') from e
-            sock.set_inheritable(False)
-    return found
 
 
 class Tls:
@@ -4367,10 +4291,11 @@ class Server:
 
     def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
                  hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
-                 max_tunnels: int = MAX_TUNNELS, buffer: int = 0, trusted: Networks = (),
+                 max_tunnels: int = MAX_TUNNELS, budget: int = LEAST_BUDGET,
+                 descriptors: int = MAX_DESCRIPTORS, trusted: Networks = (),
                  only: bool = False, inherited: dict[int, Sockets] | None = None,
                  trace: Trace | None = None) -> None:
-        """RATE in requests a second of a tunnel, 0 for any; BUFFER in bytes, 0 for what is usual.
+        """RATE in requests a second of a tunnel, 0 for any.  BUDGET of all sessions, in bytes.
         TRUSTED are proxies in front.  ONLY: any Host of this machine reaches the one tunnel there
         is.  INHERITED are sockets that listen already, by port.
         """
@@ -4382,10 +4307,10 @@ class Server:
         self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, log, self.counters, inherited)
-        self.visitors = Visitors(runtime, trusted)
+        self.visitors = Visitors(runtime, trusted, descriptors)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, tokens, self.tunnels, Budget(buffer or process_budget()), max_tunnels,
+            runtime, tokens, self.tunnels, Budget(budget), max_tunnels,
             self.counters, trace)
         self.onward = Onward(self.domain, log)      # a seam: the header lines of what passes
         self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
@@ -4648,52 +4573,12 @@ class Server:
         return self.visitors.url or visitor.url_of(host_name, host)
 
 
-async def ask_app(server: Server, name: str, visitor: Visitor,
-                  message: Iterable[bytes]) -> Response:
-    """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
-
-    It is made for VISITOR, who needs no password: the client wants it.  Raises HopFailed.
-    """
-    tunnel = server.tunnels.get(name)
-    if server.tunnels.bars:
-        server.tunnels.bars.check_visitor(name, visitor.address)
-    if server.rate and tunnel:
-        tunnel.check_rate(server.runtime.now(), server.rate)
-    stream, _ = (server.tunnels.open_stream(name, visitor)
-                 or await server.tunnels.wait_for_stream(name, visitor))
-    visitor.begin(stream)
-    try:
-        with contextlib.suppress(StreamReset):      # by an app that has answered already
-            for piece in message:
-                await stream.write(piece)
-            await stream.write_eof()
-        response = await read_final(stream, None, NEVER, inside=True)
-        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
-            stream.timeout = LINGER
-            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
-        return response
-    except (StreamReset, BadHttp, Incomplete, Overdue) as e:
-        raise no_answer(name, e) from e
-    finally:
-        visitor.stream = None
-        stream.close()
-
-
 # ------------------------------------------------------------------------------------------------
 # 12. Places
 #
 # Where the app and the server are, as users write it; how they are reached, and in one sentence,
 # why not.
 # ------------------------------------------------------------------------------------------------
-
-TARGET_FORMS = """a target is one of:
-  8000                     a port of this machine
-  HOST:PORT                a port of another machine; these two fit --tcp
-  http://HOST:PORT/PATH    an http server, below a path
-  https://HOST:PORT        an https server
-  unix:PATH                a Unix socket
-  ./FOLDER                 the files in a folder
-  echo                     sends each request back"""
 
 HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
 
@@ -4735,30 +4620,6 @@ class Target:
         else:
             self.text = text or f'{scheme}:{path}'
             self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
-
-
-def parse_target(text: str) -> Target:
-    """A URL, Unix socket, PORT or HOST:PORT that the user typed as TARGET.  Raises UsageError."""
-    if re.fullmatch('[0-9]+', text):
-        text = 'localhost:' + text
-    if '://' in text:
-        scheme, host, port, path = split_url(text, ('http', 'https'))
-        if '?' in path:
-            raise UsageError(f'{text} has a query (?...); a target can only have a path')
-        return Target(scheme, host, port, path.rstrip('/'))
-    if text.startswith('unix:') and text != 'unix:':
-        if not hasattr(socket, 'AF_UNIX'):
-            raise UsageError('this system has no Unix sockets; use a port')
-        return Target('unix', path=text[5:])
-    host, _, number = text.rpartition(':')
-    if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
-        raise UsageError(f'write an IPv6 address in brackets, such as [::1]:8000, not {text!r}')
-    if not re.fullmatch(HOST_NAME, host.strip('[]')) or not re.fullmatch('[0-9]+', number):
-        raise UsageError(f"can't tell what {text!r} is, and there is no folder of that name; "
-                         + TARGET_FORMS)
-    if not 0 < int(number[:6]) < 65536:
-        raise UsageError(f'{number} is not a port; ports are 1 to 65535')
-    return Target('http', host.strip('[]').lower(), int(number))
 
 
 Route = Callable[[str, int], Awaitable[socket.socket]]
@@ -5213,58 +5074,6 @@ class Backoff:
         return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
-OTHER_NAME = 62, 64             # verify_code of OpenSSL: for another host, for another address
-
-
-async def certificate_names(tls: ssl.SSLContext,
-                            dial: Callable[[], Awaitable[Connection]]) -> str:
-    """The names that a server is certified for, where it was not for the one that DIAL asks for."""
-    tls.check_hostname = False      # all the rest is checked, and nothing is said to it
-    try:
-        connection = await dial()
-    finally:
-        tls.check_hostname = True
-    shown = connection.transport.get_extra_info('peercert')
-    connection.abort()
-    names = ', '.join(name for _, name in shown.get('subjectAltName', ()))
-    return f' ({printable(names[:MAX_TEXT])}); give one of these to --server' if names else ''
-
-
-async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLContext | None,
-                      pin: str, timeout: float) -> Connection:
-    """A connection to the server at ADDRESS; TLS checks its certificate, and so does PIN, a SHA256.
-
-    Raises Refused.
-    """
-    async def dial(host: str) -> Connection:
-        where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
-                                 else {'host': host, 'port': address.port})
-        _, connection = await runtime.loop.create_connection(
-            lambda: Connection(runtime), ssl=tls, server_hostname=address.site if tls else None,
-            **where)
-        return connection
-    reach = functools.partial(first_to_answer, addresses(address.site), timeout, dial)
-    try:
-        connection = await reach()
-    except ssl.SSLError as e:
-        fault = tls_fault(e, str(address), 'paste the command that the server printed, with --join '
-                          'or --pin')
-        if not fault:
-            raise
-        if tls and getattr(e, 'verify_code', 0) in OTHER_NAME:
-            fault += await certificate_names(tls, reach)
-        raise Refused(495, 'tls', fault) from e
-    if pin:
-        shown = digest_of(
-            connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
-        if not hmac.compare_digest(shown, pin):
-            connection.abort()
-            raise Refused(495, 'tls', f'the certificate of {address} does not match the pin: its '
-                          f'SHA256 is {shown}; if its operator has made a new one, ask for a new '
-                          'code for --join')
-    return connection
-
-
 PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
 # What a server may call the URL of a tunnel: it is shown, opened, and given to shells.
 PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
@@ -5708,6 +5517,27 @@ def state_folder(given: str | None) -> str:
             or user_folder('XDG_STATE_HOME', '~/.local/state'))
 
 
+FIRST_PASSED = 3            # SD_LISTEN_FDS_START
+
+
+def inherited_sockets() -> dict[int, Sockets]:
+    """Return the listening sockets that systemd or a predecessor passed, by their local port."""
+    count = os.environ.pop('LISTEN_FDS', '')
+    owner = os.environ.pop('LISTEN_PID', str(os.getpid()))
+    os.environ.pop('LISTEN_FDNAMES', None)
+    found: dict[int, Sockets] = {}
+    if count.isdigit() and owner == str(os.getpid()):
+        for number in range(FIRST_PASSED, FIRST_PASSED + int(count)):
+            try:
+                sock = socket.socket(fileno=number)
+                found.setdefault(sock.getsockname()[1], []).append(sock)
+            except (OSError, IndexError) as e:
+                raise UsageError(f'LISTEN_FDS={count}: descriptor {number} is not a TCP socket '
+                                 f'({plainly(e)})') from e
+            sock.set_inheritable(False)
+    return found
+
+
 @contextlib.contextmanager
 def using(folder: str) -> Iterator[None]:
     """Use the server's FOLDER; where that fails, UsageError says what to do."""
@@ -5794,6 +5624,27 @@ class Annex:
         await server.runtime.loop.create_future()
 
 
+class Observers:
+    """Tells several observers what it is told, one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        """As an Observer is told; for each request, the general way would take thrice as long."""
+        for observer in self._observers:
+            observer.exchange(exchange, seconds)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        methods = [getattr(observer, name) for observer in self._observers]
+
+        def tell(*what: Any, **facts: Any) -> None:
+            for method in methods:
+                method(*what, **facts)
+        self.__dict__[name] = tell      # from now on it is found at once
+        return tell
+
+
 # Types for argparse: they raise ArgumentTypeError or ValueError for what does not fit.
 
 def count(text: str, most: int = 10 ** 9 - 1) -> int:
@@ -5825,6 +5676,40 @@ def port_range(text: str) -> range:
     if not ports or ports[0] < 1 or ports[-1] > 65535:
         raise ValueError(f'{text} is not a range of ports')
     return ports
+
+
+TARGET_FORMS = """a target is one of:
+  8000                     a port of this machine
+  HOST:PORT                a port of another machine; these two fit --tcp
+  http://HOST:PORT/PATH    an http server, below a path
+  https://HOST:PORT        an https server
+  unix:PATH                a Unix socket
+  ./FOLDER                 the files in a folder
+  echo                     sends each request back"""
+
+
+def parse_target(text: str) -> Target:
+    """A URL, Unix socket, PORT or HOST:PORT that the user typed as TARGET.  Raises UsageError."""
+    if re.fullmatch('[0-9]+', text):
+        text = 'localhost:' + text
+    if '://' in text:
+        scheme, host, port, path = split_url(text, ('http', 'https'))
+        if '?' in path:
+            raise UsageError(f'{text} has a query (?...); a target can only have a path')
+        return Target(scheme, host, port, path.rstrip('/'))
+    if text.startswith('unix:') and text != 'unix:':
+        if not hasattr(socket, 'AF_UNIX'):
+            raise UsageError('this system has no Unix sockets; use a port')
+        return Target('unix', path=text[5:])
+    host, _, number = text.rpartition(':')
+    if ':' in host and not re.fullmatch(r'\[[^][]*\]', host):
+        raise UsageError(f'write an IPv6 address in brackets, such as [::1]:8000, not {text!r}')
+    if not re.fullmatch(HOST_NAME, host.strip('[]')) or not re.fullmatch('[0-9]+', number):
+        raise UsageError(f"can't tell what {text!r} is, and there is no folder of that name; "
+                         + TARGET_FORMS)
+    if not 0 < int(number[:6]) < 65536:
+        raise UsageError(f'{number} is not a port; ports are 1 to 65535')
+    return Target('http', host.strip('[]').lower(), int(number))
 
 
 def host_and_port(text: str) -> tuple[str, int]:
@@ -5862,6 +5747,41 @@ def check_token(token: str) -> str:
     if not re.fullmatch('[\x21-\x7e]+', token):
         raise UsageError('a token consists of printable ASCII characters, without spaces')
     return token
+
+
+def rfc3339(seconds: float) -> str:
+    """Return SECONDS, Unix time, as text for programs."""
+    moment = datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc)
+    return moment.isoformat(timespec='milliseconds').replace('+00:00', 'Z')
+
+
+# What this machine has to give.
+
+MOST_BUDGET = 1 * GIB           # of memory for all sessions of a process
+
+
+def process_budget() -> int:
+    """Return the bytes for all receive windows of a process: an eighth of the memory."""
+    try:
+        memory = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+    except (AttributeError, ValueError, OSError):
+        return LEAST_BUDGET         # Windows does not say
+    return max(LEAST_BUDGET, min(memory // 8, MOST_BUDGET))
+
+
+def descriptor_limit() -> int:
+    """Raise the limit of open files and sockets as far as it goes; return it."""
+    try:
+        import resource
+    except ImportError:
+        return MAX_DESCRIPTORS          # Windows
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
+    except (ValueError, OSError):
+        return soft
+    return max(soft, most)
 
 
 # A code is all that a client needs to come to a server, for --join: a word that a double click
@@ -5907,7 +5827,142 @@ def read_code(code: str) -> tuple[str, str, str]:
                          'from lt1 to its end') from e
 
 
-# What the annexes with certificates share.
+SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
+
+
+REACHED_WITHIN = 5.0            # seconds for each wait of a question, where there is no hurry
+
+
+@contextlib.asynccontextmanager
+async def asking(
+        dial: Awaitable[Connection], host: str, path: str, *lines: str, body: bytes = b'',
+        within: float = 0.0) -> AsyncIterator[tuple[Connection, Response]]:
+    """Ask what DIAL reaches for PATH of HOST; each wait takes REACHED_WITHIN, or WITHIN."""
+    within = within or REACHED_WITHIN
+    connection = await asyncio.wait_for(dial, within)
+    try:
+        connection.timeout = within
+        head = [f'{"POST" if body else "GET"} {path} HTTP/1.1', f'Host: {host}',
+                f'User-Agent: localtunnel/{__version__}', *lines,
+                *[f'Content-Length: {len(body)}'] * bool(body), '', '']
+        await connection.write('\r\n'.join(head).encode() + body)
+        yield connection, await read_final(connection, None, within)
+    finally:
+        connection.abort()
+
+
+async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
+    """The body of RESPONSE, or more than MOST bytes of it."""
+    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+
+
+class Served:
+    """Where the server is reached that runs, or ran, with a state folder, and its token files."""
+
+    def __init__(self, folder: str) -> None:
+        """Raises UsageError."""
+        path = os.path.join(folder, SERVED)
+        try:
+            with open(path, encoding='ascii') as f:
+                served = json.load(f)
+            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
+            self.files = [str(name) for name in served['files']]    # the first has new ones
+            self.open = bool(served['open'])
+            if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
+                raise ValueError('a bad pin, or no token file')
+        except FileNotFoundError as e:
+            raise UsageError(f'no server has run with the state folder {folder}; start it once, '
+                             'or give --state as its log says; for one that was started with '
+                             'sudo, type sudo here, too') from e
+        except OSError as e:
+            raise UsageError(f"can't read {path}: {e.strerror}") from e
+        except (ValueError, KeyError, TypeError, UsageError) as e:
+            raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
+
+
+# The line that a server changes: nothing but an address stands there.
+STAMPED = re.compile(rb"(?m)^STAMPED_SERVER = '[a-z0-9.:/\[\]_~-]*'$")
+UNSTAMPED = b"STAMPED_SERVER = ''"
+
+
+def own_path() -> str:
+    """Return the path of this file; '' if it was read from standard input."""
+    path = globals().get('__file__') or ''
+    return path if os.path.isfile(path) else ''
+
+
+@functools.lru_cache(maxsize=None)
+def own_source() -> list[bytes]:
+    """Return this file: what stands before and after the stamp.
+
+    Raises if it was read from a pipe, which can't be read again.
+    """
+    if own_path():
+        with open(own_path(), 'rb') as f:
+            source = f.read()
+    else:
+        sys.stdin.buffer.seek(0)
+        source = sys.stdin.buffer.read()
+    return STAMPED.split(source, maxsplit=1)
+
+
+def original() -> bytes:
+    """Return this file, as if no server had handed it out.  Raises UsageError."""
+    try:
+        return UNSTAMPED.join(own_source())
+    except (OSError, ValueError, AttributeError) as e:
+        raise UsageError('this came through a pipe, so there is no file to read; save it first, '
+                         'with curl -O') from e
+
+
+async def ask_app(server: Server, name: str, visitor: Visitor,
+                  message: Iterable[bytes]) -> Response:
+    """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
+
+    It is made for VISITOR, who needs no password: the client wants it.  Raises HopFailed.
+    """
+    tunnel = server.tunnels.get(name)
+    if server.tunnels.bars:
+        server.tunnels.bars.check_visitor(name, visitor.address)
+    if server.rate and tunnel:
+        tunnel.check_rate(server.runtime.now(), server.rate)
+    stream, _ = (server.tunnels.open_stream(name, visitor)
+                 or await server.tunnels.wait_for_stream(name, visitor))
+    visitor.begin(stream)
+    try:
+        with contextlib.suppress(StreamReset):      # by an app that has answered already
+            for piece in message:
+                await stream.write(piece)
+            await stream.write_eof()
+        response = await read_final(stream, None, NEVER, inside=True)
+        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
+            stream.timeout = LINGER
+            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+        return response
+    except (StreamReset, BadHttp, Incomplete, Overdue) as e:
+        raise no_answer(name, e) from e
+    finally:
+        visitor.stream = None
+        stream.close()
+
+
+def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
+                ) -> Callable[[Target], Awaitable[Connection]]:
+    """What connects to an app in this process, which has SERVE run for each connection."""
+    async def dial(target: Target) -> Connection:
+        ours, theirs = socket.socketpair()
+        await runtime.loop.create_connection(lambda: Connection(runtime, serve), sock=theirs)
+        _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
+        return connection
+    return dial
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. TLS
+#
+# What a client checks, and a server shows: shared by the annexes with certificates and the command
+# line.
+# ------------------------------------------------------------------------------------------------
 
 OPENSSL_PATIENCE = 20.0         # seconds for the openssl program; what is asked takes milliseconds
 
@@ -6020,101 +6075,60 @@ def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None
         return None
 
 
-SERVED = 'server.json'          # {"address": URL, "pin": SHA256, "open": bool, "files": [PATHS]}
+OTHER_NAME = 62, 64             # verify_code of OpenSSL: for another host, for another address
 
 
-REACHED_WITHIN = 5.0            # seconds for each wait of a question, where there is no hurry
-
-
-@contextlib.asynccontextmanager
-async def asking(
-        dial: Awaitable[Connection], host: str, path: str, *lines: str, body: bytes = b'',
-        within: float = 0.0) -> AsyncIterator[tuple[Connection, Response]]:
-    """Ask what DIAL reaches for PATH of HOST; each wait takes REACHED_WITHIN, or WITHIN."""
-    within = within or REACHED_WITHIN
-    connection = await asyncio.wait_for(dial, within)
+async def certificate_names(tls: ssl.SSLContext,
+                            dial: Callable[[], Awaitable[Connection]]) -> str:
+    """The names that a server is certified for, where it was not for the one that DIAL asks for."""
+    tls.check_hostname = False      # all the rest is checked, and nothing is said to it
     try:
-        connection.timeout = within
-        head = [f'{"POST" if body else "GET"} {path} HTTP/1.1', f'Host: {host}',
-                f'User-Agent: localtunnel/{__version__}', *lines,
-                *[f'Content-Length: {len(body)}'] * bool(body), '', '']
-        await connection.write('\r\n'.join(head).encode() + body)
-        yield connection, await read_final(connection, None, within)
+        connection = await dial()
     finally:
-        connection.abort()
+        tls.check_hostname = True
+    shown = connection.transport.get_extra_info('peercert')
+    connection.abort()
+    names = ', '.join(name for _, name in shown.get('subjectAltName', ()))
+    return f' ({printable(names[:MAX_TEXT])}); give one of these to --server' if names else ''
 
 
-async def read_answer(connection: Connection, response: Response, most: int = MAX_HEAD) -> bytes:
-    """The body of RESPONSE, or more than MOST bytes of it."""
-    return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
+async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLContext | None,
+                      pin: str, timeout: float) -> Connection:
+    """A connection to the server at ADDRESS; TLS checks its certificate, and so does PIN, a SHA256.
 
-
-class Served:
-    """Where the server is reached that runs, or ran, with a state folder, and its token files."""
-
-    def __init__(self, folder: str) -> None:
-        """Raises UsageError."""
-        path = os.path.join(folder, SERVED)
-        try:
-            with open(path, encoding='ascii') as f:
-                served = json.load(f)
-            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
-            self.files = [str(name) for name in served['files']]    # the first has new ones
-            self.open = bool(served['open'])
-            if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
-                raise ValueError('a bad pin, or no token file')
-        except FileNotFoundError as e:
-            raise UsageError(f'no server has run with the state folder {folder}; start it once, '
-                             'or give --state as its log says; for one that was started with '
-                             'sudo, type sudo here, too') from e
-        except OSError as e:
-            raise UsageError(f"can't read {path}: {e.strerror}") from e
-        except (ValueError, KeyError, TypeError, UsageError) as e:
-            raise UsageError(f'{path} is damaged ({e}); a server that starts writes it anew') from e
-
-
-# The line that a server changes: nothing but an address stands there.
-STAMPED = re.compile(rb"(?m)^STAMPED_SERVER = '[a-z0-9.:/\[\]_~-]*'$")
-UNSTAMPED = b"STAMPED_SERVER = ''"
-
-
-@functools.lru_cache(maxsize=None)
-def own_source() -> list[bytes]:
-    """Return this file: what stands before and after the stamp.
-
-    Raises if it was read from a pipe, which can't be read again.
+    Raises Refused.
     """
-    if own_path():
-        with open(own_path(), 'rb') as f:
-            source = f.read()
-    else:
-        sys.stdin.buffer.seek(0)
-        source = sys.stdin.buffer.read()
-    return STAMPED.split(source, maxsplit=1)
-
-
-def original() -> bytes:
-    """Return this file, as if no server had handed it out.  Raises UsageError."""
-    try:
-        return UNSTAMPED.join(own_source())
-    except (OSError, ValueError, AttributeError) as e:
-        raise UsageError('this came through a pipe, so there is no file to read; save it first, '
-                         'with curl -O') from e
-
-
-def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
-                ) -> Callable[[Target], Awaitable[Connection]]:
-    """What connects to an app in this process, which has SERVE run for each connection."""
-    async def dial(target: Target) -> Connection:
-        ours, theirs = socket.socketpair()
-        await runtime.loop.create_connection(lambda: Connection(runtime, serve), sock=theirs)
-        _, connection = await runtime.loop.create_connection(lambda: Connection(runtime), sock=ours)
+    async def dial(host: str) -> Connection:
+        where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
+                                 else {'host': host, 'port': address.port})
+        _, connection = await runtime.loop.create_connection(
+            lambda: Connection(runtime), ssl=tls, server_hostname=address.site if tls else None,
+            **where)
         return connection
-    return dial
+    reach = functools.partial(first_to_answer, addresses(address.site), timeout, dial)
+    try:
+        connection = await reach()
+    except ssl.SSLError as e:
+        fault = tls_fault(e, str(address), 'paste the command that the server printed, with --join '
+                          'or --pin')
+        if not fault:
+            raise
+        if tls and getattr(e, 'verify_code', 0) in OTHER_NAME:
+            fault += await certificate_names(tls, reach)
+        raise Refused(495, 'tls', fault) from e
+    if pin:
+        shown = digest_of(
+            connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
+        if not hmac.compare_digest(shown, pin):
+            connection.abort()
+            raise Refused(495, 'tls', f'the certificate of {address} does not match the pin: its '
+                          f'SHA256 is {shown}; if its operator has made a new one, ask for a new '
+                          'code for --join')
+    return connection
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. DNS
+# 18. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6409,7 +6423,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Kept leases
+# 19. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6522,7 +6536,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Access
+# 20. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6604,7 +6618,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Raw TCP
+# 21. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6807,7 +6821,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Folder and echo
+# 22. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7157,7 +7171,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Host header
+# 23. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7342,7 +7356,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Outgoing proxy
+# 24. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7408,7 +7422,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Certificates
+# 25. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7511,7 +7525,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Certificates by ACME
+# 26. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8274,7 +8288,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Hand-over
+# 27. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8372,7 +8386,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Operator's page
+# 28. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8668,7 +8682,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Block list
+# 29. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -8900,7 +8914,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Ground
+# 30. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9215,7 +9229,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Doctor
+# 31. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9597,7 +9611,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Landing page
+# 32. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -9688,7 +9702,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Verifying
+# 33. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -9763,7 +9777,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Token files
+# 34. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9852,7 +9866,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Invitations
+# 35. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10069,7 +10083,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Exchanges
+# 36. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10848,7 +10862,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Inspector's page
+# 37. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11382,7 +11396,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Inspector
+# 38. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11691,7 +11705,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Logs and replay
+# 39. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12173,7 +12187,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Words from elsewhere
+# 40. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12315,7 +12329,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Error pages
+# 41. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12391,7 +12405,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Setting up
+# 42. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -12926,7 +12940,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Via ssh
+# 43. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13150,7 +13164,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 43. Output
+# 44. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13439,7 +13453,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Keys
+# 45. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13543,7 +13557,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Terminal
+# 46. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -13965,7 +13979,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Options
+# 47. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -14221,7 +14235,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Wiring
+# 48. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14445,7 +14459,8 @@ def keep_gates(server: Server) -> None:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER)
+    server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER,
+                    budget=process_budget(), descriptors=descriptor_limit())
     keep_gates(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -14544,7 +14559,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Python
+# 49. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -14856,7 +14871,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Configuration file
+# 50. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -15011,7 +15026,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Command line
+# 51. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -15300,7 +15315,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
     server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
-                    rate=args.rate, max_tunnels=args.max_tunnels, buffer=args.buffer * MIB,
+                    rate=args.rate, max_tunnels=args.max_tunnels,
+                    budget=args.buffer * MIB or process_budget(), descriptors=descriptor_limit(),
                     trusted=args.trust_proxy, only=is_address(args.domain),
                     inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)

@@ -25,40 +25,41 @@ Contents
    14 Client                  when it tries again, and that exchanges go on
    15 Files                   what is kept on disk (in Kept leases, Command line)
    16 Annex                   what a code has in it; for the rest see D
-   17 DNS                     what is asked about a zone, and answered
-   18 Kept leases             what of them survives a server, a crash and a full disk
-   19 Access                  which visitors pass; for the rest see B
-   20 Raw TCP                 bytes both ways, and their ends
-   21 Folder and echo         what a folder shows, and what it hides
-   22 Host header             what app and visitor see of each other's address, base paths, hints
-   23 Outgoing proxy          the ways out, and what a proxy may answer
-   24 Certificates            what a server shows (in Command line)
-   25 Certificates by ACME    authorities, real and made up, and the records of a domain
-   26 Hand-over               from one process to the next (in Command line)
-   27 Operator's page         what he sees, and what he ends (in B)
-   28 Block list              what an entry is, and who is kept out
-   29 Ground                  what a look at it finds, and that it harms nobody
-   30 Doctor                  every fault is named first, and each look leaves nothing behind
-   31 Landing page            whom to ask; the rest in Server, Command line
-   32 Verifying               what a server hands out, and this file
-   33 Token files             what a line of them may be; for the rest see Server
-   34 Invitations             who gets in, and who no more
-   35 Exchanges               what is kept of what passes, and for how long
-   36 Inspector's page        shown by the next room
-   37 Inspector               who sees it, and how; what is sent again
-   38 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   39 Words from elsewhere    what users of other programs type
-   40 Error pages             the way and where it stops, for each thing that fails
-   41 Setting up              what is installed, and how another machine is talked to
-   42 Via ssh                 how services are asked, and what ends it
-   43 Output                  programs, and those who read slowly what they write
-   44 Keys                    what is typed while a tunnel runs
-   45 Terminal                what a person sees
-   46 Options                 what can be typed
-   47 Wiring                  the key; which server, which token (in Command line)
-   48 Python                  a tunnel inside another program, and its options as keywords
-   49 Configuration file      what a section means, and what is wrong with it
-   50 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   17 TLS                     what both ends check (in Client, Command line)
+   18 DNS                     what is asked about a zone, and answered
+   19 Kept leases             what of them survives a server, a crash and a full disk
+   20 Access                  which visitors pass; for the rest see B
+   21 Raw TCP                 bytes both ways, and their ends
+   22 Folder and echo         what a folder shows, and what it hides
+   23 Host header             what app and visitor see of each other's address, base paths, hints
+   24 Outgoing proxy          the ways out, and what a proxy may answer
+   25 Certificates            what a server shows (in Command line)
+   26 Certificates by ACME    authorities, real and made up, and the records of a domain
+   27 Hand-over               from one process to the next (in Command line)
+   28 Operator's page         what he sees, and what he ends (in B)
+   29 Block list              what an entry is, and who is kept out
+   30 Ground                  what a look at it finds, and that it harms nobody
+   31 Doctor                  every fault is named first, and each look leaves nothing behind
+   32 Landing page            whom to ask; the rest in Server, Command line
+   33 Verifying               what a server hands out, and this file
+   34 Token files             what a line of them may be; for the rest see Server
+   35 Invitations             who gets in, and who no more
+   36 Exchanges               what is kept of what passes, and for how long
+   37 Inspector's page        shown by the next room
+   38 Inspector               who sees it, and how; what is sent again
+   39 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   40 Words from elsewhere    what users of other programs type
+   41 Error pages             the way and where it stops, for each thing that fails
+   42 Setting up              what is installed, and how another machine is talked to
+   43 Via ssh                 how services are asked, and what ends it
+   44 Output                  programs, and those who read slowly what they write
+   45 Keys                    what is typed while a tunnel runs
+   46 Terminal                what a person sees
+   47 Options                 what can be typed
+   48 Wiring                  the key; which server, which token (in Command line)
+   49 Python                  a tunnel inside another program, and its options as keywords
+   50 Configuration file      what a section means, and what is wrong with it
+   51 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -4456,7 +4457,14 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. DNS
+# 17. TLS
+# ------------------------------------------------------------------------------------------------
+
+# It is tried where it is used.
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4608,7 +4616,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Kept leases
+# 19. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4710,7 +4718,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Access
+# 20. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4754,7 +4762,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Raw TCP
+# 21. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4853,7 +4861,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Folder and echo
+# 22. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5163,7 +5171,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Host header
+# 23. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5448,7 +5456,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Outgoing proxy
+# 24. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5526,7 +5534,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Certificates
+# 25. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5545,7 +5553,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Certificates by ACME
+# 26. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6313,14 +6321,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Hand-over
+# 27. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Operator's page
+# 28. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6502,7 +6510,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Block list
+# 29. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -6777,7 +6785,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Ground
+# 30. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -6916,7 +6924,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Doctor
+# 31. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7428,7 +7436,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Landing page
+# 32. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7496,7 +7504,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Verifying
+# 33. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -7568,7 +7576,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Token files
+# 34. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7590,7 +7598,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Invitations
+# 35. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7752,21 +7760,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Exchanges
+# 36. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Inspector's page
+# 37. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Inspector
+# 38. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8578,7 +8586,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Logs and replay
+# 39. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8700,7 +8708,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Words from elsewhere
+# 40. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8786,7 +8794,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Error pages
+# 41. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -8995,7 +9003,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Setting up
+# 42. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9227,7 +9235,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Via ssh
+# 43. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9386,7 +9394,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Output
+# 44. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9737,7 +9745,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Keys
+# 45. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9793,7 +9801,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Terminal
+# 46. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10124,7 +10132,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 46. Options
+# 47. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10148,7 +10156,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Wiring
+# 48. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10363,7 +10371,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Python
+# 49. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10544,7 +10552,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Configuration file
+# 50. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -10636,7 +10644,7 @@ class ConfigFileTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Command line
+# 51. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -13574,7 +13582,7 @@ class FrameTest(HostileTest):
         await self.others_are_served()
 
     async def test_uploads_that_stall_in_one_tunnel_leave_room_in_the_others(self):
-        await self.world(buffer=16 * lt.MIB)
+        await self.world(budget=16 * lt.MIB)
         await self.good()
         peer = await self.victim()
         asked = [await self.ask(fields='Content-Length: 9') for _ in range(640)]
@@ -13642,7 +13650,7 @@ class FrameTest(HostileTest):
         peer.writer.close()
 
     async def test_one_tunnel_can_not_take_all_windows(self):
-        await self.world(buffer=8 * lt.MIB)
+        await self.world(budget=8 * lt.MIB)
         await self.good()
         peer = await self.victim()
         session = [m.session for m in self.server.tunnels.members() if not m.session.streams][-1]
@@ -14170,7 +14178,7 @@ class HostileVisitorTest(HostileTest):
             self.assertEqual((await first.get())[0], 200)
 
     async def test_visitors_of_ipv6_count_with_all_of_their_64(self):
-        visitors = lt.Visitors(self.runtime, ())
+        visitors = lt.Visitors(self.runtime, (), lt.MAX_DESCRIPTORS)
         with self.constant(MAX_CONNECTIONS_OF_ADDRESS=2):
             came = [visitors.enter(unittest.mock.Mock(peer=peer)) for peer in (
                 '2001:db8::1', '2001:db8::2', '2001:db8::3', '2001:db8:0:1::1')]
@@ -14316,6 +14324,7 @@ class TlsTest(HostileTest):
         self.made, self.ssl = lt.self_signed(self.folder, 'localhost'), lt.client_tls(check=False)
         await self.world()
         self.server.tls = lt.Certificate(*self.made[:2])
+        self.sources.all.append(self.server.tls)
         self.tls_port = await self.listen(tls=True)
         await self.good()
 
@@ -15046,10 +15055,10 @@ def read_rooms(source, tree):
 
 
 def annexes(rooms):
-    """The rooms of each annex, the last of which has its class; three rooms are for all."""
+    """The rooms of each annex, the last of which has its class; four rooms are for all."""
     found, own = [], []
     for room in rooms:
-        if room.part.startswith('II.') and room.title not in ('Files', 'Annex', 'DNS'):
+        if room.part.startswith('II.') and room.title not in ('Files', 'Annex', 'TLS', 'DNS'):
             own.append(room)
             if any(getattr(base, 'id', '') == 'Annex' for statement in room.statements
                    for base in getattr(statement, 'bases', ())):
