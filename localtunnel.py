@@ -120,7 +120,7 @@ import weakref
 import zlib
 from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine, Dict,
                     Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional,
-                    Sequence, TextIO, Tuple, Union)
+                    Sequence, TextIO, Tuple, TypeVar, Union)
 
 __version__ = '1.0'
 
@@ -657,6 +657,7 @@ class Runtime:
         self.nobody = Waiter(loop)      # where nobody ever waits
         self.swept: set[Any] = set()            # objects with sweep(now, woke_up)
         self.transports: set[asyncio.Transport] = set()     # of the connections that are not over
+        self.numbers = itertools.count(1)       # of the exchanges of all apps
         self._tasks: set[asyncio.Task[Any]] = set()         # those that run
         self.lag = 0.0              # of the event loop at the last sweep, in seconds
         self._mark = (loop.time(), time.time())     # the last sweep, by both clocks
@@ -4854,7 +4855,7 @@ class App:
         self._timeout = timeout
         self._dial = functools.partial(self._dial_host, addresses(target.host), tls)
         self._pool = Pool(runtime)
-        self.exchanges = 0                      # so far; they are numbered
+        self.exchanges = 0                      # so far
         self.seen: Any = ()                     # a sequence of those that an annex keeps
         self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
         runtime.swept.add(self)
@@ -4891,8 +4892,14 @@ class App:
         return connection
 
     def close(self) -> None:
-        """Close the connections that are idle."""
+        """Nobody comes any more: close the connections that are idle."""
         self._pool.close()
+        self.runtime.swept -= {self, self._pool}
+
+    @property
+    def closed(self) -> bool:
+        """True once nobody comes any more."""
+        return self not in self.runtime.swept
 
     async def look(self) -> None:
         """Give a hint if the app is not there yet."""
@@ -4921,7 +4928,8 @@ class App:
     async def serve(self, stream: Stream) -> None:
         """Serve one stream, from its head to its end."""
         began, why = self.runtime.now(), ''
-        self.exchanges = number = self.exchanges + 1
+        self.exchanges += 1
+        number = next(self.runtime.numbers)
         exchange: Exchange | None = None
         try:
             head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
@@ -6802,7 +6810,7 @@ class RawTcp(Annex):
         """Serve one stream of raw bytes, which opens with the visitor's address."""
         visitor = printable(stream.read_nowait(MAX_PAYLOAD).decode('latin-1'))
         app.exchanges += 1
-        record = TcpRecord(app.exchanges, app.runtime.now(), visitor, visitor)
+        record = TcpRecord(next(app.runtime.numbers), app.runtime.now(), visitor, visitor)
         try:
             upstream = await app.connect()
             stream.on_lost = upstream.abort
@@ -10358,8 +10366,9 @@ class Kept:
     seconds: float | None = None        # that it took, once it has ended
     failed = ''                         # which hop did: app, client, relay
 
-    def __init__(self, book: Exchanges, record: Record, held: int) -> None:
-        self.book, self.record, self.number = book, record, record.number
+    def __init__(self, watched: Watched, record: Record, held: int) -> None:
+        self.watched, self.book = watched, watched.book
+        self.record, self.number = record, record.number
         self.held = held                # bytes of memory; 0 once it is no longer in the book
         self.at = time.time()
 
@@ -10431,7 +10440,7 @@ class Kept:
                 body.trailers = last
         record.began, record.answered, record.status = began, answered, status
         record.whole, record.answer, record.why = sent if flags & 1 else None, answer, why.decode()
-        kept = Kept(self.book, record, 0)
+        kept = Kept(self.watched, record, 0)
         kept.at, kept.seconds, kept.failed, kept.edited = (
             self.at, self.seconds, self.failed, self.edited)
         kept.response, kept.sent, kept.received = response, sent, received
@@ -10455,7 +10464,8 @@ class Kept:
         seconds = time.monotonic() - record.began if self.seconds is None else self.seconds
         upgraded = self.response is not None and self.response.status == 101
         return {
-            'id': record.number, 'kind': self.kind, 'at': rfc3339(self.at), 'visitor': visitor,
+            'id': record.number, 'tunnel': self.watched.name, 'kind': self.kind,
+            'at': rfc3339(self.at), 'visitor': visitor,
             'method': record.method, 'target': record.target if show else masked(record.target),
             'status': record.status, 'ms': round(seconds * 1e3, 1),
             'request_bytes': self.readers[0].size if upgraded else record.sent,
@@ -10503,40 +10513,59 @@ class Kept:
 
 # All of them.
 
-class Exchanges(ClientObserver):
-    """Keeps what passes at an app, the latest of it; for people in Python it is a sequence."""
+class Watched(ClientObserver):
+    """An app of whose exchanges BOOK keeps the latest, and the tunnel that leads to it."""
 
-    def __init__(self, app: App, server: str, most: int) -> None:
-        """Of a client of SERVER; MOST bytes are kept of a request's body."""
-        self.app, self.server, self.most = app, server, most
-        self.url = ''               # of the tunnel, once it is there
+    def __init__(self, book: Exchanges, app: App, server: str, name: str) -> None:
+        """NAME tells its tunnel, which goes to SERVER, from others of this process."""
+        self.book, self.app, self.server, self.name = book, app, server, name
+        self.url = ''               # once it is there
+        book.tunnels.append(self)
+        app.seen = book
+        app.request_taps.append(functools.partial(book.begun, self))
+        app.response_taps.append(book.responded)
+        observers: Any = Observers(app.observer, self)
+        app.observer = observers
+
+    def ready(self, url: str, user: str, round_trip: float) -> None:
+        self.url = url
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        self.book.ended(self, exchange, seconds)
+
+    def about(self) -> dict[str, str]:
+        """Return what the API says of it."""
+        return {'name': self.name, 'url': self.url, 'target': self.app.target.text,
+                'server': self.server}
+
+
+class Exchanges:
+    """Keeps what passes, the latest of it; for people in Python it is a sequence."""
+
+    def __init__(self, runtime: Runtime, most: int) -> None:
+        """MOST bytes are kept of a request's body."""
+        self.runtime, self.most = runtime, most
+        self.tunnels: list[Watched] = []
         self.kept: collections.deque[Kept] = collections.deque()        # the oldest first
         self.open: dict[Record, Kept] = {}      # those that run
         self._passed: set[Record] = set()       # those that run and are only counted
-        self._allowance = KEPT_BURST, app.runtime.now()     # how many may be kept, since when
+        self._allowance = KEPT_BURST, runtime.now()     # how many may be kept, since when
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
         # By second: [Unix time, requests, errors, median, slowest]; and the one that runs.
         self.pace: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
         self._second = self._errors = 0
         self._took: list[float] = []
-        self.nowhere = ByteStream(app.runtime)      # where the streams were of those that ended
+        self.nowhere = ByteStream(runtime)      # where the streams were of those that ended
         # A seam.  They are told of an exchange that has begun, come further, or ended.
         self.listeners: list[Callable[[Kept], None]] = []
-        app.request_taps.append(self.begun)
-        app.response_taps.append(self.responded)
-        observers: Any = Observers(app.observer, self)
-        app.observer = observers
-        app.runtime.swept.add(self)
+        runtime.swept.add(self)
 
     def tell(self, kept: Kept) -> None:
         """Tell the listeners of KEPT."""
         for listener in self.listeners:
             listener(kept)
 
-    # Of an observer, and the taps.
-
-    def ready(self, url: str, user: str, round_trip: float) -> None:
-        self.url = url
+    # What it is told.
 
     def _has_room(self, now: float) -> bool:
         """True if one more may be kept: of thousands a second most would be gone at once."""
@@ -10545,8 +10574,8 @@ class Exchanges(ClientObserver):
         self._allowance = (left - 1 if left >= 1 else left), now
         return left >= 1
 
-    def begun(self, exchange: Exchange) -> Tap | None:
-        """Keep EXCHANGE; return what keeps the body of its request."""
+    def begun(self, watched: Watched, exchange: Exchange) -> Tap | None:
+        """Keep EXCHANGE, which is WATCHED; return what keeps the body of its request."""
         size, near = 2 * len(exchange.request.block), exchange.near
         if not (self.listeners or type(near) is Replay or self._has_room(exchange.began)):
             self._passed.add(exchange)
@@ -10554,7 +10583,7 @@ class Exchanges(ClientObserver):
             return None
         if exchange.whole:
             size += len(exchange.whole)
-        kept = self.open[exchange] = self._keep(exchange, size)
+        kept = self.open[exchange] = self._keep(watched, exchange, size)
         if type(near) is Replay:
             near.made, kept.edited = kept, near.edited
         if self.listeners:
@@ -10580,13 +10609,14 @@ class Exchanges(ClientObserver):
             self.tell(kept)
         return kept.readers[1].feed if response.status == 101 else kept.receives
 
-    def exchange(self, exchange: Record, seconds: float) -> None:
+    def ended(self, watched: Watched, exchange: Record, seconds: float) -> None:
+        """EXCHANGE has ended, after SECONDS."""
         self._took.append(seconds)
         if exchange.why or exchange.status >= 500:
             self._errors += 1
         if exchange in self._passed:
             return self._passed.remove(exchange)
-        kept = self.open.pop(exchange, None) or self._keep(exchange, 0)
+        kept = self.open.pop(exchange, None) or self._keep(watched, exchange, 0)
         kept.seconds = seconds
         if exchange.why:
             kept.failed = failed_hop(exchange)
@@ -10617,10 +10647,10 @@ class Exchanges(ClientObserver):
         kept = list(self.kept)[at]
         return [one.as_object() for one in kept] if isinstance(at, slice) else kept.as_object()
 
-    def _keep(self, record: Record, size: int) -> Kept:
+    def _keep(self, watched: Watched, record: Record, size: int) -> Kept:
         """Keep what comes of RECORD; SIZE bytes are there."""
         size += KEPT_OBJECTS
-        kept = Kept(self, record, size)
+        kept = Kept(watched, record, size)
         self.kept.append(kept)
         self.seen += 1
         self.used += size
@@ -10644,7 +10674,7 @@ class Exchanges(ClientObserver):
 # Words of a filter: how their values look, and an example of what they take.
 WORDS = {'status': ('[0-9][0-9x]{2}', '404 or 5xx'), 'method': ('.*', ''), 'kind': ('.*', ''),
          'slow': ('>?[0-9]{1,9}([.][0-9]{1,9})?', '>MILLISECONDS, such as >500'),
-         'failed': ('.*', '')}
+         'failed': ('.*', ''), 'tunnel': ('.*', '')}
 
 
 class Filter:
@@ -10671,7 +10701,7 @@ class Filter:
             return bool(re.fullmatch(value.replace('x', '.'), f'{exchange["status"]:03}'))
         if name == 'slow':
             return bool(exchange['ms'] > float(value.lstrip('>')))
-        return bool(exchange[name].lower() == value)
+        return bool(exchange.get(name, '').lower() == value)     # older records have no tunnel
 
     def fits(self, exchange: dict[str, Any], details: Callable[[], dict[str, Any]]) -> bool:
         """Return True if EXCHANGE fits; texts are looked for in its DETAILS."""
@@ -11008,7 +11038,8 @@ const held = () => chosen || $('#list').scrollTop > 0 || performance.now() - mov
 function put(x) {
   const line = make('li', {exchange: x}, make('a.row',
     {href: `#${x.id}`, title: shown(x.target), ariaCurrent: x.id === chosen || null},
-    make('b', x.kind === 'websocket' ? 'WS' : x.method), make('bdi', {dir: 'ltr'}, x.target),
+    make('b', x.kind === 'websocket' ? 'WS' : x.method),
+    make('bdi', {dir: 'ltr'}, make('i.dim', x.tunnel && `${x.tunnel} `), x.target),
     make(`span.${tone(x)}`, x.status || (x.pending ? '\u2026' : '\u2013')), make('i', ms(x.ms)),
     make('i', size(x.response_bytes)), make('i', new Date(x.at).toLocaleTimeString('en-GB')),
     x.error ? make('small.bad', `${HOPS[x.failed]}: ${x.error}`) : null));
@@ -11234,8 +11265,9 @@ function summary(x) {
   return [
     make('div.bar', make(`h2.${tone(x)}`, x.status || '\u2013'),
       make('h2.mono.wide.wrap', `${x.method} ${x.target}`), button('Close', KEYS.Escape[1])),
-    make('p.dim', `#${x.id}, ${new Date(x.at).toLocaleString()}, from ${x.visitor}, ${
-      size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
+    make('p.dim', x.tunnel && `${x.tunnel}, `,
+      `#${x.id}, ${new Date(x.at).toLocaleString()}, from ${x.visitor}, ${
+        size(x.request_bytes)} in, ${size(x.response_bytes)} out`,
       x.replay_of ? [', a replay of ', link(x.replay_of)] : null),
     x.error && make('p.bad', `Failed at ${HOPS[x.failed]}: ${x.error}`),
     x.request && make('div.bar', button('Replay', () => replay(), 'button.main'),
@@ -11295,7 +11327,8 @@ const HOP = /^(host|content-length|transfer-encoding|connection|accept-encoding|
 function copyAs(name) {
   const {method, target, request} = open, {headers, body, encoding, truncated} = request;
   const binary = encoding === 'base64' || /[^\t\n -~\xa0-\uffff]/.test(body);
-  const text = COPIES[name]($('#url').textContent + target, method, headers.filter(
+  const from = tunnels.find(one => one.name === open.tunnel) ?? tunnels[0];
+  const text = COPIES[name](from.url + target, method, headers.filter(
     ([n]) => !HOP.test(n)), binary ? btoa(latin(dataOf(request))) : body, binary);
   copy(text, `${truncated ? 'With the body cut short, ' : ''}${
     text.includes('***') ? 'with *** for secrets, ' : ''}${name}`);
@@ -11363,15 +11396,18 @@ onkeydown = e => {
   e.preventDefault();
   KEYS[e.key][1]();
 };
-let place;
+let tunnels = [], place;
 async function look() {         // and touch only what has changed: it may be selected, or read out
   const state = $('#state'), url = $('#url'), is = (text, tone) =>
     state.textContent === text || Object.assign(state, {textContent: text, className: tone});
   try {
     const status = await call('status');
-    if (place !== (place = json([status.url, status.target]))) {
+    if (place !== (place = json(status.tunnels))) {
+      tunnels = status.tunnels;
       Object.assign(url, {textContent: status.url, href: status.url});
-      $('#target').textContent = `\u2192 ${shown(status.target)}`;
+      $('#target').replaceChildren(...tunnels.flatMap((one, i) => [
+        i ? make('a.mono', {href: one.url, target: '_blank', rel: 'noreferrer'}, one.url) : '',
+        shown(` \u2192 ${one.target}${one.name && ` (${one.name})`} `)]));
       if (!chosen) welcome();
     }
     kept = status.kept;
@@ -11586,7 +11622,9 @@ class Inspector:
         book.sweep(0, False)            # a second may just have ended
         since = int(time.time()) - PACE_NOW
         took = sorted(kept.seconds for kept in tuple(book.kept)[-100:] if kept.seconds is not None)
-        return {'url': book.url, 'target': book.app.target.text, 'server': book.server,
+        book.tunnels = [t for t in book.tunnels if not t.app.closed] or book.tunnels[:1]
+        tunnels = [tunnel.about() for tunnel in book.tunnels]
+        return {**tunnels[0], 'tunnels': tunnels,
                 'requests_per_second': sum(n for at, n, *_ in book.pace if at >= since) / PACE_NOW,
                 'open': len(book.open), 'seen': book.seen, 'kept': len(book.kept),
                 'median_ms': round(took[len(took) // 2] * 1e3, 1) if took else None,
@@ -11654,7 +11692,8 @@ class Inspector:
 
         That is told once the answer is there, or after REPLAY_WAIT: some answers have no end.
         """
-        exchange = self._find(number).details(show=True)
+        kept = self._find(number)
+        exchange = kept.details(show=True)
         why = not_replayable(exchange)
         if why:
             raise HopFailed(409, why)
@@ -11667,7 +11706,7 @@ class Inspector:
         edited, runtime = Edited(exchange, edits), self._connection.runtime
         stream = Replay(runtime, edited.message(exchange['id']), edited.changed)
         # As if it came through the tunnel: by the same way to the app, and kept like others.
-        sending = runtime.spawn(self._book.app.serve(stream))   # type: ignore[arg-type]
+        sending = runtime.spawn(kept.watched.app.serve(stream))  # type: ignore[arg-type]
         overdue = runtime.loop.call_later(REPLAY_MOST, stream.reset, CANCELLED,
                                           'a replay does not take longer than an hour')
         sending.add_done_callback(lambda task: overdue.cancel())
@@ -11686,7 +11725,7 @@ class Inspector:
 async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket], note: str,
                     said: dict[str, Any]) -> None:
     """Serve on SOCKETS, of HOST, until it is cancelled; meanwhile the file NOTE holds SAID."""
-    runtime = book.app.runtime
+    runtime = book.runtime
 
     def serve(connection: Connection) -> Coroutine[Any, Any, None]:
         return Inspector(book, host, said['password'], connection).serve()
@@ -11953,7 +11992,9 @@ async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) ->
 def shown_line(exchange: dict[str, Any]) -> str:
     """Return EXCHANGE as a line of `logs`."""
     of = exchange.get('replay_of')
-    return printable(f'{exchange["id"]} {exchange["method"]} {exchange["target"]} '
+    tunnel = exchange.get('tunnel')
+    return printable(f'{exchange["id"]}{f" {tunnel}" if tunnel else ""} {exchange["method"]} '
+                     f'{exchange["target"]} '
                      f'{exchange["status"]} {exchange["ms"]}ms {exchange["response_bytes"]}B '
                      + exchange['error'] + (f' (a replay of {of})' if of else '')).rstrip()
 
@@ -12022,11 +12063,13 @@ class Inspect(Annex):
             raise UsageError('--record-secrets needs --record FILE')
         told = getattr(args, 'on_exchange', None)       # a function, of who uses this from Python
         if not args.no_inspect or args.record or told:
-            app.seen = Exchanges(app, str(address), args.inspect_body * KIB)
-        if told:
-            app.seen.listeners.append(functools.partial(self.tell_python, told))
-        if args.record:
-            Recorder(args.record, args.record_secrets, app)
+            first = not isinstance(app.seen, Exchanges)
+            book = Exchanges(app.runtime, args.inspect_body * KIB) if first else app.seen
+            Watched(book, app, str(address), getattr(args, 'tunnel', ''))
+            if told:
+                book.listeners.append(functools.partial(self.tell_python, told))
+            if args.record and first:
+                Recorder(args.record, args.record_secrets, app)
 
     @staticmethod
     def tell_python(function: Callable[[Any], object], kept: Kept) -> None:
@@ -14497,10 +14540,11 @@ def check_client_options(args: Args, target: Target, known: KnownServer | None) 
 
 
 def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
-             observer: ClientObserver) -> App:
+             observer: ClientObserver, seen: Any = ()) -> App:
     """The app at TARGET, for a client of SERVER."""
     tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
     app = App(runtime, target, observer, timeout=args.timeout, tls=tls)
+    app.seen = seen
     for annex in ANNEXES:
         annex.at_client(args, app, server.address)
     return app
@@ -14544,6 +14588,46 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   wants=address.wants, **wish, **{word: said for annex in ANNEXES
                                                   for word, said in annex.hello(args, key).items()})
+
+
+def terminal_of(runtime: Runtime, args: Args, target: Target, known: KnownServer) -> Terminal:
+    """Who tells the user of the tunnel that ARGS mean, which leads from the server KNOWN."""
+    carrier, here = find_carrier(args), not known.source
+    return Terminal(
+        target.text, carrier.name if carrier else str(known.address), bool(carrier) or not here,
+        runtime.loop.call_later, source='carrier' if carrier else known.source,
+        protected=bool(getattr(args, 'auth', None)),
+        allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
+        first=lambda: None if here else keep_server(known))
+
+
+Watching = TypeVar('Watching', bound=ClientObserver)
+
+
+@contextlib.asynccontextmanager
+async def wired(runtime: Runtime, args: Args, target: Target, known: KnownServer | None, key: bytes,
+                observe: Callable[[KnownServer], Watching], seen: Any = (),
+                trace: Trace | None = None) -> AsyncIterator[tuple[App, Client, Watching]]:
+    """The app at TARGET, a client of the server KNOWN, or of one in this process, and who watches.
+
+    OBSERVE makes the latter.  SEEN is what is kept of other apps, where this one joins them.
+    Afterwards open requests finish.
+    """
+    async with contextlib.AsyncExitStack() as stack:
+        server, carrier = None, find_carrier(args)
+        if known is None:
+            server, known = await start_local_server(runtime, target)
+            stack.push_async_callback(server.stop)
+        observer = observe(known)
+        app = make_app(runtime, args, target, known, observer, seen)
+        stack.callback(app.close)
+        client = make_client(app, args, known, key, trace)
+        if server:
+            server.pages.error = app.error_page
+            if carrier:
+                carrier.carry(app, client, server)
+        stack.push_async_callback(client.stop)
+        yield app, client, observer
 
 
 def as_client(args: Args, runtime: Runtime,
@@ -14674,26 +14758,15 @@ class Life(ClientObserver):
 
     async def _serve(self, known: KnownServer | None) -> None:
         """Be a tunnel until it is to end.  Raises what ends it before."""
-        args, server = self._args, None
+        args, runtime = self._args, Runtime(self._loop)
         async with contextlib.AsyncExitStack() as stack:
-            runtime = Runtime(self._loop)
             stack.push_async_callback(runtime.close)
-            if known is None:
-                server, known = await start_local_server(runtime, self._target)
-                stack.push_async_callback(server.stop)
-            app = make_app(runtime, args, self._target, known, self)
-            stack.callback(app.close)
+            app, self._client, _ = await stack.enter_async_context(
+                wired(runtime, args, self._target, known, self._key, lambda known: self))
             self.exchanges = app.seen
-            if server:
-                server.pages.error = app.error_page
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
                 await annex.beside(args, app)       # else nobody asked for a page
-            self._client = make_client(app, args, known, self._key)
             self._client.once = True
-            carrier = find_carrier(args)
-            if server and carrier:
-                carrier.carry(app, self._client, server)
-            stack.push_async_callback(self._client.stop)
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
                 await first_of(self._client.run(), self._stop)
 
@@ -15185,49 +15258,31 @@ def say_not_public(args: Args) -> None:
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
-    beside = Beside(runtime, args.after)
-    key = load_key(LOG.warning)
-    server, carrier = None, find_carrier(args)
-    if known is None:
-        server, known = await start_local_server(runtime, target)
-        if not carrier:
-            say_not_public(args)
-
+    beside, key, carrier = Beside(runtime, args.after), load_key(LOG.warning), find_carrier(args)
+    if known is None and not carrier:
+        say_not_public(args)
     frames = Lines(sys.stderr, runtime.loop.call_later)
-    terminal = Terminal(
-        target.text, carrier.name if carrier else str(known.address), not server or bool(carrier),
-        runtime.loop.call_later, source='carrier' if carrier else known.source,
-        protected=bool(getattr(args, 'auth', None)),
-        allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
-        first=lambda: None if server else keep_server(known))
-    app = make_app(runtime, args, target, known, terminal)
-    if server:
-        server.pages.error = app.error_page
-    for annex in () if args.release else ANNEXES:       # a release opens no tunnel
-        await annex.beside(args, app)
-    client = make_client(app, args, known, key, frames.frame if args.verbose else None)
-    if server and carrier:
-        carrier.carry(app, client, server)
-    keys = terminal.listen(runtime, stop.set, at_once=not carrier)
-    pulse = None if args.json or args.quiet else Pulse(app, client, terminal)
-    probe = [] if args.release else [runtime.spawn(app.look())]
-    try:
-        code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
-        return code if args.after else None
-    finally:
-        await beside.end()
-        for task in probe:
-            await end_task(task)
-        await client.stop()
-        app.close()
-        if server:
-            await server.stop()
-        if pulse:
-            pulse.close()
-        if keys:
-            keys.close()        # only now: a second Ctrl-C is not echoed either
-        terminal.ended(app.exchanges, *client.carried)
-        frames.flush()
+    with contextlib.ExitStack() as last:
+        last.callback(frames.flush)
+        async with wired(runtime, args, target, known, key,
+                         functools.partial(terminal_of, runtime, args, target),
+                         trace=frames.frame if args.verbose else None) as (app, client, terminal):
+            last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
+            for annex in () if args.release else ANNEXES:       # a release opens no tunnel
+                await annex.beside(args, app)
+            keys = terminal.listen(runtime, stop.set, at_once=not carrier)
+            if keys:
+                last.callback(keys.close)       # only then: a second Ctrl-C is not echoed either
+            if not (args.json or args.quiet):
+                last.callback(Pulse(app, client, terminal).close)
+            probe = [] if args.release else [runtime.spawn(app.look())]
+            try:
+                code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
+                return code if args.after else None
+            finally:
+                await beside.end()
+                for task in probe:
+                    await end_task(task)
 
 
 def client_command(args: Args) -> int:

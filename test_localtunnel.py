@@ -8061,7 +8061,7 @@ class KeptTest(InspectorTest):
                     (100.1, .01, ''), (100.9, .03, 'x'), (100.95, .02, ''), (102.5, 1, '')):
                 self.book.sweep(0, False)
                 record.why = why
-                self.book.exchange(record, seconds)
+                self.book.tunnels[0].exchange(record, seconds)
             now.return_value = 103.0
             status = await self.api('status')
             self.assertEqual(status['requests_per_second'], 4 / lt.PACE_NOW)
@@ -8127,7 +8127,8 @@ class MessageTest(InspectorTest):
         found = []
         for pieces, _ in three_ways(data)[:2]:
             app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log)
-            kept = lt.Kept(lt.Exchanges(app, '', 1), lt.Record(1, 0.0), 1)
+            book = lt.Exchanges(app.runtime, 1)
+            kept = lt.Kept(lt.Watched(book, app, '', ''), lt.Record(1, 0.0), 1)
             reader = lt.Frames(kept, 'app', deflated)
             for piece in pieces:
                 reader.feed(piece)
@@ -8176,7 +8177,7 @@ class MessageTest(InspectorTest):
 
     def test_a_flood_of_tiny_frames_is_not_read(self):
         app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log)
-        kept = lt.Kept(lt.Exchanges(app, '', 1), lt.Record(1, 0.0), 1)
+        kept = lt.Kept(lt.Watched(lt.Exchanges(app.runtime, 1), app, '', ''), lt.Record(1, 0.0), 1)
         reader = lt.Frames(kept, 'visitor', False)
         for _ in range(100):
             reader.feed(frame(1, b'x') * 100)
@@ -8318,9 +8319,9 @@ class LiveTest(InspectorTest):
         def pass_by(first, last):
             for number in range(first, last):
                 exchange = lt.Exchange(stream, head, number)
-                self.book.begun(exchange)
+                self.book.begun(self.book.tunnels[0], exchange)
                 self.book.responded(exchange, answer)(bytes(1000))
-                self.book.exchange(exchange, 0.01)
+                self.book.tunnels[0].exchange(exchange, 0.01)
             gc.collect()
             return tracemalloc.get_traced_memory()[0]
         tracemalloc.start()
