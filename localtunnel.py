@@ -1965,12 +1965,12 @@ MAX_LENGTH_DIGITS = 18      # what fits in 63 bits
 
 _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = rb'[\t\x20-\x7e\x80-\xff]*'
-_FIELDS = rb'((?:' + _TOKEN + rb':' + _VALUE + rb'\r\n)*)\r\n'
-_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([!"\x24-\x7e\x80-\xff]+) HTTP/1\.([01])\r\n' + _FIELDS)
-_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)\r\n' + _FIELDS)
+_LINES = rb'\r\n((?s:.*))\r\n'     # of the header, which _FIELDS reads
+_FIELDS = re.compile(rb'(?:' + _TOKEN + rb':' + _VALUE + rb'\r\n)*')
+_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([!"\x24-\x7e\x80-\xff]+) HTTP/1\.([01])' + _LINES)
+_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)' + _LINES)
 _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9]\.[0-9])\r\n')
 _FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
-_TRAILERS = re.compile(_FIELDS)
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
@@ -2009,12 +2009,19 @@ CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
 # These, too, an app may not send on: only we say that a hop failed, and the like.
 NOT_OF_APPS = HOP_BY_HOP.union((b'localtunnel-failed', b'localtunnel-kept', b'localtunnel-replay',
                                 b'localtunnel-user'))
+NOT_OF_INTERIM = NOT_OF_APPS.union((b'content-length', b'set-cookie', b'clear-site-data'))
 # A Connection that names one of these would take away what routing and framing rely on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge.
 NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|via|authorization'
                         rb'|cookie|set-cookie|' + UNTRUSTED + rb'):')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
+
+
+RECENT, RECENT_SIZE = 64, 2 * KIB       # heads that are known again; bytes of the lines of each
+# Who asks again mostly sends the same lines: what they say is known from the last head that had as
+# many bytes.  Some are secret, so all are forgotten at the next sweep.
+recent_heads: dict[int, Head] = {}
 
 
 class Head:
@@ -2024,17 +2031,35 @@ class Head:
     in lower case; repeated ones are joined with a comma (RFC 9110 5.3).  `connection` holds the
     words of Connection, `minor` the 1 or 0 of the version.
     """
-    __slots__ = ('minor', 'block', 'fields', 'connection', '_lower')
+    __slots__ = ('minor', 'block', 'fields', 'connection', '_lower', '_onward')
 
     def __init__(self, minor: bytes, block: bytes) -> None:
+        """Raises BadHttp."""
         self.minor, self.block = minor, block
+        self.fields: dict[bytes, bytes]
+        self.connection: Sequence[bytes]
+        self._lower: bytes
+        self._onward: dict[tuple[frozenset[bytes], bool], bytes]    # what goes on, as it was asked
+        known = recent_heads.get(len(block) % RECENT)
+        if known is None or known.block != block:
+            self._read(block)
+            if len(block) <= RECENT_SIZE:
+                recent_heads[len(block) % RECENT] = self
+        else:
+            self.fields, self.connection, self._lower, self._onward = (
+                known.fields, known.connection, known._lower, known._onward)
+
+    def _read(self, block: bytes) -> None:
+        if not _FIELDS.fullmatch(block):
+            raise BadHttp(400, 'a malformed header field')
         self._lower = b'\n' + block.lower()
+        self._onward = {}
         found = _KNOWN.findall(self._lower)
-        self.fields: dict[bytes, bytes] = dict(found)
+        self.fields = dict(found)
         if len(self.fields) < len(found):
             self.fields = {name: b', '.join(value for key, value in found if key == name)
                            for name in self.fields}
-        self.connection: Sequence[bytes] = ()
+        self.connection = ()
         if b'connection' in self.fields:
             self.connection = self.fields[b'connection'].split(b',', MAX_WORDS)
             if len(self.connection) > MAX_WORDS:
@@ -2090,6 +2115,19 @@ class Head:
                 end = lower.index(b'\n', at + 1)
                 block, lower = block[:at] + block[end:], lower[:at] + lower[end:]
                 at = lower.find(b'\n%b:' % name, at)
+        return block
+
+    def onward(self, dropped: frozenset[bytes] = HOP_BY_HOP, trusted: bool = True) -> bytes:
+        """Return the lines to pass on: without those DROPPED, and unless TRUSTED those untrusted.
+
+        Raises BadHttp.
+        """
+        block = self._onward.get((dropped, trusted))
+        if block is None:
+            names = self.hop_by_hop(dropped)
+            if not trusted:
+                names.update(self.untrusted())
+            block = self._onward[dropped, trusted] = self.without(names)
         return block
 
 
@@ -2180,10 +2218,7 @@ class Response(Head):
 
     def forwarded_block(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> bytes:
         """Return the header lines to pass on, without those DROPPED.  Raises BadHttp."""
-        names = self.hop_by_hop(dropped)
-        if self.bodiless:
-            names.add(b'content-length')
-        return self.without(names)
+        return self.onward(dropped.union((b'content-length',)) if self.bodiless else dropped)
 
 
 def logs_in(request: Request, response: Response) -> bool:
@@ -2221,14 +2256,14 @@ def parse_request(head: bytes) -> Request:
         return parse_request(head[2:])
     if head.startswith(b'PRI * HTTP/2.0\r\n'):
         raise BadHttp(505, 'HTTP/2 is not spoken here')
-    raise BadHttp(400, 'a malformed header field' if line else 'a malformed request line')
+    raise BadHttp(400, 'a malformed request line')
 
 
 def parse_response(head: bytes) -> Response:
     """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
     match = _RESPONSE.fullmatch(head)
     if not match:
-        raise BadHttp(502, 'a malformed response head')
+        raise BadHttp(502, 'a malformed status line')
     return Response(*match.groups())
 
 
@@ -2335,7 +2370,7 @@ class ChunkedBody(Body):
             return 'size' if self._state == 'data end' else 'end'
         if self._state == 'data end':
             raise BadHttp(400, 'a chunk longer than its size')
-        if not _TRAILERS.fullmatch(line + b'\r\n') or NO_TRAILER.match(line.lower()):
+        if not _FIELDS.fullmatch(line) or NO_TRAILER.match(line.lower()):
             raise BadHttp(400, 'a malformed trailer, or a field that must not be in one')
         self.trailers += line
         if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > OUTER_FIELDS:
@@ -2436,9 +2471,7 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
         if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
-            block = response.without({*response.hop_by_hop(NOT_OF_APPS), b'content-length',
-                                      b'set-cookie', b'clear-site-data'})
-            await sink.write(encode_response(response, block))
+            await sink.write(encode_response(response, response.onward(NOT_OF_INTERIM)))
         if source.unread:
             await asyncio.sleep(0)
     raise BadHttp(502, f'more than {MAX_INTERIM} interim responses')
@@ -4026,6 +4059,9 @@ def date_line(second: int) -> str:
 URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
 
 
+MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
+
+
 class Onward:
     """The header lines of requests and responses, as they go on."""
 
@@ -4034,22 +4070,19 @@ class Onward:
 
     def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
         """Return the header lines of REQUEST to pass on."""
-        names = request.hop_by_hop()
-        mark = via(name, self._domain)
+        mark, dropped, more = via(name, self._domain), MADE_ANEW, b''
         if request.minor == b'0':
             mark = b'1.0' + mark[3:]
-        names.update(request.untrusted())
         if b'via' in request.fields:
-            names.add(b'via')
             mark = request.get(b'via') + b', ' + mark
-        more = b''
         if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
-            names.add(b'max-forwards')
+            dropped = dropped.union((b'max-forwards',))
             more = b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards'])
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.without(names), visitor.x_forwarded, visitor.host or request.host, mark, more)
+            request.onward(dropped, trusted=False), visitor.x_forwarded,
+            visitor.host or request.host, mark, more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:
@@ -4315,6 +4348,7 @@ class Server:
             self.counters, trace)
         self.onward = Onward(self.domain, log)      # a seam: the header lines of what passes
         self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
+        runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket, tls: bool = False) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
@@ -4339,6 +4373,10 @@ class Server:
             return not (self.visitors or self.doors.busy)
         await look_until(finished, self.drain)
         await self.tunnels.end_all()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Forget what visitors have just sent."""
+        recent_heads.clear()
 
     # One connection.
 
@@ -4417,10 +4455,7 @@ class Server:
     # Routes.
 
     def _route(self, visitor: Visitor, request: Request) -> str:
-        """The name of the tunnel that REQUEST may pass; '' for the server itself.
-
-        Raises HopFailed.
-        """
+        """The name of the tunnel that REQUEST may pass, or '' for our own.  Raises HopFailed."""
         if visitor.refusal:
             raise visitor.refusal.again()
         host = request.host_name
@@ -4918,6 +4953,7 @@ class App:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Tell what has become slow."""
+        recent_heads.clear()
         for record in tuple(self.under_way):
             if now - record.began < SLOW:
                 break
@@ -4986,7 +5022,7 @@ class App:
 
     def _request_lines(self, request: Request) -> bytes:
         """Return the header lines of REQUEST to pass on."""
-        block = request.without(request.hop_by_hop())
+        block = request.onward()
         for rewrite in self.rewrites:
             block = rewrite.of_request(request, block)
         return block
@@ -10883,7 +10919,8 @@ class Edited:
             head = f'{self.method} {self.target} HTTP/1.1\r\n'.encode('latin-1') + head
         except UnicodeEncodeError as e:
             raise BadHttp(400, 'method, target and header fields take Latin-1 only') from e
-        if not _TRAILERS.fullmatch(last) or any(map(NO_TRAILER.match, last.lower().splitlines())):
+        if (not _FIELDS.fullmatch(last[:-2])
+                or any(map(NO_TRAILER.match, last.lower().splitlines()))):
             raise BadHttp(400, 'a trailer that HTTP does not allow')
         if parse_request(head).body_length() != CHUNKED:
             return head + self.body

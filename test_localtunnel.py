@@ -2038,6 +2038,17 @@ class HeadTest(unittest.TestCase):
                         lt.check_upgrade(got, lt.parse_response(
                             b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n'))
 
+    def test_lines_that_come_again_are_not_taken_for_others_of_the_same_length(self):
+        for a in 'xyyxzx':
+            got = request(f'Connection: {a}\nX: 1\nY: 2\nVia: {a}')
+            self.assertEqual((got.connection, got.get(b'via')), ([a.encode()], a.encode()))
+            for _ in range(2):
+                self.assertEqual(got.onward(), b'Host: a\r\n' + b'X: 1\r\n' * (a != 'x')
+                                 + b'Y: 2\r\n' * (a != 'y') + b'Via: %b\r\n' % a.encode())
+                self.assertNotIn(b'Via', got.onward(lt.MADE_ANEW))
+        with self.assertRaises(lt.BadHttp):
+            request(f'Connection: {a}\nX: 1\nY: 2\nVia: \0')
+
     def test_what_goes_on_says_its_own_framing(self):
         got = request('Connection: upgrade\nUpgrade: x\nTransfer-Encoding: chunked')
         head = lt.encode_request(got, got.without(got.hop_by_hop()), lt.CHUNKED)
@@ -2133,7 +2144,7 @@ BAD_CHUNKS = cases(r"""
 class BodyTest(unittest.TestCase):
 
     def reader(self, length):
-        stream = lt.ByteStream(types.SimpleNamespace(loop=None, now=float))
+        stream = lt.ByteStream(types.SimpleNamespace(loop=None, now=float, nobody=lt.Waiter(None)))
         return stream, lt.body_reader(stream, length)
 
     def read(self, length, pieces):
@@ -3019,6 +3030,14 @@ class ForwardingTest(WorldTest):
             self.assertEqual(await visitor.reader.readuntil(b'\r\n\r\n'),
                              b'HTTP/1.1 200 \r\nContent-Length: 0\r\n'
                              b'Date: Sun, 06 Nov 1994 08:49:37 GMT\r\n\r\n')
+
+    async def test_no_header_lines_are_known_for_longer_than_until_the_next_sweep(self):
+        app, visitor = await self.through()
+        for end in self.server, self.clients[0].app:
+            visitor.ask(fields='Cookie: secret')
+            await visitor.answer()
+            end.sweep(self.runtime.now(), False)
+            self.assertEqual(lt.recent_heads, {})
 
     async def test_what_a_trace_may_pass_is_counted(self):
         app, visitor = await self.through()
