@@ -14571,6 +14571,8 @@ def check_client_options(args: Args, target: Target, known: KnownServer | None) 
         raise UsageError('--tcp needs a server; give one with --server')
     if args.name:
         check_name(args.name)
+    if args.ca:
+        client_tls(args.ca)     # a mistake in it is told, whether or not anything speaks TLS
     if known and known.address.scheme == 'http' and not is_loopback(known.address.site):
         LOG.warning('the connection to %s is not encrypted: anyone on the path can read '
                     'everything, even your token and the proof of your name', known.address)

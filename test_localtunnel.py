@@ -11037,6 +11037,7 @@ class ExitCodeTest(CommandTest):
         for words, said in (
                 (['client', './none'], 'no folder ./none'),
                 (['client', '1', '--ca', 'none', *to], 'none: No such file'),
+                (['client', '1', '--ca', 'none'], 'none: No such file'),
                 (['client', '1', '--ca', self.folder, *to], 'Is a directory'),
                 (['client', '1', '--ca', wrong, *to], 'no certificate in PEM form'),
                 (['server', '--state', wrong], '--state')):
