@@ -3435,7 +3435,8 @@ class Tunnels:
     def revoke(self, tunnel: Tunnel, member: Member, why: str) -> None:
         """End MEMBER, which may not come back."""
         self.remove(tunnel, member)
-        tunnel.ended, tunnel.left_at = why, self._runtime.now()
+        tunnel.ended = why.partition(';')[0]    # what helps is for its owner, not for visitors
+        tunnel.left_at = self._runtime.now()
         member.session.leave(REVOKED, why, within=LINGER)
         audit(self.log, 'ended', member.session.facts, tunnel.url, why)
 

@@ -8903,7 +8903,9 @@ class ErrorPageTest(WorldTest):
         self.tokens.holds = lambda *args: False
         self.server.admission.sweep(0, at_once=True)
         await eventually(lambda: not self.server.visitors)      # it has said goodbye, too
-        self.shows(await self.at_name('a'), 503, 'client', 'The token of this tunnel is no longer')
+        page = await self.at_name('a')
+        self.shows(page, 503, 'client', 'The token of this tunnel is no longer valid.')
+        self.assertNotIn('--join', str(page))
 
     async def test_a_client_that_fails(self):
         await self.world()
