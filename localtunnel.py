@@ -11895,14 +11895,20 @@ def is_exchange(value: Any) -> bool:
         side is None or fits(side, SIDE) for side in (value['request'], value['response']))
 
 
+MAX_RECORDED = 64 * MIB         # of a line: the largest request of --inspect-body, in base64
+
+
 def lines_of(path: str, follow: bool) -> Iterator[str]:
-    """Return the lines of the file PATH, and with FOLLOW those that are still written."""
+    """Return the lines of the file PATH, and with FOLLOW those that are still written.
+
+    Of a line that is too long only the beginning is returned.
+    """
     rest = ''
     with open(path, encoding='utf-8', errors='replace') as f:
         while True:
-            piece = f.readline()
-            rest += piece
-            if rest.endswith('\n') or rest and not piece and not follow:
+            piece = f.readline(MIB)
+            rest += piece if len(rest) < MAX_RECORDED else ''
+            if piece.endswith('\n') or rest and not piece and not follow:
                 yield rest
                 rest = ''
             elif not piece and not follow:
@@ -11918,7 +11924,7 @@ def recorded(path: str, follow: bool, warn: Callable[[str], None]) -> Iterator[d
         for line in filter(str.strip, lines_of(path, follow)):
             exchange: Any = None
             with contextlib.suppress(ValueError, RecursionError):
-                exchange = json.loads(line)
+                exchange = json.loads(line) if len(line) < MAX_RECORDED else None
             if is_exchange(exchange):
                 yield exchange
             else:
