@@ -12070,6 +12070,7 @@ def field_of(text: str) -> list[str]:
     return [name.strip(), value.strip()]
 
 
+MEANS_A_FILE = r'.*[.]jsonl|[.~]{1,2}/.*|[A-Za-z]:\\\\.*'        # /x may be the path of a request
 LOGS_EPILOG = """examples:
   localtunnel.py logs 7                         number 7, with heads and bodies
   localtunnel.py logs --body method:post status:5xx
@@ -12181,6 +12182,10 @@ class Inspect(Annex):
     def logs(self, args: Args) -> int:
         """Print exchanges."""
         path = args.words.pop(0) if args.words and os.path.isfile(args.words[0]) else ''
+        missing = next((word for word in args.words if re.fullmatch(MEANS_A_FILE, word)), '')
+        if missing:
+            raise UsageError(f'there is no file {printable(missing)}; logs takes one FILE, before '
+                             'the words to look for')
         one = self._numbered(path, args)
         exchanges = one or self._fitting(path, args)
         if args.har:

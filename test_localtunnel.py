@@ -10821,6 +10821,10 @@ class LogsAndReplayTest(CommandTest):
         self.assertEqual(one['request']['line'], 'GET /a?token=*** HTTP/1.1')
         self.assertEqual(len(json.loads(self.command('logs', '--har')[1])['log']['entries']), 2)
         self.assertEqual(self.command('logs', 'status:x')[0], 2)
+        for word in 'none.jsonl', './none', '../none', '~/none':
+            code, _, err = self.command('logs', word)
+            self.assertEqual(code, 2)
+            self.assertIn(f'there is no file {word}', err)
 
         code, out, err = self.command('replay', 1, '#2', '--set-header', 'X-A: 1')
         self.assertEqual((code, out.split()[:3], err), (0, ['3', 'GET', '/a?token=***'], ''))
