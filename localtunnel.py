@@ -11503,10 +11503,11 @@ class Inspector:
     """One request to the inspector of a client, and its answer."""
     live: set[Connection] = set()       # of all that are asked now
 
-    def __init__(self, book: Exchanges, host: str, password: str, connection: Connection) -> None:
-        """It was told to listen on HOST, and to ask for PASSWORD, if there is one."""
+    def __init__(self, book: Exchanges, host: str, passwords: Sequence[str],
+                 connection: Connection) -> None:
+        """It was told to listen on HOST, and to ask for one of PASSWORDS, if there is any."""
         self._book, self._connection = book, connection
-        self._host, self._password = host, password
+        self._host, self._passwords = host, passwords
         self._request: Request = None           # type: ignore[assignment]  # it is read first
         self._words: dict[str, str] = {}        # of its query
         self._body = b''
@@ -11549,7 +11550,7 @@ class Inspector:
         if passed or any([other.get_extra_info(name) for name in ('sockname', 'peername')] == ends
                          for other in self._connection.runtime.transports):
             raise HopFailed(403, 'the inspector is not shown through a tunnel or a proxy')
-        if not self._password and not is_loopback(self._connection.peer):
+        if not self._passwords and not is_loopback(self._connection.peer):
             raise HopFailed(403, 'the inspector is for its own machine')
         if not (host in ('localhost', told) or is_address(host) and (
                 is_loopback(host) or told in ('0.0.0.0', '[::]'))):
@@ -11560,12 +11561,13 @@ class Inspector:
             raise HopFailed(403, 'a page of another site asks for this')
 
     async def _check_password(self) -> None:
-        """Raise HopFailed unless it has the password, if there is one (HTTP Basic)."""
+        """Raise HopFailed unless it has a password, if there is one (HTTP Basic)."""
         scheme, _, said = self._request.find(b'authorization').partition(' ')
-        password, given = self._password.encode(), b''
+        given = b''
         with contextlib.suppress(ValueError):
             given = base64.b64decode(said, validate=True).partition(b':')[2]
-        if password and not (scheme.lower() == 'basic' and hmac.compare_digest(given, password)):
+        right = [hmac.compare_digest(given, one.encode()) for one in self._passwords]
+        if right and not (scheme.lower() == 'basic' and any(right)):
             await asyncio.sleep(WRONG_TOKEN if given else 0)
             raise HopFailed(401, 'the inspector asks for its password; any user name will do',
                             'WWW-Authenticate: Basic realm="localtunnel inspector"')
@@ -11762,11 +11764,16 @@ class Inspector:
 
 async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket], note: str,
                     said: dict[str, Any]) -> None:
-    """Serve on SOCKETS, of HOST, until it is cancelled; meanwhile the file NOTE holds SAID."""
+    """Serve on SOCKETS, of HOST, until it is cancelled; meanwhile the file NOTE holds SAID.
+
+    Of the password there is another one in its place, which opens nothing once this has ended.
+    """
     runtime = book.runtime
+    passwords = [said['password'], secrets.token_hex(16)] if said['password'] else []
+    said = {**said, 'password': ''.join(passwords[1:])}
 
     def serve(connection: Connection) -> Coroutine[Any, Any, None]:
-        return Inspector(book, host, said['password'], connection).serve()
+        return Inspector(book, host, passwords, connection).serve()
     doors = [await runtime.loop.create_server(
         lambda: Connection(runtime, serve), sock=sock) for sock in sockets]
     with contextlib.suppress(OSError):      # then the commands need --inspect PORT

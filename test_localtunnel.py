@@ -7812,9 +7812,11 @@ class InspectorTest(WorldTest):
         self.book = client.app.seen
         args = lt.make_parser().parse_args(['client', '1', '--inspect', '0'])
         vars(args).update(options)
-        with unittest.mock.patch.object(lt, 'write_secret'), unittest.mock.patch('os.makedirs'):
+        with unittest.mock.patch.object(lt, 'write_secret') as write, \
+                unittest.mock.patch('os.makedirs'):
             await lt.Inspect().beside(args, client.app)
-            await asyncio.sleep(0)
+            await eventually(lambda: write.called)
+            self.noted = write.call_args[0][1]
         place = [line[1] for line in self.log.told if line[0] == 'watched'][-1]
         self.inspector = int(place.rpartition(':')[2])
 
@@ -8429,6 +8431,16 @@ class LocalOnlyTest(InspectorTest):
                 self.assertEqual(status, wanted, said)
         self.assertEqual((await self.ask('/', fields='Authorization: Basic ===='))[0], 401)
         self.assertEqual((await self.ask('/', fields=f'Authorization: Bearer {code}'))[0], 401)
+
+    async def test_the_note_of_a_client_has_a_password_that_ends_with_it(self):
+        self.stack.enter_context(self.constant(WRONG_TOKEN=0.0))
+        await self.inspected(inspect_password='secret')
+        noted = json.loads(self.noted)['password']
+        self.assertRegex(noted, '^[0-9a-f]{32}$')
+        code = base64.b64encode(f':{noted}'.encode()).decode()
+        self.assertEqual((await self.ask('/', fields=f'Authorization: Basic {code}'))[0], 200)
+        await self.inspect()
+        self.assertEqual(json.loads(self.noted)['password'], '')
 
     async def test_elsewhere_it_needs_a_password_and_says_how_to_do_without(self):
         await self.world()
