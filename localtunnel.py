@@ -39,35 +39,36 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Files                  44 Output
-     2 Wire                   16 Annex                  45 Keys
-     3 Credit                 17 TLS                    46 Terminal
-     4 Byte streams           18 DNS                    47 Options
-     5 Session                19 Kept leases            48 Wiring
-     6 HTTP/1.1               20 Access                 49 Python
-     7 Names and tokens       21 Raw TCP                50 Configuration file
-     8 Exchange               22 Folder and echo        51 Command line
-     9 Tunnels                23 Host header
-    10 Admission              24 Outgoing proxy
-    11 Server                 25 Certificates
-    12 Places                 26 Certificates by ACME
-    13 App                    27 Hand-over
-    14 Client                 28 Operator's page
-                              29 Block list
-                              30 Ground
-                              31 Doctor
-                              32 Landing page
-                              33 Verifying
-                              34 Token files
-                              35 Invitations
-                              36 Exchanges
-                              37 Inspector's page
-                              38 Inspector
-                              39 Logs and replay
-                              40 Words from elsewhere
-                              41 Error pages
-                              42 Setting up
-                              43 Via ssh
+     1 Constants and errors   15 Plain words            45 Output
+     2 Wire                   16 Files                  46 Keys
+     3 Credit                 17 Annex                  47 Terminal
+     4 Byte streams           18 TLS                    48 Options
+     5 Session                19 DNS                    49 Wiring
+     6 HTTP/1.1               20 Kept leases            50 Python
+     7 Names and tokens       21 Access                 51 Configuration file
+     8 Exchange               22 Raw TCP                52 Command line
+     9 Tunnels                23 Folder and echo
+    10 Admission              24 Host header
+    11 Server                 25 Outgoing proxy
+    12 Places                 26 Certificates
+    13 App                    27 Certificates by ACME
+    14 Client                 28 Hand-over
+                              29 Operator's page
+                              30 Block list
+                              31 Ground
+                              32 Doctor
+                              33 Landing page
+                              34 Verifying
+                              35 Token files
+                              36 Invitations
+                              37 Exchanges
+                              38 Inspector's page
+                              39 Inspector
+                              40 Logs and replay
+                              41 Words from elsewhere
+                              42 Error pages
+                              43 Setting up
+                              44 Via ssh
 """
 
 from __future__ import annotations
@@ -4681,69 +4682,34 @@ class ServerAddress:
         return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
 
 
-# Where trying again can't help: words in what TLS complains of, and a sentence about {0}, with a
-# cure {1} for distrust, or the reason {2}.
-TLS_FAULTS = {
-    "mismatch|doesn't match": 'the certificate of {0} is for another name',
-    'has expired': 'the certificate of {0} has expired (renew it there), or the clock of this '
-                   'machine is wrong',
-    'not yet valid': 'the certificate of {0} is not valid yet; check the clocks of both machines',
-    'self.signed|local issuer': 'the certificate of {0} is not signed by an authority that this '
-                                'machine knows; name the authority with --ca FILE, or {1}',
-    'CERTIFICATE_VERIFY_FAILED': "the certificate of {0} can't be trusted ({2}); {1}",
-    'WRONG_VERSION_NUMBER|record layer': '{0} does not speak TLS on this port; if that is '
-                                         'intended, use http:// instead of https://',
-}
-
-
-def tls_fault(error: BaseException, host: str, cure: str = 'use --insecure') -> str:
-    """Return one sentence for what is wrong with the TLS of HOST, '' if it may pass by itself."""
-    reason = printable(str(getattr(error, 'verify_message', '') or error))
-    sentences = (sentence for words, sentence in TLS_FAULTS.items()
-                 if re.search(words, f'{reason} {error}'))
-    return next(sentences, '').format(host, cure, reason)
-
-
 def addresses(host: str) -> list[str]:
     """Return what to dial for HOST: both loopback addresses for this machine, else HOST."""
     return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
 
 
-def explain(error: BaseException, where: str) -> str:
-    """Return one sentence for why WHERE can't be reached."""
-    if isinstance(error, (Overdue, asyncio.TimeoutError, TimeoutError)):
-        return f'{where} does not answer'
-    if isinstance(error, LocaltunnelError):
-        return str(error)
-    if isinstance(error, ConnectionRefusedError):
-        return f'nothing is listening on {where}'
-    if isinstance(error, socket.gaierror):
-        return f"can't find the host of {where}: {error.strerror}"
-    if isinstance(error, FileNotFoundError):
-        return f'{where} does not exist'
-    if isinstance(error, ssl.SSLError):
-        return tls_fault(error, where) or f'TLS with {where} failed: {printable(str(error))}'
-    return f"can't reach {where}: {plainly(error)}"
+class Words:
+    """What people are told where a server or an app can't be reached, or says something strange."""
+    page: ErrorPage = staticmethod(plain_page)      # for browsers
 
+    def unreachable(self, error: BaseException, where: str) -> str:
+        """Why WHERE can't be reached."""
+        raise NotImplementedError
 
-# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
-WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
-                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
+    def no_app(self, target: Target, error: BaseException) -> HopFailed:
+        """The same of an app."""
+        raise NotImplementedError
 
+    def no_response(self, target: Target, said: bytes, silent: bool, error: Exception) -> HopFailed:
+        """Why an app gave none: it SAID something else, or was SILENT."""
+        raise NotImplementedError
 
-def speaks_tls(where: str) -> str:
-    """Return a sentence with the cure for speaking without TLS to WHERE."""
-    return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
+    def no_answer(self, address: ServerAddress, said: bytes, error: Exception) -> LocaltunnelError:
+        """The same of a server."""
+        raise NotImplementedError
 
-
-def not_http(said: bytes, where: str) -> str:
-    """Return a sentence if what WHERE said is not HTTP, else ''."""
-    if said[:1] in (b'\x15', b'\x16'):
-        return speaks_tls(where)
-    if not said or said[:5] == b'HTTP/'[:len(said)]:
-        return ''
-    line = printable(said[:60].splitlines()[0].decode('latin-1'))
-    return f'{where} does not speak HTTP: it says {line!r}'
+    def stranger(self, address: ServerAddress, response: Response, said: bytes) -> LocaltunnelError:
+        """What it means that another program's RESPONSE came from ADDRESS; its body was SAID."""
+        raise NotImplementedError
 
 
 async def first_to_answer(hosts: Sequence[str], timeout: float,
@@ -4869,10 +4835,10 @@ class Rewrite:
 class App:
     """The local program that visitors reach."""
 
-    def __init__(self, runtime: Runtime, target: Target, observer: ClientObserver, *,
+    def __init__(self, runtime: Runtime, target: Target, observer: ClientObserver, words: Words, *,
                  timeout: float = RESPONSE_TIMEOUT, tls: ssl.SSLContext | None = None) -> None:
         """TIMEOUT is how long it may take to begin a response; TLS is for an https TARGET."""
-        self.runtime, self.target, self.observer = runtime, target, observer
+        self.runtime, self.target, self.observer, self.words = runtime, target, observer, words
         # Seams.  How to connect, by the scheme of a target: from a target comes a connection.
         self.dialers: dict[str, Callable[[Target], Awaitable[Connection]]] = {
             'unix': self._dial_unix}
@@ -4884,10 +4850,8 @@ class App:
         # request: unless that is `whole`), and what comes after an upgrade.
         self.request_taps: list[Callable[[Exchange], Tap | None]] = []
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
-        # Told what the app says to a request that is not HTTP.
+        # Told what the app says to a request without a response.
         self.strange: list[Callable[[Request, bytes], None]] = []
-        # What browsers are shown where something fails.
-        self.error_page: ErrorPage = plain_page
         self._timeout = timeout
         self._dial = functools.partial(self._dial_host, addresses(target.host), tls)
         self._pool = Pool(runtime)
@@ -4904,10 +4868,7 @@ class App:
         try:
             connection = await self.dialers.get(target.scheme, self._dial)(target)
         except (OSError, asyncio.TimeoutError) as e:
-            status = 504 if isinstance(e, asyncio.TimeoutError) else 502
-            cure = (f'start your app on port {target.port}, or check the port'
-                    if target.local and target.port else 'start your app, or check its address')
-            raise HopFailed(status, explain(e, target.text), hop='app', cure=cure) from e
+            raise self.words.no_app(target, e) from e
         self._pool.watch(connection)
         return connection
 
@@ -4979,7 +4940,7 @@ class App:
             except HopFailed as e:
                 exchange.status, exchange.why = e.status, str(e)
                 page = error_message(e, exchange.request.get(b'accept'),
-                                     method=exchange.request.method, page=self.error_page)
+                                     method=exchange.request.method, page=self.words.page)
                 exchange.answer = Count(len(page.partition(b'\r\n\r\n')[2]))
                 await stream.write(page, end=True)
         except (LocaltunnelError, OSError) as e:
@@ -5012,7 +4973,10 @@ class App:
                 if stream.error is not None or exchange.status:
                     raise       # the response has begun, or nobody waits for it
                 if reused is None or not upstream.silent or isinstance(e, Overdue):
-                    raise self._no_response(request, upstream, e) from e
+                    said = upstream.peek()
+                    for tell in self.strange:
+                        tell(request, said)
+                    raise self.words.no_response(self.target, said, upstream.silent, e) from e
                 reused = None       # once more, on a fresh one
             finally:
                 stream.on_lost = None
@@ -5027,27 +4991,6 @@ class App:
         for rewrite in self.rewrites:
             block = rewrite.of_request(request, block)
         return block
-
-    def _no_response(self, request: Request, upstream: Connection, error: Exception) -> HopFailed:
-        """Why there is none to REQUEST from UPSTREAM, which failed with ERROR."""
-        where = self.target.text
-        if isinstance(error, Overdue):
-            return HopFailed(504, f'{where} took too long', hop='app',
-                             cure='see what your app is busy with, or give it a longer --timeout')
-        said = upstream.peek()
-        strange = not_http(said, where)
-        if strange:
-            for tell in self.strange:
-                tell(request, said)
-            return HopFailed(502, strange, hop='app', cure='check the port and the scheme')
-        if isinstance(error, BadHttp):
-            fault = 'too large' if error.status == 431 else 'malformed'
-            return HopFailed(502, f'the answer of {where} is {fault}: {error}', hop='app',
-                             cure='ask your app directly, with curl -v')
-        cure = (f'; if it speaks TLS, use https://{where}'
-                if upstream.silent and self.target.scheme == 'http' else '')
-        return HopFailed(502, f'{where} closed the connection without an answer{cure}', hop='app',
-                         cure='see the log of your app')
 
     def _respond(self, exchange: Exchange, response: Response,
                  request_taps: Iterable[Tap]) -> Awaitable[None]:
@@ -5119,7 +5062,6 @@ class Backoff:
         return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
-PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
 # What a server may call the URL of a tunnel: it is shown, opened, and given to shells.
 PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
 
@@ -5129,8 +5071,8 @@ class Client:
 
     def __init__(self, runtime: Runtime, address: ServerAddress, label: str, key: bytes,
                  dial: Callable[[float], Awaitable[Connection]],
-                 serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver, *,
-                 token: str = '', once: bool = False, trace: Trace | None = None,
+                 serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver,
+                 words: Words, *, token: str = '', once: bool = False, trace: Trace | None = None,
                  **wish: Any) -> None:
         """DIAL connects to the server at ADDRESS within SECONDS; SERVE has each stream.
 
@@ -5141,12 +5083,12 @@ class Client:
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
         self.once = once            # True: end with an error if the connection fails
-        self.dial, self._observer, self._token = dial, observer, token
+        self.dial, self._observer, self._words, self._token = dial, observer, words, token
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
                                         Workers(runtime, serve).start, trace)
-        self._sessions: dict[Session, None] = {}    # the current one last; the others drain
+        # What the server calls each; the current one is the last, the others drain.
+        self._sessions: dict[Session, str] = {}
         self._session: Session | None = None        # the current one, perhaps not connected
-        self._session_id = ''                       # the server's name for it
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
         self._carried = 0, 0                        # bytes in and out, of sessions that are over
         wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False,
@@ -5194,7 +5136,7 @@ class Client:
                 raise
             return str(e)
         except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
-            return explain(e, str(self.address))
+            return self._words.unreachable(e, str(self.address))
 
     async def _until_lost(self) -> str:
         """Wait until a new connection is needed; return why.  Raises Refused at a final goodbye."""
@@ -5244,7 +5186,7 @@ class Client:
             session, count = self._new_session(), 0
             self._observer.welcome(welcome)
         session.attach(connection, count)
-        self._session_id = str(welcome.get('session', ''))[:MAX_TEXT]
+        self._sessions[session] = str(welcome.get('session', ''))[:MAX_TEXT]
         before, self.url = self.url, str(welcome['url'])
         if before:
             self._observer.back(self.url)       # which is https now if a certificate has come
@@ -5260,7 +5202,7 @@ class Client:
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self._session is not None and self._session.error is None:
             received = self._session.decoder.received
-            hello['resume'] = {'session': self._session_id, 'received': received}
+            hello['resume'] = {'session': self._sessions[self._session], 'received': received}
         if not is_address(self.address.site):
             host = f'{self.name}.{host}'
         lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
@@ -5271,13 +5213,7 @@ class Client:
         try:
             response = await read_final(connection, None, timeout)
         except (BadHttp, Incomplete) as e:
-            why = f'{self.address} is not a localtunnel server: {e}'
-            strange = not_http(connection.peek(), str(self.address))
-            if strange or isinstance(e, BadHttp):
-                raise Refused(502, 'no_upgrade', strange or why) from e
-            scheme, _, host = str(self.address).partition('://')
-            raise Disconnected(f'{self.address} closed the connection without an answer' + (
-                f'; if it speaks TLS, use https://{host}' if scheme == 'http' else '')) from e
+            raise self._words.no_answer(self.address, connection.peek(), e) from e
         if response.status != 101:
             refused = await self._refused(connection, response)
             if refused.code != 'released':
@@ -5293,7 +5229,7 @@ class Client:
         return welcome
 
     async def _refused(self, connection: Connection, response: Response) -> Refused:
-        """What a server says that opens no session.  Raises what `_stranger` makes."""
+        """What a server says that opens no session; raises what is said of other programs."""
         said = b''
         try:
             connection.timeout = HANDSHAKE_TIMEOUT
@@ -5304,25 +5240,7 @@ class Client:
             return Refused(response.status, str(told['error']),
                            printable(str(told['message'])[:MAX_TEXT]), bool(told.get('final')))
         except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
-            raise self._stranger(response, said) from None
-
-    def _stranger(self, response: Response, said: bytes) -> LocaltunnelError:
-        """The error for an answer to something else than what was asked."""
-        where, status = str(self.address), response.status
-        ours = response.has(b'localtunnel-failed')      # it took this for a visitor's request
-        if status in PROXY_FAILED and not ours:
-            return Disconnected(f'a proxy in front of {where} answers {status}: the server behind '
-                                'it does not answer')
-        why = (f'a proxy in front of {where} does not forward Upgrade.' if ours else
-               f'{where} answered {status} instead of opening a session: is it a localtunnel '
-               'server? If a proxy stands in front, it must forward Upgrade.') + (
-                   ' Cloudflare and Envoy don\'t by default: set the DNS record to "DNS only", or '
-                   f'allow the upgrade "{PROTOCOL}"')
-        if WANTS_TLS.search(said):
-            why = speaks_tls(where)
-        elif 300 <= status < 400 and self.address.scheme == 'http':
-            why = f'{where} redirects; try --server https://{self.address.site}'
-        return Refused(status, 'no_upgrade', why)
+            raise self._words.stranger(self.address, response, said) from None
 
     def _new_session(self) -> Session:
         for old in tuple(self._sessions)[:-MAX_DRAINING]:
@@ -5337,7 +5255,7 @@ class Client:
                                  sent + session.unacknowledged.sent)
             self._changed.set()
         session.on_change = changed
-        self._sessions[session] = None
+        self._sessions[session] = ''
         self._session = session
         return session
 
@@ -5373,7 +5291,131 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 15. Files
+# 15. Plain words
+#
+# What went wrong on the way to a server or an app, in one sentence with its cure.
+# ------------------------------------------------------------------------------------------------
+
+# Where trying again can't help: words in what TLS complains of, and a sentence about {0}, with a
+# cure {1} for distrust, or the reason {2}.
+TLS_FAULTS = {
+    "mismatch|doesn't match": 'the certificate of {0} is for another name',
+    'has expired': 'the certificate of {0} has expired (renew it there), or the clock of this '
+                   'machine is wrong',
+    'not yet valid': 'the certificate of {0} is not valid yet; check the clocks of both machines',
+    'self.signed|local issuer': 'the certificate of {0} is not signed by an authority that this '
+                                'machine knows; name the authority with --ca FILE, or {1}',
+    'CERTIFICATE_VERIFY_FAILED': "the certificate of {0} can't be trusted ({2}); {1}",
+    'WRONG_VERSION_NUMBER|record layer': '{0} does not speak TLS on this port; if that is '
+                                         'intended, use http:// instead of https://',
+}
+
+
+def tls_fault(error: BaseException, host: str, cure: str = 'use --insecure') -> str:
+    """Return one sentence for what is wrong with the TLS of HOST, '' if it may pass by itself."""
+    reason = printable(str(getattr(error, 'verify_message', '') or error))
+    sentences = (sentence for words, sentence in TLS_FAULTS.items()
+                 if re.search(words, f'{reason} {error}'))
+    return next(sentences, '').format(host, cure, reason)
+
+
+def explain(error: BaseException, where: str) -> str:
+    """Return one sentence for why WHERE can't be reached."""
+    if isinstance(error, (Overdue, asyncio.TimeoutError, TimeoutError)):
+        return f'{where} does not answer'
+    if isinstance(error, LocaltunnelError):
+        return str(error)
+    if isinstance(error, ConnectionRefusedError):
+        return f'nothing is listening on {where}'
+    if isinstance(error, socket.gaierror):
+        return f"can't find the host of {where}: {error.strerror}"
+    if isinstance(error, FileNotFoundError):
+        return f'{where} does not exist'
+    if isinstance(error, ssl.SSLError):
+        return tls_fault(error, where) or f'TLS with {where} failed: {printable(str(error))}'
+    return f"can't reach {where}: {plainly(error)}"
+
+
+# What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
+WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
+                       rb'|HTTP request to an HTTPS server|host and port requires TLS')
+
+
+def speaks_tls(where: str) -> str:
+    """Return a sentence with the cure for speaking without TLS to WHERE."""
+    return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
+
+
+def not_http(said: bytes, where: str) -> str:
+    """Return a sentence if what WHERE said is not HTTP, else ''."""
+    if said[:1] in (b'\x15', b'\x16'):
+        return speaks_tls(where)
+    if not said or said[:5] == b'HTTP/'[:len(said)]:
+        return ''
+    line = printable(said[:60].splitlines()[0].decode('latin-1'))
+    return f'{where} does not speak HTTP: it says {line!r}'
+
+
+PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
+
+
+class PlainWords(Words):
+    """For people at a terminal, and for visitors' pages."""
+
+    def unreachable(self, error: BaseException, where: str) -> str:
+        return explain(error, where)
+
+    def no_app(self, target: Target, error: BaseException) -> HopFailed:
+        status = 504 if isinstance(error, asyncio.TimeoutError) else 502
+        cure = (f'start your app on port {target.port}, or check the port'
+                if target.local and target.port else 'start your app, or check its address')
+        return HopFailed(status, explain(error, target.text), hop='app', cure=cure)
+
+    def no_response(self, target: Target, said: bytes, silent: bool, error: Exception) -> HopFailed:
+        where, strange = target.text, not_http(said, target.text)
+        if isinstance(error, Overdue):
+            return HopFailed(504, f'{where} took too long', hop='app',
+                             cure='see what your app is busy with, or give it a longer --timeout')
+        if strange:
+            return HopFailed(502, strange, hop='app', cure='check the port and the scheme')
+        if isinstance(error, BadHttp):
+            fault = 'too large' if error.status == 431 else 'malformed'
+            return HopFailed(502, f'the answer of {where} is {fault}: {error}', hop='app',
+                             cure='ask your app directly, with curl -v')
+        cure = (f'; if it speaks TLS, use https://{where}'
+                if silent and target.scheme == 'http' else '')
+        return HopFailed(502, f'{where} closed the connection without an answer{cure}', hop='app',
+                         cure='see the log of your app')
+
+    def no_answer(self, address: ServerAddress, said: bytes, error: Exception) -> LocaltunnelError:
+        strange = not_http(said, str(address))
+        if strange or isinstance(error, BadHttp):
+            return Refused(502, 'no_upgrade',
+                           strange or f'{address} is not a localtunnel server: {error}')
+        scheme, _, host = str(address).partition('://')
+        return Disconnected(f'{address} closed the connection without an answer' + (
+            f'; if it speaks TLS, use https://{host}' if scheme == 'http' else ''))
+
+    def stranger(self, address: ServerAddress, response: Response, said: bytes) -> LocaltunnelError:
+        where, status = str(address), response.status
+        ours = response.has(b'localtunnel-failed')      # it took this for a visitor's request
+        if status in PROXY_FAILED and not ours:
+            return Disconnected(f'a proxy in front of {where} answers {status}: the server behind '
+                                'it does not answer')
+        why = (f'a proxy in front of {where} does not forward Upgrade.' if ours else
+               f'{where} answered {status} instead of opening a session: is it a localtunnel '
+               'server? If a proxy stands in front, it must forward Upgrade.') + (
+                   ' Cloudflare and Envoy don\'t by default: set the DNS record to "DNS only", or '
+                   f'allow the upgrade "{PROTOCOL}"')
+        if WANTS_TLS.search(said):
+            why = speaks_tls(where)
+        elif 300 <= status < 400 and address.scheme == 'http':
+            why = f'{where} redirects; try --server https://{address.site}'
+        return Refused(status, 'no_upgrade', why)
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Files
 #
 # What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
 # one or the new one.
@@ -5594,7 +5636,7 @@ def using(folder: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Annex
+# 17. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print and write, codes, certificates.
@@ -6003,7 +6045,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. TLS
+# 18. TLS
 #
 # What a client checks, and a server shows: shared by the annexes with certificates and the command
 # line.
@@ -6173,7 +6215,7 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. DNS
+# 19. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6468,7 +6510,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Kept leases
+# 20. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6581,7 +6623,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Access
+# 21. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6663,7 +6705,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Raw TCP
+# 22. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6866,7 +6908,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Folder and echo
+# 23. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7216,7 +7258,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Host header
+# 24. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7401,7 +7443,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Outgoing proxy
+# 25. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7467,7 +7509,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Certificates
+# 26. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7570,7 +7612,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Certificates by ACME
+# 27. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8333,7 +8375,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Hand-over
+# 28. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8431,7 +8473,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Operator's page
+# 29. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8727,7 +8769,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Block list
+# 30. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -8959,7 +9001,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Ground
+# 31. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9274,7 +9316,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Doctor
+# 32. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9656,7 +9698,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Landing page
+# 33. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -9747,7 +9789,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Verifying
+# 34. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -9822,7 +9864,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Token files
+# 35. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9911,7 +9953,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Invitations
+# 36. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10128,7 +10170,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Exchanges
+# 37. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10930,7 +10972,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Inspector's page
+# 38. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11470,7 +11512,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Inspector
+# 39. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11789,7 +11831,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Logs and replay
+# 40. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12033,7 +12075,7 @@ async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) ->
     It goes the way of all requests of a client, so it is connected, timed and explained alike.
     """
     runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
-    app = App(runtime, target, sent, tls=tls)
+    app = App(runtime, target, sent, PlainWords(), tls=tls)
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
     app.close()
     await runtime.close()
@@ -12286,7 +12328,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Words from elsewhere
+# 41. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12428,7 +12470,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Error pages
+# 42. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12496,7 +12538,7 @@ class ErrorPages(Annex):
     """The pages of both ends."""
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.error_page = error_page
+        app.words.page = error_page
 
     async def at_server(self, args: Args, server: Server) -> None:
         contact = getattr(args, 'contact', None) or ''
@@ -12504,7 +12546,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Setting up
+# 43. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -13039,7 +13081,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Via ssh
+# 44. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13263,7 +13305,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 44. Output
+# 45. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13552,7 +13594,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Keys
+# 46. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13656,7 +13698,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Terminal
+# 47. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -14078,7 +14120,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Options
+# 48. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -14334,7 +14376,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Wiring
+# 49. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14601,7 +14643,7 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver, seen: Any = ()) -> App:
     """The app at TARGET, for a client of SERVER."""
     tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
-    app = App(runtime, target, observer, timeout=args.timeout, tls=tls)
+    app = App(runtime, target, observer, PlainWords(), timeout=args.timeout, tls=tls)
     app.seen = seen
     for annex in ANNEXES:
         annex.at_client(args, app, server.address)
@@ -14641,8 +14683,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
     return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
-                  app.kinds[target.kind],
-                  app.observer, token=server.token, once=args.once, trace=trace, kind=target.kind,
+                  app.kinds[target.kind], app.observer, app.words, token=server.token,
+                  once=args.once, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   wants=address.wants, **wish, **{word: said for annex in ANNEXES
                                                   for word, said in annex.hello(args, key).items()})
@@ -14681,7 +14723,7 @@ async def wired(runtime: Runtime, args: Args, target: Target, known: KnownServer
         stack.callback(app.close)
         client = make_client(app, args, known, key, trace)
         if server:
-            server.pages.error = app.error_page
+            server.pages.error = app.words.page
             if carrier:
                 carrier.carry(app, client, server)
         stack.push_async_callback(client.stop)
@@ -14701,7 +14743,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Python
+# 50. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -15002,7 +15044,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Configuration file
+# 51. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -15157,7 +15199,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Command line
+# 52. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
