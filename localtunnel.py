@@ -39,36 +39,37 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Plain words            45 Output
-     2 Wire                   16 Files                  46 Keys
-     3 Credit                 17 Annex                  47 Terminal
-     4 Byte streams           18 TLS                    48 Options
-     5 Session                19 DNS                    49 Wiring
-     6 HTTP/1.1               20 Kept leases            50 Python
-     7 Names and tokens       21 Access                 51 Configuration file
-     8 Exchange               22 Raw TCP                52 Command line
-     9 Tunnels                23 Folder and echo
-    10 Admission              24 Host header
-    11 Server                 25 Outgoing proxy
-    12 Places                 26 Certificates
-    13 App                    27 Certificates by ACME
-    14 Client                 28 Hand-over
-                              29 Operator's page
-                              30 Block list
-                              31 Ground
-                              32 Doctor
-                              33 Landing page
-                              34 Verifying
-                              35 Token files
-                              36 Invitations
-                              37 Exchanges
-                              38 Inspector's page
-                              39 Inspector
-                              40 Logs and replay
-                              41 Words from elsewhere
-                              42 Error pages
-                              43 Setting up
-                              44 Via ssh
+     1 Constants and errors   15 Plain words            46 Output
+     2 Wire                   16 Files                  47 Keys
+     3 Credit                 17 Annex                  48 Terminal
+     4 Byte streams           18 TLS                    49 Options
+     5 Session                19 DNS                    50 Wiring
+     6 HTTP/1.1               20 Kept leases            51 Python
+     7 Names and tokens       21 Access                 52 Configuration file
+     8 Exchange               22 Cluster                53 Command line
+     9 Tunnels                23 Raw TCP
+    10 Admission              24 Folder and echo
+    11 Server                 25 Host header
+    12 Places                 26 Outgoing proxy
+    13 App                    27 Certificates
+    14 Client                 28 Certificates by ACME
+                              29 Hand-over
+                              30 Operator's page
+                              31 Block list
+                              32 Ground
+                              33 Doctor
+                              34 Landing page
+                              35 Verifying
+                              36 Token files
+                              37 Invitations
+                              38 Exchanges
+                              39 Inspector's page
+                              40 Inspector
+                              41 Logs and replay
+                              42 Words from elsewhere
+                              43 Error pages
+                              44 Setting up
+                              45 Via ssh
 """
 
 from __future__ import annotations
@@ -221,6 +222,8 @@ KNOWN_AFTER = 600.0             # a name served this recently is offline, not un
 HELD = 8.0                      # a request waits for its client (--hold): GitHub gives up at 10
 MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
 MAX_HELD_IN_ALL = 1000
+MAX_GUESSED = 500               # of these, for clients that may come from other servers
+UNHEARD = 3.0                   # for one of whom nothing is known here: they come in under 2 s
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
 RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
 UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
@@ -2778,10 +2781,12 @@ class Leases:
     def owner(self, name: str, now: float) -> str | None:
         """Return the owner of NAME, or None."""
         lease = self.by_name.get(name)
-        if (lease and now - lease.used < LEASE_SECONDS
-                and self._tokens.holds(lease.owner, lease.token, now)):
-            return lease.owner
-        return None
+        return lease.owner if lease and self.holds(lease, now) else None
+
+    def holds(self, lease: Lease, now: float) -> bool:
+        """Return True if LEASE has not come to its end."""
+        return (now - lease.used < LEASE_SECONDS
+                and self._tokens.holds(lease.owner, lease.token, now))
 
     def check_limits(self, owner: str, token: str, now: float) -> None:
         """Raise Refused if OWNER, whose token has the digest TOKEN, may not have another name."""
@@ -3199,7 +3204,7 @@ MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log
 class Hello:
     """What a client says of itself, checked."""
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
-                 'rules', 'gates', 'wants', 'resume', 'attempt', 'version')
+                 'rules', 'gates', 'wants', 'lease', 'resume', 'attempt', 'version')
 
     def __init__(self, text: bytes, gates: Gates) -> None:
         """Raises Refused."""
@@ -3215,6 +3220,7 @@ class Hello:
             self.rules = {word: hello[word] for word in ('allow', 'auth') if hello.get(word)}
             self.gates = make_gates(self.rules, gates)      # who may visit by this client
             self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
+            self.lease = str(hello.get('lease', ''))        # as a server wrote it that it met
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
                                   str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
@@ -3345,9 +3351,82 @@ class Bars:
         raise NotImplementedError
 
 
+class Others:
+    """The other servers behind one balancer, from which clients may come at any time."""
+
+    def may_know(self, name: str) -> bool:
+        """True if others may know NAME, of which this server knows nothing."""
+        raise NotImplementedError
+
+    async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
+        """OWNER comes with TOKEN for NAME, and with the LEASE that another may have signed.
+
+        Raises Refused.
+        """
+        raise NotImplementedError
+
+    def lease(self, name: str) -> str:
+        """The lease of NAME, signed for others."""
+        raise NotImplementedError
+
+
 def audit(log: Observer, event: str, facts: Facts, url: str = '', reason: str = '') -> None:
     """Write the line that says what became of a client, or of its wish: FACTS are whose it is."""
     log.note(f'tunnel {event.replace("_", " ")}', event=event, url=url, **facts, reason=reason)
+
+
+def no_tunnel(why: str) -> HopFailed:
+    """The answer where nobody is known; in words, WHY."""
+    return HopFailed(404, why, cure='start the client, and compare the URL that it prints with '
+                     'this one')
+
+
+class Held:
+    """The requests that wait: for a client, or for room in its tunnel."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._of: dict[str, set[asyncio.Future[None]]] = {}     # by the key of the tunnel
+        self._from: dict[str, int] = collections.Counter()      # how many, by visitor's subnet
+
+    def of(self, key: str) -> int:
+        """How many wait for KEY."""
+        return len(self._of.get(key, ()))
+
+    def may_wait(self, key: str) -> bool:
+        """True if there is room for one more that waits for KEY."""
+        return self.of(key) < MAX_HELD and self.count < MAX_HELD_IN_ALL
+
+    def may_guess(self, visitor: Visitor) -> bool:
+        """True if there is room for one more that waits for a client which may not be known at all.
+
+        Anyone can make names up, so places are left for others, and for other addresses than that
+        of VISITOR.
+        """
+        return (self.count < MAX_GUESSED
+                and self._from.get(subnet_of(visitor.address), 0) < MAX_HELD)
+
+    async def wait(self, key: str, visitor: Visitor, seconds: float) -> bool:
+        """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
+        waiting, subnet = self._of.setdefault(key, set()), subnet_of(visitor.address)
+        self.count += 1
+        self._from[subnet] += 1
+        try:
+            return await visitor.wait(seconds, waiting)
+        finally:
+            self.count -= 1
+            self._from[subnet] -= 1
+            if not self._from[subnet]:
+                del self._from[subnet]
+            if not waiting:
+                self._of.pop(key, None)
+
+    def wake(self, *keys: str) -> None:
+        """Wake those that wait for one of KEYS, or all."""
+        for key in keys or self._of:
+            for future in self._of.get(key, ()):
+                if not future.done():
+                    future.set_result(None)
 
 
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
@@ -3365,16 +3444,16 @@ class Tunnels:
         """Requests wait HOLD seconds for a client on its way back.  ONLY: one tunnel for http."""
         self.hold, self.only = hold, only
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
-        self.held = 0                   # requests that wait
+        self.waits = Held()
         self.carrying: dict[Member, Tunnel] = {}    # all whose sessions are not over
         self.carried: dict[str, Traffic] = collections.defaultdict(Traffic)     # by user, of others
         self.closed = False             # nobody is expected back: the server ends
         self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
         self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
+        self.others: Others | None = None       # a seam: other servers behind one balancer
         self.log, self._runtime = log, runtime
         self._table: dict[str, Tunnel] = {}
-        self._waiting: dict[str, set[asyncio.Future[None]]] = {}    # requests, by key
         self._started = runtime.now()
         self._look_at = 0.0             # when all tunnels are looked at again
         runtime.swept.add(self)
@@ -3385,6 +3464,11 @@ class Tunnels:
     def get(self, key: str) -> Tunnel | None:
         """The tunnel of KEY, even if its client is away; None if there is none."""
         return self._table.get(key)
+
+    @property
+    def held(self) -> int:
+        """How many requests wait."""
+        return self.waits.count
 
     def members(self) -> list[Member]:
         """All sessions."""
@@ -3466,7 +3550,7 @@ class Tunnels:
             for member in tunnel.members:
                 if member.session.connection is None:
                     self._move_on(member.session, tunnel, now)
-            if not tunnel.members and tunnel.key not in self._waiting:
+            if not tunnel.members and not self.waits.of(tunnel.key):
                 away.append(tunnel)
         away.sort(key=lambda tunnel: -tunnel.left_at)
         for rank, tunnel in enumerate(away):
@@ -3521,16 +3605,21 @@ class Tunnels:
             await self._wait_for_room(key, visitor, deadline)
 
     async def _wait_for_client(self, key: str, visitor: Visitor) -> None:
-        deadline = self._runtime.now() + self.hold
+        unheard = self._is_unheard(key)
+        deadline = self._runtime.now() + (min(UNHEARD, self.hold) if unheard else self.hold)
         while True:         # it may be lost again at once
             tunnel = self._table.get(key)
             if tunnel and tunnel.pick():
                 return
-            if self._runtime.now() >= deadline or not self._is_expected(key, tunnel):
+            if self._runtime.now() >= deadline or not self._is_expected(key, tunnel, visitor):
                 break
-            if not await self._hold(key, visitor, deadline - self._runtime.now()):
+            if not await self.waits.wait(key, visitor, deadline - self._runtime.now()):
                 break
-        raise self._away(key, self._table.get(key))
+        raise (no_tunnel(f'there is no tunnel of the name {key}') if self._is_unheard(key) else
+               self._away(key, self._table.get(key)))
+
+    def _is_unheard(self, key: str) -> bool:
+        return self.others is not None and key not in self._table and self.others.may_know(key)
 
     def _away(self, key: str, tunnel: Tunnel | None) -> HopFailed:
         """Why nobody serves KEY, which is known."""
@@ -3545,43 +3634,30 @@ class Tunnels:
             why, cure = tunnel.ended, 'start the client again; if it may not, it says why'
         return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', hop=hop, cure=cure)
 
-    def _is_expected(self, key: str, tunnel: Tunnel | None) -> bool:
-        """True if a client may come back soon, and one more request may wait for it."""
+    def _is_expected(self, key: str, tunnel: Tunnel | None, visitor: Visitor) -> bool:
+        """True if a client may come back soon, and the request of VISITOR may wait for it."""
         broke = tunnel is not None and self._runtime.now() - tunnel.left_at < HELD_AFTER_BREAK
         ended = tunnel is not None and tunnel.ended
-        return ((broke or self.starting) and not ended and not self.closed
-                and self._may_hold(key))
-
-    def _may_hold(self, key: str) -> bool:
-        return len(self._waiting.get(key, ())) < MAX_HELD and self.held < MAX_HELD_IN_ALL
-
-    async def _hold(self, key: str, visitor: Visitor, seconds: float) -> bool:
-        """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
-        waiting = self._waiting.setdefault(key, set())
-        self.held += 1
-        try:
-            return await visitor.wait(seconds, waiting)
-        finally:
-            self.held -= 1
-            if not waiting:
-                self._waiting.pop(key, None)
+        guess = self.others is not None and self.waits.may_guess(visitor)
+        return ((broke or self.starting or guess) and not ended and not self.closed
+                and self.waits.may_wait(key))
 
     async def _wait_for_room(self, key: str, visitor: Visitor, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
-        if self._runtime.now() >= deadline or not self._may_hold(key):
+        if self._runtime.now() >= deadline or not self.waits.may_wait(key):
             raise HopFailed(503, f'{key} has too many requests at once; try again soon',
                             f'Retry-After: {RETRY_AFTER}', hop='client',
                             cure='let requests end sooner, or start more clients with --share')
-        await self._hold(key, visitor, ROOM_LOOK)
+        await self.waits.wait(key, visitor, ROOM_LOOK)
 
     def waiting(self, tunnel: Tunnel) -> int:
         """How many requests wait for TUNNEL."""
-        return len(self._waiting.get(tunnel.key, ()))
+        return self.waits.of(tunnel.key)
 
     def here(self, tunnel: Tunnel) -> None:
         """A client of TUNNEL is there: requests that wait for it go on."""
         tunnel.ended = ''
-        self._wake(self._waiting.get(tunnel.key, ()))
+        self.waits.wake(tunnel.key)
 
     def close(self) -> None:
         """Expect nobody back: send clients elsewhere, and wake what waits for one."""
@@ -3590,8 +3666,7 @@ class Tunnels:
             member.session.drain(DRAINING, 'the server is shutting down')
             if member.session.connection is None:       # and it can't come back
                 member.session.end(Disconnected('the server is shutting down'))
-        for waiting in self._waiting.values():
-            self._wake(waiting)
+        self.waits.wake()
 
     async def end_all(self) -> None:
         """Say goodbye to all clients, and end what is left of their sessions a moment later."""
@@ -3600,12 +3675,6 @@ class Tunnels:
         await look_until(lambda: not self.members(), LINGER)
         for member in self.members():
             member.session.end(Disconnected('the server has shut down'))
-
-    @staticmethod
-    def _wake(waiting: Iterable[asyncio.Future[None]]) -> None:
-        for future in waiting:
-            if not future.done():
-                future.set_result(None)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3749,6 +3818,9 @@ class Admission:
             if goes_on:
                 return goes_on
             self._check_new(asked)
+            others = self._tunnels.others
+            if others and asked.hello.name is not None:
+                await others.bring(asked.hello.lease, asked.name, asked.owner, asked.grant.digest)
             if asked.hello.release:
                 await self._release(asked)
                 return None
@@ -4163,6 +4235,8 @@ class Doors:
                  inherited: dict[int, Sockets] | None = None) -> None:
         self._runtime, self._log, self._counters = runtime, log, counters
         self.inherited = dict(inherited or {})  # what listens already, by port, until it is taken
+        # A seam: who is told that the server ends, while all doors are still open.
+        self.before_close: list[Callable[[], Awaitable[None]]] = []
         self._bound: Sockets = []               # what was taken, and perhaps closed since
         self._plain: set[asyncio.AbstractServer] = set()
         self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
@@ -4358,6 +4432,12 @@ class Server:
             self._port = sock.getsockname()[1]
         await self.doors.open(sock, self._serve, self.tls.context if tls and self.tls else None)
 
+    async def leave(self) -> None:
+        """Serve on, while those who send visitors here learn that it ends."""
+        self.draining = True
+        for tell in self.doors.before_close:
+            await tell()
+
     async def stop(self, handed_over: bool = False) -> None:
         """Drain: accept nothing more, send the clients elsewhere, let open exchanges finish.
 
@@ -4498,12 +4578,13 @@ class Server:
             return mine.name if mine else ''
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
-        if parent == self.domain and (self.admission.leases.owner(name, time.time())
-                                      or (is_derived(name) and self.tunnels.starting)):
+        others = self.tunnels.others
+        if parent == self.domain and (
+                self.admission.leases.owner(name, time.time())
+                or (is_derived(name) and (others or self.tunnels.starting))
+                or (others and others.may_know(name))):
             return name
-        raise HopFailed(404, f'there is no tunnel at {host}' if host else
-                        'the request names no host',
-                        cure='start the client, and compare the URL that it prints with this one')
+        raise no_tunnel(f'there is no tunnel at {host}' if host else 'the request names no host')
 
     async def _own_page(self, visitor: Visitor, exchange: Exchange) -> None:
         """What the server shows under its own name."""
@@ -4580,12 +4661,14 @@ class Server:
         member, tunnel, theirs = admitted
         session, connection = member.session, visitor.connection
         detour = self.tunnels.detours.get(tunnel.key)
-        more = detour.welcome(tunnel.key) if detour and theirs is None else {}
-        welcome = json.dumps({**more, 'url': tunnel.url, 'session': member.id, 'resume': theirs,
-                              'received': session.decoder.received, 'user': member.grant.user})
+        welcome = {**(detour.welcome(tunnel.key) if detour and theirs is None else {}),
+                   'url': tunnel.url, 'session': member.id, 'resume': theirs,
+                   'received': session.decoder.received, 'user': member.grant.user}
+        if self.tunnels.others and member.hello.name is not None:
+            welcome['lease'] = self.tunnels.others.lease(tunnel.name)
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
-            f'Localtunnel-Welcome: {welcome}\r\n\r\n'.encode())
+            f'Localtunnel-Welcome: {json.dumps(welcome)}\r\n\r\n'.encode())
         session.attach(connection, theirs or 0)
         self.tunnels.here(tunnel)
         audit(self.log, 'opened' if theirs is None else 'resumed', session.facts, tunnel.url)
@@ -4670,6 +4753,8 @@ class ServerAddress:
         """Raises UsageError.  A bare host means https, and http for this machine."""
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
         self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
+        self.lease = ''                         # a seam: what it is shown at each attempt, and
+        self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
         if '://' not in text:
             host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
             text = ('http://' if is_loopback(host) else 'https://') + text
@@ -5176,6 +5261,7 @@ class Client:
         round_trip = self.runtime.now() - began
         if 'released' in welcome:
             connection.close()
+            self.address.on_lease('')
             self._observer.note(f'the name {self.name} was given back')
             return False
         session, count = self._session, welcome.get('received')
@@ -5187,6 +5273,8 @@ class Client:
             self._observer.welcome(welcome)
         session.attach(connection, count)
         self._sessions[session] = str(welcome.get('session', ''))[:MAX_TEXT]
+        if 'lease' in welcome:
+            self.address.on_lease(welcome['lease'])
         before, self.url = self.url, str(welcome['url'])
         if before:
             self._observer.back(self.url)       # which is https now if a certificate has come
@@ -5200,6 +5288,8 @@ class Client:
         """Ask for the tunnel; return the server's welcome.  Raises Refused."""
         self._hello['attempt'] += 1
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
+        if self.address.lease:
+            hello['lease'] = self.address.lease
         if self._session is not None and self._session.error is None:
             received = self._session.decoder.received
             hello['resume'] = {'session': self._sessions[self._session], 'received': received}
@@ -6705,7 +6795,178 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Raw TCP
+# 22. Cluster
+#
+# Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
+# name, and when that one is down the client comes to another: so it brings the lease along, as the
+# first one signed it.  The signature comes first, then name, owner, token, date and facts as JSON.
+#
+# Two facts are of this room.  `since` is when the owner had the name first: where two owners bring
+# leases of one name, the older one holds, wherever it was made.  `over` says which owners gave the
+# name back, and when: what they were given up to then is void.  A lease is of no use to a thief: it
+# is good for its owner alone, who shows a token or a proof as without it.
+# ------------------------------------------------------------------------------------------------
+
+MAX_LEASE = 4 * KIB             # characters of one that a client keeps
+MAX_OVER = 4                    # owners who gave a name back, of each name: the last ones
+
+
+def began(lease: Lease) -> int:
+    """When the owner of LEASE had the name first."""
+    return int(lease.facts.get('since', lease.used))
+
+
+class Node(Others):
+    """One of the servers: what is signed by it, or by another, and what follows from it."""
+
+    def __init__(self, server: Server, key: bytes) -> None:
+        self._leases, self._tunnels = server.admission.leases, server.tunnels
+        self._key = hmac.new(key, b'localtunnel/1 lease\0' + server.domain.encode(),
+                             hashlib.sha256).digest()
+        self._over: dict[str, dict[str, int]] = {}      # by name, of those given back here
+        server.tunnels.others = self
+        self._leases.keepers.append(self._watch)
+
+    def may_know(self, name: str) -> bool:
+        try:
+            check_name(name)        # of a derived name all know enough
+        except Refused:
+            return False
+        return self._leases.owner(name, time.time()) is None
+
+    def lease(self, name: str) -> str:
+        lease = self._leases.by_name.get(name)
+        if lease is None:
+            return ''
+        text = json.dumps([name, *lease._replace(facts=self._facts(name, lease))])
+        return f'{self._signature(text)} {text}'
+
+    async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
+        """Take LEASE down, unless it is void or an older one holds."""
+        book, now = self._leases, time.time()
+        here = book.by_name[name] if book.owner(name, now) else None
+        brought = self._read(lease, name, owner, now)
+        if here and here.owner == owner:
+            await book.save(book.note(name, **self._facts(name, *filter(None, (here, brought)))))
+        elif brought and (not here or self._comes_before(name, brought, here)):
+            changes = book.claim(name, owner, token, now, over=True)
+            leased = changes[name] or brought
+            changes[name] = leased._replace(facts=self._facts(name, brought))
+            await book.save(changes)
+            self._tunnels.end(name, f'the name {name} belongs to a client that had it before')
+
+    def _read(self, lease: str, name: str, owner: str, now: float) -> Lease | None:
+        """The LEASE of NAME, if it is genuine, that of OWNER, and has not ended."""
+        signature, _, text = lease.partition(' ')
+        if not same(signature, self._signature(text)):
+            return None
+        of, *rest = json.loads(text)
+        found = Lease(*rest)
+        holds = self._leases.holds(found, now) and not self._is_void(found, self._overs(name))
+        return found if holds and (of, found.owner) == (name, owner) else None
+
+    def _comes_before(self, name: str, brought: Lease, here: Lease) -> bool:
+        """True if the lease BROUGHT of NAME holds, and not the one HERE, of another owner."""
+        over = self._overs(name, brought, here)
+        if self._is_void(brought, over) or self._is_void(here, over):
+            return not self._is_void(brought, over)
+        return (began(brought), brought.owner) < (began(here), here.owner)
+
+    @staticmethod
+    def _is_void(lease: Lease, over: dict[str, int]) -> bool:
+        return began(lease) <= over.get(lease.owner, -1)
+
+    def _overs(self, name: str, *leases: Lease) -> dict[str, int]:
+        """Who gave NAME back, and when, as far as is known here and to LEASES."""
+        words = ' '.join(lease.facts.get('over', '') for lease in leases).split()
+        over = dict(self._over.get(name, {}))
+        for owner, _, when in (word.rpartition('=') for word in words):
+            over[owner] = max(int(when), over.get(owner, 0))
+        return over
+
+    def _facts(self, name: str, *leases: Lease) -> dict[str, str]:
+        """What LEASES of one owner of NAME say together."""
+        last = sorted(self._overs(name, *leases).items(), key=lambda item: item[1])[-MAX_OVER:]
+        facts = {key: value for lease in leases for key, value in lease.facts.items()}
+        if last:
+            facts['over'] = ' '.join(f'{owner}={when}' for owner, when in last)
+        return {**facts, 'since': str(min(map(began, leases)))}
+
+    def _signature(self, text: str) -> str:
+        return hmac.new(self._key, text.encode(errors='replace'), hashlib.sha256).hexdigest()
+
+    async def _watch(self, changes: Changes) -> None:
+        """Remember whose leases CHANGES end."""
+        for name, lease in changes.items():
+            if lease is None:
+                over = self._over.setdefault(name, {})
+                over[self._leases.by_name[name].owner] = int(time.time())
+                if len(over) > MAX_OVER:
+                    del over[min(over, key=lambda owner: over[owner])]
+        while len(self._over) > MAX_LEASES_IN_ALL:
+            del self._over[next(iter(self._over))]
+
+
+def read_cluster_key(path: str, warn: Callable[[str], None]) -> bytes:
+    """Return the key in the file at PATH.  Raises UsageError."""
+    cure = f'make one with: python3 localtunnel.py server --make-cluster-key > {path}'
+    try:
+        key = read_secret(path, 'can take names on this cluster; make a new one', warn).strip()
+    except OSError as e:
+        raise UsageError(f"can't read the cluster key {path}: {e.strerror}; {cure}") from e
+    if not re.fullmatch(b'[0-9a-f]{64}', key):
+        raise UsageError(f'{path} does not hold a cluster key, which is 64 hexadecimal digits; '
+                         + cure)
+    return bytes.fromhex(key.decode())
+
+
+class MakeClusterKey(argparse.Action):
+    """Prints a key."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        print_line(secrets.token_hex(32))
+        parser.exit()
+
+
+class Cluster(Annex):
+    """A key for several servers; and the lease of a chosen name that a client brings to them."""
+    title = 'more than one server'
+
+    def server_options(self, add: Add) -> None:
+        add('--cluster-key', metavar='FILE',
+            help='file with the key that the servers of a cluster have in common')
+        add('--make-cluster-key', action=MakeClusterKey, nargs=0,
+            help='print such a key, and exit')
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        if args.cluster_key:
+            Node(server, read_cluster_key(args.cluster_key, lambda text: server.log.note(
+                f'warning: {text}')))
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        """Keep the lease of a chosen name, for this server and no other."""
+        if not args.name:
+            return
+        path = config_path('lease-' + digest_of(f'{address} {args.name}')[:32])
+
+        def keep(lease: object) -> None:
+            if lease == address.lease or not re.fullmatch(f'[ -~]{{0,{MAX_LEASE}}}', str(lease)):
+                return
+            address.lease = str(lease)
+            try:
+                os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+                write_secret(path, address.lease.encode())
+            except OSError as e:
+                app.observer.note(f"can't keep the lease of {args.name} in {path} ({e.strerror}), "
+                                  'so it lasts only for this run')
+        with contextlib.suppress(OSError, ValueError):
+            address.lease = read_secret(path, f'knows that {args.name} is yours',
+                                        app.observer.note).decode('ascii')[:MAX_LEASE]
+        address.on_lease = keep
+
+
+# ------------------------------------------------------------------------------------------------
+# 23. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -6908,7 +7169,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Folder and echo
+# 24. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7258,7 +7519,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Host header
+# 25. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7443,7 +7704,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Outgoing proxy
+# 26. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7509,7 +7770,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Certificates
+# 27. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7612,7 +7873,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Certificates by ACME
+# 28. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8375,7 +8636,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Hand-over
+# 29. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8473,7 +8734,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Operator's page
+# 30. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -8550,13 +8811,30 @@ def resident_memory() -> int | None:
 
 
 HEALTH = b'/.well-known/localtunnel/health'  # where balancers ask, by any Host
+ASKS_WITHIN = 10.0              # where a balancer asks at all, it has asked within this time
+TOLD = 2                        # times that it hears it: balancers don't believe it at once
+MOVES_ON = 5.0                  # at most, until it has heard it so often
 
 
-def health(server: Server, address: str = '') -> tuple[str, Sequence[bytes]]:
-    """The page that says whether SERVER takes new requests.  Raises HopFailed."""
-    if server.draining:
-        raise HopFailed(503, 'the server is shutting down')
-    return 'text/plain', [b'ok\n']
+class Health:
+    """What balancers are told of SERVER."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+        self._asked_at, self._told = -NEVER, 0      # when one asked last; the times it was 503
+
+    def page(self, address: str = '') -> tuple[str, Sequence[bytes]]:
+        """The page that says whether the server takes new requests.  Raises HopFailed."""
+        self._asked_at = self._server.runtime.now()
+        if self._server.draining:
+            self._told += 1
+            raise HopFailed(503, 'the server is shutting down')
+        return 'text/plain', [b'ok\n']
+
+    async def say_goodbye(self) -> None:
+        """Wait until balancers, if any ask, have been told to send nobody here."""
+        if self._server.runtime.now() - self._asked_at < ASKS_WITHIN:
+            await look_until(lambda: self._told >= TOLD, MOVES_ON)
 
 
 def traffic(over: Iterable[tuple[Any, Traffic]],
@@ -8682,8 +8960,8 @@ class Metrics(Observer):
 class OperatorPage:
     """The operator's page (--admin): /healthz, /metrics, /tunnels."""
 
-    def __init__(self, server: Server, metrics: Metrics) -> None:
-        self._server, self._metrics = server, metrics
+    def __init__(self, server: Server, metrics: Metrics, health: Health) -> None:
+        self._server, self._metrics, self._health = server, metrics, health
 
     async def serve(self, connection: Connection) -> None:
         request, close = None, ['Connection: close']
@@ -8706,11 +8984,11 @@ class OperatorPage:
         server, reads = self._server, request.method in (b'GET', b'HEAD')
         path, _, query = request.target.decode('latin-1').partition('?')
         host = request.host_name        # no stranger's DNS answers for a word, as containers have
+        if path == '/healthz' and reads:        # balancers may ask without a host
+            form, pieces = self._health.page()
+            return form, b''.join(pieces)
         if not host or ('.' in host and not is_address(host)):
             raise HopFailed(403, 'open it by IP address, or by a name without a dot')
-        if path == '/healthz' and reads:
-            form, pieces = health(server)
-            return form, b''.join(pieces)
         if path == '/metrics' and reads:
             return 'text/plain; version=0.0.4; charset=utf-8', self._metrics.text().encode()
         if path == '/tunnels' and reads:
@@ -8759,17 +9037,20 @@ class Operator(Annex):
             help=f'serve /metrics, /tunnels and /healthz here (off; {ADMIN_PORT} if bare)')
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.everywhere[HEALTH] = functools.partial(health, server)
+        health = Health(server)
+        server.everywhere[HEALTH] = health.page
+        server.doors.before_close.append(health.say_goodbye)
         if args.admin:
             metrics = Metrics(server)
             both: Any = Observers(server.log, metrics)
             server.log = both
             for sock in server.doors.bind(*args.admin):
-                await server.doors.open(sock, OperatorPage(server, metrics).serve, stays=True)
+                page = OperatorPage(server, metrics, health)
+                await server.doors.open(sock, page.serve, stays=True)
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Block list
+# 31. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9001,7 +9282,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Ground
+# 32. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9316,7 +9597,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Doctor
+# 33. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9698,7 +9979,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Landing page
+# 34. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -9789,7 +10070,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Verifying
+# 35. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -9864,7 +10145,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Token files
+# 36. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -9953,7 +10234,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Invitations
+# 37. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10170,7 +10451,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Exchanges
+# 38. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -10972,7 +11253,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Inspector's page
+# 39. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11512,7 +11793,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Inspector
+# 40. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -11831,7 +12112,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Logs and replay
+# 41. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12328,7 +12609,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Words from elsewhere
+# 42. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12470,7 +12751,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Error pages
+# 43. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12546,7 +12827,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Setting up
+# 44. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -13081,7 +13362,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Via ssh
+# 45. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13305,7 +13586,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 45. Output
+# 46. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13594,7 +13875,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Keys
+# 47. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13698,7 +13979,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Terminal
+# 48. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -14120,15 +14401,16 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Options
+# 49. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), RawTcp(), FolderAndEcho(), HostHeader(),
-                            OutgoingProxy(), Acme(), Certificates(), HandOver(), Operator(),
-                            Blocking(), Doctor(), LandingPage(), Verifying(), Invitations(),
-                            Inspect(), Elsewhere(), ErrorPages(), SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Cluster(), RawTcp(), FolderAndEcho(),
+                            HostHeader(), OutgoingProxy(), Acme(), Certificates(), HandOver(),
+                            Operator(), Blocking(), Doctor(), LandingPage(), Verifying(),
+                            Invitations(), Inspect(), Elsewhere(), ErrorPages(), SettingUp(),
+                            ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -14376,7 +14658,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Wiring
+# 50. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14743,7 +15025,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Python
+# 51. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -15044,7 +15326,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Configuration file
+# 52. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -15199,7 +15481,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Command line
+# 53. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -15494,9 +15776,11 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     if hasattr(signal, 'SIGHUP'):
         runtime.loop.add_signal_handler(signal.SIGHUP, args.sources.reload)
     await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
+    log.note('finishing open requests; Ctrl-C again stops now')
+    if stop.is_set():
+        await server.leave()
     await server.admission.close()
     os.close(args.lock)         # from now on nothing is written into the folder
-    log.note('finishing open requests; Ctrl-C again stops now')
     await server.stop(handed_over=not stop.is_set())
     log.flush()
 

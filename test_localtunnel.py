@@ -30,37 +30,38 @@ Contents
    19 DNS                     what is asked about a zone, and answered
    20 Kept leases             what of them survives a server, a crash and a full disk
    21 Access                  which visitors pass; for the rest see B
-   22 Raw TCP                 bytes both ways, and their ends
-   23 Folder and echo         what a folder shows, and what it hides
-   24 Host header             what app and visitor see of each other's address, base paths, hints
-   25 Outgoing proxy          the ways out, and what a proxy may answer
-   26 Certificates            what a server shows (in Command line)
-   27 Certificates by ACME    authorities, real and made up, and the records of a domain
-   28 Hand-over               from one process to the next (in Command line)
-   29 Operator's page         what he sees, and what he ends (in B)
-   30 Block list              what an entry is, and who is kept out
-   31 Ground                  what a look at it finds, and that it harms nobody
-   32 Doctor                  every fault is named first, and each look leaves nothing behind
-   33 Landing page            whom to ask; the rest in Server, Command line
-   34 Verifying               what a server hands out, and this file
-   35 Token files             what a line of them may be; for the rest see Server
-   36 Invitations             who gets in, and who no more
-   37 Exchanges               what is kept of what passes, and for how long
-   38 Inspector's page        shown by the next room
-   39 Inspector               who sees it, and how; what is sent again
-   40 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   41 Words from elsewhere    what users of other programs type
-   42 Error pages             the way and where it stops, for each thing that fails
-   43 Setting up              what is installed, and how another machine is talked to
-   44 Via ssh                 how services are asked, and what ends it
-   45 Output                  programs, and those who read slowly what they write
-   46 Keys                    what is typed while a tunnel runs
-   47 Terminal                what a person sees
-   48 Options                 what can be typed
-   49 Wiring                  the key; which server, which token (in Command line)
-   50 Python                  a tunnel inside another program, and its options as keywords
-   51 Configuration file      what a section means, and what is wrong with it
-   52 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   22 Cluster                 whose name it is where several servers share a key
+   23 Raw TCP                 bytes both ways, and their ends
+   24 Folder and echo         what a folder shows, and what it hides
+   25 Host header             what app and visitor see of each other's address, base paths, hints
+   26 Outgoing proxy          the ways out, and what a proxy may answer
+   27 Certificates            what a server shows (in Command line)
+   28 Certificates by ACME    authorities, real and made up, and the records of a domain
+   29 Hand-over               from one process to the next (in Command line)
+   30 Operator's page         what he sees, and what he ends (in B)
+   31 Block list              what an entry is, and who is kept out
+   32 Ground                  what a look at it finds, and that it harms nobody
+   33 Doctor                  every fault is named first, and each look leaves nothing behind
+   34 Landing page            whom to ask; the rest in Server, Command line
+   35 Verifying               what a server hands out, and this file
+   36 Token files             what a line of them may be; for the rest see Server
+   37 Invitations             who gets in, and who no more
+   38 Exchanges               what is kept of what passes, and for how long
+   39 Inspector's page        shown by the next room
+   40 Inspector               who sees it, and how; what is sent again
+   41 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   42 Words from elsewhere    what users of other programs type
+   43 Error pages             the way and where it stops, for each thing that fails
+   44 Setting up              what is installed, and how another machine is talked to
+   45 Via ssh                 how services are asked, and what ends it
+   46 Output                  programs, and those who read slowly what they write
+   47 Keys                    what is typed while a tunnel runs
+   48 Terminal                what a person sees
+   49 Options                 what can be typed
+   50 Wiring                  the key; which server, which token (in Command line)
+   51 Python                  a tunnel inside another program, and its options as keywords
+   52 Configuration file      what a section means, and what is wrong with it
+   53 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -3249,7 +3250,8 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
-        names = {tunnel['name'] for tunnel in lt.OperatorPage(self.server, None).tunnels()}
+        page = lt.OperatorPage(self.server, None, lt.Health(self.server))
+        names = {tunnel['name'] for tunnel in page.tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
         self.assertEqual((self.server.tunnels.members(), self.leases.by_name), ([], {}))
@@ -4786,7 +4788,222 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Raw TCP
+# 22. Cluster
+# ------------------------------------------------------------------------------------------------
+
+class ClusterTest(FolderTest, WorldTest):
+    """Two servers with one key, each with a book of its own."""
+    KEY = bytes(32)
+    ME, YOU = '22' * 32, '33' * 32      # proofs
+
+    async def cluster(self, tokens=(), **options):
+        self.nodes = []
+        await self.world(tokens, **options)
+        self.add_node()
+        self.leases = None              # the next one begins without
+        await self.new_server(**options)
+        self.add_node()
+
+    def add_node(self):
+        self.stack.push_async_callback(self.server.stop)
+        lt.Node(self.server, self.KEY)
+        self.nodes.append((self.server, self.door))
+
+    def at(self, number):
+        """Who comes now comes to the node of this NUMBER."""
+        self.server, self.door = self.nodes[number]
+        self.port = self.door
+
+    def clock(self, seconds):
+        """It is now so many SECONDS past a certain time, in a `with`."""
+        return unittest.mock.patch.object(lt.time, 'time', lambda: 1e9 + seconds)
+
+    async def claims(self, proof, node, lease='', second=0, name='shop', **words):
+        """(status, lease or reason, peer) for who comes to NODE at that SECOND."""
+        self.at(node)
+        with self.clock(second):
+            peer, status, told = await self.hello(
+                name=name, proof=proof, lease=lease, **words)
+        return status, told.get('lease') or told.get('error'), peer
+
+    async def test_what_one_server_leases_all_others_know_by_the_lease(self):
+        await self.cluster()
+        _, lease, _ = await self.claims(self.ME, 0)
+        self.assertEqual((await self.claims(self.ME, 1, lease, 9))[0], 101)
+        self.assertEqual((await self.claims(self.YOU, 1, second=10))[:2], (409, 'name_taken'))
+        self.assertEqual((await self.claims(self.YOU, 1, lease, 11))[:2], (409, 'name_taken'))
+
+    async def test_the_older_lease_holds_wherever_it_was_made(self):
+        await self.cluster()
+        _, older, _ = await self.claims(self.ME, 0)
+        _, younger, peer = await self.claims(self.YOU, 1, second=1)     # which never heard of mine
+        self.assertEqual((await self.claims(self.YOU, 0, younger, 2))[:2], (409, 'name_taken'))
+        self.assertEqual((await self.claims(self.ME, 1, older, 3))[0], 101)
+        self.assertEqual(await peer.goaway(), (
+            lt.REVOKED, 'the name shop belongs to a client that had it before'))
+        self.assertEqual((await self.claims(self.YOU, 1, younger, 4))[:2], (409, 'name_taken'))
+
+    async def test_of_two_leases_of_one_second_all_servers_choose_the_same(self):
+        await self.cluster()
+        mine, yours = (await self.claims(self.ME, 0))[1], (await self.claims(self.YOU, 1))[1]
+        won = [(await self.claims(self.ME, 1, mine))[0], (await self.claims(self.YOU, 0, yours))[0]]
+        self.assertEqual(sorted(won), [101, 409])
+
+    async def test_a_lease_is_as_old_as_it_was_however_often_it_is_used(self):
+        await self.cluster()
+        _, lease, _ = await self.claims(self.ME, 0)
+        for day in 2, 4:
+            _, lease, _ = await self.claims(self.ME, 0, '', day * lt.DAY)
+        await self.claims(self.YOU, 1, second=lt.DAY)
+        self.assertEqual((await self.claims(self.ME, 1, lease, 5 * lt.DAY))[0], 101)
+
+    async def test_a_lease_that_no_server_wrote_for_this_owner_and_name_counts_for_nothing(self):
+        await self.cluster()
+        _, lease, _ = await self.claims(self.ME, 0)
+        _, other, _ = await self.claims(self.ME, 0, name='other')
+        _, yours, _ = await self.claims(self.YOU, 1, second=1)
+        text = lease.partition(' ')[2]
+        signed = lt.hmac.new(self.KEY, text.encode(), 'sha256').hexdigest()
+        for forged in (f'{signed} {text}', lease.replace('1000000000', '1'),
+                       lease[1:], lease + ' ', text, ' ', '', '\ud800', '0' * 64 + ' {}', other,
+                       other.replace('other', 'shop')):
+            with self.subTest(forged):
+                self.assertEqual((await self.claims(self.ME, 1, forged, 2))[0], 409)
+        self.assertEqual((await self.claims(self.YOU, 1, lease, 3))[:2], (101, yours))
+
+    async def test_a_lease_ends_as_on_disk(self):
+        await self.cluster()
+        _, lease, _ = await self.claims(self.ME, 0)
+        await self.claims(self.YOU, 1, second=9)
+        self.assertEqual((await self.claims(self.ME, 1, lease, lt.LEASE_SECONDS))[0], 409)
+        self.assertEqual((await self.claims(self.ME, 1, lease, lt.LEASE_SECONDS - 1))[0], 101)
+
+    async def test_a_lease_ends_with_its_token(self):
+        await self.cluster(['old', 'new'])
+        _, lease, _ = await self.claims(self.ME, 0, token='old')
+        await self.claims(self.YOU, 1, second=1, token='new')
+        self.tokens.take([lt.Grant(digest=lt.digest_of('new'))])
+        self.assertEqual((await self.claims(self.ME, 1, lease, 2, token='new'))[0], 409)
+
+    async def test_what_was_given_back_belongs_to_the_next_one_at_all_servers(self):
+        await self.cluster()
+        _, mine, _ = await self.claims(self.ME, 0)
+        await self.claims(self.ME, 1, mine, 1)
+        self.assertEqual((await self.claims(self.ME, 0, mine, 2, release=True))[:2],
+                         (200, 'released'))
+        _, yours, _ = await self.claims(self.YOU, 0, second=3)
+        self.assertEqual((await self.claims(self.ME, 0, mine, 4))[0], 409)
+        self.assertEqual((await self.claims(self.YOU, 1, yours, 5))[0], 101)
+        self.assertEqual((await self.claims(self.ME, 1, mine, 6))[0], 409)
+
+    async def test_a_name_can_be_given_back_to_a_server_that_never_heard_of_it(self):
+        await self.cluster()
+        _, mine, _ = await self.claims(self.ME, 0)
+        self.assertEqual((await self.claims(self.ME, 1, mine, 1, release=True))[1], 'released')
+        self.assertEqual((await self.claims(self.YOU, 1, second=2))[0], 101)
+
+    async def test_a_lease_brings_no_more_names_than_an_owner_may_have(self):
+        await self.cluster()
+        leases = [(await self.claims(self.ME, 0, name=f'a{n}'))[1] for n in range(3)]
+        with self.constant(MAX_LEASES=2):
+            told = [(await self.claims(self.ME, 1, leases[n], name=f'a{n}'))[0] for n in range(3)]
+        self.assertEqual(told, [101, 101, 403])
+
+    # Requests.
+
+    async def asks(self, name):
+        """The answer to a request for NAME, which is held."""
+        before = self.server.tunnels.held
+        answer = self.meanwhile(self.visit(f'{name}.localhost'))
+        await eventually(lambda: self.server.tunnels.held > before, 'it is not held')
+        return answer
+
+    async def test_requests_wait_for_clients_of_other_servers(self):
+        await self.cluster(hold=PATIENCE)
+        app = await self.app()
+        self.at(1)
+        self.server.tunnels._started = -lt.NEVER
+        name = lt.derive_name('localhost', lt.make_proof(KEY, 'localhost', 'http', (
+            f'http://localhost:{app.address[1]}')))
+        answers = [await self.asks(one) for one in (name, 'shop')]
+        for chosen in None, 'shop':
+            await self.client(app, name=chosen)
+        self.assertEqual([(await answer)[0] for answer in answers], [200, 200])
+
+    async def test_nobody_comes_and_each_is_told_what_is_known(self):
+        await self.cluster(hold=0.02)
+        _, lease, peer = await self.claims(self.ME, 0)
+        self.at(1)
+        self.server.tunnels._started = -lt.NEVER
+        for name, status in ('calm-otter-' + 'a' * 12, 503), ('shop', 404):
+            answer = await self.asks(name)
+            self.assertEqual((await answer)[0], status)
+        for name in 'a.b', 'xn--a', 'www', '-a':
+            self.assertEqual((await self.visit(f'{name}.localhost'))[0], 404)
+
+    async def test_made_up_names_crowd_out_neither_others_nor_other_addresses(self):
+        await self.cluster(hold=PATIENCE, trusted=[lt.network('127.0.0.1')])
+        self.at(1)
+        tunnels = self.server.tunnels
+        tunnels._started = -lt.NEVER
+
+        def visit(number, address):
+            return self.visit(f'calm-otter-{"a" * 11}{"abcdefgh"[number]}.localhost',
+                              fields=f'X-Forwarded-For: {address}')
+        with self.constant(MAX_HELD=2, MAX_GUESSED=3):
+            for n, address in enumerate(('192.0.2.1', '192.0.2.1', '192.0.2.2')):
+                self.meanwhile(visit(n, address))
+                await eventually(lambda: tunnels.held == n + 1)
+                if n == 1:
+                    self.assertEqual((await visit(3, '192.0.2.1'))[0], 503)
+            self.assertEqual((await visit(4, '192.0.2.3'))[0], 503)
+            _, _, peer = await self.claims(self.ME, 1)
+            peer.reset()
+            await eventually(lambda: not tunnels.get('shop').pick())
+            await self.asks('shop')
+        self.assertEqual(tunnels.held, 4)
+
+    # Files.
+
+    def test_a_key_is_printed_and_read(self):
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            self.assertEqual(lt.main(['server', '--make-cluster-key']), 0)
+        path = self.write('key', out.getvalue())
+        if POSIX:
+            os.chmod(path, 0o640)
+        warned = []
+        self.assertEqual(lt.read_cluster_key(path, warned.append).hex() + '\n', out.getvalue())
+        if POSIX:
+            self.assertRegex(warned.pop(), 'others could read .*key until now')
+            self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
+        for path, why in ((self.write('bad', 'x'), 'does not hold a cluster key'),
+                          (self.path('none'), "can't read the cluster key")):
+            with self.assertRaisesRegex(lt.UsageError, f'{why}.*--make-cluster-key'):
+                lt.read_cluster_key(path, warned.append)
+
+    async def test_a_client_brings_its_lease_when_it_starts_again_and_to_no_other_server(self):
+        await self.cluster()
+        self.at(0)
+        app = await self.app()
+        client = await self.client(app, name='shop')
+        kept, = (os.path.join(folder, name) for folder, _, names in os.walk(self.folder)
+                 for name in names if name.startswith('lease-'))
+        if POSIX:
+            self.assertEqual(os.stat(kept).st_mode & 0o777, 0o600)
+        lease = client.address.lease
+        self.assertEqual(open_and_read(kept).decode(), lease)
+        await self.leaves(client)
+        self.at(1)
+        for port, brings in (self.nodes[0][1], lease), (self.port, ''):
+            again = await self.client(app, port=port, name='shop', wait=False)
+            self.assertEqual(again.address.lease, brings)
+            await self.leaves(again)
+        await (await self.client(app, port=self.nodes[0][1], name='shop', release=True)).running
+        self.assertEqual(open_and_read(kept), b'')
+
+
+# ------------------------------------------------------------------------------------------------
+# 23. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -4885,7 +5102,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Folder and echo
+# 24. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5195,7 +5412,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Host header
+# 25. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5480,7 +5697,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Outgoing proxy
+# 26. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5558,7 +5775,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Certificates
+# 27. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5577,7 +5794,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Certificates by ACME
+# 28. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6345,14 +6562,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Hand-over
+# 29. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Operator's page
+# 30. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6482,7 +6699,7 @@ class OperatorTest(FolderTest, WorldTest):
         await self.world(token_file=self.write('tokens', 'ana letmein'))
         client = await self.client(await self.app(), token='letmein', name='shop')
         await self.visit(client)
-        page = lt.OperatorPage(self.server, None)
+        page = lt.OperatorPage(self.server, None, lt.Health(self.server))
         tunnel, = page.tunnels()
         session, = tunnel.pop('sessions')
         self.assertEqual((session['user'], session['client'], session['connected']),
@@ -6534,7 +6751,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Block list
+# 31. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -6809,7 +7026,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Ground
+# 32. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -6948,7 +7165,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Doctor
+# 33. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7460,7 +7677,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Landing page
+# 34. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7528,7 +7745,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Verifying
+# 35. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -7600,7 +7817,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Token files
+# 36. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7622,7 +7839,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Invitations
+# 37. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -7784,21 +8001,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Exchanges
+# 38. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Inspector's page
+# 39. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Inspector
+# 40. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8623,7 +8840,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Logs and replay
+# 41. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8745,7 +8962,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Words from elsewhere
+# 42. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -8831,7 +9048,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Error pages
+# 43. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -9042,7 +9259,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Setting up
+# 44. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9274,7 +9491,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Via ssh
+# 45. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9433,7 +9650,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Output
+# 46. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -9784,7 +10001,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Keys
+# 47. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -9840,7 +10057,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Terminal
+# 48. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10171,7 +10388,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 48. Options
+# 49. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10195,7 +10412,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Wiring
+# 50. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10410,7 +10627,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Python
+# 51. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10591,7 +10808,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Configuration file
+# 52. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -10683,7 +10900,7 @@ class ConfigFileTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Command line
+# 53. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -14350,7 +14567,8 @@ class HostileVisitorTest(HostileTest):
         await self.good()
         evil = await self.victim()
         (sock,) = lt.bind('127.0.0.1', 0)
-        page = lt.OperatorPage(self.server, lt.Metrics(self.server))
+        page = lt.OperatorPage(self.server, lt.Metrics(self.server),
+                               lt.Health(self.server))
         await self.server.doors.open(sock, page.serve)
         port = sock.getsockname()[1]
 
