@@ -198,7 +198,6 @@ HALF_CLOSED = 2.0               # without a byte of a response after the visitor
 LINGER = 2.0                    # for a response to arrive before its connection is closed
 PAGE_STALLED = 20.0             # for a part of a page of ours to be read
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
-MAX_HANDSHAKES = 64             # of TLS at a time; beyond that the slow ones are cut off
 MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; or half of few
 CONNECT_TIMEOUT = 10.0          # to reach the app
@@ -4222,31 +4221,36 @@ class Tls:
         return self.port != 0 and not self.pin
 
 
-CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
 ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
 ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
 
 
-class Doors:
-    """What a server listens on, and the TLS handshakes that are under way."""
+class GuardedDoor:
+    """One where a connection does not become a visitor at once."""
+    busy: Any = False           # true while some are on their way in
 
-    def __init__(self, runtime: Runtime, log: Observer,
-                 counters: dict[str | int, int],
-                 inherited: dict[int, Sockets] | None = None) -> None:
-        self._runtime, self._log, self._counters = runtime, log, counters
+    async def close(self) -> None:
+        """Let nobody in any more."""
+        raise NotImplementedError
+
+
+class Doors:
+    """What a server listens on."""
+
+    def __init__(self, runtime: Runtime, inherited: dict[int, Sockets] | None = None) -> None:
+        self._runtime = runtime
+        self.guarded: list[GuardedDoor] = []    # a seam: where visitors take their time to come in
         self.inherited = dict(inherited or {})  # what listens already, by port, until it is taken
         # A seam: who is told that the server ends, while all doors are still open.
         self.before_close: list[Callable[[], Awaitable[None]]] = []
         self._bound: Sockets = []               # what was taken, and perhaps closed since
         self._plain: set[asyncio.AbstractServer] = set()
         self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
-        self._secure: list[asyncio.Task[None]] = []
-        self._shaking: dict[socket.socket, float] = {}      # handshakes, since when; oldest first
 
     @property
     def busy(self) -> bool:
         """True while somebody who was let in has yet to be served."""
-        return bool(self._shaking)
+        return any(door.busy for door in self.guarded)
 
     def take(self, host: str, port: int) -> Sockets:
         """What listens on PORT of HOST: inherited, or bound now.  Raises OSError."""
@@ -4254,44 +4258,15 @@ class Doors:
         self._bound = [sock for sock in self._bound if sock.fileno() >= 0] + sockets
         return sockets
 
-    def bind(self, host: str, port: int) -> Sockets:
-        """The same; port 0 is the next one inherited.  LocaltunnelError says what to do."""
-        if self.inherited and not port:
-            port = next(iter(self.inherited))
-        try:
-            return self.take(host, port)
-        except OSError as e:
-            cure = 'choose another port with --port, --tls-port or --admin'
-            if e.errno == errno.EACCES:
-                cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
-                        f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
-            elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-                cure = 'this machine does not have that address; give --bind one that it has'
-            elif e.errno == errno.EADDRINUSE:
-                cure = f'another program is listening there; stop it, or {cure}'
-            else:
-                cure = f'{e.strerror}; {cure}'
-            raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
-                                   f'{cure}') from e
-
     def sockets(self) -> Sockets:
         """All that listens, for a successor."""
         return [sock for sockets in (self._bound, *self.inherited.values()) for sock in sockets
                 if sock.fileno() >= 0]
 
     async def open(self, sock: socket.socket, serve: Serve,
-                   context: ssl.SSLContext | None = None,
-                   stays: bool = False) -> asyncio.AbstractServer | None:
-        """Let SERVE have each connection to SOCK; with CONTEXT after a handshake.
-
-        STAYS: while the server drains, too.  What is returned can be closed alone.
-        """
+                   stays: bool = False) -> asyncio.AbstractServer:
+        """Let SERVE have each connection to SOCK; if it STAYS, while the server drains, too."""
         make = functools.partial(Connection, self._runtime, serve)
-        if context:
-            task = self._runtime.spawn(self._accept(sock, make, context))
-            task.add_done_callback(lambda _: sock.close())
-            self._secure.append(task)
-            return None
         door = await self._runtime.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
         sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
         (self._staying if stays else self._plain).add(door)
@@ -4312,38 +4287,8 @@ class Doors:
             await asyncio.sleep(0)
         for door in (*self._plain, *(self._staying if handed_over else ())):
             door.close()
-        for task in self._secure:
-            await end_task(task)
-
-    async def _accept(self, sock: socket.socket, make: Callable[[], Connection],
-                      context: ssl.SSLContext) -> None:
-        """Accept TLS connections, at most MAX_HANDSHAKES at a time."""
-        loop, shaking = self._runtime.loop, self._shaking
-
-        async def shake_hands(accepted: socket.socket) -> None:
-            try:
-                await loop.connect_accepted_socket(make, accepted, ssl=context,
-                                                   ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
-            except OSError:
-                self._counters['handshakes_failed'] += 1
-            finally:
-                del shaking[accepted]
-        sock.setblocking(False)
-        while True:
-            while len(shaking) >= MAX_HANDSHAKES:       # cut off those older than a second
-                for old, since in tuple(shaking.items()):
-                    if self._runtime.now() - since >= CROWDED_HANDSHAKE:
-                        with contextlib.suppress(OSError):
-                            old.shutdown(socket.SHUT_RDWR)
-                await asyncio.sleep(DRAIN_LOOK)
-            try:
-                accepted, _ = await loop.sock_accept(sock)
-            except OSError as e:
-                self._log.note(f"can't accept connections: {e}")
-                await asyncio.sleep(SWEEP)
-                continue
-            shaking[accepted] = self._runtime.now()
-            self._runtime.spawn(shake_hands(accepted))
+        for guarded in self.guarded:
+            await guarded.close()
 
 
 _ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
@@ -4416,7 +4361,7 @@ class Server:
         self.pages = Pages()            # a seam: of the server's own name, by path
         self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
         self.draining = False           # it ends: nobody new, and connections close
-        self.doors = Doors(runtime, log, self.counters, inherited)
+        self.doors = Doors(runtime, inherited)
         self.visitors = Visitors(runtime, trusted, descriptors)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
@@ -4426,11 +4371,10 @@ class Server:
         self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
         runtime.swept.add(self)
 
-    async def listen(self, sock: socket.socket, tls: bool = False) -> None:
+    async def listen(self, sock: socket.socket) -> None:
         """Accept visitors and sessions on SOCK, which is bound."""
-        if not tls:
-            self._port = sock.getsockname()[1]
-        await self.doors.open(sock, self._serve, self.tls.context if tls and self.tls else None)
+        self._port = sock.getsockname()[1]
+        await self.doors.open(sock, self.serve)
 
     async def leave(self) -> None:
         """Serve on, while those who send visitors here learn that it ends."""
@@ -4462,7 +4406,7 @@ class Server:
 
     # One connection.
 
-    async def _serve(self, connection: Connection) -> None:
+    async def serve(self, connection: Connection) -> None:
         """Answer the requests of one connection, one after the other."""
         visitor = self.visitors.enter(connection)
         idle, taken = HEAD_TIMEOUT, False
@@ -6092,6 +6036,28 @@ def original() -> bytes:
                          'with curl -O') from e
 
 
+def listen_at(server: Server, host: str, port: int) -> Sockets:
+    """What listens on PORT of HOST; 0 is the next one inherited.  Raises LocaltunnelError."""
+    doors = server.doors
+    if doors.inherited and not port:
+        port = next(iter(doors.inherited))
+    try:
+        return doors.take(host, port)
+    except OSError as e:
+        cure = 'choose another port with --port, --tls-port or --admin'
+        if e.errno == errno.EACCES:
+            cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
+                    f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
+        elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+            cure = 'this machine does not have that address; give --bind one that it has'
+        elif e.errno == errno.EADDRINUSE:
+            cure = f'another program is listening there; stop it, or {cure}'
+        else:
+            cure = f'{e.strerror}; {cure}'
+        raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
+                               f'{cure}') from e
+
+
 async def ask_app(server: Server, name: str, visitor: Visitor,
                   message: Iterable[bytes]) -> Response:
     """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
@@ -6302,6 +6268,55 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
                           f'SHA256 is {shown}; if its operator has made a new one, ask for a new '
                           'code for --join')
     return connection
+
+
+MAX_HANDSHAKES = 64             # of TLS at a time; beyond that the slow ones are cut off
+CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
+
+
+class TlsDoor(GuardedDoor):
+    """SOCK, where visitors of SERVER come in by TLS: handshakes that stall keep nobody out."""
+
+    def __init__(self, server: Server, sock: socket.socket, context: ssl.SSLContext) -> None:
+        self._server, self._sock, self._context = server, sock, context
+        self.busy: dict[socket.socket, float] = {}      # handshakes, since when; the oldest first
+        self._accepting = server.runtime.spawn(self._accept())
+        self._accepting.add_done_callback(lambda _: sock.close())
+        server.doors.guarded.append(self)
+
+    async def close(self) -> None:
+        await end_task(self._accepting)
+
+    async def _accept(self) -> None:
+        """Accept connections, at most MAX_HANDSHAKES at a time."""
+        runtime, shaking = self._server.runtime, self.busy
+        self._sock.setblocking(False)
+        while True:
+            while len(shaking) >= MAX_HANDSHAKES:       # cut off those older than a second
+                for old, since in tuple(shaking.items()):
+                    if runtime.now() - since >= CROWDED_HANDSHAKE:
+                        with contextlib.suppress(OSError):
+                            old.shutdown(socket.SHUT_RDWR)
+                await asyncio.sleep(DRAIN_LOOK)
+            try:
+                accepted, _ = await runtime.loop.sock_accept(self._sock)
+            except OSError as e:
+                self._server.log.note(f"can't accept connections: {e}")
+                await asyncio.sleep(SWEEP)
+                continue
+            shaking[accepted] = runtime.now()
+            runtime.spawn(self._shake_hands(accepted))
+
+    async def _shake_hands(self, accepted: socket.socket) -> None:
+        runtime = self._server.runtime
+        try:
+            await runtime.loop.connect_accepted_socket(
+                lambda: Connection(runtime, self._server.serve), accepted, ssl=self._context,
+                ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+        except OSError:
+            self._server.counters['handshakes_failed'] += 1
+        finally:
+            del self.busy[accepted]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7024,7 +7039,7 @@ class TcpPorts(Kind):
     async def open(self, tunnel: Tunnel) -> None:
         for sock in self._bound.pop(tunnel, ()):
             door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
-            self._doors.setdefault(tunnel, []).extend([door] if door else [])
+            self._doors.setdefault(tunnel, []).append(door)
 
     def _allowed(self, asked: Candidate) -> list[int]:
         return [port for port in self._ports if port in asked.grant.ports]
@@ -7861,7 +7876,7 @@ class Certificates(Annex):
                 read_secret(key, 'may pose as this server; remove it to get another, with a new '
                             '--pin', lambda text: server.log.note(f'warning: {text}'))
         try:
-            sockets = server.doors.bind(args.bind, args.tls_port)
+            sockets = listen_at(server, args.bind, args.tls_port)
         except LocaltunnelError:
             if not pin:
                 raise
@@ -7869,7 +7884,7 @@ class Certificates(Annex):
         server.tls = shown = Certificate(cert, key, sockets[0].getsockname()[1], pin)
         args.sources.all.append(shown)
         for sock in sockets:
-            await server.listen(sock, tls=True)
+            TlsDoor(server, sock, shown.context)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8613,7 +8628,7 @@ class Acme(Annex):
             raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
                              'resolv.conf that names one')
         client_tls(args.acme_ca)        # or say at once why not
-        sockets = server.doors.bind(args.bind, args.tls_port)
+        sockets = listen_at(server, args.bind, args.tls_port)
         path = os.path.join(args.state, 'acme-certificate.pem')
         server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
         args.sources.all.append(tls)
@@ -8623,7 +8638,7 @@ class Acme(Annex):
         except UsageError as e:
             server.log.note(f'warning: {e}; we get another one')
         for sock in sockets:
-            await server.listen(sock, tls=True)
+            TlsDoor(server, sock, tls.context)
 
     async def run(self, args: Args, server: Server) -> None:
         if not isinstance(server.tls, AcmeTls):
@@ -9044,7 +9059,7 @@ class Operator(Annex):
             metrics = Metrics(server)
             both: Any = Observers(server.log, metrics)
             server.log = both
-            for sock in server.doors.bind(*args.admin):
+            for sock in listen_at(server, *args.admin):
                 page = OperatorPage(server, metrics, health)
                 await server.doors.open(sock, page.serve, stays=True)
 
@@ -15757,7 +15772,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                     trusted=args.trust_proxy, only=is_address(args.domain),
                     inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
-    sockets = server.doors.bind(args.bind, args.port)
+    sockets = listen_at(server, args.bind, args.port)
     args.sources = Sources(server)
     keep_gates(server)
     for annex in ANNEXES:

@@ -2664,11 +2664,14 @@ class WorldTest(LoopTest):
         self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
         self.port = self.door = await self.listen(port)
 
-    async def listen(self, port=0, **options):
+    async def listen(self, port=0, tls=False):
         """The port where the server listens."""
         sock, = lt.bind('127.0.0.1', port)
         self.listening.append(sock)
-        await self.server.listen(sock, **options)
+        if tls:
+            lt.TlsDoor(self.server, sock, self.server.tls.context)
+        else:
+            await self.server.listen(sock)
         return sock.getsockname()[1]
 
     async def end_of_the_world(self):
@@ -5872,9 +5875,9 @@ class AcmeTest(FolderTest, WorldTest):
         with lt.bind('127.0.0.1', 0)[0] as sock:
             self.dns_port = sock.getsockname()[1]
 
-    async def listen(self, port=0, **options):
+    async def listen(self, port=0):
         sock, = lt.bind(self.where, port or self.http)
-        await self.server.listen(sock, **options)
+        await self.server.listen(sock)
         return sock.getsockname()[1]
 
     def args(self, *options, domain='t.example'):
