@@ -13049,7 +13049,8 @@ def look(args: Args, running: bool) -> str:
                                'instead, with OpenRC or Docker')
     name = re.search(rb'(?m)^PRETTY_NAME="?([^"\n]+)', contents('/etc/os-release'))
     facts = [name.group(1).decode(errors='replace') if name else sys.platform,
-             f'Python {platform.python_version()}', ' and '.join(outward_addresses())]
+             f'Python {platform.python_version()}',
+             ' and '.join(outward_addresses()) or 'no address that others reach']
     ours = contents(SYSTEM + UNIT_FOLDER + SOCKET) if running else b''
     for port in ports_of(args):
         mine = b':%d\n' % port in ours
