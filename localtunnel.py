@@ -39,37 +39,38 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Plain words            46 Output
-     2 Wire                   16 Files                  47 Keys
-     3 Credit                 17 Annex                  48 Terminal
-     4 Byte streams           18 TLS                    49 Options
-     5 Session                19 DNS                    50 Wiring
-     6 HTTP/1.1               20 Kept leases            51 Python
-     7 Names and tokens       21 Access                 52 Configuration file
-     8 Exchange               22 Cluster                53 Command line
-     9 Tunnels                23 Raw TCP
-    10 Admission              24 Folder and echo
-    11 Server                 25 Host header
-    12 Places                 26 Outgoing proxy
-    13 App                    27 Certificates
-    14 Client                 28 Certificates by ACME
-                              29 Hand-over
-                              30 Operator's page
-                              31 Block list
-                              32 Ground
-                              33 Doctor
-                              34 Landing page
-                              35 Verifying
-                              36 Token files
-                              37 Invitations
-                              38 Exchanges
-                              39 Inspector's page
-                              40 Inspector
-                              41 Logs and replay
-                              42 Words from elsewhere
-                              43 Error pages
-                              44 Setting up
-                              45 Via ssh
+     1 Constants and errors   15 Seams                  47 Output
+     2 Wire                   16 Plain words            48 Keys
+     3 Credit                 17 Files                  49 Terminal
+     4 Byte streams           18 Annex                  50 Options
+     5 Session                19 TLS                    51 Wiring
+     6 HTTP/1.1               20 DNS                    52 Python
+     7 Names and tokens       21 Kept leases            53 Configuration file
+     8 Exchange               22 Access                 54 Command line
+     9 Tunnels                23 Cluster
+    10 Admission              24 Raw TCP
+    11 Server                 25 Folder and echo
+    12 Places                 26 Host header
+    13 App                    27 Outgoing proxy
+    14 Client                 28 Certificates
+                              29 Certificates by ACME
+                              30 Hand-over
+                              31 Operator's page
+                              32 Block list
+                              33 Ground
+                              34 Doctor
+                              35 Landing page
+                              36 Verifying
+                              37 Token files
+                              38 Invitations
+                              39 Exchanges
+                              40 Inspector's page
+                              41 Inspector
+                              42 Logs and replay
+                              43 Words from elsewhere
+                              44 Error pages
+                              45 Setting up
+                              46 Via ssh
 """
 
 from __future__ import annotations
@@ -137,7 +138,8 @@ STAMPED_SERVER = ''
 # I. THE TUNNEL
 #
 # All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
-# a list, empty or almost so by default, with a sentence that says what it takes.
+# a list, empty or almost so by default, with a sentence that says what it takes; its classes stand
+# in the room Seams.
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
@@ -3062,16 +3064,6 @@ class Exchange(Record):
             self.sending = None
 
 
-class Observer:
-    """Listens to what happens at one end; this one ignores it."""
-
-    def note(self, text: str, event: str = 'note', **facts: Any) -> None:
-        """Something to know: FACTS belong to TEXT, which does not repeat them."""
-
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        """EXCHANGE has ended, after SECONDS."""
-
-
 # ------------------------------------------------------------------------------------------------
 # 9. Tunnels
 #
@@ -3317,56 +3309,6 @@ class Tunnel:
         """Return the members that NEW may not replace: they are there, and were started later."""
         return [old for old in self.beside(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
-
-
-class Detour:
-    """Who has the requests of some tunnels, and decides which of them go on to a client."""
-
-    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
-        """Answer the request of VISITOR to the tunnel of KEY.  Raises HopFailed."""
-        raise NotImplementedError
-
-    def waiting(self, key: str) -> int:
-        """How many requests to the tunnel of KEY wait here."""
-        raise NotImplementedError
-
-    def welcome(self, key: str) -> dict[str, Any]:
-        """What a new client of the tunnel of KEY is told beside its URL."""
-        raise NotImplementedError
-
-
-class Bars:
-    """Whom the operator keeps out, in a file; false while that is nobody."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def check_client(self, name: str, user: str, address: str) -> None:
-        """Raises Refused where no client of USER at ADDRESS may serve NAME."""
-        raise NotImplementedError
-
-    def check_visitor(self, name: str, address: str) -> None:
-        """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
-        raise NotImplementedError
-
-
-class Others:
-    """The other servers behind one balancer, from which clients may come at any time."""
-
-    def may_know(self, name: str) -> bool:
-        """True if others may know NAME, of which this server knows nothing."""
-        raise NotImplementedError
-
-    async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
-        """OWNER comes with TOKEN for NAME, and with the LEASE that another may have signed.
-
-        Raises Refused.
-        """
-        raise NotImplementedError
-
-    def lease(self, name: str) -> str:
-        """The lease of NAME, signed for others."""
-        raise NotImplementedError
 
 
 def audit(log: Observer, event: str, facts: Facts, url: str = '', reason: str = '') -> None:
@@ -3705,32 +3647,6 @@ class Candidate:
         # Who comes without a token can make up owners, but not addresses.
         self.stranger = not grant.digest and not is_loopback(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
-
-
-class Kind:
-    """Tunnels of a kind other than http, which are reached in another way."""
-
-    def check(self, asked: Candidate) -> None:
-        """Raises Refused where ASKED may not have a place, or the one that its tunnel has."""
-        raise NotImplementedError
-
-    async def place(self, asked: Candidate) -> None:
-        """Find a place for the tunnel of ASKED, lease it, and say in its `url` where it is.
-
-        Raises Refused and Disconnected, and leaves nothing behind then.
-        """
-        raise NotImplementedError
-
-    async def open(self, tunnel: Tunnel) -> None:
-        """Let visitors come to TUNNEL, which has a place and a client."""
-        raise NotImplementedError
-
-    async def free(self, tunnel: Tunnel) -> bool:
-        """Free what TUNNEL has leased; return whether there was anything."""
-        raise NotImplementedError
-
-    def sweep(self) -> None:
-        """Tidy up; called now and then."""
 
 
 class Admission:
@@ -4207,31 +4123,8 @@ class Onward:
 Sockets = List[socket.socket]
 
 
-class Tls:
-    """How a server speaks TLS."""
-
-    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
-        self.context = context
-        self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
-        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
-        self.validity: tuple[float, float, list[str]] | None = None
-
-    def shows(self, host: str) -> bool:
-        """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
-        return self.port != 0 and not self.pin
-
-
 ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
 ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
-
-
-class GuardedDoor:
-    """One where a connection does not become a visitor at once."""
-    busy: Any = False           # true while some are on their way in
-
-    async def close(self) -> None:
-        """Let nobody in any more."""
-        raise NotImplementedError
 
 
 class Doors:
@@ -4716,31 +4609,6 @@ def addresses(host: str) -> list[str]:
     return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
 
 
-class Words:
-    """What people are told where a server or an app can't be reached, or says something strange."""
-    page: ErrorPage = staticmethod(plain_page)      # for browsers
-
-    def unreachable(self, error: BaseException, where: str) -> str:
-        """Why WHERE can't be reached."""
-        raise NotImplementedError
-
-    def no_app(self, target: Target, error: BaseException) -> HopFailed:
-        """The same of an app."""
-        raise NotImplementedError
-
-    def no_response(self, target: Target, said: bytes, silent: bool, error: Exception) -> HopFailed:
-        """Why an app gave none: it SAID something else, or was SILENT."""
-        raise NotImplementedError
-
-    def no_answer(self, address: ServerAddress, said: bytes, error: Exception) -> LocaltunnelError:
-        """The same of a server."""
-        raise NotImplementedError
-
-    def stranger(self, address: ServerAddress, response: Response, said: bytes) -> LocaltunnelError:
-        """What it means that another program's RESPONSE came from ADDRESS; its body was SAID."""
-        raise NotImplementedError
-
-
 async def first_to_answer(hosts: Sequence[str], timeout: float,
                           dial: Callable[[str], Awaitable[Connection]]) -> Connection:
     """Return what DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
@@ -4760,37 +4628,6 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
 # request, `_forward` sends it, receives the response and gives it back, as at the server.  Knows
 # nothing of the server and of sessions, and not who watches: what happens is told to an observer.
 # ------------------------------------------------------------------------------------------------
-
-class ClientObserver(Observer):
-    """Listens to what a client does."""
-
-    def ready(self, url: str, user: str, round_trip: float) -> None:
-        """Visitors can come, for the first time: at URL, to a client of USER, '' if not known.
-
-        The server's answer took ROUND_TRIP seconds.
-        """
-
-    def pending(self, exchange: Record, status: int) -> None:
-        """EXCHANGE takes long: more than SLOW, or an upgrade.  STATUS is 0 without an answer."""
-
-    def back(self, url: str) -> None:
-        """Visitors can come again, to URL."""
-
-    def lost(self, why: str, seconds: float) -> None:
-        """The server can't be reached; the next attempt is in SECONDS."""
-
-    def hint(self, text: str) -> None:
-        """Advice for the user."""
-
-    def watched(self, url: str) -> None:
-        """What passes can be seen at URL."""
-
-    def welcome(self, said: dict[str, Any]) -> None:
-        """A new session begins: what the server SAID of it; before `ready` or `back`."""
-
-    def also(self, name: str, text: str) -> None:
-        """TEXT is what there is to know of the tunnel about NAME."""
-
 
 SLOW = 1.0                      # until people wonder whether a request is answered at all
 UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
@@ -4847,18 +4684,6 @@ class Pool:
         """Close what has been idle for too long."""
         while self._idle and now - self._idle[0][1] >= POOL_IDLE:
             self._idle.pop(0)[0].close()
-
-
-class Rewrite:
-    """What an app and its visitors are told of each other; this one changes nothing."""
-
-    def of_request(self, request: Request, block: bytes) -> bytes:
-        """The header lines in BLOCK as the app is to see them.  Raises HopFailed."""
-        return block
-
-    def of_response(self, request: Request, block: bytes) -> bytes:
-        """The header lines in BLOCK, of the response to REQUEST, as its visitor is to see them."""
-        return block
 
 
 class App:
@@ -5325,7 +5150,187 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 15. Plain words
+# 15. Seams
+#
+# What the tunnel calls, and leaves to others: part I has a place for each of these, empty or almost
+# so, and knows nothing of who fills it.
+# ------------------------------------------------------------------------------------------------
+
+class Observer:
+    """Listens to what happens at one end; this one ignores it."""
+
+    def note(self, text: str, event: str = 'note', **facts: Any) -> None:
+        """Something to know: FACTS belong to TEXT, which does not repeat them."""
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        """EXCHANGE has ended, after SECONDS."""
+
+
+class ClientObserver(Observer):
+    """Listens to what a client does."""
+
+    def ready(self, url: str, user: str, round_trip: float) -> None:
+        """Visitors can come, for the first time: at URL, to a client of USER, '' if not known.
+
+        The server's answer took ROUND_TRIP seconds.
+        """
+
+    def pending(self, exchange: Record, status: int) -> None:
+        """EXCHANGE takes long: more than SLOW, or an upgrade.  STATUS is 0 without an answer."""
+
+    def back(self, url: str) -> None:
+        """Visitors can come again, to URL."""
+
+    def lost(self, why: str, seconds: float) -> None:
+        """The server can't be reached; the next attempt is in SECONDS."""
+
+    def hint(self, text: str) -> None:
+        """Advice for the user."""
+
+    def watched(self, url: str) -> None:
+        """What passes can be seen at URL."""
+
+    def welcome(self, said: dict[str, Any]) -> None:
+        """A new session begins: what the server SAID of it; before `ready` or `back`."""
+
+    def also(self, name: str, text: str) -> None:
+        """TEXT is what there is to know of the tunnel about NAME."""
+
+
+class Observers:
+    """Tells several observers what it is told, one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        """As an Observer is told; for each request, the general way would take thrice as long."""
+        for observer in self._observers:
+            observer.exchange(exchange, seconds)
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        methods = [getattr(observer, name) for observer in self._observers]
+
+        def tell(*what: Any, **facts: Any) -> None:
+            for method in methods:
+                method(*what, **facts)
+        self.__dict__[name] = tell      # from now on it is found at once
+        return tell
+
+
+class Rewrite:
+    """What an app and its visitors are told of each other; this one changes nothing."""
+
+    def of_request(self, request: Request, block: bytes) -> bytes:
+        """The header lines in BLOCK as the app is to see them.  Raises HopFailed."""
+        return block
+
+    def of_response(self, request: Request, block: bytes) -> bytes:
+        """The header lines in BLOCK, of the response to REQUEST, as its visitor is to see them."""
+        return block
+
+
+class Kind:
+    """Tunnels of a kind other than http, which are reached in another way."""
+
+    def check(self, asked: Candidate) -> None:
+        """Raises Refused where ASKED may not have a place, or the one that its tunnel has."""
+        raise NotImplementedError
+
+    async def place(self, asked: Candidate) -> None:
+        """Find a place for the tunnel of ASKED, lease it, and say in its `url` where it is.
+
+        Raises Refused and Disconnected, and leaves nothing behind then.
+        """
+        raise NotImplementedError
+
+    async def open(self, tunnel: Tunnel) -> None:
+        """Let visitors come to TUNNEL, which has a place and a client."""
+        raise NotImplementedError
+
+    async def free(self, tunnel: Tunnel) -> bool:
+        """Free what TUNNEL has leased; return whether there was anything."""
+        raise NotImplementedError
+
+    def sweep(self) -> None:
+        """Tidy up; called now and then."""
+
+
+class Detour:
+    """Who has the requests of some tunnels, and decides which of them go on to a client."""
+
+    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
+        """Answer the request of VISITOR to the tunnel of KEY.  Raises HopFailed."""
+        raise NotImplementedError
+
+    def waiting(self, key: str) -> int:
+        """How many requests to the tunnel of KEY wait here."""
+        raise NotImplementedError
+
+    def welcome(self, key: str) -> dict[str, Any]:
+        """What a new client of the tunnel of KEY is told beside its URL."""
+        raise NotImplementedError
+
+
+class Bars:
+    """Whom the operator keeps out, in a file; false while that is nobody."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def check_client(self, name: str, user: str, address: str) -> None:
+        """Raises Refused where no client of USER at ADDRESS may serve NAME."""
+        raise NotImplementedError
+
+    def check_visitor(self, name: str, address: str) -> None:
+        """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
+        raise NotImplementedError
+
+
+class Others:
+    """The other servers behind one balancer, from which clients may come at any time."""
+
+    def may_know(self, name: str) -> bool:
+        """True if others may know NAME, of which this server knows nothing."""
+        raise NotImplementedError
+
+    async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
+        """OWNER comes with TOKEN for NAME, and with the LEASE that another may have signed.
+
+        Raises Refused.
+        """
+        raise NotImplementedError
+
+    def lease(self, name: str) -> str:
+        """The lease of NAME, signed for others."""
+        raise NotImplementedError
+
+
+class Tls:
+    """How a server speaks TLS."""
+
+    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
+        self.context = context
+        self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
+        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
+        self.validity: tuple[float, float, list[str]] | None = None
+
+    def shows(self, host: str) -> bool:
+        """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
+        return self.port != 0 and not self.pin
+
+
+class GuardedDoor:
+    """One where a connection does not become a visitor at once."""
+    busy: Any = False           # true while some are on their way in
+
+    async def close(self) -> None:
+        """Let nobody in any more."""
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Plain words
 #
 # What went wrong on the way to a server or an app, in one sentence with its cure.
 # ------------------------------------------------------------------------------------------------
@@ -5393,19 +5398,23 @@ def not_http(said: bytes, where: str) -> str:
 PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
 
 
-class PlainWords(Words):
-    """For people at a terminal, and for visitors' pages."""
+class Words:
+    """What people are told where a server or an app can't be reached, or says something strange."""
+    page: ErrorPage = staticmethod(plain_page)      # for browsers
 
     def unreachable(self, error: BaseException, where: str) -> str:
+        """Why WHERE can't be reached."""
         return explain(error, where)
 
     def no_app(self, target: Target, error: BaseException) -> HopFailed:
+        """The same of an app."""
         status = 504 if isinstance(error, asyncio.TimeoutError) else 502
         cure = (f'start your app on port {target.port}, or check the port'
                 if target.local and target.port else 'start your app, or check its address')
         return HopFailed(status, explain(error, target.text), hop='app', cure=cure)
 
     def no_response(self, target: Target, said: bytes, silent: bool, error: Exception) -> HopFailed:
+        """Why an app gave none: it SAID something else, or was SILENT."""
         where, strange = target.text, not_http(said, target.text)
         if isinstance(error, Overdue):
             return HopFailed(504, f'{where} took too long', hop='app',
@@ -5422,6 +5431,7 @@ class PlainWords(Words):
                          cure='see the log of your app')
 
     def no_answer(self, address: ServerAddress, said: bytes, error: Exception) -> LocaltunnelError:
+        """The same of a server."""
         strange = not_http(said, str(address))
         if strange or isinstance(error, BadHttp):
             return Refused(502, 'no_upgrade',
@@ -5431,6 +5441,7 @@ class PlainWords(Words):
             f'; if it speaks TLS, use https://{host}' if scheme == 'http' else ''))
 
     def stranger(self, address: ServerAddress, response: Response, said: bytes) -> LocaltunnelError:
+        """What it means that another program's RESPONSE came from ADDRESS; its body was SAID."""
         where, status = str(address), response.status
         ours = response.has(b'localtunnel-failed')      # it took this for a visitor's request
         if status in PROXY_FAILED and not ours:
@@ -5449,7 +5460,7 @@ class PlainWords(Words):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Files
+# 17. Files
 #
 # What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
 # one or the new one.
@@ -5670,7 +5681,7 @@ def using(folder: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Annex
+# 18. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print and write, codes, certificates.
@@ -5743,27 +5754,6 @@ class Annex:
     async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  Returning ends it: another process serves now."""
         await server.runtime.loop.create_future()
-
-
-class Observers:
-    """Tells several observers what it is told, one after the other."""
-
-    def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
-
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        """As an Observer is told; for each request, the general way would take thrice as long."""
-        for observer in self._observers:
-            observer.exchange(exchange, seconds)
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        methods = [getattr(observer, name) for observer in self._observers]
-
-        def tell(*what: Any, **facts: Any) -> None:
-            for method in methods:
-                method(*what, **facts)
-        self.__dict__[name] = tell      # from now on it is found at once
-        return tell
 
 
 # Types for argparse: they raise ArgumentTypeError or ValueError for what does not fit.
@@ -6101,7 +6091,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. TLS
+# 19. TLS
 #
 # What a client checks, and a server shows: shared by the annexes with certificates and the command
 # line.
@@ -6320,7 +6310,7 @@ class TlsDoor(GuardedDoor):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. DNS
+# 20. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6615,7 +6605,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Kept leases
+# 21. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6728,7 +6718,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Access
+# 22. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6810,7 +6800,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Cluster
+# 23. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -6981,7 +6971,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Raw TCP
+# 24. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7184,7 +7174,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Folder and echo
+# 25. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7534,7 +7524,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Host header
+# 26. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7719,7 +7709,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Outgoing proxy
+# 27. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7785,7 +7775,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Certificates
+# 28. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7888,7 +7878,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Certificates by ACME
+# 29. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8651,7 +8641,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Hand-over
+# 30. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8749,7 +8739,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Operator's page
+# 31. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9065,7 +9055,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Block list
+# 32. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9297,7 +9287,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Ground
+# 33. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9612,7 +9602,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Doctor
+# 34. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -9994,7 +9984,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Landing page
+# 35. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -10085,7 +10075,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Verifying
+# 36. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -10160,7 +10150,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Token files
+# 37. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -10249,7 +10239,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Invitations
+# 38. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10466,7 +10456,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Exchanges
+# 39. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -11268,7 +11258,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Inspector's page
+# 40. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11808,7 +11798,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Inspector
+# 41. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -12127,7 +12117,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Logs and replay
+# 42. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12371,7 +12361,7 @@ async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) ->
     It goes the way of all requests of a client, so it is connected, timed and explained alike.
     """
     runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
-    app = App(runtime, target, sent, PlainWords(), tls=tls)
+    app = App(runtime, target, sent, Words(), tls=tls)
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
     app.close()
     await runtime.close()
@@ -12624,7 +12614,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Words from elsewhere
+# 43. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12766,7 +12756,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Error pages
+# 44. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12842,7 +12832,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Setting up
+# 45. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -13378,7 +13368,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Via ssh
+# 46. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13602,7 +13592,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 46. Output
+# 47. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13891,7 +13881,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Keys
+# 48. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -13995,7 +13985,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Terminal
+# 49. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -14417,7 +14407,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Options
+# 50. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -14674,7 +14664,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Wiring
+# 51. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -14941,7 +14931,7 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver, seen: Any = ()) -> App:
     """The app at TARGET, for a client of SERVER."""
     tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
-    app = App(runtime, target, observer, PlainWords(), timeout=args.timeout, tls=tls)
+    app = App(runtime, target, observer, Words(), timeout=args.timeout, tls=tls)
     app.seen = seen
     for annex in ANNEXES:
         annex.at_client(args, app, server.address)
@@ -15041,7 +15031,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Python
+# 52. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -15342,7 +15332,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Configuration file
+# 53. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -15497,7 +15487,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Command line
+# 54. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -23,45 +23,46 @@ Contents
    12 Places                  targets and servers as they are typed
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
-   15 Plain words             what TLS complains of; for the rest see App, Client
-   16 Files                   what is kept on disk (in Kept leases, Command line)
-   17 Annex                   what a code has in it; for the rest see D
-   18 TLS                     what both ends check (in Client, Command line)
-   19 DNS                     what is asked about a zone, and answered
-   20 Kept leases             what of them survives a server, a crash and a full disk
-   21 Access                  which visitors pass; for the rest see B
-   22 Cluster                 whose name it is where several servers share a key
-   23 Raw TCP                 bytes both ways, and their ends
-   24 Folder and echo         what a folder shows, and what it hides
-   25 Host header             what app and visitor see of each other's address, base paths, hints
-   26 Outgoing proxy          the ways out, and what a proxy may answer
-   27 Certificates            what a server shows (in Command line)
-   28 Certificates by ACME    authorities, real and made up, and the records of a domain
-   29 Hand-over               from one process to the next (in Command line)
-   30 Operator's page         what he sees, and what he ends (in B)
-   31 Block list              what an entry is, and who is kept out
-   32 Ground                  what a look at it finds, and that it harms nobody
-   33 Doctor                  every fault is named first, and each look leaves nothing behind
-   34 Landing page            whom to ask; the rest in Server, Command line
-   35 Verifying               what a server hands out, and this file
-   36 Token files             what a line of them may be; for the rest see Server
-   37 Invitations             who gets in, and who no more
-   38 Exchanges               what is kept of what passes, and for how long
-   39 Inspector's page        shown by the next room
-   40 Inspector               who sees it, and how; what is sent again
-   41 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   42 Words from elsewhere    what users of other programs type
-   43 Error pages             the way and where it stops, for each thing that fails
-   44 Setting up              what is installed, and how another machine is talked to
-   45 Via ssh                 how services are asked, and what ends it
-   46 Output                  programs, and those who read slowly what they write
-   47 Keys                    what is typed while a tunnel runs
-   48 Terminal                what a person sees
-   49 Options                 what can be typed
-   50 Wiring                  the key; which server, which token (in Command line)
-   51 Python                  a tunnel inside another program, and its options as keywords
-   52 Configuration file      what a section means, and what is wrong with it
-   53 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   15 Seams                   what others fill (in App, and by each annex)
+   16 Plain words             what TLS complains of; for the rest see App, Client
+   17 Files                   what is kept on disk (in Kept leases, Command line)
+   18 Annex                   what a code has in it; for the rest see D
+   19 TLS                     what both ends check (in Client, Command line)
+   20 DNS                     what is asked about a zone, and answered
+   21 Kept leases             what of them survives a server, a crash and a full disk
+   22 Access                  which visitors pass; for the rest see B
+   23 Cluster                 whose name it is where several servers share a key
+   24 Raw TCP                 bytes both ways, and their ends
+   25 Folder and echo         what a folder shows, and what it hides
+   26 Host header             what app and visitor see of each other's address, base paths, hints
+   27 Outgoing proxy          the ways out, and what a proxy may answer
+   28 Certificates            what a server shows (in Command line)
+   29 Certificates by ACME    authorities, real and made up, and the records of a domain
+   30 Hand-over               from one process to the next (in Command line)
+   31 Operator's page         what he sees, and what he ends (in B)
+   32 Block list              what an entry is, and who is kept out
+   33 Ground                  what a look at it finds, and that it harms nobody
+   34 Doctor                  every fault is named first, and each look leaves nothing behind
+   35 Landing page            whom to ask; the rest in Server, Command line
+   36 Verifying               what a server hands out, and this file
+   37 Token files             what a line of them may be; for the rest see Server
+   38 Invitations             who gets in, and who no more
+   39 Exchanges               what is kept of what passes, and for how long
+   40 Inspector's page        shown by the next room
+   41 Inspector               who sees it, and how; what is sent again
+   42 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   43 Words from elsewhere    what users of other programs type
+   44 Error pages             the way and where it stops, for each thing that fails
+   45 Setting up              what is installed, and how another machine is talked to
+   46 Via ssh                 how services are asked, and what ends it
+   47 Output                  programs, and those who read slowly what they write
+   48 Keys                    what is typed while a tunnel runs
+   49 Terminal                what a person sees
+   50 Options                 what can be typed
+   51 Wiring                  the key; which server, which token (in Command line)
+   52 Python                  a tunnel inside another program, and its options as keywords
+   53 Configuration file      what a section means, and what is wrong with it
+   54 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -4406,7 +4407,14 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Plain words
+# 15. Seams
+# ------------------------------------------------------------------------------------------------
+
+# They are tried by those who use them.
+
+
+# ------------------------------------------------------------------------------------------------
+# 16. Plain words
 # ------------------------------------------------------------------------------------------------
 
 class PlainWordsTest(unittest.TestCase):
@@ -4422,12 +4430,12 @@ class PlainWordsTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Files
+# 17. Files
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Annex
+# 18. Annex
 # ------------------------------------------------------------------------------------------------
 
 class CodeTest(unittest.TestCase):
@@ -4479,7 +4487,7 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. TLS
+# 19. TLS
 # ------------------------------------------------------------------------------------------------
 
 class TlsFilesTest(FolderTest):
@@ -4493,7 +4501,7 @@ class TlsFilesTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. DNS
+# 20. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4645,7 +4653,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Kept leases
+# 21. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4747,7 +4755,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Access
+# 22. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4791,7 +4799,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Cluster
+# 23. Cluster
 # ------------------------------------------------------------------------------------------------
 
 class ClusterTest(FolderTest, WorldTest):
@@ -5006,7 +5014,7 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Raw TCP
+# 24. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5105,7 +5113,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Folder and echo
+# 25. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5415,7 +5423,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Host header
+# 26. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5700,7 +5708,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Outgoing proxy
+# 27. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5778,7 +5786,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Certificates
+# 28. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5797,7 +5805,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Certificates by ACME
+# 29. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6565,14 +6573,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Hand-over
+# 30. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Operator's page
+# 31. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6754,7 +6762,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Block list
+# 32. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7029,7 +7037,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Ground
+# 33. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -7168,7 +7176,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Doctor
+# 34. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7680,7 +7688,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Landing page
+# 35. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7748,7 +7756,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Verifying
+# 36. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -7820,7 +7828,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Token files
+# 37. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7842,7 +7850,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Invitations
+# 38. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -8004,21 +8012,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Exchanges
+# 39. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Inspector's page
+# 40. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Inspector
+# 41. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8372,7 +8380,7 @@ class MessageTest(InspectorTest):
         """The messages that are read in DATA, (kind, text, size), however it comes."""
         found = []
         for pieces, _ in three_ways(data)[:2]:
-            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.PlainWords())
+            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.Words())
             book = lt.Exchanges(app.runtime, 1)
             kept = lt.Kept(lt.Watched(book, app, '', ''), lt.Record(1, 0.0), 1)
             reader = lt.Frames(kept, 'app', deflated)
@@ -8422,7 +8430,7 @@ class MessageTest(InspectorTest):
                             compressed=dice.random() < .5) + data, True)
 
     def test_a_flood_of_tiny_frames_is_not_read(self):
-        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.PlainWords())
+        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.Words())
         kept = lt.Kept(lt.Watched(lt.Exchanges(app.runtime, 1), app, '', ''), lt.Record(1, 0.0), 1)
         reader = lt.Frames(kept, 'visitor', False)
         for _ in range(100):
@@ -8635,7 +8643,7 @@ class LocalOnlyTest(InspectorTest):
         connection = await self.clients[-1].app.connect()
         connection.close()
         target = lt.parse_target(str(self.inspector))
-        app = lt.App(self.runtime, target, lt.ClientObserver(), lt.PlainWords())
+        app = lt.App(self.runtime, target, lt.ClientObserver(), lt.Words())
         connection = await app.connect()        # as raw TCP would: nothing is forwarded
         await connection.write(b'GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n')
         self.assertIn(b' 403 ', await lt.read_head(connection, PATIENCE, PATIENCE))
@@ -8843,7 +8851,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Logs and replay
+# 42. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8965,7 +8973,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Words from elsewhere
+# 43. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -9051,7 +9059,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Error pages
+# 44. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -9262,7 +9270,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Setting up
+# 45. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9494,7 +9502,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Via ssh
+# 46. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9653,7 +9661,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Output
+# 47. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -10004,7 +10012,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Keys
+# 48. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -10060,7 +10068,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Terminal
+# 49. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10391,7 +10399,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 49. Options
+# 50. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10415,7 +10423,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Wiring
+# 51. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10630,7 +10638,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Python
+# 52. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10811,7 +10819,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Configuration file
+# 53. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -10903,7 +10911,7 @@ class ConfigFileTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Command line
+# 54. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -15332,7 +15340,8 @@ def read_rooms(source, tree):
     return rooms
 
 
-SHARED = 'Plain words', 'Files', 'Annex', 'TLS', 'DNS'      # rooms of part II for all annexes
+# The rooms of part II that are for all annexes.
+SHARED = 'Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'DNS'
 
 
 def annexes(rooms):
