@@ -385,6 +385,7 @@ def decode_reason(payload: bytes) -> tuple[int, str]:
     return REASON_CODE.unpack_from(payload)[0], printable(text)
 
 
+CARRYING = frozenset((OPEN, DATA, OPEN | END, DATA | END))      # bytes, on a stream
 FRAMES_TOGETHER = 128           # of one session in one turn of the loop; then it is others' turn
 
 
@@ -410,18 +411,19 @@ class Decoder:
             data = self._rest + bytes(data)
         frames: list[Frame] = []
         at, end = 0, len(data)
-        while end - at >= 8 and len(frames) < FRAMES_TOGETHER:
+        while at + 8 <= end and len(frames) < FRAMES_TOGETHER:
             word, stream = FRAME_HEADER.unpack_from(data, at)
-            after = at + 8 + (word & 0xffffff)
-            if after - at > 8 + MAX_PAYLOAD:
-                raise ProtocolError(f'a frame of {word & 0xffffff} bytes')
-            if after > end:
+            length = word & 0xffffff
+            if length > MAX_PAYLOAD:
+                raise ProtocolError(f'a frame of {length} bytes')
+            begin = at + 8
+            if begin + length > end:
                 break
-            kind, payload = word >> 24, bytes(data[at + 8:after])
-            if not OPEN <= kind & ~END <= DATA or not payload or not stream:
+            at = begin + length
+            kind, payload = word >> 24, bytes(data[begin:at])
+            if kind not in CARRYING or not length or not stream:
                 self._check(kind, stream, payload)
             frames.append((kind, stream, payload))
-            at = after
         self._rest = bytes(data[at:]) if at < end else b''
         self.behind = len(frames) == FRAMES_TOGETHER
         return frames
@@ -478,13 +480,14 @@ class Budget:
     def take(self, n: int, leave: int = 0) -> bool:
         """Take N bytes and return True if LEAVE more stay for others; else take nothing."""
         parent, least = self._parent, n + leave
-        if self.used + least > self.limit or parent and (
-                self.used + least > SESSION_FLOOR
-                and self.used + parent.used + 2 * least > parent.limit):
+        used = self.used + least
+        if used > self.limit:
             return False
-        self.used += n
         if parent:
+            if used > SESSION_FLOOR and used + parent.used + least > parent.limit:
+                return False
             parent.used += n
+        self.used += n
         return True
 
     def give(self, n: int) -> None:
@@ -799,7 +802,8 @@ class ByteStream:
 
     # For the side that reads.
 
-    async def wait_for_data(self, timeout: float | None = None) -> bool:
+    @types.coroutine
+    def wait_for_data(self, timeout: float | None = None) -> Generator[Waiter, None, bool]:
         """Wait until more is unread than now; return False when nothing more will come.
 
         Raises what broke the stream, or Overdue.
@@ -814,8 +818,10 @@ class ByteStream:
                 self.wanted()
             if self._readable is self.runtime.nobody:
                 self._readable = Waiter(self.runtime.loop)
-            self._readable.deadline = began + (self.timeout if timeout is None else timeout)
-            await self._readable
+            waiter = self._readable     # awaited as a coroutine would, with one object less
+            waiter.deadline = began + (self.timeout if timeout is None else timeout)
+            waiter._asyncio_future_blocking = True
+            yield waiter
         return True
 
     async def until_broken(self) -> None:
@@ -1270,12 +1276,15 @@ class Stream(ByteStream):
         while True:
             if self.error is not None:
                 self.check()
-            n = min(len(rest), MAX_PAYLOAD, self.credit)
+            n = len(rest)
+            if n > self.credit or n > MAX_PAYLOAD:
+                n = min(self.credit, MAX_PAYLOAD)
             if (n or not rest) and self.session.my_turn(self):
                 if n == len(rest):
                     return self._send(rest, end)
+                rest = memoryview(rest)         # whose parts are not copies
                 self._send(rest[:n], False)
-                rest = memoryview(rest)[n:]
+                rest = rest[n:]
             else:
                 await self._wait_for_room()         # for CREDIT, or for our turn
 
