@@ -1991,7 +1991,7 @@ _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
 _ABSOLUTE = re.compile(rb'([A-Za-z][A-Za-z0-9+.-]*)://([^/?#]*)([^#]*)')
 # The fields that are interpreted, in a lower-case block with LF in front.
 _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|upgrade|keep-alive'
-                    rb'|via|accept|authorization|www-authenticate'
+                    rb'|via|date|accept|authorization|www-authenticate'
                     rb'|proxy-(?:connection|auth(?:orization|enticate))'
                     rb'|localtunnel-(?:failed|hello|kept|replay|user|welcome)'
                     rb'|x-forwarded-(?:for|proto|host)'
@@ -2032,12 +2032,6 @@ NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|v
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
 
 
-RECENT, RECENT_SIZE = 64, 2 * KIB       # heads that are known again; bytes of the lines of each
-# Who asks again mostly sends the same lines: what they say is known from the last head that had as
-# many bytes.  Some are secret, so all are forgotten at the next sweep.
-recent_heads: dict[int, Head] = {}
-
-
 class Head:
     """What requests and responses share.
 
@@ -2049,31 +2043,17 @@ class Head:
 
     def __init__(self, minor: bytes, block: bytes) -> None:
         """Raises BadHttp."""
-        self.minor, self.block = minor, block
-        self.fields: dict[bytes, bytes]
-        self.connection: Sequence[bytes]
-        self._lower: bytes
-        self._onward: dict[tuple[frozenset[bytes], bool], bytes]    # what goes on, as it was asked
-        known = recent_heads.get(len(block) % RECENT)
-        if known is None or known.block != block:
-            self._read(block)
-            if len(block) <= RECENT_SIZE:
-                recent_heads[len(block) % RECENT] = self
-        else:
-            self.fields, self.connection, self._lower, self._onward = (
-                known.fields, known.connection, known._lower, known._onward)
-
-    def _read(self, block: bytes) -> None:
         if not _FIELDS.fullmatch(block):
             raise BadHttp(400, 'a malformed header field')
+        self.minor, self.block = minor, block
         self._lower = b'\n' + block.lower()
-        self._onward = {}
+        self._onward: dict[tuple[frozenset[bytes], bool], bytes] = {}       # what was asked for
         found = _KNOWN.findall(self._lower)
-        self.fields = dict(found)
+        self.fields: dict[bytes, bytes] = dict(found)
         if len(self.fields) < len(found):
             self.fields = {name: b', '.join(value for key, value in found if key == name)
                            for name in self.fields}
-        self.connection = ()
+        self.connection: Sequence[bytes] = ()
         if b'connection' in self.fields:
             self.connection = self.fields[b'connection'].split(b',', MAX_WORDS)
             if len(self.connection) > MAX_WORDS:
@@ -2164,6 +2144,19 @@ def content_length(head: Head) -> int:
     return int(value)
 
 
+RECENT, RECENT_SIZE = 64, 2 * KIB       # heads that are known again; bytes of each
+# Who asks again mostly sends the same lines, and gets the same.  What they say is known from the
+# last request or response of as many bytes; some are secret, so all are forgotten at each sweep.
+recent_requests: dict[int, Request] = {}
+recent_responses: dict[int, tuple[bytes, Response]] = {}        # with its bytes
+
+
+def forget_heads() -> None:
+    """Know no head again."""
+    recent_requests.clear()
+    recent_responses.clear()
+
+
 class Request(Head):
     """A request head.  `target` is in origin form or '*'.
 
@@ -2172,10 +2165,25 @@ class Request(Head):
     there is none but HTTP itself.
     """
     __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
+    host: bytes
+    host_name: str
+    upgrade: bytes
 
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
-        Head.__init__(self, minor, block)       # see Stream
         self.method, self.target = method, target
+        known = recent_requests.get(len(block) % RECENT)
+        if known is not None and known.block == block and known.minor == minor:
+            (self.minor, self.block, self.fields, self.connection, self._lower, self._onward,
+             self.host, self.host_name, self.upgrade) = (
+                 minor, block, known.fields, known.connection, known._lower, known._onward,
+                 known.host, known.host_name, known.upgrade)
+        else:
+            self._read(minor, block)
+        if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
+            self._check_target()
+
+    def _read(self, minor: bytes, block: bytes) -> None:
+        Head.__init__(self, minor, block)
         self.host, self.host_name, self.upgrade = self.fields.get(b'host', b''), '', b''
         match = _HOST.fullmatch(self.host)
         if match:
@@ -2184,8 +2192,8 @@ class Request(Head):
             raise BadHttp(400, 'Host is missing, malformed or repeated')
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
-        if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
-            self._check_target()
+        if len(block) <= RECENT_SIZE:
+            recent_requests[len(block) % RECENT] = self
 
     def _check_target(self) -> None:
         if self.method == b'CONNECT':
@@ -2198,6 +2206,7 @@ class Request(Head):
             if self.host or not named:
                 raise BadHttp(400, 'the request target and Host name different hosts')
             self.host, self.host_name = named.group(), named.group(1).decode().rstrip('.')
+            recent_requests.clear()     # it is not what these lines say
         self.target = match.group(3)
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
@@ -2275,10 +2284,15 @@ def parse_request(head: bytes) -> Request:
 
 def parse_response(head: bytes) -> Response:
     """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
-    match = _RESPONSE.fullmatch(head)
-    if not match:
-        raise BadHttp(502, 'a malformed status line')
-    return Response(*match.groups())
+    known, response = recent_responses.get(len(head) % RECENT, (b'', None))
+    if response is None or known != head:
+        match = _RESPONSE.fullmatch(head)
+        if not match:
+            raise BadHttp(502, 'a malformed status line')
+        response = Response(*match.groups())
+        if len(head) <= RECENT_SIZE:
+            recent_responses[len(head) % RECENT] = head, response
+    return response
 
 
 def encode_request(request: Request, block: bytes, chunked: bool = False) -> bytes:
@@ -4098,7 +4112,7 @@ class Onward:
             block += b'Connection: close\r\n'
         elif exchange.request.minor == b'0':
             block += b'Connection: keep-alive\r\n'
-        if not response.has(b'date'):
+        if b'date' not in response.fields:
             block += b'%b\r\n' % date_line(int(time.time())).encode()
         return block
 
@@ -4304,7 +4318,7 @@ class Server:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Forget what visitors have just sent."""
-        recent_heads.clear()
+        forget_heads()
 
     # One connection.
 
@@ -4778,7 +4792,7 @@ class App:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Tell what has become slow."""
-        recent_heads.clear()
+        forget_heads()
         for record in tuple(self.under_way):
             if now - record.began < SLOW:
                 break

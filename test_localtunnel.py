@@ -2051,6 +2051,20 @@ class HeadTest(unittest.TestCase):
                 self.assertNotIn(b'Via', got.onward(lt.MADE_ANEW))
         with self.assertRaises(lt.BadHttp):
             request(f'Connection: {a}\nX: 1\nY: 2\nVia: \0')
+        for cookie in b'123321':
+            head = b'HTTP/1.1 200 OK\r\nSet-Cookie: %d\r\n\r\n' % cookie
+            self.assertIn(b': %d' % cookie, lt.parse_response(head).block)
+
+    def test_a_first_line_is_read_whatever_lines_come_again_behind_it(self):
+        for line, expected in (('GET http://b/ HTTP/1.0', b'b'), ('GET / HTTP/1.0', b''),
+                               ('GET http://c/ HTTP/1.0', b'c'), ('GET / HTTP/1.0', b'')):
+            got = lt.parse_request(f'{line}\r\n\r\n'.encode())
+            self.assertEqual((got.host, got.host_name), (expected, expected.decode()))
+        with self.assertRaises(lt.BadHttp):
+            lt.parse_request(b'GET / HTTP/1.1\r\n\r\n')
+        for minor, upgrade in ('0', b''), ('1', b'x'), ('0', b''):
+            got = request('Connection: Upgrade\nUpgrade: x', f'GET / HTTP/1.{minor}')
+            self.assertEqual((got.upgrade, got.keep_alive), (upgrade, minor == '1'))
 
     def test_what_goes_on_says_its_own_framing(self):
         got = request('Connection: upgrade\nUpgrade: x\nTransfer-Encoding: chunked')
@@ -3043,7 +3057,7 @@ class ForwardingTest(WorldTest):
             visitor.ask(fields='Cookie: secret')
             await visitor.answer()
             end.sweep(self.runtime.now(), False)
-            self.assertEqual(lt.recent_heads, {})
+            self.assertEqual((lt.recent_requests, lt.recent_responses), ({}, {}))
 
     async def test_what_a_trace_may_pass_is_counted(self):
         app, visitor = await self.through()
