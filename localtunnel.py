@@ -39,14 +39,14 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  47 Output
-     2 Wire                   16 Plain words            48 Keys
-     3 Credit                 17 Files                  49 Terminal
-     4 Byte streams           18 Annex                  50 Options
-     5 Session                19 TLS                    51 Wiring
-     6 HTTP/1.1               20 DNS                    52 Python
-     7 Names and tokens       21 Kept leases            53 Configuration file
-     8 Exchange               22 Access                 54 Command line
+     1 Constants and errors   15 Seams                  48 Output
+     2 Wire                   16 Plain words            49 Keys
+     3 Credit                 17 Files                  50 Terminal
+     4 Byte streams           18 Annex                  51 Options
+     5 Session                19 TLS                    52 Wiring
+     6 HTTP/1.1               20 DNS                    53 Python
+     7 Names and tokens       21 Kept leases            54 Configuration file
+     8 Exchange               22 Access                 55 Command line
      9 Tunnels                23 Cluster
     10 Admission              24 Raw TCP
     11 Server                 25 Folder and echo
@@ -57,20 +57,21 @@ Rooms
                               30 Hand-over
                               31 Operator's page
                               32 Block list
-                              33 Ground
-                              34 Doctor
-                              35 Landing page
-                              36 Verifying
-                              37 Token files
-                              38 Invitations
-                              39 Exchanges
-                              40 Inspector's page
-                              41 Inspector
-                              42 Logs and replay
-                              43 Words from elsewhere
-                              44 Error pages
-                              45 Setting up
-                              46 Via ssh
+                              33 Kept requests
+                              34 Ground
+                              35 Doctor
+                              36 Landing page
+                              37 Verifying
+                              38 Token files
+                              39 Invitations
+                              40 Exchanges
+                              41 Inspector's page
+                              42 Inspector
+                              43 Logs and replay
+                              44 Words from elsewhere
+                              45 Error pages
+                              46 Setting up
+                              47 Via ssh
 """
 
 from __future__ import annotations
@@ -3672,6 +3673,14 @@ class Candidate:
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
+def notes_of(hello: Hello, offers: Mapping[str, Callable[[Any], str]]) -> dict[str, str]:
+    """What is noted with the lease of HELLO, by option; if anything, who may visit, too."""
+    notes = {option: offer(hello.wants[option]) if option in hello.wants else ''
+             for option, offer in offers.items()}
+    return {**notes, 'access': json.dumps(hello.rules) if any(notes.values()) and hello.rules
+            else ''}
+
+
 class Admission:
     """Lets clients in, or says why not."""
 
@@ -3881,9 +3890,7 @@ class Admission:
 
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants.  Raises Refused and Disconnected."""
-        wants = asked.hello.wants
-        notes = {option: offer(wants[option]) if option in wants else ''
-                 for option, offer in self.offers.items()} if asked.hello.kind == 'http' else {}
+        notes = notes_of(asked.hello, self.offers) if asked.hello.kind == 'http' else {}
         if asked.hello.name is not None:
             await self.claim(asked.name, asked.owner, asked)
         elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
@@ -3891,6 +3898,11 @@ class Admission:
         await self.leases.save(self.leases.note(asked.name, **notes))
         if asked.hello.kind != 'http' and not asked.tunnel.url:
             await self.kinds[asked.hello.kind].place(asked)
+
+    async def note(self, name: str, **facts: str) -> None:
+        """Add FACTS to the lease of NAME.  Raises Refused."""
+        async with self._turn:
+            await self.leases.save(self.leases.note(name, **facts))
 
     def check_limits(self, owner: str, asked: Candidate) -> None:
         """Raises Refused where OWNER, who is ASKED, may not lease more."""
@@ -6071,6 +6083,22 @@ def listen_at(server: Server, host: str, port: int) -> Sockets:
                                f'{cure}') from e
 
 
+async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = NEVER) -> Response:
+    """What an app answers on STREAM to a MESSAGE in pieces, if it begins WITHIN some seconds.
+
+    Raises LocaltunnelError.
+    """
+    with contextlib.suppress(StreamReset):      # by an app that has answered already
+        for piece in message:
+            await stream.write(piece)
+        await stream.write_eof()
+    response = await read_final(stream, None, within, inside=True)
+    with contextlib.suppress(LocaltunnelError):     # its body is for nobody
+        stream.timeout = LINGER
+        await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+    return response
+
+
 async def ask_app(server: Server, name: str, visitor: Visitor,
                   message: Iterable[bytes]) -> Response:
     """What the app of NAME answers to a request of SERVER itself, whose MESSAGE comes in pieces.
@@ -6086,15 +6114,7 @@ async def ask_app(server: Server, name: str, visitor: Visitor,
                  or await server.tunnels.wait_for_stream(name, visitor))
     visitor.begin(stream)
     try:
-        with contextlib.suppress(StreamReset):      # by an app that has answered already
-            for piece in message:
-                await stream.write(piece)
-            await stream.write_eof()
-        response = await read_final(stream, None, NEVER, inside=True)
-        with contextlib.suppress(LocaltunnelError):     # its body is for nobody
-            stream.timeout = LINGER
-            await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
-        return response
+        return await ask_stream(stream, message)
     except (StreamReset, BadHttp, Incomplete, Overdue) as e:
         raise no_answer(name, e) from e
     finally:
@@ -9310,7 +9330,570 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Ground
+# 33. Kept requests
+#
+# What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
+# `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
+# disk once the app has answered it.
+#
+# Each is a file that is written once.  Its name tells when it came and how often it was tried, so
+# at no moment is it there by half or twice, whatever process is killed:
+#
+#   ID.0.*.new   ID.0   ID.1 ...                gone        ID.1.damaged
+#   written      kept   a try begins with it    answered    set aside, for people
+#
+# Who changes the folder from outside (a command, a server that hands over) changes the file
+# `look`, too; then the server that runs looks again, and tries all at once.
+# ------------------------------------------------------------------------------------------------
+
+KEPT, LOOK_AGAIN = 'kept', 'look'       # the folder, and a file in it
+MAX_KEPT = 1 * MIB              # a body: most webhooks have some KiB
+MOST_KEPT = 1000                # requests of a name
+MOST_KEPT_BYTES = 64 * MIB      # and what these take on disk
+DISK_BLOCK = 4 * KIB            # as much as a small file takes there
+KEPT_FOR = 3 * DAY              # as long as most senders would try
+TOLD_WITHIN = 1.0               # seconds for a client to show that it is there: Slack waits 3
+KEPT_WITHIN = 5.0               # for the disk, before a 503
+ANSWERED_WITHIN = 300.0         # by the app: someone may have stopped it at a breakpoint
+LONGEST_PAUSE = 300.0           # between tries; the first is a second, each later one twice as long
+TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps behind the others
+LEFT_OVER = 60.0                # of this age, a file that is being written is one of a crash
+MAX_PATTERNS = 100              # of a client: all are looked at
+KEPT_STATUSES = 200, 202, 204
+TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
+_KEPT_FILE = re.compile('([0-9a-f]{20})[.]([0-9]{1,6})')
+_KEEP = re.compile(r'([A-Z]{1,20}|\*) (/[!-)+->@-~]{0,200})?(\*?)')
+
+
+class KeptRequest:
+    """What is known of a request on disk."""
+    __slots__ = 'id', 'tries', 'name', 'owner', 'size', 'busy'
+
+    def __init__(self, id: str, tries: int, name: str, owner: str, size: int) -> None:
+        self.id, self.tries, self.name, self.owner = id, tries, name, owner
+        self.size = -(-size // DISK_BLOCK) * DISK_BLOCK
+        self.busy = False           # it is being written, or tried
+
+    @property
+    def at(self) -> float:
+        """When it came, in Unix seconds: its id begins with that."""
+        return int(self.id[:14], 16) / 1e6
+
+    @property
+    def place(self) -> tuple[int, str]:
+        """Its place in line."""
+        return self.tries // TRIES_IN_FRONT, self.id
+
+
+class Shelf:
+    """The folder of kept requests.  Much of it waits for the disk: servers call that in a thread.
+
+    A file has a line of JSON, whose it is and its checksum, and then the request, as it goes to the
+    client.  All raise OSError.
+    """
+
+    def __init__(self, state: str, warn: Callable[[str], None]) -> None:
+        self.folder, self._warn = os.path.join(state, KEPT), warn
+        self._mark = os.path.join(self.folder, LOOK_AGAIN)
+
+    def path(self, kept: KeptRequest, more: int = 0) -> str:
+        """Where it is after MORE tries."""
+        return os.path.join(self.folder, f'{kept.id}.{kept.tries + more}')
+
+    def _settle(self) -> None:
+        """Have the names in the folder on disk."""
+        if os.name == 'posix':          # elsewhere a folder can't be opened
+            handle = os.open(self.folder, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+    def put(self, kept: KeptRequest, message: bytes) -> None:
+        """Write MESSAGE so that no crash loses it; where that fails, nothing is left."""
+        about = json.dumps([kept.name, kept.owner, digest_of(message)]).encode()
+        try:
+            write_secret(self.path(kept), about + b'\n' + message)
+            self._settle()
+        except OSError:
+            self.drop(kept)
+            raise
+
+    def begin_try(self, kept: KeptRequest) -> bytes:
+        """Have one more try on disk; return the request.  Raises LookupError, see `read`."""
+        message = self.read(self.path(kept))[2]
+        os.rename(self.path(kept), self.path(kept, 1))
+        kept.tries += 1
+        self._settle()
+        return message
+
+    def drop(self, kept: KeptRequest) -> None:
+        """Delete it."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.path(kept))
+
+    def read(self, path: str) -> tuple[str, str, bytes]:
+        """(name, owner, request) of a file.  Raises LookupError where it had to set it aside."""
+        with open(path, 'rb') as f:
+            about, _, message = f.read().partition(b'\n')
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            name, owner, digest = map(str, json.loads(about))
+            if digest == digest_of(message):
+                return name, owner, message
+        os.rename(path, f'{path}.damaged')
+        self._warn(f'error: {path} is damaged; it is set aside as *.damaged, and not delivered')
+        raise LookupError(path)
+
+    def look(self, known: Mapping[str, KeptRequest]) -> dict[str, KeptRequest]:
+        """All that is there, by id and in order; what is KNOWN is not read again."""
+        found = {id: kept for id, kept in known.items() if kept.busy}
+        for entry in os.listdir(self.folder):
+            path, match = os.path.join(self.folder, entry), _KEPT_FILE.fullmatch(entry)
+            # What is gone by now, or set aside, does not matter.
+            with contextlib.suppress(FileNotFoundError, LookupError):
+                if match and match.group(1) not in found:
+                    id, tries = match.group(1), int(match.group(2))
+                    if id not in known:
+                        name, owner, message = self.read(path)
+                    found[id] = known.get(id) or KeptRequest(id, tries, name, owner, len(message))
+                    found[id].tries = tries         # another process may have tried it
+                elif entry.endswith('.new') and time.time() - os.stat(path).st_mtime > LEFT_OVER:
+                    os.unlink(path)
+        return dict(sorted(found.items()))
+
+    def touch(self) -> None:
+        """Say that something has changed."""
+        os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(self._mark)
+
+    def touched(self) -> float:
+        """When someone said so last."""
+        return os.stat(self._mark).st_mtime if os.path.exists(self._mark) else 0.0
+
+
+class KeepRules:
+    """What a client wants to be kept, and what its sender is told; GATES say who may send it."""
+
+    def __init__(self, said: Any, gates: Sequence[Gate] = ()) -> None:
+        """SAID is of its hello, or its lease.  Raises ValueError, TypeError and KeyError."""
+        forms, self.status, self.gates = [], said['status'], gates
+        for text in said['patterns']:
+            match = _KEEP.fullmatch(text)
+            method, path, more = match.groups() if match else ('', '', '')
+            if not (path or more) or method in ('GET', 'HEAD', 'OPTIONS', 'TRACE'):
+                raise ValueError(f"{printable(text)!r:.100} is not like 'POST /hooks/*': a method "
+                                 'other than GET (* for any), and a path, or how it begins and *')
+            forms.append(method.replace('*', '[^ ]+') + ' ' + re.escape(path or '')
+                         + ('.*' if more else ''))
+        if not 0 < len(forms) <= MAX_PATTERNS or self.status not in KEPT_STATUSES:
+            raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
+        self._form = re.compile('|'.join(forms), re.DOTALL)
+
+    def fit(self, request: Request) -> bool:
+        """True if REQUEST may be kept."""
+        path = request.target.partition(b'?')[0].decode('latin-1')
+        return (self._form.fullmatch(f'{request.method.decode()} {path}') is not None
+                and request.method not in (b'GET', b'HEAD', b'OPTIONS', b'TRACE')
+                and not request.upgrade and not request.has(b'expect')
+                and request.body_length() <= MAX_KEPT)
+
+
+class Queues(Detour):
+    """The requests that a server keeps, in a queue for each name."""
+
+    def __init__(self, server: Server, shelf: Shelf, most: int) -> None:
+        """MOST bytes in all.  Raises OSError."""
+        self._server, self._shelf, self._most = server, shelf, most
+        self._leases, self._now = server.admission.leases, server.runtime.now
+        self._rules: dict[str, KeepRules] = {}      # by name, of those who want any kept
+        self._queues: dict[str, dict[str, KeptRequest]] = collections.defaultdict(dict)
+        self._last = 0              # the time of the last one, in microseconds: each has its own
+        self._not_before: dict[str, float] = {}     # when the next try is due, by name
+        self._tries: dict[str, asyncio.Task[None]] = {}     # under way, by name
+        self._closed = False        # another server delivers from now on
+        self._look()
+        for name, lease in self._leases.by_name.items():
+            self._learn(name, lease)
+        self._leases.keepers.append(self._learn_all)
+        server.runtime.swept.add(self)
+
+    # What is wanted: leases tell.
+
+    @staticmethod
+    def offer(said: Any) -> str:
+        """What is noted of what a client SAID."""
+        KeepRules(said)
+        return json.dumps({word: said[word] for word in ('patterns', 'status')})
+
+    async def _learn_all(self, changes: Changes) -> None:
+        for name, lease in changes.items():
+            self._learn(name, lease)
+
+    def _learn(self, name: str, lease: Lease | None) -> None:
+        """Know what the owner of NAME wants, and forget what another one had."""
+        detours, facts = self._server.tunnels.detours, lease.facts if lease else {}
+        for kept in tuple(self._queues[name].values()):
+            if lease is None or kept.owner != lease.owner:
+                self._drop(kept)
+        detours.pop(name, None)
+        with contextlib.suppress(ValueError, TypeError, KeyError, Refused):     # or else nothing
+            self._rules[name] = KeepRules(json.loads(facts['keep']), make_gates(
+                json.loads(facts.get('access', '{}')), self._server.admission.gates))
+            detours[name] = self
+
+    def waiting(self, key: str) -> int:
+        return len(self._queues[key])
+
+    def welcome(self, key: str) -> dict[str, Any]:
+        self._not_before.pop(key, None)
+        expired = self._expired(key)
+        self._server.runtime.spawn(self._note_expired(key, 0))
+        return {'kept': self.waiting(key), 'expired': expired}
+
+    def _expired(self, name: str) -> int:
+        """How many requests to NAME are gone, without its client's knowledge."""
+        lease = self._leases.by_name.get(name)
+        return int(lease.facts.get('expired', 0)) if lease else 0
+
+    async def _note_expired(self, name: str, more: int) -> None:
+        """Have it with the lease that MORE are gone; with 0, its client knows of all."""
+        with contextlib.suppress(Refused):      # the disk is full
+            await self._server.admission.note(
+                name, expired=str(self._expired(name) + more) if more else '')
+
+    # A request comes.
+
+    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
+        rules, owner, tries = self._rules[key], self._leases.owner(key, time.time()), 0
+        for gate in rules.gates:
+            gate(key, visitor, b'')
+        if owner is None or not rules.fit(exchange.request):
+            return await self._server.forward(visitor, exchange, key)
+        if await self._is_there(key, alone=True):
+            try:
+                return await self._server.forward(visitor, exchange, key)
+            except HopFailed as e:
+                if e.hop != 'client' or exchange.whole is None:
+                    raise
+                tries = 1           # the client went meanwhile: the app may have it, or not
+        id = await self._keep(visitor, exchange, key, owner, tries)
+
+        def told(lines: Sequence[str]) -> bytes:
+            message = plain_message(rules.status, 'text/plain', b'', lines)
+            return message.replace(b'Content-Length: 0\r\n', b'', rules.status == 204)
+        await self._server.give_own(visitor, exchange, rules.status, told,
+                                    [f'Localtunnel-Kept: {id}'])
+
+    async def _is_there(self, key: str, alone: bool) -> bool:
+        """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
+        tunnel, soon = self._server.tunnels.get(key), self._now() + TOLD_WITHIN
+
+        def ready() -> bool:
+            member = tunnel.pick() if tunnel else None
+            return (member is not None and not (alone and self._queues[key])
+                    and self._now() - member.session.liveness.heard < TOLD_WITHIN)
+        if tunnel is None or tunnel.pick() is None or ready() or (
+                alone and self._not_before.get(key, 0.0) > soon):
+            return ready()
+        for member in tunnel.members:
+            if member.session.usable:
+                member.session.ping()
+        return await look_until(ready, TOLD_WITHIN)
+
+    async def _keep(self, visitor: Visitor, exchange: Exchange, key: str, owner: str,
+                    tries: int) -> str:
+        """Have a request on disk; return its id.  Raises HopFailed, and then it is not there."""
+        server, budget = self._server, self._server.admission.budget
+        lines = server.onward.of_request(visitor, exchange.request, key)
+        for gate in self._rules[key].gates:
+            lines = gate(key, visitor, lines)
+        held = MAX_KEPT if exchange.whole is None else 0
+        if not budget.take(held):
+            raise HopFailed(503, 'the server has no memory left for this request', 'Retry-After: 1')
+        try:
+            message = await self._message(exchange, lines)
+            self._last = max(self._last + 1, time.time_ns() // 1000)
+            kept = KeptRequest(f'{self._last:014x}{secrets.token_hex(3)}', tries, key, owner,
+                               len(message))
+            self._find_room(kept)
+            await self._write(kept, message)
+        finally:
+            budget.give(held)
+        server.log.note('request kept', event='kept', name=key, id=kept.id)
+        return kept.id
+
+    @staticmethod
+    async def _message(exchange: Exchange, lines: bytes) -> bytes:
+        """The request with header LINES as it goes to a client, once it is all here."""
+        body, near = exchange.whole, exchange.near
+        if body is None:
+            near.timeout = HEAD_TIMEOUT
+            try:
+                body = await read_whole(exchange.body, MAX_KEPT)
+            except Overdue as e:
+                raise BadHttp(408, 'the body of the request did not arrive in time') from e
+        if len(body) > MAX_KEPT:
+            raise HopFailed(503, 'the client is away, and the request is too large to be kept',
+                            hop='client')
+        near.check()            # who went away will send it again
+        if isinstance(exchange.body, ChunkedBody):
+            lines += b'Content-Length: %d\r\n' % len(body)
+        return encode_request(exchange.request, lines) + body
+
+    def _find_room(self, kept: KeptRequest) -> None:
+        """Let KEPT stand in its queue.  Raises HopFailed."""
+        queue = self._queues[kept.name]
+        if self._used + kept.size > self._most:
+            raise HopFailed(507, 'the server has no room left for requests that wait',
+                            cure='its operator can give it more, with --keep')
+        if len(queue) >= MOST_KEPT or kept.size + sum(
+                other.size for other in queue.values()) > MOST_KEPT_BYTES:
+            raise HopFailed(503, f'as many requests wait for {kept.name} as may',
+                            f'Retry-After: {RETRY_AFTER}', cure='start the client')
+        queue[kept.id], kept.busy = kept, True
+        self._used += kept.size
+
+    async def _write(self, kept: KeptRequest, message: bytes) -> None:
+        """Write KEPT, which is MESSAGE.  Raises HopFailed."""
+        writing = self._server.runtime.loop.run_in_executor(None, self._shelf.put, kept, message)
+        try:
+            await asyncio.wait_for(asyncio.shield(writing), KEPT_WITHIN)
+            kept.busy = False
+            if self._closed:
+                self._shelf.touch()
+        except (OSError, asyncio.TimeoutError) as e:
+            self._leave(kept)
+
+            def written(late: asyncio.Future[None]) -> None:
+                if late.exception() is None:
+                    self._drop(kept)
+            writing.add_done_callback(written)
+            why = plainly(e) or 'it does not answer'
+            self._server.log.note(f"error: can't keep a request to {kept.name} on disk: {why}")
+            full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
+            raise HopFailed(507 if full else 503, "the server can't write this request to its disk",
+                            f'Retry-After: {RETRY_AFTER}') from e
+
+    def _leave(self, kept: KeptRequest) -> None:
+        if self._queues[kept.name].pop(kept.id, None):
+            self._used -= kept.size
+
+    def _drop(self, kept: KeptRequest) -> None:
+        """Be done with KEPT."""
+        self._leave(kept)
+        try:
+            self._shelf.drop(kept)
+        except OSError as e:
+            self._server.log.note(f"error: can't delete a kept request: {plainly(e)}")
+
+    # A request goes.
+
+    def _look(self) -> None:
+        """See what is on the shelf, and try all of it now."""
+        self._touched = self._shelf.touched()       # when somebody changed it behind our back
+        known = {id: kept for queue in self._queues.values() for id, kept in queue.items()}
+        found = self._shelf.look(known)
+        for queue in self._queues.values():
+            queue.clear()
+        for id, kept in found.items():
+            self._queues[kept.name][id] = kept
+        self._used = sum(kept.size for kept in found.values())
+        self._not_before.clear()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Let what is due be tried, and let go what is too old."""
+        with contextlib.suppress(OSError):
+            if self._shelf.touched() != self._touched:
+                self._look()
+        for key, queue in tuple(self._queues.items()):
+            old = [kept for kept in queue.values()
+                   if not kept.busy and time.time() - kept.at > KEPT_FOR]
+            for kept in old:
+                self._drop(kept)
+            if old:
+                self._server.runtime.spawn(self._note_expired(key, len(old)))
+            tunnel = self._server.tunnels.get(key)
+            if (queue and tunnel and tunnel.pick() and key not in self._tries and not self._closed
+                    and now >= self._not_before.get(key, 0.0)):
+                self._tries[key] = self._server.runtime.spawn(self._deliver(key))
+
+    async def _deliver(self, key: str) -> None:
+        """Deliver what waits for KEY, one after the other, until one has to wait on."""
+        queue = self._queues[key]
+        try:
+            while queue and not self._closed and await self._is_there(key, alone=False):
+                kept = min(queue.values(), key=lambda kept: kept.place)
+                if (kept.busy or kept.owner != self._leases.owner(key, time.time())
+                        or not await self._try(kept)):
+                    break
+        finally:
+            del self._tries[key]
+
+    async def _try(self, kept: KeptRequest) -> bool:
+        """Try KEPT once; return whether the next one may follow."""
+        server, status, kept.busy = self._server, 0, True
+        try:
+            message = await server.runtime.loop.run_in_executor(None, self._shelf.begin_try, kept)
+            status = await self._ask(kept, message)
+        except (LookupError, FileNotFoundError):        # set aside, or taken out by hand
+            self._leave(kept)
+            return True
+        except OSError as e:
+            server.log.note(f"error: can't deliver a kept request: {plainly(e)}")
+        finally:
+            kept.busy = False
+        again = status in TRY_AGAIN
+        server.log.note('kept request waits on' if again else 'kept request delivered',
+                        event='waits_on' if again else 'delivered', name=kept.name, id=kept.id,
+                        status=status, tries=kept.tries)
+        if again:
+            self._not_before[kept.name] = self._now() + min(
+                LONGEST_PAUSE, 2.0 ** min(kept.tries - 1, 20))
+        else:
+            self._drop(kept)
+        return not again
+
+    async def _ask(self, kept: KeptRequest, message: bytes) -> int:
+        """The status of the app's answer to MESSAGE; 0 where it gave none."""
+        tunnel = self._server.tunnels.get(kept.name)
+        member = tunnel.pick() if tunnel else None
+        stream = member.session.open_stream() if member else None
+        if stream is None:
+            return 0
+        head, _, body = message.partition(b'\r\n\r\n')
+        mark = f'\r\nLocaltunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'
+        message = b'%b%b\r\n\r\n%b' % (head, mark.encode(), body)
+        try:
+            response = await ask_stream(stream, [message], ANSWERED_WITHIN)
+        except LocaltunnelError:
+            return 0
+        finally:
+            stream.close()
+        return 0 if response.has(b'localtunnel-failed') else response.status
+
+    async def close(self) -> None:
+        """Deliver no more; what is tried now has a moment to be answered."""
+        self._closed, deadline = True, self._now() + LINGER
+        while self._tries and self._now() < deadline:
+            with contextlib.suppress(asyncio.CancelledError):       # again and again, see end_task
+                await asyncio.wait(self._tries.values(), timeout=DRAIN_LOOK)
+        for task in tuple(self._tries.values()):
+            task.cancel()
+
+
+class Keeps(ClientObserver):
+    """Tells the user of a client what has waited for it."""
+
+    def __init__(self, observer: ClientObserver) -> None:
+        self._observer = observer
+
+    def welcome(self, said: dict[str, Any]) -> None:
+        kept, expired = said.get('kept'), said.get('expired')
+        if type(kept) is not int or type(expired) is not int:
+            return self._observer.hint('this server keeps no requests, so --keep has no effect; '
+                                       'its operator can start it with --keep MIB')
+        words = [f'{n} webhook{"s" * (n != 1)} {what}' for n, what in (
+            (kept, 'waited, and come first'), (expired, 'expired')) if n > 0]
+        self._observer.also('kept', '; '.join(words) or 'nothing has waited')
+
+
+KEPT_EPILOG = """examples:
+  localtunnel.py kept                  what waits, the oldest first
+  localtunnel.py kept 0064487...       all of one request
+  localtunnel.py kept --now            let the server try at once, not when it is due
+  localtunnel.py kept --drop demo      forget what waits for demo"""
+
+
+class Keeping(Annex):
+    """--keep at both ends, and the command `kept`."""
+    title = 'while the client is away'
+    _queues: Queues | None = None       # of the server in this process
+
+    def client_options(self, add: Add) -> None:
+        add('--keep', action='append', default=[], metavar="'METHOD PATH'",
+            help="requests that may wait while you are away, such as 'POST /hooks/*' (repeatable)")
+        add('--keep-status', type=int, choices=KEPT_STATUSES, default=202,
+            help='what their senders are told (%(default)s)')
+
+    def server_options(self, add: Add) -> None:
+        add('--keep', type=count, default=0, metavar='MIB',
+            help='keep requests for clients that are away, this much in all (none)')
+
+    def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
+        parser = add('kept', help='show what your server keeps for clients that are away',
+                     usage='%(prog)s [ID | --now | --drop ID|NAME|all] [--state DIR]',
+                     epilog=KEPT_EPILOG)
+        parser.add_argument('id', nargs='?', metavar='ID', help='show all of this request')
+        parser.add_argument('--now', action='store_true', help='have all tried at once')
+        parser.add_argument('--drop', metavar='ID|NAME|all', help='delete these')
+        parser.add_argument('--state', metavar='DIR', help="the server's folder")
+        parser.set_defaults(run=self.kept)
+
+    @staticmethod
+    def kept(args: Args) -> int:
+        """Show or change what waits; return the exit code."""
+        shelf = Shelf(state_folder(args.state), print_line)
+        if bool(args.id) + args.now + bool(args.drop) > 1:
+            raise UsageError('kept takes an ID to show, or --now, or --drop')
+        try:
+            wanted = args.id or args.drop
+            found = [kept for kept in shelf.look({}).values()
+                     if wanted in (None, 'all', kept.id, kept.name)]
+            if wanted and not found:
+                raise LocaltunnelError(f'{printable(wanted)} is not among what waits; see kept')
+            for kept in found if args.drop else ():
+                shelf.drop(kept)
+            if args.drop or args.now:
+                shelf.touch()
+                print_line(f'{len(found)} ' + ('deleted' if args.drop else 'tried within a second '
+                           'by a server that runs, where the client is there'))
+                return 0
+            for kept in found:
+                head, *lines = shelf.read(shelf.path(kept))[2].decode(
+                    errors='replace').splitlines()
+                print_line(f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name} '
+                           + printable(head if args.id else head.partition('?')[0]))
+                for line in lines if args.id else ():
+                    print_line(printable(line))
+        except OSError as e:
+            raise LocaltunnelError(f"can't use {e.filename or shelf.folder}: {e.strerror}; for a "
+                                   'server that was started with sudo, type sudo here, too') from e
+        return 0
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        if not args.keep:
+            return
+        said = {'patterns': args.keep, 'status': args.keep_status, 'optional': True}
+        try:
+            KeepRules(said)
+        except ValueError as e:
+            raise UsageError(f'--keep: {e}') from e
+        if app.target.kind != 'http':
+            raise UsageError('--keep is for http; what comes by --tcp is never kept')
+        address.wants['keep'] = said
+        observers: Any = Observers(app.observer, Keeps(app.observer))
+        app.observer = observers
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        if not args.keep:
+            return
+        shelf = Shelf(args.state, server.log.note)
+        with using(args.state):
+            os.makedirs(shelf.folder, mode=0o700, exist_ok=True)
+            shelf.touch()
+            self._queues = Queues(server, shelf, args.keep * MIB)
+        server.admission.offers['keep'] = self._queues.offer
+
+    async def run(self, args: Args, server: Server) -> None:
+        try:
+            await super().run(args, server)
+        finally:
+            if self._queues:
+                await self._queues.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 34. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -9625,7 +10208,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Doctor
+# 35. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -10007,7 +10590,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Landing page
+# 36. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -10098,7 +10681,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Verifying
+# 37. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -10173,7 +10756,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Token files
+# 38. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -10262,7 +10845,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Invitations
+# 39. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -10479,7 +11062,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Exchanges
+# 40. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -11281,7 +11864,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Inspector's page
+# 41. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -11821,7 +12404,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Inspector
+# 42. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -12140,7 +12723,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Logs and replay
+# 43. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -12637,7 +13220,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Words from elsewhere
+# 44. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -12779,7 +13362,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Error pages
+# 45. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -12855,7 +13438,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Setting up
+# 46. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -13391,7 +13974,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Via ssh
+# 47. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -13615,7 +14198,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 47. Output
+# 48. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -13904,7 +14487,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Keys
+# 49. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -14008,7 +14591,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Terminal
+# 50. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -14430,14 +15013,14 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Options
+# 51. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Cluster(), RawTcp(), FolderAndEcho(),
                             HostHeader(), OutgoingProxy(), Acme(), Certificates(), HandOver(),
-                            Operator(), Blocking(), Doctor(), LandingPage(), Verifying(),
+                            Operator(), Blocking(), Keeping(), Doctor(), LandingPage(), Verifying(),
                             Invitations(), Inspect(), Elsewhere(), ErrorPages(), SettingUp(),
                             ViaSsh())
 
@@ -14687,7 +15270,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Wiring
+# 52. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -15054,7 +15637,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Python
+# 53. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -15355,7 +15938,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Configuration file
+# 54. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -15510,7 +16093,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Command line
+# 55. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

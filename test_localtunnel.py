@@ -41,28 +41,29 @@ Contents
    30 Hand-over               from one process to the next (in Command line)
    31 Operator's page         what he sees, and what he ends (in B)
    32 Block list              what an entry is, and who is kept out
-   33 Ground                  what a look at it finds, and that it harms nobody
-   34 Doctor                  every fault is named first, and each look leaves nothing behind
-   35 Landing page            whom to ask; the rest in Server, Command line
-   36 Verifying               what a server hands out, and this file
-   37 Token files             what a line of them may be; for the rest see Server
-   38 Invitations             who gets in, and who no more
-   39 Exchanges               what is kept of what passes, and for how long
-   40 Inspector's page        shown by the next room
-   41 Inspector               who sees it, and how; what is sent again
-   42 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   43 Words from elsewhere    what users of other programs type
-   44 Error pages             the way and where it stops, for each thing that fails
-   45 Setting up              what is installed, and how another machine is talked to
-   46 Via ssh                 how services are asked, and what ends it
-   47 Output                  programs, and those who read slowly what they write
-   48 Keys                    what is typed while a tunnel runs
-   49 Terminal                what a person sees
-   50 Options                 what can be typed
-   51 Wiring                  the key; which server, which token (in Command line)
-   52 Python                  a tunnel inside another program, and its options as keywords
-   53 Configuration file      what a section means, and what is wrong with it
-   54 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   33 Kept requests           what waits, through every crash, and how it is delivered
+   34 Ground                  what a look at it finds, and that it harms nobody
+   35 Doctor                  every fault is named first, and each look leaves nothing behind
+   36 Landing page            whom to ask; the rest in Server, Command line
+   37 Verifying               what a server hands out, and this file
+   38 Token files             what a line of them may be; for the rest see Server
+   39 Invitations             who gets in, and who no more
+   40 Exchanges               what is kept of what passes, and for how long
+   41 Inspector's page        shown by the next room
+   42 Inspector               who sees it, and how; what is sent again
+   43 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   44 Words from elsewhere    what users of other programs type
+   45 Error pages             the way and where it stops, for each thing that fails
+   46 Setting up              what is installed, and how another machine is talked to
+   47 Via ssh                 how services are asked, and what ends it
+   48 Output                  programs, and those who read slowly what they write
+   49 Keys                    what is typed while a tunnel runs
+   50 Terminal                what a person sees
+   51 Options                 what can be typed
+   52 Wiring                  the key; which server, which token (in Command line)
+   53 Python                  a tunnel inside another program, and its options as keywords
+   54 Configuration file      what a section means, and what is wrong with it
+   55 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -86,6 +87,7 @@ import functools
 import gc
 import gzip
 import hashlib
+import hmac
 import http.client
 import http.server
 import importlib.util
@@ -3099,7 +3101,7 @@ class DetourTest(WorldTest):
         status, _, body = await visitor.get(method='POST')
         self.assertEqual((status, body), (
             507, f'507 Insufficient Storage: {client.name} has no room\n'.encode()))
-        tunnel, = lt.OperatorPage(self.server, None).tunnels()
+        tunnel, = lt.OperatorPage(self.server, None, None).tunnels()
         self.assertEqual(tunnel['kept'], 7)
         self.server.tunnels.detours['a'] = Detour()
         _, _, told = await self.hello(name='a')
@@ -7051,7 +7053,142 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Ground
+# 33. Kept requests
+# ------------------------------------------------------------------------------------------------
+
+HOOK = b'{"action": "opened",\r\n "n": 1}'
+
+
+class KeepTest(FolderTest, WorldTest):
+    """A server that keeps requests; its client is there or not."""
+    CONSTANTS = {**WorldTest.CONSTANTS, 'TOLD_WITHIN': 0.05}
+
+    async def world(self, most=lt.MIB, **options):
+        await super().world(**options)
+        await self.keeps(most)
+
+    async def keeps(self, most=lt.MIB):
+        """The server, a new one, keeps requests."""
+        lt.keep_gates(self.server)
+        self.keeping = lt.Keeping()
+        await self.keeping.at_server(lt.Args(keep=most // lt.MIB, state=self.folder), self.server)
+        self.queues = self.keeping._queues
+        self.stack.push_async_callback(self.queues.close)
+
+    async def restart(self):
+        """Another server has the folder and the leases."""
+        leases = self.leases
+        await self.queues.close()
+        await self.end_of_the_world()
+        self.clients.clear()
+        await self.new_server()
+        self.leases = self.server.admission.leases
+        self.leases.make(leases.by_name)
+        await self.keeps()
+
+    def files(self):
+        return sorted(os.listdir(os.path.join(self.folder, 'kept')))
+
+    def ids(self):
+        return [name.partition('.')[0] for name in self.files() if name != 'look']
+
+    async def wants(self, app, name='app', keep=('POST /hooks/*',), **options):
+        return await self.client(app, name=name, keep=list(keep), **options)
+
+    async def away(self, *args, **options):
+        """A client has been there, and has gone."""
+        client = await self.wants(*args, **options)
+        await self.leaves(client)
+        self.clients.remove(client)
+        return client
+
+    async def hook(self, path='/hooks/github', host='app.localhost', body=HOOK, fields=''):
+        return await self.visit(host, path, f'Content-Length: {len(body)}\n{fields}'.strip(),
+                                method='POST', body=body)
+
+    async def delivered(self, app, n):
+        await eventually(lambda: len(app.requests) >= n, 'it was not delivered')
+        await eventually(lambda: not self.ids(), 'a file is left')
+
+    async def test_a_webhook_waits_for_its_client_and_comes_as_it_was(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        secret = hmac.new(b'key', HOOK, 'sha256').hexdigest()
+        status, fields, body = await self.hook(
+            fields=f'X-Hub-Signature-256: sha256={secret}\nLocaltunnel-Kept: mine\nx-ODD: a  b')
+        self.assertEqual((status, body), (202, b''))
+        self.assertEqual(self.ids(), [fields['localtunnel-kept']])
+        await self.wants(app)
+        await self.delivered(app, 1)
+        head, _, body = app.requests[0].partition(b'\r\n\r\n')
+        self.assertEqual(hmac.new(b'key', body, 'sha256').hexdigest(), secret)
+        id = fields['localtunnel-kept']
+        self.assertRegex(
+            head.decode(), '(?s)^POST /hooks/github HTTP/1.1\r\nHost: app.localhost\r\n'
+            f'Content-Length: .*X-Hub-Signature-256: sha256={secret}\r\nx-ODD: a  b\r\n'
+            f'.*Localtunnel-Kept: {id}; at=20.*Z; try=1$')
+        self.assertNotIn(b'mine', head)
+
+    async def test_what_asks_for_an_answer_is_never_kept(self):
+        await self.world()
+        await self.away(1, keep=['* /hooks/*', 'POST /one'])
+        large = f'Content-Length: {lt.MAX_KEPT + 1}'
+        for method, path, fields in (
+                ('GET', '/hooks/x', ''), ('HEAD', '/hooks/x', ''), ('OPTIONS', '/hooks/x', ''),
+                ('POST', '/hooks/x', 'Expect: 100-continue'), ('POST', '/hooks/x', large),
+                ('POST', '/hooks/x', 'Connection: upgrade\nUpgrade: websocket'),
+                ('POST', '/other', ''), ('POST', '/one/more', '')):
+            with self.subTest(method=method, path=path, fields=fields):
+                answer = await self.visit('app.localhost', path, fields, method=method)
+                self.assertEqual(answer[0], 503)
+        for method, path in ('PUT', '/hooks/x?y'), ('DELETE', '/hooks/'), ('POST', '/one?x=1'):
+            self.assertEqual((await self.visit('app.localhost', path, method=method))[0], 202)
+        self.assertEqual(len(self.ids()), 3)
+
+    async def test_while_the_client_is_there_the_app_answers(self):
+        await self.world()
+        client = await self.wants(await self.app(ok(b'mine')))
+        self.assertEqual((await self.hook())[::2], (200, b'mine'))
+        self.assertEqual(self.ids(), [])
+        await self.leaves(client)
+
+    async def test_a_client_that_is_frozen_is_away(self):
+        await self.world()
+        await self.hello(name='app', wants={'keep': {'patterns': ['POST /*'], 'status': 204}})
+        session = self.server.tunnels.get('app').members[0].session
+        session.liveness.heard -= 9
+        peer = await self.visitor('app.localhost')
+        peer.ask('/x', 'Content-Length: 2', 'POST', body=b'hi')
+        head = await peer.reader.readuntil(b'\r\n\r\n')
+        self.assertEqual(head.split()[1], b'204')
+        self.assertNotIn(b'content-length', head.lower())
+
+    async def test_one_that_answers_a_ping_is_there(self):
+        await self.world()
+        client, *_ = await self.hello(
+            name='app', wants={'keep': {'patterns': ['POST /*'], 'status': 200}})
+        self.meanwhile(client.serve(OK))
+        self.server.tunnels.get('app').members[0].session.liveness.heard -= 9
+        self.assertEqual((await self.hook())[::2], (200, b'hello'))
+
+    async def test_a_client_that_falls_asleep_over_a_request_has_it_later(self):
+        await self.world()
+        client, *_ = await self.hello(
+            name='app', wants={'keep': {'patterns': ['POST /*'], 'status': 202}})
+        peer = await self.visitor('app.localhost')
+        peer.ask('/x', 'Content-Length: 2', 'POST', body=b'hi')
+        await client.until(lt.OPEN)
+        self.server.tunnels.get('app').members[0].session.end(lt.Disconnected('gone'))
+        self.assertEqual((await peer.answer())[0], 202)
+        app = await self.app()
+        await self.wants(app, key=bytes.fromhex('22' * 32))
+        self.assertEqual(len(self.ids()), 1)        # its owner is another one
+
+
+
+# ------------------------------------------------------------------------------------------------
+# 34. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -7190,7 +7327,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Doctor
+# 35. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7702,7 +7839,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Landing page
+# 36. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7770,7 +7907,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Verifying
+# 37. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -7842,7 +7979,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Token files
+# 38. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -7864,7 +8001,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Invitations
+# 39. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -8026,21 +8163,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Exchanges
+# 40. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Inspector's page
+# 41. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Inspector
+# 42. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -8865,7 +9002,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Logs and replay
+# 43. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -8987,7 +9124,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Words from elsewhere
+# 44. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -9073,7 +9210,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Error pages
+# 45. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -9284,7 +9421,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Setting up
+# 46. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9516,7 +9653,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Via ssh
+# 47. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9675,7 +9812,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Output
+# 48. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -10026,7 +10163,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Keys
+# 49. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -10082,7 +10219,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Terminal
+# 50. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10413,7 +10550,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 50. Options
+# 51. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10437,7 +10574,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Wiring
+# 52. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10652,7 +10789,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Python
+# 53. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -10833,7 +10970,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Configuration file
+# 54. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -10925,7 +11062,7 @@ class ConfigFileTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Command line
+# 55. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
