@@ -2538,28 +2538,6 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
 
 
 # Pages.
-
-HTML = 'text/html; charset=utf-8'
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark"><title>{title}</title>
-<style>
-:root {{ --ink: #1d2433; --dim: #5a6475; --line: #d9dee7; --paper: #fff; --ground: #f4f6f9;
---good: #1a7f4b; --bad: #c4314b }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ebf1; --dim: #a2acbd; --line: #3a4252;
---paper: #1d222c; --ground: #13161d; --good: #4cc38a; --bad: #ff7a90 }} }}
-* {{ box-sizing: border-box }}
-body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
-background: var(--ground) }}
-main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
-background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
-overflow-wrap: anywhere }}
-h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
-pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; white-space: pre-wrap }}
-code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
-</style>
-<main><h1>{title}</h1>{text}</main></html>
-"""
 PAGE_HEADERS = [      # no script, no other host
     "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
     'X-Content-Type-Options: nosniff']
@@ -2579,31 +2557,22 @@ def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[s
     return head if method == b'HEAD' else head + body
 
 
-ErrorPage = Callable[[HopFailed], str]      # makes what a browser is shown
+# How an error is said to who accepts what: content type, text, and header lines.
+ErrorPage = Callable[[HopFailed, bytes], Tuple[str, str, Sequence[str]]]
 
 
-def plain_page(error: HopFailed) -> str:
-    """The page that says what ERROR says, and no more."""
-    title = f'{error.status} {http.HTTPStatus(error.status).phrase}'
-    return PAGE.format(title=title, text=f'<p>{html.escape(printable(str(error)))}</p>')
+def plain_page(error: HopFailed, accept: bytes) -> tuple[str, str, Sequence[str]]:
+    """What ERROR says, in a line."""
+    phrase = http.HTTPStatus(error.status).phrase
+    return 'text/plain; charset=utf-8', f'{error.status} {phrase}: {printable(str(error))}\n', ()
 
 
 def error_message(error: HopFailed, accept: bytes = b'', extra: Sequence[str] = (),
                   method: bytes = b'GET', page: ErrorPage = plain_page) -> bytes:
-    """Return a whole response to METHOD that says what went wrong, in the form ACCEPT prefers."""
-    status, text = error.status, printable(str(error))
-    phrase = http.HTTPStatus(status).phrase
-    if status >= 400:
-        extra = [f'Localtunnel-Failed: {error.hop}', *extra]
-    if b'text/html' in accept:
-        form, body = HTML, page(error)
-        extra = [*PAGE_HEADERS, *extra]
-    elif b'json' in accept:
-        form = 'application/json'
-        body = json.dumps({'error': phrase, 'status': status, 'message': text}) + '\n'
-    else:
-        form, body = 'text/plain; charset=utf-8', f'{status} {phrase}: {text}\n'
-    return plain_message(status, form, body.encode(), extra, method)
+    """Return a whole response to METHOD that says what went wrong, as PAGE puts it for ACCEPT."""
+    form, text, more = page(error, accept)
+    failed = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
+    return plain_message(error.status, form, text.encode(), [*more, *failed, *extra], method)
 
 
 async def write_own(connection: Connection, *message: bytes) -> None:
@@ -5367,7 +5336,8 @@ class GuardedDoor:
 # ------------------------------------------------------------------------------------------------
 # 16. Plain words
 #
-# What went wrong on the way to a server or an app, in one sentence with its cure.
+# What went wrong on the way to a server or an app, in one sentence with its cure; and how that is
+# shown to people and programs.
 # ------------------------------------------------------------------------------------------------
 
 # Where trying again can't help: words in what TLS complains of, and a sentence about {0}, with a
@@ -5433,9 +5403,50 @@ def not_http(said: bytes, where: str) -> str:
 PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
 
 
+HTML = 'text/html; charset=utf-8'
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+<style>
+:root {{ --ink: #1d2433; --dim: #5a6475; --line: #d9dee7; --paper: #fff; --ground: #f4f6f9;
+--good: #1a7f4b; --bad: #c4314b }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ebf1; --dim: #a2acbd; --line: #3a4252;
+--paper: #1d222c; --ground: #13161d; --good: #4cc38a; --bad: #ff7a90 }} }}
+* {{ box-sizing: border-box }}
+body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
+background: var(--ground) }}
+main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
+background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
+overflow-wrap: anywhere }}
+h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
+pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; white-space: pre-wrap }}
+code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
+</style>
+<main><h1>{title}</h1>{text}</main></html>
+"""
+
+
+def simple_page(error: HopFailed) -> str:
+    """The page that says what ERROR says, and no more."""
+    title = f'{error.status} {http.HTTPStatus(error.status).phrase}'
+    return PAGE.format(title=title, text=f'<p>{html.escape(printable(str(error)))}</p>')
+
+
+def any_page(error: HopFailed, accept: bytes,
+             page: Callable[[HopFailed], str] = simple_page) -> tuple[str, str, Sequence[str]]:
+    """What ERROR says in the form that ACCEPT prefers; browsers get PAGE."""
+    if b'text/html' in accept:
+        return HTML, page(error), PAGE_HEADERS
+    if b'json' in accept:
+        said = {'error': http.HTTPStatus(error.status).phrase, 'status': error.status,
+                'message': printable(str(error))}
+        return 'application/json', json.dumps(said) + '\n', ()
+    return plain_page(error, accept)
+
+
 class Words:
     """What people are told where a server or an app can't be reached, or says something strange."""
-    page: ErrorPage = staticmethod(plain_page)      # for browsers
+    page: ErrorPage = staticmethod(any_page)
 
     def unreachable(self, error: BaseException, where: str) -> str:
         """Why WHERE can't be reached."""
@@ -7501,8 +7512,8 @@ async def echo(connection: Connection) -> None:
                                     hop='app')
                 status, delay = wished(request.target)
             except HopFailed as e:
-                await write_own(connection, error_message(e, request.get(b'accept'),
-                                                          ['Connection: close']))
+                await write_own(connection, error_message(
+                    e, request.get(b'accept'), ['Connection: close'], page=any_page))
                 break
             await asyncio.sleep(delay)
             form, text = echoed(request, head, body)
@@ -9021,7 +9032,7 @@ class OperatorPage:
         except (BadHttp, HopFailed, Refused) as e:
             answer = error_message(
                 HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', close,
-                request.method if request else b'GET')
+                request.method if request else b'GET', any_page)
         except (LocaltunnelError, OSError):
             return connection.close()       # the operator went away
         connection.transport.write(answer)
@@ -13430,11 +13441,12 @@ class ErrorPages(Annex):
     """The pages of both ends."""
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.words.page = error_page
+        app.words.page = functools.partial(any_page, page=error_page)
 
     async def at_server(self, args: Args, server: Server) -> None:
         contact = getattr(args, 'contact', None) or ''
-        server.pages.error = functools.partial(error_page, contact=contact)
+        server.pages.error = functools.partial(
+            any_page, page=functools.partial(error_page, contact=contact))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -2388,32 +2388,6 @@ class ReadHeadTest(LoopTest):
             self.assertEqual(stream.unread, 0 if whole else len(data))
 
 
-class PageTest(unittest.TestCase):
-
-    def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
-        message = lt.error_message(lt.HopFailed(502, text), accept.encode(),
-                                   method=method.encode())
-        head, _, body = message.partition(b'\r\n\r\n')
-        return head.decode(), body.decode()
-
-    def test_a_browser_gets_a_page_in_which_nothing_can_run(self):
-        head, body = self.page('text/html,*/*')
-        self.assertIn('Content-Security-Policy: default-src', head)
-        self.assertIn('it &lt;b&gt;broke&lt;/b&gt; &amp; &quot;so&quot;', body)
-        self.assertNotIn('<b>', body)
-
-    def test_a_program_gets_a_line_or_json(self):
-        self.assertEqual(self.page('*/*')[1], '502 Bad Gateway: it <b>broke</b> & "so"\n')
-        head, body = self.page('application/json')
-        self.assertIn('application/json', head)
-        self.assertEqual(json.loads(body)['message'], 'it <b>broke</b> & "so"')
-
-    def test_the_length_is_that_of_the_bytes_and_head_gets_none(self):
-        head, body = self.page('*/*', 'caf\u00e9')
-        self.assertIn(f'Content-Length: {len(body.encode())}', head)
-        self.assertEqual(self.page('*/*', method='HEAD')[1], '')
-
-
 # ------------------------------------------------------------------------------------------------
 # 7. Names and tokens
 # ------------------------------------------------------------------------------------------------
@@ -2672,6 +2646,7 @@ class WorldTest(LoopTest):
         self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
         self.sources = lt.Sources(self.server)
         lt.keep_gates(self.server)
+        self.server.pages.error = lt.any_page
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
         if self.leases:         # of the server before
@@ -4432,6 +4407,32 @@ class ComeBackTest(WorldTest):
 # ------------------------------------------------------------------------------------------------
 # 16. Plain words
 # ------------------------------------------------------------------------------------------------
+
+class PageTest(unittest.TestCase):
+
+    def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
+        message = lt.error_message(lt.HopFailed(502, text), accept.encode(),
+                                   method=method.encode(), page=lt.any_page)
+        head, _, body = message.partition(b'\r\n\r\n')
+        return head.decode(), body.decode()
+
+    def test_a_browser_gets_a_page_in_which_nothing_can_run(self):
+        head, body = self.page('text/html,*/*')
+        self.assertIn('Content-Security-Policy: default-src', head)
+        self.assertIn('it &lt;b&gt;broke&lt;/b&gt; &amp; &quot;so&quot;', body)
+        self.assertNotIn('<b>', body)
+
+    def test_a_program_gets_a_line_or_json(self):
+        self.assertEqual(self.page('*/*')[1], '502 Bad Gateway: it <b>broke</b> & "so"\n')
+        head, body = self.page('application/json')
+        self.assertIn('application/json', head)
+        self.assertEqual(json.loads(body)['message'], 'it <b>broke</b> & "so"')
+
+    def test_the_length_is_that_of_the_bytes_and_head_gets_none(self):
+        head, body = self.page('*/*', 'caf\u00e9')
+        self.assertIn(f'Content-Length: {len(body.encode())}', head)
+        self.assertEqual(self.page('*/*', method='HEAD')[1], '')
+
 
 class PlainWordsTest(unittest.TestCase):
 
@@ -9220,7 +9221,7 @@ class ErrorPageTest(WorldTest):
 
     async def world(self, *args, **options):
         await super().world(*args, **options)
-        self.server.pages.error = lt.error_page
+        self.server.pages.error = functools.partial(lt.any_page, page=lt.error_page)
 
     async def raw_client(self, name):
         """A Peer that is a client of NAME."""
