@@ -3758,6 +3758,8 @@ class Admission:
             check_name(name)
             if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
                 raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+        if self._tunnels.others:
+            self._tunnels.others.check(visitor, hello)
         asked = Candidate(visitor, grant, hello, name, facts)
         if self._is_owner(asked):
             there = self._find(asked).before(hello)     # one that does not answer goes
@@ -4594,6 +4596,7 @@ class ServerAddress:
         """Raises UsageError.  A bare host means https, and http for this machine."""
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
         self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
+        self.sni = ''                           # what TLS is told instead, once it asks for that
         self.lease = ''                         # a seam: what it is shown at each attempt, and
         self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
         if '://' not in text:
@@ -4987,6 +4990,9 @@ class Client:
             backoff.connected(self.runtime.now())
             return await self._until_lost()
         except Refused as e:
+            if e.code == 'sni' and not self.address.sni:        # a balancer there goes by it
+                self.address.sni = self.address.wants['sni'] = f'{self.name}.{self.address.site}'
+                return await self._attempt(backoff)
             # A client that has just begun was not started earlier: a clock is wrong; try again.
             ahead = e.code == 'superseded' and not self.url
             if self.once or not ahead and (e.final or not (
@@ -5296,6 +5302,10 @@ class Others:
 
     def may_know(self, name: str) -> bool:
         """True if others may know NAME, of which this server knows nothing."""
+        raise NotImplementedError
+
+    def check(self, visitor: Visitor, hello: Hello) -> None:
+        """Raises Refused where a client does not come on the way that its visitors take."""
         raise NotImplementedError
 
     async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
@@ -6289,8 +6299,8 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
         where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
                                  else {'host': host, 'port': address.port})
         _, connection = await runtime.loop.create_connection(
-            lambda: Connection(runtime), ssl=tls, server_hostname=address.site if tls else None,
-            **where)
+            lambda: Connection(runtime), ssl=tls, **where,
+            server_hostname=(address.sni or address.site) if tls else None)
         return connection
     reach = functools.partial(first_to_answer, addresses(address.site), timeout, dial)
     try:
@@ -6303,6 +6313,10 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
         if tls and getattr(e, 'verify_code', 0) in OTHER_NAME:
             fault += await certificate_names(tls, reach)
         raise Refused(495, 'tls', fault) from e
+    if address.sni and tls and tls.check_hostname and not covers(   # who has that name may have one
+            validity(connection.transport.get_extra_info('peercert'))[2], address.site):
+        connection.abort()
+        raise Refused(495, 'tls', f'the certificate of {address} is for {address.sni} alone')
     if pin:
         shown = digest_of(
             connection.transport.get_extra_info('ssl_object').getpeercert(binary_form=True))
@@ -6884,6 +6898,7 @@ class Node(Others):
                              hashlib.sha256).digest()
         self._over: dict[str, dict[str, int]] = {}      # by name, of those given back here
         server.tunnels.others = self
+        server.admission.offers['sni'] = lambda said: ''        # it was asked to, see `check`
         self._leases.keepers.append(self._watch)
 
     def may_know(self, name: str) -> bool:
@@ -6892,6 +6907,12 @@ class Node(Others):
         except Refused:
             return False
         return self._leases.owner(name, time.time()) is None
+
+    def check(self, visitor: Visitor, hello: Hello) -> None:
+        if visitor.connection.secure and not visitor.trusted and not hello.wants.get('sni'):
+            raise Refused(421, 'sni', 'a balancer passes TLS on to this server by the name in it, '
+                          'and this client does not send that of its tunnel; fetch the client from '
+                          'this server')
 
     def lease(self, name: str) -> str:
         lease = self._leases.by_name.get(name)

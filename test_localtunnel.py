@@ -4991,6 +4991,47 @@ class ClusterTest(FolderTest, WorldTest):
             await self.asks('shop')
         self.assertEqual(tunnels.held, 4)
 
+    # TLS that a balancer passes on.
+
+    async def tls_node(self, *hosts):
+        """The port of a node with a certificate of its own for each of HOSTS, and what it heard."""
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+        await self.cluster(domain='t.localhost')
+        contexts, heard = {}, []
+        for host in hosts:
+            files = [self.path(host + end) for end in ('.crt', '.key')]
+            subprocess.run(
+                ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                 'ec_paramgen_curve:P-256', '-nodes', '-subj', '/CN=x', '-addext',
+                 f'subjectAltName=DNS:{host},DNS:*.{host}', '-out', files[0], '-keyout', files[1]],
+                check=True, capture_output=True)
+            contexts[host] = lt.server_context(*files)
+
+        def choose(shown, name, _):
+            heard.append(name)
+            shown.context = contexts.get(name, contexts['t.localhost'])
+        contexts['t.localhost'].sni_callback = choose
+        self.server.tls = lt.Tls(contexts['t.localhost'])
+        self.trusted = lt.client_tls()
+        for host in hosts:
+            self.trusted.load_verify_locations(self.path(host + '.crt'))
+        return await self.listen(tls=True), heard
+
+    async def test_a_client_names_its_tunnel_where_a_balancer_goes_by_that(self):
+        port, heard = await self.tls_node('t.localhost')
+        client = await self.client(await self.app(), site='https://t.localhost', port=port,
+                                   tls=self.trusted, name='shop')
+        self.assertEqual(heard, ['t.localhost', 'shop.t.localhost'])
+        self.assertTrue(client.url)
+
+    async def test_who_has_a_certificate_for_a_name_alone_is_not_the_server(self):
+        port, heard = await self.tls_node('t.localhost', 'shop.t.localhost')
+        client = await self.client(await self.app(), site='https://t.localhost', port=port,
+                                   tls=self.trusted, name='shop')
+        self.assertRegex(str(client.running.exception()), 'is for shop[.]t[.]localhost alone')
+        self.assertEqual(heard, ['t.localhost', 'shop.t.localhost'])
+
     # Files.
 
     def test_a_key_is_printed_and_read(self):
@@ -6767,8 +6808,21 @@ class OperatorTest(FolderTest, WorldTest):
         self.assertEqual((await self.asks('shop.t.example.com', path='/x'))[0], 308)
         self.assertEqual([told[0] for told in self.log.told], ['exchange'])     # the last one
         self.assertEqual(self.server.counters, {308: 1})
-        self.server.draining = True
-        self.assertEqual((await self.asks('', 0))[0], 503)
+
+    async def test_a_balancer_that_asks_learns_that_the_server_ends_while_it_still_serves(self):
+        await self.world()
+        await lt.Operator().at_server(lt.Args(admin=None), self.server)
+        client = await self.client(await self.app())
+        for asks in 0, 1:
+            if asks:
+                await self.asks('', 0)
+            leaving = self.meanwhile(self.server.leave())
+            for _ in range(asks * lt.TOLD):
+                await asyncio.sleep(0)
+                self.assertFalse(leaving.done())
+                self.assertEqual((await self.visit(client))[0], 200)
+                self.assertEqual((await self.asks('', 0))[0], 503)
+            await leaving
 
     def test_admin_without_a_value_is_a_port_of_loopback(self):
         parse = lt.make_parser().parse_args
