@@ -39,14 +39,14 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  48 Output
-     2 Wire                   16 Plain words            49 Keys
-     3 Credit                 17 Files                  50 Terminal
-     4 Byte streams           18 Annex                  51 Options
-     5 Session                19 TLS                    52 Wiring
-     6 HTTP/1.1               20 DNS                    53 Python
-     7 Names and tokens       21 Kept leases            54 Configuration file
-     8 Exchange               22 Access                 55 Command line
+     1 Constants and errors   15 Seams                  49 Output
+     2 Wire                   16 Plain words            50 Keys
+     3 Credit                 17 Files                  51 Terminal
+     4 Byte streams           18 Annex                  52 Options
+     5 Session                19 TLS                    53 Wiring
+     6 HTTP/1.1               20 DNS                    54 Python
+     7 Names and tokens       21 Kept leases            55 Configuration file
+     8 Exchange               22 Access                 56 Command line
      9 Tunnels                23 Cluster
     10 Admission              24 Raw TCP
     11 Server                 25 Folder and echo
@@ -58,20 +58,21 @@ Rooms
                               31 Operator's page
                               32 Block list
                               33 Kept requests
-                              34 Ground
-                              35 Doctor
-                              36 Landing page
-                              37 Verifying
-                              38 Token files
-                              39 Invitations
-                              40 Exchanges
-                              41 Inspector's page
-                              42 Inspector
-                              43 Logs and replay
-                              44 Words from elsewhere
-                              45 Error pages
-                              46 Setting up
-                              47 Via ssh
+                              34 Mail
+                              35 Ground
+                              36 Doctor
+                              37 Landing page
+                              38 Verifying
+                              39 Token files
+                              40 Invitations
+                              41 Exchanges
+                              42 Inspector's page
+                              43 Inspector
+                              44 Logs and replay
+                              45 Words from elsewhere
+                              46 Error pages
+                              47 Setting up
+                              48 Via ssh
 """
 
 from __future__ import annotations
@@ -6090,7 +6091,7 @@ def listen_at(server: Server, host: str, port: int) -> Sockets:
     try:
         return doors.take(host, port)
     except OSError as e:
-        cure = 'choose another port with --port, --tls-port or --admin'
+        cure = 'choose another port with --port, --tls-port, --admin or --mail-port'
         if e.errno == errno.EACCES:
             cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
                     f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
@@ -9925,7 +9926,634 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Ground
+# 34. Mail
+#
+# Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
+# a form with the fields of Mailgun's routes, or the message as it is.
+#
+# The sender has its answer after the app has given its own: what the app took is delivered, and all
+# else is still the sender's, who tries again for days, or tells the author.  So no mail is ever
+# kept here; what is under way lies in temporary files without names.  One answer is for all of a
+# message, so its recipients are of one name: for others its sender comes again.
+#
+#   app              sender          then
+#   2xx              250             it is delivered
+#   4xx              550             it goes back to its author; but 408, 425 and 429 are as 5xx
+#   else, or away    451             the sender tries again
+# ------------------------------------------------------------------------------------------------
+
+MAIL_PORT = 25
+MAX_MAIL = 25 * MIB             # of a message: Gmail and others take no more either
+MAX_MAIL_LINE = 4 * KIB         # of a command, and of a message: RFC 5321 allows 1,000 bytes
+MAX_RECIPIENTS = 100            # which RFC 5321 4.5.3.1.8 asks for
+MAX_COMMANDS = 1000             # between two messages; and how many of them may be wrong
+MAX_WRONG_COMMANDS = 20
+MAX_SENDERS, MAX_SENDERS_OF_ADDRESS = 1000, 50      # connections; Postfix makes up to 20 to a place
+SENDER_IDLE = 300.0             # seconds for a command, or a piece of a message (RFC 5321 4.5.3.2)
+SENDER_HURRY = 10.0             # the same while more than half of the connections are taken
+MESSAGE_WITHIN = 1800.0         # for a whole message: 14 kB/s
+APP_WITHIN = 300.0              # for the app to answer: senders wait for 600
+MAIL_PIECE = 64 * KIB           # of a file in memory, and to the app at a time
+MAIL_HELD = 4 * MAIL_PIECE      # of memory: both files, and what is unread
+MAIL_ON_DISK = 1 * GIB          # of all messages under way; their forms may take twice as much
+DECODED_WITHIN = 5.0            # seconds; also bounds of what is decoded, which few messages reach:
+MAX_PARTS, MAX_PART_FIELDS, MAX_MAIL_LINES = 1000, 10000, 500000
+DECODED_TOGETHER = 2            # messages; each takes up to six times its size in memory
+FED = 16 * KIB                  # to the parser at a time
+TO_POSTMASTER = 4 * KIB         # of a message to postmaster@DOMAIN, in the log
+
+TEMPORARY = 408, 425, 429       # what an app says that is busy
+MAIL_PATH = re.compile(r'/[!-"$-~]{0,2000}')
+HELO = re.compile(r'[\w.:\[\]-]{1,255}', re.ASCII)
+# A mailbox, perhaps behind a route that is not taken (RFC 5321 4.1.1.3), and parameters.
+_UNSAFE = r'\x00-\x1f\x7f-\x9f\ud800-\udfff'
+ENVELOPE = re.compile(
+    rf'(?i)(?:FROM|TO): ?<(?:@[\w.,:@-]+:)?((?:[^\s{_UNSAFE}<>()\[\]\\,;:@"]{{1,64}}'
+    rf'|"(?:[^{_UNSAFE}"\\]|\\[ -~]){{0,62}}")@[\w.-]{{1,253}}|postmaster|)>((?: [!-~]+)*)')
+# Those that text comes in.  Python knows others, some of which take hours for a long text.
+CHARSET = re.compile(
+    r'(?i)(us-)?ascii|utf[_-]?(7|8|16|32)([_-]?[bl]e)?|iso[_-]?8859[_-]\d{1,2}|latin[_-]?\d{1,2}'
+    r'|iso-2022-(jp|kr)(-\d)?|(windows-?|cp)\d{3,4}|koi8[_-][rtu]|gb(k|2312|18030)|big5(-?hkscs)?'
+    r'|euc[_-](jp|kr)|shift[_-]?jis|ks_c_5601-1987|mac-?roman')
+# Where an answer quotes what it answers, or a signature begins.
+QUOTED = re.compile(r'(?m)^(?:-- ?|On [^\n]{1,200}(?:\n[^\n]{1,200})? wrote:|-{3,} ?(?:Original|'
+                    r'Forwarded) [Mm]essage ?-{3,}|_{20,})\r?$')
+
+TOO_LARGE = f'552 5.3.4 a message may have {MAX_MAIL} bytes'
+REPLIES = {                     # to commands that change nothing
+    'NOOP': '250 2.0.0 OK', 'RSET': '250 2.0.0 OK', 'VRFY': '252 2.5.2 send mail, and see',
+    'EXPN': '502 5.5.1 there are no lists here', 'HELP': '214 2.0.0 as RFC 5321 has it'}
+ALONE = 'DATA', 'RSET', 'QUIT', 'STARTTLS'      # nothing follows them on their line
+
+Field = Tuple[str, bytes, str, str]     # of a form: name, value, file name, type
+
+
+def decoded(data: bytes, charset: str | None) -> str:
+    """DATA as text, whatever CHARSET it claims to be in."""
+    with contextlib.suppress(LookupError):
+        if CHARSET.fullmatch(charset or ''):
+            return data.decode(str(charset), 'replace')
+    return data.decode(errors='replace')
+
+
+def header_text(value: str) -> str:
+    """The VALUE of a header field, with its encoded words (RFC 2047) and 8-bit text decoded."""
+    import email.errors
+    import email.header
+    value = decoded(value.encode(errors='surrogateescape'), None)
+    with contextlib.suppress(email.errors.MessageError, ValueError):
+        value = ''.join(piece if isinstance(piece, str) else decoded(piece, charset) if charset else
+                        piece.decode('raw-unicode-escape', 'replace')
+                        for piece, charset in email.header.decode_header(value))
+    return re.sub('[\r\n]+', '', value)
+
+
+def parse_mail(raw: BinaryIO, check: Callable[[], None]) -> Any:
+    """RAW as an email.message.Message.  CHECK is called now and then, and raises ValueError."""
+    import email.message
+    import email.parser
+    import email.policy
+    fields, parts = itertools.count(1), itertools.count()
+
+    def bound(passes: bool) -> None:
+        check()
+        if not passes:
+            raise ValueError('larger than any message that makes sense')
+
+    class Bounded(email.policy.Compat32):
+        """Never raises for what is malformed, but for what would take hours."""
+
+        def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
+            bound(next(fields) <= MAX_PART_FIELDS and sum(map(len, sourcelines)) <= MAX_HEAD)
+            return super().header_source_parse(sourcelines)
+
+    def part(policy: Any = None) -> Any:
+        bound(next(parts) <= MAX_PARTS)
+        return email.message.Message(policy)
+
+    parser, lines = email.parser.BytesFeedParser(part, policy=Bounded()), 0
+    for piece in iter(lambda: raw.read(FED), b''):
+        lines += piece.count(b'\n')
+        bound(lines <= MAX_MAIL_LINES)
+        parser.feed(piece)
+    return parser.close()
+
+
+def leaves(message: Any) -> Iterator[Any]:
+    """The parts of MESSAGE that have no parts, in order; a message inside is one."""
+    stack = [message]
+    while stack:
+        part = stack.pop()
+        if part.is_multipart() and part.get_content_maintype() == 'multipart':
+            stack += reversed(part.get_payload())
+        else:
+            yield part
+
+
+def read_mail(raw: BinaryIO) -> Iterator[Field]:
+    """What a form has of the message in RAW.  Raises anything for what was made to break it."""
+    deadline = time.monotonic() + DECODED_WITHIN
+
+    def check() -> None:
+        if time.monotonic() > deadline:
+            raise ValueError('this takes too long')
+    message, headers, bodies, count = parse_mail(raw, check), [], {}, 0
+    for name, value in message.raw_items():
+        check()
+        headers.append((name, header_text(value)))
+    for part in leaves(message):
+        check()
+        kind, file, inside = part.get_content_type(), part.get_filename(), part.get_payload()
+        data = (b'\r\n'.join(one.as_bytes() for one in inside) if isinstance(inside, list)
+                else part.get_payload(decode=True) or b'')
+        if kind in ('text/plain', 'text/html') and kind not in bodies and not file and (
+                part.get_content_disposition() != 'attachment'):
+            bodies[kind] = decoded(data, part.get_content_charset())
+        else:
+            count += 1
+            name = re.split(r'[\\/]', header_text(file or ''))[-1] or f'attachment-{count}'
+            yield f'attachment-{count}', data, name, kind
+    plain, first = bodies.get('text/plain', ''), {
+        name.lower(): value for name, value in reversed(headers)}
+    answer = '\n'.join(line for line in QUOTED.split(plain, 1)[0].splitlines()
+                       if not line.startswith('>'))
+    for name, value in (
+            ('from', first.get('from', '')), ('subject', first.get('subject', '')),
+            ('body-plain', plain), ('stripped-text', answer.strip()),
+            ('body-html', bodies.get('text/html', '')), ('attachment-count', str(count)),
+            ('message-headers', json.dumps(headers))):
+        yield name, value.encode(errors='replace'), '', ''
+
+
+def form_head(boundary: str, name: str, file: str = '', kind: str = '') -> bytes:
+    """What stands before a value in a form (RFC 7578)."""
+    if file:
+        kind = kind if re.fullmatch(r'[\w.+-]+/[\w.+-]+', kind, re.ASCII) else 'text/plain'
+        file = printable(file).replace('"', '%22')
+        file = f'; filename="{file}"\r\nContent-Type: {kind}'
+    return (f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
+            ).encode(errors='replace')
+
+
+def compose(boundary: str, sender: str, to: str, raw: BinaryIO, form: BinaryIO) -> None:
+    """Write the form for the message in RAW; what can't be read of it is there as it came."""
+    def write(fields: Iterable[Field]) -> None:
+        for name, value, file, kind in fields:
+            form.write(form_head(boundary, name, file, kind) + value + b'\r\n')
+    write([('recipient', to.encode(), '', ''), ('sender', sender.encode(), '', '')])
+    end = form.tell()
+    raw.seek(0)
+    try:
+        write(read_mail(raw))
+    except Exception:       # whatever a message was made to break: it is the app's to see
+        form.seek(end)
+        form.truncate()
+    raw.seek(0)
+    form.write(form_head(boundary, 'body-mime', 'message.eml', 'message/rfc822'))
+    shutil.copyfileobj(raw, form)
+    form.write(f'\r\n--{boundary}--\r\n'.encode())
+
+
+class Reply(LocaltunnelError):
+    """What a sender is told instead of yes; the LAST thing before its connection ends."""
+
+    def __init__(self, text: str, last: bool = False) -> None:
+        super().__init__(text)
+        self.last = last
+
+
+def verdict_on(status: int, text: str) -> str:
+    """The reply to a sender whose mail met STATUS of HTTP, with TEXT."""
+    code = '250 2.0.0' if status // 100 == 2 else '451 4.3.0'
+    if status // 100 == 4 and status not in TEMPORARY:
+        code = '550 5.1.1' if status in (404, 410) else '550 5.7.1'
+    return f'{code} {printable(text)[:MAX_TEXT]}'
+
+
+class Letter:
+    """One message, and its envelope."""
+
+    def __init__(self, sender: str, utf8: bool) -> None:
+        self.sender, self.utf8, self.id = sender, utf8, secrets.token_hex(8)
+        self.name, self.recipients = '', []     # type: str, list[str]  # of one name; of none: us
+        self.wish: Any = None                   # of the client: [path, whether it comes raw]
+        self.size = self.spooled = 0    # bytes of the message, and of those in its file
+
+    @property
+    def to(self) -> str:
+        """All recipients."""
+        return ', '.join(self.recipients)
+
+
+class PostOffice:
+    """Takes mail for the tunnels of a server whose clients want it."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.disk = server, Budget(MAIL_ON_DISK)
+        self.senders: dict[str, int] = collections.Counter()    # connections, by subnet
+        self._decoding = asyncio.Semaphore(DECODED_TOGETHER)
+
+    @property
+    def crowd(self) -> int:
+        """How many senders are here."""
+        return sum(self.senders.values())
+
+    @staticmethod
+    def file() -> Any:
+        """A file without a name, in memory while it is small."""
+        import tempfile
+        return tempfile.SpooledTemporaryFile(MAIL_PIECE)
+
+    def wish_of(self, name: str) -> Any:
+        """What the client of NAME wants of mail: [path, raw].  Raises HopFailed."""
+        server = self.server
+        tunnel = server.tunnels.get(name)
+        if tunnel and tunnel.members:
+            if 'mail' not in tunnel.members[0].hello.wants:
+                raise HopFailed(404, f'{name} takes no mail')
+            return tunnel.members[0].hello.wants['mail']
+        leases = server.admission.leases
+        if leases.owner(name, time.time()) and 'mail' in leases.by_name[name].facts:
+            raise HopFailed(503, f'{name} is away; try again later')
+        raise HopFailed(404, f'nobody called {name} takes mail here')
+
+    async def deliver(self, letter: Letter, raw: BinaryIO, visitor: Visitor) -> str:
+        """Give LETTER, with its message in RAW, to the app; return the reply to VISITOR."""
+        runtime, log = self.server.runtime, self.server.log
+        record = Record(0, runtime.now(), 'MAIL', f'{letter.name}.{self.server.domain}')
+        record.visitor = visitor.address
+        try:
+            with self.file() as form:
+                response = await asyncio.wait_for(self._post(letter, raw, form, visitor),
+                                                  APP_WITHIN)
+            status, why = response.status, f'the app says {response.status}'
+            if response.has(b'localtunnel-failed'):
+                status, why = 502, 'the app does not answer; try again later'
+        except HopFailed as e:
+            status, why = e.status, str(e)
+        except asyncio.TimeoutError:
+            status, why = 504, 'the app took too long; try again later'
+        record.why = why if status // 100 != 2 else ''
+        reply = verdict_on(status, why if record.why else f'delivered, as {letter.id}')
+        record.status = int(reply[:3])
+        log.exchange(record, runtime.now() - record.began)
+        return reply
+
+    async def _post(self, letter: Letter, raw: BinaryIO, form: BinaryIO,
+                    visitor: Visitor) -> Response:
+        (path, as_is), boundary = letter.wish, secrets.token_hex(16)
+        kind, body = 'message/rfc822', raw
+        if not as_is:
+            kind, body = f'multipart/form-data; boundary={boundary}', form
+            async with self._decoding:
+                await self.server.runtime.loop.run_in_executor(
+                    None, compose, boundary, letter.sender, letter.to, raw, form)
+        size = body.tell()
+        body.seek(0)
+        head = [f'POST {path} HTTP/1.1', f'Host: {letter.name}.{self.server.domain}',
+                f'User-Agent: localtunnel/{__version__}', f'Content-Type: {kind}',
+                f'Content-Length: {size}', f'Localtunnel-Mail-From: {letter.sender}',
+                f'Localtunnel-Mail-To: {letter.to}', '']
+
+        def message() -> Iterator[bytes]:
+            if self.wish_of(letter.name) != letter.wish:        # another client has come meanwhile
+                raise HopFailed(503, f'{letter.name} has changed; try again later')
+            yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
+            yield from iter(lambda: body.read(MAIL_PIECE), b'')
+        return await ask_app(self.server, letter.name, visitor, message())
+
+
+async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
+    """Speak TLS on CONNECTION from now on; what came in clear before is dropped (RFC 3207).
+
+    Nothing may be awaited before this, or the first bytes of the handshake could be read here.
+    """
+    runtime, before = connection.runtime, connection.transport
+    connection.peek()
+    connection.read_nowait(NEVER)
+    try:
+        after: Any = await runtime.loop.start_tls(
+            before, connection, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
+    except BaseException as e:
+        before.abort()
+        connection.connection_lost(None)        # asyncio tells only the handshake
+        if isinstance(e, (OSError, asyncio.TimeoutError)):
+            raise Disconnected('no TLS') from e
+        raise
+    runtime.transports.discard(before)
+    runtime.transports.add(after)
+    connection.transport, connection.secure = after, True
+
+
+class Postman:
+    """The conversation with one sender."""
+
+    def __init__(self, office: PostOffice, connection: Connection, visitor: Visitor) -> None:
+        self._office, self._server, self._domain = office, office.server, office.server.domain
+        self._connection, self._visitor = connection, visitor
+        self._helo, self._extended = '', False          # what it calls itself, and by EHLO
+        self._letter: Letter | None = None
+        self._commands = self._wrong = 0                # since the last message
+
+    async def converse(self) -> None:
+        """Answer commands until the sender leaves.  Raises Reply, with the last one."""
+        reply = f'220 {self._domain} ESMTP localtunnel'
+        while True:
+            if reply:
+                await self._connection.write(f'{reply}\r\n'.encode('ascii', 'replace'))
+            if self._connection.unread:
+                await asyncio.sleep(0)
+            line = await self._line()
+            if self._server.draining:
+                raise Reply('421 4.3.2 this server is shutting down', last=True)
+            try:
+                reply = await self._answer(line)
+            except (Reply, HopFailed) as e:
+                if isinstance(e, Reply) and e.last:
+                    raise
+                reply = verdict_on(e.status, str(e)) if isinstance(e, HopFailed) else str(e)
+            self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
+            if self._commands > MAX_COMMANDS or self._wrong > MAX_WRONG_COMMANDS:
+                raise Reply('421 4.7.0 too many commands that lead to nothing', last=True)
+
+    async def _answer(self, line: str) -> str:
+        """The reply to the command in LINE.  Raises Reply and HopFailed."""
+        verb, _, rest = line.partition(' ')
+        verb, rest = verb.upper(), rest.strip()
+        if rest and verb in ALONE:
+            return f'501 5.5.4 nothing follows {verb}'
+        if verb in ('HELO', 'EHLO'):
+            return self._greet(verb, rest)
+        if verb == 'MAIL':
+            return self._mail(rest)
+        if verb == 'RCPT':
+            return self._rcpt(rest)
+        if verb == 'DATA':
+            return await self._data()
+        if verb == 'STARTTLS' and self._tls:
+            return await self._encrypt()
+        if verb == 'QUIT':
+            raise Reply('221 2.0.0 goodbye', last=True)
+        if verb == 'RSET':
+            self._letter = None
+        return REPLIES.get(verb, '500 5.5.1 this command is not known here')
+
+    # What comes in.
+
+    async def _lines(self, deadline: float, most: float = NEVER) -> bytes:
+        """What is here up to its last line end, and stays unread; each wait takes MOST seconds."""
+        connection = self._connection
+        while True:
+            here = connection.peek()
+            end = here.rfind(b'\n') + 1
+            if end:
+                return here[:end]
+            if len(here) >= MAX_MAIL_LINE:
+                raise Reply('500 5.5.2 this line is too long', last=True)
+            left = min(most, deadline - connection.runtime.now())
+            try:
+                if not await connection.wait_for_data(max(0.0, left)):
+                    raise Disconnected('the sender went away')
+            except Overdue as e:
+                raise Reply('421 4.4.2 this takes too long', last=True) from e
+
+    @staticmethod
+    def _check(lines: bytes) -> None:
+        """Raises Reply for line ends that others take for something else, and for long lines."""
+        if not lines.count(b'\n') == lines.count(b'\r') == lines.count(b'\r\n'):
+            raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone', last=True)
+        if max(map(len, lines.split(b'\n'))) >= MAX_MAIL_LINE:
+            raise Reply('500 5.5.2 this line is too long', last=True)
+
+    async def _line(self) -> str:
+        """The next command."""
+        hurry = self._office.crowd > MAX_SENDERS // 2
+        here = await self._lines(self._server.runtime.now()
+                                 + (SENDER_HURRY if hurry else SENDER_IDLE))
+        line = self._connection.read_nowait(here.index(b'\n') + 1)
+        self._check(line)
+        return line[:-2].decode(errors='surrogateescape')
+
+    async def _read(self, letter: Letter, raw: BinaryIO) -> str:
+        """Read the message of LETTER into RAW; return why it can't be taken, or ''."""
+        deadline, why, end = self._server.runtime.now() + MESSAGE_WITHIN, '', -1
+        while end < 0:
+            text = b'\r\n' + await self._lines(deadline, SENDER_IDLE)
+            end = text.find(b'\r\n.\r\n')
+            lines = text if end < 0 else text[:end + 2]
+            self._check(lines)
+            self._connection.read_nowait(len(text) - 2 if end < 0 else end + 3)
+            letter.size += len(lines) - 2
+            if letter.size > MAX_MAIL:
+                why = TOO_LARGE
+                if letter.size > 2 * MAX_MAIL:
+                    raise Reply(why, last=True)
+            elif not self._office.disk.take(len(lines)):
+                why = '452 4.3.1 there is too much mail at once; try again later'
+            else:
+                letter.spooled += len(lines)
+                raw.write(lines.replace(b'\r\n.', b'\r\n')[2:])
+            if self._connection.unread:
+                await asyncio.sleep(0)
+        return why
+
+    # Commands.
+    @property
+    def _tls(self) -> ssl.SSLContext | None:
+        """With what this connection may be encrypted, where it is not yet."""
+        tls = self._server.tls
+        return tls.context if tls and tls.validity and not self._connection.secure else None
+
+    def _greet(self, verb: str, name: str) -> str:
+        if not HELO.fullmatch(name):
+            return f'501 5.5.4 {verb} takes the name of your host'
+        self._helo, self._extended, self._letter = name, verb == 'EHLO', None
+        offers = [self._domain, *(['PIPELINING', f'SIZE {MAX_MAIL}', '8BITMIME', 'SMTPUTF8',
+                                   'ENHANCEDSTATUSCODES'] if self._extended else [])]
+        offers += ['STARTTLS'] * (self._extended and self._tls is not None)
+        return '\r\n'.join(f'250-{offer}' for offer in offers)[::-1].replace('-', ' ', 1)[::-1]
+
+    async def _encrypt(self) -> str:
+        context = self._tls
+        assert context is not None
+        self._connection.transport.write(b'220 2.0.0 go ahead\r\n')
+        await begin_tls(self._connection, context)
+        self._helo, self._letter = '', None
+        return ''
+
+    @staticmethod
+    def _envelope(word: str, text: str, utf8: bool = False) -> tuple[str, str]:
+        """The mailbox that stands in TEXT behind WORD, and the parameters.  Raises Reply."""
+        match = ENVELOPE.fullmatch(text)
+        if not match or not text.upper().startswith(word):
+            raise Reply(f'501 5.1.7 the address is malformed; it must be {word}<USER@HOST>')
+        if not (match.group(1).isascii() or utf8 or ' SMTPUTF8' in match.group(2).upper()):
+            raise Reply('553 5.6.7 this address needs SMTPUTF8')
+        return match.group(1), match.group(2)
+
+    def _mail(self, text: str) -> str:
+        if not self._helo or self._letter:
+            return '503 5.5.1 ' + ('RSET first' if self._letter else 'EHLO first')
+        sender, more = self._envelope('FROM:', text)
+        for word in more.upper().split():
+            if not re.fullmatch('SIZE=[0-9]{1,20}|BODY=(7BIT|8BITMIME)|SMTPUTF8', word):
+                return '555 5.5.4 this parameter is not known here'
+            if word.startswith('SIZE=') and int(word[5:]) > MAX_MAIL:
+                return TOO_LARGE
+        self._letter = Letter(sender, 'SMTPUTF8' in more.upper())
+        return '250 2.1.0 OK'
+
+    def _rcpt(self, text: str) -> str:
+        """Take a recipient, see above for which."""
+        letter = self._letter
+        if not letter:
+            return '503 5.5.1 MAIL first'
+        to, more = self._envelope('TO:', text, letter.utf8)
+        user, _, host = to.rpartition('@')
+        name, _, parent = host.lower().partition('.')
+        if more or not to:
+            return '555 5.5.4 this parameter is not known here' if more else '501 5.1.3 to whom'
+        if len(letter.recipients) >= MAX_RECIPIENTS:
+            return '452 4.5.3 too many recipients; send the message again for the others'
+        wish = None
+        if f'{user}@{host}'.lower() in (f'postmaster@{self._domain}', '@postmaster'):
+            name = ''
+        elif parent == self._domain:
+            wish = self._office.wish_of(name)
+        else:
+            return (f'550 5.7.1 this server takes mail for NAME.{self._domain}, and relays none')
+        if letter.recipients and letter.name != name:
+            return '452 4.5.3 one name at a time; send the message again for the others'
+        letter.name, letter.wish = name, wish
+        letter.recipients.append(to)
+        return '250 2.1.5 OK'
+
+    def _trace(self, letter: Letter) -> bytes:
+        """What stands before the message, for who looks where it comes from (RFC 5321 4.4)."""
+        import email.utils
+        peer = self._visitor.peer
+        how = ('UTF8SMTP' if letter.utf8 else 'ESMTP' if self._extended else 'SMTP') + (
+            'S' * self._connection.secure)
+        to = f' for <{letter.to}>' if len(letter.recipients) == 1 else ''
+        return (f'Return-Path: <{letter.sender}>\r\n'
+                f'Received: from {self._helo} ([{"IPv6:" * (":" in peer)}{peer}])\r\n'
+                f'\tby {self._domain} with {how} id {letter.id}{to};\r\n'
+                f'\t{email.utils.formatdate()}\r\n').encode()
+
+    async def _data(self) -> str:
+        letter, budget = self._letter, self._server.admission.budget
+        if not letter or not letter.recipients:
+            return '503 5.5.1 MAIL first' if not letter else '554 5.5.1 no valid recipients'
+        if not budget.take(MAIL_HELD):
+            return '451 4.3.1 there is too much mail at once; try again later'
+        try:
+            await self._connection.write(b'354 go ahead, and end with a dot on its own line\r\n')
+            with self._office.file() as raw:
+                raw.write(self._trace(letter))
+                why = await self._read(letter, raw)
+                if why:
+                    return why
+                self._commands = self._wrong = 0
+                if letter.name:
+                    return await self._office.deliver(letter, raw, self._visitor)
+                raw.seek(0)
+                self._server.log.note('mail for the postmaster', event='postmaster',
+                                      mail=raw.read(TO_POSTMASTER).decode(errors='replace'))
+                return f'250 2.0.0 delivered, as {letter.id}'
+        except OSError as e:
+            raise Reply('452 4.3.1 there is no room on the disk', last=True) from e
+        finally:
+            self._letter = None
+            budget.give(MAIL_HELD)
+            self._office.disk.give(letter.spooled)
+
+
+async def serve_sender(office: PostOffice, connection: Connection) -> None:
+    """Serve one sender."""
+    visitor, senders = office.server.visitors.enter(connection), office.senders
+    subnet = subnet_of(visitor.peer)
+    senders[subnet] += 1
+    try:
+        if visitor.refusal or office.crowd > MAX_SENDERS or (
+                senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
+            raise Reply('421 4.3.2 too many connections; try again later', last=True)
+        await Postman(office, connection, visitor).converse()
+    except Reply as e:
+        with contextlib.suppress(LocaltunnelError, OSError):
+            await connection.write(f'{e}\r\n'.encode('ascii', 'replace'))
+            await connection.linger()
+    except (LocaltunnelError, OSError):
+        pass                    # it is gone
+    finally:
+        senders[subnet] -= 1
+        if not senders[subnet]:
+            del senders[subnet]
+        office.server.visitors.leave(visitor)
+        connection.close()
+
+
+def check_wish(said: Any) -> str:
+    """What is noted of SAID, by a client.  Raises ValueError and TypeError unless [path, raw]."""
+    path, as_is = said
+    if not (isinstance(path, str) and MAIL_PATH.fullmatch(path) and isinstance(as_is, bool)):
+        raise ValueError('it must be a path of the app, and whether mail comes raw')
+    return 'wanted'
+
+
+class Announcer(ClientObserver):
+    """Tells the user of a client where its mail goes."""
+
+    def __init__(self, path: str, app: App) -> None:
+        self._path, self._to, self._told = path, app.observer, ''
+
+    def welcome(self, said: dict[str, Any]) -> None:
+        host = str(said['url']).partition('://')[2].partition(':')[0]
+        if host != self._told:
+            self._told = host
+            self._to.also('mail', f'to anything@{host}, for {self._path}')
+
+
+class Mail(Annex):
+    """--mail, at both ends."""
+    title = 'mail'
+
+    def client_options(self, add: Add) -> None:
+        add('--mail', metavar='PATH', help='POST mail to anything@NAME.DOMAIN to PATH of the app')
+        add('--mail-raw', action='store_true', help='as message/rfc822, not as a form')
+
+    def server_options(self, add: Add) -> None:
+        add('--mail', action='store_true', help='take mail for the tunnels that want it')
+        add('--mail-port', type=port_number, default=MAIL_PORT, metavar='PORT',
+            help='port for mail; the world knows %(default)s alone (%(default)s)')
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        if not args.mail:
+            if args.mail_raw:
+                raise UsageError('--mail-raw says how mail comes; add where it goes: --mail PATH')
+            return
+        path = urllib.parse.quote(args.mail, safe=URL_CHARACTERS)
+        if app.target.kind != 'http' or not MAIL_PATH.fullmatch(path):
+            raise UsageError('--mail takes a path of an http app, such as --mail /inbox')
+        address.wants['mail'] = [path, args.mail_raw]
+        observers: Any = Observers(app.observer, Announcer(path, app))
+        app.observer = observers
+
+    async def at_server(self, args: Args, server: Server) -> None:
+        if not args.mail:
+            return
+        if is_address(args.domain):
+            raise UsageError('--mail needs a --domain with a name: mail goes to NAME.DOMAIN')
+        server.admission.offers['mail'] = check_wish
+        office = PostOffice(server)
+        for sock in listen_at(server, args.bind, args.mail_port):
+            await server.doors.open(sock, functools.partial(serve_sender, office))
+        if not is_loopback(args.domain):
+            server.log.note(f'for mail, add a DNS record: name *.{args.domain}, type MX, value '
+                            f'10 {args.domain}.')
+
+
+# ------------------------------------------------------------------------------------------------
+# 35. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -10240,7 +10868,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Doctor
+# 36. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -10622,7 +11250,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Landing page
+# 37. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -10713,7 +11341,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Verifying
+# 38. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -10788,7 +11416,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Token files
+# 39. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -10877,7 +11505,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Invitations
+# 40. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11094,7 +11722,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Exchanges
+# 41. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -11896,7 +12524,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Inspector's page
+# 42. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -12436,7 +13064,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Inspector
+# 43. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -12755,7 +13383,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Logs and replay
+# 44. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -13252,7 +13880,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Words from elsewhere
+# 45. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -13394,7 +14022,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Error pages
+# 46. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -13471,7 +14099,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Setting up
+# 47. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14005,7 +14633,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Via ssh
+# 48. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -14229,7 +14857,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 48. Output
+# 49. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -14518,7 +15146,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Keys
+# 50. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -14622,7 +15250,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Terminal
+# 51. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15044,16 +15672,16 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Options
+# 52. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
 ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Cluster(), RawTcp(), FolderAndEcho(),
                             HostHeader(), OutgoingProxy(), Acme(), Certificates(), HandOver(),
-                            Operator(), Blocking(), Keeping(), Doctor(), LandingPage(), Verifying(),
-                            Invitations(), Inspect(), Elsewhere(), ErrorPages(), SettingUp(),
-                            ViaSsh())
+                            Operator(), Blocking(), Keeping(), Mail(), Doctor(), LandingPage(),
+                            Verifying(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
+                            SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -15301,7 +15929,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Wiring
+# 53. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -15668,7 +16296,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Python
+# 54. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -15969,7 +16597,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Configuration file
+# 55. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -16124,7 +16752,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Command line
+# 56. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

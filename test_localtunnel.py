@@ -42,28 +42,29 @@ Contents
    31 Operator's page         what he sees, and what he ends (in B)
    32 Block list              what an entry is, and who is kept out
    33 Kept requests           what waits, through every crash, and how it is delivered
-   34 Ground                  what a look at it finds, and that it harms nobody
-   35 Doctor                  every fault is named first, and each look leaves nothing behind
-   36 Landing page            whom to ask; the rest in Server, Command line
-   37 Verifying               what a server hands out, and this file
-   38 Token files             what a line of them may be; for the rest see Server
-   39 Invitations             who gets in, and who no more
-   40 Exchanges               what is kept of what passes, and for how long
-   41 Inspector's page        shown by the next room
-   42 Inspector               who sees it, and how; what is sent again
-   43 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   44 Words from elsewhere    what users of other programs type
-   45 Error pages             the way and where it stops, for each thing that fails
-   46 Setting up              what is installed, and how another machine is talked to
-   47 Via ssh                 how services are asked, and what ends it
-   48 Output                  programs, and those who read slowly what they write
-   49 Keys                    what is typed while a tunnel runs
-   50 Terminal                what a person sees
-   51 Options                 what can be typed
-   52 Wiring                  the key; which server, which token (in Command line)
-   53 Python                  a tunnel inside another program, and its options as keywords
-   54 Configuration file      what a section means, and what is wrong with it
-   55 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   34 Mail                    the published tables of SMTP, real senders, and what the app gets
+   35 Ground                  what a look at it finds, and that it harms nobody
+   36 Doctor                  every fault is named first, and each look leaves nothing behind
+   37 Landing page            whom to ask; the rest in Server, Command line
+   38 Verifying               what a server hands out, and this file
+   39 Token files             what a line of them may be; for the rest see Server
+   40 Invitations             who gets in, and who no more
+   41 Exchanges               what is kept of what passes, and for how long
+   42 Inspector's page        shown by the next room
+   43 Inspector               who sees it, and how; what is sent again
+   44 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   45 Words from elsewhere    what users of other programs type
+   46 Error pages             the way and where it stops, for each thing that fails
+   47 Setting up              what is installed, and how another machine is talked to
+   48 Via ssh                 how services are asked, and what ends it
+   49 Output                  programs, and those who read slowly what they write
+   50 Keys                    what is typed while a tunnel runs
+   51 Terminal                what a person sees
+   52 Options                 what can be typed
+   53 Wiring                  the key; which server, which token (in Command line)
+   54 Python                  a tunnel inside another program, and its options as keywords
+   55 Configuration file      what a section means, and what is wrong with it
+   56 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -82,6 +83,7 @@ import collections
 import concurrent.futures
 import contextlib
 import copy
+import email.message
 import faulthandler
 import functools
 import gc
@@ -107,6 +109,7 @@ import select
 import shlex
 import shutil
 import signal
+import smtplib
 import socket
 import ssl
 import statistics
@@ -7243,7 +7246,557 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Ground
+# 34. Mail
+# ------------------------------------------------------------------------------------------------
+
+# What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
+SMTP_TABLE = r"""
+    a greeting                     |EHLO mx.example.com|                    250-localhost
+    the old one                    |HELO mx|                                250 localhost
+    an address as a name           |EHLO [192.0.2.1]|                       250-
+    no name                        |EHLO|                                   501
+    a name that would write lines  |EHLO a)(b|                              501
+    small letters                  |E;mail from:<a@b.example>|              250 2.1.0
+    nobody                         |E;MAIL FROM:<>|                         250 2.1.0
+    a route                        |E;MAIL FROM:<@a.example,@b.example:c@d.example>|  250
+    quotes                         |E;MAIL FROM:<"a b"@c.example>|          250
+    all parameters                 |E;MAIL FROM:<a@b> SIZE=7 BODY=8BITMIME SMTPUTF8|  250
+    too large                      |E;MAIL FROM:<a@b> SIZE=26214401|        552 5.3.4
+    just right                     |E;MAIL FROM:<a@b> SIZE=26214400|        250
+    a strange parameter            |E;MAIL FROM:<a@b> AUTH=<>|              555
+    a strange body                 |E;MAIL FROM:<a@b> BODY=BINARYMIME|      555
+    no brackets                    |E;MAIL FROM:a@b|                        501
+    no host                        |E;MAIL FROM:<a>|                        501
+    a line in an address           |E;MAIL FROM:<a\x01@b>|                  501
+    letters of others              |E;MAIL FROM:<\xc3\xa4@b>|               553
+    letters of others, announced   |E;MAIL FROM:<\xc3\xa4@b> SMTPUTF8|      250
+    no letters at all              |E;MAIL FROM:<\xff@b> SMTPUTF8|          501
+    MAIL before EHLO               |MAIL FROM:<a@b>|                        503
+    MAIL twice                     |E;M;MAIL FROM:<a@b>|                    503
+    RCPT before MAIL               |E;RCPT TO:<a@app.localhost>|            503
+    DATA before RCPT               |E;M;DATA|                               554
+    DATA before MAIL               |E;DATA|                                 503
+    DATA with more                 |E;M;DATA now|                           501
+    one who wants mail             |E;M;RCPT TO:<a@app.localhost>|          250 2.1.5
+    in large letters               |E;M;RCPT TO:<A@APP.LocalHost>|          250 2.1.5
+    one who wants none             |E;M;RCPT TO:<a@deaf.localhost>|         550 5.1.1
+    nobody's name                  |E;M;RCPT TO:<a@nobody.localhost>|       550 5.1.1
+    below a name                   |E;M;RCPT TO:<a@b.app.localhost>|        550 5.7.1
+    the server itself              |E;M;RCPT TO:<root@localhost>|           550 5.7.1
+    its postmaster                 |E;M;RCPT TO:<Postmaster@LOCALHOST>|     250
+    the postmaster                 |E;M;RCPT TO:<postmaster>|               250
+    somewhere else                 |E;M;RCPT TO:<a@example.com>|            550 5.7.1
+    an address elsewhere           |E;M;RCPT TO:<a@[192.0.2.1]>|            501
+    the old ways to relay          |E;M;RCPT TO:<a%b.example@localhost>|    550
+    the oldest way                 |E;M;RCPT TO:<b.example!a>|              501
+    two addresses in one           |E;M;RCPT TO:<a@b@app.localhost>|        501
+    to nobody                      |E;M;RCPT TO:<>|                         501
+    a parameter                    |E;M;RCPT TO:<a@app.localhost> NOTIFY=NEVER|  555
+    a second name                  |E;M;RCPT TO:<a@app.localhost>;RCPT TO:<a@two.localhost>|  452
+    a second recipient             |E;M;RCPT TO:<a@app.localhost>;RCPT TO:<b@app.localhost>|  250
+    RSET forgets                   |E;M;RSET;RCPT TO:<a@app.localhost>|     503
+    EHLO forgets                   |E;M;E;RCPT TO:<a@app.localhost>|        503
+    no leaks                       |VRFY app|                               252
+    no leaks either                |VRFY nobody|                            252
+    no lists                       |EXPN all|                               502
+    HELP                           |HELP|                                   214
+    NOOP                           |NOOP well|                              250
+    QUIT                           |QUIT|                                   221
+    no logging in                  |E;AUTH PLAIN AGEAYg==|                  500
+    no TLS                         |E;STARTTLS|                             500
+    a browser                      |GET / HTTP/1.1|                         500
+    nothing                        ||                                       500
+    bytes                          |\x00\xff\xfe|                           500
+    a bare LF                      |NOOP\nNOOP|                             521
+    a bare CR                      |NOOP\rNOOP|                             521
+"""
+
+# How a message may seem to end to somebody: published in 2023 as SMTP smuggling, and its kin.
+SMUGGLED_ENDS = ('\n.\n', '\n.\r\n', '\r.\r', '\r.\r\n', '\r\n.\n', '\r\n.\r', '\r.\n', '\n.\r',
+                 '\r\n\r.\r\n', '\r\r\n.\r\r\n', '\n\n.\n\n', '\0\n.\r\n')
+HARMLESS_ENDS = '\r\n\0.\r\n', '\r\n..\r\n', '\r\n. \r\n', '\r\n.x\r\n'
+
+MIME = 'MIME-Version: 1.0\r\nContent-Type: '
+# A message, and its text in the form.  For what the first letters stand, see SHORT.
+SHORT = (('C:', 'T:text/plain; charset='), ('M:', 'T:multipart/'), ('T:', 'Content-Type: '),
+         ('E:', 'Content-Transfer-Encoding: '), (';x', '; boundary=x\r\n\r\n'), ('{x}', '--x\r\n'))
+ODD_MESSAGES = r"""
+    nothing                     ||
+    no head                     |\r\njust text|  just text
+    no end of the head          |Subject: a|
+    a head of nonsense          |: \r\n = b\r\n\r\nab|  ab
+    text without a charset      |Subject: a\r\n\r\n\xc3\xa4|  \xe4
+    an unknown charset          |C:nope\r\n\r\nab|  ab
+    one that takes hours        |C:punycode\r\n\r\na-b|  a-b
+    one that is no charset      |C:rot13\r\n\r\nab|  ab
+    one in another              |T:text/plain; charset*=punycode''utf-8\r\n\r\nab|  ab
+    an old one                  |C:latin-1\r\n\r\n\xe4|  \xe4
+    a Japanese one              |C:iso-2022-jp\r\n\r\n\x1b$B$"\x1b(B|  \u3042
+    quoted-printable            |E:quoted-printable\r\n\r\na=3D=zz=|  a==zz
+    base64                      |E:base64\r\n\r\nYWI=|  ab
+    base64 without its end      |E:base64\r\n\r\nYWI|  ab
+    base64 that is none         |E:base64\r\n\r\n!|
+    an unknown encoding         |E:nope\r\n\r\nab|  ab
+    uuencode                    |E:uuencode\r\n\r\nbegin 644 a\r\n"86(`\r\n`\r\nend|  ab
+    a part without an end       |M:mixed;x{x}\r\nab|  ab
+    no boundary                 |M:mixed\r\n\r\nab|
+    no parts                    |M:mixed;xab|
+    alternatives                |M:alternative;x{x}\r\nab\r\n{x}T:text/html\r\n\r\ncd\r\n--x--|  ab
+    a signature                 |M:signed;x{x}\r\nab\r\n{x}T:application/x\r\n\r\ncd\r\n--x--|  ab
+    a subject of nonsense       |Subject: =?x?q?=ff?= =?utf-8?b?!?= =?utf-8?q?\xff?=\r\n\r\nab|  ab
+"""
+
+
+class Sender(Peer):
+    """A mail server with something to deliver."""
+
+    async def says(self, *commands):
+        """The reply to the last of COMMANDS; each waits for the one before."""
+        for command in commands:
+            self.send(command.encode('latin-1') if isinstance(command, str) else command, b'\r\n')
+            reply = await self.reply()
+        return reply
+
+    async def reply(self):
+        """The next reply, in one line."""
+        lines = [b'   -']
+        while lines[-1][3:4] == b'-':
+            lines.append(await self.reader.readline())
+        return b''.join(lines[1:]).decode().strip()
+
+    async def begins(self, *to, sender='a@b.example'):
+        return await self.says('EHLO mx', f'MAIL FROM:<{sender}>',
+                               *(f'RCPT TO:<{one}>' for one in to), 'DATA')
+
+    async def sends(self, message, *to, **more):
+        """The reply to a MESSAGE, with its dots doubled."""
+        await self.begins(*(to or ['a@app.localhost']), **more)
+        message = message if isinstance(message, bytes) else message.encode('latin-1')
+        return await self.says(message.replace(b'\r\n.', b'\r\n..') + b'\r\n.')
+
+
+class MailTest(FolderTest, WorldTest):
+    CONSTANTS = {**WorldTest.CONSTANTS, 'SENDER_IDLE': PATIENCE}
+
+    async def mail_world(self, answer=OK, raw=False, **options):
+        """A world where app.localhost takes mail, for /in."""
+        await self.world()
+        await lt.Mail().at_server(lt.Args(mail=True, mail_port=0, bind='127.0.0.1',
+                                          domain='localhost'), self.server)
+        self.mail_port = self.server.doors.sockets()[-1].getsockname()[1]
+        self.taking = await self.app(answer)
+        self.taker = await self.client(self.taking, name='app', mail='/in', mail_raw=raw, **options)
+
+    async def sender(self):
+        peer = await self.raw('127.0.0.1', self.mail_port)
+        self.peers.append(peer)
+        peer.__class__ = Sender
+        self.assertEqual((await peer.reply())[:4], '220 ')
+        return peer
+
+    def posted(self, n=-1):
+        """The head of a request that the app had, and its body."""
+        head, _, body = self.taking.requests[n].partition(b'\r\n\r\n')
+        return head.decode(), body
+
+    def form(self, n=-1):
+        """{name: value} of a form that the app had; of a file (name, type, value)."""
+        head, body = self.posted(n)
+        boundary = re.search('boundary=([0-9a-f]{32})', head).group(1).encode()
+        self.assertEqual(body[-40:], b'\r\n--%b--\r\n' % boundary)
+        form = {}
+        for part in body[:-40].split(b'--' + boundary + b'\r\n')[1:]:
+            about, _, value = part.partition(b'\r\n\r\n')
+            value = value[:-2] if value.endswith(b'\r\n') and b'body-mime' not in about else value
+            name, _, file = re.fullmatch('Content-Disposition: form-data; name="(.*?)"'
+                                         '(; filename="(.*)"\r\nContent-Type: .*)?',
+                                         about.decode()).groups()
+            form[name] = value.decode() if file is None else (
+                file, about.decode().rpartition(': ')[2], value)
+        return form
+
+
+class SmtpTest(MailTest):
+    """What a sender may say, and when."""
+
+    async def test_each_command_has_its_reply(self):
+        await self.mail_world()
+        self.mute = await self.client(await self.app(), name='deaf', key=bytes(32))
+        await self.client(await self.app(), name='two', mail='/', mail_raw=False)
+        rows = re.findall(r'(?m)^ +(\S.*?) +\|(.*)\| +(.*)$', SMTP_TABLE)
+        self.assertEqual(len(rows), len(SMTP_TABLE.strip().splitlines()))
+        for name, commands, reply in rows:
+            with self.subTest(name):
+                said = [{'E': 'EHLO x', 'M': 'MAIL FROM:<a@b.example>'}.get(
+                    word, word.encode().decode('unicode_escape')) for word in commands.split(';')]
+                self.assertEqual((await (await self.sender()).says(*said))[:len(reply)], reply)
+        self.assertEqual(self.taking.requests, [])
+
+    async def test_commands_may_come_together(self):
+        await self.mail_world()
+        sender = await self.sender()
+        sender.send(b'EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<x@app.localhost>\r\nDATA\r\n')
+        self.assertEqual([(await sender.reply())[:3] for _ in range(4)], 3 * ['250'] + ['354'])
+        sender.send(b'\r\nhello\r\n.\r\nMAIL FROM:<>\r\nQUIT\r\n')
+        self.assertEqual([(await sender.reply())[:3] for _ in range(3)], ['250', '250', '221'])
+        self.assertEqual(self.form()['body-plain'], 'hello\r\n')
+
+    async def test_a_message_ends_with_a_dot_between_two_cr_lf_and_with_nothing_else(self):
+        await self.mail_world()
+        inner = b'MAIL FROM:<evil@b.example>\r\nRCPT TO:<x@app.localhost>\r\nDATA\r\n\r\nevil'
+        for end in SMUGGLED_ENDS + HARMLESS_ENDS:
+            sender = await self.sender()
+            await sender.begins('a@app.localhost')
+            sender.send(b'\r\nhello' + end.encode() + inner + b'\r\n.\r\n')
+            with self.subTest(end=end):
+                self.assertEqual((await sender.reply())[:3],
+                                 '250' if end in HARMLESS_ENDS else '521')
+                if end in HARMLESS_ENDS:
+                    self.assertIn('evil', self.form()['body-plain'])
+                else:
+                    self.assertEqual(await sender.reader.read(), b'')
+        self.assertEqual(len(self.taking.requests), len(HARMLESS_ENDS))
+
+    async def test_a_message_may_come_byte_by_byte(self):
+        await self.mail_world(raw=True)
+        sender = await self.sender()
+        await sender.begins('a@app.localhost')
+        message = b'Subject: a\r\n\r\n..\r\n...b\r\n.c\r\n\r\n'
+        for byte in message + b'.\r\n':
+            sender.send(bytes([byte]))
+            await asyncio.sleep(0)
+        self.assertEqual((await sender.reply())[:3], '250')
+        self.assertTrue(self.posted()[1].endswith(b' a\r\n\r\n.\r\n..b\r\nc\r\n\r\n'))
+
+    async def test_lines_have_a_bound_and_so_have_messages(self):
+        await self.mail_world()
+        line = 'x' * (lt.MAX_MAIL_LINE - 2)
+        for message, reply in ((line, '250'), (line + 'x', '500'), (9 * line, '500')):
+            with self.subTest(len(message)):
+                self.assertEqual((await (await self.sender()).sends(message))[:3], reply)
+        for command in 'NOOP ' + line, 99 * line:
+            self.assertEqual((await (await self.sender()).says(command))[:3], '500')
+        with self.constant(MAX_MAIL=50000):
+            for size, reply in (49990, '250'), (50001, '552'), (200000, '552'):
+                sender = await self.sender()
+                self.assertEqual((await sender.sends(size // 50 * ('x' * 48 + '\r\n')))[:3], reply)
+                if size < 100000:
+                    self.assertEqual((await sender.says('NOOP'))[:3], '250')
+
+    async def test_recipients_wrong_commands_and_all_commands_have_a_bound(self):
+        await self.mail_world()
+        sender = await self.sender()
+        to = 'RCPT TO:<a@app.localhost>'
+        self.assertEqual((await sender.says('EHLO x', 'MAIL FROM:<>', *100 * [to]))[:3], '250')
+        self.assertEqual((await sender.says(to))[:9], '452 4.5.3')
+        for word, most in ('what', lt.MAX_WRONG_COMMANDS), ('NOOP', lt.MAX_COMMANDS):
+            sender = await self.sender()
+            sender.send(*(most + 1) * [word.encode() + b'\r\n'])
+            told = [await sender.reply() for _ in range(most + 1)]
+            self.assertEqual((told[0][:3] in ('500', '250'), told[-1][:9]), (True, '421 4.7.0'))
+
+    async def test_connections_have_a_bound_and_a_crowd_has_to_hurry(self):
+        await self.mail_world()
+        with self.constant(MAX_SENDERS=4, SENDER_HURRY=0.01):
+            senders = [await self.sender() for _ in range(3)]
+            self.assertEqual((await senders[2].reply())[:9], '421 4.4.2')
+            await eventually(lambda: len(self.server.visitors) == 3)        # with the session
+            last = [await self.sender() for _ in range(1)]
+            self.assertEqual((await last[0].reply())[:9], '421 4.4.2')
+        with self.constant(MAX_SENDERS=1):
+            peer = Sender(*await asyncio.open_connection('127.0.0.1', self.mail_port))
+            self.assertEqual((await peer.reply())[:9], '421 4.3.2')
+            peer.writer.close()
+
+    async def test_who_is_slow_is_told_so(self):
+        await self.mail_world()
+        with self.constant(SENDER_IDLE=0.01):
+            self.assertEqual((await (await self.sender()).reply())[:9], '421 4.4.2')
+        with self.constant(MESSAGE_WITHIN=0.01):
+            sender = await self.sender()
+            await sender.begins('a@app.localhost')
+            self.assertEqual((await sender.reply())[:9], '421 4.4.2')
+
+    async def test_who_goes_away_inside_a_message_has_sent_none(self):
+        await self.mail_world()
+        for end in (b'', b'\r\n.', b'\r\n.\r'):
+            sender = await self.sender()
+            await sender.begins('a@app.localhost')
+            sender.send(b'hello' + end)
+            sender.writer.write_eof()
+            self.assertEqual(await sender.reader.read(), b'')
+        self.assertEqual(self.taking.requests, [])
+
+    async def test_there_is_not_room_for_everything_at_once(self):
+        with self.constant(MAIL_ON_DISK=5):
+            await self.mail_world()
+        budget = self.server.admission.budget
+        budget.used += budget.limit
+        self.assertEqual((await (await self.sender()).begins('a@app.localhost'))[:9], '451 4.3.1')
+        budget.used -= budget.limit
+        self.assertEqual((await (await self.sender()).sends('hello'))[:9], '452 4.3.1')
+
+    async def test_a_server_that_ends_says_so(self):
+        await self.mail_world()
+        sender = await self.sender()
+        self.server.draining = True
+        self.assertEqual((await sender.says('NOOP'))[:9], '421 4.3.2')
+
+    async def test_TLS_begins_anew_and_what_came_before_it_in_clear_is_dropped(self):
+        await self.mail_world()
+        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                         self.write('key.pem', PRIVATE_KEY))
+        sender = await self.sender()
+        self.assertIn('STARTTLS', await sender.says('EHLO x'))
+        self.assertEqual((await sender.says('MAIL FROM:<>', 'STARTTLS now'))[:3], '501')
+        sender.send(b'STARTTLS\r\nRSET\r\nEHLO evil\r\n')
+        self.assertEqual((await sender.reply())[:3], '220')
+        transport = await self.loop.start_tls(
+            sender.writer.transport, sender.writer.transport.get_protocol(),
+            lt.client_tls(check=False), server_hostname='app.localhost')
+        sender.writer._transport = transport
+        self.assertEqual((await sender.says('MAIL FROM:<>'))[:3], '503')
+        self.assertEqual((await sender.says('STARTTLS'))[:3], '500')
+        self.assertNotIn('STARTTLS', await sender.says('EHLO x'))
+        await sender.sends('hello')
+        self.assertRegex(dict(json.loads(self.form()['message-headers']))['Received'],
+                         r'^from x|mx \(\[127.0.0.1\]\)\tby localhost with ESMTPS id ')
+
+    async def test_a_handshake_that_fails_harms_nobody(self):
+        await self.mail_world()
+        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                         self.write('key.pem', PRIVATE_KEY))
+        for junk in b'EHLO x\r\n' * 9, b'':
+            sender = await self.sender()
+            await sender.says('STARTTLS')
+            sender.send(junk)
+            sender.writer.write_eof()
+            with contextlib.suppress(ConnectionError):
+                await sender.reader.read()
+        await eventually(lambda: not self.server.visitors)
+
+
+class DeliveryTest(MailTest):
+    """What the app gets, and what its answer means."""
+
+    async def test_the_answer_of_the_app_is_the_one_of_the_sender(self):
+        await self.mail_world()
+        sender = await self.sender()
+        for status, reply in ((200, '250 2.0.0'), (204, '250'), (302, '451'), (400, '550 5.7.1'),
+                              (401, '550'), (404, '550 5.1.1'), (408, '451'), (410, '550'),
+                              (422, '550'), (425, '451'), (429, '451'), (500, '451'), (503, '451')):
+            self.taking.answer = b'HTTP/1.1 %d X\r\nContent-Length: 0\r\n\r\n' % status
+            with self.subTest(status):
+                self.assertEqual((await sender.sends('hello'))[:len(reply)], reply)
+        self.assertEqual([line[1].status for line in self.log.told if line[0] == 'exchange'
+                          and line[1].method == 'MAIL'][:3], [250, 250, 451])
+
+    async def test_without_an_answer_the_sender_comes_again(self):
+        async def never(head, reader, writer):
+            await reader.read()
+        await self.mail_world(never)
+        sender = await self.sender()
+        with self.subTest('it takes too long'), self.constant(APP_WITHIN=0.05):
+            self.assertEqual((await sender.sends('hello'))[:3], '451')
+        self.taking.answer = b'gibberish\r\n\r\n'
+        self.assertEqual((await sender.sends('hello'))[:3], '451')
+        with self.subTest('the client goes'):
+            self.taking.answer = never
+            await sender.begins('a@app.localhost')
+            sender.send(b'hello\r\n.\r\n')
+            await eventually(lambda: self.taking.connections == 3)
+            self.server.tunnels.members()[0].session.end(lt.Disconnected('gone'))
+            self.assertEqual((await sender.reply())[:3], '451')
+        with self.subTest('it is away'):
+            await self.leaves(self.clients.pop())
+            self.assertEqual((await sender.says('MAIL FROM:<>', 'RCPT TO:<a@app.localhost>'))[:3],
+                             '451')
+
+    async def test_a_name_that_wanted_mail_is_known_when_its_client_is_away(self):
+        await self.mail_world()
+        other = await self.client(self.taking, key=bytes(32), mail='/in')
+        names = ['app', other.name]
+        for client in self.clients[:]:
+            await self.leaves(client)
+            self.clients.remove(client)
+        self.server.tunnels._table.clear()
+        for name in names:
+            self.assertEqual((await (await self.sender()).says(
+                'EHLO x', 'MAIL FROM:<>', f'RCPT TO:<a@{name}.localhost>'))[:3], '451')
+
+    async def test_a_client_that_has_changed_its_mind_gets_none(self):
+        await self.mail_world()
+        sender = await self.sender()
+        await sender.begins('a@app.localhost')
+        await self.leaves(self.clients.pop())
+        await self.client(self.taking, name='app', mail='/other')
+        self.assertEqual((await sender.says('hello\r\n.'))[:3], '451')
+        self.assertEqual(self.taking.requests, [])
+
+    async def test_the_form_has_the_fields_of_Mailgun(self):
+        await self.mail_world(auth=['ana:secret'])
+        sender = await self.sender()
+        await sender.sends(
+            'From: =?utf-8?q?=C3=84na?= <ana@b.example>\r\nSubject: =?iso-8859-1?b?5A==?= b\r\n\r\n'
+            'yes\r\n\r\nOn Monday you wrote:\r\n> no?\r\n-- \r\nAna',
+            'x@app.localhost', 'y@app.localhost', sender='ana@b.example')
+        head, form = self.posted()[0], self.form()
+        self.assertRegex(head, r'^POST /in HTTP/1.1\r\nHost: app.localhost\r\n')
+        self.assertIn('\r\nLocaltunnel-Mail-From: ana@b.example\r\n'
+                      'Localtunnel-Mail-To: x@app.localhost, y@app.localhost\r\n', head)
+        headers, raw = json.loads(form.pop('message-headers')), form.pop('body-mime')
+        self.assertEqual([name for name, _ in headers],
+                         ['Return-Path', 'Received', 'From', 'Subject'])
+        self.assertEqual(form, {
+            'recipient': 'x@app.localhost, y@app.localhost', 'sender': 'ana@b.example',
+            'from': '\xc4na <ana@b.example>', 'subject': '\xe4 b', 'attachment-count': '0',
+            'body-plain': 'yes\r\n\r\nOn Monday you wrote:\r\n> no?\r\n-- \r\nAna\r\n',
+            'stripped-text': 'yes', 'body-html': ''})
+        self.assertEqual(raw[:2], ('message.eml', 'message/rfc822'))
+        self.assertRegex(raw[2], rb'(?s)^Return-Path: <ana@b.example>\r\nReceived: from mx.*'
+                                 rb'\r\n\r\nyes.*Ana\r\n$')
+
+    async def test_attachments_are_files(self):
+        await self.mail_world()
+        message = email.message.EmailMessage()
+        message['Subject'] = 'three'
+        message.set_content('text')
+        message.add_alternative('<p>h\xe4', subtype='html')
+        message.add_attachment(bytes(range(256)), 'image', 'png', filename='../a "b" \u20ac.png')
+        message.add_attachment('no name', 'csv')
+        inner = email.message.EmailMessage()
+        inner.set_content('inside')
+        message.add_attachment(inner)
+        await (await self.sender()).sends(message.as_bytes().replace(b'\n', b'\r\n'))
+        form = self.form()
+        self.assertEqual((form['attachment-count'], form['body-plain'], form['body-html']),
+                         ('3', 'text\r\n', '<p>h\xe4\r\n'))
+        self.assertEqual(form['attachment-1'], (
+            'a %22b%22 \u20ac.png', 'image/png', bytes(range(256))))
+        self.assertEqual(form['attachment-2'][:2], ('attachment-2', 'text/csv'))
+        self.assertIn(b'inside', form['attachment-3'][2])
+
+    async def test_raw_mail_comes_as_it_is(self):
+        await self.mail_world(raw=True)
+        await (await self.sender()).sends(b'Subject: \xff\r\n\r\n\xfe\0', 'b@app.localhost')
+        head, body = self.posted()
+        self.assertIn('\r\nContent-Type: message/rfc822\r\n', head)
+        self.assertTrue(body.endswith(b'\r\nSubject: \xff\r\n\r\n\xfe\0\r\n'))
+
+    async def test_odd_messages_arrive(self):
+        await self.mail_world()
+        sender = await self.sender()
+        rows = re.findall(r'(?m)^ +(\S.*?) +\|(.*)\| *(.*)$', ODD_MESSAGES)
+        self.assertEqual(len(rows), len(ODD_MESSAGES.strip().splitlines()))
+        for name, message, text in rows:
+            for short, long in SHORT:
+                message = message.replace(short, long)
+            message = message.encode().decode('unicode_escape').encode('latin-1')
+            with self.subTest(name):
+                self.assertEqual((await sender.sends(message))[:3], '250')
+                form = self.form()
+                self.assertEqual(form['body-plain'].strip(), text.encode().decode('unicode_escape'))
+                self.assertTrue(form['body-mime'][2].endswith(message + b'\r\n'))
+
+    async def test_what_was_made_to_break_a_parser_arrives_as_it_came(self):
+        await self.mail_world()
+        sender = await self.sender()
+        many = MIME + 'multipart/mixed; boundary=x\r\n\r\n'
+        nested = ''.join(f'Content-Type: multipart/mixed; boundary=x{n}\r\n\r\n--x{n}\r\n'
+                         for n in range(2000))
+        for name, message in (
+                ('ten thousand parts', many + 10000 * '--x\r\n\r\n'),
+                ('deep', nested), ('deep messages', 2000 * 'Content-Type: message/rfc822\r\n\r\n'),
+                ('a long field', 'Content-Type: text/plain' + 3000 * (';' + 30 * '"a' + '\r\n ')),
+                ('many fields', 20000 * 'A: b\r\n'), ('many lines', 600000 * '\r\n')):
+            with self.subTest(name):
+                self.assertEqual((await sender.sends(message))[:3], '250')
+                form = self.form()
+                self.assertEqual(set(form), {'recipient', 'sender', 'body-mime'})
+                self.assertEqual(form['body-mime'][2][-len(message) - 2:-2], message.encode())
+
+    async def test_a_bomb_in_time_is_given_up(self):
+        await self.mail_world()
+        with self.constant(DECODED_WITHIN=-1.0):
+            await (await self.sender()).sends('hello')
+        self.assertEqual(set(self.form()), {'recipient', 'sender', 'body-mime'})
+
+    async def test_a_hundred_come_at_once(self):
+        await self.mail_world()
+
+        async def one(n):
+            return await (await self.sender()).sends(f'Subject: {n}\r\n\r\n{n}')
+        replies = await asyncio.gather(*map(one, range(100)))
+        self.assertEqual({reply[:3] for reply in replies}, {'250'})
+        self.assertEqual(sorted(int(self.form(n)['subject']) for n in range(100)), [*range(100)])
+
+    async def test_postmaster_is_the_operator(self):
+        await self.mail_world()
+        reply = await (await self.sender()).sends('Subject: a\r\n\r\nb', 'postmaster')
+        self.assertEqual(reply[:3], '250')
+        self.assertIn('Subject: a', self.log.events('postmaster')[0]['mail'])
+        self.assertEqual(self.taking.requests, [])
+
+    async def test_who_may_not_visit_may_not_send(self):
+        await self.mail_world()
+        await self.client(self.taking, name='closed', mail='/in', allow=['192.0.2.0/24'])
+        self.assertEqual((await (await self.sender()).sends('a', 'a@closed.localhost'))[:3], '550')
+        self.assertEqual(self.taking.requests, [])
+
+    async def test_no_visitor_can_say_what_mail_says(self):
+        await self.mail_world()
+        await self.visit(self.taker, '/in', 'Localtunnel-Mail-To: a\nLocaltunnel_Mail-From: b\n')
+        self.assertNotIn(b'ail-', self.taking.requests[0])
+
+    async def test_a_client_is_told_what_can_not_be(self):
+        await self.world()
+        client = await self.client(1, mail='/in')
+        with self.assertRaisesRegex(lt.Refused, 'was started without --mail'):
+            await client.running
+        for options in ({'mail_raw': True}, {'mail': 'inbox'}, {'mail': '/in', 'tcp': True}):
+            with self.subTest(**options), self.assertRaises(lt.UsageError):
+                await self.client(1, **options)
+        for said in '/in', ['in', True], ['/in', 1], ['/a b', True], ['/\r\nX: y', True], 7:
+            with self.subTest(said), self.assertRaises((ValueError, TypeError)):
+                lt.check_wish(said)
+
+    async def test_a_client_says_where_its_mail_goes(self):
+        await self.mail_world()
+        self.assertIn(('also', 'mail', 'to anything@app.localhost, for /in'), self.log.told)
+
+
+class RealSenderTest(MailTest):
+    """Programs that deliver mail."""
+
+    async def test_smtplib(self):
+        await self.mail_world()
+        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                         self.write('key.pem', PRIVATE_KEY))
+
+        def send():
+            with smtplib.SMTP('127.0.0.1', self.mail_port, timeout=PATIENCE) as sender:
+                sender.starttls(context=lt.client_tls(check=False))
+                self.assertEqual(sender.verify('app')[0], 252)
+                return sender.sendmail('\xe4@b.example', ['a@app.localhost', 'b@app.localhost'],
+                                       'Subject: a\r\n\r\n.\r\n', ['SMTPUTF8', 'BODY=8BITMIME'])
+        self.assertEqual(await self.loop.run_in_executor(None, send), {})
+        self.assertEqual((self.form()['sender'], self.form()['body-plain']),
+                         ('\xe4@b.example', '.\r\n'))
+
+    async def test_swaks(self):
+        swaks = shutil.which('swaks') or missing(self, 'swaks')
+        await self.mail_world()
+        program = await asyncio.create_subprocess_exec(
+            swaks, '--server', f'127.0.0.1:{self.mail_port}', '--to', 'a@app.localhost', '--from',
+            'b@c.example', '--attach', '@' + self.write('a.txt', 'attached'), '--pipeline',
+            stdout=subprocess.PIPE)
+        out, _ = await program.communicate()
+        self.assertEqual(program.returncode, 0, out)
+        self.assertEqual(self.form()['attachment-1'][2], b'attached')
+
+
+# ------------------------------------------------------------------------------------------------
+# 35. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -7382,7 +7935,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Doctor
+# 36. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -7894,7 +8447,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Landing page
+# 37. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -7962,7 +8515,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Verifying
+# 38. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -8034,7 +8587,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Token files
+# 39. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -8056,7 +8609,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Invitations
+# 40. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -8218,21 +8771,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Exchanges
+# 41. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Inspector's page
+# 42. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Inspector
+# 43. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -9057,7 +9610,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Logs and replay
+# 44. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -9179,7 +9732,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Words from elsewhere
+# 45. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -9265,7 +9818,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Error pages
+# 46. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -9476,7 +10029,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Setting up
+# 47. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -9708,7 +10261,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Via ssh
+# 48. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -9867,7 +10420,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Output
+# 49. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -10218,7 +10771,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Keys
+# 50. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -10274,7 +10827,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Terminal
+# 51. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -10605,7 +11158,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 51. Options
+# 52. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -10629,7 +11182,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Wiring
+# 53. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -10844,7 +11397,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Python
+# 54. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -11025,7 +11578,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Configuration file
+# 55. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -11117,7 +11670,7 @@ class ConfigFileTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Command line
+# 56. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
