@@ -14406,7 +14406,6 @@ PYTHONS = USUAL_PYTHON, 'python3', *(f'python3.{minor}' for minor in range(14, 7
 QUESTION = 'password?'          # the line by which it asks for one, for sudo
 SSH = 'ssh', '-o', 'ConnectTimeout=20', '-o', 'ServerAliveInterval=20'
 DEPLOYED_WITHIN = 900.0         # people look for second factors; the parts have their own deadlines
-ANSWERS_WITHIN, ANSWER_LOOK = 60.0, 1.0         # an authority issues a certificate meanwhile
 MOST_HEARD = 64 * KIB            # by the other machine; ours say a few lines
 
 
@@ -14482,18 +14481,6 @@ def domain_of(host: str, acme: bool) -> str:
     if acme and ipaddress.ip_address(address).is_global:
         return re.sub('[.:]', '-', address) + '.sslip.io'
     return address
-
-
-def why_silent(address: str, pin: str) -> str:
-    """Why the server at ADDRESS can't be visited from here; '' where it can."""
-    import urllib.error
-    import urllib.request
-    context = client_tls(check=not pin)         # clients check the pin; nothing is sent here
-    try:
-        urllib.request.urlopen(address, timeout=ANSWERS_WITHIN / 6, context=context).close()
-    except OSError as e:
-        return '' if isinstance(e, urllib.error.HTTPError) else plainly(e)
-    return ''
 
 
 INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/server.ini.
@@ -14613,23 +14600,13 @@ class SettingUp(Annex):
     @staticmethod
     def finish(args: Args, code: str) -> int:
         """Let this user's clients go to the server of CODE; see whether they can."""
-        address, _, pin = read_code(code)
+        address = read_code(code)[0]
         args.remember(code)
-        print_line(f'waiting until {address} answers')
-        deadline = time.monotonic() + ANSWERS_WITHIN
-        why = why_silent(address, pin)
-        while why and time.monotonic() < deadline:
-            time.sleep(ANSWER_LOOK)
-            why = why_silent(address, pin)
-        if why:
-            print_line(f'it does not answer yet ({printable(why)}); DNS must lead {args.domain} '
-                       f'and *.{args.domain} there, and its firewall let the ports through')
-        if 'doctor' in args.known:
-            args.do(['doctor', '--server', address])
+        wrong = 'doctor' in args.known and args.do(['doctor', '--server', address])
         named = STAMPED_SERVER or os.environ.keys() & {'LOCALTUNNEL_SERVER', 'LOCALTUNNEL_JOIN'}
         print_line('type this, with the port of your app: python3 localtunnel.py client 8000'
                    + (f' --server {address}' if named else ''))
-        return int(bool(why))
+        return int(wrong)
 
 
 # ------------------------------------------------------------------------------------------------
