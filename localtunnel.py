@@ -6966,12 +6966,10 @@ class Node(Others):
         return over
 
     def _facts(self, name: str, *leases: Lease) -> dict[str, str]:
-        """What LEASES of one owner of NAME say together."""
+        """What LEASES of one owner of NAME say together; other facts are of one server alone."""
         last = sorted(self._overs(name, *leases).items(), key=lambda item: item[1])[-MAX_OVER:]
-        facts = {key: value for lease in leases for key, value in lease.facts.items()}
-        if last:
-            facts['over'] = ' '.join(f'{owner}={when}' for owner, when in last)
-        return {**facts, 'since': str(min(map(began, leases)))}
+        over = ' '.join(f'{owner}={when}' for owner, when in last)
+        return {'since': str(min(map(began, leases))), **({'over': over} if over else {})}
 
     def _signature(self, text: str) -> str:
         return hmac.new(self._key, text.encode(errors='replace'), hashlib.sha256).hexdigest()

@@ -13135,24 +13135,17 @@ class RealSshTest(DeployTest):
         client.says('vps does not let you in; make a key with ssh-keygen')
 
 
-class RealProxyTest(CommandTest):
-    """Behind real proxies, with the words of README."""
+class RecipeTest(CommandTest):
+    """Has the words of README for other programs, and the programs."""
 
-    def recipe(self, language, *changes):
+    def recipe(self, language, *changes, number=0):
         """What README says in LANGUAGE, with the ports and files of this test."""
         text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
-        text = re.search(f'```{language}\n(.*?)```', text, re.DOTALL).group(1)
+        text = re.findall(f'```{language}\n(.*?)```', text, re.DOTALL)[number]
         for old, new in changes:
             self.assertIn(old, text)
             text = text.replace(old, str(new))
         return text
-
-    def setUp(self):
-        super().setUp()
-        self.relay = self.start('server', '--bind', '127.0.0.1', '--port', 0,
-                                '--trust-proxy', '127.0.0.1')
-        self.ports = [self.free_port() for _ in range(2)]
-        self.pem = self.write('both.pem', CERTIFICATE + PRIVATE_KEY)
 
     def runs(self, name, *args):
         """Start the program NAME; it is there once it answers on both ports."""
@@ -13171,6 +13164,17 @@ class RealProxyTest(CommandTest):
     def answers(port):
         with contextlib.suppress(OSError), socket.create_connection(('127.0.0.1', port)):
             return True
+
+
+class RealProxyTest(RecipeTest):
+    """Behind real proxies."""
+
+    def setUp(self):
+        super().setUp()
+        self.relay = self.start('server', '--bind', '127.0.0.1', '--port', 0,
+                                '--trust-proxy', '127.0.0.1')
+        self.ports = [self.free_port() for _ in range(2)]
+        self.pem = self.write('both.pem', CERTIFICATE + PRIVATE_KEY)
 
     def test_nginx(self):
         port, tls_port = self.ports
@@ -13246,6 +13250,127 @@ class RealProxyTest(CommandTest):
                      f'{fields or "Connection: close" + chr(13) + chr(10)}\r\n'.encode())
         self.addCleanup(sock.close)
         return sock.makefile('rwb')
+
+
+class BalancerTest(RecipeTest):
+    """Two servers behind a real HAProxy: one is killed and comes back, then the other one ends."""
+
+    def setUp(self):
+        super().setUp()
+        if not shutil.which('openssl'):
+            missing(self, 'openssl')
+        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
+                        'ec_paramgen_curve:P-256', '-nodes', '-subj', '/CN=x', '-addext',
+                        'subjectAltName=DNS:t.localhost,DNS:*.t.localhost', '-out',
+                        self.path('crt'), '-keyout', self.path('key')],
+                       check=True, capture_output=True)
+        self.pem = self.write('pem', ''.join(
+            open_and_read(self.path(name)).decode() for name in ('crt', 'key')))
+        key = self.write('cluster.key', self.command('server', '--make-cluster-key')[1])
+        os.chmod(key, 0o600)
+        self.options = ['--domain', 't.localhost', '--bind', '127.0.0.1', '--token', 't',
+                        '--cluster-key', key]
+        self.ports, self.places = [[self.free_port() for _ in range(2)] for _ in range(2)]
+        self.answered, self.failed, self.over = set(), [], threading.Event()
+        silent = unittest.mock.patch.object(lt.LOG, 'disabled', True)
+        silent.start()
+        self.addCleanup(silent.stop)
+
+    def node(self, number, *options):
+        node = self.start('server', '--state', self.path(f'state{number}'), *self.options, *options)
+        node.says('listening on')
+        return node
+
+    def sees(self, what):
+        """HAProxy has seen WHAT."""
+        until(lambda: f'localtunnel/{what}'.encode() in open_and_read(self.path('said')))
+
+    def opened(self, number):
+        """The host of a tunnel of this NUMBER; half of them have chosen names."""
+        os.mkdir(self.path(f'site{number}'))
+        tunnel = lt.tunnel(self.path(f'site{number}'), token='t', ca=self.path('crt'),
+                           server=f'https://t.localhost:{self.ports[1]}',
+                           name=f'app{number}' if number % 2 else None)
+        tunnel.start()
+        self.addCleanup(tunnel.close)
+        return tunnel.url.partition('://')[2]
+
+    def visit(self, host):
+        """The status of a request."""
+        name = host.partition(':')[0]
+        connection = http.client.HTTPConnection(name)
+        connection.sock = lt.client_tls(self.path('crt')).wrap_socket(socket.create_connection(
+            ('127.0.0.1', self.ports[1]), 3 * PATIENCE), server_hostname=name)
+        with contextlib.closing(connection):
+            connection.request('GET', '/', headers={'Host': host})
+            return connection.getresponse().status
+
+    def visit_all(self, hosts, again):
+        """Visit HOSTS until it is over; AGAIN where a connection breaks, as browsers do."""
+        for host in itertools.cycle(hosts):
+            if self.over.is_set():
+                return
+            status = None
+            for _ in range(1 + again):
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status = status or self.visit(host)
+            self.answered.add(host)
+            if status != 200:
+                self.failed.append((host, status))
+
+    def survives(self, text, again, options):
+        nodes = [self.node(number, *options[number]) for number in range(2)]
+        for old, new in (('bind :80,[::]:80 v6only', f'bind 127.0.0.1:{self.ports[0]}'),
+                         ('bind :443,[::]:443 v6only', f'bind 127.0.0.1:{self.ports[1]}'),
+                         ('127.0.0.1:10000', self.path('peers')),
+                         ('inter 1s fastinter 200ms', 'inter 50ms')):
+            self.assertIn(old, text)
+            text = text.replace(old, new)
+        self.runs('haproxy', '-db', '-f', self.write('haproxy.cfg', text))
+        hosts = [self.opened(number) for number in range(6)]
+        threads = [threading.Thread(target=self.visit_all, args=[hosts[n:] + hosts[:n], again])
+                   for n in range(3)]
+        for thread in threads:
+            thread.start()
+        try:
+            self.all_answer(hosts)
+            nodes[0].process.kill()
+            self.all_answer(hosts)
+            self.sees('a is DOWN')
+            self.node(0, *options[0])
+            self.sees('a is UP')
+            nodes[1].process.terminate()
+            self.assertEqual(nodes[1].ends(), 0)
+            self.all_answer(hosts)
+        finally:
+            self.over.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(self.failed, [])
+
+    def all_answer(self, hosts):
+        self.answered.clear()
+        until(lambda: self.answered == set(hosts))
+
+    def servers(self, port):
+        """What README names, and what is there."""
+        there = [f'127.0.0.1:{place}' for place in self.places]
+        return [*((f'10.0.0.1{n + 1}:{port}', place) for n, place in enumerate(there)),
+                (f'    server c 10.0.0.13:{port} check\n', '')]
+
+    def test_haproxy_ends_tls(self):
+        text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
+                           *self.servers(8080), number=1)
+        self.survives(text, 0, [('--port', place, '--trust-proxy', '127.0.0.1')
+                                for place in self.places])
+
+    def test_haproxy_passes_tls_on(self):
+        first = self.recipe('haproxy', number=1)
+        text = first[:first.index('frontend web')] + self.recipe(
+            'haproxy', *self.servers(443), number=2)
+        self.survives(text, 1, [
+            ('--port', self.free_port(), '--tls-port', place, '--cert', self.path('crt'), '--key',
+             self.path('key')) for place in self.places])
 
 
 @unittest.skipUnless(POSIX, 'for systems with a shell')
