@@ -5198,9 +5198,6 @@ class ClientObserver(Observer):
     def hint(self, text: str) -> None:
         """Advice for the user."""
 
-    def watched(self, url: str) -> None:
-        """What passes can be seen at URL."""
-
     def welcome(self, said: dict[str, Any]) -> None:
         """A new session begins: what the server SAID of it; before `ready` or `back`."""
 
@@ -5764,6 +5761,7 @@ class Annex:
     Each method is called once, in the order of ANNEXES; what can't be meant raises UsageError.
     """
     title = ''          # of its options in --help
+    for_all = False     # True: they are about a client as a whole, not about one tunnel of several
 
     def client_options(self, add: Add) -> None:
         """Options of `client`."""
@@ -5802,8 +5800,11 @@ class Annex:
         """What keeps visitors out, at any server."""
         return {}
 
-    async def beside(self, args: Args, app: App) -> None:
-        """Open what stands beside a client of the command line; APP's runtime closes it."""
+    async def beside(self, args: Args, app: App, watched: Callable[[str], Any]) -> None:
+        """Open what stands beside a client of the command line; APP's runtime closes it.
+
+        WATCHED is told the URL where what passes can be seen.
+        """
 
     async def at_server(self, args: Args, server: Server) -> None:
         """Plug in at SERVER, before it listens; `args.sources` are read again when they change."""
@@ -13685,6 +13686,7 @@ REPLAY_EPILOG = """examples:
 class Inspect(Annex):
     """--inspect and --record, and the commands that read what they keep."""
     title = 'the inspector'
+    for_all = True
 
     def client_options(self, add: Add) -> None:
         add('--inspect', type=host_and_port, metavar='[HOST:]PORT',
@@ -13724,7 +13726,7 @@ class Inspect(Annex):
             except Exception:       # it is not ours, and must harm nothing
                 logging.getLogger('localtunnel').exception('on_exchange failed')
 
-    async def beside(self, args: Args, app: App) -> None:
+    async def beside(self, args: Args, app: App, watched: Callable[[str], Any]) -> None:
         if args.no_inspect:
             return
         host, port = args.inspect or ('127.0.0.1', INSPECTOR_PORT)
@@ -13734,7 +13736,7 @@ class Inspect(Annex):
         app.runtime.spawn(listen_on(
             app.seen, bracketed(host), sockets, config_path(os.path.join('inspectors', str(port))),
             {'host': where, 'port': port, 'password': args.inspect_password or ''}))
-        app.observer.watched(f'http://{authority("http", host, port)}')
+        watched(f'http://{authority("http", host, port)}')
 
     @staticmethod
     def sockets(host: str, port: int, tries: int) -> list[socket.socket]:
@@ -15296,11 +15298,13 @@ class Terminal(ClientObserver):
     def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
                  source: str = '', protected: bool = False, allow: Sequence[str] = (),
                  as_json: bool = False, quiet: bool = False,
-                 first: Callable[[], None] = lambda: None) -> None:
+                 first: Callable[[], None] = lambda: None, name: str = '',
+                 keys: Actions | None = None) -> None:
         """SOURCE is where SERVER was taken from.  PROTECTED: visitors need a password; ALLOW are
         the networks from which they may come.  FIRST is called when the tunnel is up for the first
-        time.
+        time.  NAME tells it from others on the same terminal, whose KEYS they share.
         """
+        self._name = name
         self._about: dict[str, Any] = {
             'target': target, 'server': server, 'source': source, 'public': public,
             'protected': protected, 'allow': list(allow)}
@@ -15311,24 +15315,28 @@ class Terminal(ClientObserver):
                             self._missing if as_json else dropped_lines)
         self.flush = self._lines.flush
         self._url = ''
-        self.keys: Actions = {}     # what the keys of the terminal do
-        self._reads_keys = False
+        self.keys = {} if keys is None else keys        # what the keys of the terminal do
         self._errors = 0
         self._since = 0.0           # when the tunnel was up for the first time; 0 before
         # Since when the server is lost, if it is; why, and when it is tried again.
         self._lost: tuple[float, str, float] | None = None
         self._crowd = Crowd(MOST_ROWS, 1.0)
-        self._times: collections.deque[float] = collections.deque(maxlen=TIMES)
+        self.times: collections.deque[float] = collections.deque(maxlen=TIMES)     # took requests
+
+    @property
+    def _whose(self) -> str:
+        """What stands before a line."""
+        return f'{self._name}: ' if self._name else ''
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         self._event(event, message=text, **facts)
         if not self._quiet:
-            say(text + in_text(facts))
+            say(self._whose + text + in_text(facts))
 
     def hint(self, text: str) -> None:
         self._event('hint', message=text)
         if not self._quiet:
-            say(self._paint('36', 'hint: ', sys.stderr) + text)
+            say(self._paint('36', 'hint: ', sys.stderr) + self._whose + text)
 
     def ready(self, url: str, user: str, round_trip: float) -> None:
         self._first()
@@ -15339,13 +15347,18 @@ class Terminal(ClientObserver):
             return self._event('open', url=url, user=user, **self._about,
                                round_trip_ms=round(round_trip * 1e3, 1))
         rows = self._rows(user, round_trip)
+        leads = f'{url} -> {self._about["target"]}'
+        facts = ', '.join(f'{name} {value}' for name, value in rows.items()
+                          if not self._name or name != 'inspector')
         if self._quiet or not self._tty:
-            put(sys.stdout, url + '\n')
+            put(sys.stdout, self._name + ' ' * bool(self._name) + url + '\n')
             if not self._quiet:
-                say(f'{url} -> {self._about["target"]} (' + ', '.join(
-                    f'{name} {value}' for name, value in rows.items()) + ')')
+                say(f'{self._whose}{leads} ({facts})')
             return
-        lines = at_words(f'  {url} -> {self._about["target"]}', sys.stdout)
+        if self._name:
+            return put(sys.stdout, f'  {self._name:<10}  {leads}\n'.replace(
+                url, self._paint('1;32', url)) + self._paint('2', f'{"":14}{facts}') + '\n')
+        lines = at_words(f'  {leads}', sys.stdout)
         shown = '\n' + lines.replace(url, self._paint('1;32', url), 1) + '\n\n'
         for name, value in rows.items():
             value = textwrap.fill(value, max(30, columns() - 12), break_long_words=False,
@@ -15356,6 +15369,7 @@ class Terminal(ClientObserver):
         put(sys.stdout, '\n')
 
     def watched(self, url: str) -> None:
+        """What passes can be seen at URL."""
         self._about['inspector'] = url
         self.keys['i'] = 'shows what passes', functools.partial(open_in_browser, url)
         if self._since:
@@ -15376,10 +15390,9 @@ class Terminal(ClientObserver):
         """
         if self._json or self._quiet or not Keys.possible():
             return None
-        self.keys.update({
-            'c': ('copies the URL', self._copy), 'o': ('opens it', self._open),
-            'q': ('quits', leave), '?': ('says so', self.help)})
-        self._reads_keys = True
+        if self._about['target']:
+            self.keys.update({'c': ('copies the URL', self._copy), 'o': ('opens it', self._open)})
+        self.keys.update({'q': ('quits', leave), '?': ('says so', self.help)})
         keys = Keys(runtime, self.keys)
         if at_once:
             keys.start()
@@ -15391,7 +15404,7 @@ class Terminal(ClientObserver):
         """Say how it ends, and what the keys do."""
         keys = sorted(self.keys.items(), key=lambda item: 'coiq?'.find(item[0]))
         text = ', '.join(f'{key} {does}' for key, (does, _) in keys)
-        text = at_words('  ' + (text if self._reads_keys else 'Ctrl-C ends the tunnel'), sys.stdout)
+        text = at_words('  ' + (text if 'q' in self.keys else 'Ctrl-C ends the tunnel'), sys.stdout)
         put(sys.stdout, self._paint('2', text) + '\n')
 
     def _copy(self) -> None:
@@ -15424,14 +15437,15 @@ class Terminal(ClientObserver):
         if why != why_before:
             self._event('lost', reason=why, retry=round(seconds, 1))
         if not change_line(self.waits(now)) and why != why_before:
-            say(self._paint('33', why, sys.stderr) + '; trying again')
+            say(self._paint('33', self._whose + why, sys.stderr) + '; trying again')
 
     def waits(self, now: float) -> str:
         """Return what it waits for, and for how long; '' where it does not."""
         if not self._lost:
             return ''
         _, why, again = self._lost
-        return f'{why}; trying again ' + (f'in {again - now:.0f} s' if again - now >= 1 else 'now')
+        when = f'in {again - now:.0f} s' if again - now >= 1 else 'now'
+        return f'{self._whose}{why}; trying again {when}'
 
     def _found(self) -> float:
         """Forget that the server was lost; return for how many seconds it was."""
@@ -15442,8 +15456,8 @@ class Terminal(ClientObserver):
     def back(self, url: str) -> None:
         seconds = self._found()
         self._event('back', url=url)
-        say(self._paint('32', 'connected again', sys.stderr) + f' after {duration(seconds)}'
-            + (f', now at {url}' if url != self._url else ''))
+        say(f'{self._whose}{self._paint("32", "connected again", sys.stderr)} after '
+            + duration(seconds) + (f', now at {url}' if url != self._url else ''))
         self._url = url
 
     def pending(self, exchange: Record, status: int) -> None:
@@ -15463,7 +15477,7 @@ class Terminal(ClientObserver):
                         target=exchange.target, status=status, ms=round(seconds * 1000, 1),
                         bytes=exchange.size, **extra)
         elif not self._quiet:
-            self._times.append(seconds)
+            self.times.append(seconds)
             if self._tty and status < 500 and not self._crowd.lets(time.monotonic()):
                 return
             colour = ''
@@ -15477,6 +15491,8 @@ class Terminal(ClientObserver):
         """Write a line for EXCHANGE; TOOK says for how long it ran."""
         path, why = printable(exchange.target), exchange.why
         begin = f'{clock()[11:]} #{exchange.number} '
+        if self._name:
+            begin = f'{begin:<14}{self._name:<8} ' if self._tty else f'{begin}{self._name} '
         if self._tty:
             return self._row(begin, status, exchange.method, path, took, size, colour, why)
         self._lines.add(f'{begin}{status} {exchange.method} {path} {took}'
@@ -15502,19 +15518,21 @@ class Terminal(ClientObserver):
         if missing:
             self._lines.add(self._paint('2', f'... {missing:,} more'))
 
-    @property
-    def median(self) -> float:
-        """How long a request takes, of late, in seconds."""
-        return sorted(self._times)[len(self._times) // 2] if self._times else 0.0
+    def ended(self, requests: int, received: int, sent: int, why: str = '', code: int = 0) -> None:
+        """The client has ended: sum up, where a person reads it.
 
-    def ended(self, requests: int, received: int, sent: int) -> None:
-        """The client has ended: sum up, where a person reads it."""
+        WHY it has and its CODE are told of one of several; of a single one others tell.
+        """
         change_line('')
+        if self._name:
+            self._event('end', code=code, reason=why)
+        if why:
+            say(self._whose + why)
         self.thinned(NEVER)
         if self._tty and self._since and not (self._json or self._quiet):
             took = duration(time.monotonic() - self._since)
             self._lines.add(at_words(
-                f'ended after {took}: {counted(requests, "request")}, '
+                f'{self._whose}ended after {took}: {counted(requests, "request")}, '
                 f'{counted(self._errors, "error")}, {in_bytes(received)} in, {in_bytes(sent)} out',
                 sys.stdout))
         self.flush()
@@ -15530,7 +15548,8 @@ class Terminal(ClientObserver):
 
     def _event(self, event: str, **values: Any) -> None:
         if self._json:
-            self._lines.add(event_line(event, **values))
+            whose = {'tunnel': self._name} if self._name else {}
+            self._lines.add(event_line(event, **whose, **values))
 
 
 def progress(record: Record) -> str:
@@ -15550,40 +15569,47 @@ PULSE_OVER = 5.0                # seconds over which its rates are taken
 
 
 class Pulse:
-    """The line that changes: how busy the tunnel is, and how far what takes long has come."""
+    """The line that changes: how busy the tunnels are, and how far what takes long has come."""
 
-    def __init__(self, app: App, client: Client, terminal: Terminal) -> None:
-        self._app, self._client, self._terminal = app, client, terminal
+    def __init__(self, runtime: Runtime) -> None:
+        self.tunnels: list[tuple[App, Client, Terminal]] = []
+        self._runtime = runtime
         # Of late: when, and how many requests, bytes in and bytes out there had been by then.
-        self._past: collections.deque[tuple[float, int, int, int]] = collections.deque()
-        app.runtime.swept.add(self)
+        self._past: collections.deque[Sequence[float]] = collections.deque()
+        runtime.swept.add(self)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Show how it goes now."""
         past = self._past
-        past.append((now, self._app.exchanges, *self._client.carried))
+        counts = ((app.exchanges, *client.carried) for app, client, _ in self.tunnels)
+        past.append((now, *map(sum, zip((0, 0, 0), *counts))))
         while now - past[0][0] > PULSE_OVER:
             past.popleft()
-        self._terminal.thinned(now)
-        waits = self._terminal.waits(now)
-        change_line(waits or self._busy(now), WAITING if waits else '2')
+        waits = [terminal.waits(now) for *_, terminal in self.tunnels]
+        for *_, terminal in self.tunnels:
+            terminal.thinned(now)
+        change_line('; '.join(filter(None, waits)) or self._busy(now),
+                    WAITING if any(waits) else '2')
 
     def _busy(self, now: float) -> str:
         then, *before = self._past[0]
-        seconds, open_now = max(now - then, SWEEP), self._app.under_way
-        requests, received, sent = ((there - was) / seconds
+        seconds = max(now - then, SWEEP)
+        open_now = [record for app, *_ in self.tunnels for record in app.under_way]
+        requests, received, sent = (max(0.0, there - was) / seconds     # one may just have gone
                                     for was, there in zip(before, self._past[-1][1:]))
         if not (requests or open_now):
             return ''
         slow = [progress(record) for record in open_now if now - record.began > SLOW]
+        times = sorted(took for *_, terminal in self.tunnels for took in terminal.times)
+        median = times[len(times) // 2] if times else 0.0
         return ', '.join((*filter(None, slow),      # first: the line is cut to the window's width
                           f'{requests:.1f} requests/s', f'{len(open_now)} open',
                           f'{in_bytes(int(received))}/s in', f'{in_bytes(int(sent))}/s out',
-                          f'median {duration(self._terminal.median)}'))
+                          f'median {duration(median)}'))
 
     def close(self) -> None:
         """Show nothing more."""
-        self._app.runtime.swept.discard(self)
+        self._runtime.swept.discard(self)
 
 
 REFUSALS, REFUSALS_WITHIN = 10, 10.0    # lines about refused clients in seconds
@@ -15670,8 +15696,10 @@ ASK = object()      # what stands for a value that is to be asked for
 
 
 def client_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('target', metavar='TARGET', type=target_word,
+    parser.add_argument('target', metavar='TARGET', type=target_word, nargs='*',
                         help='what visitors reach: 8000, ./FOLDER, ... (see below)')
+    parser.add_argument('--config', metavar='FILE',
+                        help='open the tunnels in this file, or those whose SECTION is named')
 
     add = parser.add_argument_group('the server').add_argument
     add('--join', nargs='?', const=ASK, metavar='CODE',
@@ -15760,8 +15788,11 @@ class Parser(argparse.ArgumentParser):
         put(file or sys.stderr, message)
 
     def parse_args(self, words: Sequence[str]) -> Args:     # type: ignore[override]
-        """What WORDS say.  `after` are those after a client's `--`, which are another command."""
-        words = list(words)
+        """What WORDS say.
+
+        `after` are those after a client's `--`, which are another command, `said` are all.
+        """
+        words, said = list(words), list(words)
         for command in self.commands.values():
             command.typed.clear()
         if words[:1] == ['help']:
@@ -15773,7 +15804,13 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
-        args.after = tuple(words[end + 1:])
+        args.after, args.tunnel, args.said = tuple(words[end + 1:]), '', said
+        if args.command == 'client' and not args.config:
+            if not args.target:
+                self.commands['client'].error('the following arguments are required: TARGET')
+            args.target, *rest = args.target
+            if rest:
+                self.error(f'unrecognized arguments: {" ".join(rest)}')
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -15826,6 +15863,18 @@ def did_you_mean(words: Sequence[str], parser: Parser) -> str:
                      if notes else '')
 
 
+# The exit code, by what ended the program; anything else is a failure, 1.
+EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
+              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
+              'blocked': 4, 'superseded': 5}
+
+
+def exit_code(error: LocaltunnelError) -> int:
+    """The exit code of a program that ERROR has ended."""
+    kind = 'usage' if isinstance(error, UsageError) else getattr(error, 'code', '')
+    return EXIT_CODES.get(kind, 1)
+
+
 EPILOG = """Add --help after client or server for their options.
 
 examples:
@@ -15841,6 +15890,9 @@ token. LOCALTUNNEL_KEY replaces the key file.
 -- COMMAND ... is run once the tunnel is there, with LOCALTUNNEL_URL in its
 environment; the client ends when it does, with its exit code.
 
+--config FILE: each section [NAME] is a tunnel, with target = TARGET and the
+names of options as keys. SIGHUP reads it again.
+
 exit codes: 0 ended by the user, 1 failure, 2 usage, 3 name refused,
 4 token refused, 5 superseded
 
@@ -15850,7 +15902,8 @@ examples:
   localtunnel.py client ./dist --auth ann:secret      a folder, with a password
   localtunnel.py client 8000 --name shop              under a name you choose
   localtunnel.py client 22 --tcp                      ssh, on a public port
-  localtunnel.py client 8000 -- pytest tests/hooks    tests that need a URL"""
+  localtunnel.py client 8000 -- pytest tests/hooks    tests that need a URL
+  localtunnel.py client --config tunnels.ini          several tunnels at once"""
 
 SERVER_EPILOG = """a line of the token file, as invite adds them:
   USER TOKEN|sha256:HASH [names=GLOB,...] [ports=A-B] [tunnels=N] [expires=DATE]
@@ -15888,7 +15941,8 @@ def make_parser() -> Parser:
     parser.commands = commands.choices
     client_options(commands.add_parser(
         'client', help='give a local program a public URL', epilog=CLIENT_EPILOG,
-        usage='%(prog)s TARGET [OPTION ...] [-- COMMAND ...]', **form))
+        usage='%(prog)s TARGET [OPTION ...] [-- COMMAND ...]\n'
+              '       %(prog)s --config FILE [SECTION ...] [OPTION ...]', **form))
     server_options(commands.add_parser(
         'server', help='run the server', epilog=SERVER_EPILOG, usage='%(prog)s [OPTION ...]',
         **form))
@@ -16163,8 +16217,8 @@ def check_client_options(args: Args, target: Target, known: KnownServer | None) 
     if args.ca:
         client_tls(args.ca)     # a mistake in it is told, whether or not anything speaks TLS
     if known and known.address.scheme == 'http' and not is_loopback(known.address.site):
-        LOG.warning('the connection to %s is not encrypted: anyone on the path can read '
-                    'everything, even your token and the proof of your name', known.address)
+        warn_once(f'the connection to {known.address} is not encrypted: anyone on the path can '
+                  'read everything, even your token and the proof of your name')
 
 
 def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
@@ -16218,7 +16272,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                                                   for word, said in annex.hello(args, key).items()})
 
 
-def terminal_of(runtime: Runtime, args: Args, target: Target, known: KnownServer) -> Terminal:
+def terminal_of(runtime: Runtime, args: Args, target: Target, keys: Actions | None,
+                known: KnownServer) -> Terminal:
     """Who tells the user of the tunnel that ARGS mean, which leads from the server KNOWN."""
     carrier, here = find_carrier(args), not known.source
     return Terminal(
@@ -16226,7 +16281,8 @@ def terminal_of(runtime: Runtime, args: Args, target: Target, known: KnownServer
         runtime.loop.call_later, source='carrier' if carrier else known.source,
         protected=bool(getattr(args, 'auth', None)),
         allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
-        first=lambda: None if here else keep_server(known))
+        first=lambda: None if here or args.tunnel else keep_server(known), name=args.tunnel,
+        keys=keys)
 
 
 Watching = TypeVar('Watching', bound=ClientObserver)
@@ -16278,8 +16334,8 @@ def as_client(args: Args, runtime: Runtime,
 # prints nothing, and leaves signals alone; the logger "localtunnel" has what a user would read.
 # ------------------------------------------------------------------------------------------------
 
-# No keywords: these are about what is printed, or open no tunnel.
-NOT_FOR_PROGRAMS = {'help', 'json', 'quiet', 'verbose', 'release'}
+# No keywords: these are about what is printed, or open no tunnel, or several.
+NOT_FOR_PROGRAMS = {'help', 'json', 'quiet', 'verbose', 'release', 'config'}
 
 
 def client_args(target: object, options: dict[str, object]) -> Args:
@@ -16393,7 +16449,7 @@ class Life(ClientObserver):
                 wired(runtime, args, self._target, known, self._key, lambda known: self))
             self.exchanges = app.seen
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
-                await annex.beside(args, app)       # else nobody asked for a page
+                await annex.beside(args, app, self.watched)     # else nobody asked for a page
             self._client.once = True
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
                 await first_of(self._client.run(), self._stop)
@@ -16438,6 +16494,7 @@ class Life(ClientObserver):
         LOG.info('%s', text)
 
     def watched(self, url: str) -> None:
+        """What passes can be seen at URL."""
         LOG.info('what passes can be seen at %s', url)
 
 
@@ -16580,7 +16637,7 @@ class tunnel:
 # ------------------------------------------------------------------------------------------------
 
 SECRET_KEYS = {'token', 'join', 'auth'}
-UNFIT_KEYS = {'help', 'config'}
+SECTION = re.compile(r'\w[\w.-]*')     # a tunnel's name: it is typed, and stands in columns
 
 
 class ConfigFile:
@@ -16645,7 +16702,15 @@ class ConfigFile:
 
     def error(self, line: int, text: str) -> UsageError:
         """The error for what is wrong in LINE."""
-        return UsageError(printable(f'{self.path}, line {line}: {text}'))
+        text = f'{self.path}, line {line}: {text}'
+        return UsageError('\n'.join(map(printable, text.split('\n'))))
+
+    def fault(self, section: str, text: str, *keys: str) -> UsageError:
+        """The error for what is wrong in SECTION, by an option in TEXT or by one of KEYS."""
+        lines = [self.sections[section][key][0] for key in (*re.findall('--([a-z-]+)', text), *keys)
+                 if key in self.sections[section]]
+        begins = [line.strip().startswith(f'[{section}]') for line in self._text.split('\n')]
+        return self.error([*lines, 1 + begins.index(True)][0], text)
 
     def words(self, section: str, parser: Parser, command: str, unfit: Container[str],
               typed: Container[str]) -> list[str]:
@@ -16656,32 +16721,35 @@ class ConfigFile:
         known, words = parser.commands[command]._option_string_actions, []
         for key, (line, value) in self.sections[section].items():
             notes: list[str] = []
-            meant = spelled(f'--{key}', known, notes.append)[2:]
+            meant, action = spelled(f'--{key}', known, notes.append)[2:], known.get(f'--{key}')
+            target = [] if command == 'server' or key == 'target' else ['echo']
             if key in unfit:
                 raise self.error(line, f'{key} belongs on the command line')
-            if f'--{key}' not in known:
+            if action is None and (command, key) != ('client', 'target'):
                 raise self.error(line, f'there is no option {key}' + (
                     f'; did you mean {meant}?' if notes else
                     f'; see localtunnel.py {command} --help'))
-            own = self._words(line, known[f'--{key}'], key, value)
+            own = self._words(line, action, key, value)
             try:
-                parser.parse_args([command, *own, *['echo'] * (command == 'client')])
+                parser.parse_args([command, *own, *target])
             except UsageError as e:
                 raise self.error(line, str(e)) from e
             words += [] if f'--{key}' in typed else own
         return words
 
-    def _words(self, line: int, action: argparse.Action, key: str, value: str) -> list[str]:
+    def _words(self, line: int, action: argparse.Action | None, key: str,
+               value: str) -> list[str]:
         values = [one for one in value.split('\n') if one]
         if not values:
             raise self.error(line, f'{key} is empty; give it a value, or take the line out')
-        if action.nargs in (0, '?') and action.const is not ASK and value in ('yes', 'no'):
+        if action and action.nargs in (0, '?') and action.const is not ASK and (
+                value in ('yes', 'no')):
             return [f'--{key}'] * (value == 'yes')
-        if action.nargs == 0:
+        if action and action.nargs == 0:
             raise self.error(line, f'{key} takes yes or no')
         if len(values) > 1 and not isinstance(action, argparse._AppendAction):
             raise self.error(line, f'{key} takes one value; take out the lines below it')
-        return [f'--{key}={one}' for one in values]
+        return [f'--{key}={one}' if action else one for one in values]
 
 
 def options_in(words: Iterable[str]) -> set[str]:
@@ -16697,10 +16765,246 @@ def server_args(words: Sequence[str]) -> Args:
     if 'server' not in file.sections:
         raise UsageError(f'{args.config} has no section [server]; write one, with the options of '
                          'the server as its keys')
-    own = file.words('server', parser, 'server', UNFIT_KEYS, options_in(typed))
+    own = file.words('server', parser, 'server', {'help', 'config'}, options_in(typed))
     args = parser.parse_args([words[0], *own, *words[1:]])
-    args.words, args.again = list(typed), functools.partial(server_args, words)
+    args.again = functools.partial(server_args, words)
     return args
+
+
+class Plan(NamedTuple):
+    """What a section means."""
+    args: Args
+    target: Target
+    known: KnownServer | None
+    fault: Callable[[str], UsageError]      # the error for what is wrong with it
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """What it has for itself alone: a name, or a port, of a server."""
+        target, name = self.target, self.args.name or self.target.public_port or self.target.label
+        here = '' if self.known else self.args.tunnel       # each has a server of its own
+        return str(self.known and self.known.address), here, target.kind, str(name)
+
+
+class TunnelFile:
+    """The configuration file of a client, and what was typed beside it."""
+
+    def __init__(self, args: Args) -> None:
+        self.args = args
+        self._unfit = set(NOT_FOR_PROGRAMS)
+        for annex in ANNEXES:
+            if annex.for_all:
+                annex.client_options(lambda *names, **_: self._unfit.update(
+                    name.lstrip('-') for name in names))
+
+    def plans(self, before: Mapping[str, Plan]) -> dict[str, Plan]:
+        """What its sections mean, or those that were picked; as BEFORE, where nothing has changed.
+
+        Raises UsageError.
+        """
+        args, parser = self.args, make_parser()
+        parser.parse_args(args.said)
+        typed = [word for word in parser.commands['client'].typed if word[:9] != '--config=']
+        file = ConfigFile(args.config)
+        plans: dict[str, Plan] = {}
+        places: dict[tuple[str, ...], str] = {}
+        names = [name for name in file.sections if name != 'server']
+        for name in args.target or names:
+            if name not in names:
+                raise UsageError(printable(f'{file.path} has no section [{name}]; it has '
+                                           f'{" ".join(map("[{}]".format, file.sections))}'))
+            own = file.words(name, parser, 'client', self._unfit, options_in(typed))
+            words = ['client', *own, *typed]
+            plan = before[name] if name in before and before[name].args.said == words else (
+                self._plan(file, name, parser, words))
+            same = places.setdefault(plan.place, name)
+            if same != name and not plan.args.share:
+                raise file.fault(name, f'[{name}] would have the same name as [{same}]; give it '
+                                 'another one, with name = NAME', 'name', 'tcp-port')
+            plans[name] = plan
+        if not plans:
+            raise UsageError(f'{file.path} has no tunnel; begin one with [web], and below it '
+                             'target = 8000')
+        return plans
+
+    @staticmethod
+    def _plan(file: ConfigFile, name: str, parser: Parser, words: Sequence[str]) -> Plan:
+        at, fault = '', functools.partial(file.fault, name)
+        try:
+            if not SECTION.fullmatch(name):
+                raise UsageError('the name of a tunnel has letters, digits, ".", "-" and "_" only')
+            if 'target' not in file.sections[name]:
+                raise UsageError(f'[{name}] needs a target, such as: target = 8000')
+            args = parser.parse_args(words)
+            args.tunnel, at = name, 'target'
+            target = find_target(args)
+            at = 'join' if args.join else 'server'
+            known = known_server(args)
+            at = 'name'
+            check_client_options(args, target, known)
+        except LocaltunnelError as e:
+            raise fault(str(e), at) from e
+        return Plan(args, target, known, fault)
+
+
+class Section:
+    """A tunnel of the file, from its start to its end."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.stop = plan, asyncio.Event()
+        self._stack = contextlib.AsyncExitStack()
+        self.close = self._stack.aclose
+
+    async def open(self, runtime: Runtime, key: bytes, keys: Actions, seen: Any,
+                   trace: Trace | None) -> None:
+        """Wire it.  Raises LocaltunnelError."""
+        args, target, known, fault = self.plan
+        observe = functools.partial(terminal_of, runtime, args, target, keys)
+        try:
+            self.wired = await self._stack.enter_async_context(
+                wired(runtime, args, target, known, key, observe, seen, trace))
+        except UsageError as e:
+            raise fault(str(e)) from e
+        self.app, self.client, self.terminal = self.wired
+
+    async def run(self) -> int:
+        """Keep it up until it is to stop, or fails; return an exit code."""
+        code, why, app = 0, '', self.app
+        self._stack.push_async_callback(end_task, app.runtime.spawn(app.look()))
+        try:
+            await first_of(self.client.run(), self.stop.wait())
+        except LocaltunnelError as e:
+            code, why = exit_code(e), str(e)
+        finally:
+            await self.close()
+        self.terminal.ended(app.exchanges, *self.client.carried, why, code)
+        return code
+
+
+class Sections:
+    """All tunnels of the file, in one process: what ends one does not end the others."""
+
+    def __init__(self, runtime: Runtime, file: TunnelFile) -> None:
+        args, later = file.args, runtime.loop.call_later
+        self._runtime, self._file, self._key = runtime, file, load_key(LOG.warning)
+        self.terminal = Terminal('', '', False, later, as_json=args.json, quiet=args.quiet)
+        self._pulse = [] if args.json or args.quiet else [Pulse(runtime)]
+        self._frames = Lines(sys.stderr, later)
+        self._seen: Any = None          # what the inspector of all of them keeps
+        self._inspector = ''            # its URL
+        self._turn = asyncio.Lock()     # for who changes what runs
+        self._running: dict[str, Section] = {}
+        self._tasks: set[asyncio.Task[None]] = set()        # of those, and of others that drain
+        self._codes: dict[str, int] = {}        # of those that have ended by themselves
+        self.over = asyncio.Event()     # nothing runs any more
+
+    def _watched(self, url: str) -> None:
+        self._inspector = url
+        self.terminal.note(f'what passes can be seen at {url}')
+
+    async def change(self, plans: Mapping[str, Plan]) -> None:
+        """Let PLANS run, and nothing else.  Raises LocaltunnelError where it changes nothing."""
+        running, trace = self._running, self._frames.frame if self._file.args.verbose else None
+        new = {name: Section(plan) for name, plan in plans.items()
+               if name not in running or running[name].plan is not plan}
+        try:
+            for section in new.values():
+                await section.open(self._runtime, self._key, self.terminal.keys,
+                                   () if self._seen is None else self._seen, trace)
+                if self._seen is None:
+                    self._seen = section.app.seen
+                    for annex in ANNEXES:
+                        await annex.beside(section.plan.args, section.app, self._watched)
+                if self._inspector:
+                    section.terminal.watched(self._inspector)
+        except BaseException:
+            for section in new.values():
+                await section.close()
+            raise
+        for name in [name for name in running if name in new or name not in plans]:
+            running.pop(name).stop.set()
+        for name, section in new.items():
+            running[name] = section
+            task = self._runtime.spawn(self._run(name, section))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        self._codes = {name: code for name, code in self._codes.items() if name in plans}
+        self._show()
+
+    def _show(self) -> None:
+        for pulse in self._pulse:
+            pulse.tunnels = [section.wired for section in self._running.values()]
+
+    async def _run(self, name: str, section: Section) -> None:
+        self._codes.pop(name, None)
+        code = await section.run()
+        if self._running.get(name) is section:
+            del self._running[name]
+            self._codes[name] = code
+            self._show()
+        if len(self._tasks) == 1:       # this one
+            self.over.set()
+
+    async def reload(self) -> None:
+        """Read the file again."""
+        async with self._turn:
+            before = {name: section.plan for name, section in self._running.items()}
+            try:
+                plans = self._file.plans(before)
+                await self.change(plans)
+            except LocaltunnelError as e:
+                return self.terminal.note(f'{e}; nothing was changed')
+        words = {'begins': [name for name in plans if name not in before],
+                 'begins_anew': [name for name in plans if name in before
+                                 and plans[name] is not before[name]],
+                 'ends': [name for name in before if name not in plans]}
+        self.terminal.note(f'{self._file.args.config} read again', event='reload',
+                           **{what: ' '.join(names) for what, names in words.items()})
+
+    def list(self) -> None:
+        """Show where the tunnels lead, and what the keys do."""
+        put(sys.stdout, ''.join(
+            f'  {name:<10}  {section.client.url or "(not there yet)"} -> '
+            f'{section.app.target.text}\n' for name, section in self._running.items()))
+        self.terminal.help()
+
+    async def end(self) -> int:
+        """End all; return the exit code: of the first that failed, if any did."""
+        for section in self._running.values():
+            section.stop.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        for pulse in self._pulse:
+            pulse.close()
+        self.terminal.flush()
+        self._frames.flush()
+        return next(filter(None, self._codes.values()), 0)
+
+
+async def run_clients(runtime: Runtime, stop: asyncio.Event, file: TunnelFile,
+                      plans: Mapping[str, Plan]) -> int:
+    """Keep the tunnels of FILE up, at first PLANS, until STOP is set or all have failed."""
+    sections, typed, loop = Sections(runtime, file), is_terminal(sys.stdin), runtime.loop
+
+    def hung_up() -> None:
+        if typed and not is_terminal(sys.stdin):        # the window was closed
+            stop.set()
+        else:
+            runtime.spawn(sections.reload())
+    keys = sections.terminal.listen(runtime, stop.set)
+    try:
+        await sections.change(plans)
+        if keys:
+            sections.terminal.keys['?'] = 'lists the tunnels', sections.list
+            sections.terminal.help()
+        if hasattr(signal, 'SIGHUP'):
+            loop.add_signal_handler(signal.SIGHUP, hung_up)
+        await first_of(stop.wait(), sections.over.wait())
+    finally:
+        code = await sections.end()
+        if keys:
+            keys.close()
+    return code
 
 
 class ServerFile(Source):
@@ -16719,7 +17023,7 @@ class ServerFile(Source):
             return f'{e}; nothing was changed'
         server.tunnels.hold, server.drain = new.hold, new.drain
         server.rate, server.admission.most = new.rate, new.max_tunnels
-        rest = options_in({*new.words} ^ {*self._args.words}) - self.LIVE
+        rest = options_in({*new.said} ^ {*self._args.said}) - self.LIVE
         if rest:
             server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
                             'restart')
@@ -16731,12 +17035,6 @@ class ServerFile(Source):
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
-
-# The exit code, by what ended the program; anything else is a failure, 1.
-EXIT_CODES = {'usage': 2, 'name_taken': 3, 'bad_name': 3, 'reserved': 3,
-              'too_many_names': 3, 'not_yours': 3, 'port_taken': 3, 'bad_port': 3, 'token': 4,
-              'blocked': 4, 'superseded': 5}
-
 
 # Running until told to stop.
 
@@ -16893,16 +17191,18 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     with contextlib.ExitStack() as last:
         last.callback(frames.flush)
         async with wired(runtime, args, target, known, key,
-                         functools.partial(terminal_of, runtime, args, target),
+                         functools.partial(terminal_of, runtime, args, target, None),
                          trace=frames.frame if args.verbose else None) as (app, client, terminal):
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel
-                await annex.beside(args, app)
+                await annex.beside(args, app, terminal.watched)
             keys = terminal.listen(runtime, stop.set, at_once=not carrier)
             if keys:
                 last.callback(keys.close)       # only then: a second Ctrl-C is not echoed either
             if not (args.json or args.quiet):
-                last.callback(Pulse(app, client, terminal).close)
+                pulse = Pulse(runtime)
+                pulse.tunnels.append((app, client, terminal))
+                last.callback(pulse.close)
             probe = [] if args.release else [runtime.spawn(app.look())]
             try:
                 code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
@@ -16914,6 +17214,12 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def client_command(args: Args) -> int:
+    if args.config:
+        if args.after or args.release or args.join is ASK:
+            raise UsageError('--config opens several tunnels, so it goes with none of -- COMMAND, '
+                             '--release, and --join without CODE')
+        file = TunnelFile(args)
+        return run(run_clients, file, file.plans({}))
     if args.after:          # standard input and output are its own; what we say goes to stderr
         sys.stdin, sys.stdout = open(os.devnull), sys.stderr
     target, known = find_target(args), known_server(args)
@@ -17062,7 +17368,7 @@ def command(words: Sequence[str]) -> int:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
         args = parser.parse_args(words)
-        if getattr(args, 'config', None):
+        if args.command != 'client' and getattr(args, 'config', None):
             args = server_args(words)
         args.as_client, args.remember, args.do = as_client, keep_joined, command
         args.known = parser.commands
@@ -17070,11 +17376,12 @@ def command(words: Sequence[str]) -> int:
     except KeyboardInterrupt:
         pass
     except LocaltunnelError as e:
-        kind = 'usage' if isinstance(e, UsageError) else getattr(e, 'code', '')
-        meant = did_you_mean(words, parser) if kind in ('usage', 'bad_name') else ''
+        mistyped = not getattr(args, 'config', None) and (
+            isinstance(e, UsageError) or getattr(e, 'code', '') == 'bad_name')
+        meant = did_you_mean(words, parser) if mistyped else ''
         reason = meant or str(e)
         say(f'localtunnel.py: {reason}')
-        code = EXIT_CODES['usage'] if meant else EXIT_CODES.get(kind, 1)
+        code = EXIT_CODES['usage'] if meant else exit_code(e)
     except SystemExit as e:         # of argparse
         code = int(e.code or 0)
     if args.command == 'client' and args.json:

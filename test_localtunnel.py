@@ -8806,11 +8806,11 @@ class InspectorTest(WorldTest):
         vars(args).update(options)
         with unittest.mock.patch.object(lt, 'write_secret') as write, \
                 unittest.mock.patch('os.makedirs'):
-            await lt.Inspect().beside(args, client.app)
+            places = []
+            await lt.Inspect().beside(args, client.app, places.append)
             await eventually(lambda: write.called)
             self.noted = write.call_args[0][1]
-        place = [line[1] for line in self.log.told if line[0] == 'watched'][-1]
-        self.inspector = int(place.rpartition(':')[2])
+        self.inspector = int(places[0].rpartition(':')[2])
 
     async def inspector_peer(self, host=''):
         return await self.raw('127.0.0.1', self.inspector,
@@ -10073,8 +10073,8 @@ class InstallTest(FolderTest):
         path = self.write('ini', lt.server_files(args, lt.words_of(args), '')[lt.CONFIG].decode())
         os.chmod(path, 0o600)
         read = lt.server_args(['server', '--config', path])
-        self.assertEqual({*read.words}, {
-            f'--config={path}', '--domain=t.example.com', "--token=a 'b' # c", '--token=2',
+        self.assertEqual({*read.said}, {
+            'server', '--config', path, '--domain=t.example.com', "--token=a 'b' # c", '--token=2',
             '--acme=x@example.com', '--open', '--admin'})
         self.assertEqual((read.token, read.admin), (["a 'b' # c", '2'], args.admin))
 
@@ -10970,7 +10970,8 @@ class ScreenTest(unittest.TestCase):
         terminal.exchange(self.record(), 0.012)
         if lost:
             terminal.lost(lost, 9.0)
-        pulse = lt.Pulse(app, client, terminal)
+        pulse = lt.Pulse(unittest.mock.Mock(swept=set()))
+        pulse.tunnels.append((app, client, terminal))
         with unittest.mock.patch.object(lt, 'change_line', lambda *what: said.append(what)):
             for now, count, bytes_ in zip((10.0, 14.0), exchanges, carried):
                 app.exchanges, client.carried = count, bytes_
@@ -11003,6 +11004,21 @@ class ScreenTest(unittest.TestCase):
             took = lt.duration(seconds)
             self.assertIn(f' \x1b[{code}m{took}\x1b[0m ' if code else f' {took} ',
                           self.out.getvalue())
+
+    def test_of_several_tunnels_each_line_says_whose_it_is(self):
+        keys = {}
+        terminal = self.terminal(columns=100, name='web', keys=keys)
+        terminal.watched('http://127.0.0.1:4040')
+        terminal.ready('https://a.example', '', .0234)
+        terminal.exchange(self.record(), 0.012)
+        terminal.ended(1, 2, 3, 'it broke', 1)
+        shown = self.shown(terminal)
+        self.assertEqual(shown.splitlines()[:2], [
+            '  web         https://a.example -> localhost:8000',
+            '              server https://t.example, 23ms away, visitors anyone with the URL'])
+        self.assertRegex(shown, r'#1 +web +200 +GET ')
+        self.assertRegex(shown, r'\nweb: ended after ')
+        self.assertEqual([*keys], ['i'])
 
     def test_the_banner_says_where_as_whom_and_who_may_come(self):
         for columns in (60, 200):
@@ -11667,6 +11683,216 @@ class ConfigFileTest(FolderTest):
             with unittest.mock.patch.object(lt, 'warn_once') as warn:
                 lt.server_args(['server', '--config', path])
             self.assertEqual(warn.called, warned)
+
+
+class TunnelFileTest(FolderTest):
+    """What the sections of a client's file mean."""
+
+    def plans(self, text, *words, before=()):
+        path = self.write('ini', text)
+        os.chmod(path, 0o600)
+        args = lt.make_parser().parse_args(['client', '--config', path, *words])
+        return lt.TunnelFile(args).plans(dict(before))
+
+    def test_a_section_is_what_would_be_typed_and_what_is_typed_wins(self):
+        text = ('[server]\nxyzzy = 1\n[web]\ntarget = 8000\nallow =\n  10.0.0.1\n  10.0.0.2\n'
+                'share = yes\ntimeout = 5\n[api]\ntarget = localhost:9000\nserver = a.example\n')
+        plans = self.plans(text, '--timeout', '6', '--json')
+        self.assertEqual([*plans], ['web', 'api'])
+        web, api = plans.values()
+        self.assertEqual((web.target.text, web.known, api.target.text, str(api.known.address)),
+                         ('localhost:8000', None, 'localhost:9000', 'https://a.example'))
+        self.assertEqual((web.args.timeout, web.args.share, web.args.json, web.args.tunnel),
+                         (6, True, True, 'web'))
+        self.assertEqual([*map(str, web.args.allow)], ['10.0.0.1/32', '10.0.0.2/32'])
+        self.assertEqual([*map(str, self.plans(text, '--allow=::1')['web'].args.allow)],
+                         ['::1/128'])
+        self.assertEqual([*self.plans(text, 'api')], ['api'])
+
+    def test_where_nothing_has_changed_a_plan_stays_the_same(self):
+        before = self.plans('[a]\ntarget = 1\n[b]\ntarget = 2\n')
+        after = self.plans('# x\n[b]\ntarget = 2\n\n[a]\ntarget = 1\nshare = yes\n',
+                           before=before)
+        self.assertEqual([after[name] is before[name] for name in ('a', 'b')], [False, True])
+
+    def test_each_mistake_is_told_with_its_line_and_a_cure(self):
+        for text, words, said in (
+                ('[a]\nname = x\n', [], 'FILE, line 1: [a] needs a target, such as: target = 80'),
+                ('# x\n', [], 'FILE has no tunnel; begin one with [web], and below it target = '),
+                ('[server]\n', [], 'FILE has no tunnel; '),
+                ('[a]\ntarget = 1\n', ['b', 'c'], 'FILE has no section [b]; it has [a]'),
+                ('[a]\ntarget = 1\ninspect = 1\n', [],
+                 'FILE, line 3: inspect belongs on the command line'),
+                ('[a]\ntarget = 1\njson = yes\n', [],
+                 'FILE, line 3: json belongs on the command line'),
+                ('[a b]\ntarget = 1\n', [], 'FILE, line 1: the name of a tunnel has letters, '),
+                ('[a]\ntarget = 1\n\n[b]\n\ntarget = a b c\n', [],
+                 "FILE, line 6: can't tell what 'a b c' is, "),
+                ('[a]\ntarget = 1\n  2\n', [], 'FILE, line 2: target takes one value; '),
+                ('[a]\nname = a_b\ntarget = 1\n', [], "FILE, line 2: 'a_b' is not a valid name; "),
+                ('[a]\ntarget = 1\ntcp = yes\n', [], 'FILE, line 3: --tcp needs a server; '),
+                ('[a]\ntarget = 1\njoin = yes\n', [], 'FILE, line 3: this is not a whole code'),
+                ('[a]\ntarget = 1\nserver = a b\n', [], 'FILE, line 3: '),
+                ('[a]\ntarget = 1\nname=x\nserver=a.b\n[b]\nname=x\ntarget = 2\nserver=a.b',
+                 [], 'FILE, line 6: [b] would have the same name as [a]; give it another one'),
+                ('[a]\ntarget = 1\nserver = a.b\n[b]\ntarget = localhost:1\nserver = a.b', [],
+                 'FILE, line 4: [b] would have the same name as [a]; ')):
+            with self.subTest(text), self.assertRaises(lt.UsageError) as caught:
+                self.plans(text, *words)
+            self.assertEqual(str(caught.exception).replace(self.path('ini'), 'FILE')[:len(said)],
+                             said)
+
+    def test_two_sections_may_share_a_name_or_have_a_server_of_their_own(self):
+        self.assertEqual(len(self.plans('[a]\ntarget = 1\nserver = a.b\nshare = yes\nname = x\n'
+                                        '[b]\ntarget = 2\nserver = a.b\nshare = yes\nname = x\n'
+                                        '[c]\ntarget = 1\n[d]\ntarget = 1\n')), 4)
+
+    def test_what_is_for_one_tunnel_goes_without_a_file(self):
+        path = self.write('ini', '[a]\ntarget = 1\n')
+        for words in ['--release'], ['--join'], ['--', 'ls']:
+            with contextlib.redirect_stderr(io.StringIO()) as err:
+                self.assertEqual(lt.main(['client', '--config', path, *words]), 2)
+            self.assertIn('--config opens several tunnels, so it goes with none of', err.getvalue())
+
+
+class SectionsTest(WorldTest, FolderTest):
+    """Several tunnels in one process."""
+
+    def file(self, **sections):
+        text = ''.join(f'[{name}]\nserver = http://localhost:{self.port}\n{lines}\n'
+                       for name, lines in sections.items())
+        os.chmod(self.write('ini', text), 0o600)
+
+    async def begin(self, *words):
+        self.out = self.stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        self.err = self.stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
+        file = lt.TunnelFile(lt.make_parser().parse_args(
+            ['client', '--config', self.path('ini'), '--json', '--inspect=0', *words]))
+        self.sections = lt.Sections(self.runtime, file)
+        await self.sections.change(file.plans({}))
+        self.stack.push_async_callback(self.sections.end)
+
+    def events(self, event, **facts):
+        self.sections.terminal.flush()
+        events = [json.loads(line) for line in self.out.getvalue().splitlines()]
+        return [e for e in events if e['event'] == event and facts.items() <= e.items()]
+
+    async def opened(self, tunnel, count=1):
+        """The URL of the tunnel, once it is there for the COUNTth time."""
+        await eventually(lambda: len(self.events('open', tunnel=tunnel)) == count)
+        return self.events('open', tunnel=tunnel)[-1]['url']
+
+    async def ended(self, tunnel):
+        await eventually(lambda: self.events('end', tunnel=tunnel))
+        return self.events('end', tunnel=tunnel)[-1]
+
+    async def test_a_file_that_has_changed_disturbs_no_tunnel_that_has_not(self):
+        go = asyncio.Event()
+
+        async def answer(head, reader, writer):
+            if b'Upgrade' in head:
+                writer.write(b'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\n'
+                             b'Upgrade: chat\r\n\r\n')
+                while True:
+                    writer.write(await reader.readexactly(1))
+            writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n1')
+            await go.wait()
+            writer.write(b'2')
+        await self.world()
+        app, other = await self.app(answer), await self.app()
+        web = f'target = {app.address[1]}\nname = web'
+        api = f'target = {other.address[1]}\nname = moved'
+        self.file(web=web, api=api, old=f'target = {other.address[1]}')
+        await self.begin()
+        for name in ('web', 'api', 'old'):
+            await self.opened(name)
+        download, chat = [await self.visitor('web.localhost') for _ in range(2)]
+        download.ask()
+        await download.reader.readuntil(b'\r\n\r\n1')
+        chat.ask(fields='Connection: Upgrade\nUpgrade: chat')
+        await chat.reader.readuntil(b'\r\n\r\n')
+        self.file(new=f'target = {other.address[1]}', web=web, api=api + '\nauth = ann:secret')
+        await self.sections.reload()
+        told, = self.events('reload')
+        self.assertEqual((told['begins'], told['begins_anew'], told['ends']), ('new', 'api', 'old'))
+        self.assertEqual((await self.ended('old'))['code'], 0)
+        await self.opened('new')
+        await self.opened('api', 2)
+        self.assertEqual((await self.visit('moved.localhost'))[0], 401)
+        for byte in (b'x', b'y'):
+            chat.send(byte)
+            self.assertEqual(await chat.reader.readexactly(1), byte)
+        go.set()
+        self.assertEqual(await download.reader.readexactly(1), b'2')
+        self.assertEqual(self.events('end', tunnel='web'), [])
+        self.assertEqual(len(self.events('open', tunnel='web')), 1)
+
+    async def test_a_mistake_changes_nothing(self):
+        await self.world()
+        app = await self.app()
+        self.file(a=f'target = {app.address[1]}\nname = a')
+        await self.begin()
+        await self.opened('a')
+        for lines in ('xyzzy = 1', f'target = {app.address[1]}\nname = b\nca = /nowhere'):
+            self.file(a='target = 1', b=lines)
+            await self.sections.reload()
+            self.assertRegex(self.events('note')[-1]['message'],
+                             r'ini, line \d+: .*; nothing was changed')
+            self.assertEqual((await self.visit('a.localhost'))[0], 200)
+        self.assertEqual(self.events('end'), [])
+
+    async def test_one_that_fails_ends_no_other_and_the_exit_code_tells(self):
+        await self.world()
+        app = await self.app()
+        await self.client(app, name='taken', key=bytes(32))
+        self.file(a=f'target = {app.address[1]}\nname = taken', b='target = 1\nname = b')
+        await self.begin()
+        await self.opened('b')
+        end = await self.ended('a')
+        self.assertEqual((end['code'], 'taken' in end['reason']), (3, True))
+        self.assertIn('a: ' + end['reason'], self.err.getvalue())
+        self.assertFalse(self.sections.over.is_set())
+        self.file(a='target = 1\nname = mine', b='target = 1\nname = taken')
+        await self.sections.reload()        # one is mended, another one fails
+        await self.opened('a')
+        await self.ended('b')
+        self.assertEqual(await self.sections.end(), 3)
+
+    async def test_when_all_have_failed_it_is_over(self):
+        await self.world()
+        await self.client(await self.app(), name='taken', key=bytes(32))
+        self.file(a='target = 1\nname = taken')
+        await self.begin()
+        await self.sections.over.wait()
+        self.assertEqual(await self.sections.end(), 3)
+
+    async def test_one_inspector_shows_all_and_sends_each_again_where_it_came_from(self):
+        await self.world()
+        apps = [await self.app(ok(b'%d' % n)) for n in (1, 2)]
+        self.file(a=f'target = {apps[0].address[1]}\nname = a',
+                  b=f'target = {apps[1].address[1]}\nname = b')
+        await self.begin()
+        inspectors = []
+        for name in 'ab':
+            await self.opened(name)
+            inspectors += [e['inspector'] for e in self.events('open', tunnel=name)]
+            await self.visit(f'{name}.localhost', f'/of-{name}')
+        self.assertEqual(len({*inspectors}), 1)
+        place = inspectors[0].rpartition('/')[2]
+
+        async def api(path, method='GET'):
+            peer = await self.raw('127.0.0.1', int(place.rpartition(':')[2]), host=place)
+            return json.loads((await peer.get(path, method=method))[2])
+        await eventually(lambda: len(self.sections._seen) == 2)
+        listed = (await api('/api/exchanges'))['exchanges']
+        self.assertEqual([(x['id'], x['tunnel'], x['target']) for x in listed],
+                         [(1, 'a', '/of-a'), (2, 'b', '/of-b')])
+        self.assertEqual([x['id'] for x in (await api('/api/exchanges?q=tunnel:b'))['exchanges']],
+                         [2])
+        self.assertEqual([t['url'] for t in (await api('/api/status'))['tunnels']],
+                         [f'http://{name}.localhost:{self.port}' for name in 'ab'])
+        await api('/api/exchanges/2/replay', 'POST')
+        self.assertEqual([len(app.requests) for app in apps], [1, 2])
 
 
 # ------------------------------------------------------------------------------------------------
