@@ -12033,23 +12033,26 @@ class Kept:
     def pack(self) -> None:
         """Make one object of all that is known, if this is an exchange as most are."""
         record, response = self.record, self.response
-        if (not isinstance(record, Exchange) or not isinstance(record.answer, Body)
-                or response is None or self.readers):
+        if not isinstance(record, Exchange):
             return
         request, body, answer, whole = record.request, record.body, record.answer, record.whole
+        if response is None or self.readers or not isinstance(answer, Body):
+            record.near = record.far = body.stream = self.book.nowhere      # they hold much more
+            if isinstance(answer, Body):
+                answer.stream = self.book.nowhere
+            return
+        head = b'%b %b HTTP/1.%b\r\n%b\r\n' % (
+            request.method, request.target, request.minor, request.block)
+        answer_head = b'HTTP/1.%b %d%b\r\n%b\r\n' % (
+            response.minor, response.status, response.reason, response.block)
         sent, received = self.sent if whole is None else whole, self.received
-        method, target, block = request.method, request.target, request.block
-        reason = response.reason
-        trailers, last, why = body.trailers, answer.trailers, record.why.encode()
         self.past = b''.join((
             PAST.pack(record.began, record.answered, record.status,
                       (whole is not None) | body.finished << 1 | answer.finished << 2,
-                      body.taken, answer.taken, len(method) + len(target) + len(block) + 14,
-                      len(reason) + len(response.block) + 16, len(sent), len(received),
-                      len(trailers), len(last)),
-            method, b' ', target, b' HTTP/1.', request.minor, b'\r\n', block, b'\r\n',
-            b'HTTP/1.', response.minor, b' %03d' % response.status, reason, b'\r\n',
-            response.block, b'\r\n', sent, received, trailers, last, why))
+                      body.taken, answer.taken, len(head), len(answer_head), len(sent),
+                      len(received), len(body.trailers), len(answer.trailers)),
+            head, answer_head, sent, received, body.trailers, answer.trailers,
+            record.why.encode()))
         self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
 
     def unpacked(self) -> Kept:
@@ -12156,12 +12159,10 @@ class Watched(ClientObserver):
         app.response_taps.append(book.responded)
         observers: Any = Observers(app.observer, self)
         app.observer = observers
+        self.exchange = functools.partial(book.ended, self)     # type: ignore[method-assign]
 
     def ready(self, url: str, user: str, round_trip: float) -> None:
         self.url = url
-
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        self.book.ended(self, exchange, seconds)
 
     def about(self) -> dict[str, str]:
         """Return what the API says of it."""
@@ -12177,9 +12178,8 @@ class Exchanges:
         self.runtime, self.most = runtime, most
         self.tunnels: list[Watched] = []
         self.kept: collections.deque[Kept] = collections.deque()        # the oldest first
-        self.open: dict[Record, Kept] = {}      # those that run
-        self._passed: set[Record] = set()       # those that run and are only counted
-        self._allowance = KEPT_BURST, runtime.now()     # how many may be kept, since when
+        self.open: dict[Record, Kept | None] = {}       # those that run; None: only counted
+        self._room = KEPT_BURST     # for how many there is, until others are only counted
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
         # By second: [Unix time, requests, errors, median, slowest]; and the one that runs.
         self.pace: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
@@ -12197,23 +12197,18 @@ class Exchanges:
 
     # What it is told.
 
-    def _has_room(self, now: float) -> bool:
-        """True if one more may be kept: of thousands a second most would be gone at once."""
-        left, since = self._allowance
-        left = min(KEPT_BURST, left + (now - since) * KEPT_RATE)
-        self._allowance = (left - 1 if left >= 1 else left), now
-        return left >= 1
-
     def begun(self, watched: Watched, exchange: Exchange) -> Tap | None:
         """Keep EXCHANGE, which is WATCHED; return what keeps the body of its request."""
         size, near = 2 * len(exchange.request.block), exchange.near
-        if not (self.listeners or type(near) is Replay or self._has_room(exchange.began)):
-            self._passed.add(exchange)
-            self.seen += 1
-            return None
+        if not self.listeners and type(near) is not Replay:
+            if self._room < 1:      # of thousands a second most would be gone at once
+                self.open[exchange] = None
+                self.seen += 1
+                return None
+            self._room -= 1
         if exchange.whole:
             size += len(exchange.whole)
-        kept = self.open[exchange] = self._keep(watched, exchange, size)
+        kept = self._keep(watched, exchange, size)
         if type(near) is Replay:
             near.made, kept.edited = kept, near.edited
         if self.listeners:
@@ -12222,9 +12217,9 @@ class Exchanges:
 
     def responded(self, exchange: Exchange, response: Response) -> Tap | None:
         """Keep RESPONSE; return what keeps its body."""
-        if exchange in self._passed:
-            return None
         kept = self.open[exchange]
+        if kept is None:
+            return None
         kept.response, kept.received = response, bytearray()
         if len(response.block) > KEPT_OBJECTS // 4:
             kept.hold(2 * len(response.block))
@@ -12244,22 +12239,21 @@ class Exchanges:
         self._took.append(seconds)
         if exchange.why or exchange.status >= 500:
             self._errors += 1
-        if exchange in self._passed:
-            return self._passed.remove(exchange)
-        kept = self.open.pop(exchange, None) or self._keep(watched, exchange, 0)
+        if exchange not in self.open:       # it had no request, or is not HTTP
+            self._keep(watched, exchange, 0)
+        kept = self.open.pop(exchange)
+        if kept is None:
+            return
         kept.seconds = seconds
         if exchange.why:
             kept.failed = failed_hop(exchange)
-        if isinstance(exchange, Exchange):      # its streams would hold much more
-            exchange.near = exchange.far = exchange.body.stream = self.nowhere
-            if isinstance(exchange.answer, Body):
-                exchange.answer.stream = self.nowhere
         kept.pack()
         if self.listeners:
             self.tell(kept)
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Close the second that is over; twice a second is often enough."""
+        """Make room for others, and close the second that is over; twice a second is enough."""
+        self._room = min(KEPT_BURST, self._room + KEPT_RATE * SWEEP)
         second = int(time.time())
         if self._took and second != self._second:
             took = sorted(self._took)
@@ -12280,7 +12274,7 @@ class Exchanges:
     def _keep(self, watched: Watched, record: Record, size: int) -> Kept:
         """Keep what comes of RECORD; SIZE bytes are there."""
         size += KEPT_OBJECTS
-        kept = Kept(watched, record, size)
+        kept = self.open[record] = Kept(watched, record, size)
         self.kept.append(kept)
         self.seen += 1
         self.used += size
