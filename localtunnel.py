@@ -9481,8 +9481,7 @@ class Shelf:
         found = {id: kept for id, kept in known.items() if kept.busy}
         for entry in os.listdir(self.folder):
             path, match = os.path.join(self.folder, entry), _KEPT_FILE.fullmatch(entry)
-            # What is gone by now, or set aside, does not matter.
-            with contextlib.suppress(FileNotFoundError, LookupError):
+            try:
                 if match and match.group(1) not in found:
                     id, tries = match.group(1), int(match.group(2))
                     if id not in known:
@@ -9491,6 +9490,10 @@ class Shelf:
                     found[id].tries = tries         # another process may have tried it
                 elif entry.endswith('.new') and time.time() - os.stat(path).st_mtime > LEFT_OVER:
                     os.unlink(path)
+            except (FileNotFoundError, LookupError):    # another process was quicker; set aside
+                pass
+            except OSError as e:
+                self._warn(f"error: can't read {path}: {e.strerror}")
         return dict(sorted(found.items()))
 
     def touch(self) -> None:
@@ -9507,9 +9510,10 @@ class KeepRules:
     """What a client wants to be kept, and what its sender is told; GATES say who may send it."""
 
     def __init__(self, said: Any, gates: Sequence[Gate] = ()) -> None:
-        """SAID is of its hello, or its lease.  Raises ValueError, TypeError and KeyError."""
-        forms, self.status, self.gates = [], said['status'], gates
-        for text in said['patterns']:
+        """SAID is of its hello, or its lease.  Raises ValueError and TypeError."""
+        said = dict(said)
+        forms, self.status, self.gates = [], said.get('status'), gates
+        for text in said.get('patterns', ()):
             match = _KEEP.fullmatch(text)
             method, path, more = match.groups() if match else ('', '', '')
             if not (path or more) or method in ('GET', 'HEAD', 'OPTIONS', 'TRACE'):
@@ -9568,7 +9572,7 @@ class Queues(Detour):
             if lease is None or kept.owner != lease.owner:
                 self._drop(kept)
         detours.pop(name, None)
-        with contextlib.suppress(ValueError, TypeError, KeyError, Refused):     # or else nothing
+        with contextlib.suppress(KeyError, ValueError, TypeError, Refused):     # or else nothing
             self._rules[name] = KeepRules(json.loads(facts['keep']), make_gates(
                 json.loads(facts.get('access', '{}')), self._server.admission.gates))
             detours[name] = self
@@ -9780,7 +9784,7 @@ class Queues(Detour):
                         status=status, tries=kept.tries)
         if again:
             self._not_before[kept.name] = self._now() + min(
-                LONGEST_PAUSE, 2.0 ** min(kept.tries - 1, 20))
+                LONGEST_PAUSE, 2.0 ** max(0, min(kept.tries - 1, 20)))
         else:
             self._drop(kept)
         return not again
@@ -9795,6 +9799,7 @@ class Queues(Detour):
         head, _, body = message.partition(b'\r\n\r\n')
         mark = f'\r\nLocaltunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'
         message = b'%b%b\r\n\r\n%b' % (head, mark.encode(), body)
+        stream.timeout = ANSWERED_WITHIN
         try:
             response = await ask_stream(stream, [message], ANSWERED_WITHIN)
         except LocaltunnelError:
@@ -9825,7 +9830,7 @@ class Keeps(ClientObserver):
             return self._observer.hint('this server keeps no requests, so --keep has no effect; '
                                        'its operator can start it with --keep MIB')
         words = [f'{n} webhook{"s" * (n != 1)} {what}' for n, what in (
-            (kept, 'waited, and come first'), (expired, 'expired')) if n > 0]
+            (kept, 'waited for you'), (expired, 'expired')) if n > 0]
         self._observer.also('kept', '; '.join(words) or 'nothing has waited')
 
 
@@ -17326,7 +17331,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     if stop.is_set():
         await server.leave()
     await server.admission.close()
-    os.close(args.lock)         # from now on nothing is written into the folder
+    os.close(args.lock)         # from now on nothing is written into the folder but kept requests
     await server.stop(handed_over=not stop.is_set())
     log.flush()
 

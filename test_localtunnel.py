@@ -84,6 +84,7 @@ import concurrent.futures
 import contextlib
 import copy
 import email.message
+import errno
 import faulthandler
 import functools
 import gc
@@ -7117,17 +7118,140 @@ class BlockCommandTest(FolderTest):
 HOOK = b'{"action": "opened",\r\n "n": 1}'
 
 
+class Killed(BaseException):
+    """What a process does not survive."""
+
+
+class ShelfTest(FolderTest):
+    """The files of kept requests, when a process is killed or a disk fails at any call."""
+    CALLS = 'open', 'fsync', 'replace', 'rename', 'unlink', 'close'
+
+    def setUp(self):
+        super().setUp()
+        self.said = []
+
+    def shelf(self):
+        """A new folder."""
+        state = tempfile.mkdtemp(dir=self.folder)
+        shelf = lt.Shelf(state, self.said.append)
+        os.mkdir(shelf.folder)
+        return shelf
+
+    def put(self, shelf, message=b'POST / HTTP/1.1\r\n\r\nbody', id=20 * 'a'):
+        kept = lt.KeptRequest(id, 0, 'app', 'proof:1', len(message))
+        shelf.put(kept, message)
+        return kept
+
+    def fails(self, error, at, after):
+        """In a `with`, the call AT of the system raises ERROR, before or AFTER it does its work."""
+        calls = itertools.count()
+
+        def wrap(call):
+            def wrapped(*args, **words):
+                n = next(calls)
+                if n == at and not after:
+                    raise error
+                result = call(*args, **words)
+                if n == at:
+                    raise error
+                return result
+            return wrapped
+        stack = contextlib.ExitStack()
+        for name in self.CALLS:
+            stack.enter_context(unittest.mock.patch.object(os, name, wrap(getattr(os, name))))
+        return stack
+
+    def each(self, error, work, after):
+        """(shelf, whether it came through) of WORK in a new folder, for each call that fails."""
+        for at in itertools.count():
+            shelf = self.shelf()
+            kept = None if work == 'put' else self.put(shelf)
+            whole = False
+            with contextlib.suppress(Killed, OSError), self.fails(error, at, after):
+                self.put(shelf) if work == 'put' else getattr(shelf, work)(kept)
+                whole = True
+            yield at, shelf, whole
+            if whole:
+                return
+
+    def there(self, shelf):
+        """(tries, message) of each request that is there."""
+        found = lt.Shelf(os.path.dirname(shelf.folder), self.said.append).look({})
+        return [(kept.tries, shelf.read(shelf.path(kept))[2]) for kept in found.values()]
+
+    def test_whenever_it_is_killed_a_request_is_there_whole_and_once_or_was_never_kept(self):
+        for after in False, True:
+            for work, may in (('put', (0, 1)), ('begin_try', (1, 1)), ('drop', (0, 1))):
+                for at, shelf, whole in self.each(Killed(), work, after):
+                    with self.subTest(work=work, at=at, after=after), self.constant(LEFT_OVER=-1):
+                        there = self.there(shelf)
+                        self.assertIn(len(there), may)
+                        if whole:
+                            self.assertEqual(len(there), work != 'drop')
+                        for tries, message in there:
+                            self.assertLessEqual(tries, work == 'begin_try')
+                            self.assertEqual(message, b'POST / HTTP/1.1\r\n\r\nbody')
+                        self.assertEqual(len(os.listdir(shelf.folder)), len(there))
+        self.assertEqual(self.said, [])
+
+    def test_what_can_not_be_written_is_not_there_and_what_is_there_stays(self):
+        for number in errno.ENOSPC, errno.EIO:
+            for work, there in ('put', 0), ('begin_try', 1), ('drop', 1):
+                for at, shelf, whole in self.each(OSError(number, 'no'), work, False):
+                    with self.subTest(work=work, at=at, number=number):
+                        if not whole:
+                            self.assertEqual(len(os.listdir(shelf.folder)), there)
+                            self.assertEqual(len(self.there(shelf)), there)
+
+    constant = LoopTest.constant
+
+    def test_it_is_for_the_server_alone(self):
+        shelf = self.shelf()
+        self.put(shelf)
+        shelf.touch()
+        for name in os.listdir(shelf.folder):
+            self.assertEqual(os.stat(os.path.join(shelf.folder, name)).st_mode & 0o777, 0o600)
+
+    def test_what_is_damaged_is_set_aside_with_a_sentence(self):
+        shelf = self.shelf()
+        whole = open_and_read(shelf.path(self.put(shelf)))
+        about, _, message = whole.partition(b'\n')
+        for data in (b'', b'\n', whole[:-1], whole + b'x', b'x' + whole, whole.swapcase(), message,
+                     b'[1, 2]\n', b'[' * 100000, b'{}\n', b'null\n' + message,
+                     about.replace(b'"app"', b'"\x1b]0;x"') + b'\nx', bytes(9), b'\xff' * 99):
+            with self.subTest(data=data[:50]):
+                self.said.clear()
+                path = shelf.path(lt.KeptRequest(20 * 'a', 0, '', '', 0))
+                with open(path, 'wb') as f:
+                    f.write(data)
+                self.assertEqual(self.there(shelf), [])
+                said, = self.said
+                self.assertIn('damaged', said)
+                self.assertEqual(os.listdir(shelf.folder), [20 * 'a' + '.0.damaged'])
+                self.assertEqual(open_and_read(path + '.damaged'), data)
+
+    def test_other_files_are_left_alone(self):
+        shelf = self.shelf()
+        for name in ('x', 20 * 'a', 20 * 'a' + '.0.new', 20 * 'A' + '.0', 19 * 'a' + '.0', 'look'):
+            os.close(os.open(os.path.join(shelf.folder, name), os.O_CREAT))
+        os.mkdir(os.path.join(shelf.folder, 20 * 'b' + '.0'))
+        self.put(shelf, id=20 * 'c')
+        before = os.listdir(shelf.folder)
+        self.assertEqual(len(self.there(shelf)), 1)
+        self.assertEqual(os.listdir(shelf.folder), before)
+        self.assertIn("can't read", *self.said)
+
+
 class KeepTest(FolderTest, WorldTest):
     """A server that keeps requests; its client is there or not."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'TOLD_WITHIN': 0.05}
 
-    async def world(self, most=lt.MIB, **options):
+    async def world(self, most=9 * lt.MIB, **options):
         await super().world(**options)
         await self.keeps(most)
 
-    async def keeps(self, most=lt.MIB):
+    async def keeps(self, most=9 * lt.MIB):
         """The server, a new one, keeps requests."""
-        lt.keep_gates(self.server)
         self.keeping = lt.Keeping()
         await self.keeping.at_server(lt.Args(keep=most // lt.MIB, state=self.folder), self.server)
         self.queues = self.keeping._queues
@@ -7135,13 +7259,11 @@ class KeepTest(FolderTest, WorldTest):
 
     async def restart(self):
         """Another server has the folder and the leases."""
-        leases = self.leases
         await self.queues.close()
         await self.end_of_the_world()
         self.clients.clear()
+        self.leases.keepers.clear()
         await self.new_server()
-        self.leases = self.server.admission.leases
-        self.leases.make(leases.by_name)
         await self.keeps()
 
     def files(self):
@@ -7242,6 +7364,310 @@ class KeepTest(FolderTest, WorldTest):
         app = await self.app()
         await self.wants(app, key=bytes.fromhex('22' * 32))
         self.assertEqual(len(self.ids()), 1)        # its owner is another one
+
+    async def test_one_after_the_other_in_the_order_of_arrival(self):
+        await self.world()
+        first, go, seen = asyncio.Event(), asyncio.Event(), []
+
+        async def answer(head, reader, writer):
+            seen.append(head.split()[1])
+            first.set()
+            await go.wait()
+            writer.write(OK)
+            return True
+        app = await self.app(answer)
+        await self.away(app)
+        for n in range(5):
+            self.assertEqual((await self.hook(f'/hooks/{n}', body=b''))[0], 202)
+        await self.wants(app)
+        await first.wait()
+        waits = self.meanwhile(self.hook('/hooks/live', body=b''))
+        self.assertEqual((await waits)[0], 202)     # the older ones take too long
+        self.assertEqual(seen, [b'/hooks/0'])
+        with self.constant(TOLD_WITHIN=PATIENCE):
+            waits = self.meanwhile(self.hook('/hooks/last', body=b''))
+            go.set()
+            self.assertEqual((await waits)[::2], (200, b'hello'))
+        self.assertEqual(seen, [b'/hooks/%d' % n for n in range(5)] + [b'/hooks/live',
+                                                                       b'/hooks/last'])
+
+    async def test_what_the_app_can_not_take_yet_is_tried_again_and_all_else_is_final(self):
+        for status, tries in (
+                (200, 1), (204, 1), (301, 1), (400, 1), (404, 1), (410, 1), (501, 2), (500, 2),
+                (408, 2), (425, 2), (429, 2), (503, 2)):
+            with self.subTest(status=status):
+                await self.tried([b'HTTP/1.1 %d x\r\nContent-Length: 0\r\n\r\n' % status], tries)
+
+    async def test_without_an_answer_it_is_tried_again(self):
+        for answer in b'', b'HTTP/1.1 200 OK\r\nContent-Le', b'nonsense\r\n\r\n':
+            with self.subTest(answer=answer):
+                await self.tried([answer], 2)
+
+    async def tried(self, answers, tries):
+        """An app that gives ANSWERS, and then OK, has a webhook so often."""
+        await self.world()
+        tried = []
+
+        async def answer(head, reader, writer):
+            tried.append(re.search(rb'Localtunnel-Kept: (.*); at=(.*); try=(.)', head).groups())
+            writer.write((answers + [OK] * 9)[len(tried) - 1])
+        app = await self.app(answer)
+        await self.away(app)
+        await self.hook(body=b'')
+        id, = self.ids()
+        with self.constant(LONGEST_PAUSE=0):
+            await self.wants(app)
+            await eventually(lambda: not self.ids())
+        self.assertEqual([(i.decode(), int(n)) for i, _, n in tried],
+                         [(id, n + 1) for n in range(tries)])
+        self.assertEqual(len({at for _, at, _ in tried}), 1)
+        await self.queues.close()
+        await self.end_of_the_world()
+        self.clients.clear()
+
+    async def test_it_waits_longer_and_longer_until_the_client_starts_anew(self):
+        await self.world()
+        app = await self.app(b'HTTP/1.1 500 x\r\nContent-Length: 0\r\n\r\n')
+        await self.away(app)
+        await self.hook(body=b'')
+        pauses = []
+        for n in range(4):
+            client = await self.wants(app)
+            await eventually(lambda: len(app.requests) > n and not self.queues._tries)
+            pauses.append(self.queues._not_before['app'] - self.runtime.now())
+            await self.leaves(client)
+        for pause, wanted in zip(pauses, (1, 2, 4, 8)):
+            self.assertAlmostEqual(pause, wanted, delta=0.9)
+        self.assertEqual((len(app.requests), self.files()), (4, [self.ids()[0] + '.4', 'look']))
+        self.assertEqual((await self.hook(body=b''))[0], 202)      # and at once
+
+    async def test_after_ten_tries_the_others_go_first(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for path in '/hooks/old', '/hooks/new':
+            await self.hook(path, body=b'')
+        old, new = self.ids()
+        os.rename(os.path.join(self.folder, 'kept', old + '.0'),
+                  os.path.join(self.folder, 'kept', old + '.10'))
+        self.queues._shelf.touch()
+        await self.wants(app)
+        await self.delivered(app, 2)
+        self.assertEqual([head.split()[1] for head in app.requests], [b'/hooks/new', b'/hooks/old'])
+        self.assertIn(b'; try=11\r\n', app.requests[1])
+
+    async def test_a_protected_tunnel_keeps_what_passes_its_check(self):
+        await self.world()
+        client = await self.wants(1, auth=['ana:secret'])
+        for restart in False, True:
+            with self.subTest(restart=restart):
+                self.assertEqual((await self.hook())[0], 401)
+                self.assertEqual((await self.visit('app.localhost', '/x'))[0], 401)
+                right = 'Authorization: Basic YW5hOnNlY3JldA=='
+                if not restart:
+                    await self.leaves(client)
+                    self.clients.clear()
+                self.assertEqual((await self.hook())[0], 401)
+                self.assertEqual((await self.visit('app.localhost', '/x'))[0], 401)
+                self.assertEqual((await self.hook(fields=right))[0], 202)
+                await self.restart()
+        app = await self.app()
+        await self.wants(app, auth=['ana:secret'])
+        await self.delivered(app, 2)
+        self.assertFalse([head for head in app.requests if b'uthorization' in head])
+        self.assertEqual((await self.hook())[0], 401)
+
+    async def test_who_may_not_visit_leaves_nothing(self):
+        await self.world()
+        await self.away(1, allow=['192.0.2.1'])
+        self.assertEqual(((await self.hook())[0], self.ids()), (403, []))
+
+    async def test_a_body_of_any_framing_is_the_same(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        body = os.urandom(lt.MAX_KEPT)
+        peer = await self.visitor('app.localhost')
+        peer.ask('/hooks/x', 'Transfer-Encoding: chunked', 'POST')
+        for at in range(0, len(body), 100000):
+            piece = body[at:at + 100000]
+            peer.send(b'%x;e=1\r\n%b\r\n' % (len(piece), piece))
+        peer.send(b'0\r\nTrailer: x\r\n\r\n')
+        self.assertEqual((await peer.answer())[0], 202)
+        self.assertEqual((await self.hook(body=body))[0], 202)
+        await self.wants(app)
+        await self.delivered(app, 2)
+        for request in app.requests:
+            self.assertEqual(request.partition(b'\r\n\r\n')[2], body)
+            self.assertEqual(request.lower().count(b'content-length: 1048576\r\n'), 1)
+
+    async def test_a_body_that_grows_too_large_or_breaks_off_is_not_kept(self):
+        await self.world()
+        await self.away(1)
+        peer = await self.visitor('app.localhost')
+        peer.ask('/hooks/x', 'Transfer-Encoding: chunked', 'POST')
+        peer.send(b'100001\r\n', bytes(0x100001), b'\r\n0\r\n\r\n')
+        self.assertEqual((await peer.answer())[0], 503)
+        peer = await self.visitor('app.localhost')
+        peer.ask('/hooks/x', 'Content-Length: 9', 'POST', body=b'half')
+        peer.writer.write_eof()
+        with contextlib.suppress(ConnectionError):
+            self.assertEqual(await peer.reader.read(), b'')
+        peer = await self.visitor('app.localhost')
+        with self.constant(HEAD_TIMEOUT=0.02):
+            peer.ask('/hooks/x', 'Content-Length: 9', 'POST', body=b'half')
+            self.assertEqual((await peer.answer())[0], 408)
+        self.assertEqual((self.ids(), self.server.admission.budget.used), ([], 0))
+
+    async def test_what_is_full_is_no_success(self):
+        await self.world()
+        await self.away(1)
+        with self.constant(MOST_KEPT=1):
+            self.assertEqual([(await self.hook())[0] for _ in range(2)], [202, 503])
+        with self.constant(MOST_KEPT_BYTES=lt.DISK_BLOCK):
+            self.assertEqual((await self.hook())[0], 503)
+        self.queues._most = lt.DISK_BLOCK
+        status, fields, body = await self.hook()
+        self.assertEqual((status, fields['localtunnel-failed']), (507, 'relay'))
+        self.queues._shelf.drop(*self.queues._queues['app'].values())
+        self.queues._shelf.touch()
+        await eventually(lambda: not self.queues.waiting('app'))
+        self.assertEqual((await self.hook())[0], 202)
+        self.assertEqual(self.queues._used, lt.DISK_BLOCK)
+
+    async def test_of_a_disk_that_fails_a_sender_hears_no_success(self):
+        await self.world()
+        await self.away(1)
+        for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503):
+            with unittest.mock.patch.object(os, 'fsync', side_effect=OSError(number, 'no')):
+                self.assertEqual((await self.hook())[0], status)
+        slow = threading.Event()
+        self.stack.callback(slow.set)
+        sync = os.fsync
+
+        def hangs(handle):
+            slow.wait(PATIENCE)
+            sync(handle)
+        with self.constant(KEPT_WITHIN=0.02), unittest.mock.patch.object(os, 'fsync', hangs):
+            self.assertEqual((await self.hook())[0], 503)
+            self.assertEqual(self.queues.waiting('app'), 0)
+            slow.set()
+            await eventually(lambda: self.files() == ['look'])
+        self.assertEqual((self.queues._used, (await self.hook())[0]), (0, 202))
+
+    async def test_what_is_damaged_or_taken_out_does_not_hold_up_the_rest(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for n in range(4):
+            await self.hook(f'/hooks/{n}', body=b'')
+        ids = self.ids()
+        for n, data in (0, b'x'), (1, None):
+            path = os.path.join(self.folder, 'kept', ids[n] + '.0')
+            if data is None:
+                os.unlink(path)
+            else:
+                with open(path, 'wb') as f:
+                    f.write(data)
+        await self.wants(app)
+        await eventually(lambda: self.files() == [ids[0] + '.0.damaged', 'look'])
+        self.assertEqual([head.split()[1] for head in app.requests], [b'/hooks/2', b'/hooks/3'])
+
+    async def test_a_disk_that_fails_at_a_try_loses_nothing(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        await self.hook(body=b'')
+        with unittest.mock.patch.object(os, 'rename', side_effect=OSError(errno.EIO, 'no')):
+            await self.wants(app)
+            await eventually(lambda: self.queues._not_before)
+        self.assertEqual((len(self.ids()), app.requests), (1, []))
+        self.queues._not_before.clear()
+        await self.delivered(app, 1)
+
+    async def test_a_name_of_chance_has_what_waits_too(self):
+        await self.world()
+        app = await self.app()
+        client = await self.away(app, name=None)
+        await self.restart()
+        self.assertEqual((await self.hook(host=client.url.partition('://')[2]))[0], 202)
+        await self.wants(app, name=None)
+        await self.delivered(app, 1)
+
+    async def test_another_owner_never_has_what_came_for_the_first(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for leave in 'release', 'lapse':
+            await self.hook()
+            if leave == 'release':
+                await self.client(app, name='app', release=True)
+                self.clients.clear()
+                self.assertEqual(self.ids(), [])
+            else:
+                self.leases.make({'app': self.leases.by_name['app']._replace(used=0)})
+            await self.wants(app, key=os.urandom(32))
+            self.assertEqual((await self.hook('/hooks/new'))[0], 200)
+            await self.leaves(self.clients.pop())
+        self.assertEqual(({head.split()[1] for head in app.requests}, self.ids()),
+                         ({b'/hooks/new'}, []))
+
+    async def test_what_is_too_old_goes_and_the_client_is_told_when_it_starts(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for _ in range(3):
+            await self.hook()
+        with self.constant(KEPT_FOR=0):
+            await eventually(lambda: not self.ids())
+        await eventually(lambda: self.leases.by_name['app'].facts.get('expired') == '3')
+        await self.restart()
+        await self.hook()
+        for said in '1 webhook waited for you; 3 webhooks expired', 'nothing has waited':
+            client = await self.wants(app)
+            self.assertEqual([told[1:] for told in self.log.told if told[0] == 'also'][-1],
+                             ('kept', said))
+            await eventually(lambda: not self.ids())
+            await self.leaves(client)
+
+    async def test_a_server_without_it_is_named_and_the_tunnel_works(self):
+        await super().world()
+        client = await self.wants(await self.app())
+        self.assertEqual((await self.hook())[0], 200)
+        hint, = [told[1] for told in self.log.told if told[0] == 'hint']
+        self.assertIn('keeps no requests', hint)
+        await self.leaves(client)
+
+    async def test_clients_that_share_a_name_have_each_once(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app, share=True)
+        for n in range(20):
+            await self.hook(f'/hooks/{n}', body=b'')
+        for _ in range(3):
+            await self.wants(app, share=True)
+        await self.delivered(app, 20)
+        self.assertEqual([head.split()[1] for head in app.requests],
+                         [b'/hooks/%d' % n for n in range(20)])
+
+    async def test_the_operator_sees_how_many_wait(self):
+        await self.world()
+        await self.away(1)
+        await self.hook()
+        tunnel, = lt.OperatorPage(self.server, None, None).tunnels()
+        self.assertEqual(tunnel['kept'], 1)
+
+    async def test_a_hello_that_wants_nonsense_is_refused(self):
+        await self.world()
+        for said in (7, None, [], {}, [7], {'patterns': 7, 'status': 202},
+                     {'patterns': [], 'status': 202},
+                     {'patterns': ['POST /*'] * 101, 'status': 202}, {'patterns': ['POST /x']},
+                     {'patterns': ['POST /*'], 'status': 201}, {'patterns': [7], 'status': 202},
+                     *({'patterns': [text], 'status': 202} for text in (
+                         '', 'POST', 'POST ', '/x', 'GET /x', 'HEAD /*', 'OPTIONS *', 'POST x',
+                         'POST /a*b', 'post /x', 'POST /x?y', 'POST /' + 'x' * 300, 'POST /\x1b'))):
+            with self.subTest(said=said):
+                self.assertEqual((await self.hello(wants={'keep': said}))[1], 400)
 
 
 
