@@ -396,22 +396,26 @@ class Decoder:
 
     Checks whatever one frame alone can show; the session judges what it means on its stream.
     """
-    __slots__ = ('received', 'behind', '_rest')
+    __slots__ = ('received', 'behind', '_rest', '_lacks')
 
     def __init__(self) -> None:
         self.received = 0           # bytes, in all
         self.behind = False         # there may be whole frames left: feed(b'') gives them
         self._rest = b''            # what has come of the next frames
+        self._lacks = 0             # bytes until it is a whole one, where that is known
 
     def feed(self, data: Buffer) -> list[Frame]:
         """Return the frames that DATA completes, at most FRAMES_TOGETHER.
 
         Raises ProtocolError, after which it must not be fed.
         """
+        frames: list[Frame] = []
+        n, self._lacks = self._lacks, 0
+        if 0 < n < len(data):       # completed apart, or all that is behind it would be copied
+            frames, data = self.feed(data[:n]), data[n:]
         self.received += len(data)
         if self._rest:
             data = self._rest + bytes(data)
-        frames: list[Frame] = []
         at, end = 0, len(data)
         while at + 8 <= end and len(frames) < FRAMES_TOGETHER:
             word, stream = FRAME_HEADER.unpack_from(data, at)
@@ -420,6 +424,7 @@ class Decoder:
                 raise ProtocolError(f'a frame of {length} bytes')
             begin = at + 8
             if begin + length > end:
+                self._lacks = begin + length - end
                 break
             at = begin + length
             kind, payload = word >> 24, bytes(data[begin:at])
