@@ -5760,6 +5760,17 @@ class Carrier:
         """Bring them to SERVER, which stands in front of CLIENT and its APP, while that runs."""
 
 
+Check = Callable[[], Awaitable[str]]     # says what is right, or raises a Finding
+
+
+class Finding(LocaltunnelError):
+    """TEXT says what is wrong, and CURE what helps; where OK is None, what can't be known."""
+
+    def __init__(self, text: str, cure: str = '', ok: bool | None = False) -> None:
+        super().__init__(text)
+        self.cure, self.ok = cure, ok
+
+
 class Annex:
     """Something around the tunnel: its options, and where it plugs in.  This one does nothing.
 
@@ -5781,7 +5792,7 @@ class Annex:
         With like='server' it takes the options of that command, too; `typed` has all as words.
         What was typed has functions of part III with it: `as_client` is what `client` would have
         made of it, `remember` keeps the server of a code, `do` runs another command, of those
-        `known`.
+        `known`, and `checks` are those of all annexes.
         """
 
     def target(self, args: Args) -> Target | None:
@@ -5813,6 +5824,10 @@ class Annex:
 
     async def at_server(self, args: Args, server: Server) -> None:
         """Plug in at SERVER, before it listens; `args.sources` are read again when they change."""
+
+    def checks(self, args: Args) -> Sequence[Check]:
+        """What is to be looked at on the machine of a server; each by the name of its function."""
+        return []
 
     async def run(self, args: Args, server: Server) -> None:
         """Run as long as SERVER serves.  Returning ends it: another process serves now."""
@@ -6394,8 +6409,8 @@ class TlsDoor(GuardedDoor):
 DNS_HEADER = struct.Struct('>6H')       # id, flags, questions, answers, authorities, additions
 DNS_RECORD = struct.Struct('>HHIH')     # behind its name: type, class, seconds to live, length
 DNS_PORT = 53
-TYPE_A, TYPE_NS, TYPE_SOA, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
-    1, 2, 6, 16, 28, 41, 255, 257)
+TYPE_A, TYPE_NS, TYPE_SOA, TYPE_MX, TYPE_TXT, TYPE_AAAA, TYPE_OPT, TYPE_ANY, TYPE_CAA = (
+    1, 2, 6, 15, 16, 28, 41, 255, 257)
 INTERNET = 1                            # the class
 IS_ANSWER, IS_TRUE, GO_ON, OPCODE = 0x8000, 0x0400, 0x0100, 0x7800      # flags
 NO_ERROR, NO_SUCH_NAME, NOT_OURS, BAD_VERSION = 0, 3, 5, 16
@@ -6623,13 +6638,15 @@ def place_of_resolver(text: str) -> tuple[str, int]:
 
 
 def read_records(packet: bytes, kind: int) -> list[bytes]:
-    """The data of the records of KIND in PACKET, an answer: of NS the name, with dots.
+    """The data of the records of KIND in PACKET, an answer: of NS and MX the name, with dots.
 
     Raises what walk_records does.
     """
     answers = DNS_HEADER.unpack_from(packet)[3]
     _, at = read_labels(packet, DNS_HEADER.size)
-    return [b'.'.join(read_labels(packet, begin)[0]) if kind == TYPE_NS else packet[begin:end]
+    before = {TYPE_NS: 0, TYPE_MX: 2}.get(kind)     # bytes before a name
+    return [packet[begin:end] if before is None else b'.'.join(
+                read_labels(packet, begin + before)[0])
             for this, _, begin, end in walk_records(packet, at + 4, answers) if this == kind]
 
 
@@ -9941,9 +9958,9 @@ class Keeping(Annex):
 # a form with the fields of Mailgun's routes, or the message as it is.
 #
 # The sender has its answer after the app has given its own: what the app took is delivered, and all
-# else is still the sender's, who tries again for days, or tells the author.  So no mail is ever
-# kept here; what is under way lies in temporary files without names.  One answer is for all of a
-# message, so its recipients are of one name: for others its sender comes again.
+# else is still the sender's, who tries again for days, or tells the author.  So no mail is kept
+# here; what is under way lies in temporary files without names.  One answer is for all recipients
+# of a message, so they are of one name: for others its sender comes again.
 #
 #   app              sender          then
 #   2xx              250             it is delivered
@@ -9955,8 +9972,7 @@ MAIL_PORT = 25
 MAX_MAIL = 25 * MIB             # of a message: Gmail and others take no more either
 MAX_MAIL_LINE = 4 * KIB         # of a command, and of a message: RFC 5321 allows 1,000 bytes
 MAX_RECIPIENTS = 100            # which RFC 5321 4.5.3.1.8 asks for
-MAX_COMMANDS = 1000             # between two messages; and how many of them may be wrong
-MAX_WRONG_COMMANDS = 20
+MAX_COMMANDS, MAX_WRONG_COMMANDS = 1000, 20         # between two messages
 MAX_SENDERS, MAX_SENDERS_OF_ADDRESS = 1000, 50      # connections; Postfix makes up to 20 to a place
 SENDER_IDLE = 300.0             # seconds for a command, or a piece of a message (RFC 5321 4.5.3.2)
 SENDER_HURRY = 10.0             # the same while more than half of the connections are taken
@@ -9965,13 +9981,12 @@ APP_WITHIN = 300.0              # for the app to answer: senders wait for 600
 MAIL_PIECE = 64 * KIB           # of a file in memory, and to the app at a time
 MAIL_HELD = 4 * MAIL_PIECE      # of memory: both files, and what is unread
 MAIL_ON_DISK = 1 * GIB          # of all messages under way; their forms may take twice as much
-DECODED_WITHIN = 5.0            # seconds; also bounds of what is decoded, which few messages reach:
-MAX_PARTS, MAX_PART_FIELDS, MAX_MAIL_LINES = 1000, 10000, 500000
-DECODED_TOGETHER = 2            # messages; each takes up to six times its size in memory
-FED = 16 * KIB                  # to the parser at a time
 TO_POSTMASTER = 4 * KIB         # of a message to postmaster@DOMAIN, in the log
+# A message beyond these is not decoded: there are some that would take hours, or all memory.
+DECODED_WITHIN, DECODED_TOGETHER = 5.0, 2           # seconds; each takes six times its size
+MAX_PARTS, MAX_PART_FIELDS, MAX_MAIL_LINES = 1000, 10000, 500000
+MAX_PART_FIELD, FED = 32 * KIB, 16 * KIB            # bytes of a field, and to the parser at a time
 
-TEMPORARY = 408, 425, 429       # what an app says that is busy
 MAIL_PATH = re.compile(r'/[!-"$-~]{0,2000}')
 HELO = re.compile(r'[\w.:\[\]-]{1,255}', re.ASCII)
 # A mailbox, perhaps behind a route that is not taken (RFC 5321 4.1.1.3), and parameters.
@@ -9979,146 +9994,147 @@ _UNSAFE = r'\x00-\x1f\x7f-\x9f\ud800-\udfff'
 ENVELOPE = re.compile(
     rf'(?i)(?:FROM|TO): ?<(?:@[\w.,:@-]+:)?((?:[^\s{_UNSAFE}<>()\[\]\\,;:@"]{{1,64}}'
     rf'|"(?:[^{_UNSAFE}"\\]|\\[ -~]){{0,62}}")@[\w.-]{{1,253}}|postmaster|)>((?: [!-~]+)*)')
+MAIL_PARAMETER = re.compile('SIZE=[0-9]{1,20}|BODY=(7BIT|8BITMIME)|SMTPUTF8')
 # Those that text comes in.  Python knows others, some of which take hours for a long text.
 CHARSET = re.compile(
     r'(?i)(us-)?ascii|utf[_-]?(7|8|16|32)([_-]?[bl]e)?|iso[_-]?8859[_-]\d{1,2}|latin[_-]?\d{1,2}'
     r'|iso-2022-(jp|kr)(-\d)?|(windows-?|cp)\d{3,4}|koi8[_-][rtu]|gb(k|2312|18030)|big5(-?hkscs)?'
     r'|euc[_-](jp|kr)|shift[_-]?jis|ks_c_5601-1987|mac-?roman')
-# Where an answer quotes what it answers, or a signature begins.
-QUOTED = re.compile(r'(?m)^(?:-- ?|On [^\n]{1,200}(?:\n[^\n]{1,200})? wrote:|-{3,} ?(?:Original|'
-                    r'Forwarded) [Mm]essage ?-{3,}|_{20,})\r?$')
+BOUNDARY_IN_CHARSET = re.compile(r'(?i)boundary\*(\d+\*)?\s*=')
+# A line where an answer quotes what it answers, or a signature begins.
+QUOTES = re.compile(r'-- ?$|On .* wrote:$|-{3,} ?(Original|Forwarded) [Mm]essage ?-|_{20,}$')
 
 TOO_LARGE = f'552 5.3.4 a message may have {MAX_MAIL} bytes'
+TOO_MUCH = '452 4.3.1 there is too much mail at once; try again later'
 REPLIES = {                     # to commands that change nothing
     'NOOP': '250 2.0.0 OK', 'RSET': '250 2.0.0 OK', 'VRFY': '252 2.5.2 send mail, and see',
     'EXPN': '502 5.5.1 there are no lists here', 'HELP': '214 2.0.0 as RFC 5321 has it'}
-ALONE = 'DATA', 'RSET', 'QUIT', 'STARTTLS'      # nothing follows them on their line
 
 Field = Tuple[str, bytes, str, str]     # of a form: name, value, file name, type
 
 
-def decoded(data: bytes, charset: str | None) -> str:
+def decoded(data: bytes, charset: str = '') -> str:
     """DATA as text, whatever CHARSET it claims to be in."""
     with contextlib.suppress(LookupError):
-        if CHARSET.fullmatch(charset or ''):
-            return data.decode(str(charset), 'replace')
+        if CHARSET.fullmatch(charset):
+            return data.decode(charset, 'replace')
     return data.decode(errors='replace')
 
 
-def header_text(value: str) -> str:
-    """The VALUE of a header field, with its encoded words (RFC 2047) and 8-bit text decoded."""
-    import email.errors
-    import email.header
-    value = decoded(value.encode(errors='surrogateescape'), None)
-    with contextlib.suppress(email.errors.MessageError, ValueError):
+def header_text(value: Any) -> str:
+    """The VALUE of a header field or parameter as text, with what RFC 2047 and 2231 encode."""
+    from email import errors, header
+    if isinstance(value, tuple):
+        return decoded(value[2].encode('raw-unicode-escape'), value[0] or '')
+    value = decoded(value.encode(errors='surrogateescape'))
+    with contextlib.suppress(errors.MessageError, ValueError):
         value = ''.join(piece if isinstance(piece, str) else decoded(piece, charset) if charset else
                         piece.decode('raw-unicode-escape', 'replace')
-                        for piece, charset in email.header.decode_header(value))
+                        for piece, charset in header.decode_header(value))
     return re.sub('[\r\n]+', '', value)
 
 
-def parse_mail(raw: BinaryIO, check: Callable[[], None]) -> Any:
-    """RAW as an email.message.Message.  CHECK is called now and then, and raises ValueError."""
-    import email.message
-    import email.parser
-    import email.policy
-    fields, parts = itertools.count(1), itertools.count()
+def parse_mail(raw: BinaryIO, bound: Callable[[bool], None]) -> Any:
+    """RAW as an email.message.Message.  BOUND is told now and then whether it makes sense."""
+    from email import message, parser, policy
+    fields, parts, lines = itertools.count(), itertools.count(), 0
 
-    def bound(passes: bool) -> None:
-        check()
-        if not passes:
-            raise ValueError('larger than any message that makes sense')
-
-    class Bounded(email.policy.Compat32):
-        """Never raises for what is malformed, but for what would take hours."""
+    class Bounded(policy.Compat32):
+        """Raises for nothing that is malformed."""
 
         def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
-            bound(next(fields) <= MAX_PART_FIELDS and sum(map(len, sourcelines)) <= MAX_HEAD)
+            text = ''.join(sourcelines)     # Python keeps each unknown charset of a boundary
+            bound(next(fields) < MAX_PART_FIELDS and len(text) < MAX_PART_FIELD
+                  and not BOUNDARY_IN_CHARSET.search(text))
             return super().header_source_parse(sourcelines)
 
     def part(policy: Any = None) -> Any:
         bound(next(parts) <= MAX_PARTS)
-        return email.message.Message(policy)
-
-    parser, lines = email.parser.BytesFeedParser(part, policy=Bounded()), 0
+        return message.Message(policy)
+    feed = parser.BytesFeedParser(part, policy=Bounded(
+        max_line_length=0, mangle_from_=False, linesep='\r\n'))
     for piece in iter(lambda: raw.read(FED), b''):
         lines += piece.count(b'\n')
         bound(lines <= MAX_MAIL_LINES)
-        parser.feed(piece)
-    return parser.close()
+        feed.feed(piece)
+    return feed.close()
 
 
-def leaves(message: Any) -> Iterator[Any]:
-    """The parts of MESSAGE that have no parts, in order; a message inside is one."""
-    stack = [message]
-    while stack:
-        part = stack.pop()
-        if part.is_multipart() and part.get_content_maintype() == 'multipart':
-            stack += reversed(part.get_payload())
-        else:
-            yield part
+def without_quotes(text: str) -> str:
+    """What is new in TEXT, an answer."""
+    new: list[str] = []
+    for line in text.splitlines():
+        if new and line.endswith(' wrote:') and new[-1].startswith('On '):
+            new.pop()       # that line was too long for one
+            break
+        if QUOTES.match(line):
+            break
+        new += [line] * (not line.startswith('>'))
+    return '\n'.join(new).strip()
 
 
 def read_mail(raw: BinaryIO) -> Iterator[Field]:
     """What a form has of the message in RAW.  Raises anything for what was made to break it."""
     deadline = time.monotonic() + DECODED_WITHIN
 
-    def check() -> None:
-        if time.monotonic() > deadline:
-            raise ValueError('this takes too long')
-    message, headers, bodies, count = parse_mail(raw, check), [], {}, 0
+    def bound(passes: bool) -> None:
+        if not passes or time.monotonic() > deadline:
+            raise ValueError('no message that makes sense')
+    message, headers, texts, count = parse_mail(raw, bound), [], {}, 0
     for name, value in message.raw_items():
-        check()
+        bound(True)
         headers.append((name, header_text(value)))
-    for part in leaves(message):
-        check()
-        kind, file, inside = part.get_content_type(), part.get_filename(), part.get_payload()
-        data = (b'\r\n'.join(one.as_bytes() for one in inside) if isinstance(inside, list)
-                else part.get_payload(decode=True) or b'')
-        if kind in ('text/plain', 'text/html') and kind not in bodies and not file and (
+    parts = [message]
+    while parts:
+        bound(True)
+        part = parts.pop()
+        kind, inside = part.get_content_type(), part.get_payload()
+        file = header_text(part.get_param('filename', '', 'content-disposition')
+                           or part.get_param('name', ''))
+        if isinstance(inside, list) and kind.startswith('multipart/'):
+            parts += reversed(inside)
+            continue
+        data = (b''.join(one.as_bytes() for one in inside) if isinstance(inside, list) else
+                part.get_payload(decode=True) or b'')       # a message inside is a file, too
+        if kind in ('text/plain', 'text/html') and kind not in texts and not file and (
                 part.get_content_disposition() != 'attachment'):
-            bodies[kind] = decoded(data, part.get_content_charset())
+            texts[kind] = decoded(data, header_text(part.get_param('charset', '')))
         else:
             count += 1
-            name = re.split(r'[\\/]', header_text(file or ''))[-1] or f'attachment-{count}'
-            yield f'attachment-{count}', data, name, kind
-    plain, first = bodies.get('text/plain', ''), {
+            yield (f'attachment-{count}', data, re.split(r'[\\/]', file)[-1]
+                   or f'attachment-{count}', kind)
+    plain, first = texts.get('text/plain', ''), {
         name.lower(): value for name, value in reversed(headers)}
-    answer = '\n'.join(line for line in QUOTED.split(plain, 1)[0].splitlines()
-                       if not line.startswith('>'))
-    for name, value in (
-            ('from', first.get('from', '')), ('subject', first.get('subject', '')),
-            ('body-plain', plain), ('stripped-text', answer.strip()),
-            ('body-html', bodies.get('text/html', '')), ('attachment-count', str(count)),
-            ('message-headers', json.dumps(headers))):
+    for name, value in {
+            'from': first.get('from', ''), 'subject': first.get('subject', ''),
+            'body-plain': plain, 'stripped-text': without_quotes(plain),
+            'body-html': texts.get('text/html', ''), 'attachment-count': str(count),
+            'message-headers': json.dumps(headers)}.items():
         yield name, value.encode(errors='replace'), '', ''
 
 
-def form_head(boundary: str, name: str, file: str = '', kind: str = '') -> bytes:
-    """What stands before a value in a form (RFC 7578)."""
-    if file:
-        kind = kind if re.fullmatch(r'[\w.+-]+/[\w.+-]+', kind, re.ASCII) else 'text/plain'
-        file = printable(file).replace('"', '%22')
-        file = f'; filename="{file}"\r\nContent-Type: {kind}'
-    return (f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}\r\n\r\n'
-            ).encode(errors='replace')
-
-
 def compose(boundary: str, sender: str, to: str, raw: BinaryIO, form: BinaryIO) -> None:
-    """Write the form for the message in RAW; what can't be read of it is there as it came."""
-    def write(fields: Iterable[Field]) -> None:
-        for name, value, file, kind in fields:
-            form.write(form_head(boundary, name, file, kind) + value + b'\r\n')
-    write([('recipient', to.encode(), '', ''), ('sender', sender.encode(), '', '')])
+    """Write the form for the message in RAW (RFC 7578); what can't be read is there as it came."""
+    def write(name: str, value: bytes, file: str, kind: str) -> None:
+        line_end = '\r\n' * (form.tell() > 0)      # of the value before
+        if file:
+            kind = kind if re.fullmatch(r'[\w.+-]+/[\w.+-]+', kind, re.ASCII) else 'text/plain'
+            file = printable(file).replace('"', '%22')
+            file = f'; filename="{file}"\r\nContent-Type: {kind}'
+        form.write((f'{line_end}--{boundary}\r\nContent-Disposition: form-data; name="{name}"{file}'
+                    '\r\n\r\n').encode(errors='replace') + value)
+    write('recipient', to.encode(), '', '')
+    write('sender', sender.encode(), '', '')
     end = form.tell()
     raw.seek(0)
     try:
-        write(read_mail(raw))
+        for field in read_mail(raw):
+            write(*field)
     except Exception:       # whatever a message was made to break: it is the app's to see
         form.seek(end)
         form.truncate()
     raw.seek(0)
-    form.write(form_head(boundary, 'body-mime', 'message.eml', 'message/rfc822'))
+    write('body-mime', b'', 'message.eml', 'message/rfc822')
     shutil.copyfileobj(raw, form)
     form.write(f'\r\n--{boundary}--\r\n'.encode())
 
@@ -10134,24 +10150,25 @@ class Reply(LocaltunnelError):
 def verdict_on(status: int, text: str) -> str:
     """The reply to a sender whose mail met STATUS of HTTP, with TEXT."""
     code = '250 2.0.0' if status // 100 == 2 else '451 4.3.0'
-    if status // 100 == 4 and status not in TEMPORARY:
+    if status // 100 == 4 and status not in (408, 425, 429):
         code = '550 5.1.1' if status in (404, 410) else '550 5.7.1'
     return f'{code} {printable(text)[:MAX_TEXT]}'
 
 
 class Letter:
-    """One message, and its envelope."""
+    """One message: its envelope, and what the client of NAME wants, as [path, whether raw]."""
 
     def __init__(self, sender: str, utf8: bool) -> None:
         self.sender, self.utf8, self.id = sender, utf8, secrets.token_hex(8)
-        self.name, self.recipients = '', []     # type: str, list[str]  # of one name; of none: us
-        self.wish: Any = None                   # of the client: [path, whether it comes raw]
-        self.size = self.spooled = 0    # bytes of the message, and of those in its file
+        self.to: list[str] = []                 # recipients
+        self.name, self.wish = '', None         # type: str, Any   # theirs; '' is the postmaster
+        self.spooled = 0                        # bytes of the message that are on disk
 
-    @property
-    def to(self) -> str:
-        """All recipients."""
-        return ', '.join(self.recipients)
+
+def temporary_file() -> Any:
+    """A file without a name, in memory while it is small."""
+    import tempfile
+    return tempfile.SpooledTemporaryFile(MAIL_PIECE)
 
 
 class PostOffice:
@@ -10162,74 +10179,59 @@ class PostOffice:
         self.senders: dict[str, int] = collections.Counter()    # connections, by subnet
         self._decoding = asyncio.Semaphore(DECODED_TOGETHER)
 
-    @property
-    def crowd(self) -> int:
-        """How many senders are here."""
-        return sum(self.senders.values())
-
-    @staticmethod
-    def file() -> Any:
-        """A file without a name, in memory while it is small."""
-        import tempfile
-        return tempfile.SpooledTemporaryFile(MAIL_PIECE)
-
     def wish_of(self, name: str) -> Any:
-        """What the client of NAME wants of mail: [path, raw].  Raises HopFailed."""
-        server = self.server
-        tunnel = server.tunnels.get(name)
+        """What the client of NAME wants of mail.  Raises HopFailed."""
+        tunnel, leases = self.server.tunnels.get(name), self.server.admission.leases
         if tunnel and tunnel.members:
             if 'mail' not in tunnel.members[0].hello.wants:
                 raise HopFailed(404, f'{name} takes no mail')
             return tunnel.members[0].hello.wants['mail']
-        leases = server.admission.leases
         if leases.owner(name, time.time()) and 'mail' in leases.by_name[name].facts:
             raise HopFailed(503, f'{name} is away; try again later')
         raise HopFailed(404, f'nobody called {name} takes mail here')
 
     async def deliver(self, letter: Letter, raw: BinaryIO, visitor: Visitor) -> str:
         """Give LETTER, with its message in RAW, to the app; return the reply to VISITOR."""
-        runtime, log = self.server.runtime, self.server.log
-        record = Record(0, runtime.now(), 'MAIL', f'{letter.name}.{self.server.domain}')
+        now, record = self.server.runtime.now, Record(
+            0, self.server.runtime.now(), 'MAIL', f'{letter.name}.{self.server.domain}')
         record.visitor = visitor.address
         try:
-            with self.file() as form:
-                response = await asyncio.wait_for(self._post(letter, raw, form, visitor),
-                                                  APP_WITHIN)
-            status, why = response.status, f'the app says {response.status}'
-            if response.has(b'localtunnel-failed'):
-                status, why = 502, 'the app does not answer; try again later'
+            response = await asyncio.wait_for(self._post(letter, raw, visitor), APP_WITHIN)
+            ours = response.has(b'localtunnel-failed')      # nobody behind the client has answered
+            status = 502 if ours else response.status
+            why = 'the app does not answer; try again later' if ours else f'the app says {status}'
         except HopFailed as e:
             status, why = e.status, str(e)
         except asyncio.TimeoutError:
             status, why = 504, 'the app took too long; try again later'
-        record.why = why if status // 100 != 2 else ''
-        reply = verdict_on(status, why if record.why else f'delivered, as {letter.id}')
+        if status // 100 != 2:
+            record.why = why
+        reply = verdict_on(status, record.why or f'delivered, as {letter.id}')
         record.status = int(reply[:3])
-        log.exchange(record, runtime.now() - record.began)
+        self.server.log.exchange(record, now() - record.began)
         return reply
 
-    async def _post(self, letter: Letter, raw: BinaryIO, form: BinaryIO,
-                    visitor: Visitor) -> Response:
-        (path, as_is), boundary = letter.wish, secrets.token_hex(16)
+    async def _post(self, letter: Letter, raw: BinaryIO, visitor: Visitor) -> Response:
+        (path, as_is), boundary, to = letter.wish, secrets.token_hex(16), ', '.join(letter.to)
         kind, body = 'message/rfc822', raw
-        if not as_is:
-            kind, body = f'multipart/form-data; boundary={boundary}', form
-            async with self._decoding:
-                await self.server.runtime.loop.run_in_executor(
-                    None, compose, boundary, letter.sender, letter.to, raw, form)
-        size = body.tell()
-        body.seek(0)
-        head = [f'POST {path} HTTP/1.1', f'Host: {letter.name}.{self.server.domain}',
-                f'User-Agent: localtunnel/{__version__}', f'Content-Type: {kind}',
-                f'Content-Length: {size}', f'Localtunnel-Mail-From: {letter.sender}',
-                f'Localtunnel-Mail-To: {letter.to}', '']
+        with temporary_file() as form:
+            if not as_is:
+                kind, body = f'multipart/form-data; boundary={boundary}', form
+                async with self._decoding:
+                    await self.server.runtime.loop.run_in_executor(
+                        None, compose, boundary, letter.sender, to, raw, form)
+            head = [f'POST {path} HTTP/1.1', f'Host: {letter.name}.{self.server.domain}',
+                    f'User-Agent: localtunnel/{__version__}', f'Content-Type: {kind}',
+                    f'Content-Length: {body.tell()}', f'Localtunnel-Mail-From: {letter.sender}',
+                    f'Localtunnel-Mail-To: {to}', '']
+            body.seek(0)
 
-        def message() -> Iterator[bytes]:
-            if self.wish_of(letter.name) != letter.wish:        # another client has come meanwhile
-                raise HopFailed(503, f'{letter.name} has changed; try again later')
-            yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
-            yield from iter(lambda: body.read(MAIL_PIECE), b'')
-        return await ask_app(self.server, letter.name, visitor, message())
+            def message() -> Iterator[bytes]:
+                if self.wish_of(letter.name) != letter.wish:    # another client is there by now
+                    raise HopFailed(503, f'{letter.name} has changed; try again later')
+                yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
+                yield from iter(lambda: body.read(MAIL_PIECE), b'')
+            return await ask_app(self.server, letter.name, visitor, message())
 
 
 async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
@@ -10257,14 +10259,37 @@ async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
 class Postman:
     """The conversation with one sender."""
 
-    def __init__(self, office: PostOffice, connection: Connection, visitor: Visitor) -> None:
+    def __init__(self, office: PostOffice, connection: Connection) -> None:
         self._office, self._server, self._domain = office, office.server, office.server.domain
-        self._connection, self._visitor = connection, visitor
+        self._connection, self._visitor = connection, self._server.visitors.enter(connection)
         self._helo, self._extended = '', False          # what it calls itself, and by EHLO
         self._letter: Letter | None = None
         self._commands = self._wrong = 0                # since the last message
 
-    async def converse(self) -> None:
+    async def serve(self) -> None:
+        """Serve the sender."""
+        visitor, senders, connection = self._visitor, self._office.senders, self._connection
+        subnet = subnet_of(visitor.peer)
+        senders[subnet] += 1
+        try:
+            if visitor.refusal or sum(senders.values()) > MAX_SENDERS or (
+                    senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
+                raise Reply('421 4.3.2 too many connections; try again later', last=True)
+            await self._converse()
+        except Reply as e:
+            with contextlib.suppress(LocaltunnelError, OSError):
+                await connection.write(f'{e}\r\n'.encode('ascii', 'replace'))
+                await connection.linger()
+        except (LocaltunnelError, OSError):
+            pass                    # it is gone
+        finally:
+            senders[subnet] -= 1
+            if not senders[subnet]:
+                del senders[subnet]
+            self._server.visitors.leave(visitor)
+            connection.close()
+
+    async def _converse(self) -> None:
         """Answer commands until the sender leaves.  Raises Reply, with the last one."""
         reply = f'220 {self._domain} ESMTP localtunnel'
         while True:
@@ -10277,10 +10302,12 @@ class Postman:
                 raise Reply('421 4.3.2 this server is shutting down', last=True)
             try:
                 reply = await self._answer(line)
-            except (Reply, HopFailed) as e:
-                if isinstance(e, Reply) and e.last:
+            except HopFailed as e:
+                reply = verdict_on(e.status, str(e))
+            except Reply as e:
+                if e.last:
                     raise
-                reply = verdict_on(e.status, str(e)) if isinstance(e, HopFailed) else str(e)
+                reply = str(e)
             self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
             if self._commands > MAX_COMMANDS or self._wrong > MAX_WRONG_COMMANDS:
                 raise Reply('421 4.7.0 too many commands that lead to nothing', last=True)
@@ -10289,7 +10316,7 @@ class Postman:
         """The reply to the command in LINE.  Raises Reply and HopFailed."""
         verb, _, rest = line.partition(' ')
         verb, rest = verb.upper(), rest.strip()
-        if rest and verb in ALONE:
+        if verb in ('DATA', 'RSET', 'QUIT', 'STARTTLS') and rest:
             return f'501 5.5.4 nothing follows {verb}'
         if verb in ('HELO', 'EHLO'):
             return self._greet(verb, rest)
@@ -10300,7 +10327,10 @@ class Postman:
         if verb == 'DATA':
             return await self._data()
         if verb == 'STARTTLS' and self._tls:
-            return await self._encrypt()
+            self._connection.transport.write(b'220 2.0.0 go ahead\r\n')
+            await begin_tls(self._connection, self._tls)
+            self._helo, self._letter = '', None
+            return ''
         if verb == 'QUIT':
             raise Reply('221 2.0.0 goodbye', last=True)
         if verb == 'RSET':
@@ -10326,39 +10356,40 @@ class Postman:
             except Overdue as e:
                 raise Reply('421 4.4.2 this takes too long', last=True) from e
 
-    @staticmethod
-    def _check(lines: bytes) -> None:
-        """Raises Reply for line ends that others take for something else, and for long lines."""
+    def _take(self, lines: bytes, size: int) -> bytes:
+        """Read SIZE bytes, which are LINES.  Raises Reply for what others may take for more lines.
+
+        They differ in what a bare CR or LF means (SMTP smuggling), and how long a line may be.
+        """
         if not lines.count(b'\n') == lines.count(b'\r') == lines.count(b'\r\n'):
             raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone', last=True)
         if max(map(len, lines.split(b'\n'))) >= MAX_MAIL_LINE:
             raise Reply('500 5.5.2 this line is too long', last=True)
+        self._connection.read_nowait(size)
+        return lines
 
     async def _line(self) -> str:
         """The next command."""
-        hurry = self._office.crowd > MAX_SENDERS // 2
+        crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
         here = await self._lines(self._server.runtime.now()
-                                 + (SENDER_HURRY if hurry else SENDER_IDLE))
-        line = self._connection.read_nowait(here.index(b'\n') + 1)
-        self._check(line)
-        return line[:-2].decode(errors='surrogateescape')
+                                 + (SENDER_HURRY if crowd else SENDER_IDLE))
+        size = here.index(b'\n') + 1
+        return self._take(here[:size], size)[:-2].decode(errors='surrogateescape')
 
     async def _read(self, letter: Letter, raw: BinaryIO) -> str:
         """Read the message of LETTER into RAW; return why it can't be taken, or ''."""
-        deadline, why, end = self._server.runtime.now() + MESSAGE_WITHIN, '', -1
+        deadline, size, why, end = self._server.runtime.now() + MESSAGE_WITHIN, 0, '', -1
         while end < 0:
             text = b'\r\n' + await self._lines(deadline, SENDER_IDLE)
             end = text.find(b'\r\n.\r\n')
-            lines = text if end < 0 else text[:end + 2]
-            self._check(lines)
-            self._connection.read_nowait(len(text) - 2 if end < 0 else end + 3)
-            letter.size += len(lines) - 2
-            if letter.size > MAX_MAIL:
+            lines = self._take(*((text, len(text) - 2) if end < 0 else (text[:end + 2], end + 3)))
+            size += len(lines) - 2
+            if size > MAX_MAIL:
                 why = TOO_LARGE
-                if letter.size > 2 * MAX_MAIL:
+                if size > 2 * MAX_MAIL:
                     raise Reply(why, last=True)
             elif not self._office.disk.take(len(lines)):
-                why = '452 4.3.1 there is too much mail at once; try again later'
+                why = TOO_MUCH
             else:
                 letter.spooled += len(lines)
                 raw.write(lines.replace(b'\r\n.', b'\r\n')[2:])
@@ -10367,6 +10398,7 @@ class Postman:
         return why
 
     # Commands.
+
     @property
     def _tls(self) -> ssl.SSLContext | None:
         """With what this connection may be encrypted, where it is not yet."""
@@ -10377,87 +10409,77 @@ class Postman:
         if not HELO.fullmatch(name):
             return f'501 5.5.4 {verb} takes the name of your host'
         self._helo, self._extended, self._letter = name, verb == 'EHLO', None
-        offers = [self._domain, *(['PIPELINING', f'SIZE {MAX_MAIL}', '8BITMIME', 'SMTPUTF8',
-                                   'ENHANCEDSTATUSCODES'] if self._extended else [])]
-        offers += ['STARTTLS'] * (self._extended and self._tls is not None)
-        return '\r\n'.join(f'250-{offer}' for offer in offers)[::-1].replace('-', ' ', 1)[::-1]
-
-    async def _encrypt(self) -> str:
-        context = self._tls
-        assert context is not None
-        self._connection.transport.write(b'220 2.0.0 go ahead\r\n')
-        await begin_tls(self._connection, context)
-        self._helo, self._letter = '', None
-        return ''
+        offers = ['PIPELINING', f'SIZE {MAX_MAIL}', '8BITMIME', 'SMTPUTF8',
+                  *['STARTTLS'] * bool(self._tls), 'ENHANCEDSTATUSCODES']
+        return f'250 {self._domain}' if not self._extended else '\r\n'.join(
+            [*(f'250-{line}' for line in (self._domain, *offers[:-1])), f'250 {offers[-1]}'])
 
     @staticmethod
-    def _envelope(word: str, text: str, utf8: bool = False) -> tuple[str, str]:
+    def _envelope(word: str, text: str, utf8: bool = False) -> tuple[str, list[str]]:
         """The mailbox that stands in TEXT behind WORD, and the parameters.  Raises Reply."""
         match = ENVELOPE.fullmatch(text)
         if not match or not text.upper().startswith(word):
             raise Reply(f'501 5.1.7 the address is malformed; it must be {word}<USER@HOST>')
-        if not (match.group(1).isascii() or utf8 or ' SMTPUTF8' in match.group(2).upper()):
+        more = match.group(2).upper().split()
+        if not (match.group(1).isascii() or utf8 or 'SMTPUTF8' in more):
             raise Reply('553 5.6.7 this address needs SMTPUTF8')
-        return match.group(1), match.group(2)
+        if not all(map(MAIL_PARAMETER.fullmatch, more)) or more and word == 'TO:':
+            raise Reply('555 5.5.4 this parameter is not known here')
+        return match.group(1), more
 
     def _mail(self, text: str) -> str:
         if not self._helo or self._letter:
             return '503 5.5.1 ' + ('RSET first' if self._letter else 'EHLO first')
         sender, more = self._envelope('FROM:', text)
-        for word in more.upper().split():
-            if not re.fullmatch('SIZE=[0-9]{1,20}|BODY=(7BIT|8BITMIME)|SMTPUTF8', word):
-                return '555 5.5.4 this parameter is not known here'
-            if word.startswith('SIZE=') and int(word[5:]) > MAX_MAIL:
-                return TOO_LARGE
-        self._letter = Letter(sender, 'SMTPUTF8' in more.upper())
+        if any(word.startswith('SIZE=') and int(word[5:]) > MAX_MAIL for word in more):
+            return TOO_LARGE
+        self._letter = Letter(sender, 'SMTPUTF8' in more)
         return '250 2.1.0 OK'
 
     def _rcpt(self, text: str) -> str:
-        """Take a recipient, see above for which."""
         letter = self._letter
         if not letter:
             return '503 5.5.1 MAIL first'
-        to, more = self._envelope('TO:', text, letter.utf8)
-        user, _, host = to.rpartition('@')
-        name, _, parent = host.lower().partition('.')
-        if more or not to:
-            return '555 5.5.4 this parameter is not known here' if more else '501 5.1.3 to whom'
-        if len(letter.recipients) >= MAX_RECIPIENTS:
+        to, _ = self._envelope('TO:', text, letter.utf8)
+        name, _, parent = to.lower().rpartition('@')[2].partition('.')
+        if not to:
+            return '501 5.1.3 mail is for somebody'
+        if len(letter.to) >= MAX_RECIPIENTS:
             return '452 4.5.3 too many recipients; send the message again for the others'
         wish = None
-        if f'{user}@{host}'.lower() in (f'postmaster@{self._domain}', '@postmaster'):
+        if to.lower() in ('postmaster', f'postmaster@{self._domain}'):
             name = ''
-        elif parent == self._domain:
-            wish = self._office.wish_of(name)
+        elif parent != self._domain:
+            return f'550 5.7.1 this server takes mail for NAME.{self._domain}, and relays none'
         else:
-            return (f'550 5.7.1 this server takes mail for NAME.{self._domain}, and relays none')
-        if letter.recipients and letter.name != name:
+            wish = self._office.wish_of(name)
+        if letter.to and letter.name != name:
             return '452 4.5.3 one name at a time; send the message again for the others'
         letter.name, letter.wish = name, wish
-        letter.recipients.append(to)
+        letter.to.append(to)
         return '250 2.1.5 OK'
 
     def _trace(self, letter: Letter) -> bytes:
         """What stands before the message, for who looks where it comes from (RFC 5321 4.4)."""
-        import email.utils
+        from email import utils
         peer = self._visitor.peer
         how = ('UTF8SMTP' if letter.utf8 else 'ESMTP' if self._extended else 'SMTP') + (
             'S' * self._connection.secure)
-        to = f' for <{letter.to}>' if len(letter.recipients) == 1 else ''
+        to = f' for <{letter.to[0]}>' if len(letter.to) == 1 else ''
         return (f'Return-Path: <{letter.sender}>\r\n'
                 f'Received: from {self._helo} ([{"IPv6:" * (":" in peer)}{peer}])\r\n'
                 f'\tby {self._domain} with {how} id {letter.id}{to};\r\n'
-                f'\t{email.utils.formatdate()}\r\n').encode()
+                f'\t{utils.formatdate()}\r\n').encode()
 
     async def _data(self) -> str:
         letter, budget = self._letter, self._server.admission.budget
-        if not letter or not letter.recipients:
-            return '503 5.5.1 MAIL first' if not letter else '554 5.5.1 no valid recipients'
+        if not letter or not letter.to:
+            return '554 5.5.1 no valid recipients' if letter else '503 5.5.1 MAIL first'
         if not budget.take(MAIL_HELD):
-            return '451 4.3.1 there is too much mail at once; try again later'
+            return TOO_MUCH
         try:
             await self._connection.write(b'354 go ahead, and end with a dot on its own line\r\n')
-            with self._office.file() as raw:
+            with temporary_file() as raw:
                 raw.write(self._trace(letter))
                 why = await self._read(letter, raw)
                 if why:
@@ -10466,8 +10488,8 @@ class Postman:
                 if letter.name:
                     return await self._office.deliver(letter, raw, self._visitor)
                 raw.seek(0)
-                self._server.log.note('mail for the postmaster', event='postmaster',
-                                      mail=raw.read(TO_POSTMASTER).decode(errors='replace'))
+                text = ' '.join(raw.read(TO_POSTMASTER).decode(errors='replace').split())
+                self._server.log.note('mail for the postmaster', event='postmaster', mail=text)
                 return f'250 2.0.0 delivered, as {letter.id}'
         except OSError as e:
             raise Reply('452 4.3.1 there is no room on the disk', last=True) from e
@@ -10477,49 +10499,17 @@ class Postman:
             self._office.disk.give(letter.spooled)
 
 
-async def serve_sender(office: PostOffice, connection: Connection) -> None:
-    """Serve one sender."""
-    visitor, senders = office.server.visitors.enter(connection), office.senders
-    subnet = subnet_of(visitor.peer)
-    senders[subnet] += 1
-    try:
-        if visitor.refusal or office.crowd > MAX_SENDERS or (
-                senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
-            raise Reply('421 4.3.2 too many connections; try again later', last=True)
-        await Postman(office, connection, visitor).converse()
-    except Reply as e:
-        with contextlib.suppress(LocaltunnelError, OSError):
-            await connection.write(f'{e}\r\n'.encode('ascii', 'replace'))
-            await connection.linger()
-    except (LocaltunnelError, OSError):
-        pass                    # it is gone
-    finally:
-        senders[subnet] -= 1
-        if not senders[subnet]:
-            del senders[subnet]
-        office.server.visitors.leave(visitor)
-        connection.close()
-
-
-def check_wish(said: Any) -> str:
-    """What is noted of SAID, by a client.  Raises ValueError and TypeError unless [path, raw]."""
-    path, as_is = said
+def note_of_wish(wish: Any) -> str:
+    """What is noted of a client's WISH.  Raises ValueError and TypeError unless [path, raw]."""
+    path, as_is = wish
     if not (isinstance(path, str) and MAIL_PATH.fullmatch(path) and isinstance(as_is, bool)):
         raise ValueError('it must be a path of the app, and whether mail comes raw')
     return 'wanted'
 
 
-class Announcer(ClientObserver):
-    """Tells the user of a client where its mail goes."""
-
-    def __init__(self, path: str, app: App) -> None:
-        self._path, self._to, self._told = path, app.observer, ''
-
-    def welcome(self, said: dict[str, Any]) -> None:
-        host = str(said['url']).partition('://')[2].partition(':')[0]
-        if host != self._told:
-            self._told = host
-            self._to.also('mail', f'to anything@{host}, for {self._path}')
+def mx_record(domain: str) -> str:
+    """What the world has to know."""
+    return f'add a DNS record: name *.{domain}, type MX, value 10 {domain}.'
 
 
 class Mail(Annex):
@@ -10544,21 +10534,45 @@ class Mail(Annex):
         if app.target.kind != 'http' or not MAIL_PATH.fullmatch(path):
             raise UsageError('--mail takes a path of an http app, such as --mail /inbox')
         address.wants['mail'] = [path, args.mail_raw]
-        observers: Any = Observers(app.observer, Announcer(path, app))
-        app.observer = observers
+        app.observer.also('mail', f'to anything@ this host, for {path} of the app')
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.mail:
             return
         if is_address(args.domain):
             raise UsageError('--mail needs a --domain with a name: mail goes to NAME.DOMAIN')
-        server.admission.offers['mail'] = check_wish
+        server.admission.offers['mail'] = note_of_wish
         office = PostOffice(server)
         for sock in listen_at(server, args.bind, args.mail_port):
-            await server.doors.open(sock, functools.partial(serve_sender, office))
+            await server.doors.open(sock, lambda sender: Postman(office, sender).serve())
         if not is_loopback(args.domain):
-            server.log.note(f'for mail, add a DNS record: name *.{args.domain}, type MX, value '
-                            f'10 {args.domain}.')
+            server.log.note(f'for mail, {mx_record(args.domain)}')
+
+    def checks(self, args: Args) -> Sequence[Check]:
+        domain, port = args.domain, getattr(args, 'mail_port', MAIL_PORT)
+
+        async def mail() -> str:
+            """Mail for names below the domain is led here, and taken."""
+            resolver, greeting = getattr(args, 'resolver', None) or system_resolver(), b''
+            found = resolver and await ask_dns(resolver, f'{secrets.token_hex(8)}.{domain}',
+                                               TYPE_MX)
+            with contextlib.suppress(OSError, asyncio.TimeoutError):
+                reader, writer = await asyncio.wait_for(asyncio.open_connection(
+                    getattr(args, 'bind', None) or '127.0.0.1', port), REACHED_WITHIN)
+                with contextlib.closing(writer):
+                    greeting = await asyncio.wait_for(reader.readline(), REACHED_WITHIN)
+            here, led = greeting.split()[1:2] == [domain.encode()], domain.encode() in (found or ())
+            if not here:
+                raise Finding(f'no server takes mail here, at port {port}', 'start it with --mail, '
+                              'and see its log' if led else '', ok=False if led else None)
+            if not led:
+                where = b', '.join(found or []).decode('latin-1')
+                raise Finding(f'an MX record leads mail to {where}' if where else
+                              f'no MX record leads mail for names below {domain} here',
+                              mx_record(domain))
+            return f'an MX record leads it here, and this server takes it at port {port}'
+        local = is_loopback(domain) or is_address(domain)
+        return [] if local or not getattr(args, 'mail', True) else [mail]
 
 
 # ------------------------------------------------------------------------------------------------
@@ -10580,17 +10594,6 @@ ISSUER = 'letsencrypt.org'      # as CAA records name the authority that --acme 
 # What a server says of itself, by any Host: who visits DOMAIN can tell whether it arrives here.
 ITSELF = '/.well-known/localtunnel/server'
 SAID = re.compile(rb'localtunnel ([!-~]{1,20}) [0-9a-f]{32}')   # its version, and a random number
-
-Check = Callable[[], Awaitable[str]]
-
-
-class Finding(LocaltunnelError):
-    """TEXT says what is wrong, and CURE what helps; where OK is None, what can't be known."""
-
-    def __init__(self, text: str, cure: str = '', ok: bool | None = False) -> None:
-        super().__init__(text)
-        self.cure, self.ok = cure, ok
-
 
 async def verdict_of(check: Check, where: str) -> tuple[bool | None, str, str]:
     """(ok, text, cure): what CHECK finds at WHERE, as a Finding has it; True is right."""
@@ -10683,10 +10686,11 @@ class Ground:
         self._resolver: Any = getattr(args, 'resolver', None) or system_resolver()
         in_dns = self._resolver and not (local or is_address(self.domain))
         self._acme = in_dns and glob.glob(os.path.join(glob.escape(self._folder), 'acme*'))
+        self.others: Sequence[Check] = getattr(args, 'checks', list)()     # of other annexes
         self.checks: Sequence[Check] = (        # port 53 is what most often stands in the way
             *[self.dns_port] * bool(self._acme), self.state, self.clock, self.ports,
             self.descriptors, *[self.dns, self.zone] * bool(in_dns),
-            *[self.ns, self.caa] * bool(self._acme), self.certificate)
+            *[self.ns, self.caa] * bool(self._acme), self.certificate, *self.others)
 
     # The machine.
 
@@ -11195,7 +11199,7 @@ class Doctor(Annex):
         """Log what is wrong on the GROUND of SERVER; the keeper of --acme tells of certificates."""
         names = ['state', 'clock', 'dns'] + ['certificate'] * (not getattr(args, 'acme', None))
         for check in ground.checks:
-            if check.__name__ in names:
+            if check.__name__ in names or check in ground.others:
                 ok, text, cure = await verdict_of(check, args.domain)
                 if ok is False:
                     server.log.note(f'warning: {text}; {cure}')
@@ -17376,6 +17380,7 @@ def command(words: Sequence[str]) -> int:
             args = server_args(words)
         args.as_client, args.remember, args.do = as_client, keep_joined, command
         args.known = parser.commands
+        args.checks = lambda: [check for annex in ANNEXES for check in annex.checks(args)]
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
         pass

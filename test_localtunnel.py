@@ -7958,7 +7958,7 @@ class SmtpTest(MailTest):
             await self.mail_world()
         budget = self.server.admission.budget
         budget.used += budget.limit
-        self.assertEqual((await (await self.sender()).begins('a@app.localhost'))[:9], '451 4.3.1')
+        self.assertEqual((await (await self.sender()).begins('a@app.localhost'))[:9], '452 4.3.1')
         budget.used -= budget.limit
         self.assertEqual((await (await self.sender()).sends('hello'))[:9], '452 4.3.1')
 
@@ -8184,11 +8184,11 @@ class DeliveryTest(MailTest):
                 await self.client(1, **options)
         for said in '/in', ['in', True], ['/in', 1], ['/a b', True], ['/\r\nX: y', True], 7:
             with self.subTest(said), self.assertRaises((ValueError, TypeError)):
-                lt.check_wish(said)
+                lt.note_of_wish(said)
 
     async def test_a_client_says_where_its_mail_goes(self):
         await self.mail_world()
-        self.assertIn(('also', 'mail', 'to anything@app.localhost, for /in'), self.log.told)
+        self.assertIn(('also', 'mail', 'to anything@ this host, for /in of the app'), self.log.told)
 
 
 class RealSenderTest(MailTest):
