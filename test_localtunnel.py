@@ -84,6 +84,7 @@ import concurrent.futures
 import contextlib
 import copy
 import email.message
+import encodings
 import errno
 import faulthandler
 import functools
@@ -7804,11 +7805,11 @@ class Sender(Peer):
 class MailTest(FolderTest, WorldTest):
     CONSTANTS = {**WorldTest.CONSTANTS, 'SENDER_IDLE': PATIENCE}
 
-    async def mail_world(self, answer=OK, raw=False, **options):
+    async def mail_world(self, answer=OK, raw=False, domain='localhost', **options):
         """A world where app.localhost takes mail, for /in."""
-        await self.world()
-        await lt.Mail().at_server(lt.Args(mail=True, mail_port=0, bind='127.0.0.1',
-                                          domain='localhost'), self.server)
+        await self.world(domain=domain)
+        await lt.Mail().at_server(lt.Args(mail=True, mail_port=0, bind='127.0.0.1', domain=domain),
+                                  self.server)
         self.mail_port = self.server.doors.sockets()[-1].getsockname()[1]
         self.taking = await self.app(answer)
         self.taker = await self.client(self.taking, name='app', mail='/in', mail_raw=raw, **options)
@@ -8134,12 +8135,23 @@ class DeliveryTest(MailTest):
                 ('ten thousand parts', many + 10000 * '--x\r\n\r\n'),
                 ('deep', nested), ('deep messages', 2000 * 'Content-Type: message/rfc822\r\n\r\n'),
                 ('a long field', 'Content-Type: text/plain' + 3000 * (';' + 30 * '"a' + '\r\n ')),
+                ('a boundary in a charset', many.replace('y=', "y*=nope''")),
                 ('many fields', 20000 * 'A: b\r\n'), ('many lines', 600000 * '\r\n')):
             with self.subTest(name):
                 self.assertEqual((await sender.sends(message))[:3], '250')
                 form = self.form()
                 self.assertEqual(set(form), {'recipient', 'sender', 'body-mime'})
                 self.assertEqual(form['body-mime'][2][-len(message) - 2:-2], message.encode())
+
+    async def test_Python_keeps_no_name_of_a_charset_that_strangers_make_up(self):
+        await self.mail_world()
+        encodings._cache.clear()
+        await (await self.sender()).sends(
+            "Content-Type: multipart/mixed; boundary=x\r\nSubject: =?made1?q?a?=\r\n\r\n--x\r\n"
+            "Content-Type: text/plain; charset*=made2''made3; name*=made4''b\r\n\r\na\r\n--x\r\n"
+            "Content-Disposition: attachment; filename*=made5''c\r\n\r\nb\r\n--x--")
+        self.assertEqual(self.form()['attachment-2'][0], 'c')
+        self.assertEqual([name for name, codec in encodings._cache.items() if not codec], [])
 
     async def test_a_bomb_in_time_is_given_up(self):
         await self.mail_world()
@@ -8189,6 +8201,44 @@ class DeliveryTest(MailTest):
     async def test_a_client_says_where_its_mail_goes(self):
         await self.mail_world()
         self.assertIn(('also', 'mail', 'to anything@ this host, for /in of the app'), self.log.told)
+
+
+class MxTest(MailTest):
+    """What doctor says of mail."""
+
+    async def look(self, *found, port=None):
+        args = types.SimpleNamespace(domain='t.example.com', mail=True, bind='127.0.0.1',
+                                     mail_port=port or self.mail_port, resolver=('127.0.0.1', 53))
+
+        async def ask_dns(resolver, host, kind):
+            self.assertRegex(host, '^[0-9a-f]{16}[.]t[.]example[.]com$')
+            return {15: [name.encode() for name in found]}[kind]
+        with unittest.mock.patch.object(lt, 'ask_dns', ask_dns):
+            check, = lt.Mail().checks(args)
+            self.assertEqual(check.__name__, 'mail')
+            return await lt.verdict_of(check, 't.example.com')
+
+    async def test_the_record_leads_here_and_the_server_takes_mail(self):
+        await self.mail_world(domain='t.example.com')
+        cure = 'add a DNS record: name *.t.example.com, type MX, value 10 t.example.com.'
+        self.assertEqual((await self.look('t.example.com'))[0], True)
+        self.assertEqual((await self.look())[::2], (False, cure))
+        self.assertEqual(await self.look('mx.example.net'), (
+            False, 'an MX record leads mail to mx.example.net', cure))
+        port = CommandTest.free_port()
+        self.assertEqual((await self.look(port=port))[0], None)
+        self.assertEqual((await self.look('t.example.com', port=port))[0], False)
+        self.assertIn(f'for mail, {cure}', self.log.text())
+
+    async def test_it_is_not_looked_at_where_there_is_no_mail(self):
+        for domain, mail in ('localhost', True), ('192.0.2.1', True), ('t.example.com', False):
+            self.assertEqual(lt.Mail().checks(lt.Args(domain=domain, mail=mail)), [])
+
+    def test_an_MX_record_is_read(self):
+        question = lt.encode_name('a.example') + bytes(4)
+        packet = lt.DNS_HEADER.pack(1, 0x8180, 1, 1, 0, 0) + question + b'\xc0\x0c' + (
+            lt.DNS_RECORD.pack(15, 1, 60, 7) + b'\0\x0a\2mx\xc0\x0c')
+        self.assertEqual(lt.read_records(packet, 15), [b'mx.a.example'])
 
 
 class RealSenderTest(MailTest):
