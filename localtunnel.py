@@ -39,40 +39,41 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  49 Output
-     2 Wire                   16 Plain words            50 Keys
-     3 Credit                 17 Files                  51 Terminal
-     4 Byte streams           18 Annex                  52 Options
-     5 Session                19 TLS                    53 Wiring
-     6 HTTP/1.1               20 DNS                    54 Python
-     7 Names and tokens       21 Kept leases            55 Configuration file
-     8 Exchange               22 Access                 56 Command line
+     1 Constants and errors   15 Seams                  50 Output
+     2 Wire                   16 Plain words            51 Keys
+     3 Credit                 17 Files                  52 Terminal
+     4 Byte streams           18 Annex                  53 Options
+     5 Session                19 TLS                    54 Wiring
+     6 HTTP/1.1               20 DNS                    55 Python
+     7 Names and tokens       21 Kept leases            56 Configuration file
+     8 Exchange               22 Access                 57 Command line
      9 Tunnels                23 Cluster
-    10 Admission              24 Raw TCP
-    11 Server                 25 Folder and echo
-    12 Places                 26 Host header
-    13 App                    27 Outgoing proxy
-    14 Client                 28 Certificates
-                              29 Certificates by ACME
-                              30 Hand-over
-                              31 Operator's page
-                              32 Block list
-                              33 Kept requests
-                              34 Mail
-                              35 Ground
-                              36 Doctor
-                              37 Landing page
-                              38 Verifying
-                              39 Token files
-                              40 Invitations
-                              41 Exchanges
-                              42 Inspector's page
-                              43 Inspector
-                              44 Logs and replay
-                              45 Words from elsewhere
-                              46 Error pages
-                              47 Setting up
-                              48 Via ssh
+    10 Admission              24 Crowds
+    11 Server                 25 Raw TCP
+    12 Places                 26 Folder and echo
+    13 App                    27 Host header
+    14 Client                 28 Outgoing proxy
+                              29 Certificates
+                              30 Certificates by ACME
+                              31 Hand-over
+                              32 Operator's page
+                              33 Block list
+                              34 Kept requests
+                              35 Mail
+                              36 Ground
+                              37 Doctor
+                              38 Landing page
+                              39 Verifying
+                              40 Token files
+                              41 Invitations
+                              42 Exchanges
+                              43 Inspector's page
+                              44 Inspector
+                              45 Logs and replay
+                              46 Words from elsewhere
+                              47 Error pages
+                              48 Setting up
+                              49 Via ssh
 """
 
 from __future__ import annotations
@@ -201,9 +202,6 @@ UPLOAD_IDLE = 60.0              # the same of a request without a response; at f
 HALF_CLOSED = 2.0               # without a byte of a response after the visitor's FIN: it is gone
 LINGER = 2.0                    # for a response to arrive before its connection is closed
 PAGE_STALLED = 20.0             # for a part of a page of ours to be read
-MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
-MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
-SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; or half of few
 CONNECT_TIMEOUT = 10.0          # to reach the app
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
 POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
@@ -234,10 +232,7 @@ DRAIN = 30.0                    # for open exchanges to finish when one side sto
 FIRST_LOOK = 0.001              # until the first check whether everything has finished
 DRAIN_LOOK = 0.05               # between later ones
 
-# Lines that are written, and the clock.
-MAX_UNWRITTEN = 1 * MIB         # of log and events unread: beyond it, lines are dropped
-LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
-LINES_TOGETHER = 0.05           # log lines of a busy tunnel are written together
+# The clock.
 SWEEP = 0.5                     # between checks of the deadlines: they may be late by this much
 
 
@@ -2014,7 +2009,6 @@ UNTRUSTED = (
     rb'|proxy|localtunnel_[^:]*|http2_settings'
 ).replace(b'_', rb'[^a-z0-9:]').replace(b'~', rb'[^a-z0-9:-]')
 _UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
-_FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
 # A cookie's Domain; and one that every browser reads as written: no IDNA, no %74, no quotes.
 _COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
 _PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
@@ -2641,11 +2635,6 @@ def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
     return hmac.new(key, message, hashlib.sha256).digest()
 
 
-def make_key() -> bytes:
-    """A new key; programs from before LONG_NAMES take it, too."""
-    return LONG_NAMES + secrets.token_bytes(24)
-
-
 def derive_name(site: str, proof: bytes, long: bool = False) -> str:
     """The name that belongs to PROOF at SITE: two words of 6 bits and 12 digits of 5, LONG 20."""
     digest = hashlib.sha256(b'localtunnel/1 name\0' + site.encode() + b'\0' + proof).digest()
@@ -2839,12 +2828,6 @@ class Leases:
     def free(self, name: str) -> Changes:
         """Return the change that takes NAME back from its owner; none where nobody has it."""
         return {name: None} if name in self.by_name else {}
-
-    def ports(self, owner: str | None = None) -> list[int]:
-        """Return the leased TCP ports, of OWNER or all, least recently used first."""
-        names = list(self.by_name) if owner is None else self._of.get(owner, ())
-        return [port for _, port in sorted((self.by_name[name].used, int(name[4:]))
-                                           for name in names if name.startswith('tcp:'))]
 
 
 # Hosts and addresses.
@@ -3069,50 +3052,28 @@ class Exchange(Record):
 # Who serves which name, and who waits for it.  Knows no tokens, and not what a request asks for.
 # ------------------------------------------------------------------------------------------------
 
-MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
-
-
 class Visitor:
     """One visitor's connection, and the exchange that runs on it; a client comes as one, too."""
-    __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'trusted',
+    __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'front',
                  'refusal', 'stream', 'exchange', 'waiting')
 
-    def __init__(self, connection: Connection, trusted: Networks = (), scheme: str = '') -> None:
-        """TRUSTED: whose word about its visitors is taken; SCHEME: theirs, where it is known."""
+    def __init__(self, connection: Connection, front: Front | None = None) -> None:
         self.connection = connection
         self.peer = self.address = connection.peer
-        self.scheme = scheme or ('https' if connection.secure else 'http')
-        self.host = b''             # what a trusted proxy says was the visitor's Host
-        self.trusted = trusted if within(self.peer, trusted) else ()
+        self.scheme = (front and front.scheme) or ('https' if connection.secure else 'http')
+        self.host = b''             # what was the visitor's Host, if somebody in front says so
+        self.front = front if front and front.vouches(self.peer) else None      # who speaks for it
         self.refusal: HopFailed | None = None           # there was no room for this connection
-        self.x_forwarded = self._x_forwarded([self.peer])
+        self.came_by([self.peer])
         self.stream: Stream | None = None               # by which it is served now
         self.exchange: Exchange | None = None           # the one that runs; none for raw TCP
         self.waiting: asyncio.Future[None] | None = None        # for a client
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
-    def look_behind(self, request: Request) -> None:
-        """Adopt what the peer, a trusted proxy, says about its visitor."""
-        chain = [self.peer]
-        said = request.get(b'x-forwarded-for').rsplit(b',', MAX_PROXIES)
-        for entry in reversed(said[-MAX_PROXIES:]):
-            match = _FORWARDED_FOR.fullmatch(entry.strip())
-            address = (match.group(1) or match.group(2)).decode() if match else ''
-            if not is_address(address):
-                break           # nobody vouches for what stands before
-            chain.insert(0, address)
-        outside = [a for a in chain if not within(a, self.trusted)]
-        self.address = outside[-1] if outside else chain[0]
-        proto = request.fields.get(b'x-forwarded-proto', b'')
-        self.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
-        host = request.fields.get(b'x-forwarded-host', b'')
-        self.host = host if _HOST.fullmatch(host) else b''
-        self.x_forwarded = self._x_forwarded(chain)
-
-    def _x_forwarded(self, chain: Sequence[str]) -> bytes:
-        """Return the header lines about the visitor."""
-        return (f'X-Forwarded-For: {", ".join(chain)}\r\n'
-                f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
+    def came_by(self, chain: Sequence[str]) -> None:
+        """Say onward that the visitor came by way of the addresses of CHAIN."""
+        self.x_forwarded = (f'X-Forwarded-For: {", ".join(chain)}\r\n'
+                            f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
     def url_of(self, name: str, host: bytes) -> str:
         """The URL of the host NAME, with the scheme and port by which HOST here was reached."""
@@ -3370,7 +3331,6 @@ class Held:
 
 
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
-SETTLE = 5.0                    # before a hand-over: clients that are away try every 2 s at first
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
 
 
@@ -3471,11 +3431,6 @@ class Tunnels:
         for tunnel, member in found:
             self.revoke(tunnel, member, why)
         return bool(found)
-
-    async def settle(self) -> None:
-        """Wait a moment for clients whose connection broke."""
-        await look_until(lambda: all(member.session.connection for member in self.members()),
-                         SETTLE)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Let requests go on that wait for a session that is away; forget who went long ago.
@@ -3966,84 +3921,39 @@ class Admission:
 # requests is routed by its own Host.
 # ------------------------------------------------------------------------------------------------
 
-OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
-
-
 class Visitors:
-    """All visitors' connections: who is there, from where, and whether there is room for more."""
+    """All visitors' connections; see Bounded for one that keeps room among them."""
 
-    def __init__(self, runtime: Runtime, trusted: Networks, descriptors: int) -> None:
-        """TRUSTED are the proxies in front; DESCRIPTORS how many this process may have open."""
-        self._runtime, self._trusted = runtime, trusted
-        self.url, self._scheme = '', ''         # where they come, if somebody carries them here
-        self.host: str | None = None            # of the URL
-        self._here: dict[Visitor, None] = {}        # the least recently active first
-        self._of_subnet: dict[str, int] = collections.Counter()     # connections of each
-        self._descriptors = descriptors
-        self.listening = 0                      # sockets of TCP tunnels, which take descriptors too
+    def __init__(self, runtime: Runtime) -> None:
+        self.front: Front | None = None         # a seam: who stands in front and brings them
+        self.listening = 0                      # sockets of TCP tunnels
+        self.runtime = runtime
+        self.here: dict[Visitor, None] = {}
 
     def __iter__(self) -> Iterator[Visitor]:
-        return iter(tuple(self._here))
+        return iter(tuple(self.here))
 
     def __len__(self) -> int:
-        return len(self._here)
-
-    def carried(self, url: str, trusted: Networks) -> None:
-        """From now on others carry the visitors of URL here; TRUSTED ones tell who they are."""
-        parts = urllib.parse.urlsplit(url)
-        self.url, self._scheme, self.host = url, parts.scheme, parts.hostname
-        self._trusted = trusted
+        return len(self.here)
 
     def enter(self, connection: Connection) -> Visitor:
-        """A visitor came on CONNECTION; near the limit the one idle for longest has to go.
-
-        Never let accept() run out of descriptors: asyncio would try again and log without end.
-        """
-        visitor = Visitor(connection, self._trusted, self._scheme)
-        self._here[visitor] = None
-        self._of_subnet[subnet_of(visitor.peer)] += 1
-        visitor.refusal = self._no_room(visitor.peer)
-        if self._spare() < min(OTHER_DESCRIPTORS, self._descriptors // 3):
-            idle = (v for v in self._here if v is not visitor and v.idle)
-            out = next(idle, visitor)
-            del self._here[out]         # the next one must not choose it again
-            out.connection.reset(CANCELLED, 'too many connections')
+        """A visitor came on CONNECTION."""
+        visitor = Visitor(connection, self.front)
+        self.here[visitor] = None
         return visitor
 
     def active(self, visitor: Visitor) -> None:
-        """Note that VISITOR was served: it is the last to have to go."""
-        if visitor in self._here:
-            self._here[visitor] = self._here.pop(visitor)
+        """VISITOR was served."""
 
     def leave(self, visitor: Visitor) -> None:
         """Drop VISITOR, whose connection ends."""
-        self._here.pop(visitor, None)
-        subnet = subnet_of(visitor.peer)
-        self._of_subnet[subnet] -= 1
-        if not self._of_subnet[subnet]:
-            del self._of_subnet[subnet]
+        self.here.pop(visitor, None)
 
     def close_idle(self) -> None:
         """Close the connections on which nothing is under way."""
         for visitor in self:
             if visitor.idle and not visitor.connection.unread:
                 visitor.connection.close()
-
-    def _spare(self) -> int:
-        """Return how many more descriptors there may be."""
-        return self._descriptors - len(self._runtime.transports) - self.listening
-
-    def _no_room(self, peer: str) -> HopFailed | None:
-        """Return why a visitor from PEER can't stay: visitors must leave room for sessions."""
-        if self._spare() < min(SPARE_DESCRIPTORS, self._descriptors // 2):
-            return HopFailed(503, 'the server has too many connections; try again soon',
-                             f'Retry-After: {RETRY_AFTER}',
-                             cure='the operator of the server can raise its limit of open files')
-        if (self._of_subnet[subnet_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
-                and not is_loopback(peer) and not within(peer, self._trusted)):
-            return HopFailed(429, f'too many connections from {peer}; close some first',
-                             'Retry-After: 1')
-        return None
 
 
 # A page of our own: its type and its bytes in pieces, for who reached the server at an address.
@@ -4252,12 +4162,11 @@ class Server:
     def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
                  hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, budget: int = LEAST_BUDGET,
-                 descriptors: int = MAX_DESCRIPTORS, trusted: Networks = (),
                  only: bool = False, inherited: dict[int, Sockets] | None = None,
                  trace: Trace | None = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any.  BUDGET of all sessions, in bytes.
-        TRUSTED are proxies in front.  ONLY: any Host of this machine reaches the one tunnel there
-        is.  INHERITED are sockets that listen already, by port.
+        ONLY: any Host of this machine reaches the one tunnel there is.  INHERITED are sockets that
+        listen already, by port.
         """
         self.runtime, self.domain, self.log = runtime, domain.lower(), log
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
@@ -4267,7 +4176,7 @@ class Server:
         self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = Doors(runtime, inherited)
-        self.visitors = Visitors(runtime, trusted, descriptors)
+        self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
             runtime, tokens, self.tunnels, Budget(budget), max_tunnels,
@@ -4322,8 +4231,8 @@ class Server:
                 if head is None:
                     break
                 request = parse_request(head)
-                if visitor.trusted:
-                    visitor.look_behind(request)
+                if visitor.front:
+                    visitor.front.look_behind(visitor, request)
                 if request.upgrade.startswith(b'localtunnel/') and (
                         request.target == WELL_KNOWN.encode()):
                     taken = await self._begin_session(visitor, request)
@@ -4419,7 +4328,8 @@ class Server:
         """
         if self.tunnels.only:
             # A stranger's name that leads here would let its pages read the app (DNS rebinding).
-            if not (is_address(host) or is_loopback(host) or host == self.visitors.host):
+            front = self.visitors.front
+            if not (is_address(host) or is_loopback(host) or front and host == front.host):
                 raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
                                 f'not as {host or "no host"}')
             mine = min((tunnel for tunnel in self.tunnels if tunnel.kind == 'http'), default=None,
@@ -4529,7 +4439,7 @@ class Server:
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visitor.url_of(self.domain, request.host)}/localtunnel.py')
         tls = self.tls
-        if (tls and visitor.scheme == 'http' and not visitor.trusted
+        if (tls and visitor.scheme == 'http' and not visitor.front
                 and not is_loopback(visitor.peer) and (tls.pin or tls.shows(self.domain))):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, or ask its operator '
@@ -4538,9 +4448,10 @@ class Server:
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
         host_name = self.domain if self.tunnels.only else f'{name}.{self.domain}'
-        if self.tls and not visitor.trusted and not self.tls.shows(host_name):
+        if self.tls and not visitor.front and not self.tls.shows(host_name):
             return f'http://{authority("http", host_name, self._port)}'
-        return self.visitors.url or visitor.url_of(host_name, host)
+        front = self.visitors.front
+        return (front and front.url) or visitor.url_of(host_name, host)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -4764,13 +4675,6 @@ class App:
     def closed(self) -> bool:
         """True once nobody comes any more."""
         return self not in self.runtime.swept
-
-    async def look(self) -> None:
-        """Give a hint if the app is not there yet."""
-        try:
-            (await self.connect()).close()
-        except HopFailed as e:
-            self.observer.hint(f'{e}; visitors get a page that says so until your app is up')
 
     # What takes long.
 
@@ -5608,6 +5512,7 @@ class Sources:
         return bool(read)
 
 
+LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
 LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
 
 
@@ -5812,9 +5717,8 @@ class Annex:
         """Words of the hello of a client, which has KEY."""
         return {}
 
-    def gates(self) -> Gates:
-        """What keeps visitors out, at any server."""
-        return {}
+    def at_any_server(self, server: Server) -> None:
+        """Plug in at SERVER, also where it is for a client of this process alone."""
 
     async def beside(self, args: Args, app: App, watched: Callable[[str], Any]) -> None:
         """Open what stands beside a client of the command line; APP's runtime closes it.
@@ -5946,6 +5850,7 @@ def rfc3339(seconds: float) -> str:
 
 # What this machine has to give.
 
+MAX_DESCRIPTORS = 1 << 20       # more than one event loop can look after
 MOST_BUDGET = 1 * GIB           # of memory for all sessions of a process
 
 
@@ -6140,6 +6045,42 @@ async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = N
         stream.timeout = LINGER
         await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
     return response
+
+
+MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
+FORWARDED_FOR = re.compile(rb'([0-9.]+)(?::[0-9]+)?|\[?([0-9A-Fa-f:.]+)(?:\](?::[0-9]+)?)?')
+
+
+class Front:
+    """Who stands in front of a server, at the addresses of NETWORKS, and brings its visitors."""
+
+    def __init__(self, networks: Networks, url: str = '') -> None:
+        """URL is where all visitors come, if that is known."""
+        parts = urllib.parse.urlsplit(url)
+        self.url, self.scheme, self.host = url, parts.scheme, parts.hostname
+        self._networks = networks
+
+    def vouches(self, address: str) -> bool:
+        """Return True if one at ADDRESS may say who its visitors are."""
+        return within(address, self._networks)
+
+    def look_behind(self, visitor: Visitor, request: Request) -> None:
+        """Adopt what the peer of VISITOR says about it in REQUEST."""
+        chain = [visitor.peer]
+        said = request.get(b'x-forwarded-for').rsplit(b',', MAX_PROXIES)
+        for entry in reversed(said[-MAX_PROXIES:]):
+            match = FORWARDED_FOR.fullmatch(entry.strip())
+            address = (match.group(1) or match.group(2)).decode() if match else ''
+            if not is_address(address):
+                break           # nobody vouches for what stands before
+            chain.insert(0, address)
+        outside = [a for a in chain if not self.vouches(a)]
+        visitor.address = outside[-1] if outside else chain[0]
+        proto = request.fields.get(b'x-forwarded-proto', b'')
+        visitor.scheme = proto.decode() if proto in (b'http', b'https') else 'http'
+        host = request.fields.get(b'x-forwarded-host', b'')
+        visitor.host = host if _HOST.fullmatch(host) else b''
+        visitor.came_by(chain)
 
 
 async def ask_app(server: Server, name: str, visitor: Visitor,
@@ -6887,8 +6828,8 @@ class Access(Annex):
         return {'allow': [str(cidr) for cidr in args.allow],
                 'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
 
-    def gates(self) -> Gates:
-        return {'allow': gate_of_networks, 'auth': gate_of_users}
+    def at_any_server(self, server: Server) -> None:
+        server.admission.gates.update(allow=gate_of_networks, auth=gate_of_users)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6933,7 +6874,7 @@ class Node(Others):
         return self._leases.owner(name, time.time()) is None
 
     def check(self, visitor: Visitor, hello: Hello) -> None:
-        if visitor.connection.secure and not visitor.trusted and not hello.wants.get('sni'):
+        if visitor.connection.secure and not visitor.front and not hello.wants.get('sni'):
             raise Refused(421, 'sni', 'a balancer passes TLS on to this server by the name in it, '
                           'and this client does not send that of its tunnel; fetch the client from '
                           'this server')
@@ -7068,7 +7009,78 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Raw TCP
+# 24. Crowds
+#
+# Room among visitors: for sessions, for other visitors, and for those of other addresses.
+# ------------------------------------------------------------------------------------------------
+
+SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; or half of few
+MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
+OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
+
+
+class Bounded(Visitors):
+    """Visitors who leave room for sessions; the one idle for longest is the first in `here`."""
+
+    def __init__(self, runtime: Runtime, descriptors: int) -> None:
+        """DESCRIPTORS are how many this process may have open."""
+        super().__init__(runtime)
+        self.descriptors = descriptors
+        self._of_subnet: dict[str, int] = collections.Counter()     # connections of each
+
+    def enter(self, connection: Connection) -> Visitor:
+        """A visitor came; near the limit the one idle for longest has to go.
+
+        Never let accept() run out of descriptors: asyncio would try again and log without end.
+        """
+        visitor = super().enter(connection)
+        self._of_subnet[subnet_of(visitor.peer)] += 1
+        visitor.refusal = self._no_room(visitor)
+        if self._spare() < min(OTHER_DESCRIPTORS, self.descriptors // 3):
+            idle = (v for v in self.here if v is not visitor and v.idle)
+            out = next(idle, visitor)
+            del self.here[out]         # the next one must not choose it again
+            out.connection.reset(CANCELLED, 'too many connections')
+        return visitor
+
+    def active(self, visitor: Visitor) -> None:
+        if visitor in self.here:        # it is the last to have to go
+            self.here[visitor] = self.here.pop(visitor)
+
+    def leave(self, visitor: Visitor) -> None:
+        super().leave(visitor)
+        subnet = subnet_of(visitor.peer)
+        self._of_subnet[subnet] -= 1
+        if not self._of_subnet[subnet]:
+            del self._of_subnet[subnet]
+
+    def _spare(self) -> int:
+        """Return how many more descriptors there may be."""
+        return self.descriptors - len(self.runtime.transports) - self.listening
+
+    def _no_room(self, visitor: Visitor) -> HopFailed | None:
+        """Return why VISITOR can't stay: visitors must leave room for sessions."""
+        peer = visitor.peer
+        if self._spare() < min(SPARE_DESCRIPTORS, self.descriptors // 2):
+            return HopFailed(503, 'the server has too many connections; try again soon',
+                             f'Retry-After: {RETRY_AFTER}',
+                             cure='the operator of the server can raise its limit of open files')
+        if (self._of_subnet[subnet_of(peer)] > MAX_CONNECTIONS_OF_ADDRESS
+                and not is_loopback(peer) and not visitor.front):
+            return HopFailed(429, f'too many connections from {peer}; close some first',
+                             'Retry-After: 1')
+        return None
+
+
+class Crowds(Annex):
+    """Limits of visitors' connections."""
+
+    def at_any_server(self, server: Server) -> None:
+        server.visitors = Bounded(server.runtime, descriptor_limit())
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7172,14 +7184,18 @@ class TcpPorts(Kind):
         admission, hello, allowed = self._server.admission, asked.hello, self._allowed(asked)
         leases, now, may = admission.leases, time.time(), frozenset(allowed)
         start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
-        wanted = [hello.port] if hello.port else [*leases.ports(owner), *allowed[start:],
-                                                  *allowed[:start]]
+        ports = [(lease.used, int(name[4:]), lease.owner)
+                 for name, lease in leases.by_name.items() if name.startswith('tcp:')]
+        ports.sort()            # the one that was used long ago comes first
+        wanted = [hello.port] if hello.port else [
+            *(port for _, port, whose in ports if whose == owner), *allowed[start:],
+            *allowed[:start]]
         for port in wanted:
             if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
         if not hello.port:
             admission.check_limits(owner, asked)        # before somebody loses a port for it
-            yield from (port for port in leases.ports() if port in may)
+            yield from (port for _, port, _ in ports if port in may)
 
     def _close(self, tunnel: Tunnel) -> None:
         """TUNNEL has no port any more, if it had one."""
@@ -7271,7 +7287,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Folder and echo
+# 26. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7621,7 +7637,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Host header
+# 27. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7806,7 +7822,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Outgoing proxy
+# 28. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7872,7 +7888,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Certificates
+# 29. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7975,7 +7991,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Certificates by ACME
+# 30. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8738,7 +8754,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Hand-over
+# 31. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8768,6 +8784,7 @@ def say_ready(log: Observer) -> None:
         notify_systemd(log, 'READY=1')
 
 
+SETTLE = 5.0                    # before a hand-over: clients that are away try every 2 s at first
 SUCCESSOR_TIMEOUT = 30.0        # for a successor to say that it is ready
 
 
@@ -8824,7 +8841,8 @@ class HandOver(Annex):
                 log.note("error: as process 1 this server can't hand over; restart the container")
                 continue
             log.note('handing over to a successor')
-            await server.tunnels.settle()
+            await look_until(lambda: all(member.session.connection
+                                         for member in server.tunnels.members()), SETTLE)
             await server.admission.close()
             child = await start_successor(server.runtime, server.doors.sockets(), args.lock)
             if child:
@@ -8836,7 +8854,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Operator's page
+# 32. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9152,7 +9170,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Block list
+# 33. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9384,7 +9402,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Kept requests
+# 34. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -9952,7 +9970,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Mail
+# 35. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10576,7 +10594,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Ground
+# 36. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -10881,7 +10899,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Doctor
+# 37. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11263,7 +11281,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Landing page
+# 38. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11354,7 +11372,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Verifying
+# 39. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11429,7 +11447,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Token files
+# 40. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -11518,7 +11536,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Invitations
+# 41. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11735,7 +11753,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Exchanges
+# 42. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12531,7 +12549,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Inspector's page
+# 43. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13071,7 +13089,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Inspector
+# 44. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13390,7 +13408,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Logs and replay
+# 45. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -13888,7 +13906,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Words from elsewhere
+# 46. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14030,7 +14048,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Error pages
+# 47. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14107,7 +14125,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Setting up
+# 48. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14618,7 +14636,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Via ssh
+# 49. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -14781,8 +14799,8 @@ class Ssh(Carrier):
             self._port = url            # next time, too, so that the URL stays
             self._runtime.spawn(self._look(self._known['host'], int(url)))
             url = f'http://{bracketed(self._known["host"])}:{url}'
-        self._server.visitors.carried(
-            url, [network('127.0.0.0/8'), network('::1')] if self.service.tells else [])
+        self._server.visitors.front = Front(
+            [network('127.0.0.0/8'), network('::1')] if self.service.tells else [], url)
         for tunnel in self._server.tunnels:
             tunnel.url = url
         self._up.set_result(None)
@@ -14842,7 +14860,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 49. Output
+# 50. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -14856,6 +14874,9 @@ def dropped_lines(count: int) -> str:
 # The cursor waits where the line that changes begins.  There it stays when a window that becomes
 # narrower breaks that line, so all below is the line.
 ERASE_LINE = '\r\x1b[J'
+
+
+MAX_UNWRITTEN = 1 * MIB         # of log and events unread: beyond it, lines are dropped
 
 
 class Writer:
@@ -15097,6 +15118,9 @@ def counted(number: int, what: str) -> str:
     return f'{number:,} {what}' + ('s' if number != 1 else '')
 
 
+LINES_TOGETHER = 0.05           # log lines of a busy tunnel are written together
+
+
 class Lines:
     """Lines for one stream; those of the same moment leave in one write."""
 
@@ -15131,7 +15155,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Keys
+# 51. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15235,7 +15259,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Terminal
+# 52. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15681,12 +15705,12 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Options
+# 53. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Cluster(), RawTcp(), FolderAndEcho(),
+ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Crowds(), Cluster(), RawTcp(), FolderAndEcho(),
                             HostHeader(), OutgoingProxy(), Acme(), Certificates(), HandOver(),
                             Operator(), Blocking(), Keeping(), Mail(), Doctor(), LandingPage(),
                             Verifying(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
@@ -15966,12 +15990,17 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Wiring
+# 54. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
 
 # What the client keeps: its key, the servers that said welcome, and which was the last.
+
+def make_key() -> bytes:
+    """A new key; programs from before LONG_NAMES take it, too."""
+    return LONG_NAMES + secrets.token_bytes(24)
+
 
 def load_key(warn: Callable[[str], None]) -> bytes:
     """Return the user's 32-byte key, from LOCALTUNNEL_KEY or the configuration folder, or new."""
@@ -16182,17 +16211,17 @@ async def first_of(*work: Awaitable[Any]) -> Any:
             await end_task(task)
 
 
-def keep_gates(server: Server) -> None:
-    """Let SERVER keep visitors out where its clients say so."""
+def equip(server: Server) -> None:
+    """Give SERVER what annexes have for any."""
     for annex in ANNEXES:
-        server.admission.gates.update(annex.gates())
+        annex.at_any_server(server)
 
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
     server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER,
-                    budget=process_budget(), descriptors=descriptor_limit())
-    keep_gates(server)
+                    budget=process_budget())
+    equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -16268,6 +16297,14 @@ class Dialer:
             raise
 
 
+async def look_at(app: App) -> None:
+    """Give a hint if APP is not there yet."""
+    try:
+        (await app.connect()).close()
+    except HopFailed as e:
+        app.observer.hint(f'{e}; visitors get a page that says so until your app is up')
+
+
 def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                 trace: Trace | None = None, **wish: Any) -> Client:
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
@@ -16335,7 +16372,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Python
+# 55. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16637,7 +16674,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Configuration file
+# 56. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -16878,7 +16915,7 @@ class Section:
     async def run(self) -> int:
         """Keep it up until it is to stop, or fails; return an exit code."""
         code, why, app = 0, '', self.app
-        self._stack.push_async_callback(end_task, app.runtime.spawn(app.look()))
+        self._stack.push_async_callback(end_task, app.runtime.spawn(look_at(app)))
         try:
             await first_of(self.client.run(), self.stop.wait())
         except LocaltunnelError as e:
@@ -17039,7 +17076,7 @@ class ServerFile(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Command line
+# 57. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -17211,7 +17248,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                 pulse = Pulse(runtime)
                 pulse.tunnels.append((app, client, terminal))
                 last.callback(pulse.close)
-            probe = [] if args.release else [runtime.spawn(app.look())]
+            probe = [] if args.release else [runtime.spawn(look_at(app))]
             try:
                 code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
                 return code if args.after else None
@@ -17313,13 +17350,15 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
     server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels,
-                    budget=args.buffer * MIB or process_budget(), descriptors=descriptor_limit(),
-                    trusted=args.trust_proxy, only=is_address(args.domain),
+                    budget=args.buffer * MIB or process_budget(),
+                    only=is_address(args.domain),
                     inherited=inherited_sockets(),
                     trace=log.frame if args.verbose else None)
     sockets = listen_at(server, args.bind, args.port)
     args.sources = Sources(server)
-    keep_gates(server)
+    equip(server)
+    if args.trust_proxy:
+        server.visitors.front = Front(args.trust_proxy)
     for annex in ANNEXES:
         await annex.at_server(args, server)
     for sock in sockets:

@@ -32,39 +32,40 @@ Contents
    21 Kept leases             what of them survives a server, a crash and a full disk
    22 Access                  which visitors pass; for the rest see B
    23 Cluster                 whose name it is where several servers share a key
-   24 Raw TCP                 bytes both ways, and their ends
-   25 Folder and echo         what a folder shows, and what it hides
-   26 Host header             what app and visitor see of each other's address, base paths, hints
-   27 Outgoing proxy          the ways out, and what a proxy may answer
-   28 Certificates            what a server shows (in Command line)
-   29 Certificates by ACME    authorities, real and made up, and the records of a domain
-   30 Hand-over               from one process to the next (in Command line)
-   31 Operator's page         what he sees, and what he ends (in B)
-   32 Block list              what an entry is, and who is kept out
-   33 Kept requests           what waits, through every crash, and how it is delivered
-   34 Mail                    the published tables of SMTP, real senders, and what the app gets
-   35 Ground                  what a look at it finds, and that it harms nobody
-   36 Doctor                  every fault is named first, and each look leaves nothing behind
-   37 Landing page            whom to ask; the rest in Server, Command line
-   38 Verifying               what a server hands out, and this file
-   39 Token files             what a line of them may be; for the rest see Server
-   40 Invitations             who gets in, and who no more
-   41 Exchanges               what is kept of what passes, and for how long
-   42 Inspector's page        shown by the next room
-   43 Inspector               who sees it, and how; what is sent again
-   44 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   45 Words from elsewhere    what users of other programs type
-   46 Error pages             the way and where it stops, for each thing that fails
-   47 Setting up              what is installed, and how another machine is talked to
-   48 Via ssh                 how services are asked, and what ends it
-   49 Output                  programs, and those who read slowly what they write
-   50 Keys                    what is typed while a tunnel runs
-   51 Terminal                what a person sees
-   52 Options                 what can be typed
-   53 Wiring                  the key; which server, which token (in Command line)
-   54 Python                  a tunnel inside another program, and its options as keywords
-   55 Configuration file      what a section means, and what is wrong with it
-   56 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   24 Crowds                  who has to go (in B)
+   25 Raw TCP                 bytes both ways, and their ends
+   26 Folder and echo         what a folder shows, and what it hides
+   27 Host header             what app and visitor see of each other's address, base paths, hints
+   28 Outgoing proxy          the ways out, and what a proxy may answer
+   29 Certificates            what a server shows (in Command line)
+   30 Certificates by ACME    authorities, real and made up, and the records of a domain
+   31 Hand-over               from one process to the next (in Command line)
+   32 Operator's page         what he sees, and what he ends (in B)
+   33 Block list              what an entry is, and who is kept out
+   34 Kept requests           what waits, through every crash, and how it is delivered
+   35 Mail                    the published tables of SMTP, real senders, and what the app gets
+   36 Ground                  what a look at it finds, and that it harms nobody
+   37 Doctor                  every fault is named first, and each look leaves nothing behind
+   38 Landing page            whom to ask; the rest in Server, Command line
+   39 Verifying               what a server hands out, and this file
+   40 Token files             what a line of them may be; for the rest see Server
+   41 Invitations             who gets in, and who no more
+   42 Exchanges               what is kept of what passes, and for how long
+   43 Inspector's page        shown by the next room
+   44 Inspector               who sees it, and how; what is sent again
+   45 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   46 Words from elsewhere    what users of other programs type
+   47 Error pages             the way and where it stops, for each thing that fails
+   48 Setting up              what is installed, and how another machine is talked to
+   49 Via ssh                 how services are asked, and what ends it
+   50 Output                  programs, and those who read slowly what they write
+   51 Keys                    what is typed while a tunnel runs
+   52 Terminal                what a person sees
+   53 Options                 what can be typed
+   54 Wiring                  the key; which server, which token (in Command line)
+   55 Python                  a tunnel inside another program, and its options as keywords
+   56 Configuration file      what a section means, and what is wrong with it
+   57 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2648,9 +2649,11 @@ class WorldTest(LoopTest):
     async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
+        trusted = options.pop('trusted', ())
         self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
         self.sources = lt.Sources(self.server)
-        lt.keep_gates(self.server)
+        lt.equip(self.server)
+        self.server.visitors.front = lt.Front(trusted)
         self.server.pages.error = lt.any_page
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
@@ -5077,7 +5080,14 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Raw TCP
+# 24. Crowds
+# ------------------------------------------------------------------------------------------------
+
+# They are attacks, see B.
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5176,7 +5186,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Folder and echo
+# 26. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5486,7 +5496,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Host header
+# 27. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5721,7 +5731,7 @@ class BasePathTest(WorldTest):
     async def test_behind_a_trusted_proxy_the_public_address_is_the_one_that_it_saw(self):
         for base, value in ('', 'rewrite'), ('/base', None), ('/base', 'rewrite'):
             app, visitor = await self.at(base, host_header=value)
-            self.server.visitors._trusted = [ipaddress.ip_network('127.0.0.0/8')]
+            self.server.visitors.front = lt.Front([ipaddress.ip_network('127.0.0.0/8')])
             visitor = await self.visitor('x.t.example')
             own = f'http://localhost:{app.address[1]}' if value else 'https://shop.example'
             for host in 'localhost:%d' % app.address[1], 'shop.example', 'x.t.example':
@@ -5771,7 +5781,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Outgoing proxy
+# 28. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5849,7 +5859,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Certificates
+# 29. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5868,7 +5878,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Certificates by ACME
+# 30. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6636,14 +6646,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Hand-over
+# 31. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Operator's page
+# 32. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6838,7 +6848,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Block list
+# 33. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7113,7 +7123,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Kept requests
+# 34. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7673,7 +7683,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Mail
+# 35. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8272,7 +8282,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Ground
+# 36. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8411,7 +8421,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Doctor
+# 37. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -8923,7 +8933,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Landing page
+# 38. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -8991,7 +9001,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Verifying
+# 39. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9063,7 +9073,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Token files
+# 40. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9085,7 +9095,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Invitations
+# 41. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9247,21 +9257,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Exchanges
+# 42. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Inspector's page
+# 43. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Inspector
+# 44. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10086,7 +10096,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Logs and replay
+# 45. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10208,7 +10218,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Words from elsewhere
+# 46. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10294,7 +10304,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Error pages
+# 47. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10505,7 +10515,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Setting up
+# 48. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10737,7 +10747,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Via ssh
+# 49. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -10896,7 +10906,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Output
+# 50. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11247,7 +11257,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Keys
+# 51. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11303,7 +11313,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Terminal
+# 52. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11650,7 +11660,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 52. Options
+# 53. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11674,7 +11684,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Wiring
+# 54. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -11889,7 +11899,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Python
+# 55. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12070,7 +12080,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Configuration file
+# 56. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12372,7 +12382,7 @@ class SectionsTest(WorldTest, FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Command line
+# 57. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -16010,7 +16020,7 @@ class HostileVisitorTest(HostileTest):
             got = await self.visit(fields='X-Forwarded-For: ' + forwarded)
             self.assertEqual(got[0], status, forwarded)
         await self.visit(fields='X-Forwarded-For: fe80::1%\x9b31m 200 forged')
-        self.server.visitors._trusted = ()
+        self.server.visitors.front = None
         got = await self.visit(fields='X-Forwarded-For: 203.0.113.9')
         self.assertEqual(got[0], 403)
         told = '\n'.join(line[1] for line in self.log.told if line[0] == 'access')
@@ -16021,7 +16031,7 @@ class HostileVisitorTest(HostileTest):
         host = visitor.host.encode()
         for trusted, given, seen in (('127.0.0.0/8', 'a.example', b'a.example'),
                                      ('127.0.0.0/8', 'a b', host), ('8.8.8.8', 'a.example', host)):
-            self.server.visitors._trusted = [ipaddress.ip_network(trusted)]
+            self.server.visitors.front = lt.Front([ipaddress.ip_network(trusted)])
             peer = await self.visitor(visitor.host)
             await peer.get(fields=f'X-Forwarded-Host: {given}')
             self.assertIn(b'X-Forwarded-Host: %b\r\n' % seen, app.requests[-1])
@@ -16030,7 +16040,7 @@ class HostileVisitorTest(HostileTest):
         await self.world()
         await self.good()
         for limit in (100, 128, 150, 200):
-            self.server.visitors._descriptors = limit
+            self.server.visitors.descriptors = limit
             many = [await self.visitor('good.localhost') for _ in range(limit // 4)]
             for one in many:
                 self.assertEqual((await one.get())[0], 200, limit)
@@ -16049,7 +16059,7 @@ class HostileVisitorTest(HostileTest):
             self.assertEqual((await first.get())[0], 200)
 
     async def test_visitors_of_ipv6_count_with_all_of_their_64(self):
-        visitors = lt.Visitors(self.runtime, (), lt.MAX_DESCRIPTORS)
+        visitors = lt.Bounded(self.runtime, lt.MAX_DESCRIPTORS)
         with self.constant(MAX_CONNECTIONS_OF_ADDRESS=2):
             came = [visitors.enter(unittest.mock.Mock(peer=peer)) for peer in (
                 '2001:db8::1', '2001:db8::2', '2001:db8::3', '2001:db8:0:1::1')]
@@ -16658,7 +16668,7 @@ class AwayTest(Network):
             def __iter__(self):
                 raise AssertionError('all visits of the server are looked at')
         await self.relayed()
-        self.server.visitors._here = Unseen()
+        self.server.visitors.here = Unseen()
         begun = await self.echo([9])
         many = [self.meanwhile(self.exchange(text, body)) for text, body in (
             ('GET /hold', b''), ('PUT /hold', b'x'), ('POST /hold', b'x'))]
@@ -16670,7 +16680,7 @@ class AwayTest(Network):
         self.relay.to = port
         begun.send(b'still there')
         self.assertEqual(await begun.reader.readexactly(11), b'still there')
-        self.server.visitors._here = dict(self.server.visitors._here.items())
+        self.server.visitors.here = dict(self.server.visitors.here.items())
         self.gate.set()
 
     async def test_a_request_that_waits_for_its_turn_hears_that_the_session_is_lost(self):
