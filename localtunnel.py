@@ -104,6 +104,7 @@ import ipaddress
 import itertools
 import json
 import logging
+import operator
 import os
 import random
 import re
@@ -15603,36 +15604,37 @@ PULSE_OVER = 5.0                # seconds over which its rates are taken
 class Pulse:
     """The line that changes: how busy the tunnels are, and how far what takes long has come."""
 
-    def __init__(self, runtime: Runtime) -> None:
-        self.tunnels: list[tuple[App, Client, Terminal]] = []
-        self._runtime = runtime
+    def __init__(self, runtime: Runtime,
+                 tunnels: Callable[[], Sequence[tuple[App, Client, Terminal]]]) -> None:
+        """TUNNELS returns those that there are now."""
+        self._runtime, self._tunnels = runtime, tunnels
         # Of late: when, and how many requests, bytes in and bytes out there had been by then.
         self._past: collections.deque[Sequence[float]] = collections.deque()
         runtime.swept.add(self)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Show how it goes now."""
-        past = self._past
-        counts = ((app.exchanges, *client.carried) for app, client, _ in self.tunnels)
+        past, tunnels = self._past, self._tunnels()
+        counts = ((app.exchanges, *client.carried) for app, client, _ in tunnels)
         past.append((now, *map(sum, zip((0, 0, 0), *counts))))
         while now - past[0][0] > PULSE_OVER:
             past.popleft()
-        waits = [terminal.waits(now) for *_, terminal in self.tunnels]
-        for *_, terminal in self.tunnels:
+        waits = [terminal.waits(now) for *_, terminal in tunnels]
+        for *_, terminal in tunnels:
             terminal.thinned(now)
-        change_line('; '.join(filter(None, waits)) or self._busy(now),
+        change_line('; '.join(filter(None, waits)) or self._busy(now, tunnels),
                     WAITING if any(waits) else '2')
 
-    def _busy(self, now: float) -> str:
+    def _busy(self, now: float, tunnels: Sequence[tuple[App, Client, Terminal]]) -> str:
         then, *before = self._past[0]
         seconds = max(now - then, SWEEP)
-        open_now = [record for app, *_ in self.tunnels for record in app.under_way]
+        open_now = [record for app, *_ in tunnels for record in app.under_way]
         requests, received, sent = (max(0.0, there - was) / seconds     # one may just have gone
                                     for was, there in zip(before, self._past[-1][1:]))
         if not (requests or open_now):
             return ''
         slow = [progress(record) for record in open_now if now - record.began > SLOW]
-        times = sorted(took for *_, terminal in self.tunnels for took in terminal.times)
+        times = sorted(took for *_, terminal in tunnels for took in terminal.times)
         median = times[len(times) // 2] if times else 0.0
         return ', '.join((*filter(None, slow),      # first: the line is cut to the window's width
                           f'{requests:.1f} requests/s', f'{len(open_now)} open',
@@ -16682,65 +16684,54 @@ class tunnel:
 # ------------------------------------------------------------------------------------------------
 
 SECRET_KEYS = {'token', 'join', 'auth'}
+# By the parser's name for it, what is wrong with a line; else it is neither of the two.
+FAULTS = {'MissingSectionHeaderError': 'above this a section must begin, such as [web]',
+          'DuplicateSectionError': 'this section stands above already; join the two, or give it '
+                                   'another name',
+          'DuplicateOptionError': 'this key stands above already, in the same section; take one '
+                                  'out, or write its value below the first, further in'}
 SECTION = re.compile(r'\w[\w.-]*')     # a tunnel's name: it is typed, and stands in columns
 
 
 class ConfigFile:
-    """A configuration file as it was read."""
+    """A configuration file as it was read: `sections` has line and value, by section and key."""
 
     def __init__(self, path: str) -> None:
         """Raises UsageError."""
-        self.path = path
-        self._text = self._read()
-        # By section and key: its line, and its value.
-        self.sections: dict[str, dict[str, tuple[int, str]]] = self._parsed()
-
-    def _read(self) -> str:
-        data = b''
+        self.path, data = path, b''
         try:
-            with open(self.path, 'rb') as f:
+            with open(path, 'rb') as f:
                 mode, data = os.fstat(f.fileno()).st_mode, f.read()
-            text = data.decode('utf-8-sig')
+            self._text = data.decode('utf-8-sig')
         except OSError as e:
-            raise UsageError(f"can't read {self.path}: {e.strerror}") from e
+            raise UsageError(f"can't read {path}: {e.strerror}") from e
         except UnicodeDecodeError as e:
             raise self.error(data[:e.start].count(b'\n') + 1, 'this is not UTF-8; save the file as '
                              'that') from e
-        if '\0' in text:
-            raise UsageError(f'{self.path} is not a text; save it as UTF-8')
-        if os.name == 'posix' and mode & 0o007 and re.search(
-                f'(?m)^({"|".join(SECRET_KEYS)}) *=', text):
-            warn_once(f'others can read {self.path}, and anyone with a copy has what is secret in '
-                      f'it; type: chmod o= {self.path}')
-        return text
+        if '\0' in self._text:
+            raise UsageError(f'{path} is not a text; save it as UTF-8')
+        self.sections = self._parsed()
+        if os.name == 'posix' and mode & 0o007 and any(
+                SECRET_KEYS & section.keys() for section in self.sections.values()):
+            warn_once(f'others can read {path}, and anyone with a copy has what is secret in it; '
+                      f'type: chmod o= {path}')
 
     def _parsed(self) -> dict[str, dict[str, tuple[int, str]]]:
         import configparser
-        line, keys = 0, []
+        lines, keys = io.StringIO(self._text, newline=None).readlines(), []
+        unread = iter(lines)
 
-        def lines() -> Iterator[str]:
-            nonlocal line
-            for text in io.StringIO(self._text, newline=None):
-                line += 1
-                yield text
-
-        def key(name: str) -> str:
-            keys.append(line)       # the parser tells no lines, but asks here while it is at one
+        def key(name: str) -> str:      # the parser tells no lines, but asks here for each key
+            keys.append(len(lines) - operator.length_hint(unread))
             return name
         parser = configparser.RawConfigParser(delimiters='=', default_section='')
         parser.optionxform = key    # type: ignore[method-assign, assignment]
         try:
-            parser.read_file(lines(), self.path)
-        except configparser.MissingSectionHeaderError as e:
-            raise self.error(line, 'above this a section must begin, such as [web]') from e
-        except configparser.DuplicateSectionError as e:
-            raise self.error(line, f'a second section [{e.section}]; join the two, or give it '
-                             'another name') from e
-        except configparser.DuplicateOptionError as e:
-            raise self.error(line, f'a second {e.option} in [{e.section}]; take one out, or '
-                             'write its value below the first, further in') from e
-        except configparser.ParsingError as e:
-            raise self.error(e.errors[0][0], 'a line must be KEY = VALUE, or [SECTION]') from e
+            parser.read_file(unread, self.path)
+        except configparser.Error as e:
+            line = getattr(e, 'lineno', None) or getattr(e, 'errors', [(0, '')])[0][0]
+            raise self.error(line, FAULTS.get(
+                type(e).__name__, 'a line must be KEY = VALUE, or [SECTION]')) from e
         numbers = iter(tuple(keys))
         return {section: {key: (next(numbers), value) for key, value in parser.items(section)}
                 for section in parser.sections()}
@@ -16763,44 +16754,44 @@ class ConfigFile:
 
         Raises UsageError for what it can't mean, such as keys that are UNFIT.
         """
-        known, words = parser.commands[command]._option_string_actions, []
+        known, words = {(action.option_strings or [action.dest])[-1].lstrip('-'): action
+                        for action in parser.commands[command]._actions}, []
         for key, (line, value) in self.sections[section].items():
-            notes: list[str] = []
-            meant, action = spelled(f'--{key}', known, notes.append)[2:], known.get(f'--{key}')
-            target = [] if command == 'server' or key == 'target' else ['echo']
+            meant = spelled(key, known, lambda text: None)
             if key in unfit:
                 raise self.error(line, f'{key} belongs on the command line')
-            if action is None and (command, key) != ('client', 'target'):
-                raise self.error(line, f'there is no option {key}' + (
-                    f'; did you mean {meant}?' if notes else
-                    f'; see localtunnel.py {command} --help'))
-            own = self._words(line, action, key, value)
+            if key not in known:
+                raise self.error(line, f'there is no option {key}; ' + (
+                    f'did you mean {meant}?' if meant != key else
+                    f'see localtunnel.py {command} --help'))
             try:
-                parser.parse_args([command, *own, *target])
+                own = self._words(known[key], key, [one for one in value.split('\n') if one])
+                parser.parse_args([command, *own, *['echo'] * (
+                    command == 'client' and key != 'target')])
             except UsageError as e:
                 raise self.error(line, str(e)) from e
             words += [] if f'--{key}' in typed else own
         return words
 
-    def _words(self, line: int, action: argparse.Action | None, key: str,
-               value: str) -> list[str]:
-        values = [one for one in value.split('\n') if one]
+    @staticmethod
+    def _words(action: argparse.Action, key: str, values: list[str]) -> list[str]:
         if not values:
-            raise self.error(line, f'{key} is empty; give it a value, or take the line out')
-        if action and action.nargs in (0, '?') and action.const is not ASK and (
-                value in ('yes', 'no')):
-            return [f'--{key}'] * (value == 'yes')
-        if action and action.nargs == 0:
-            raise self.error(line, f'{key} takes yes or no')
+            raise UsageError(f'{key} is empty; give it a value, or take the line out')
+        if action.nargs in (0, '?') and action.const is not ASK and values in (['yes'], ['no']):
+            return [f'--{key}'] * (values == ['yes'])
+        if action.nargs == 0:
+            raise UsageError(f'{key} takes yes or no')
         if len(values) > 1 and not isinstance(action, argparse._AppendAction):
-            raise self.error(line, f'{key} takes one value; take out the lines below it')
-        return [f'--{key}={one}' if action else one for one in values]
+            raise UsageError(f'{key} takes one value; take out the lines below it')
+        return [f'--{key}={one}' if action.option_strings else one for one in values]
 
 
 def options_in(words: Iterable[str]) -> set[str]:
     """The options among WORDS."""
     return {word.partition('=')[0] for word in words}
 
+
+# Of a server.
 
 def server_args(words: Sequence[str]) -> Args:
     """What WORDS say, with the section [server] of the file that they name.  Raises UsageError."""
@@ -16814,242 +16805,6 @@ def server_args(words: Sequence[str]) -> Args:
     args = parser.parse_args([words[0], *own, *words[1:]])
     args.again = functools.partial(server_args, words)
     return args
-
-
-class Plan(NamedTuple):
-    """What a section means."""
-    args: Args
-    target: Target
-    known: KnownServer | None
-    fault: Callable[[str], UsageError]      # the error for what is wrong with it
-
-    @property
-    def place(self) -> tuple[str, ...]:
-        """What it has for itself alone: a name, or a port, of a server."""
-        target, name = self.target, self.args.name or self.target.public_port or self.target.label
-        here = '' if self.known else self.args.tunnel       # each has a server of its own
-        return str(self.known and self.known.address), here, target.kind, str(name)
-
-
-class TunnelFile:
-    """The configuration file of a client, and what was typed beside it."""
-
-    def __init__(self, args: Args) -> None:
-        self.args = args
-        self._unfit = set(NOT_FOR_PROGRAMS)
-        for annex in ANNEXES:
-            if annex.for_all:
-                annex.client_options(lambda *names, **_: self._unfit.update(
-                    name.lstrip('-') for name in names))
-
-    def plans(self, before: Mapping[str, Plan]) -> dict[str, Plan]:
-        """What its sections mean, or those that were picked; as BEFORE, where nothing has changed.
-
-        Raises UsageError.
-        """
-        args, parser = self.args, make_parser()
-        parser.parse_args(args.said)
-        typed = [word for word in parser.commands['client'].typed if word[:9] != '--config=']
-        file = ConfigFile(args.config)
-        plans: dict[str, Plan] = {}
-        places: dict[tuple[str, ...], str] = {}
-        names = [name for name in file.sections if name != 'server']
-        for name in args.target or names:
-            if name not in names:
-                raise UsageError(printable(f'{file.path} has no section [{name}]; it has '
-                                           f'{" ".join(map("[{}]".format, file.sections))}'))
-            own = file.words(name, parser, 'client', self._unfit, options_in(typed))
-            words = ['client', *own, *typed]
-            plan = before[name] if name in before and before[name].args.said == words else (
-                self._plan(file, name, parser, words))
-            same = places.setdefault(plan.place, name)
-            if same != name and not plan.args.share:
-                raise file.fault(name, f'[{name}] would have the same name as [{same}]; give it '
-                                 'another one, with name = NAME', 'name', 'tcp-port')
-            plans[name] = plan
-        if not plans:
-            raise UsageError(f'{file.path} has no tunnel; begin one with [web], and below it '
-                             'target = 8000')
-        return plans
-
-    @staticmethod
-    def _plan(file: ConfigFile, name: str, parser: Parser, words: Sequence[str]) -> Plan:
-        at, fault = '', functools.partial(file.fault, name)
-        try:
-            if not SECTION.fullmatch(name):
-                raise UsageError('the name of a tunnel has letters, digits, ".", "-" and "_" only')
-            if 'target' not in file.sections[name]:
-                raise UsageError(f'[{name}] needs a target, such as: target = 8000')
-            args = parser.parse_args(words)
-            args.tunnel, at = name, 'target'
-            target = find_target(args)
-            at = 'join' if args.join else 'server'
-            known = known_server(args)
-            at = 'name'
-            check_client_options(args, target, known)
-        except LocaltunnelError as e:
-            raise fault(str(e), at) from e
-        return Plan(args, target, known, fault)
-
-
-class Section:
-    """A tunnel of the file, from its start to its end."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.plan, self.stop = plan, asyncio.Event()
-        self._stack = contextlib.AsyncExitStack()
-        self.close = self._stack.aclose
-
-    async def open(self, runtime: Runtime, key: bytes, keys: Actions, seen: Any,
-                   trace: Trace | None) -> None:
-        """Wire it.  Raises LocaltunnelError."""
-        args, target, known, fault = self.plan
-        observe = functools.partial(terminal_of, runtime, args, target, keys)
-        try:
-            self.wired = await self._stack.enter_async_context(
-                wired(runtime, args, target, known, key, observe, seen, trace))
-        except UsageError as e:
-            raise fault(str(e)) from e
-        self.app, self.client, self.terminal = self.wired
-
-    async def run(self) -> int:
-        """Keep it up until it is to stop, or fails; return an exit code."""
-        code, why, app = 0, '', self.app
-        self._stack.push_async_callback(end_task, app.runtime.spawn(look_at(app)))
-        try:
-            await first_of(self.client.run(), self.stop.wait())
-        except LocaltunnelError as e:
-            code, why = exit_code(e), str(e)
-        finally:
-            await self.close()
-        self.terminal.ended(app.exchanges, *self.client.carried, why, code)
-        return code
-
-
-class Sections:
-    """All tunnels of the file, in one process: what ends one does not end the others."""
-
-    def __init__(self, runtime: Runtime, file: TunnelFile) -> None:
-        args, later = file.args, runtime.loop.call_later
-        self._runtime, self._file, self._key = runtime, file, load_key(LOG.warning)
-        self.terminal = Terminal('', '', False, later, as_json=args.json, quiet=args.quiet)
-        self._pulse = [] if args.json or args.quiet else [Pulse(runtime)]
-        self._frames = Lines(sys.stderr, later)
-        self._seen: Any = None          # what the inspector of all of them keeps
-        self._inspector = ''            # its URL
-        self._turn = asyncio.Lock()     # for who changes what runs
-        self._running: dict[str, Section] = {}
-        self._tasks: set[asyncio.Task[None]] = set()        # of those, and of others that drain
-        self._codes: dict[str, int] = {}        # of those that have ended by themselves
-        self.over = asyncio.Event()     # nothing runs any more
-
-    def _watched(self, url: str) -> None:
-        self._inspector = url
-        self.terminal.note(f'what passes can be seen at {url}')
-
-    async def change(self, plans: Mapping[str, Plan]) -> None:
-        """Let PLANS run, and nothing else.  Raises LocaltunnelError where it changes nothing."""
-        running, trace = self._running, self._frames.frame if self._file.args.verbose else None
-        new = {name: Section(plan) for name, plan in plans.items()
-               if name not in running or running[name].plan is not plan}
-        try:
-            for section in new.values():
-                await section.open(self._runtime, self._key, self.terminal.keys,
-                                   () if self._seen is None else self._seen, trace)
-                if self._seen is None:
-                    self._seen = section.app.seen
-                    for annex in ANNEXES:
-                        await annex.beside(section.plan.args, section.app, self._watched)
-                if self._inspector:
-                    section.terminal.watched(self._inspector)
-        except BaseException:
-            for section in new.values():
-                await section.close()
-            raise
-        for name in [name for name in running if name in new or name not in plans]:
-            running.pop(name).stop.set()
-        for name, section in new.items():
-            running[name] = section
-            task = self._runtime.spawn(self._run(name, section))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        self._codes = {name: code for name, code in self._codes.items() if name in plans}
-        self._show()
-
-    def _show(self) -> None:
-        for pulse in self._pulse:
-            pulse.tunnels = [section.wired for section in self._running.values()]
-
-    async def _run(self, name: str, section: Section) -> None:
-        self._codes.pop(name, None)
-        code = await section.run()
-        if self._running.get(name) is section:
-            del self._running[name]
-            self._codes[name] = code
-            self._show()
-        if len(self._tasks) == 1:       # this one
-            self.over.set()
-
-    async def reload(self) -> None:
-        """Read the file again."""
-        async with self._turn:
-            before = {name: section.plan for name, section in self._running.items()}
-            try:
-                plans = self._file.plans(before)
-                await self.change(plans)
-            except LocaltunnelError as e:
-                return self.terminal.note(f'{e}; nothing was changed')
-        words = {'begins': [name for name in plans if name not in before],
-                 'begins_anew': [name for name in plans if name in before
-                                 and plans[name] is not before[name]],
-                 'ends': [name for name in before if name not in plans]}
-        self.terminal.note(f'{self._file.args.config} read again', event='reload',
-                           **{what: ' '.join(names) for what, names in words.items()})
-
-    def list(self) -> None:
-        """Show where the tunnels lead, and what the keys do."""
-        put(sys.stdout, ''.join(
-            f'  {name:<10}  {section.client.url or "(not there yet)"} -> '
-            f'{section.app.target.text}\n' for name, section in self._running.items()))
-        self.terminal.help()
-
-    async def end(self) -> int:
-        """End all; return the exit code: of the first that failed, if any did."""
-        for section in self._running.values():
-            section.stop.set()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-        for pulse in self._pulse:
-            pulse.close()
-        self.terminal.flush()
-        self._frames.flush()
-        return next(filter(None, self._codes.values()), 0)
-
-
-async def run_clients(runtime: Runtime, stop: asyncio.Event, file: TunnelFile,
-                      plans: Mapping[str, Plan]) -> int:
-    """Keep the tunnels of FILE up, at first PLANS, until STOP is set or all have failed."""
-    sections, typed, loop = Sections(runtime, file), is_terminal(sys.stdin), runtime.loop
-
-    def hung_up() -> None:
-        if typed and not is_terminal(sys.stdin):        # the window was closed
-            stop.set()
-        else:
-            runtime.spawn(sections.reload())
-    keys = sections.terminal.listen(runtime, stop.set)
-    try:
-        await sections.change(plans)
-        if keys:
-            sections.terminal.keys['?'] = 'lists the tunnels', sections.list
-            sections.terminal.help()
-        if hasattr(signal, 'SIGHUP'):
-            loop.add_signal_handler(signal.SIGHUP, hung_up)
-        await first_of(stop.wait(), sections.over.wait())
-    finally:
-        code = await sections.end()
-        if keys:
-            keys.close()
-    return code
 
 
 class ServerFile(Source):
@@ -17073,6 +16828,224 @@ class ServerFile(Source):
             server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
                             'restart')
         return None
+
+
+# Of a client.
+
+class Plan(NamedTuple):
+    """What a section means."""
+    args: Args
+    target: Target
+    known: KnownServer | None
+    fault: Callable[..., UsageError]        # the error for what is wrong with it
+
+    @property
+    def place(self) -> tuple[object, ...]:
+        """What it has for itself alone: a name, or a port, of a server."""
+        target, name = self.target, self.args.name or self.target.public_port or self.target.label
+        server = str(self.known.address) if self.known else self.args   # that has but one tunnel
+        return server, target.kind, name
+
+
+def plan_of(file: ConfigFile, name: str, parser: Parser, words: Sequence[str]) -> Plan:
+    """What the section NAME of FILE means, which says WORDS.  Raises UsageError."""
+    at, fault = '', functools.partial(file.fault, name)
+    try:
+        if not SECTION.fullmatch(name):
+            raise UsageError('the name of a tunnel has letters, digits, ".", "-" and "_" only')
+        if 'target' not in file.sections[name]:
+            raise UsageError(f'[{name}] needs a target, such as: target = 8000')
+        args = parser.parse_args(words)
+        args.tunnel, at = name, 'target'
+        target = find_target(args)
+        at = 'join' if args.join else 'server'
+        known = known_server(args)
+        at = 'name'
+        check_client_options(args, target, known)
+    except LocaltunnelError as e:
+        raise fault(str(e), at) from e
+    return Plan(args, target, known, fault)
+
+
+def plans_of(args: Args, before: Mapping[str, Plan]) -> dict[str, Plan]:
+    """What the sections mean that ARGS name, or all; as BEFORE, where nothing has changed.
+
+    Raises UsageError.
+    """
+    unfit, parser = set(NOT_FOR_PROGRAMS), make_parser()
+    for annex in ANNEXES:
+        if annex.for_all:
+            annex.client_options(lambda name, **_: unfit.add(name[2:]))
+    parser.parse_args(args.said)
+    typed = [word for word in parser.commands['client'].typed if word[:9] != '--config=']
+    file = ConfigFile(args.config)
+    plans: dict[str, Plan] = {}
+    names = [name for name in file.sections if name != 'server']
+    for name in args.target or names:
+        if name not in names:
+            raise UsageError(printable(f'{file.path} has no section [{name}]; it has '
+                                       f'{" ".join(map("[{}]".format, file.sections))}'))
+        words = ['client', *file.words(name, parser, 'client', unfit, options_in(typed)), *typed]
+        plan = before[name] if name in before and before[name].args.said == words else (
+            plan_of(file, name, parser, words))
+        for same, other in plans.items():
+            if other.place == plan.place and not (plan.args.share or name == same):
+                raise plan.fault(f'[{name}] would have the same name as [{same}]; give it another '
+                                 'one, with name = NAME', 'name', 'tcp-port')
+        plans[name] = plan
+    if not plans:
+        raise UsageError(f'{file.path} has no tunnel; begin one with [web], and below it '
+                         'target = 8000')
+    return plans
+
+
+class Section:
+    """A tunnel of the file, from its start to its end."""
+    code: int | None = None             # the exit code, once it has ended
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan, self.stop = plan, asyncio.Event()
+        self.stack = contextlib.AsyncExitStack()
+        self.wired: tuple[App, Client, Terminal]        # while it runs
+
+    async def run(self) -> None:
+        """Keep it up until it is to stop, or fails."""
+        code, why, (app, client, terminal) = 0, '', self.wired
+        self.stack.push_async_callback(end_task, app.runtime.spawn(look_at(app)))
+        try:
+            await first_of(client.run(), self.stop.wait())
+        except LocaltunnelError as e:
+            code, why = exit_code(e), str(e)
+        finally:
+            await self.stack.aclose()
+            self.code = code
+        terminal.ended(app.exchanges, *client.carried, why, code)
+
+
+class Sections:
+    """All tunnels of the file, in one process: what ends one does not end the others."""
+
+    def __init__(self, runtime: Runtime, args: Args) -> None:
+        later = runtime.loop.call_later
+        self._runtime, self._args, self._key = runtime, args, load_key(LOG.warning)
+        self.terminal = Terminal('', '', False, later, as_json=args.json, quiet=args.quiet)
+        self._frames = Lines(sys.stderr, later)
+        self._seen: Any = ()            # what the inspector of all of them keeps
+        self._inspector = ''            # its URL
+        self._turn = asyncio.Lock()     # for who changes what runs
+        self._sections: dict[str, Section] = {}     # as the file has them; some may have ended
+        self._tasks: set[asyncio.Task[None]] = set()        # of those that run, or drain
+        self.over = asyncio.Event()     # there are none any more
+
+    def running(self) -> dict[str, Section]:
+        """Those that have not ended."""
+        return {name: one for name, one in self._sections.items() if one.code is None}
+
+    def _watched(self, url: str) -> None:
+        self._inspector = url
+        self.terminal.note(f'what passes can be seen at {url}')
+
+    async def _open(self, section: Section) -> None:
+        """Wire it.  Raises LocaltunnelError."""
+        (args, target, known, fault), trace = section.plan, self._frames.frame
+        observe = functools.partial(terminal_of, self._runtime, args, target, self.terminal.keys)
+        try:
+            section.wired = await section.stack.enter_async_context(wired(
+                self._runtime, args, target, known, self._key, observe, self._seen,
+                trace if args.verbose else None))
+        except UsageError as e:
+            raise fault(str(e)) from e
+        self._seen = section.wired[0].seen
+
+    async def change(self, plans: Mapping[str, Plan]) -> None:
+        """Let PLANS run, and nothing else.  Raises LocaltunnelError where it changes nothing."""
+        running = self.running()
+        new = {name: Section(plan) for name, plan in plans.items()
+               if name not in running or running[name].plan is not plan}
+        try:
+            for section in new.values():
+                await self._open(section)
+            for annex in () if self._sections else ANNEXES:
+                await annex.beside(self._args, section.wired[0], self._watched)
+        except BaseException:
+            for section in new.values():
+                await section.stack.aclose()
+            raise
+        self._sections = {name: new.get(name) or running[name] for name in plans}
+        gone = [name for name in running if name in new or name not in plans]
+        for name in gone:
+            running[name].stop.set()
+        for section in new.values():
+            if self._inspector:
+                section.wired[2].watched(self._inspector)
+            task = self._runtime.spawn(section.run())
+            self._tasks.add(task)
+            task.add_done_callback(self._ended)
+        if running:
+            self.terminal.note(f'{self._args.config} read again', event='reload',
+                               begins=' '.join(new), ends=' '.join(gone))
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not self._tasks:
+            self.over.set()
+
+    async def reload(self) -> None:
+        """Read the file again."""
+        async with self._turn:
+            try:
+                await self.change(plans_of(self._args, {
+                    name: section.plan for name, section in self.running().items()}))
+            except LocaltunnelError as e:
+                self.terminal.note(f'{e}; nothing was changed')
+
+    def list(self) -> None:
+        """Show where the tunnels lead, and what the keys do."""
+        for name, section in self.running().items():
+            app, client, _ = section.wired
+            put(sys.stdout, f'  {name:<10}  {client.url or "not there yet"} -> {app.target.text}\n')
+        self.terminal.help()
+
+    async def end(self) -> int:
+        """End all; return the exit code: of the first that failed, if any did."""
+        for section in self._sections.values():
+            section.stop.set()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        self.terminal.flush()
+        self._frames.flush()
+        return next(filter(None, (section.code for section in self._sections.values())), 0)
+
+
+async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
+                      plans: Mapping[str, Plan]) -> int:
+    """Keep the tunnels of a file up, at first PLANS, until STOP is set or all have failed."""
+    sections, typed = Sections(runtime, args), is_terminal(sys.stdin)
+
+    def hung_up() -> None:
+        if typed and not is_terminal(sys.stdin):        # the window was closed
+            stop.set()
+        else:
+            runtime.spawn(sections.reload())
+    with contextlib.ExitStack() as last:
+        try:
+            await sections.change(plans)
+            # A carrier may ask for a password.
+            keys = None if any(find_carrier(plan.args) for plan in plans.values()) else (
+                sections.terminal.listen(runtime, stop.set))
+            if keys:
+                last.callback(keys.close)
+                sections.terminal.keys['?'] = 'lists the tunnels', sections.list
+                sections.terminal.help()
+            if not (args.json or args.quiet):
+                last.callback(Pulse(runtime, lambda: [
+                    section.wired for section in sections.running().values()]).close)
+            if hasattr(signal, 'SIGHUP'):
+                runtime.loop.add_signal_handler(signal.SIGHUP, hung_up)
+            await first_of(stop.wait(), sections.over.wait())
+        finally:
+            code = await sections.end()
+    return code
 
 
 # ------------------------------------------------------------------------------------------------
@@ -17245,9 +17218,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
             if keys:
                 last.callback(keys.close)       # only then: a second Ctrl-C is not echoed either
             if not (args.json or args.quiet):
-                pulse = Pulse(runtime)
-                pulse.tunnels.append((app, client, terminal))
-                last.callback(pulse.close)
+                last.callback(Pulse(runtime, lambda: [(app, client, terminal)]).close)
             probe = [] if args.release else [runtime.spawn(look_at(app))]
             try:
                 code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
@@ -17263,8 +17234,12 @@ def client_command(args: Args) -> int:
         if args.after or args.release or args.join is ASK:
             raise UsageError('--config opens several tunnels, so it goes with none of -- COMMAND, '
                              '--release, and --join without CODE')
-        file = TunnelFile(args)
-        return run(run_clients, file, file.plans({}))
+        plans = plans_of(args, {})
+        for plan in plans.values():
+            if not (plan.known or find_carrier(plan.args)):
+                say_not_public(plan.args)
+                break
+        return run(run_clients, args, plans)
     if args.after:          # standard input and output are its own; what we say goes to stderr
         sys.stdin, sys.stdout = open(os.devnull), sys.stderr
     target, known = find_target(args), known_server(args)

@@ -11456,8 +11456,7 @@ class ScreenTest(unittest.TestCase):
         terminal.exchange(self.record(), 0.012)
         if lost:
             terminal.lost(lost, 9.0)
-        pulse = lt.Pulse(unittest.mock.Mock(swept=set()))
-        pulse.tunnels.append((app, client, terminal))
+        pulse = lt.Pulse(unittest.mock.Mock(swept=set()), lambda: [(app, client, terminal)])
         with unittest.mock.patch.object(lt, 'change_line', lambda *what: said.append(what)):
             for now, count, bytes_ in zip((10.0, 14.0), exchanges, carried):
                 app.exchanges, client.carried = count, bytes_
@@ -12100,9 +12099,11 @@ class ConfigFileTest(FolderTest):
         for text, said in (
                 ('x = 1\n', 'FILE, line 1: above this a section must begin, such as [web]'),
                 ('# a\n\n[server]\nrate = 1\n\n[server]\n',
-                 'FILE, line 6: a second section [server]; join the two, or give it another name'),
-                ('[server]\nrate = 1\n # b\nrate = 2\n', 'FILE, line 4: a second rate in '
-                 '[server]; take one out, or write its value below the first, further in'),
+                 'FILE, line 6: this section stands above already; join the two, or give it '
+                 'another name'),
+                ('[server]\nrate = 1\n # b\nrate = 2\n', 'FILE, line 4: this key stands '
+                 'above already, in the same section; take one out, or write its value below the '
+                 'first, further in'),
                 ('[server]\nopen\n', 'FILE, line 2: a line must be KEY = VALUE, or [SECTION]'),
                 ('[server]\n\nratte = 1\n',
                  'FILE, line 3: there is no option ratte; did you mean rate?'),
@@ -12178,7 +12179,7 @@ class TunnelFileTest(FolderTest):
         path = self.write('ini', text)
         os.chmod(path, 0o600)
         args = lt.make_parser().parse_args(['client', '--config', path, *words])
-        return lt.TunnelFile(args).plans(dict(before))
+        return lt.plans_of(args, dict(before))
 
     def test_a_section_is_what_would_be_typed_and_what_is_typed_wins(self):
         text = ('[server]\nxyzzy = 1\n[web]\ntarget = 8000\nallow =\n  10.0.0.1\n  10.0.0.2\n'
@@ -12252,10 +12253,10 @@ class SectionsTest(WorldTest, FolderTest):
     async def begin(self, *words):
         self.out = self.stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         self.err = self.stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        file = lt.TunnelFile(lt.make_parser().parse_args(
-            ['client', '--config', self.path('ini'), '--json', '--inspect=0', *words]))
-        self.sections = lt.Sections(self.runtime, file)
-        await self.sections.change(file.plans({}))
+        args = lt.make_parser().parse_args(
+            ['client', '--config', self.path('ini'), '--json', '--inspect=0', *words])
+        self.sections = lt.Sections(self.runtime, args)
+        await self.sections.change(lt.plans_of(args, {}))
         self.stack.push_async_callback(self.sections.end)
 
     def events(self, event, **facts):
@@ -12300,7 +12301,7 @@ class SectionsTest(WorldTest, FolderTest):
         self.file(new=f'target = {other.address[1]}', web=web, api=api + '\nauth = ann:secret')
         await self.sections.reload()
         told, = self.events('reload')
-        self.assertEqual((told['begins'], told['begins_anew'], told['ends']), ('new', 'api', 'old'))
+        self.assertEqual((told['begins'], told['ends']), ('new api', 'api old'))
         self.assertEqual((await self.ended('old'))['code'], 0)
         await self.opened('new')
         await self.opened('api', 2)
