@@ -2319,8 +2319,8 @@ def encode_response(response: Response, block: bytes, chunked: bool = False) -> 
 class Body:
     """A message body that arrives on `stream`: LEFT bytes, or all until the stream ends (NEVER).
 
-    `take` returns what is here, b'' if more is needed; `taken` counts it, and `finished` says that
-    this was all.  `busy` is True if it took long and more may be here.
+    `take` returns what is here, b'' if more is needed; `taken` counts it.  Once it is `finished`,
+    nothing may be taken again.  `busy` is True if it took long and more may be here.
     """
     __slots__ = ('stream', 'left', 'taken', 'finished', 'busy')
     trailers = b''
@@ -2411,9 +2411,12 @@ class ChunkedBody(Body):
         raise Incomplete('the last chunk is missing')
 
 
+NO_BODY = Body(None, 0)         # type: ignore[arg-type]  # nothing is read from it, so all share it
+
+
 def body_reader(stream: ByteStream, length: int) -> Body:
     """Return the reader for a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
-    return ChunkedBody(stream) if length == CHUNKED else Body(
+    return NO_BODY if not length else ChunkedBody(stream) if length == CHUNKED else Body(
         stream, NEVER if length == UNTIL_CLOSE else length)
 
 
@@ -4727,7 +4730,11 @@ class App:
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
         """Send the request to the app, and again if an idle connection had been closed."""
-        taps = [tap for tap in [ask(exchange) for ask in self.request_taps] if tap]
+        taps: list[Tap] = []
+        for ask in self.request_taps:       # thrice as quick as to comprehend them
+            tap = ask(exchange)
+            if tap is not None:
+                taps.append(tap)
         request, lines = exchange.request, self._request_lines(exchange.request)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
@@ -12070,9 +12077,10 @@ class Kept:
             return
         request, body, answer, whole = record.request, record.body, record.answer, record.whole
         if response is None or self.readers or not isinstance(answer, Body):
-            record.near = record.far = body.stream = self.book.nowhere      # they hold much more
-            if isinstance(answer, Body):
-                answer.stream = self.book.nowhere
+            record.near = record.far = self.book.nowhere        # they hold much more
+            for of_stream in (body, answer):
+                if isinstance(of_stream, Body) and of_stream is not NO_BODY:
+                    of_stream.stream = self.book.nowhere
             return
         head = b'%b %b HTTP/1.%b\r\n%b\r\n' % (
             request.method, request.target, request.minor, request.block)

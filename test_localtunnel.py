@@ -2178,9 +2178,10 @@ class BodyTest(unittest.TestCase):
         got = b''
         for piece in pieces:
             stream.feed_data(piece)
-            last = body.take()
-            while last:
-                got, last = got + last, body.take()
+            last = b'more'
+            while last and not body.finished:
+                last = body.take()
+                got += last
         self.assertEqual(body.finished, bool(pieces) or length == 0)
         return got, body.trailers, stream.read_nowait(lt.MIB)
 
