@@ -39,41 +39,42 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  50 Output
-     2 Wire                   16 Plain words            51 Keys
-     3 Credit                 17 Files                  52 Terminal
-     4 Byte streams           18 Annex                  53 Options
-     5 Session                19 TLS                    54 Wiring
-     6 HTTP/1.1               20 DNS                    55 Python
-     7 Names and tokens       21 Kept leases            56 Configuration file
-     8 Exchange               22 Access                 57 Command line
+     1 Constants and errors   15 Seams                  51 Output
+     2 Wire                   16 Plain words            52 Keys
+     3 Credit                 17 Files                  53 Terminal
+     4 Byte streams           18 Annex                  54 Options
+     5 Session                19 TLS                    55 Wiring
+     6 HTTP/1.1               20 DNS                    56 Python
+     7 Names and tokens       21 Kept leases            57 Configuration file
+     8 Exchange               22 Access                 58 Command line
      9 Tunnels                23 Cluster
-    10 Admission              24 Crowds
-    11 Server                 25 Raw TCP
-    12 Places                 26 Folder and echo
-    13 App                    27 Host header
-    14 Client                 28 Outgoing proxy
-                              29 Certificates
-                              30 Certificates by ACME
-                              31 Hand-over
-                              32 Operator's page
-                              33 Block list
-                              34 Kept requests
-                              35 Mail
-                              36 Ground
-                              37 Doctor
-                              38 Landing page
-                              39 Verifying
-                              40 Token files
-                              41 Invitations
-                              42 Exchanges
-                              43 Inspector's page
-                              44 Inspector
-                              45 Logs and replay
-                              46 Words from elsewhere
-                              47 Error pages
-                              48 Setting up
-                              49 Via ssh
+    10 Admission              24 Held requests
+    11 Server                 25 Crowds
+    12 Places                 26 Raw TCP
+    13 App                    27 Folder and echo
+    14 Client                 28 Host header
+                              29 Outgoing proxy
+                              30 Certificates
+                              31 Certificates by ACME
+                              32 Hand-over
+                              33 Operator's page
+                              34 Block list
+                              35 Kept requests
+                              36 Mail
+                              37 Ground
+                              38 Doctor
+                              39 Landing page
+                              40 Verifying
+                              41 Token files
+                              42 Invitations
+                              43 Exchanges
+                              44 Inspector's page
+                              45 Inspector
+                              46 Logs and replay
+                              47 Words from elsewhere
+                              48 Error pages
+                              49 Setting up
+                              50 Via ssh
 """
 
 from __future__ import annotations
@@ -222,11 +223,6 @@ KNOWN_AFTER = 600.0             # a name served this recently is offline, not un
 
 # While a client or a server is away, or ends.
 HELD = 8.0                      # a request waits for its client (--hold): GitHub gives up at 10
-MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
-MAX_HELD_IN_ALL = 1000
-MAX_GUESSED = 500               # of these, for clients that may come from other servers
-UNHEARD = 3.0                   # for one of whom nothing is known here: they come in under 2 s
-ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
 RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
 UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
 DRAIN = 30.0                    # for open exchanges to finish when one side stops (--drain)
@@ -3286,60 +3282,28 @@ def no_tunnel(why: str) -> HopFailed:
                      'this one')
 
 
-class Held:
-    """The requests that wait: for a client, or for room in its tunnel."""
+class Waits:
+    """The requests that can't be served now; here they don't wait, and are told so at once."""
+    count = 0
 
-    def __init__(self) -> None:
-        self.count = 0
-        self._of: dict[str, set[asyncio.Future[None]]] = {}     # by the key of the tunnel
-        self._from: dict[str, int] = collections.Counter()      # how many, by visitor's subnet
+    def __init__(self, tunnels: Tunnels) -> None:
+        self.tunnels = tunnels
+
+    async def for_stream(self, key: str, visitor: Visitor,
+                         lines: bytes = b'') -> tuple[Stream, bytes]:
+        """What `open_stream` returns, once it does.  Raises HopFailed."""
+        raise self.tunnels.away(key)
 
     def of(self, key: str) -> int:
         """How many wait for KEY."""
-        return len(self._of.get(key, ()))
-
-    def may_wait(self, key: str) -> bool:
-        """True if there is room for one more that waits for KEY."""
-        return self.of(key) < MAX_HELD and self.count < MAX_HELD_IN_ALL
-
-    def may_guess(self, visitor: Visitor) -> bool:
-        """True if there is room for one more that waits for a client which may not be known at all.
-
-        Anyone can make names up, so places are left for others, and for other addresses than that
-        of VISITOR.
-        """
-        return (self.count < MAX_GUESSED
-                and self._from.get(subnet_of(visitor.address), 0) < MAX_HELD)
-
-    async def wait(self, key: str, visitor: Visitor, seconds: float) -> bool:
-        """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
-        waiting, subnet = self._of.setdefault(key, set()), subnet_of(visitor.address)
-        self.count += 1
-        self._from[subnet] += 1
-        try:
-            return await visitor.wait(seconds, waiting)
-        finally:
-            self.count -= 1
-            self._from[subnet] -= 1
-            if not self._from[subnet]:
-                del self._from[subnet]
-            if not waiting:
-                self._of.pop(key, None)
+        return 0
 
     def wake(self, *keys: str) -> None:
         """Wake those that wait for one of KEYS, or all."""
-        for key in keys or self._of:
-            for future in self._of.get(key, ()):
-                if not future.done():
-                    future.set_result(None)
-
-
-HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
-ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
 
 
 class Tunnels:
-    """Who serves which name, and the requests that wait for a client.
+    """Who serves which name.
 
     A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
     """
@@ -3348,7 +3312,7 @@ class Tunnels:
         """Requests wait HOLD seconds for a client on its way back.  ONLY: one tunnel for http."""
         self.hold, self.only = hold, only
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
-        self.waits = Held()
+        self.waits = Waits(self)        # a seam: what requests do that can't be served now
         self.carrying: dict[Member, Tunnel] = {}    # all whose sessions are not over
         self.carried: dict[str, Traffic] = collections.defaultdict(Traffic)     # by user, of others
         self.closed = False             # nobody is expected back: the server ends
@@ -3368,11 +3332,6 @@ class Tunnels:
     def get(self, key: str) -> Tunnel | None:
         """The tunnel of KEY, even if its client is away; None if there is none."""
         return self._table.get(key)
-
-    @property
-    def held(self) -> int:
-        """How many requests wait."""
-        return self.waits.count
 
     def members(self) -> list[Member]:
         """All sessions."""
@@ -3474,7 +3433,7 @@ class Tunnels:
                     'its client did not come back') if goes else Overdue(
                     'its client was silent for too long'))
 
-    # Requests wait for a client.
+    # Requests go through them.
 
     def open_stream(self, key: str, visitor: Visitor,
                     lines: bytes = b'') -> tuple[Stream, bytes] | None:
@@ -3492,36 +3451,9 @@ class Tunnels:
         stream = member.session.open_stream()
         return (stream, lines) if stream else None
 
-    async def wait_for_stream(self, key: str, visitor: Visitor,
-                              lines: bytes = b'') -> tuple[Stream, bytes]:
-        """Do the same once a client is there and others have made room.  Raises HopFailed."""
-        await self._wait_for_client(key, visitor)
-        deadline = self._runtime.now() + ROOM_WITHIN
-        while True:
-            opened = self.open_stream(key, visitor, lines)
-            if opened:
-                return opened
-            await self._wait_for_room(key, visitor, deadline)
-
-    async def _wait_for_client(self, key: str, visitor: Visitor) -> None:
-        unheard = self._is_unheard(key)
-        deadline = self._runtime.now() + (min(UNHEARD, self.hold) if unheard else self.hold)
-        while True:         # it may be lost again at once
-            tunnel = self._table.get(key)
-            if tunnel and tunnel.pick():
-                return
-            if self._runtime.now() >= deadline or not self._is_expected(key, tunnel, visitor):
-                break
-            if not await self.waits.wait(key, visitor, deadline - self._runtime.now()):
-                break
-        raise (no_tunnel(f'there is no tunnel of the name {key}') if self._is_unheard(key) else
-               self._away(key, self._table.get(key)))
-
-    def _is_unheard(self, key: str) -> bool:
-        return self.others is not None and key not in self._table and self.others.may_know(key)
-
-    def _away(self, key: str, tunnel: Tunnel | None) -> HopFailed:
+    def away(self, key: str) -> HopFailed:
         """Why nobody serves KEY, which is known."""
+        tunnel = self._table.get(key)
         why, cure, hop = f'the client of {key} is away; try again soon', (
             'it comes back by itself when its machine is awake and online; if it has ended, start '
             'it again'), 'client'
@@ -3532,26 +3464,6 @@ class Tunnels:
         elif tunnel.ended:
             why, cure = tunnel.ended, 'start the client again; if it may not, it says why'
         return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', hop=hop, cure=cure)
-
-    def _is_expected(self, key: str, tunnel: Tunnel | None, visitor: Visitor) -> bool:
-        """True if a client may come back soon, and the request of VISITOR may wait for it."""
-        broke = tunnel is not None and self._runtime.now() - tunnel.left_at < HELD_AFTER_BREAK
-        ended = tunnel is not None and tunnel.ended
-        guess = self.others is not None and self.waits.may_guess(visitor)
-        return ((broke or self.starting or guess) and not ended and not self.closed
-                and self.waits.may_wait(key))
-
-    async def _wait_for_room(self, key: str, visitor: Visitor, deadline: float) -> None:
-        """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
-        if self._runtime.now() >= deadline or not self.waits.may_wait(key):
-            raise HopFailed(503, f'{key} has too many requests at once; try again soon',
-                            f'Retry-After: {RETRY_AFTER}', hop='client',
-                            cure='let requests end sooner, or start more clients with --share')
-        await self.waits.wait(key, visitor, ROOM_LOOK)
-
-    def waiting(self, tunnel: Tunnel) -> int:
-        """How many requests wait for TUNNEL."""
-        return self.waits.of(tunnel.key)
 
     def here(self, tunnel: Tunnel) -> None:
         """A client of TUNNEL is there: requests that wait for it go on."""
@@ -4372,7 +4284,7 @@ class Server:
         interim = exchange.near if request.minor == b'1' else None
         while True:
             stream, ours = (self.tunnels.open_stream(name, visitor, lines)
-                            or await self.tunnels.wait_for_stream(name, visitor, lines))
+                            or await self.tunnels.waits.for_stream(name, visitor, lines))
             visitor.begin(stream)
             try:
                 await exchange.send(stream, ours, end=not request.upgrade)
@@ -6103,7 +6015,7 @@ async def ask_app(server: Server, name: str, visitor: Visitor,
     if server.rate and tunnel:
         tunnel.check_rate(server.runtime.now(), server.rate)
     stream, _ = (server.tunnels.open_stream(name, visitor)
-                 or await server.tunnels.wait_for_stream(name, visitor))
+                 or await server.tunnels.waits.for_stream(name, visitor))
     visitor.begin(stream)
     try:
         return await ask_stream(stream, message)
@@ -7017,7 +6929,122 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Crowds
+# 24. Held requests
+#
+# While a client is on its way back, and while its tunnel has room for no more streams, requests
+# wait: not for long, not many, and in no order.
+# ------------------------------------------------------------------------------------------------
+
+MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
+MAX_HELD_IN_ALL = 1000
+MAX_GUESSED = 500               # of these, for clients that may come from other servers
+UNHEARD = 3.0                   # for one of whom nothing is known here: they come in under 2 s
+ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
+HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
+ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
+
+
+class Held(Waits):
+    """The requests that wait: for a client, or for room in its tunnel."""
+
+    def __init__(self, server: Server) -> None:
+        super().__init__(server.tunnels)
+        self._now = server.runtime.now
+        self._of: dict[str, set[asyncio.Future[None]]] = {}     # by the key of the tunnel
+        self._from: dict[str, int] = collections.Counter()      # how many, by visitor's subnet
+
+    def of(self, key: str) -> int:
+        return len(self._of.get(key, ()))
+
+    def may_wait(self, key: str) -> bool:
+        """True if there is room for one more that waits for KEY."""
+        return self.of(key) < MAX_HELD and self.count < MAX_HELD_IN_ALL
+
+    def may_guess(self, visitor: Visitor) -> bool:
+        """True if there is room for one more that waits for a client which may not be known at all.
+
+        Anyone can make names up, so places are left for others, and for other addresses than that
+        of VISITOR.
+        """
+        return (self.count < MAX_GUESSED
+                and self._from.get(subnet_of(visitor.address), 0) < MAX_HELD)
+
+    async def wait(self, key: str, visitor: Visitor, seconds: float) -> bool:
+        """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
+        waiting, subnet = self._of.setdefault(key, set()), subnet_of(visitor.address)
+        self.count += 1
+        self._from[subnet] += 1
+        try:
+            return await visitor.wait(seconds, waiting)
+        finally:
+            self.count -= 1
+            self._from[subnet] -= 1
+            if not self._from[subnet]:
+                del self._from[subnet]
+            if not waiting:
+                self._of.pop(key, None)
+
+    def wake(self, *keys: str) -> None:
+        for key in keys or self._of:
+            for future in self._of.get(key, ()):
+                if not future.done():
+                    future.set_result(None)
+
+    async def for_stream(self, key: str, visitor: Visitor,
+                         lines: bytes = b'') -> tuple[Stream, bytes]:
+        """Wait until a client is there, and then until others have made room."""
+        await self._client(key, visitor)
+        deadline = self._now() + ROOM_WITHIN
+        while True:
+            opened = self.tunnels.open_stream(key, visitor, lines)
+            if opened:
+                return opened
+            await self._room(key, visitor, deadline)
+
+    async def _client(self, key: str, visitor: Visitor) -> None:
+        unheard = self._is_unheard(key)
+        deadline = self._now() + (min(UNHEARD, self.tunnels.hold) if unheard else self.tunnels.hold)
+        while True:         # it may be lost again at once
+            tunnel = self.tunnels.get(key)
+            if tunnel and tunnel.pick():
+                return
+            if self._now() >= deadline or not self._is_expected(key, tunnel, visitor):
+                break
+            if not await self.wait(key, visitor, deadline - self._now()):
+                break
+        raise (no_tunnel(f'there is no tunnel of the name {key}') if self._is_unheard(key) else
+               self.tunnels.away(key))
+
+    def _is_unheard(self, key: str) -> bool:
+        others = self.tunnels.others
+        return others is not None and self.tunnels.get(key) is None and others.may_know(key)
+
+    def _is_expected(self, key: str, tunnel: Tunnel | None, visitor: Visitor) -> bool:
+        """True if a client may come back soon, and the request of VISITOR may wait for it."""
+        broke = tunnel is not None and self._now() - tunnel.left_at < HELD_AFTER_BREAK
+        ended = tunnel is not None and tunnel.ended
+        guess = self.tunnels.others is not None and self.may_guess(visitor)
+        return ((broke or self.tunnels.starting or guess) and not ended and not self.tunnels.closed
+                and self.may_wait(key))
+
+    async def _room(self, key: str, visitor: Visitor, deadline: float) -> None:
+        """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
+        if self._now() >= deadline or not self.may_wait(key):
+            raise HopFailed(503, f'{key} has too many requests at once; try again soon',
+                            f'Retry-After: {RETRY_AFTER}', hop='client',
+                            cure='let requests end sooner, or start more clients with --share')
+        await self.wait(key, visitor, ROOM_LOOK)
+
+
+class Holding(Annex):
+    """Requests wait at any server."""
+
+    def at_any_server(self, server: Server) -> None:
+        server.tunnels.waits = Held(server)
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7088,7 +7115,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Raw TCP
+# 26. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7225,7 +7252,7 @@ class TcpPorts(Kind):
             if server.tunnels.bars:
                 server.tunnels.bars.check_visitor(tunnel.name, visitor.address)
             stream, _ = (server.tunnels.open_stream(tunnel.key, visitor)
-                         or await server.tunnels.wait_for_stream(tunnel.key, visitor))
+                         or await server.tunnels.waits.for_stream(tunnel.key, visitor))
             record.facts, record.status = stream.facts, 200
             visitor.begin(stream)
             await stream.write(visitor.address.encode())
@@ -7295,7 +7322,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Folder and echo
+# 27. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7645,7 +7672,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Host header
+# 28. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7830,7 +7857,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Outgoing proxy
+# 29. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7896,7 +7923,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Certificates
+# 30. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -7999,7 +8026,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Certificates by ACME
+# 31. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8762,7 +8789,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Hand-over
+# 32. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8862,7 +8889,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Operator's page
+# 33. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9010,7 +9037,7 @@ class Metrics(Observer):
                  sum(len(member.session.streams) for member in members)),
                 ('visitors', 'Connections of visitors.', len(server.visitors)),
                 ('held_requests', 'Requests that wait for a client, or for room at one.',
-                 tunnels.held),
+                 tunnels.waits.count),
                 ('window_bytes', 'Memory that is promised to data in transit.',
                  server.admission.budget.used),
                 ('event_loop_lag_seconds', 'How late the event loop was when it looked last.',
@@ -9144,7 +9171,7 @@ class OperatorPage:
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
                 'since': rfc3339(zero + tunnel.since), 'last_seen': rfc3339(zero + seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
-                'bytes_out': carried.sent, 'held': self._server.tunnels.waiting(tunnel),
+                'bytes_out': carried.sent, 'held': self._server.tunnels.waits.of(tunnel.key),
                 'kept': detour.waiting(tunnel.key) if detour else 0,
                 'sessions': [
                     {'user': member.grant.user, 'client': member.session.facts['client'],
@@ -9178,7 +9205,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Block list
+# 34. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9410,7 +9437,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Kept requests
+# 35. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -9978,7 +10005,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Mail
+# 36. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10602,7 +10629,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Ground
+# 37. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -10907,7 +10934,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Doctor
+# 38. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11289,7 +11316,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Landing page
+# 39. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11380,7 +11407,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Verifying
+# 40. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11455,7 +11482,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Token files
+# 41. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -11544,7 +11571,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Invitations
+# 42. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11761,7 +11788,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Exchanges
+# 43. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12558,7 +12585,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Inspector's page
+# 44. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13098,7 +13125,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Inspector
+# 45. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13417,7 +13444,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Logs and replay
+# 46. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -13915,7 +13942,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Words from elsewhere
+# 47. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14057,7 +14084,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Error pages
+# 48. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14134,7 +14161,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Setting up
+# 49. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14645,7 +14672,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Via ssh
+# 50. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -14869,7 +14896,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 50. Output
+# 51. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15164,7 +15191,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Keys
+# 52. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15268,7 +15295,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Terminal
+# 53. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15715,16 +15742,16 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Options
+# 54. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Crowds(), Cluster(), RawTcp(), FolderAndEcho(),
-                            HostHeader(), OutgoingProxy(), Acme(), Certificates(), HandOver(),
-                            Operator(), Blocking(), Keeping(), Mail(), Doctor(), LandingPage(),
-                            Verifying(), Invitations(), Inspect(), Elsewhere(), ErrorPages(),
-                            SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Holding(), Crowds(), Cluster(), RawTcp(),
+                            FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(), Certificates(),
+                            HandOver(), Operator(), Blocking(), Keeping(), Mail(), Doctor(),
+                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
+                            ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -16000,7 +16027,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Wiring
+# 55. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16382,7 +16409,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Python
+# 56. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16684,7 +16711,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Configuration file
+# 57. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17057,7 +17084,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Command line
+# 58. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

@@ -32,40 +32,41 @@ Contents
    21 Kept leases             what of them survives a server, a crash and a full disk
    22 Access                  which visitors pass; for the rest see B
    23 Cluster                 whose name it is where several servers share a key
-   24 Crowds                  who has to go (in B)
-   25 Raw TCP                 bytes both ways, and their ends
-   26 Folder and echo         what a folder shows, and what it hides
-   27 Host header             what app and visitor see of each other's address, base paths, hints
-   28 Outgoing proxy          the ways out, and what a proxy may answer
-   29 Certificates            what a server shows (in Command line)
-   30 Certificates by ACME    authorities, real and made up, and the records of a domain
-   31 Hand-over               from one process to the next (in Command line)
-   32 Operator's page         what he sees, and what he ends (in B)
-   33 Block list              what an entry is, and who is kept out
-   34 Kept requests           what waits, through every crash, and how it is delivered
-   35 Mail                    the published tables of SMTP, real senders, and what the app gets
-   36 Ground                  what a look at it finds, and that it harms nobody
-   37 Doctor                  every fault is named first, and each look leaves nothing behind
-   38 Landing page            whom to ask; the rest in Server, Command line
-   39 Verifying               what a server hands out, and this file
-   40 Token files             what a line of them may be; for the rest see Server
-   41 Invitations             who gets in, and who no more
-   42 Exchanges               what is kept of what passes, and for how long
-   43 Inspector's page        shown by the next room
-   44 Inspector               who sees it, and how; what is sent again
-   45 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   46 Words from elsewhere    what users of other programs type
-   47 Error pages             the way and where it stops, for each thing that fails
-   48 Setting up              what is installed, and how another machine is talked to
-   49 Via ssh                 how services are asked, and what ends it
-   50 Output                  programs, and those who read slowly what they write
-   51 Keys                    what is typed while a tunnel runs
-   52 Terminal                what a person sees
-   53 Options                 what can be typed
-   54 Wiring                  the key; which server, which token (in Command line)
-   55 Python                  a tunnel inside another program, and its options as keywords
-   56 Configuration file      what a section means, and what is wrong with it
-   57 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   24 Held requests           what waits, and for how long (in C)
+   25 Crowds                  who has to go (in B)
+   26 Raw TCP                 bytes both ways, and their ends
+   27 Folder and echo         what a folder shows, and what it hides
+   28 Host header             what app and visitor see of each other's address, base paths, hints
+   29 Outgoing proxy          the ways out, and what a proxy may answer
+   30 Certificates            what a server shows (in Command line)
+   31 Certificates by ACME    authorities, real and made up, and the records of a domain
+   32 Hand-over               from one process to the next (in Command line)
+   33 Operator's page         what he sees, and what he ends (in B)
+   34 Block list              what an entry is, and who is kept out
+   35 Kept requests           what waits, through every crash, and how it is delivered
+   36 Mail                    the published tables of SMTP, real senders, and what the app gets
+   37 Ground                  what a look at it finds, and that it harms nobody
+   38 Doctor                  every fault is named first, and each look leaves nothing behind
+   39 Landing page            whom to ask; the rest in Server, Command line
+   40 Verifying               what a server hands out, and this file
+   41 Token files             what a line of them may be; for the rest see Server
+   42 Invitations             who gets in, and who no more
+   43 Exchanges               what is kept of what passes, and for how long
+   44 Inspector's page        shown by the next room
+   45 Inspector               who sees it, and how; what is sent again
+   46 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   47 Words from elsewhere    what users of other programs type
+   48 Error pages             the way and where it stops, for each thing that fails
+   49 Setting up              what is installed, and how another machine is talked to
+   50 Via ssh                 how services are asked, and what ends it
+   51 Output                  programs, and those who read slowly what they write
+   52 Keys                    what is typed while a tunnel runs
+   53 Terminal                what a person sees
+   54 Options                 what can be typed
+   55 Wiring                  the key; which server, which token (in Command line)
+   56 Python                  a tunnel inside another program, and its options as keywords
+   57 Configuration file      what a section means, and what is wrong with it
+   58 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2683,7 +2684,7 @@ class WorldTest(LoopTest):
         await self.nobody_is_left()
         await self.server.stop()
         await eventually(lambda: not self.server.admission.budget.used, 'budget is left')
-        self.assertEqual((self.server.tunnels.members(), self.server.tunnels.held), ([], 0))
+        self.assertEqual((self.server.tunnels.members(), self.server.tunnels.waits.count), ([], 0))
 
     async def nobody_is_left(self):
         await eventually(lambda: not any(a.tasks for a in self.apps), 'an upstream is connected')
@@ -3365,9 +3366,9 @@ class AdmissionTest(WorldTest):
         derived = 'calm-otter-' + 'a' * 12
         guess = await self.visitor(f'{derived}.localhost')
         guess.ask('/')
-        await eventually(lambda: self.server.tunnels.held)      # it waits for a client
+        await eventually(lambda: self.server.tunnels.waits.count)      # it waits for a client
         guess.reset()
-        await eventually(lambda: not self.server.tunnels.held)
+        await eventually(lambda: not self.server.tunnels.waits.count)
         self.assertEqual(list(self.server.tunnels), [])
 
     async def test_names_whose_clients_went_are_remembered_up_to_a_number(self):
@@ -4950,9 +4951,9 @@ class ClusterTest(FolderTest, WorldTest):
 
     async def asks(self, name):
         """The answer to a request for NAME, which is held."""
-        before = self.server.tunnels.held
+        before = self.server.tunnels.waits.count
         answer = self.meanwhile(self.visit(f'{name}.localhost'))
-        await eventually(lambda: self.server.tunnels.held > before, 'it is not held')
+        await eventually(lambda: self.server.tunnels.waits.count > before, 'it is not held')
         return answer
 
     async def test_requests_wait_for_clients_of_other_servers(self):
@@ -4990,7 +4991,7 @@ class ClusterTest(FolderTest, WorldTest):
         with self.constant(MAX_HELD=2, MAX_GUESSED=3):
             for n, address in enumerate(('192.0.2.1', '192.0.2.1', '192.0.2.2')):
                 self.meanwhile(visit(n, address))
-                await eventually(lambda: tunnels.held == n + 1)
+                await eventually(lambda: tunnels.waits.count == n + 1)
                 if n == 1:
                     self.assertEqual((await visit(3, '192.0.2.1'))[0], 503)
             self.assertEqual((await visit(4, '192.0.2.3'))[0], 503)
@@ -4998,7 +4999,7 @@ class ClusterTest(FolderTest, WorldTest):
             peer.reset()
             await eventually(lambda: not tunnels.get('shop').pick())
             await self.asks('shop')
-        self.assertEqual(tunnels.held, 4)
+        self.assertEqual(tunnels.waits.count, 4)
 
     # TLS that a balancer passes on.
 
@@ -5081,14 +5082,21 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Crowds
+# 24. Held requests
+# ------------------------------------------------------------------------------------------------
+
+# What waits, and for how long, is tried with bad networks, in C.
+
+
+# ------------------------------------------------------------------------------------------------
+# 25. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Raw TCP
+# 26. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5187,7 +5195,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Folder and echo
+# 27. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5497,7 +5505,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Host header
+# 28. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5782,7 +5790,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Outgoing proxy
+# 29. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5860,7 +5868,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Certificates
+# 30. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5879,7 +5887,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Certificates by ACME
+# 31. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6647,14 +6655,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Hand-over
+# 32. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Operator's page
+# 33. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6849,7 +6857,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Block list
+# 34. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7124,7 +7132,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Kept requests
+# 35. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7684,7 +7692,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Mail
+# 36. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8283,7 +8291,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Ground
+# 37. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8422,7 +8430,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Doctor
+# 38. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -8934,7 +8942,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Landing page
+# 39. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9002,7 +9010,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Verifying
+# 40. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9074,7 +9082,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Token files
+# 41. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9096,7 +9104,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Invitations
+# 42. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9258,21 +9266,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Exchanges
+# 43. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Inspector's page
+# 44. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Inspector
+# 45. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10097,7 +10105,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Logs and replay
+# 46. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10219,7 +10227,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Words from elsewhere
+# 47. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10305,7 +10313,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Error pages
+# 48. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10516,7 +10524,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Setting up
+# 49. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10748,7 +10756,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Via ssh
+# 50. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -10907,7 +10915,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Output
+# 51. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11258,7 +11266,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Keys
+# 52. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11314,7 +11322,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Terminal
+# 53. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11660,7 +11668,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 53. Options
+# 54. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11684,7 +11692,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Wiring
+# 55. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -11899,7 +11907,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Python
+# 56. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12080,7 +12088,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Configuration file
+# 57. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12384,7 +12392,7 @@ class SectionsTest(WorldTest, FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Command line
+# 58. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -16076,10 +16084,10 @@ class HostileVisitorTest(HostileTest):
         with self.constant(MAX_STREAMS=1, MAX_HELD=2, ROOM_WITHIN=PATIENCE, ROOM_LOOK=0.01):
             first = await self.victim()
             waiting = [await self.ask() for _ in range(3)]
-            await eventually(lambda: self.server.tunnels.held == 2)
+            await eventually(lambda: self.server.tunnels.waits.count == 2)
             self.assertEqual((await self.visit())[0], 503)
             waiting[-1].reset()
-            await eventually(lambda: self.server.tunnels.held == 1)     # seen at once
+            await eventually(lambda: self.server.tunnels.waits.count == 1)     # seen at once
             self.meanwhile(first.serve(OK))
             self.assertEqual([(await asked.answer())[0] for asked in waiting[:2]], [200, 200])
 
@@ -16125,7 +16133,7 @@ class HostileVisitorTest(HostileTest):
                     visitors.append(await self.visitor('', port))
                     visitors[-1].send(ask)
                 await first.until(lt.OPEN)
-                await eventually(lambda: self.server.tunnels.held == 1)
+                await eventually(lambda: self.server.tunnels.waits.count == 1)
                 other, status, _ = await self.hello(**words, **rules)
                 self.assertEqual(status, 101)
                 self.meanwhile(other.serve(OK))
@@ -16594,7 +16602,7 @@ class AwayTest(Network):
         return port
 
     async def held(self, n):
-        await eventually(lambda: self.server.tunnels.held == n, f'{n} are not held')
+        await eventually(lambda: self.server.tunnels.waits.count == n, f'{n} are not held')
 
     async def test_they_are_held_and_answered_when_it_is_back(self):
         port = await self.away()
@@ -16751,7 +16759,7 @@ class TakeoverTest(Network):
         await eventually(lambda: self.members()[0].session.connection is None)
         await self.leaves(self.clients.pop())
         many = [self.meanwhile(self.exchange('POST /9', b'x')) for _ in range(3)]
-        await eventually(lambda: self.server.tunnels.held == 3)
+        await eventually(lambda: self.server.tunnels.waits.count == 3)
         self.relay.to = port
         self.assertEqual({s for s, _ in await asyncio.gather(*many)}, {200})
 
