@@ -852,7 +852,8 @@ class ByteStream:
             self._at = end = at + left
             piece = piece[at:end]
         self.unread -= left
-        self.consumed(left)
+        if not self.eof:
+            self.consumed(left)
         return piece
 
     async def read(self, limit: int = READ_SIZE) -> bytes:
@@ -885,7 +886,7 @@ class ByteStream:
         """A reader waits for more, though what arrives is paused."""
 
     def consumed(self, n: int) -> None:
-        """Note that N bytes were read, which makes room for others."""
+        """Note that N bytes were read, which makes room for others: more may arrive."""
 
     def widen(self, size: int) -> None:
         """A message head of SIZE bytes must fit in what may arrive unread."""
@@ -1329,7 +1330,7 @@ class Stream(ByteStream):
                 self.session.budget.give(self._taken)
 
     def consumed(self, n: int) -> None:
-        if not self.eof and not self._closed:
+        if not self._closed:
             now, round_trip = self.runtime.now(), self.session.liveness.round_trip
             self._promise(self._get_window().consumed(n, now, round_trip))
 
