@@ -3199,20 +3199,6 @@ def tunnel_key(name: str, kind: str) -> str:
     return name if kind == 'http' else f'{kind}:{name}'
 
 
-class Traffic:
-    """What sessions have carried: requests, and bytes from their clients and to them."""
-    __slots__ = ('requests', 'received', 'sent')
-
-    def __init__(self) -> None:
-        self.requests = self.received = self.sent = 0
-
-    def add(self, session: Session) -> None:
-        """Add what SESSION has carried until now; each stream is a request."""
-        self.requests += session.last_id
-        self.received += session.decoder.received
-        self.sent += session.unacknowledged.sent
-
-
 class Member:
     """One session of a tunnel, and its owner."""
     __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
@@ -3225,7 +3211,7 @@ class Member:
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
     __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at', 'ended',
-                 'carried', '_allowance')
+                 '_allowance')
 
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
@@ -3235,7 +3221,6 @@ class Tunnel:
         self.since = -NEVER             # when the first of its members came
         self.left_at = -NEVER           # when the last one went, or lost its connection
         self.ended = ''                 # why, where it went on purpose: nobody waits for it
-        self.carried = Traffic()        # by the sessions that are over
         self._allowance = (0.0, 0.0)    # requests that may come at once, since when
 
     def pick(self) -> Member | None:
@@ -3314,10 +3299,10 @@ class Tunnels:
         self.hold, self.only = hold, only
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.waits = Waits(self)        # a seam: what requests do that can't be served now
-        self.carrying: dict[Member, Tunnel] = {}    # all whose sessions are not over
-        self.carried: dict[str, Traffic] = collections.defaultdict(Traffic)     # by user, of others
+        # Seams: told of each member that comes, and once its session is over; of tunnels that go.
+        self.watchers: list[Callable[[Tunnel, Member], None]] = []
+        self.on_forget: list[Callable[[Tunnel], object]] = []
         self.closed = False             # nobody is expected back: the server ends
-        self.on_forget: Callable[[Tunnel], None] = lambda tunnel: None      # told of each that goes
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
         self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
         self.others: Others | None = None       # a seam: other servers behind one balancer
@@ -3353,14 +3338,14 @@ class Tunnels:
         if not tunnel.members:
             tunnel.since = self._runtime.now()
         tunnel.members.append(member)
-        self.carrying[member] = tunnel
         session = member.session
+        for tell in self.watchers:
+            tell(tunnel, member)
 
         def changed() -> None:
             if session.state == OVER:
-                del self.carrying[member]
-                for carried in (tunnel.carried, self.carried[member.grant.user]):
-                    carried.add(session)
+                for tell in self.watchers:
+                    tell(tunnel, member)
             if member not in tunnel.members:
                 return          # it was replaced, or revoked
             if session.state == OVER:
@@ -3415,7 +3400,8 @@ class Tunnels:
         for rank, tunnel in enumerate(away):
             if rank >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
                 del self._table[tunnel.key]
-                self.on_forget(tunnel)
+                for forget in self.on_forget:
+                    forget(tunnel)
 
     def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
         """Requests without an answer wait for SESSION, which is away, no longer than they must.
@@ -7156,7 +7142,7 @@ class TcpPorts(Kind):
         self._bound: dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
         self._doors: dict[Tunnel, list[asyncio.AbstractServer]] = {}
         server.admission.kinds['tcp'] = self
-        server.tunnels.on_forget = self._close
+        server.tunnels.on_forget.append(self._close)
 
     def sweep(self) -> None:
         while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
@@ -8993,13 +8979,44 @@ class Health:
             await look_until(lambda: self._told >= TOLD, MOVES_ON)
 
 
-def traffic(over: Iterable[tuple[Any, Traffic]],
-            now: Iterable[tuple[Any, Session]]) -> dict[Any, Traffic]:
-    """What was carried of each, in sessions that are OVER, and until NOW in others."""
-    found = collections.defaultdict(Traffic, {key: copy.copy(carried) for key, carried in over})
-    for key, session in now:
-        found[key].add(session)
-    return found
+class Traffic:
+    """What sessions have carried: requests, and bytes from their clients and to them."""
+    __slots__ = ('requests', 'received', 'sent')
+
+    def __init__(self) -> None:
+        self.requests = self.received = self.sent = 0
+
+    def add(self, session: Session) -> None:
+        """Add what SESSION has carried until now; each stream is a request."""
+        self.requests += session.last_id
+        self.received += session.decoder.received
+        self.sent += session.unacknowledged.sent
+
+
+class Accounts:
+    """What the sessions of a server have carried, by tunnel and by user."""
+
+    def __init__(self, tunnels: Tunnels) -> None:
+        self.open: dict[Member, Tunnel] = {}        # those whose sessions are not over
+        self.over: dict[Any, Traffic] = collections.defaultdict(Traffic)    # of the others
+        tunnels.watchers.append(self._changed)
+        tunnels.on_forget.append(lambda tunnel: self.over.pop(tunnel, None))
+
+    def _changed(self, tunnel: Tunnel, member: Member) -> None:
+        self.open[member] = tunnel
+        if member.session.state == OVER:
+            del self.open[member]
+            for key in tunnel, member.grant.user:
+                self.over[key].add(member.session)
+
+    def now(self) -> dict[Any, Traffic]:
+        """What was carried until now, by Tunnel, and by the names of users."""
+        found = collections.defaultdict(Traffic, {
+            key: copy.copy(carried) for key, carried in self.over.items()})
+        for member, tunnel in self.open.items():
+            for key in tunnel, member.grant.user:
+                found[key].add(member.session)
+        return found
 
 
 class Metrics(Observer):
@@ -9007,6 +9024,7 @@ class Metrics(Observer):
 
     def __init__(self, server: Server) -> None:
         self._server, self._started = server, time.time()
+        self.accounts = Accounts(server.tunnels)
         self._first_byte, self._whole = Histogram(), Histogram()
         server.runtime.swept.add(self)
 
@@ -9066,9 +9084,8 @@ class Metrics(Observer):
 
     def _users(self) -> Iterator[str]:
         """Traffic: of all, and of the busiest users."""
-        tunnels = self._server.tunnels
-        users = traffic(tunnels.carried.items(), (
-            (member.grant.user, member.session) for member in tunnels.carrying))
+        users = {key: carried for key, carried in self.accounts.now().items()
+                 if isinstance(key, str)}
 
         def size(carried: Traffic) -> int:
             return carried.received + carried.sent
@@ -9159,8 +9176,7 @@ class OperatorPage:
     def tunnels(self) -> list[dict[str, Any]]:
         """What is served, and what was until some minutes ago."""
         tunnels = self._server.tunnels
-        carried = traffic(((tunnel, tunnel.carried) for tunnel in tunnels), (
-            (tunnel, member.session) for member, tunnel in tunnels.carrying.items()))
+        carried = self._metrics.accounts.now()
         return [self._tunnel(tunnel, carried[tunnel]) for tunnel in tunnels]
 
     def _tunnel(self, tunnel: Tunnel, carried: Traffic) -> dict[str, Any]:

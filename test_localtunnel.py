@@ -3086,7 +3086,7 @@ class DetourTest(WorldTest):
         status, _, body = await visitor.get(method='POST')
         self.assertEqual((status, body), (
             507, f'507 Insufficient Storage: {client.name} has no room\n'.encode()))
-        tunnel, = lt.OperatorPage(self.server, None, None).tunnels()
+        tunnel, = lt.OperatorPage(self.server, lt.Metrics(self.server), None).tunnels()
         self.assertEqual(tunnel['kept'], 7)
         self.server.tunnels.detours['a'] = Detour()
         _, _, told = await self.hello(name='a')
@@ -3255,7 +3255,7 @@ class AdmissionTest(WorldTest):
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
-        page = lt.OperatorPage(self.server, None, lt.Health(self.server))
+        page = lt.OperatorPage(self.server, lt.Metrics(self.server), None)
         names = {tunnel['name'] for tunnel in page.tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
         self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
@@ -6746,10 +6746,10 @@ class MetricsTest(FolderTest, WorldTest):
     async def test_only_the_busiest_users_have_metrics_and_their_names_are_escaped(self):
         await self.observed()
         for n in range(lt.BUSIEST):
-            self.server.tunnels.carried[f'user{n}'].requests = n
-            self.server.tunnels.carried[f'user{n}'].sent = 100 - n
-        self.server.tunnels.carried['a"b\\c'].requests = 1000
-        self.server.tunnels.carried[''].received = 1000
+            self.metrics.accounts.over[f'user{n}'].requests = n
+            self.metrics.accounts.over[f'user{n}'].sent = 100 - n
+        self.metrics.accounts.over['a"b\\c'].requests = 1000
+        self.metrics.accounts.over[''].received = 1000
         found = self.samples()
         self.assertEqual(found[r'localtunnel_user_requests_total{user="a\"b\\c"}'], 1000)
         self.assertEqual(found['localtunnel_user_bytes_total{user="-",direction="in"}'], 1000)
@@ -6765,10 +6765,10 @@ class MetricsTest(FolderTest, WorldTest):
         await self.visit(client)
         before = self.samples()
         tunnels.end(client.url[7:].partition('.')[0], 'the test ends it')
-        self.assertEqual((tunnels.members(), len(tunnels.carrying)), ([], 1))
+        self.assertEqual((tunnels.members(), len(self.metrics.accounts.open)), ([], 1))
         after = self.samples()
         self.assertEqual((before[name], after[name]), (1, 1))
-        await eventually(lambda: not tunnels.carrying)
+        await eventually(lambda: not self.metrics.accounts.open)
         over = self.samples()
         for name, value in before.items():
             if '_total' in name:
@@ -6790,15 +6790,15 @@ class OperatorTest(FolderTest, WorldTest):
 
     async def test_tunnels_say_whose_they_are_and_what_they_carried(self):
         await self.world(token_file=self.write('tokens', 'ana letmein'))
+        page = lt.OperatorPage(self.server, lt.Metrics(self.server), None)
         client = await self.client(await self.app(), token='letmein', name='shop')
         await self.visit(client)
-        page = lt.OperatorPage(self.server, None, lt.Health(self.server))
         tunnel, = page.tunnels()
         session, = tunnel.pop('sessions')
         self.assertEqual((session['user'], session['client'], session['connected']),
                          ('ana', '127.0.0.1', True))
         await self.leaves(client)
-        await eventually(lambda: not self.server.tunnels.carrying)
+        await eventually(lambda: not self.server.tunnels.members())
         away, = page.tunnels()
         for one in (tunnel, away):
             self.assertEqual((one['name'], one['kind'], one['user'], one['requests'], one['held']),
@@ -7674,7 +7674,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.world()
         await self.away(1)
         await self.hook()
-        tunnel, = lt.OperatorPage(self.server, None, None).tunnels()
+        tunnel, = lt.OperatorPage(self.server, lt.Metrics(self.server), None).tunnels()
         self.assertEqual(tunnel['kept'], 1)
 
     async def test_a_hello_that_wants_nonsense_is_refused(self):
