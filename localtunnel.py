@@ -39,42 +39,43 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  51 Output
-     2 Wire                   16 Plain words            52 Keys
-     3 Credit                 17 Files                  53 Terminal
-     4 Byte streams           18 Annex                  54 Options
-     5 Session                19 TLS                    55 Wiring
-     6 HTTP/1.1               20 DNS                    56 Python
-     7 Names and tokens       21 Kept leases            57 Configuration file
-     8 Exchange               22 Access                 58 Command line
+     1 Constants and errors   15 Seams                  52 Output
+     2 Wire                   16 Plain words            53 Keys
+     3 Credit                 17 Files                  54 Terminal
+     4 Byte streams           18 Annex                  55 Options
+     5 Session                19 TLS                    56 Wiring
+     6 HTTP/1.1               20 DNS                    57 Python
+     7 Names and tokens       21 Kept leases            58 Configuration file
+     8 Exchange               22 Access                 59 Command line
      9 Tunnels                23 Cluster
     10 Admission              24 Held requests
-    11 Server                 25 Crowds
-    12 Places                 26 Raw TCP
-    13 App                    27 Folder and echo
-    14 Client                 28 Host header
-                              29 Outgoing proxy
-                              30 Certificates
-                              31 Certificates by ACME
-                              32 Hand-over
-                              33 Operator's page
-                              34 Block list
-                              35 Kept requests
-                              36 Mail
-                              37 Ground
-                              38 Doctor
-                              39 Landing page
-                              40 Verifying
-                              41 Token files
-                              42 Invitations
-                              43 Exchanges
-                              44 Inspector's page
-                              45 Inspector
-                              46 Logs and replay
-                              47 Words from elsewhere
-                              48 Error pages
-                              49 Setting up
-                              50 Via ssh
+    11 Server                 25 Shared site
+    12 Places                 26 Crowds
+    13 App                    27 Raw TCP
+    14 Client                 28 Folder and echo
+                              29 Host header
+                              30 Outgoing proxy
+                              31 Certificates
+                              32 Certificates by ACME
+                              33 Hand-over
+                              34 Operator's page
+                              35 Block list
+                              36 Kept requests
+                              37 Mail
+                              38 Ground
+                              39 Doctor
+                              40 Landing page
+                              41 Verifying
+                              42 Token files
+                              43 Invitations
+                              44 Exchanges
+                              45 Inspector's page
+                              46 Inspector
+                              47 Logs and replay
+                              48 Words from elsewhere
+                              49 Error pages
+                              50 Setting up
+                              51 Via ssh
 """
 
 from __future__ import annotations
@@ -2007,9 +2008,6 @@ UNTRUSTED = (
     rb'|proxy|localtunnel_[^:]*|http2_settings'
 ).replace(b'_', rb'[^a-z0-9:]').replace(b'~', rb'[^a-z0-9:-]')
 _UNTRUSTED = re.compile(rb'\n(' + UNTRUSTED + rb'):')
-# A cookie's Domain; and one that every browser reads as written: no IDNA, no %74, no quotes.
-_COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
-_PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
 # Later requests in HTTP/2, or in HTTP inside TLS, would bypass every check made here.
 _HTTP_AGAIN = re.compile(rb'(?i)(?:^|,)[ \t]*"*(?:h[23]|http|tls/|connect-)[^,]*')
 MAX_NOMINATED = 20          # names in Connection
@@ -3879,8 +3877,10 @@ MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
 class Onward:
     """The header lines of requests and responses, as they go on."""
 
-    def __init__(self, domain: str, log: Observer) -> None:
-        self._domain, self._log = domain, log
+    def __init__(self, domain: str) -> None:
+        self._domain = domain
+        # A seam: each in turn changes the header lines of a response.
+        self.changes: list[Callable[[Response, bytes], bytes]] = []
 
     def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
         """Return the header lines of REQUEST to pass on."""
@@ -3907,7 +3907,9 @@ class Onward:
 
     def of_response(self, exchange: Exchange, response: Response) -> bytes:
         """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
-        block = self._own_cookies(response)
+        block = response.forwarded_block()
+        for change in self.changes:
+            block = change(response, block)
         if response.status == 101:
             return block
         if not exchange.keep:
@@ -3917,32 +3919,6 @@ class Onward:
         if b'date' not in response.fields:
             block += b'%b\r\n' % date_line(int(time.time())).encode()
         return block
-
-    def _own_cookies(self, response: Response) -> bytes:
-        """Return the header lines of RESPONSE to pass on.
-
-        Cookies for this server's domain or above are left out, and so is the order to delete them
-        all: tenants share that site.
-        """
-        block = response.forwarded_block()
-        if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
-            return block
-        own = []
-        for line in block.splitlines(keepends=True):
-            name, _, value = line.lower().partition(b':')
-            if name == b'set-cookie' and any(map(self._is_shared, _COOKIE_DOMAIN.findall(value))):
-                self._log.note('dropped a cookie for the whole domain, which tenants share')
-            elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
-                self._log.note('dropped a Clear-Site-Data: tenants share the cookies')
-            else:
-                own.append(line)
-        return b''.join(own)
-
-    def _is_shared(self, domain: bytes) -> bool:
-        """Return True if a browser may read a cookie's DOMAIN as this server's or above."""
-        plain = _PLAIN_DOMAIN.fullmatch(domain)
-        return bool(domain) and (plain is None or f'.{self._domain}'.endswith(
-            '.' + plain.group(1).decode()))
 
 
 Sockets = List[socket.socket]
@@ -4084,7 +4060,7 @@ class Server:
         self.admission = Admission(
             runtime, tokens, self.tunnels, Budget(budget), max_tunnels,
             self.counters, trace)
-        self.onward = Onward(self.domain, log)      # a seam: the header lines of what passes
+        self.onward = Onward(self.domain)
         self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
         runtime.swept.add(self)
 
@@ -7031,7 +7007,49 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Crowds
+# 25. Shared site
+#
+# The tunnels of a server are one site to browsers, and their owners may not know each other: no app
+# sets or deletes the cookies of others.
+# ------------------------------------------------------------------------------------------------
+
+# A cookie's Domain; and one that every browser reads as written: no IDNA, no %74, no quotes.
+COOKIE_DOMAIN = re.compile(rb';[ \t]*domain[ \t]*=[ \t]*([^;\r]*)')
+PLAIN_DOMAIN = re.compile(rb'\.?((?:[a-z0-9_-]*[a-z0-9_]\.)*[a-z0-9_-]*[a-z0-9_])[ \t]*')
+
+
+class SharedSite(Annex):
+    """Leaves out cookies for a server's domain or above, and the order to delete them all."""
+
+    def at_any_server(self, server: Server) -> None:
+        server.onward.changes.append(functools.partial(self.own_cookies, server))
+
+    def own_cookies(self, server: Server, response: Response, block: bytes) -> bytes:
+        """Return the lines of BLOCK that are for the app's own host."""
+        if b'set-cookie' not in response.fields and b'clear-site-data' not in response.fields:
+            return block
+        own = []
+        for line in block.splitlines(keepends=True):
+            name, _, value = line.lower().partition(b':')
+            if name == b'set-cookie' and any(self.is_shared(domain, server.domain)
+                                             for domain in COOKIE_DOMAIN.findall(value)):
+                server.log.note('dropped a cookie for the whole domain, which tenants share')
+            elif name == b'clear-site-data' and (b'cookies' in value or b'*' in value):
+                server.log.note('dropped a Clear-Site-Data: tenants share the cookies')
+            else:
+                own.append(line)
+        return b''.join(own)
+
+    @staticmethod
+    def is_shared(domain: bytes, ours: str) -> bool:
+        """Return True if a browser may read a cookie's DOMAIN as OURS or above."""
+        plain = PLAIN_DOMAIN.fullmatch(domain)
+        return bool(domain) and (plain is None or f'.{ours}'.endswith(
+            '.' + plain.group(1).decode()))
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7102,7 +7120,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Raw TCP
+# 27. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7309,7 +7327,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Folder and echo
+# 28. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7659,7 +7677,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Host header
+# 29. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7844,7 +7862,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Outgoing proxy
+# 30. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7910,7 +7928,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Certificates
+# 31. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8013,7 +8031,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Certificates by ACME
+# 32. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8776,7 +8794,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Hand-over
+# 33. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8876,7 +8894,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Operator's page
+# 34. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9222,7 +9240,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Block list
+# 35. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9454,7 +9472,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Kept requests
+# 36. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -10022,7 +10040,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Mail
+# 37. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10646,7 +10664,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Ground
+# 38. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -10951,7 +10969,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Doctor
+# 39. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11333,7 +11351,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Landing page
+# 40. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11392,13 +11410,10 @@ def script_page(address: str) -> tuple[str, Sequence[bytes]]:
     return 'text/x-python; charset=utf-8', (before, b'STAMPED_SERVER = %a' % address, after)
 
 
-class Unlisted(Onward):
-    """Of a server that is open to anyone: search engines are asked to list no tunnel."""
-
-    def of_response(self, exchange: Exchange, response: Response) -> bytes:
-        block = super().of_response(exchange, response)
-        decided = response.status == 101 or response.has(b'x-robots-tag')
-        return block if decided else block + b'X-Robots-Tag: noindex\r\n'
+def unlisted(response: Response, block: bytes) -> bytes:
+    """At a server that is open to anyone search engines are asked to list no tunnel."""
+    decided = response.status == 101 or response.has(b'x-robots-tag')
+    return block if decided else block + b'X-Robots-Tag: noindex\r\n'
 
 
 class LandingPage(Annex):
@@ -11417,14 +11432,14 @@ class LandingPage(Annex):
             server.pages[b'/.well-known/security.txt'] = functools.partial(
                 security_text, args.contact)
         if args.open:
-            server.onward = Unlisted(server.domain, server.log)
+            server.onward.changes.append(unlisted)
             if not args.contact and not is_loopback(server.domain):
                 server.log.note('warning: anyone may open tunnels here, and nobody can tell you '
                                 'that one is harmful; add --contact MAIL or --contact URL')
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Verifying
+# 41. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11499,7 +11514,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Token files
+# 42. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -11588,7 +11603,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Invitations
+# 43. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11805,7 +11820,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Exchanges
+# 44. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12602,7 +12617,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Inspector's page
+# 45. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13142,7 +13157,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Inspector
+# 46. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13461,7 +13476,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Logs and replay
+# 47. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -13959,7 +13974,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Words from elsewhere
+# 48. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14101,7 +14116,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Error pages
+# 49. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14178,7 +14193,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Setting up
+# 50. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14689,7 +14704,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Via ssh
+# 51. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -14913,7 +14928,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 51. Output
+# 52. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15208,7 +15223,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Keys
+# 53. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15312,7 +15327,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Terminal
+# 54. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15759,16 +15774,16 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Options
+# 55. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Holding(), Crowds(), Cluster(), RawTcp(),
-                            FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(), Certificates(),
-                            HandOver(), Operator(), Blocking(), Keeping(), Mail(), Doctor(),
-                            LandingPage(), Verifying(), Invitations(), Inspect(), Elsewhere(),
-                            ErrorPages(), SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Holding(), SharedSite(), Crowds(), Cluster(),
+                            RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
+                            Certificates(), HandOver(), Operator(), Blocking(), Keeping(), Mail(),
+                            Doctor(), LandingPage(), Verifying(), Invitations(), Inspect(),
+                            Elsewhere(), ErrorPages(), SettingUp(), ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -16044,7 +16059,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Wiring
+# 56. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16426,7 +16441,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Python
+# 57. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16728,7 +16743,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Configuration file
+# 58. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17101,7 +17116,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Command line
+# 59. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------

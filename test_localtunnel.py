@@ -33,40 +33,41 @@ Contents
    22 Access                  which visitors pass; for the rest see B
    23 Cluster                 whose name it is where several servers share a key
    24 Held requests           what waits, and for how long (in C)
-   25 Crowds                  who has to go (in B)
-   26 Raw TCP                 bytes both ways, and their ends
-   27 Folder and echo         what a folder shows, and what it hides
-   28 Host header             what app and visitor see of each other's address, base paths, hints
-   29 Outgoing proxy          the ways out, and what a proxy may answer
-   30 Certificates            what a server shows (in Command line)
-   31 Certificates by ACME    authorities, real and made up, and the records of a domain
-   32 Hand-over               from one process to the next (in Command line)
-   33 Operator's page         what he sees, and what he ends (in B)
-   34 Block list              what an entry is, and who is kept out
-   35 Kept requests           what waits, through every crash, and how it is delivered
-   36 Mail                    the published tables of SMTP, real senders, and what the app gets
-   37 Ground                  what a look at it finds, and that it harms nobody
-   38 Doctor                  every fault is named first, and each look leaves nothing behind
-   39 Landing page            whom to ask; the rest in Server, Command line
-   40 Verifying               what a server hands out, and this file
-   41 Token files             what a line of them may be; for the rest see Server
-   42 Invitations             who gets in, and who no more
-   43 Exchanges               what is kept of what passes, and for how long
-   44 Inspector's page        shown by the next room
-   45 Inspector               who sees it, and how; what is sent again
-   46 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   47 Words from elsewhere    what users of other programs type
-   48 Error pages             the way and where it stops, for each thing that fails
-   49 Setting up              what is installed, and how another machine is talked to
-   50 Via ssh                 how services are asked, and what ends it
-   51 Output                  programs, and those who read slowly what they write
-   52 Keys                    what is typed while a tunnel runs
-   53 Terminal                what a person sees
-   54 Options                 what can be typed
-   55 Wiring                  the key; which server, which token (in Command line)
-   56 Python                  a tunnel inside another program, and its options as keywords
-   57 Configuration file      what a section means, and what is wrong with it
-   58 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   25 Shared site             which cookies pass (in B)
+   26 Crowds                  who has to go (in B)
+   27 Raw TCP                 bytes both ways, and their ends
+   28 Folder and echo         what a folder shows, and what it hides
+   29 Host header             what app and visitor see of each other's address, base paths, hints
+   30 Outgoing proxy          the ways out, and what a proxy may answer
+   31 Certificates            what a server shows (in Command line)
+   32 Certificates by ACME    authorities, real and made up, and the records of a domain
+   33 Hand-over               from one process to the next (in Command line)
+   34 Operator's page         what he sees, and what he ends (in B)
+   35 Block list              what an entry is, and who is kept out
+   36 Kept requests           what waits, through every crash, and how it is delivered
+   37 Mail                    the published tables of SMTP, real senders, and what the app gets
+   38 Ground                  what a look at it finds, and that it harms nobody
+   39 Doctor                  every fault is named first, and each look leaves nothing behind
+   40 Landing page            whom to ask; the rest in Server, Command line
+   41 Verifying               what a server hands out, and this file
+   42 Token files             what a line of them may be; for the rest see Server
+   43 Invitations             who gets in, and who no more
+   44 Exchanges               what is kept of what passes, and for how long
+   45 Inspector's page        shown by the next room
+   46 Inspector               who sees it, and how; what is sent again
+   47 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   48 Words from elsewhere    what users of other programs type
+   49 Error pages             the way and where it stops, for each thing that fails
+   50 Setting up              what is installed, and how another machine is talked to
+   51 Via ssh                 how services are asked, and what ends it
+   52 Output                  programs, and those who read slowly what they write
+   53 Keys                    what is typed while a tunnel runs
+   54 Terminal                what a person sees
+   55 Options                 what can be typed
+   56 Wiring                  the key; which server, which token (in Command line)
+   57 Python                  a tunnel inside another program, and its options as keywords
+   58 Configuration file      what a section means, and what is wrong with it
+   59 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -5089,14 +5090,21 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Crowds
+# 25. Shared site
+# ------------------------------------------------------------------------------------------------
+
+# Which cookies pass is tried where hostile clients are, in B.
+
+
+# ------------------------------------------------------------------------------------------------
+# 26. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Raw TCP
+# 27. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5195,7 +5203,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Folder and echo
+# 28. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5505,7 +5513,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Host header
+# 29. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5790,7 +5798,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Outgoing proxy
+# 30. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5868,7 +5876,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Certificates
+# 31. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5887,7 +5895,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Certificates by ACME
+# 32. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6655,14 +6663,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Hand-over
+# 33. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Operator's page
+# 34. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6857,7 +6865,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Block list
+# 35. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7132,7 +7140,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Kept requests
+# 36. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7692,7 +7700,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Mail
+# 37. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8291,7 +8299,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Ground
+# 38. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8430,7 +8438,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Doctor
+# 39. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -8942,7 +8950,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Landing page
+# 40. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9010,7 +9018,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Verifying
+# 41. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9082,7 +9090,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Token files
+# 42. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9104,7 +9112,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Invitations
+# 43. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9266,21 +9274,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Exchanges
+# 44. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Inspector's page
+# 45. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Inspector
+# 46. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10105,7 +10113,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Logs and replay
+# 47. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10227,7 +10235,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Words from elsewhere
+# 48. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10313,7 +10321,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Error pages
+# 49. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10524,7 +10532,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Setting up
+# 50. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10756,7 +10764,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Via ssh
+# 51. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -10915,7 +10923,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Output
+# 52. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11266,7 +11274,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Keys
+# 53. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11322,7 +11330,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Terminal
+# 54. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11668,7 +11676,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 54. Options
+# 55. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11692,7 +11700,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Wiring
+# 56. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -11907,7 +11915,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Python
+# 57. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12088,7 +12096,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Configuration file
+# 58. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12392,7 +12400,7 @@ class SectionsTest(WorldTest, FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Command line
+# 59. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
