@@ -13130,9 +13130,9 @@ async function look() {         // and touch only what has changed: it may be se
     if (place !== (place = json(status.tunnels))) {
       tunnels = status.tunnels;
       Object.assign(url, {textContent: status.url, href: status.url});
-      $('#target').replaceChildren(...tunnels.flatMap((one, i) => [
+      $('#target').replaceChildren(...tunnels.map((one, i) => make('div',
         i ? make('a.mono', {href: one.url, target: '_blank', rel: 'noreferrer'}, one.url) : '',
-        shown(` \u2192 ${one.target}${one.name && ` (${one.name})`} `)]));
+        ` \u2192 ${one.target}${one.name && ` (${one.name})`}`)));
       if (!chosen) welcome();
     }
     kept = status.kept;
