@@ -10066,6 +10066,7 @@ SENDER_IDLE = 300.0             # seconds for a command, or a piece of a message
 SENDER_HURRY = 10.0             # the same while more than half of the connections are taken
 MESSAGE_WITHIN = 1800.0         # for a whole message: 14 kB/s
 APP_WITHIN = 300.0              # for the app to answer: senders wait for 600
+POSTED_TOGETHER = 20            # to one name: development servers hold 5 connections in line
 MAIL_PIECE = 64 * KIB           # of a file in memory, and to the app at a time
 MAIL_HELD = 4 * MAIL_PIECE      # of memory: both files, and what is unread
 MAIL_ON_DISK = 1 * GIB          # of all messages under way; their forms may take twice as much
@@ -10158,7 +10159,7 @@ def without_quotes(text: str) -> str:
         if QUOTES.match(line):
             break
         new += [line] * (not line.startswith('>'))
-    return '\n'.join(new).strip()
+    return '\r\n'.join(new).strip()
 
 
 def read_mail(raw: BinaryIO) -> Iterator[Field]:
@@ -10266,6 +10267,7 @@ class PostOffice:
         self.server, self.disk = server, Budget(MAIL_ON_DISK)
         self.senders: dict[str, int] = collections.Counter()    # connections, by subnet
         self._decoding = asyncio.Semaphore(DECODED_TOGETHER)
+        self._turns: Any = weakref.WeakValueDictionary()        # of deliveries, by name
 
     def wish_of(self, name: str) -> Any:
         """What the client of NAME wants of mail.  Raises HopFailed."""
@@ -10319,7 +10321,8 @@ class PostOffice:
                     raise HopFailed(503, f'{letter.name} has changed; try again later')
                 yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
                 yield from iter(lambda: body.read(MAIL_PIECE), b'')
-            return await ask_app(self.server, letter.name, visitor, message())
+            async with self._turns.setdefault(letter.name, asyncio.Semaphore(POSTED_TOGETHER)):
+                return await ask_app(self.server, letter.name, visitor, message())
 
 
 async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:

@@ -8195,6 +8195,26 @@ class DeliveryTest(MailTest):
         self.assertEqual({reply[:3] for reply in replies}, {'250'})
         self.assertEqual(sorted(int(self.form(n)['subject']) for n in range(100)), [*range(100)])
 
+    async def test_no_more_than_some_come_to_an_app_at_a_time(self):
+        most, now, two = 0, 0, asyncio.Event()
+
+        async def answer(head, reader, writer):
+            nonlocal most, now
+            now += 1
+            most = max(most, now)
+            if now == 2:
+                two.set()
+            await body_of(head, reader)
+            await two.wait()
+            now -= 1
+            writer.write(OK)
+            return True
+        await self.mail_world(answer)
+        with self.constant(POSTED_TOGETHER=2):
+            replies = await asyncio.gather(*[(await self.sender()).sends('hello')
+                                             for _ in range(10)])
+        self.assertEqual(({reply[:3] for reply in replies}, most), ({'250'}, 2))
+
     async def test_postmaster_is_the_operator(self):
         await self.mail_world()
         reply = await (await self.sender()).sends('Subject: a\r\n\r\nb', 'postmaster')
@@ -8296,6 +8316,25 @@ class RealSenderTest(MailTest):
         out, _ = await program.communicate()
         self.assertEqual(program.returncode, 0, out)
         self.assertEqual(self.form()['attachment-1'][2], b'attached')
+
+    async def test_Postfix(self):
+        """Its own source of mail, many at a time, and what it says of TLS."""
+        path = os.environ['PATH'] + ':/usr/sbin'
+        source = shutil.which('smtp-source', path=path) or missing(self, 'smtp-source')
+        await self.mail_world()
+        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
+                                         self.write('key.pem', PRIVATE_KEY))
+        where = f'127.0.0.1:{self.mail_port}'
+        for words in ([source, '-m', '40', '-s', '8', '-l', '200000', '-f', 'a@b.example', '-t',
+                       'a@app.localhost', where],
+                      [os.path.join(os.path.dirname(source), 'posttls-finger'), '-l', 'encrypt',
+                       f'[127.0.0.1]:{self.mail_port}']):
+            program = await asyncio.create_subprocess_exec(
+                *words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            out, _ = await program.communicate()
+            self.assertEqual(program.returncode, 0, out)
+        self.assertIn(b'TLS connection established', out)
+        self.assertEqual(len(self.taking.requests), 40)
 
 
 # ------------------------------------------------------------------------------------------------
