@@ -9484,11 +9484,11 @@ class Blocking(Annex):
 #   ID.0.*.new   ID.0   ID.1 ...                gone        ID.1.damaged
 #   written      kept   a try begins with it    answered    set aside, for people
 #
-# Who changes the folder from outside (a command, a server that hands over) changes the file
+# Who changes the folder from outside (a command, a server that hands over) touches the file
 # `look`, too; then the server that runs looks again, and tries all at once.
 # ------------------------------------------------------------------------------------------------
 
-KEPT, LOOK_AGAIN = 'kept', 'look'       # the folder, and a file in it
+KEPT = 'kept'                   # the folder
 MAX_KEPT = 1 * MIB              # a body: most webhooks have some KiB
 MOST_KEPT = 1000                # requests of a name
 MOST_KEPT_BYTES = 64 * MIB      # and what these take on disk
@@ -9497,14 +9497,15 @@ KEPT_FOR = 3 * DAY              # as long as most senders would try
 TOLD_WITHIN = 1.0               # seconds for a client to show that it is there: Slack waits 3
 KEPT_WITHIN = 5.0               # for the disk, before a 503
 ANSWERED_WITHIN = 300.0         # by the app: someone may have stopped it at a breakpoint
-LONGEST_PAUSE = 300.0           # between tries; the first is a second, each later one twice as long
+LONGEST_PAUSE = 300.0           # between tries; the first takes a second, each later one twice that
 TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps behind the others
 LEFT_OVER = 60.0                # of this age, a file that is being written is one of a crash
 MAX_PATTERNS = 100              # of a client: all are looked at
 KEPT_STATUSES = 200, 202, 204
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
 _KEPT_FILE = re.compile('([0-9a-f]{20})[.]([0-9]{1,6})')
-_KEEP = re.compile(r'([A-Z]{1,20}|\*) (/[!-)+->@-~]{0,200})?(\*?)')
+_CHANGES = '(?!(?:GET|HEAD|OPTIONS|TRACE) )'     # which only ask
+_KEEP = re.compile(_CHANGES + '([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
 
 
 class KeptRequest:
@@ -9521,14 +9522,9 @@ class KeptRequest:
         """When it came, in Unix seconds: its id begins with that."""
         return int(self.id[:14], 16) / 1e6
 
-    @property
-    def place(self) -> tuple[int, str]:
-        """Its place in line."""
-        return self.tries // TRIES_IN_FRONT, self.id
-
 
 class Shelf:
-    """The folder of kept requests.  Much of it waits for the disk: servers call that in a thread.
+    """The folder of kept requests; what waits for the disk, a server calls in a thread.
 
     A file has a line of JSON, whose it is and its checksum, and then the request, as it goes to the
     client.  All raise OSError.
@@ -9536,7 +9532,6 @@ class Shelf:
 
     def __init__(self, state: str, warn: Callable[[str], None]) -> None:
         self.folder, self._warn = os.path.join(state, KEPT), warn
-        self._mark = os.path.join(self.folder, LOOK_AGAIN)
 
     def path(self, kept: KeptRequest, more: int = 0) -> str:
         """Where it is after MORE tries."""
@@ -9608,40 +9603,36 @@ class Shelf:
 
     def touch(self) -> None:
         """Say that something has changed."""
-        os.close(os.open(self._mark, os.O_WRONLY | os.O_CREAT, 0o600))
-        os.utime(self._mark)
+        path = os.path.join(self.folder, 'look')
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(path)
 
     def touched(self) -> float:
         """When someone said so last."""
-        return os.stat(self._mark).st_mtime if os.path.exists(self._mark) else 0.0
+        return os.stat(os.path.join(self.folder, 'look')).st_mtime
 
 
-class KeepRules:
-    """What a client wants to be kept, and what its sender is told; GATES say who may send it."""
+class Keep(NamedTuple):
+    """What a client wants to be kept."""
+    form: re.Pattern[str]       # METHOD PATH
+    status: int                 # which its senders are told
+    gates: Sequence[Gate]       # that let them pass
 
-    def __init__(self, said: Any, gates: Sequence[Gate] = ()) -> None:
-        """SAID is of its hello, or its lease.  Raises ValueError and TypeError."""
-        said = dict(said)
-        forms, self.status, self.gates = [], said.get('status'), gates
-        for text in said.get('patterns', ()):
-            match = _KEEP.fullmatch(text)
-            method, path, more = match.groups() if match else ('', '', '')
-            if not (path or more) or method in ('GET', 'HEAD', 'OPTIONS', 'TRACE'):
-                raise ValueError(f"{printable(text)!r:.100} is not like 'POST /hooks/*': a method "
-                                 'other than GET (* for any), and a path, or how it begins and *')
-            forms.append(method.replace('*', '[^ ]+') + ' ' + re.escape(path or '')
-                         + ('.*' if more else ''))
-        if not 0 < len(forms) <= MAX_PATTERNS or self.status not in KEPT_STATUSES:
-            raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
-        self._form = re.compile('|'.join(forms), re.DOTALL)
 
-    def fit(self, request: Request) -> bool:
-        """True if REQUEST may be kept."""
-        path = request.target.partition(b'?')[0].decode('latin-1')
-        return (self._form.fullmatch(f'{request.method.decode()} {path}') is not None
-                and request.method not in (b'GET', b'HEAD', b'OPTIONS', b'TRACE')
-                and not request.upgrade and not request.has(b'expect')
-                and request.body_length() <= MAX_KEPT)
+def read_keep(said: Any, gates: Sequence[Gate] = ()) -> Keep:
+    """What a client SAID in its hello, or in its lease.  Raises ValueError and TypeError."""
+    said, forms = dict(said), []
+    for text in said.get('patterns', ()):
+        match = _KEEP.fullmatch(text)
+        if not match:
+            raise ValueError(f"{printable(text)!r:.100} is not like 'POST /hooks/*': a method but "
+                             'GET (* for any), and a path, or how it begins and *')
+        method, path, more = match.groups()
+        forms.append(method.replace('*', '[^ ]+') + ' ' + re.escape(path) + '.' * len(more) + more)
+    if not 0 < len(forms) <= MAX_PATTERNS or said.get('status') not in KEPT_STATUSES:
+        raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
+    form = re.compile(f'{_CHANGES}(?:{"|".join(forms)})', re.DOTALL)
+    return Keep(form, said['status'], gates)
 
 
 class Queues(Detour):
@@ -9651,110 +9642,78 @@ class Queues(Detour):
         """MOST bytes in all.  Raises OSError."""
         self._server, self._shelf, self._most = server, shelf, most
         self._leases, self._now = server.admission.leases, server.runtime.now
-        self._rules: dict[str, KeepRules] = {}      # by name, of those who want any kept
+        self._wanted: dict[str, Keep] = {}          # by name, of those who want any kept
         self._queues: dict[str, dict[str, KeptRequest]] = collections.defaultdict(dict)
+        self._used = 0              # bytes in all
         self._last = 0              # the time of the last one, in microseconds: each has its own
         self._not_before: dict[str, float] = {}     # when the next try is due, by name
         self._tries: dict[str, asyncio.Task[None]] = {}     # under way, by name
         self._closed = False        # another server delivers from now on
+        self._touched = self._look_at = 0.0         # when others changed the folder; when we look
         self._look()
-        for name, lease in self._leases.by_name.items():
-            self._learn(name, lease)
-        self._leases.keepers.append(self._learn_all)
         server.runtime.swept.add(self)
 
-    # What is wanted: leases tell.
+    # What is wanted stands in leases, and how many requests have expired.
 
     @staticmethod
     def offer(said: Any) -> str:
         """What is noted of what a client SAID."""
-        KeepRules(said)
+        read_keep(said)
         return json.dumps({word: said[word] for word in ('patterns', 'status')})
 
-    async def _learn_all(self, changes: Changes) -> None:
+    async def learn(self, changes: Mapping[str, Lease | None]) -> None:
+        """Know what the owners of names want; what came for an owner of before goes."""
         for name, lease in changes.items():
-            self._learn(name, lease)
+            facts = lease.facts if lease else {}
+            for kept in tuple(self._queues[name].values()):
+                if lease is None or kept.owner != lease.owner:
+                    self._drop(kept)
+            self._server.tunnels.detours.pop(name, None)
+            with contextlib.suppress(KeyError, ValueError, TypeError, Refused):     # or nothing
+                self._wanted[name] = read_keep(json.loads(facts['keep']), make_gates(
+                    json.loads(facts.get('access', '{}')), self._server.admission.gates))
+                self._server.tunnels.detours[name] = self
 
-    def _learn(self, name: str, lease: Lease | None) -> None:
-        """Know what the owner of NAME wants, and forget what another one had."""
-        detours, facts = self._server.tunnels.detours, lease.facts if lease else {}
-        for kept in tuple(self._queues[name].values()):
-            if lease is None or kept.owner != lease.owner:
-                self._drop(kept)
-        detours.pop(name, None)
-        with contextlib.suppress(KeyError, ValueError, TypeError, Refused):     # or else nothing
-            self._rules[name] = KeepRules(json.loads(facts['keep']), make_gates(
-                json.loads(facts.get('access', '{}')), self._server.admission.gates))
-            detours[name] = self
+    def _expired(self, name: str) -> int:
+        """How many of NAME have, without its client's knowledge."""
+        lease = self._leases.by_name.get(name)
+        return int(lease.facts.get('expired', 0)) if lease else 0
+
+    async def _note(self, name: str, more: int) -> None:
+        """Note that MORE have; or with 0, that the client knows of all."""
+        with contextlib.suppress(Refused):      # the disk is full
+            await self._server.admission.note(
+                name, expired=str(self._expired(name) + more) if more else '')
 
     def waiting(self, key: str) -> int:
         return len(self._queues[key])
 
     def welcome(self, key: str) -> dict[str, Any]:
         self._not_before.pop(key, None)
-        expired = self._expired(key)
-        self._server.runtime.spawn(self._note_expired(key, 0))
-        return {'kept': self.waiting(key), 'expired': expired}
-
-    def _expired(self, name: str) -> int:
-        """How many requests to NAME are gone, without its client's knowledge."""
-        lease = self._leases.by_name.get(name)
-        return int(lease.facts.get('expired', 0)) if lease else 0
-
-    async def _note_expired(self, name: str, more: int) -> None:
-        """Have it with the lease that MORE are gone; with 0, its client knows of all."""
-        with contextlib.suppress(Refused):      # the disk is full
-            await self._server.admission.note(
-                name, expired=str(self._expired(name) + more) if more else '')
+        self._server.runtime.spawn(self._note(key, 0))
+        return {'kept': self.waiting(key), 'expired': self._expired(key)}
 
     # A request comes.
 
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
-        rules, owner, tries = self._rules[key], self._leases.owner(key, time.time()), 0
-        for gate in rules.gates:
-            gate(key, visitor, b'')
-        if owner is None or not rules.fit(exchange.request):
-            return await self._server.forward(visitor, exchange, key)
+        server, request, tries = self._server, exchange.request, 0
+        wanted, owner = self._wanted[key], self._leases.owner(key, time.time())
+        lines = server.onward.of_request(visitor, request, key)
+        for gate in wanted.gates:
+            lines = gate(key, visitor, lines)
+        path = request.target.partition(b'?')[0].decode('latin-1')
+        if (owner is None or not wanted.form.fullmatch(f'{request.method.decode()} {path}')
+                or request.upgrade or request.has(b'expect') or request.body_length() > MAX_KEPT):
+            return await server.forward(visitor, exchange, key)
         if await self._is_there(key, alone=True):
             try:
-                return await self._server.forward(visitor, exchange, key)
+                return await server.forward(visitor, exchange, key)
             except HopFailed as e:
                 if e.hop != 'client' or exchange.whole is None:
                     raise
                 tries = 1           # the client went meanwhile: the app may have it, or not
-        id = await self._keep(visitor, exchange, key, owner, tries)
-
-        def told(lines: Sequence[str]) -> bytes:
-            message = plain_message(rules.status, 'text/plain', b'', lines)
-            return message.replace(b'Content-Length: 0\r\n', b'', rules.status == 204)
-        await self._server.give_own(visitor, exchange, rules.status, told,
-                                    [f'Localtunnel-Kept: {id}'])
-
-    async def _is_there(self, key: str, alone: bool) -> bool:
-        """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
-        tunnel, soon = self._server.tunnels.get(key), self._now() + TOLD_WITHIN
-
-        def ready() -> bool:
-            member = tunnel.pick() if tunnel else None
-            return (member is not None and not (alone and self._queues[key])
-                    and self._now() - member.session.liveness.heard < TOLD_WITHIN)
-        if tunnel is None or tunnel.pick() is None or ready() or (
-                alone and self._not_before.get(key, 0.0) > soon):
-            return ready()
-        for member in tunnel.members:
-            if member.session.usable:
-                member.session.ping()
-        return await look_until(ready, TOLD_WITHIN)
-
-    async def _keep(self, visitor: Visitor, exchange: Exchange, key: str, owner: str,
-                    tries: int) -> str:
-        """Have a request on disk; return its id.  Raises HopFailed, and then it is not there."""
-        server, budget = self._server, self._server.admission.budget
-        lines = server.onward.of_request(visitor, exchange.request, key)
-        for gate in self._rules[key].gates:
-            lines = gate(key, visitor, lines)
         held = MAX_KEPT if exchange.whole is None else 0
-        if not budget.take(held):
+        if not server.admission.budget.take(held):
             raise HopFailed(503, 'the server has no memory left for this request', 'Retry-After: 1')
         try:
             message = await self._message(exchange, lines)
@@ -9764,16 +9723,36 @@ class Queues(Detour):
             self._find_room(kept)
             await self._write(kept, message)
         finally:
-            budget.give(held)
-        server.log.note('request kept', event='kept', name=key, id=kept.id)
-        return kept.id
+            server.admission.budget.give(held)
+
+        def told(lines: Sequence[str]) -> bytes:
+            said = plain_message(wanted.status, 'text/plain', b'', lines)
+            return said.replace(b'Content-Length: 0\r\n', b'', wanted.status == 204)
+        await server.give_own(visitor, exchange, wanted.status, told,
+                              [f'Localtunnel-Kept: {kept.id}'])
+
+    async def _is_there(self, key: str, alone: bool) -> bool:
+        """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
+        tunnel, began = self._server.tunnels.get(key), self._now()
+
+        def ready() -> bool:
+            member = tunnel.pick() if tunnel else None
+            return (member is not None and not (alone and self._queues[key])
+                    and self._now() - member.session.liveness.heard < TOLD_WITHIN)
+        there = [member.session for member in tunnel.members if member.session.usable
+                 and began - member.session.liveness.asked_at < TOLD_WITHIN] if tunnel else []
+        if ready() or not there or alone and self._not_before.get(key, 0) > began + TOLD_WITHIN:
+            return ready()
+        for session in there:
+            session.ping()
+        return await look_until(ready, TOLD_WITHIN - DRAIN_LOOK)
 
     @staticmethod
     async def _message(exchange: Exchange, lines: bytes) -> bytes:
-        """The request with header LINES as it goes to a client, once it is all here."""
-        body, near = exchange.whole, exchange.near
+        """The request, once it is all here, with header LINES as it goes to a client."""
+        body = exchange.whole
         if body is None:
-            near.timeout = HEAD_TIMEOUT
+            exchange.near.timeout = HEAD_TIMEOUT
             try:
                 body = await read_whole(exchange.body, MAX_KEPT)
             except Overdue as e:
@@ -9781,7 +9760,7 @@ class Queues(Detour):
         if len(body) > MAX_KEPT:
             raise HopFailed(503, 'the client is away, and the request is too large to be kept',
                             hop='client')
-        near.check()            # who went away will send it again
+        exchange.near.check()       # who went away will send it again
         if isinstance(exchange.body, ChunkedBody):
             lines += b'Content-Length: %d\r\n' % len(body)
         return encode_request(exchange.request, lines) + body
@@ -9800,25 +9779,26 @@ class Queues(Detour):
         self._used += kept.size
 
     async def _write(self, kept: KeptRequest, message: bytes) -> None:
-        """Write KEPT, which is MESSAGE.  Raises HopFailed."""
+        """Write KEPT, which is MESSAGE.  Raises HopFailed, and then it is not there."""
         writing = self._server.runtime.loop.run_in_executor(None, self._shelf.put, kept, message)
         try:
             await asyncio.wait_for(asyncio.shield(writing), KEPT_WITHIN)
-            kept.busy = False
-            if self._closed:
-                self._shelf.touch()
         except (OSError, asyncio.TimeoutError) as e:
             self._leave(kept)
 
-            def written(late: asyncio.Future[None]) -> None:
-                if late.exception() is None:
+            def late(done: asyncio.Future[None]) -> None:
+                if not done.exception():
                     self._drop(kept)
-            writing.add_done_callback(written)
-            why = plainly(e) or 'it does not answer'
-            self._server.log.note(f"error: can't keep a request to {kept.name} on disk: {why}")
+            writing.add_done_callback(late)
             full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
+            self._server.log.note(f"error: can't keep a request to {kept.name}: "
+                                  + (plainly(e) or 'the disk does not answer'))
             raise HopFailed(507 if full else 503, "the server can't write this request to its disk",
                             f'Retry-After: {RETRY_AFTER}') from e
+        kept.busy = False
+        if self._closed:
+            self._shelf.touch()
+        self._server.log.note('request kept', event='kept', name=kept.name, id=kept.id)
 
     def _leave(self, kept: KeptRequest) -> None:
         if self._queues[kept.name].pop(kept.id, None):
@@ -9835,8 +9815,7 @@ class Queues(Detour):
     # A request goes.
 
     def _look(self) -> None:
-        """See what is on the shelf, and try all of it now."""
-        self._touched = self._shelf.touched()       # when somebody changed it behind our back
+        """See what is on the shelf."""
         known = {id: kept for queue in self._queues.values() for id, kept in queue.items()}
         found = self._shelf.look(known)
         for queue in self._queues.values():
@@ -9844,12 +9823,15 @@ class Queues(Detour):
         for id, kept in found.items():
             self._queues[kept.name][id] = kept
         self._used = sum(kept.size for kept in found.values())
-        self._not_before.clear()
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Let what is due be tried, and let go what is too old."""
         with contextlib.suppress(OSError):
-            if self._shelf.touched() != self._touched:
+            touched = self._shelf.touched()
+            if touched != self._touched:
+                self._not_before.clear()
+            if touched != self._touched or now > self._look_at:
+                self._touched, self._look_at = touched, now + LEFT_OVER
                 self._look()
         for key, queue in tuple(self._queues.items()):
             old = [kept for kept in queue.values()
@@ -9857,10 +9839,10 @@ class Queues(Detour):
             for kept in old:
                 self._drop(kept)
             if old:
-                self._server.runtime.spawn(self._note_expired(key, len(old)))
+                self._server.runtime.spawn(self._note(key, len(old)))
             tunnel = self._server.tunnels.get(key)
             if (queue and tunnel and tunnel.pick() and key not in self._tries and not self._closed
-                    and now >= self._not_before.get(key, 0.0)):
+                    and now >= self._not_before.get(key, 0)):
                 self._tries[key] = self._server.runtime.spawn(self._deliver(key))
 
     async def _deliver(self, key: str) -> None:
@@ -9868,55 +9850,53 @@ class Queues(Detour):
         queue = self._queues[key]
         try:
             while queue and not self._closed and await self._is_there(key, alone=False):
-                kept = min(queue.values(), key=lambda kept: kept.place)
-                if (kept.busy or kept.owner != self._leases.owner(key, time.time())
-                        or not await self._try(kept)):
+                kept = min(queue.values(), key=lambda kept: (kept.tries // TRIES_IN_FRONT, kept.id))
+                if kept.busy or kept.owner != self._leases.owner(key, time.time()):
                     break
+                status = await self._try(kept)
+                if status in TRY_AGAIN:
+                    pause = min(LONGEST_PAUSE, 2.0 ** max(0, min(kept.tries - 1, 20)))
+                    self._not_before[key] = self._now() + pause
+                    break
+                self._drop(kept)
         finally:
             del self._tries[key]
 
-    async def _try(self, kept: KeptRequest) -> bool:
-        """Try KEPT once; return whether the next one may follow."""
+    async def _try(self, kept: KeptRequest) -> int | None:
+        """The status of the app's answer to KEPT; 0 without one, None where KEPT is gone."""
         server, status, kept.busy = self._server, 0, True
         try:
             message = await server.runtime.loop.run_in_executor(None, self._shelf.begin_try, kept)
             status = await self._ask(kept, message)
         except (LookupError, FileNotFoundError):        # set aside, or taken out by hand
-            self._leave(kept)
-            return True
+            return None
         except OSError as e:
             server.log.note(f"error: can't deliver a kept request: {plainly(e)}")
         finally:
             kept.busy = False
-        again = status in TRY_AGAIN
-        server.log.note('kept request waits on' if again else 'kept request delivered',
-                        event='waits_on' if again else 'delivered', name=kept.name, id=kept.id,
-                        status=status, tries=kept.tries)
-        if again:
-            self._not_before[kept.name] = self._now() + min(
-                LONGEST_PAUSE, 2.0 ** max(0, min(kept.tries - 1, 20)))
-        else:
-            self._drop(kept)
-        return not again
+        server.log.note('kept request ' + ('waits on' if status in TRY_AGAIN else 'answered'),
+                        event='delivered', name=kept.name, id=kept.id, status=status,
+                        tries=kept.tries)
+        return status
 
     async def _ask(self, kept: KeptRequest, message: bytes) -> int:
-        """The status of the app's answer to MESSAGE; 0 where it gave none."""
+        """The status of the app's answer to MESSAGE; 0 without one."""
         tunnel = self._server.tunnels.get(kept.name)
         member = tunnel.pick() if tunnel else None
         stream = member.session.open_stream() if member else None
         if stream is None:
             return 0
         head, _, body = message.partition(b'\r\n\r\n')
-        mark = f'\r\nLocaltunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'
-        message = b'%b%b\r\n\r\n%b' % (head, mark.encode(), body)
+        mark = f'Localtunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'.encode()
         stream.timeout = ANSWERED_WITHIN
         try:
-            response = await ask_stream(stream, [message], ANSWERED_WITHIN)
+            response = await ask_stream(
+                stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)], ANSWERED_WITHIN)
+            return 0 if response.has(b'localtunnel-failed') else response.status
         except LocaltunnelError:
             return 0
         finally:
             stream.close()
-        return 0 if response.has(b'localtunnel-failed') else response.status
 
     async def close(self) -> None:
         """Deliver no more; what is tried now has a moment to be answered."""
@@ -9945,10 +9925,10 @@ class Keeps(ClientObserver):
 
 
 KEPT_EPILOG = """examples:
-  localtunnel.py kept                  what waits, the oldest first
-  localtunnel.py kept 0064487...       all of one request
-  localtunnel.py kept --now            let the server try at once, not when it is due
-  localtunnel.py kept --drop demo      forget what waits for demo"""
+  localtunnel.py kept                        what waits, the oldest first
+  localtunnel.py kept 06613502939f0f99f467   all of one request
+  localtunnel.py kept --now                  have all tried at once, not when they are due
+  localtunnel.py kept --drop demo            forget what waits for demo"""
 
 
 class Keeping(Annex):
@@ -9970,38 +9950,36 @@ class Keeping(Annex):
         parser = add('kept', help='show what your server keeps for clients that are away',
                      usage='%(prog)s [ID | --now | --drop ID|NAME|all] [--state DIR]',
                      epilog=KEPT_EPILOG)
-        parser.add_argument('id', nargs='?', metavar='ID', help='show all of this request')
-        parser.add_argument('--now', action='store_true', help='have all tried at once')
-        parser.add_argument('--drop', metavar='ID|NAME|all', help='delete these')
+        one = parser.add_mutually_exclusive_group()
+        one.add_argument('id', nargs='?', metavar='ID', help='show all of this request')
+        one.add_argument('--now', action='store_true', help='have all tried at once')
+        one.add_argument('--drop', metavar='ID|NAME|all', help='delete these')
         parser.add_argument('--state', metavar='DIR', help="the server's folder")
         parser.set_defaults(run=self.kept)
 
     @staticmethod
     def kept(args: Args) -> int:
         """Show or change what waits; return the exit code."""
-        shelf = Shelf(state_folder(args.state), print_line)
-        if bool(args.id) + args.now + bool(args.drop) > 1:
-            raise UsageError('kept takes an ID to show, or --now, or --drop')
+        shelf, which = Shelf(state_folder(args.state), print_line), args.id or args.drop
         try:
-            wanted = args.id or args.drop
             found = [kept for kept in shelf.look({}).values()
-                     if wanted in (None, 'all', kept.id, kept.name)]
-            if wanted and not found:
-                raise LocaltunnelError(f'{printable(wanted)} is not among what waits; see kept')
-            for kept in found if args.drop else ():
-                shelf.drop(kept)
+                     if which in (None, 'all', kept.id, kept.name)]
+            if which and not found:
+                raise LocaltunnelError(f'nothing that waits is called {printable(which)}; see kept')
+            for kept in found:
+                if args.drop:
+                    shelf.drop(kept)
+                elif not args.now:
+                    head, *rest = shelf.read(shelf.path(kept))[2].decode(
+                        errors='replace').splitlines()
+                    print_line(f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
+                               + printable(head if args.id else head.partition('?')[0]))
+                    for line in rest if args.id else ():
+                        print_line(printable(line))
             if args.drop or args.now:
                 shelf.touch()
-                print_line(f'{len(found)} ' + ('deleted' if args.drop else 'tried within a second '
-                           'by a server that runs, where the client is there'))
-                return 0
-            for kept in found:
-                head, *lines = shelf.read(shelf.path(kept))[2].decode(
-                    errors='replace').splitlines()
-                print_line(f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name} '
-                           + printable(head if args.id else head.partition('?')[0]))
-                for line in lines if args.id else ():
-                    print_line(printable(line))
+                print_line(f'deleted: {len(found)}' if args.drop else 'a server that runs tries '
+                           f'within a second, for clients that are there: {len(found)}')
         except OSError as e:
             raise LocaltunnelError(f"can't use {e.filename or shelf.folder}: {e.strerror}; for a "
                                    'server that was started with sudo, type sudo here, too') from e
@@ -10012,7 +9990,7 @@ class Keeping(Annex):
             return
         said = {'patterns': args.keep, 'status': args.keep_status, 'optional': True}
         try:
-            KeepRules(said)
+            read_keep(said)
         except ValueError as e:
             raise UsageError(f'--keep: {e}') from e
         if app.target.kind != 'http':
@@ -10022,14 +10000,18 @@ class Keeping(Annex):
         app.observer = observers
 
     async def at_server(self, args: Args, server: Server) -> None:
-        if not args.keep:
-            return
-        shelf = Shelf(args.state, server.log.note)
+        shelf, leases = Shelf(args.state, server.log.note), server.admission.leases
         with using(args.state):
-            os.makedirs(shelf.folder, mode=0o700, exist_ok=True)
-            shelf.touch()
-            self._queues = Queues(server, shelf, args.keep * MIB)
-        server.admission.offers['keep'] = self._queues.offer
+            if args.keep:
+                os.makedirs(shelf.folder, mode=0o700, exist_ok=True)
+                shelf.touch()
+                self._queues = Queues(server, shelf, args.keep * MIB)
+                await self._queues.learn(leases.by_name)
+                leases.keepers.append(self._queues.learn)
+                server.admission.offers['keep'] = self._queues.offer
+            elif os.path.isdir(shelf.folder) and shelf.look({}):
+                server.log.note(f'warning: requests wait in {shelf.folder}; to deliver them, start '
+                                'this server with --keep MIB')
 
     async def run(self, args: Args, server: Server) -> None:
         try:

@@ -7270,6 +7270,64 @@ class ShelfTest(FolderTest):
         self.assertIn("can't read", *self.said)
 
 
+class KeptCommandTest(FolderTest):
+    """The command `kept`, on a folder of requests."""
+
+    def setUp(self):
+        super().setUp()
+        self.shelf_there = lt.Shelf(self.folder, None)
+        os.mkdir(self.shelf_there.folder)
+        for id, name, body in (('b', 'web', b'\x1b]0;evil\x07\xff'), ('a', 'app', b'{"n": 1}')):
+            message = (b'POST /hooks/%b?token=secret HTTP/1.1\r\nX-Odd: \xe9\x9b\x31m\r\n\r\n'
+                       % id.encode() + body)
+            self.shelf_there.put(lt.KeptRequest('066134df69207' + 7 * id, 2, name, 'proof:1', 9),
+                                 message)
+
+    def kept(self, *words):
+        """(exit code, lines, complaint)."""
+        code, out, err = CommandTest.command('kept', '--state', self.folder, *words)
+        return code, out.splitlines(), err
+
+    def test_it_lists_what_waits_without_what_may_be_secret(self):
+        at = '2026-11-26T21:46:14.'
+        code, (first, second), _ = self.kept()
+        self.assertEqual(code, 0)
+        for line, id, name in (first, 'a', 'app'), (second, 'b', 'web'):
+            self.assertRegex(line, f'^066134df69207{7 * id}  {at}[0-9]+Z  tries=2  {name}  '
+                             f'POST /hooks/{id}$')
+
+    def test_it_shows_one_without_a_byte_that_a_terminal_obeys(self):
+        code, lines, _ = self.kept('066134df69207bbbbbbb')
+        self.assertEqual(code, 0)
+        self.assertTrue(lines[0].endswith('web  POST /hooks/b?token=secret HTTP/1.1'))
+        self.assertEqual(lines[2:], ['', '?]0;evil?\N{REPLACEMENT CHARACTER}'])
+        self.assertTrue(all(map(str.isprintable, lines)))
+        self.assertEqual(self.kept('app')[1][-1], '{"n": 1}')
+
+    def test_it_deletes_what_is_named_and_says_so_to_the_server(self):
+        before = os.path.exists(os.path.join(self.shelf_there.folder, 'look'))
+        self.assertEqual(self.kept('--drop', 'app')[:2], (0, ['deleted: 1']))
+        self.assertEqual((before, self.shelf_there.touched() > 0), (False, True))
+        code, _, complaint = self.kept('--drop', 'app')
+        self.assertEqual(code, 1)
+        self.assertIn('nothing that waits is called app', complaint)
+        self.assertEqual(self.kept('--drop', 'all')[1], ['deleted: 1'])
+        self.assertEqual(self.kept()[:2], (0, []))
+
+    def test_now_is_for_the_server(self):
+        self.assertIn('2', self.kept('--now')[1][0])
+        self.assertGreater(self.shelf_there.touched(), 0)
+
+    def test_what_makes_no_sense_is_one_sentence(self):
+        for words, code, said in (
+                (['--state', '/nowhere'], 1, 'sudo'), (['x', '--now'], 2, 'not allowed with'),
+                (['\x1b[1m'], 1, 'nothing that waits is called')):
+            got, _, complaint = self.kept(*words)
+            self.assertEqual(got, code)
+            self.assertIn(said, complaint)
+            self.assertNotIn('\x1b', complaint)
+
+
 class KeepTest(FolderTest, WorldTest):
     """A server that keeps requests; its client is there or not."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'TOLD_WITHIN': 0.05}
@@ -12771,6 +12829,33 @@ class HandOverTest(CommandTest):
                 thread.join()
             os.kill(pid, signal.SIGTERM)
         self.assertEqual(set(answers), {(url, 200), (raw, 200)}, answers)
+
+
+class KeptAwayTest(CommandTest):
+    """A webhook waits on the disk of a server that is killed, and of its successor."""
+
+    def test_what_a_killed_server_has_kept_is_delivered_by_the_next(self):
+        site, app = self.server('--keep', 1), self.app()
+        words = ['client', app.port, '--server', site, '--name', 'app', '--keep', 'POST /*']
+        client = self.start(*words)
+        url = client.url()
+        client.interrupt()
+        self.assertEqual(fetch(url, '/x', 'POST', b'one')[0], 202)
+        self.relay.process.kill()
+        self.relay.ends()
+        self.relay = self.start('server', '--port', site.rpartition(':')[2], '--keep', 1)
+        self.relay.says('listening')
+        self.assertEqual(fetch(url, '/x', 'POST', b'two')[0], 202)
+        os.kill(self.relay.process.pid, signal.SIGUSR2)
+        pid = int(self.relay.says(r'process (\d+) serves').group(1))
+        try:
+            client = self.start(*words)
+            for n in 1, 2:
+                client.says(f'#{n} 200 POST /x')
+            self.assertIn('kept 2 webhooks waited for you', ' '.join(client.lines['err']))
+            until(lambda: self.command('kept')[1] == '')
+        finally:
+            os.kill(pid, signal.SIGTERM)
 
 
 class ExitCodeTest(CommandTest):
