@@ -2034,9 +2034,10 @@ class Head:
 
     `block` holds the header lines, each with its CR LF.  `fields` holds the values of known fields
     in lower case; repeated ones are joined with a comma (RFC 9110 5.3).  `connection` holds the
-    words of Connection, `minor` the 1 or 0 of the version.
+    words of Connection, `minor` the 1 or 0 of the version; `keep_alive` says that the sender wants
+    to use the connection again.
     """
-    __slots__ = ('minor', 'block', 'fields', 'connection', '_lower', '_onward')
+    __slots__ = ('minor', 'block', 'fields', 'connection', 'keep_alive', '_lower', '_onward')
 
     def __init__(self, minor: bytes, block: bytes) -> None:
         """Raises BadHttp."""
@@ -2057,6 +2058,8 @@ class Head:
                 raise BadHttp(400, f'Connection has more than {MAX_WORDS} words')
             if len(self.connection) > 1:
                 self.connection = [word.strip() for word in self.connection]
+        self.keep_alive = b'close' not in self.connection and (
+            minor == b'1' or b'keep-alive' in self.connection)
 
     def get(self, name: bytes) -> bytes:
         """Return the value of a known field as it came; b'' if there is none."""
@@ -2073,12 +2076,6 @@ class Head:
         """Return the value of the first field called NAME, known or not, as text; or ''."""
         found = re.search(rb'\n%b:[ \t]*([^\r]*)' % name, b'\n' + self.block, re.IGNORECASE)
         return found.group(1).decode('latin-1').rstrip() if found else ''
-
-    @property
-    def keep_alive(self) -> bool:
-        """True if the sender wants to use the connection again."""
-        return b'close' not in self.connection and (
-            self.minor == b'1' or b'keep-alive' in self.connection)
 
     def hop_by_hop(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> set[bytes]:
         """Return the names of the fields that must not go on, DROPPED ones too.  Raises BadHttp."""
@@ -2170,10 +2167,10 @@ class Request(Head):
         self.method, self.target = method, target
         known = recent_requests.get(len(block) % RECENT)
         if known is not None and known.block == block and known.minor == minor:
-            (self.minor, self.block, self.fields, self.connection, self._lower, self._onward,
-             self.host, self.host_name, self.upgrade) = (
-                 minor, block, known.fields, known.connection, known._lower, known._onward,
-                 known.host, known.host_name, known.upgrade)
+            (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
+             self._onward, self.host, self.host_name, self.upgrade) = (
+                 minor, block, known.fields, known.connection, known.keep_alive, known._lower,
+                 known._onward, known.host, known.host_name, known.upgrade)
         else:
             self._read(minor, block)
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
@@ -2220,21 +2217,21 @@ class Response(Head):
 
     `bodiless`: a response with this status never has a body or a length.
     """
-    __slots__ = ('status', 'reason', 'bodiless')
+    __slots__ = ('status', 'reason', 'bodiless', '_length')
 
     def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
         Head.__init__(self, minor, block)       # see Stream
         self.status, self.reason = int(status), reason
         self.bodiless = self.status < 200 or self.status == 204
+        self._length: int | None = None         # of a body, once it was asked for
 
     def body_length(self, method: bytes) -> int:
         """The length for METHOD: bytes, CHUNKED, UNTIL_CLOSE.  Raises BadHttp (RFC 9112 6.3)."""
-        length = UNTIL_CLOSE
-        if b'transfer-encoding' in self.fields:
-            length = chunked_only(self)
-        elif b'content-length' in self.fields:
-            length = content_length(self)
-        return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else length
+        if self._length is None:
+            self._length = (chunked_only(self) if b'transfer-encoding' in self.fields else
+                            content_length(self) if b'content-length' in self.fields else
+                            UNTIL_CLOSE)
+        return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else self._length
 
     def forwarded_block(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> bytes:
         """Return the header lines to pass on, without those DROPPED.  Raises BadHttp."""
