@@ -1126,31 +1126,6 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.close()
 
 
-BACKLOG = 1024                  # connections that wait to be accepted
-
-
-def bind(host: str, port: int) -> list[socket.socket]:
-    """Return sockets listening on PORT of HOST, '' for all IPv4 and IPv6.  Raises OSError."""
-    hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
-    bound: list[socket.socket] = []
-    try:
-        for address in hosts:
-            family = socket.AF_INET6 if ':' in address else socket.AF_INET
-            try:
-                bound.append(socket.create_server((address, port), family=family, backlog=BACKLOG))
-            except OSError as e:
-                last = not bound and address == hosts[-1]
-                if last or e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
-                    raise
-                continue        # this machine has no IPv6, or no IPv6 address
-            port = bound[-1].getsockname()[1]
-        return bound
-    except OSError:
-        for sock in bound:
-            sock.close()
-        raise
-
-
 async def end_task(task: asyncio.Task[Any]) -> None:
     """Cancel TASK and wait until it has ended.
 
@@ -3918,9 +3893,7 @@ class Onward:
         return block
 
 
-Sockets = List[socket.socket]
-
-
+BACKLOG = 1024                  # connections that wait to be accepted
 ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
 ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
 
@@ -3928,13 +3901,11 @@ ENTER_TURNS = 4                 # of the loop, until an accepted connection has 
 class Doors:
     """What a server listens on."""
 
-    def __init__(self, runtime: Runtime, inherited: dict[int, Sockets] | None = None) -> None:
+    def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self.guarded: list[GuardedDoor] = []    # a seam: where visitors take their time to come in
-        self.inherited = dict(inherited or {})  # what listens already, by port, until it is taken
         # A seam: who is told that the server ends, while all doors are still open.
         self.before_close: list[Callable[[], Awaitable[None]]] = []
-        self._bound: Sockets = []               # what was taken, and perhaps closed since
         self._plain: set[asyncio.AbstractServer] = set()
         self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
 
@@ -3942,17 +3913,6 @@ class Doors:
     def busy(self) -> bool:
         """True while somebody who was let in has yet to be served."""
         return any(door.busy for door in self.guarded)
-
-    def take(self, host: str, port: int) -> Sockets:
-        """What listens on PORT of HOST: inherited, or bound now.  Raises OSError."""
-        sockets = self.inherited.pop(port, None) or bind(host, port)
-        self._bound = [sock for sock in self._bound if sock.fileno() >= 0] + sockets
-        return sockets
-
-    def sockets(self) -> Sockets:
-        """All that listens, for a successor."""
-        return [sock for sockets in (self._bound, *self.inherited.values()) for sock in sockets
-                if sock.fileno() >= 0]
 
     async def open(self, sock: socket.socket, serve: Serve,
                    stays: bool = False) -> asyncio.AbstractServer:
@@ -4038,11 +3998,9 @@ class Server:
     def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
                  hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
                  max_tunnels: int = MAX_TUNNELS, budget: int = LEAST_BUDGET,
-                 only: bool = False, inherited: dict[int, Sockets] | None = None,
-                 trace: Trace | None = None) -> None:
+                 only: bool = False, trace: Trace | None = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any.  BUDGET of all sessions, in bytes.
-        ONLY: any Host of this machine reaches the one tunnel there is.  INHERITED are sockets that
-        listen already, by port.
+        ONLY: any Host of this machine reaches the one tunnel there is.
         """
         self.runtime, self.domain, self.log = runtime, domain.lower(), log
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
@@ -4051,7 +4009,7 @@ class Server:
         self.pages = Pages()            # a seam: of the server's own name, by path
         self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
         self.draining = False           # it ends: nobody new, and connections close
-        self.doors = Doors(runtime, inherited)
+        self.doors = Doors(runtime)
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
@@ -5306,7 +5264,7 @@ class Words:
 # 17. Files
 #
 # What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
-# one or the new one.
+# one or the new one.  And what a server leaves to the next: its lock, and the sockets that listen.
 # ------------------------------------------------------------------------------------------------
 
 def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
@@ -5493,6 +5451,31 @@ def state_folder(given: str | None) -> str:
             or user_folder('XDG_STATE_HOME', '~/.local/state'))
 
 
+Sockets = List[socket.socket]
+
+
+def bind(host: str, port: int) -> list[socket.socket]:
+    """Return sockets listening on PORT of HOST, '' for all IPv4 and IPv6.  Raises OSError."""
+    hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
+    bound: list[socket.socket] = []
+    try:
+        for address in hosts:
+            family = socket.AF_INET6 if ':' in address else socket.AF_INET
+            try:
+                bound.append(socket.create_server((address, port), family=family, backlog=BACKLOG))
+            except OSError as e:
+                last = not bound and address == hosts[-1]
+                if last or e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                continue        # this machine has no IPv6, or no IPv6 address
+            port = bound[-1].getsockname()[1]
+        return bound
+    except OSError:
+        for sock in bound:
+            sock.close()
+        raise
+
+
 FIRST_PASSED = 3            # SD_LISTEN_FDS_START
 
 
@@ -5512,6 +5495,45 @@ def inherited_sockets() -> dict[int, Sockets]:
                                  f'({plainly(e)})') from e
             sock.set_inheritable(False)
     return found
+
+
+class Listening:
+    """The sockets on which a server listens."""
+
+    def __init__(self, inherited: Mapping[int, Sockets]) -> None:
+        self.inherited = dict(inherited)        # what listens already, by port, until it is taken
+        self._taken: Sockets = []               # and perhaps closed since
+
+    def take(self, host: str, port: int) -> Sockets:
+        """What listens on PORT of HOST: inherited, or bound now.  Raises OSError."""
+        sockets = self.inherited.pop(port, None) or bind(host, port)
+        self._taken = [sock for sock in self._taken if sock.fileno() >= 0] + sockets
+        return sockets
+
+    def at(self, host: str, port: int) -> Sockets:
+        """The same; 0 is the next one inherited.  Raises LocaltunnelError."""
+        if self.inherited and not port:
+            port = next(iter(self.inherited))
+        try:
+            return self.take(host, port)
+        except OSError as e:
+            cure = 'choose another port with --port, --tls-port, --admin or --mail-port'
+            if e.errno == errno.EACCES:
+                cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
+                        f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
+            elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
+                cure = 'this machine does not have that address; give --bind one that it has'
+            elif e.errno == errno.EADDRINUSE:
+                cure = f'another program is listening there; stop it, or {cure}'
+            else:
+                cure = f'{e.strerror}; {cure}'
+            raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
+                                   f'{cure}') from e
+
+    def all(self) -> Sockets:
+        """Those that are open, for a successor."""
+        return [sock for sockets in (self._taken, *self.inherited.values()) for sock in sockets
+                if sock.fileno() >= 0]
 
 
 @contextlib.contextmanager
@@ -5607,7 +5629,10 @@ class Annex:
         """
 
     async def at_server(self, args: Args, server: Server) -> None:
-        """Plug in at SERVER, before it listens; `args.sources` are read again when they change."""
+        """Plug in at SERVER, before it listens.
+
+        `args.listening` has the sockets; `args.sources` are read again when they change.
+        """
 
     def checks(self, args: Args) -> Sequence[Check]:
         """What is to be looked at on the machine of a server; each by the name of its function."""
@@ -5887,28 +5912,6 @@ def original() -> bytes:
     except (OSError, ValueError, AttributeError) as e:
         raise UsageError('this came through a pipe, so there is no file to read; save it first, '
                          'with curl -O') from e
-
-
-def listen_at(server: Server, host: str, port: int) -> Sockets:
-    """What listens on PORT of HOST; 0 is the next one inherited.  Raises LocaltunnelError."""
-    doors = server.doors
-    if doors.inherited and not port:
-        port = next(iter(doors.inherited))
-    try:
-        return doors.take(host, port)
-    except OSError as e:
-        cure = 'choose another port with --port, --tls-port, --admin or --mail-port'
-        if e.errno == errno.EACCES:
-            cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
-                    f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
-        elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-            cure = 'this machine does not have that address; give --bind one that it has'
-        elif e.errno == errno.EADDRINUSE:
-            cure = f'another program is listening there; stop it, or {cure}'
-        else:
-            cure = f'{e.strerror}; {cure}'
-        raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
-                               f'{cure}') from e
 
 
 async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = NEVER) -> Response:
@@ -7148,11 +7151,12 @@ class TcpRecord(Record):
 class TcpPorts(Kind):
     """The ports of raw TCP tunnels, on a server."""
 
-    def __init__(self, server: Server, host: str, ports: Sequence[int]) -> None:
+    def __init__(self, server: Server, listening: Listening, host: str,
+                 ports: Sequence[int]) -> None:
         """Bind PORTS of HOST, as they are needed."""
-        self._server, self._host, self._ports = server, host, ports
-        self._inherited = {port: server.doors.take(host, port)      # until their clients are back
-                           for port in tuple(server.doors.inherited) if port in ports}
+        self._server, self._listening, self._host, self._ports = server, listening, host, ports
+        self._inherited = {port: listening.take(host, port)     # until their clients are back
+                           for port in tuple(listening.inherited) if port in ports}
         self._at: dict[int, Tunnel] = {}        # who has which port
         self._bound: dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
         self._doors: dict[Tunnel, list[asyncio.AbstractServer]] = {}
@@ -7200,7 +7204,7 @@ class TcpPorts(Kind):
                 self._close(old)
             try:
                 sockets = (self._inherited.pop(port, None)
-                           or self._server.doors.take(self._host, port))
+                           or self._listening.take(self._host, port))
             except OSError:
                 continue        # another program listens there
             try:
@@ -7298,7 +7302,7 @@ class RawTcp(Annex):
         app.kinds['tcp'] = functools.partial(self.serve, app)
 
     async def at_server(self, args: Args, server: Server) -> None:
-        TcpPorts(server, args.bind, args.tcp_ports)
+        TcpPorts(server, args.listening, args.bind, args.tcp_ports)
 
     @staticmethod
     async def serve(app: App, stream: Stream) -> None:
@@ -8016,7 +8020,7 @@ class Certificates(Annex):
                 read_secret(key, 'may pose as this server; remove it to get another, with a new '
                             '--pin', lambda text: server.log.note(f'warning: {text}'))
         try:
-            sockets = listen_at(server, args.bind, args.tls_port)
+            sockets = args.listening.at(args.bind, args.tls_port)
         except LocaltunnelError:
             if not pin:
                 raise
@@ -8768,7 +8772,7 @@ class Acme(Annex):
             raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
                              'resolv.conf that names one')
         client_tls(args.acme_ca)        # or say at once why not
-        sockets = listen_at(server, args.bind, args.tls_port)
+        sockets = args.listening.at(args.bind, args.tls_port)
         path = os.path.join(args.state, 'acme-certificate.pem')
         server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
         args.sources.all.append(tls)
@@ -8881,7 +8885,7 @@ class HandOver(Annex):
             await look_until(lambda: all(member.session.connection
                                          for member in server.tunnels.members()), SETTLE)
             await server.admission.close()
-            child = await start_successor(server.runtime, server.doors.sockets(), args.lock)
+            child = await start_successor(server.runtime, args.listening.all(), args.lock)
             if child:
                 log.note(f'process {child} serves from now on')
                 return notify_systemd(log, f'MAINPID={child}\nREADY=1')
@@ -9231,7 +9235,7 @@ class Operator(Annex):
             metrics = Metrics(server)
             both: Any = Observers(server.log, metrics)
             server.log = both
-            for sock in listen_at(server, *args.admin):
+            for sock in args.listening.at(*args.admin):
                 page = OperatorPage(server, metrics, health)
                 await server.doors.open(sock, page.serve, stays=True)
 
@@ -10613,7 +10617,7 @@ class Mail(Annex):
             raise UsageError('--mail needs a --domain with a name: mail goes to NAME.DOMAIN')
         server.admission.offers['mail'] = note_of_wish
         office = PostOffice(server)
-        for sock in listen_at(server, args.bind, args.mail_port):
+        for sock in args.listening.at(args.bind, args.mail_port):
             await server.doors.open(sock, lambda sender: Postman(office, sender).serve())
         if not is_loopback(args.domain):
             server.log.note(f'for mail, {mx_record(args.domain)}')
@@ -17375,10 +17379,9 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
                     rate=args.rate, max_tunnels=args.max_tunnels,
                     budget=args.buffer * MIB or process_budget(),
-                    only=is_address(args.domain),
-                    inherited=inherited_sockets(),
-                    trace=log.frame if args.verbose else None)
-    sockets = listen_at(server, args.bind, args.port)
+                    only=is_address(args.domain), trace=log.frame if args.verbose else None)
+    args.listening = Listening(inherited_sockets())
+    sockets = args.listening.at(args.bind, args.port)
     args.sources = Sources(server)
     equip(server)
     if args.trust_proxy:
@@ -17387,7 +17390,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
         await annex.at_server(args, server)
     for sock in sockets:
         await server.listen(sock)
-    for port, unused in sorted(server.doors.inherited.items()):
+    for port, unused in sorted(args.listening.inherited.items()):
         log.note(f'warning: a socket was passed that listens on port {port}, which is none of '
                  '--port, --tls-port, --admin and --tcp-ports; nobody answers there')
         for sock in unused:

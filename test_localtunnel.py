@@ -2663,7 +2663,8 @@ class WorldTest(LoopTest):
         if self.leases:         # of the server before
             self.server.admission.leases = self.leases
         self.leases = self.server.admission.leases
-        lt.TcpPorts(self.server, host, ports)
+        self.listens = lt.Listening({})
+        lt.TcpPorts(self.server, self.listens, host, ports)
         self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
         self.port = self.door = await self.listen(port)
 
@@ -5984,7 +5985,7 @@ class AcmeTest(FolderTest, WorldTest):
             '--bind', self.where, '--state', self.folder, '--dns-port', str(self.dns_port),
             '--dns-bind', '127.0.0.1', '--resolver', f'127.0.0.1:{self.resolver}', '--acme-ca',
             self.write('ca.pem', CERTIFICATE), '--acme-directory', self.directory, *options])
-        args.port, args.sources = self.port, self.sources
+        args.port, args.sources, args.listening = self.port, self.sources, self.listens
         return args
 
     async def acme(self, *options, domain='t.example'):
@@ -7893,9 +7894,10 @@ class MailTest(FolderTest, WorldTest):
     async def mail_world(self, answer=OK, raw=False, domain='localhost', **options):
         """A world where app.localhost takes mail, for /in."""
         await self.world(domain=domain)
-        await lt.Mail().at_server(lt.Args(mail=True, mail_port=0, bind='127.0.0.1', domain=domain),
-                                  self.server)
-        self.mail_port = self.server.doors.sockets()[-1].getsockname()[1]
+        args = lt.Args(mail=True, mail_port=0, bind='127.0.0.1', domain=domain,
+                       listening=self.listens)
+        await lt.Mail().at_server(args, self.server)
+        self.mail_port = self.listens.all()[-1].getsockname()[1]
         self.taking = await self.app(answer)
         self.taker = await self.client(self.taking, name='app', mail='/in', mail_raw=raw, **options)
 
@@ -15798,7 +15800,7 @@ class HelloTest(HostileTest):
                              (101, goes_on))
         with lt.bind('127.0.0.1', 0)[0] as sock:
             port = sock.getsockname()[1]
-        lt.TcpPorts(self.server, '127.0.0.1', [port, 1])
+        lt.TcpPorts(self.server, self.listens, '127.0.0.1', [port, 1])
         tcp = {'kind': 'tcp', 'proof': '44' * 32, 'name': None, 'instance': '55' * 16}
         self.assertEqual(await resumed('B', **tcp), (101, None))
         mine = {'session': self.server.tunnels.members()[1].id, 'received': 0}
