@@ -6900,7 +6900,7 @@ class Cluster(Annex):
 
 MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
 MAX_HELD_IN_ALL = 1000
-MAX_GUESSED = 500               # of these, for clients that may come from other servers
+MAX_GUESSED = 500               # of these, for clients of other servers; half for one address
 UNHEARD = 3.0                   # for one of whom nothing is known here: they come in under 2 s
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
@@ -6930,7 +6930,7 @@ class Held(Waits):
         of VISITOR.
         """
         return (self.count < MAX_GUESSED
-                and self._from.get(subnet_of(visitor.address), 0) < MAX_HELD)
+                and self._from.get(subnet_of(visitor.address), 0) < MAX_GUESSED // 2)
 
     async def wait(self, key: str, visitor: Visitor, seconds: float) -> bool:
         """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""

@@ -4990,18 +4990,18 @@ class ClusterTest(FolderTest, WorldTest):
         def visit(number, address):
             return self.visit(f'calm-otter-{"a" * 11}{"abcdefgh"[number]}.localhost',
                               fields=f'X-Forwarded-For: {address}')
-        with self.constant(MAX_HELD=2, MAX_GUESSED=3):
-            for n, address in enumerate(('192.0.2.1', '192.0.2.1', '192.0.2.2')):
+        with self.constant(MAX_GUESSED=4):
+            for n, address in enumerate(('192.0.2.1', '192.0.2.1', '192.0.2.2', '192.0.2.2')):
                 self.meanwhile(visit(n, address))
                 await eventually(lambda: tunnels.waits.count == n + 1)
                 if n == 1:
-                    self.assertEqual((await visit(3, '192.0.2.1'))[0], 503)
-            self.assertEqual((await visit(4, '192.0.2.3'))[0], 503)
+                    self.assertEqual((await visit(4, '192.0.2.1'))[0], 503)
+            self.assertEqual((await visit(5, '192.0.2.3'))[0], 503)
             _, _, peer = await self.claims(self.ME, 1)
             peer.reset()
             await eventually(lambda: not tunnels.get('shop').pick())
             await self.asks('shop')
-        self.assertEqual(tunnels.waits.count, 4)
+        self.assertEqual(tunnels.waits.count, 5)
 
     # TLS that a balancer passes on.
 
