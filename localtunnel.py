@@ -15875,11 +15875,8 @@ class Parser(argparse.ArgumentParser):
         put(file or sys.stderr, message)
 
     def parse_args(self, words: Sequence[str]) -> Args:     # type: ignore[override]
-        """What WORDS say.
-
-        `after` are those after a client's `--`, which are another command, `said` are all.
-        """
-        words, said = list(words), list(words)
+        """What WORDS say.  `after` are those after a client's `--`, which are another command."""
+        words = list(words)
         for command in self.commands.values():
             command.typed.clear()
         if words[:1] == ['help']:
@@ -15891,7 +15888,7 @@ class Parser(argparse.ArgumentParser):
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
-        args.after, args.tunnel, args.said = tuple(words[end + 1:]), '', said
+        args.after, args.tunnel = tuple(words[end + 1:]), ''
         if args.command == 'client' and not args.config:
             if not args.target:
                 self.commands['client'].error('the following arguments are required: TARGET')
@@ -16855,8 +16852,9 @@ def server_args(words: Sequence[str]) -> Args:
         raise UsageError(f'{args.config} has no section [server]; write one, with the options of '
                          'the server as its keys')
     own = file.words('server', parser, 'server', {'help', 'config'}, options_in(typed))
-    args = parser.parse_args([words[0], *own, *words[1:]])
-    args.again = functools.partial(server_args, words)
+    said = [words[0], *own, *words[1:]]
+    args = parser.parse_args(said)
+    args.said, args.again = said, functools.partial(server_args, words)
     return args
 
 
@@ -16909,7 +16907,7 @@ def plan_of(file: ConfigFile, name: str, parser: Parser, words: Sequence[str]) -
         if 'target' not in file.sections[name]:
             raise UsageError(f'[{name}] needs a target, such as: target = 8000')
         args = parser.parse_args(words)
-        args.tunnel, at = name, 'target'
+        args.said, args.tunnel, at = words, name, 'target'
         target = find_target(args)
         at = 'join' if args.join else 'server'
         known = known_server(args)
@@ -17442,6 +17440,7 @@ def command(words: Sequence[str]) -> int:
         if any(re.search('[\ud800-\udfff]', word) for word in words):
             raise UsageError('the command line is not valid UTF-8')
         args = parser.parse_args(words)
+        args.said = words
         if args.command != 'client' and getattr(args, 'config', None):
             args = server_args(words)
         args.as_client, args.remember, args.do = as_client, keep_joined, command

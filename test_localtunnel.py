@@ -11608,7 +11608,7 @@ class ScreenTest(unittest.TestCase):
 
     def test_of_several_tunnels_each_line_says_whose_it_is(self):
         keys = {}
-        terminal = self.terminal(columns=100, name='web', keys=keys)
+        terminal = self.terminal(columns=100, name='web', keys=keys, source='--server')
         terminal.watched('http://127.0.0.1:4040')
         terminal.ready('https://a.example', '', .0234)
         terminal.exchange(self.record(), 0.012)
@@ -12294,7 +12294,9 @@ class TunnelFileTest(FolderTest):
     def plans(self, text, *words, before=()):
         path = self.write('ini', text)
         os.chmod(path, 0o600)
-        args = lt.make_parser().parse_args(['client', '--config', path, *words])
+        said = ['client', '--config', path, *words]
+        args = lt.make_parser().parse_args(said)
+        args.said = said
         return lt.plans_of(args, dict(before))
 
     def test_a_section_is_what_would_be_typed_and_what_is_typed_wins(self):
@@ -12369,8 +12371,9 @@ class SectionsTest(WorldTest, FolderTest):
     async def begin(self, *words):
         self.out = self.stack.enter_context(contextlib.redirect_stdout(io.StringIO()))
         self.err = self.stack.enter_context(contextlib.redirect_stderr(io.StringIO()))
-        args = lt.make_parser().parse_args(
-            ['client', '--config', self.path('ini'), '--json', '--inspect=0', *words])
+        said = ['client', '--config', self.path('ini'), '--json', '--inspect=0', *words]
+        args = lt.make_parser().parse_args(said)
+        args.said = said
         self.sections = lt.Sections(self.runtime, args)
         await self.sections.change(lt.plans_of(args, {}))
         self.stack.push_async_callback(self.sections.end)
