@@ -3020,7 +3020,8 @@ class Exchange(Record):
 # ------------------------------------------------------------------------------------------------
 # 9. Tunnels
 #
-# Who serves which name, and who waits for it.  Knows no tokens, and not what a request asks for.
+# Who serves which name, and which visitors may come to it.  Knows no tokens, and not what a request
+# asks for.
 # ------------------------------------------------------------------------------------------------
 
 class Visitor:
@@ -3104,8 +3105,8 @@ class Visitor:
         return future.done()
 
 
-# May this visitor come to the tunnel of this key, by this client?  Takes the header lines of the
-# request (none for raw TCP) and returns them as they go on, or raises HopFailed.
+# Decides whether a visitor may come to the tunnel of a key, by one client: takes the header lines
+# of the request (none for raw TCP) and returns them as they go on, or raises HopFailed.
 Gate = Callable[[str, Visitor, bytes], bytes]
 # What makes a gate of a rule, by the word of a hello that has it.  Raises ValueError and the like.
 Gates = Mapping[str, Callable[[Any], Gate]]
@@ -3504,13 +3505,13 @@ class Admission:
         self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         self._look_at = 0.0                     # when all tokens are looked at again
-        self._turn = asyncio.Lock()             # for who changes what others have looked at
+        self.turn = asyncio.Lock()             # for who changes what others have looked at
         runtime.swept.add(self)
 
     async def close(self) -> None:
         """Let nobody else in, and wait for the one who is about to come in."""
         self.closed = True
-        async with self._turn:
+        async with self.turn:
             pass
 
     def sweep(self, now: float, at_once: bool) -> None:
@@ -3531,23 +3532,6 @@ class Admission:
         for kind in self.kinds.values():
             kind.sweep()
 
-    async def end(self, name: str, lease: bool, why: str) -> bool:
-        """End what serves NAME, with LEASE free it too; return whether there was anything.
-
-        Raises Refused.
-        """
-        async with self._turn:
-            if lease and self.closed:
-                raise Refused(503, 'draining', 'this server ends; ask the next one')
-            found = self._tunnels.end(name, why)
-            for key, kind in self.kinds.items() if lease else ():
-                tunnel = self._tunnels.get(tunnel_key(name, key))
-                found |= tunnel is not None and await kind.free(tunnel)
-            freed = lease and await self.leases.save(self.leases.free(name))
-            if freed:
-                audit(self._tunnels.log, 'released', {**UNSERVED, 'name': name}, reason=why)
-            return found | freed
-
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
         """The member that a session request becomes, and its tunnel; and how many bytes its client
@@ -3561,7 +3545,7 @@ class Admission:
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
-        async with self._turn:      # one after the other: what was looked at stays so
+        async with self.turn:      # one after the other: what was looked at stays so
             asked.visitor.connection.check()
             asked.tunnel = self._find(asked)
             goes_on = self._resumed(asked)      # an attempt before this one came in meanwhile
@@ -3706,7 +3690,7 @@ class Admission:
 
     async def note(self, name: str, **facts: str) -> None:
         """Add FACTS to the lease of NAME.  Raises Refused."""
-        async with self._turn:
+        async with self.turn:
             await self.leases.save(self.leases.note(name, **facts))
 
     def check_limits(self, owner: str, asked: Candidate) -> None:
@@ -3795,7 +3779,7 @@ class Admission:
 # ------------------------------------------------------------------------------------------------
 
 class Visitors:
-    """All visitors' connections; see Bounded for one that keeps room among them."""
+    """All visitors' connections; here there is room for as many as come."""
 
     def __init__(self, runtime: Runtime) -> None:
         self.front: Front | None = None         # a seam: who stands in front and brings them
@@ -9149,6 +9133,25 @@ class Metrics(Observer):
                 yield metric('process_' + name, kind, text, value)
 
 
+async def end_tunnels(server: Server, name: str, lease: bool, why: str) -> bool:
+    """End what serves NAME, with LEASE free it too; return whether there was anything.
+
+    Raises Refused.
+    """
+    admission, tunnels = server.admission, server.tunnels
+    async with admission.turn:
+        if lease and admission.closed:
+            raise Refused(503, 'draining', 'this server ends; ask the next one')
+        found = tunnels.end(name, why)
+        for key, kind in admission.kinds.items() if lease else ():
+            tunnel = tunnels.get(tunnel_key(name, key))
+            found |= tunnel is not None and await kind.free(tunnel)
+        freed = lease and await admission.leases.save(admission.leases.free(name))
+        if freed:
+            audit(server.log, 'released', {**UNSERVED, 'name': name}, reason=why)
+        return found | freed
+
+
 class OperatorPage:
     """The operator's page (--admin): /healthz, /metrics, /tunnels."""
 
@@ -9187,8 +9190,8 @@ class OperatorPage:
             return 'application/json', json.dumps(self.tunnels()).encode() + b'\n'
         if not path.startswith('/tunnels/') or request.method != b'DELETE':
             raise HopFailed(404, 'try /healthz, /metrics, /tunnels or DELETE /tunnels/NAME')
-        if not await server.admission.end(path[len('/tunnels/'):].lower(), query == 'lease=1',
-                                          'the operator of the server ended this tunnel'):
+        if not await end_tunnels(server, path[len('/tunnels/'):].lower(), query == 'lease=1',
+                                 'the operator of the server ended this tunnel'):
             raise HopFailed(404, 'there is no such tunnel')
         return 'text/plain', b'ended\n'
 

@@ -3260,7 +3260,7 @@ class AdmissionTest(WorldTest):
         page = lt.OperatorPage(self.server, lt.Metrics(self.server), None)
         names = {tunnel['name'] for tunnel in page.tunnels()}
         self.assertEqual((len(names), len(self.server.tunnels.members())), (1, 2))
-        self.assertTrue(await self.server.admission.end(names.pop(), True, 'the test'))
+        self.assertTrue(await lt.end_tunnels(self.server, names.pop(), True, 'the test'))
         self.assertEqual((self.server.tunnels.members(), self.leases.by_name), ([], {}))
 
     def test_an_address_of_ipv6_counts_with_all_of_its_64(self):
@@ -3275,7 +3275,7 @@ class AdmissionTest(WorldTest):
         await self.hello('one', name='a', share=True, instance='44' * 16)
         await self.hello('two', name='b', proof='33' * 32)
         self.assertEqual(sorted(self.server.tunnels.served.values()), [1, 1])
-        await self.server.admission.end('a', False, 'the test')
+        await lt.end_tunnels(self.server, 'a', False, 'the test')
         self.assertEqual(list(self.server.tunnels.served), [lt.digest_of('two')])
 
     async def test_the_log_tells_what_became_of_each_tunnel(self):
@@ -3283,7 +3283,7 @@ class AdmissionTest(WorldTest):
         for words in ({}, {'started': 2, 'version': '9 user=root\x1b' * 99},
                       {'name': 'x\n"' * 99}, {'token': 'wrong', 'version': '1.0'}):
             await self.hello(**{'token': 'letmein', 'name': 'app', **words})
-        await self.server.admission.end('app', False, 'the operator says so')
+        await lt.end_tunnels(self.server, 'app', False, 'the operator says so')
         first, second = self.log.events('opened')
         whose = {'name': 'app', 'user': '', 'client': '127.0.0.1', 'version': ''}
         self.assertEqual(first, {'event': 'opened', 'url': 'http://app.localhost', **whose,
@@ -3312,7 +3312,7 @@ class AdmissionTest(WorldTest):
         await self.hello(name='app', version='1.0', started=2, release=True)
         self.assertEqual((await self.hello(name='app', version='1.0'))[1], 101)
         self.server.tunnels.members()[0].session.end(lt.Disconnected('it left'))
-        await self.server.admission.end('app', True, 'the operator says so')
+        await lt.end_tunnels(self.server, 'app', True, 'the operator says so')
         theirs, ours = self.log.events('released')
         self.assertEqual((theirs['name'], theirs['client'], theirs['version'], theirs['reason']),
                          ('app', '127.0.0.1', '1.0', 'the name was given back'))
@@ -3529,7 +3529,7 @@ class SlowDiskTest(WorldTest):
             self.go.set()
             self.assertEqual([(await task)[1] for task in (waiting, late)], [101, told])
             self.assertEqual(list(self.leases.by_name), ['a'])
-            await self.server.admission.end('a', True, 'the test')
+            await lt.end_tunnels(self.server, 'a', True, 'the test')
             self.go.clear()
             self.writing.clear()
 
@@ -3585,7 +3585,7 @@ class SlowDiskTest(WorldTest):
         self.assertEqual([(await task)[1] for task in (waiting, late)], [101, 503])
         self.assertEqual([list(changes) for changes in self.written], [['a']])
         with self.assertRaises(lt.Refused):     # nor is a lease freed for the successor
-            await self.server.admission.end('a', True, 'the test')
+            await lt.end_tunnels(self.server, 'a', True, 'the test')
 
 
 class AskTest(WorldTest):
@@ -10487,7 +10487,7 @@ class ErrorPageTest(WorldTest):
         tunnels = self.server.tunnels
         await eventually(lambda: not tunnels.get('stopped').members)
         await self.client(await self.app(), name='ended')
-        await self.server.admission.end('ended', False, 'the operator of the server ended this')
+        await lt.end_tunnels(self.server, 'ended', False, 'the operator of the server ended this')
         await eventually(lambda: not self.server.visitors)
         for name, words in (
                 ('lost', ('The client of lost is away; try again soon.', 'It comes back by')),
