@@ -10081,11 +10081,10 @@ QUOTES = re.compile(r'-- ?$|On .* wrote:$|-{3,} ?(Original|Forwarded) [Mm]essage
 
 TOO_LARGE = f'552 5.3.4 a message may have {MAX_MAIL} bytes'
 TOO_MUCH = '452 4.3.1 there is too much mail at once; try again later'
-REPLIES = {                     # to commands that change nothing
+REPLIES = {                     # to commands that do nothing else
     'NOOP': '250 2.0.0 OK', 'RSET': '250 2.0.0 OK', 'VRFY': '252 2.5.2 send mail, and see',
-    'EXPN': '502 5.5.1 there are no lists here', 'HELP': '214 2.0.0 as RFC 5321 has it'}
-
-Field = Tuple[str, bytes, str, str]     # of a form: name, value, file name, type
+    'EXPN': '502 5.5.1 there are no lists here', 'HELP': '214 2.0.0 as RFC 5321 has it',
+    'QUIT': '221 2.0.0 goodbye'}
 
 
 def decoded(data: bytes, charset: str = '') -> str:
@@ -10148,8 +10147,11 @@ def without_quotes(text: str) -> str:
     return '\r\n'.join(new).strip()
 
 
-def read_mail(raw: BinaryIO) -> Iterator[Field]:
-    """What a form has of the message in RAW.  Raises anything for what was made to break it."""
+def read_mail(raw: BinaryIO) -> Iterator[tuple[str, bytes, str, str]]:
+    """(name, value, file name, type) of the fields of a form for the message in RAW.
+
+    Raises anything for what was made to break it.
+    """
     deadline = time.monotonic() + DECODED_WITHIN
 
     def bound(passes: bool) -> None:
@@ -10215,11 +10217,10 @@ def compose(boundary: str, sender: str, to: str, raw: BinaryIO, form: BinaryIO) 
 
 
 class Reply(LocaltunnelError):
-    """What a sender is told instead of yes; the LAST thing before its connection ends."""
+    """What a sender is told instead of yes; with a code of FAREWELLS its connection ends."""
 
-    def __init__(self, text: str, last: bool = False) -> None:
-        super().__init__(text)
-        self.last = last
+
+FAREWELLS = '221', '421', '521'
 
 
 def verdict_on(status: int, text: str) -> str:
@@ -10303,6 +10304,7 @@ class PostOffice:
             body.seek(0)
 
             def message() -> Iterator[bytes]:
+                visitor.connection.check()      # who is gone will come again
                 if self.wish_of(letter.name) != letter.wish:    # another client is there by now
                     raise HopFailed(503, f'{letter.name} has changed; try again later')
                 yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
@@ -10351,7 +10353,7 @@ class Postman:
         try:
             if visitor.refusal or sum(senders.values()) > MAX_SENDERS or (
                     senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
-                raise Reply('421 4.3.2 too many connections; try again later', last=True)
+                raise Reply('421 4.3.2 too many connections; try again later')
             await self._converse()
         except Reply as e:
             with contextlib.suppress(LocaltunnelError, OSError):
@@ -10376,18 +10378,18 @@ class Postman:
                 await asyncio.sleep(0)
             line = await self._line()
             if self._server.draining:
-                raise Reply('421 4.3.2 this server is shutting down', last=True)
+                raise Reply('421 4.3.2 this server is shutting down')
             try:
                 reply = await self._answer(line)
             except HopFailed as e:
                 reply = verdict_on(e.status, str(e))
             except Reply as e:
-                if e.last:
-                    raise
                 reply = str(e)
+            if reply[:3] in FAREWELLS:
+                raise Reply(reply)
             self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
             if self._commands > MAX_COMMANDS or self._wrong > MAX_WRONG_COMMANDS:
-                raise Reply('421 4.7.0 too many commands that lead to nothing', last=True)
+                raise Reply('421 4.7.0 too many commands that lead to nothing')
 
     async def _answer(self, line: str) -> str:
         """The reply to the command in LINE.  Raises Reply and HopFailed."""
@@ -10408,8 +10410,6 @@ class Postman:
             await begin_tls(self._connection, self._tls)
             self._helo, self._letter = '', None
             return ''
-        if verb == 'QUIT':
-            raise Reply('221 2.0.0 goodbye', last=True)
         if verb == 'RSET':
             self._letter = None
         return REPLIES.get(verb, '500 5.5.1 this command is not known here')
@@ -10425,13 +10425,13 @@ class Postman:
             if end:
                 return here[:end]
             if len(here) >= MAX_MAIL_LINE:
-                raise Reply('500 5.5.2 this line is too long', last=True)
+                raise Reply('521 5.5.2 this line is too long')
             left = min(most, deadline - connection.runtime.now())
             try:
                 if not await connection.wait_for_data(max(0.0, left)):
                     raise Disconnected('the sender went away')
             except Overdue as e:
-                raise Reply('421 4.4.2 this takes too long', last=True) from e
+                raise Reply('421 4.4.2 this takes too long') from e
 
     def _take(self, lines: bytes, size: int) -> bytes:
         """Read SIZE bytes, which are LINES.  Raises Reply for what others may take for more lines.
@@ -10439,9 +10439,9 @@ class Postman:
         They differ in what a bare CR or LF means (SMTP smuggling), and how long a line may be.
         """
         if not lines.count(b'\n') == lines.count(b'\r') == lines.count(b'\r\n'):
-            raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone', last=True)
+            raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone')
         if max(map(len, lines.split(b'\n'))) >= MAX_MAIL_LINE:
-            raise Reply('500 5.5.2 this line is too long', last=True)
+            raise Reply('521 5.5.2 this line is too long')
         self._connection.read_nowait(size)
         return lines
 
@@ -10464,7 +10464,7 @@ class Postman:
             if size > MAX_MAIL:
                 why = TOO_LARGE
                 if size > 2 * MAX_MAIL:
-                    raise Reply(why, last=True)
+                    raise Reply('521' + why[3:])
             elif not self._office.disk.take(len(lines)):
                 why = TOO_MUCH
             else:
@@ -10569,7 +10569,7 @@ class Postman:
                 self._server.log.note('mail for the postmaster', event='postmaster', mail=text)
                 return f'250 2.0.0 delivered, as {letter.id}'
         except OSError as e:
-            raise Reply('452 4.3.1 there is no room on the disk', last=True) from e
+            raise Reply('421 4.3.1 there is no room on the disk') from e
         finally:
             self._letter = None
             budget.give(MAIL_HELD)

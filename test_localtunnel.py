@@ -7985,13 +7985,13 @@ class SmtpTest(MailTest):
     async def test_lines_have_a_bound_and_so_have_messages(self):
         await self.mail_world()
         line = 'x' * (lt.MAX_MAIL_LINE - 2)
-        for message, reply in ((line, '250'), (line + 'x', '500'), (9 * line, '500')):
+        for message, reply in ((line, '250'), (line + 'x', '521'), (9 * line, '521')):
             with self.subTest(len(message)):
                 self.assertEqual((await (await self.sender()).sends(message))[:3], reply)
         for command in 'NOOP ' + line, 99 * line:
-            self.assertEqual((await (await self.sender()).says(command))[:3], '500')
+            self.assertEqual((await (await self.sender()).says(command))[:3], '521')
         with self.constant(MAX_MAIL=50000):
-            for size, reply in (49990, '250'), (50001, '552'), (200000, '552'):
+            for size, reply in (49990, '250'), (50001, '552'), (200000, '521'):
                 sender = await self.sender()
                 self.assertEqual((await sender.sends(size // 50 * ('x' * 48 + '\r\n')))[:3], reply)
                 if size < 100000:
@@ -8125,6 +8125,25 @@ class DeliveryTest(MailTest):
             await self.leaves(self.clients.pop())
             self.assertEqual((await sender.says('MAIL FROM:<>', 'RCPT TO:<a@app.localhost>'))[:3],
                              '451')
+
+    async def test_who_goes_away_before_it_is_posted_will_come_again(self):
+        await self.mail_world()
+        begun, goes_on, compose = threading.Event(), threading.Event(), lt.compose
+
+        def slow(*args):
+            begun.set()
+            goes_on.wait(PATIENCE)
+            compose(*args)
+        with unittest.mock.patch.object(lt, 'compose', slow):
+            sender = await self.sender()
+            await sender.begins('a@app.localhost')
+            sender.send(b'hello\r\n.\r\n')
+            await eventually(begun.is_set)
+            sender.reset()
+            await eventually(lambda: all(v.connection.error for v in self.server.visitors))
+            goes_on.set()
+            await eventually(lambda: not self.server.visitors)
+        self.assertEqual(self.taking.requests, [])
 
     async def test_a_name_that_wanted_mail_is_known_when_its_client_is_away(self):
         await self.mail_world()
