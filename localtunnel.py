@@ -4275,28 +4275,8 @@ class Server:
 # ------------------------------------------------------------------------------------------------
 # 12. Places
 #
-# Where the app and the server are, as users write it; how they are reached, and in one sentence,
-# why not.
+# Where the app and the server are, and how they are reached.
 # ------------------------------------------------------------------------------------------------
-
-HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
-
-
-def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
-    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
-    try:
-        parts = urllib.parse.urlsplit(text)
-        host, port = parts.hostname, parts.port
-    except ValueError as e:
-        raise UsageError(f'{text} is not a URL: {e}') from e
-    if parts.username or parts.password:        # which is not repeated
-        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, without user and password')
-    if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
-            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
-        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, not {text}')
-    path = parts.path + ('?' + parts.query if parts.query else '')
-    return parts.scheme, host, port or USUAL_PORTS[parts.scheme], path
-
 
 class Target:
     """What a tunnel leads to, and its kind.
@@ -4327,20 +4307,13 @@ Route = Callable[[str, int], Awaitable[socket.socket]]
 class ServerAddress:
     """Where the server is: `site` is the host that the user named, for which proofs are made."""
 
-    def __init__(self, text: str) -> None:
-        """Raises UsageError.  A bare host means https, and http for this machine."""
+    def __init__(self, scheme: str, site: str, port: int) -> None:
+        self.scheme, self.site, self.port = scheme, site, port
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
         self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
         self.sni = ''                           # what TLS is told instead, once it asks for that
         self.lease = ''                         # a seam: what it is shown at each attempt, and
         self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
-        if '://' not in text:
-            host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
-            text = ('http://' if is_loopback(host) else 'https://') + text
-        self.scheme, site, self.port, path = split_url(text, ('https', 'http'))
-        if path not in ('', '/'):
-            raise UsageError(f'--server {text} has a path; give only scheme, host and port')
-        self.site = site.lower().rstrip('.')
 
     def __str__(self) -> str:
         return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
@@ -5660,6 +5633,39 @@ def port_range(text: str) -> range:
     return ports
 
 
+HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
+
+
+def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
+    """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
+    try:
+        parts = urllib.parse.urlsplit(text)
+        host, port = parts.hostname, parts.port
+    except ValueError as e:
+        raise UsageError(f'{text} is not a URL: {e}') from e
+    if parts.username or parts.password:        # which is not repeated
+        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, without user and password')
+    if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
+            or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
+        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, not {text}')
+    path = parts.path + ('?' + parts.query if parts.query else '')
+    return parts.scheme, host, port or USUAL_PORTS[parts.scheme], path
+
+
+def server_address(text: str) -> ServerAddress:
+    """Where the server is that a user typed: a bare host means https, and http for this machine.
+
+    Raises UsageError.
+    """
+    if '://' not in text:
+        host = text.rpartition(':')[0] if re.search(':[0-9]+$', text) else text
+        text = ('http://' if is_loopback(host) else 'https://') + text
+    scheme, site, port, path = split_url(text, ('https', 'http'))
+    if path not in ('', '/'):
+        raise UsageError(f'--server {text} has a path; give only scheme, host and port')
+    return ServerAddress(scheme, site.lower().rstrip('.'), port)
+
+
 TARGET_FORMS = """a target is one of:
   8000                     a port of this machine
   HOST:PORT                a port of another machine; these two fit --tcp
@@ -5848,7 +5854,7 @@ class Served:
         try:
             with open(path, encoding='ascii') as f:
                 served = json.load(f)
-            self.address, self.pin = ServerAddress(served['address']), str(served['pin'])
+            self.address, self.pin = server_address(served['address']), str(served['pin'])
             self.files = [str(name) for name in served['files']]    # the first has new ones
             self.open = bool(served['open'])
             if not re.fullmatch('([0-9a-f]{64})?', self.pin) or not (self.files or self.open):
@@ -10798,7 +10804,7 @@ class Ground:
                           'written', 'set it right (timedatectl set-ntp true)')
         if not getattr(self._args, 'server', None):
             return 'not before this program was written; --server URL names one to compare with'
-        place = ServerAddress(self._args.server)
+        place = server_address(self._args.server)
         async with visit(self._runtime, place, self._args.ca, '/') as (_, response):
             return compare_clocks(response, str(place))
 
@@ -11161,12 +11167,12 @@ class Way:
 
     def _ask(self, path: str, *lines: str, **how: Any
              ) -> contextlib.AbstractAsyncContextManager[tuple[Connection, Response]]:
-        place = ServerAddress(self.client.url)
+        place = server_address(self.client.url)
         place.route = self.client.address.route
         return visit(self.runtime, place, self.known.ca, path, *lines, **how)
 
     async def visitor(self) -> str:
-        site, began = ServerAddress(self.client.url).site, time.monotonic()
+        site, began = server_address(self.client.url).site, time.monotonic()
         every = f'*.{site.partition(".")[2]}'
         try:
             async with self._ask('/') as (_, response):
@@ -11317,7 +11323,7 @@ class Doctor(Annex):
             if args.url:
                 scheme, host, port, path = split_url(
                     args.url if '://' in args.url else 'https://' + args.url, ('https', 'http'))
-                place = ServerAddress(f'{scheme}://{authority(scheme, host, port)}')
+                place = server_address(f'{scheme}://{authority(scheme, host, port)}')
 
                 async def answer() -> str:
                     return await explain_answer(runtime, place, args.ca, path or '/')
@@ -16108,7 +16114,7 @@ class KnownServer:
     def __init__(self, address: str, source: str = '', token: str = '', pin: str = '',
                  ca: str = '', exact: bool = False) -> None:
         """Raises UsageError for what can't be right, be it typed, kept or sent by someone."""
-        self.address, self.source = ServerAddress(address), source
+        self.address, self.source = server_address(address), source
         self.token = check_token(token) if token != '' else ''
         self.pin = pin.replace(':', '').lower()
         if self.pin and not (re.fullmatch('[0-9a-f]{64}', self.pin)
@@ -16161,7 +16167,7 @@ def token_of_environment(address: ServerAddress) -> str:
     """Return LOCALTUNNEL_TOKEN, where it may be meant for the server at ADDRESS; else ''."""
     token, meant = os.environ.get('LOCALTUNNEL_TOKEN', ''), os.environ.get('LOCALTUNNEL_SERVER')
     if (token and not is_loopback(address.site) and (meant or address.scheme == 'http')
-            and (not meant or str(ServerAddress(meant)) != str(address))):
+            and (not meant or str(server_address(meant)) != str(address))):
         what = f'{address}, which LOCALTUNNEL_SERVER does not name'
         if address.scheme == 'http':
             LOG.warning('LOCALTUNNEL_TOKEN is not sent in clear to %s; set it, or give --token',
@@ -16219,7 +16225,7 @@ def named_server(args: Args) -> KnownServer | None:
             raise UsageError('--pin needs an https server; give one with --server')
         return None
     source, address = known[0]
-    place = ServerAddress(address)
+    place = server_address(address)
     fields = kept['servers'].get(str(place), {})
     return KnownServer(
         address, source, args.token or token_of_environment(place) or fields.get('token', ''),
@@ -17366,7 +17372,7 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
         log.note(f'clients need the token in {os.path.join(args.state, "token")}')
     if not is_terminal(sys.stderr):     # what is written there may be kept, and read by others
         token = ''
-    way = (f'--join {make_code(ServerAddress(clients), token, pin)}' if token or pin else
+    way = (f'--join {make_code(server_address(clients), token, pin)}' if token or pin else
            f'--server {clients}')
     log.note(f'to connect: python3 localtunnel.py client 8000 {way}')
 

@@ -20,7 +20,7 @@ Contents
     9 Tunnels                 who serves which name, and who waits (in Server)
    10 Admission               who may (in Server)
    11 Server                  who is routed where, who may serve a name, what is passed on
-   12 Places                  targets and servers as they are typed
+   12 Places                  targets and servers as they are typed, and dialled
    13 App                     exchanges from visitor to app, and all kinds of targets
    14 Client                  when it tries again, and that exchanges go on
    15 Seams                   what others fill (in App, and by each annex)
@@ -3701,13 +3701,13 @@ class AddressTest(unittest.TestCase):
                           ('https://example.com:443/', 'https://example.com'),
                           ('[::1]:81', 'http://[::1]:81')):
             with self.subTest(text):
-                self.assertEqual(str(lt.ServerAddress(text)), url)
+                self.assertEqual(str(lt.server_address(text)), url)
 
     def test_these_are_no_servers(self):
         for text in ('', 'http://', 'ftp://a', 'https://a/b', 'https://a?b', 'https://u:p@a',
                      'a:b', 'a..b', '.a', f'{"a" * 64}.com', 'http://:SECRET@a'):
             with self.subTest(text), self.assertRaises(lt.UsageError) as caught:
-                lt.ServerAddress(text)
+                lt.server_address(text)
             self.assertNotIn('SECRET', str(caught.exception))
 
     def test_what_no_dns_can_look_up_is_no_host(self):
@@ -4472,7 +4472,7 @@ class CodeTest(unittest.TestCase):
 
     def code(self, *words):
         address, *secrets = words
-        return lt.make_code(lt.ServerAddress(address), *secrets)
+        return lt.make_code(lt.server_address(address), *secrets)
 
     def test_it_brings_address_token_and_pin(self):
         for address in 'https://t.example.com', 'http://t.example.com:8080', 'http://[::1]:1':
@@ -8692,7 +8692,7 @@ class DoctorTest(Doctored):
         await self.finds('', '')
         self.assertIn('LOCALTUNNEL_SERVER', self.said[0]['text'])
         del os.environ['LOCALTUNNEL_SERVER'], os.environ['LOCALTUNNEL_TOKEN']
-        code = lt.make_code(lt.ServerAddress(f'localhost:{self.port}'), 'sesame')
+        code = lt.make_code(lt.server_address(f'localhost:{self.port}'), 'sesame')
         await self.finds('', '', '--join', code)
 
     async def test_no_server_is_known(self):
@@ -10358,7 +10358,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 class ElsewhereTest(FolderTest):
 
-    CODE = lt.make_code(lt.ServerAddress('https://t.example.com'), 'secret', '')
+    CODE = lt.make_code(lt.server_address('https://t.example.com'), 'secret', '')
     MEANT = (       # what is typed, and the command that it gets to read
         ('8000', 'client 8000'), ('', 'client 8000'), ('client', 'client 8000'),
         ('http 8000', 'client 8000'), ('client http 8000', 'client 8000'),
@@ -11911,14 +11911,14 @@ class KnownServerTest(FolderTest):
         self.assertEqual(self.fields()[2:], ('T', 'cd' * 32, all_[2]))
 
     def test_a_pin_that_was_typed_stays_exact_and_one_of_a_code_does_not(self):
-        code = lt.make_code(lt.ServerAddress('https://b.example'), '', 'ab' * 32)
+        code = lt.make_code(lt.server_address('https://b.example'), '', 'ab' * 32)
         for words, exact in (('--server', 'a.example', '--pin', 'ab' * 32), True), (
                 ('--join', code), False):
             self.keep(*words)
             self.assertEqual((self.known().pin, self.known().exact), ('ab' * 32, exact))
 
     def test_a_code_of_the_environment_names_the_server_and_its_token_is_not_kept(self):
-        code = lt.make_code(lt.ServerAddress('https://a.example'), 'secret', '')
+        code = lt.make_code(lt.server_address('https://a.example'), 'secret', '')
         with unittest.mock.patch.dict(os.environ, LOCALTUNNEL_JOIN=code):
             self.assertEqual(self.fields(), ('https://a.example', 'LOCALTUNNEL_JOIN', 'secret',
                                              '', ''))
@@ -11928,7 +11928,7 @@ class KnownServerTest(FolderTest):
         self.assertEqual(self.fields(), ('https://a.example', 'remembered', '', '', ''))
 
     def test_a_code_in_the_place_of_a_server_or_token_is_told_where_it_goes(self):
-        code = lt.make_code(lt.ServerAddress('https://a.example'), 'secret', '')
+        code = lt.make_code(lt.server_address('https://a.example'), 'secret', '')
         for words in ('--token', code), ('--server', code):
             with self.assertRaisesRegex(lt.UsageError, 'a whole code.* --join'):
                 self.known(*words)
@@ -12011,9 +12011,9 @@ class KnownServerTest(FolderTest):
     def test_a_code_replaces_all_that_is_kept_of_its_server(self):
         self.keep('--server', 'a.example', '--token', 'T', '--pin', 'ab' * 32, '--ca', '/ca')
         os.environ['LOCALTUNNEL_TOKEN'] = 'E'
-        code = lt.make_code(lt.ServerAddress('a.example'))
+        code = lt.make_code(lt.server_address('a.example'))
         self.assertEqual(self.fields('--join', code), ('https://a.example', '--join', '', '', ''))
-        self.keep('--join', lt.make_code(lt.ServerAddress('a.example'), 'N', 'cd' * 32))
+        self.keep('--join', lt.make_code(lt.server_address('a.example'), 'N', 'cd' * 32))
         del os.environ['LOCALTUNNEL_TOKEN']
         self.assertEqual(self.fields(), ('https://a.example', 'remembered', 'N', 'cd' * 32, ''))
 
@@ -12157,7 +12157,7 @@ class TunnelTest(FolderTest, WorldTest):
     async def test_only_what_a_code_brings_is_remembered(self):
         async with self.tunnel():
             self.assertEqual(lt.kept_servers()['last'], '')
-        code = lt.make_code(lt.ServerAddress(f'http://localhost:{self.port}'), 'T')
+        code = lt.make_code(lt.server_address(f'http://localhost:{self.port}'), 'T')
         async with self.tunnel(server=None, join=code):
             self.assertEqual(lt.kept_servers()['last'], f'http://localhost:{self.port}')
 
@@ -13368,7 +13368,7 @@ class TokenPromptTest(CommandTest):
         address = self.server('--token', 'right')
         for place, code in (address, 0), ('https://b.example', 2):
             client = self.asked('--server', address)
-            client.type(lt.make_code(lt.ServerAddress(place), 'right') + '\n')
+            client.type(lt.make_code(lt.server_address(place), 'right') + '\n')
             if code:
                 self.assertEqual(client.ends(), code)
                 client.says('this code is for https://b.example', 'out')
@@ -13378,7 +13378,7 @@ class TokenPromptTest(CommandTest):
                 os.unlink(self.path('config', 'localtunnel', 'servers.json'))
 
     def test_join_asks_for_its_code(self):
-        code = lt.make_code(lt.ServerAddress(self.server('--token', 'right')), 'right')
+        code = lt.make_code(lt.server_address(self.server('--token', 'right')), 'right')
         client = self.start('client', self.app().port, '--join', terminal=True)
         client.says('code: $', 'out')
         client.type(code + '\n')
@@ -13422,7 +13422,7 @@ class OnePasteTest(CommandTest):
         relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
                            '--key', files[1])
         port = int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
-        address = lt.ServerAddress(f'https://localhost:{port}')
+        address = lt.server_address(f'https://localhost:{port}')
         pin = lt.digest_of(ssl.PEM_cert_to_DER_cert(CERTIFICATE))
         for words in ('--join', lt.make_code(address, '', pin)), ():
             client = self.start('client', 1, *words)
@@ -13440,7 +13440,7 @@ class OnePasteTest(CommandTest):
         client = self.start('client', 1, '--server', site, '--pin', 'ab' * 32, '--ca', files[0])
         self.assertEqual(client.ends(), 1)
         client.says('does not match the pin')
-        for words in ('--join', lt.make_code(lt.ServerAddress(site), '', 'ab' * 32)), ():
+        for words in ('--join', lt.make_code(lt.server_address(site), '', 'ab' * 32)), ():
             client = self.start('client', 1, '--ca', files[0], *words)
             self.assertTrue(client.url())
             client.interrupt()
@@ -14262,7 +14262,7 @@ class CurlTest(CommandTest):
         text = open_and_read(os.path.join(os.path.dirname(SCRIPT), 'README.md')).decode()
         line, = re.findall(r'^curl .*\| python3 - client 8000 --join CODE$', text, re.MULTILINE)
         line = line.replace('https://t.example.com', address).replace('8000', str(app.port))
-        line = line.replace('CODE', lt.make_code(lt.ServerAddress(address)))
+        line = line.replace('CODE', lt.make_code(lt.server_address(address)))
         os.symlink(sys.executable, self.path('python3'))
         os.environ['PATH'] = self.folder + os.pathsep + os.environ['PATH']
         client = self.start(line, start_new_session=True, script=(
