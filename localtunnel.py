@@ -2847,20 +2847,6 @@ def subnet_of(address: str) -> str:
     return str(ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
-Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
-
-
-def within(address: str, networks: Networks) -> bool:
-    """Return True if the IP ADDRESS is in one of NETWORKS."""
-    if not networks:
-        return False        # asked for each connection, and to parse an address takes long
-    try:
-        ip = plain_address(address)
-    except ValueError:
-        return False
-    return any(ip in network for network in networks)
-
-
 # ------------------------------------------------------------------------------------------------
 # 8. Exchange
 #
@@ -5918,6 +5904,20 @@ async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = N
         stream.timeout = LINGER
         await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
     return response
+
+
+Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
+
+
+def within(address: str, networks: Networks) -> bool:
+    """Return True if the IP ADDRESS is in one of NETWORKS."""
+    if not networks:
+        return False        # asked for each connection, and to parse an address takes long
+    try:
+        ip = plain_address(address)
+    except ValueError:
+        return False
+    return any(ip in network for network in networks)
 
 
 MAX_PROXIES = 20                # that one request may have passed (X-Forwarded-For)
