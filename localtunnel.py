@@ -9202,10 +9202,12 @@ class OperatorPage:
         return 'text/plain', b'ended\n'
 
     def tunnels(self) -> list[dict[str, Any]]:
-        """What is served, and what was until some minutes ago."""
+        """What is served, what was until some minutes ago, and for whom requests are kept."""
         tunnels = self._server.tunnels
         carried = self._metrics.accounts.now()
-        return [self._tunnel(tunnel, carried[tunnel]) for tunnel in tunnels]
+        kept = [Tunnel(key, 'http') for key, detour in tunnels.detours.items()
+                if detour.waiting(key) and not tunnels.get(key)]
+        return [self._tunnel(tunnel, carried[tunnel]) for tunnel in (*tunnels, *kept)]
 
     def _tunnel(self, tunnel: Tunnel, carried: Traffic) -> dict[str, Any]:
         members = tunnel.members
@@ -9213,8 +9215,11 @@ class OperatorPage:
         seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
         zero = time.time() - self._server.runtime.now()     # of the runtime's clock, in Unix time
         detour = self._server.tunnels.detours.get(tunnel.key)
+
+        def when(moment: float) -> str | None:
+            return rfc3339(zero + moment) if moment > -NEVER else None      # not since the start
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
-                'since': rfc3339(zero + tunnel.since), 'last_seen': rfc3339(zero + seen),
+                'since': when(tunnel.since), 'last_seen': when(seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
                 'bytes_out': carried.sent, 'held': self._server.tunnels.waits.of(tunnel.key),
                 'kept': detour.waiting(tunnel.key) if detour else 0,
@@ -9510,7 +9515,7 @@ ANSWERED_WITHIN = 300.0         # by the app: someone may have stopped it at a b
 LONGEST_PAUSE = 300.0           # between tries; the first takes a second, each later one twice that
 TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps behind the others
 LEFT_OVER = 60.0                # of this age, a file that is being written is one of a crash
-MAX_PATTERNS = 100              # of a client: all are looked at
+MAX_PATTERNS = 20               # of a client: they stand in its lease
 KEPT_STATUSES = 200, 202, 204
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
 _KEPT_FILE = re.compile('([0-9a-f]{20})[.]([0-9]{1,6})')
@@ -9536,8 +9541,8 @@ class KeptRequest:
 class Shelf:
     """The folder of kept requests; what waits for the disk, a server calls in a thread.
 
-    A file has a line of JSON, whose it is and its checksum, and then the request, as it goes to the
-    client.  All raise OSError.
+    A file has a line with a checksum, one of JSON that says whose it is, and then the request as it
+    goes to the client.  All raise OSError.
     """
 
     def __init__(self, state: str, warn: Callable[[str], None]) -> None:
@@ -9547,10 +9552,11 @@ class Shelf:
         """Where it is after MORE tries."""
         return os.path.join(self.folder, f'{kept.id}.{kept.tries + more}')
 
-    def _settle(self) -> None:
-        """Have the names in the folder on disk."""
-        if os.name == 'posix':          # elsewhere a folder can't be opened
-            handle = os.open(self.folder, os.O_RDONLY)
+    @staticmethod
+    def settle(folder: str) -> None:
+        """Have the names in FOLDER on disk."""
+        if os.name == 'posix':          # elsewhere it can't be opened
+            handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
             finally:
@@ -9558,10 +9564,10 @@ class Shelf:
 
     def put(self, kept: KeptRequest, message: bytes) -> None:
         """Write MESSAGE so that no crash loses it; where that fails, nothing is left."""
-        about = json.dumps([kept.name, kept.owner, digest_of(message)]).encode()
+        whole = json.dumps([kept.name, kept.owner]).encode() + b'\n' + message
         try:
-            write_secret(self.path(kept), about + b'\n' + message)
-            self._settle()
+            write_secret(self.path(kept), digest_of(whole).encode() + b'\n' + whole)
+            self.settle(self.folder)
         except OSError:
             self.drop(kept)
             raise
@@ -9571,7 +9577,7 @@ class Shelf:
         message = self.read(self.path(kept))[2]
         os.rename(self.path(kept), self.path(kept, 1))
         kept.tries += 1
-        self._settle()
+        self.settle(self.folder)
         return message
 
     def drop(self, kept: KeptRequest) -> None:
@@ -9582,14 +9588,14 @@ class Shelf:
     def read(self, path: str) -> tuple[str, str, bytes]:
         """(name, owner, request) of a file.  Raises LookupError where it had to set it aside."""
         with open(path, 'rb') as f:
-            about, _, message = f.read().partition(b'\n')
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            name, owner, digest = map(str, json.loads(about))
-            if digest == digest_of(message):
-                return name, owner, message
-        os.rename(path, f'{path}.damaged')
-        self._warn(f'error: {path} is damaged; it is set aside as *.damaged, and not delivered')
-        raise LookupError(path)
+            digest, _, whole = f.read().partition(b'\n')
+        if digest != digest_of(whole).encode():
+            os.rename(path, f'{path}.damaged')
+            self._warn(f'error: {path} is damaged; it is set aside as *.damaged, not delivered')
+            raise LookupError(path)
+        about, _, message = whole.partition(b'\n')
+        name, owner = json.loads(about)
+        return name, owner, message
 
     def look(self, known: Mapping[str, KeptRequest]) -> dict[str, KeptRequest]:
         """All that is there, by id and in order; what is KNOWN is not read again."""
@@ -9832,6 +9838,7 @@ class Queues(Detour):
             queue.clear()
         for id, kept in found.items():
             self._queues[kept.name][id] = kept
+            self._last = max(self._last, int(id[:14], 16))      # whatever the clock says
         self._used = sum(kept.size for kept in found.values())
 
     def sweep(self, now: float, woke_up: bool) -> None:
@@ -9843,15 +9850,15 @@ class Queues(Detour):
             if touched != self._touched or now > self._look_at:
                 self._touched, self._look_at = touched, now + LEFT_OVER
                 self._look()
-        for key, queue in tuple(self._queues.items()):
-            old = [kept for kept in queue.values()
-                   if not kept.busy and time.time() - kept.at > KEPT_FOR]
+        for key, queue in [item for item in self._queues.items() if item[1]]:
+            old = [*itertools.takewhile(lambda kept: time.time() - kept.at > KEPT_FOR,
+                                        queue.values())]
             for kept in old:
                 self._drop(kept)
             if old:
                 self._server.runtime.spawn(self._note(key, len(old)))
             tunnel = self._server.tunnels.get(key)
-            if (queue and tunnel and tunnel.pick() and key not in self._tries and not self._closed
+            if (tunnel and tunnel.pick() and key not in self._tries and not self._closed
                     and now >= self._not_before.get(key, 0)):
                 self._tries[key] = self._server.runtime.spawn(self._deliver(key))
 
@@ -9923,15 +9930,19 @@ class Keeps(ClientObserver):
 
     def __init__(self, observer: ClientObserver) -> None:
         self._observer = observer
+        self._first = True          # nothing was told yet
 
     def welcome(self, said: dict[str, Any]) -> None:
         kept, expired = said.get('kept'), said.get('expired')
-        if type(kept) is not int or type(expired) is not int:
-            return self._observer.hint('this server keeps no requests, so --keep has no effect; '
-                                       'its operator can start it with --keep MIB')
-        words = [f'{n} webhook{"s" * (n != 1)} {what}' for n, what in (
-            (kept, 'waited for you'), (expired, 'expired')) if n > 0]
-        self._observer.also('kept', '; '.join(words) or 'nothing has waited')
+        if type(kept) is int and type(expired) is int:
+            words = [f'{n} webhook{"s" * (n != 1)} {what}' for n, what in (
+                (kept, 'waited for you'), (expired, 'expired')) if n > 0]
+            if words or self._first:
+                self._observer.also('kept', '; '.join(words) or 'nothing has waited')
+        elif self._first:
+            self._observer.hint('this server keeps no requests, so --keep has no effect; its '
+                                'operator can start it with --keep MIB')
+        self._first = False
 
 
 KEPT_EPILOG = """examples:
@@ -9982,9 +9993,9 @@ class Keeping(Annex):
                 elif not args.now:
                     head, *rest = shelf.read(shelf.path(kept))[2].decode(
                         errors='replace').splitlines()
-                    print_line(f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
-                               + printable(head if args.id else head.partition('?')[0]))
-                    for line in rest if args.id else ():
+                    head = head if args.id else head.partition('?')[0]
+                    for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
+                                 + head, *(rest if args.id else ())):
                         print_line(printable(line))
             if args.drop or args.now:
                 shelf.touch()
@@ -10014,6 +10025,7 @@ class Keeping(Annex):
         with using(args.state):
             if args.keep:
                 os.makedirs(shelf.folder, mode=0o700, exist_ok=True)
+                shelf.settle(args.state)
                 shelf.touch()
                 self._queues = Queues(server, shelf, args.keep * MIB)
                 await self._queues.learn(leases.by_name)

@@ -7244,7 +7244,7 @@ class ShelfTest(FolderTest):
     def test_what_is_damaged_is_set_aside_with_a_sentence(self):
         shelf = self.shelf()
         whole = open_and_read(shelf.path(self.put(shelf)))
-        about, _, message = whole.partition(b'\n')
+        _, about, message = whole.split(b'\n', 2)
         for data in (b'', b'\n', whole[:-1], whole + b'x', b'x' + whole, whole.swapcase(), message,
                      b'[1, 2]\n', b'[' * 100000, b'{}\n', b'null\n' + message,
                      about.replace(b'"app"', b'"\x1b]0;x"') + b'\nx', bytes(9), b'\xff' * 99):
@@ -7737,18 +7737,34 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual([head.split()[1] for head in app.requests],
                          [b'/hooks/%d' % n for n in range(20)])
 
-    async def test_the_operator_sees_how_many_wait(self):
+    async def test_the_operator_sees_how_many_wait_also_before_the_client_comes_back(self):
         await self.world()
         await self.away(1)
         await self.hook()
-        tunnel, = lt.OperatorPage(self.server, lt.Metrics(self.server), None).tunnels()
-        self.assertEqual(tunnel['kept'], 1)
+        for restart in False, True:
+            page = lt.OperatorPage(self.server, lt.Metrics(self.server), None)
+            tunnel, = page.tunnels()
+            self.assertEqual((tunnel['name'], tunnel['kept']), ('app', 1))
+            self.assertEqual((tunnel['since'] is None, tunnel['last_seen'] is None), (restart,) * 2)
+            await self.restart()
+
+    async def test_a_lease_in_which_people_have_written_nonsense_wants_nothing(self):
+        await self.world()
+        await self.away(1)
+        lease = self.leases.by_name['app']
+        for facts in ({}, {'keep': ''}, {'keep': '7'}, {'keep': '{}'}, {'keep': '[' * 9},
+                      {**lease.facts, 'access': '7'}, {**lease.facts, 'access': '{"moon": 1}'},
+                      {**lease.facts, 'access': '{"allow": ["x"]}'}):
+            with self.subTest(facts=facts):
+                self.leases.make({'app': lease._replace(facts=facts)})
+                await self.restart()
+                self.assertEqual((await self.hook())[0], 503)
 
     async def test_a_hello_that_wants_nonsense_is_refused(self):
         await self.world()
         for said in (7, None, [], {}, [7], {'patterns': 7, 'status': 202},
                      {'patterns': [], 'status': 202},
-                     {'patterns': ['POST /*'] * 101, 'status': 202}, {'patterns': ['POST /x']},
+                     {'patterns': ['POST /*'] * 21, 'status': 202}, {'patterns': ['POST /x']},
                      {'patterns': ['POST /*'], 'status': 201}, {'patterns': [7], 'status': 202},
                      *({'patterns': [text], 'status': 202} for text in (
                          '', 'POST', 'POST ', '/x', 'GET /x', 'HEAD /*', 'OPTIONS *', 'POST x',
