@@ -6891,7 +6891,7 @@ class Cluster(Annex):
 MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
 MAX_HELD_IN_ALL = 1000
 MAX_GUESSED = 500               # of these, for clients of other servers; half for one address
-UNHEARD = 3.0                   # for one of whom nothing is known here: they come in under 2 s
+UNHEARD = 5.0                   # for one of whom nothing is known here: a dead machine costs 4 s
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended

@@ -14250,7 +14250,7 @@ class BalancerTest(RecipeTest):
         """What README names, and what is there."""
         there = [f'127.0.0.1:{place}' for place in self.places]
         return [*((f'10.0.0.1{n + 1}:{port}', place) for n, place in enumerate(there)),
-                (f'    server c 10.0.0.13:{port} check\n', '')]
+                (f'    server c 10.0.0.13:{port} check tcp-ut 3s\n', '')]
 
     def test_haproxy_ends_tls(self):
         text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
