@@ -16390,17 +16390,19 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                                                   for word, said in annex.hello(args, key).items()})
 
 
-def terminal_of(runtime: Runtime, args: Args, target: Target, keys: Actions | None,
-                known: KnownServer) -> Terminal:
-    """Who tells the user of the tunnel that ARGS mean, which leads from the server KNOWN."""
+def terminal_of(runtime: Runtime, args: Args, target: Target, first: Callable[[], None] | None,
+                keys: Actions | None, known: KnownServer) -> Terminal:
+    """Who tells the user of the tunnel that ARGS mean, which leads from the server KNOWN.
+
+    FIRST is called when it is there; else that server is remembered.
+    """
     carrier, here = find_carrier(args), not known.source
     return Terminal(
         target.text, carrier.name if carrier else str(known.address), bool(carrier) or not here,
         runtime.loop.call_later, source='carrier' if carrier else known.source,
         protected=bool(getattr(args, 'auth', None)),
         allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
-        first=lambda: None if here or args.tunnel else keep_server(known), name=args.tunnel,
-        keys=keys)
+        first=first or (lambda: None if here else keep_server(known)), name=args.tunnel, keys=keys)
 
 
 Watching = TypeVar('Watching', bound=ClientObserver)
@@ -16974,9 +16976,12 @@ def plans_of(args: Args, before: Mapping[str, Plan]) -> dict[str, Plan]:
 class Section:
     """A tunnel of the file, from its start to its end."""
     code: int | None = None             # the exit code, once it has ended
+    replaced = False                    # it goes on until its successor is there
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, before: Section | None) -> None:
+        """Once it is there, or has failed, BEFORE is to stop."""
         self.plan, self.stop = plan, asyncio.Event()
+        self.relieve: Callable[[], None] = before.stop.set if before else lambda: None
         self.stack = contextlib.AsyncExitStack()
         self.wired: tuple[App, Client, Terminal]        # while it runs
 
@@ -16987,8 +16992,9 @@ class Section:
         try:
             await first_of(client.run(), self.stop.wait())
         except LocaltunnelError as e:
-            code, why = exit_code(e), str(e)
+            code, why = (0, '') if self.replaced else (exit_code(e), str(e))
         finally:
+            self.relieve()
             await self.stack.aclose()
             self.code = code
         terminal.ended(app.exchanges, *client.carried, why, code)
@@ -17020,7 +17026,8 @@ class Sections:
     async def _open(self, section: Section) -> None:
         """Wire it.  Raises LocaltunnelError."""
         (args, target, known, fault), trace = section.plan, self._frames.frame
-        observe = functools.partial(terminal_of, self._runtime, args, target, self.terminal.keys)
+        observe = functools.partial(terminal_of, self._runtime, args, target, section.relieve,
+                                    self.terminal.keys)
         try:
             section.wired = await section.stack.enter_async_context(wired(
                 self._runtime, args, target, known, self._key, observe, self._seen,
@@ -17032,7 +17039,7 @@ class Sections:
     async def change(self, plans: Mapping[str, Plan]) -> None:
         """Let PLANS run, and nothing else.  Raises LocaltunnelError where it changes nothing."""
         running = self.running()
-        new = {name: Section(plan) for name, plan in plans.items()
+        new = {name: Section(plan, running.get(name)) for name, plan in plans.items()
                if name not in running or running[name].plan is not plan}
         try:
             for section in new.values():
@@ -17046,7 +17053,10 @@ class Sections:
         self._sections = {name: new.get(name) or running[name] for name in plans}
         gone = [name for name in running if name in new or name not in plans]
         for name in gone:
-            running[name].stop.set()
+            if name in new:
+                running[name].replaced = True
+            else:
+                running[name].stop.set()
         for section in new.values():
             if self._inspector:
                 section.wired[2].watched(self._inspector)
@@ -17281,7 +17291,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     with contextlib.ExitStack() as last:
         last.callback(frames.flush)
         async with wired(runtime, args, target, known, key,
-                         functools.partial(terminal_of, runtime, args, target, None),
+                         functools.partial(terminal_of, runtime, args, target, None, None),
                          trace=frames.frame if args.verbose else None) as (app, client, terminal):
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel

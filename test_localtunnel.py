@@ -12459,6 +12459,7 @@ class SectionsTest(WorldTest, FolderTest):
         self.assertEqual((await self.ended('old'))['code'], 0)
         await self.opened('new')
         await self.opened('api', 2)
+        self.assertEqual((await self.ended('api'))['code'], 0)
         self.assertEqual((await self.visit('moved.localhost'))[0], 401)
         for byte in (b'x', b'y'):
             chat.send(byte)
@@ -12496,7 +12497,8 @@ class SectionsTest(WorldTest, FolderTest):
         self.file(a='target = 1\nname = mine', b='target = 1\nname = taken')
         await self.sections.reload()        # one is mended, another one fails
         await self.opened('a')
-        await self.ended('b')
+        await eventually(lambda: len(self.events('end', tunnel='b')) == 2)     # the old one, too
+        self.assertEqual(sorted(e['code'] for e in self.events('end', tunnel='b')), [0, 3])
         self.assertEqual(await self.sections.end(), 3)
 
     async def test_when_all_have_failed_it_is_over(self):
