@@ -39,43 +39,44 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  52 Output
-     2 Wire                   16 Plain words            53 Keys
-     3 Credit                 17 Files                  54 Terminal
-     4 Byte streams           18 Annex                  55 Options
-     5 Session                19 TLS                    56 Wiring
-     6 HTTP/1.1               20 DNS                    57 Python
-     7 Names and tokens       21 Kept leases            58 Configuration file
-     8 Exchange               22 Access                 59 Command line
-     9 Tunnels                23 Cluster
-    10 Admission              24 Held requests
-    11 Server                 25 Shared site
-    12 Places                 26 Crowds
-    13 App                    27 Raw TCP
-    14 Client                 28 Folder and echo
-                              29 Host header
-                              30 Outgoing proxy
-                              31 Certificates
-                              32 Certificates by ACME
-                              33 Hand-over
-                              34 Operator's page
-                              35 Block list
-                              36 Kept requests
-                              37 Mail
-                              38 Ground
-                              39 Doctor
-                              40 Landing page
-                              41 Verifying
-                              42 Token files
-                              43 Invitations
-                              44 Exchanges
-                              45 Inspector's page
-                              46 Inspector
-                              47 Logs and replay
-                              48 Words from elsewhere
-                              49 Error pages
-                              50 Setting up
-                              51 Via ssh
+     1 Constants and errors   15 Seams                  53 Output
+     2 Wire                   16 Plain words            54 Keys
+     3 Credit                 17 Files                  55 Terminal
+     4 Byte streams           18 Annex                  56 Options
+     5 Session                19 TLS                    57 Wiring
+     6 HTTP/1.1               20 Limits                 58 Python
+     7 Names and tokens       21 DNS                    59 Configuration file
+     8 Exchange               22 Kept leases            60 Command line
+     9 Tunnels                23 Access
+    10 Admission              24 Cluster
+    11 Server                 25 Held requests
+    12 Places                 26 Shared site
+    13 App                    27 Crowds
+    14 Client                 28 Raw TCP
+                              29 Folder and echo
+                              30 Host header
+                              31 Outgoing proxy
+                              32 Certificates
+                              33 Certificates by ACME
+                              34 Hand-over
+                              35 Operator's page
+                              36 Block list
+                              37 Kept requests
+                              38 Mail
+                              39 Ground
+                              40 Doctor
+                              41 Landing page
+                              42 Verifying
+                              43 Token files
+                              44 Invitations
+                              45 Exchanges
+                              46 Inspector's page
+                              47 Inspector
+                              48 Logs and replay
+                              49 Words from elsewhere
+                              50 Error pages
+                              51 Setting up
+                              52 Via ssh
 """
 
 from __future__ import annotations
@@ -208,17 +209,12 @@ PAGE_STALLED = 20.0             # for a part of a page of ours to be read
 CONNECT_TIMEOUT = 10.0          # to reach the app
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
 POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
-
 # Tunnels and their names.
-MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
-MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
 MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
 MAX_LEASES_IN_ALL = 10000
 DAY = 86400
-WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
-MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
 MAX_AWAY = 10000                # names remembered after their last client left
 KNOWN_AFTER = 600.0             # a name served this recently is offline, not unknown
 
@@ -3448,7 +3444,7 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'subnet', 'holder', 'stranger', 'name',
+    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'holder', 'name',
                  'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
@@ -3456,10 +3452,7 @@ class Candidate:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.facts = facts
         self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        self.subnet = subnet_of(visitor.address)
-        self.holder = grant.digest or self.subnet
-        # Who comes without a token can make up owners, but not addresses.
-        self.stranger = not grant.digest and not is_loopback(visitor.address)
+        self.holder = grant.digest or subnet_of(visitor.address)
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
@@ -3475,8 +3468,8 @@ class Admission:
     """Lets clients in, or says why not."""
 
     def __init__(self, runtime: Runtime, tokens: Tokens, tunnels: Tunnels, budget: Budget,
-                 most: int, counters: dict[str | int, int], trace: Trace | None) -> None:
-        """MOST tunnels in all; BUDGET is of all sessions together."""
+                 limits: Limits, counters: dict[str | int, int], trace: Trace | None) -> None:
+        """BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
         # A seam: what clients may want beside the tunnel, by the option that the server was given;
@@ -3487,11 +3480,9 @@ class Admission:
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
         self._runtime, self._tunnels = runtime, tunnels
-        self.most, self._counters, self._trace = most, counters, trace
-        self._claims: dict[str, int] = collections.Counter()    # new leases without token by subnet
-        self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
+        self.limits, self._counters, self._trace = limits, counters, trace
         self._look_at = 0.0                     # when all tokens are looked at again
-        self.turn = asyncio.Lock()             # for who changes what others have looked at
+        self.turn = asyncio.Lock()              # for who changes what others have looked at
         runtime.swept.add(self)
 
     async def close(self) -> None:
@@ -3501,14 +3492,13 @@ class Admission:
             pass
 
     def sweep(self, now: float, at_once: bool) -> None:
-        """Forget old guesses; end the tunnels whose token is no longer valid.
+        """End the tunnels whose token is no longer valid.
 
         Now and then, unless AT_ONCE: there may be thousands of tunnels.
         """
         if now < self._look_at and not at_once:
             return
         self._look_at = now + 4 * SWEEP
-        self._wrong = {subnet: until for subnet, until in self._wrong.items() if until > now}
         for tunnel in self._tunnels:
             for member in tuple(tunnel.members):
                 if not self.tokens.holds('', member.grant.digest, time.time()):
@@ -3587,7 +3577,7 @@ class Admission:
 
     def _check_new(self, asked: Candidate) -> None:
         """Raises Refused where the server has no place for ASKED."""
-        hello, tunnel, grant, holder = asked.hello, asked.tunnel, asked.grant, asked.holder
+        hello, tunnel = asked.hello, asked.tunnel
         if self.closed:
             raise Refused(503, 'draining', 'the server is shutting down; try again soon')
         if hello.kind != 'http' and hello.kind not in self.kinds:
@@ -3602,17 +3592,7 @@ class Admission:
                 for other in self._tunnels):
             raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
                           'another one is there; end that one first, or take --tcp')
-        goes = tunnel.beside(hello)     # their places are free
-        if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
-            raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
-                          'stop one first')
-        has = self._tunnels.served.get(holder, 0) - sum(old.holder == holder for old in goes)
-        if has >= grant.tunnels and not is_loopback(holder):
-            raise Refused(429, 'too_many', f'you may have {grant.tunnels} tunnels at once, each '
-                          'client of --share counted; end another one first')
-        if sum(self._tunnels.served.values()) - len(goes) >= self.most:
-            raise Refused(429, 'too_many', f'the server is full: it has {self.most} tunnels; '
-                          'try again later')
+        self.limits.check_place(asked, self._tunnels.served)
         if tunnel.before(hello) and self._is_owner(asked):
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
@@ -3632,25 +3612,15 @@ class Admission:
                 raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
 
     async def _grant(self, request: Request, visitor: Visitor) -> Grant:
-        """What the client's token allows.  Raises Refused.
-
-        After a wrong one the next from that address waits before it is looked at, so that a guess
-        takes its time, however it is sent.
-        """
+        """What the client's token allows.  Raises Refused."""
         scheme, _, given = request.get(b'authorization').partition(b' ')
         token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
-        subnet, now = subnet_of(visitor.address), self._runtime.now()
-        turn = self._wrong.get(subnet, now)
-        if token and turn > now:
-            if turn > now + MOST_WRONG_TOKEN:
-                raise Refused(429, 'slow_down', f'wrong tokens came from {visitor.address}; try '
-                              f'again in {int(turn - now) + 1} seconds')
-            self._wrong[subnet] = turn + WRONG_TOKEN
-            await visitor.wait(turn - now)
+        if token:
+            await self.limits.before_token(visitor)
         grant = self.tokens.find(token, time.time())
         if grant is None:
             if token:
-                self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), now + WRONG_TOKEN)
+                self.limits.wrong_token(visitor)
                 self._counters['wrong_tokens'] += 1
             raise Refused(401, 'token', 'the server does not know this token, or it has expired; '
                           'ask its operator for a new code, for --join' if token else
@@ -3682,9 +3652,7 @@ class Admission:
     def check_limits(self, owner: str, asked: Candidate) -> None:
         """Raises Refused where OWNER, who is ASKED, may not lease more."""
         self.leases.check_limits(owner, asked.grant.digest, time.time())
-        if asked.stranger and self._claims[asked.subnet] >= MAX_LEASES:
-            raise Refused(429, 'too_many_names', f'{asked.visitor.address} has taken {MAX_LEASES} '
-                          'new names today; take one of those, or come again tomorrow')
+        self.limits.check_claim(asked)
 
     async def claim(self, key: str, owner: str, asked: Candidate, over: bool = False) -> None:
         """Lease KEY, a name or tcp:PORT, to OWNER; see Leases.  Raises Refused and Disconnected."""
@@ -3693,10 +3661,8 @@ class Admission:
         if new:
             self.check_limits(owner, asked)
         await self.leases.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
-        if new and asked.stranger:
-            if not self._claims:
-                self._runtime.loop.call_later(DAY, self._claims.clear)
-            self._claims[asked.subnet] += 1
+        if new:
+            self.limits.claimed(asked)
         asked.visitor.connection.check()      # it may have left meanwhile
 
     async def _enter(self, asked: Candidate,
@@ -3965,9 +3931,9 @@ class Pages(Dict[bytes, Page]):
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, log: Observer, *,
-                 hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
-                 max_tunnels: int = MAX_TUNNELS, budget: int = LEAST_BUDGET,
+    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, limits: Limits,
+                 log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
+                 budget: int = LEAST_BUDGET,
                  only: bool = False, trace: Trace | None = None) -> None:
         """RATE in requests a second of a tunnel, 0 for any.  BUDGET of all sessions, in bytes.
         ONLY: any Host of this machine reaches the one tunnel there is.
@@ -3983,8 +3949,7 @@ class Server:
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, tokens, self.tunnels, Budget(budget), max_tunnels,
-            self.counters, trace)
+            runtime, tokens, self.tunnels, Budget(budget), limits, self.counters, trace)
         self.onward = Onward(self.domain)
         self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
         runtime.swept.add(self)
@@ -6214,7 +6179,87 @@ class TlsDoor(GuardedDoor):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. DNS
+# 20. Limits
+#
+# What keeps one client from taking all, or from guessing tokens.
+# ------------------------------------------------------------------------------------------------
+
+MAX_TUNNELS = 10000             # of a server (--max-tunnels)
+MAX_MEMBERS = 64                # sessions of one tunnel (--share)
+WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
+MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
+
+
+def is_stranger(asked: Candidate) -> bool:
+    """Return True for one without a token, who can make up owners, but not addresses."""
+    return not asked.grant.digest and not is_loopback(asked.visitor.address)
+
+
+class Limits:
+    """How many tunnels and names one client has, and how often it may be wrong."""
+
+    def __init__(self, runtime: Runtime, most: int = MAX_TUNNELS) -> None:
+        """MOST tunnels in all; this may change at any time."""
+        self.most, self._runtime = most, runtime
+        self._claims: dict[str, int] = collections.Counter()    # new leases of strangers, by subnet
+        self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
+        runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Forget old guesses."""
+        if self._wrong:
+            self._wrong = {subnet: at for subnet, at in self._wrong.items() if at > now}
+
+    async def before_token(self, visitor: Visitor) -> None:
+        """After a wrong token the next from that address waits before it is looked at, so that a
+        guess takes its time, however it is sent.  Raises Refused.
+        """
+        subnet, now = subnet_of(visitor.address), self._runtime.now()
+        turn = self._wrong.get(subnet, now)
+        if turn > now + MOST_WRONG_TOKEN:
+            raise Refused(429, 'slow_down', f'wrong tokens came from {visitor.address}; try '
+                          f'again in {int(turn - now) + 1} seconds')
+        if turn > now:
+            self._wrong[subnet] = turn + WRONG_TOKEN
+            await visitor.wait(turn - now)
+
+    def wrong_token(self, visitor: Visitor) -> None:
+        """The token of VISITOR was wrong."""
+        subnet, until = subnet_of(visitor.address), self._runtime.now() + WRONG_TOKEN
+        self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), until)
+
+    def check_place(self, asked: Candidate, served: Mapping[str, int]) -> None:
+        """Raises Refused where there is no place for ASKED; SERVED are the sessions by holder."""
+        tunnel, most = asked.tunnel, asked.grant.tunnels
+        goes = tunnel.beside(asked.hello)       # their places are free
+        if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
+            raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
+                          'stop one first')
+        has = served.get(asked.holder, 0) - sum(old.holder == asked.holder for old in goes)
+        if has >= most and not is_loopback(asked.holder):
+            raise Refused(429, 'too_many', f'you may have {most} tunnels at once, each '
+                          'client of --share counted; end another one first')
+        if sum(served.values()) - len(goes) >= self.most:
+            raise Refused(429, 'too_many', f'the server is full: it has {self.most} tunnels; '
+                          'try again later')
+
+    def check_claim(self, asked: Candidate) -> None:
+        """Raises Refused where ASKED may lease no other name."""
+        address = asked.visitor.address
+        if is_stranger(asked) and self._claims[subnet_of(address)] >= MAX_LEASES:
+            raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} '
+                          'new names today; take one of those, or come again tomorrow')
+
+    def claimed(self, asked: Candidate) -> None:
+        """ASKED has leased another name."""
+        if is_stranger(asked):
+            if not self._claims:
+                self._runtime.loop.call_later(DAY, self._claims.clear)
+            self._claims[subnet_of(asked.visitor.address)] += 1
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6511,7 +6556,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Kept leases
+# 22. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6624,7 +6669,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Access
+# 23. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6706,7 +6751,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Cluster
+# 24. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -6882,7 +6927,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Held requests
+# 25. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
 # wait: not for long, not many, and in no order.
@@ -6997,7 +7042,7 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Shared site
+# 26. Shared site
 #
 # The tunnels of a server are one site to browsers, and their owners may not know each other: no app
 # sets or deletes the cookies of others.
@@ -7039,7 +7084,7 @@ class SharedSite(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Crowds
+# 27. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7110,7 +7155,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Raw TCP
+# 28. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7318,7 +7363,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Folder and echo
+# 29. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7668,7 +7713,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Host header
+# 30. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7853,7 +7898,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Outgoing proxy
+# 31. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -7919,7 +7964,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Certificates
+# 32. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8022,7 +8067,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Certificates by ACME
+# 33. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8785,7 +8830,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Hand-over
+# 34. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8885,7 +8930,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Operator's page
+# 35. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9255,7 +9300,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Block list
+# 36. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9487,7 +9532,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Kept requests
+# 37. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -10044,7 +10089,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Mail
+# 38. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10671,7 +10716,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Ground
+# 39. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -10976,7 +11021,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Doctor
+# 40. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11358,7 +11403,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Landing page
+# 41. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11446,7 +11491,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Verifying
+# 42. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11521,7 +11566,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Token files
+# 43. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.
 # ------------------------------------------------------------------------------------------------
@@ -11610,7 +11655,7 @@ class TokenFiles(Source):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Invitations
+# 44. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11827,7 +11872,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Exchanges
+# 45. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12624,7 +12669,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Inspector's page
+# 46. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13164,7 +13209,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Inspector
+# 47. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13483,7 +13528,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Logs and replay
+# 48. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -13981,7 +14026,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Words from elsewhere
+# 49. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14123,7 +14168,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Error pages
+# 50. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14200,7 +14245,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Setting up
+# 51. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14711,7 +14756,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Via ssh
+# 52. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -14935,7 +14980,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 52. Output
+# 53. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15230,7 +15275,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Keys
+# 54. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15334,7 +15379,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Terminal
+# 55. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15781,7 +15826,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Options
+# 56. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -16063,7 +16108,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Wiring
+# 57. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16292,8 +16337,8 @@ def equip(server: Server) -> None:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    server = Server(runtime, 'localhost', Tokens(open=True), Observer(), only=True, drain=LINGER,
-                    budget=process_budget())
+    server = Server(runtime, 'localhost', Tokens(open=True), Limits(runtime), Observer(),
+                    only=True, drain=LINGER, budget=process_budget())
     equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -16447,7 +16492,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Python
+# 58. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16749,7 +16794,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Configuration file
+# 59. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -16896,7 +16941,7 @@ class ServerFile(Source):
         except UsageError as e:
             return f'{e}; nothing was changed'
         server.tunnels.hold, server.drain = new.hold, new.drain
-        server.rate, server.admission.most = new.rate, new.max_tunnels
+        server.rate, server.admission.limits.most = new.rate, new.max_tunnels
         rest = options_in({*new.said} ^ {*self._args.said}) - self.LIVE
         if rest:
             server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
@@ -17131,7 +17176,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Command line
+# 60. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -17405,8 +17450,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, tokens, log, hold=args.hold, drain=args.drain,
-                    rate=args.rate, max_tunnels=args.max_tunnels,
+    server = Server(runtime, args.domain, tokens, Limits(runtime, args.max_tunnels), log,
+                    hold=args.hold, drain=args.drain, rate=args.rate,
                     budget=args.buffer * MIB or process_budget(),
                     only=is_address(args.domain), trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())

@@ -28,46 +28,47 @@ Contents
    17 Files                   what is kept on disk (in Kept leases, Command line)
    18 Annex                   what a code has in it; for the rest see D
    19 TLS                     what both ends check (in Client, Command line)
-   20 DNS                     what is asked about a zone, and answered
-   21 Kept leases             what of them survives a server, a crash and a full disk
-   22 Access                  which visitors pass; for the rest see B
-   23 Cluster                 whose name it is where several servers share a key
-   24 Held requests           what waits, and for how long (in C)
-   25 Shared site             which cookies pass (in B)
-   26 Crowds                  who has to go (in B)
-   27 Raw TCP                 bytes both ways, and their ends
-   28 Folder and echo         what a folder shows, and what it hides
-   29 Host header             what app and visitor see of each other's address, base paths, hints
-   30 Outgoing proxy          the ways out, and what a proxy may answer
-   31 Certificates            what a server shows (in Command line)
-   32 Certificates by ACME    authorities, real and made up, and the records of a domain
-   33 Hand-over               from one process to the next (in Command line)
-   34 Operator's page         what he sees, and what he ends (in B)
-   35 Block list              what an entry is, and who is kept out
-   36 Kept requests           what waits, through every crash, and how it is delivered
-   37 Mail                    the published tables of SMTP, real senders, and what the app gets
-   38 Ground                  what a look at it finds, and that it harms nobody
-   39 Doctor                  every fault is named first, and each look leaves nothing behind
-   40 Landing page            whom to ask; the rest in Server, Command line
-   41 Verifying               what a server hands out, and this file
-   42 Token files             what a line of them may be; for the rest see Server
-   43 Invitations             who gets in, and who no more
-   44 Exchanges               what is kept of what passes, and for how long
-   45 Inspector's page        shown by the next room
-   46 Inspector               who sees it, and how; what is sent again
-   47 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   48 Words from elsewhere    what users of other programs type
-   49 Error pages             the way and where it stops, for each thing that fails
-   50 Setting up              what is installed, and how another machine is talked to
-   51 Via ssh                 how services are asked, and what ends it
-   52 Output                  programs, and those who read slowly what they write
-   53 Keys                    what is typed while a tunnel runs
-   54 Terminal                what a person sees
-   55 Options                 what can be typed
-   56 Wiring                  the key; which server, which token (in Command line)
-   57 Python                  a tunnel inside another program, and its options as keywords
-   58 Configuration file      what a section means, and what is wrong with it
-   59 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   20 Limits                  how many, and how fast (in Server, B)
+   21 DNS                     what is asked about a zone, and answered
+   22 Kept leases             what of them survives a server, a crash and a full disk
+   23 Access                  which visitors pass; for the rest see B
+   24 Cluster                 whose name it is where several servers share a key
+   25 Held requests           what waits, and for how long (in C)
+   26 Shared site             which cookies pass (in B)
+   27 Crowds                  who has to go (in B)
+   28 Raw TCP                 bytes both ways, and their ends
+   29 Folder and echo         what a folder shows, and what it hides
+   30 Host header             what app and visitor see of each other's address, base paths, hints
+   31 Outgoing proxy          the ways out, and what a proxy may answer
+   32 Certificates            what a server shows (in Command line)
+   33 Certificates by ACME    authorities, real and made up, and the records of a domain
+   34 Hand-over               from one process to the next (in Command line)
+   35 Operator's page         what he sees, and what he ends (in B)
+   36 Block list              what an entry is, and who is kept out
+   37 Kept requests           what waits, through every crash, and how it is delivered
+   38 Mail                    the published tables of SMTP, real senders, and what the app gets
+   39 Ground                  what a look at it finds, and that it harms nobody
+   40 Doctor                  every fault is named first, and each look leaves nothing behind
+   41 Landing page            whom to ask; the rest in Server, Command line
+   42 Verifying               what a server hands out, and this file
+   43 Token files             what a line of them may be; for the rest see Server
+   44 Invitations             who gets in, and who no more
+   45 Exchanges               what is kept of what passes, and for how long
+   46 Inspector's page        shown by the next room
+   47 Inspector               who sees it, and how; what is sent again
+   48 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   49 Words from elsewhere    what users of other programs type
+   50 Error pages             the way and where it stops, for each thing that fails
+   51 Setting up              what is installed, and how another machine is talked to
+   52 Via ssh                 how services are asked, and what ends it
+   53 Output                  programs, and those who read slowly what they write
+   54 Keys                    what is typed while a tunnel runs
+   55 Terminal                what a person sees
+   56 Options                 what can be typed
+   57 Wiring                  the key; which server, which token (in Command line)
+   58 Python                  a tunnel inside another program, and its options as keywords
+   59 Configuration file      what a section means, and what is wrong with it
+   60 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2653,7 +2654,8 @@ class WorldTest(LoopTest):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         trusted = options.pop('trusted', ())
-        self.server = lt.Server(self.runtime, domain, self.tokens, self.log, **options)
+        limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS))
+        self.server = lt.Server(self.runtime, domain, self.tokens, limits, self.log, **options)
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
@@ -4530,7 +4532,14 @@ class TlsFilesTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. DNS
+# 20. Limits
+# ------------------------------------------------------------------------------------------------
+
+# They are tried where clients are admitted, and by hostile ones.
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4682,7 +4691,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Kept leases
+# 22. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4784,7 +4793,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Access
+# 23. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4828,7 +4837,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Cluster
+# 24. Cluster
 # ------------------------------------------------------------------------------------------------
 
 class ClusterTest(FolderTest, WorldTest):
@@ -5084,28 +5093,28 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Held requests
+# 25. Held requests
 # ------------------------------------------------------------------------------------------------
 
 # What waits, and for how long, is tried with bad networks, in C.
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Shared site
+# 26. Shared site
 # ------------------------------------------------------------------------------------------------
 
 # Which cookies pass is tried where hostile clients are, in B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Crowds
+# 27. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Raw TCP
+# 28. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5204,7 +5213,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Folder and echo
+# 29. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5514,7 +5523,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Host header
+# 30. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5799,7 +5808,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Outgoing proxy
+# 31. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5877,7 +5886,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Certificates
+# 32. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5896,7 +5905,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Certificates by ACME
+# 33. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6664,14 +6673,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Hand-over
+# 34. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Operator's page
+# 35. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6866,7 +6875,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Block list
+# 36. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7141,7 +7150,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Kept requests
+# 37. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7784,7 +7793,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Mail
+# 38. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8442,7 +8451,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Ground
+# 39. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8581,7 +8590,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Doctor
+# 40. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -9093,7 +9102,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Landing page
+# 41. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9161,7 +9170,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Verifying
+# 42. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9233,7 +9242,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Token files
+# 43. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9255,7 +9264,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Invitations
+# 44. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9417,21 +9426,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Exchanges
+# 45. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Inspector's page
+# 46. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Inspector
+# 47. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10256,7 +10265,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Logs and replay
+# 48. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10378,7 +10387,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Words from elsewhere
+# 49. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10464,7 +10473,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Error pages
+# 50. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10675,7 +10684,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Setting up
+# 51. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10907,7 +10916,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Via ssh
+# 52. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -11066,7 +11075,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Output
+# 53. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11417,7 +11426,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Keys
+# 54. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11473,7 +11482,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Terminal
+# 55. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11819,7 +11828,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 55. Options
+# 56. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11843,7 +11852,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Wiring
+# 57. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -12058,7 +12067,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Python
+# 58. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12239,7 +12248,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Configuration file
+# 59. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12307,12 +12316,14 @@ class ConfigFileTest(FolderTest):
             self.write('ini', f'[server]\n{text}')
         write('rate = 1\nport = 1\nopen = yes\n')
         server = types.SimpleNamespace(
-            tunnels=types.SimpleNamespace(), admission=types.SimpleNamespace(),
+            tunnels=types.SimpleNamespace(),
+            admission=types.SimpleNamespace(limits=types.SimpleNamespace()),
             log=types.SimpleNamespace(note=said.append))
         file = lt.ServerFile(lt.server_args(['server', '--config', path]), server)
         write('rate = 2\nhold = 3\ndrain = 4\nmax-tunnels = 5\nport = 1\nopen = yes\n')
         self.assertEqual((file.reload(), said), (None, []))
-        self.assertEqual((server.rate, server.tunnels.hold, server.drain, server.admission.most),
+        self.assertEqual((server.rate, server.tunnels.hold, server.drain,
+                          server.admission.limits.most),
                          (2, 3, 4, 5))
         write('rate = 6\nport = 2\n')
         self.assertEqual((file.reload(), server.rate), (None, 6))
@@ -12548,7 +12559,7 @@ class SectionsTest(WorldTest, FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Command line
+# 60. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -15810,7 +15821,7 @@ class HelloTest(HostileTest):
         with self.constant(WRONG_TOKEN=30.0, MOST_WRONG_TOKEN=60.0):
             self.assertEqual((await self.hello(token='wrong1'))[1], 401)
             waiting = [self.meanwhile(self.hello(token=token)) for token in ('wrong2', 'right!')]
-            await eventually(lambda: max(self.server.admission._wrong.values(), default=0)
+            await eventually(lambda: max(self.server.admission.limits._wrong.values(), default=0)
                              > self.runtime.now() + 60)
             for token in 'wrong3', 'right!':     # nor does it help to dial anew
                 _, status, told = await self.hello(token=token)
@@ -15820,7 +15831,7 @@ class HelloTest(HostileTest):
         for peer in self.peers[1:3]:
             peer.reset()
         self.assertNotIn('wrong1', self.log.text() + lt.Metrics(self.server).text())
-        wrong = self.server.admission._wrong
+        wrong = self.server.admission.limits._wrong
         wrong.update(dict.fromkeys(wrong, self.runtime.now() + 0.01))
         self.assertEqual((await self.hello(token='right!'))[1], 101)
         self.assertNotIn('right!', self.log.text() + lt.Metrics(self.server).text())
@@ -17130,7 +17141,7 @@ def read_rooms(source, tree):
 
 
 # The rooms of part II that are for all annexes.
-SHARED = 'Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'DNS'
+SHARED = 'Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'Limits', 'DNS'
 
 
 def annexes(rooms):
