@@ -12558,6 +12558,23 @@ class SectionsTest(WorldTest, FolderTest):
         self.assertEqual([len(app.requests) for app in apps], [1, 2])
 
 
+@unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
+class ManyTunnelsTest(CommandTest):
+
+    def test_a_person_sees_all_tunnels_and_a_file_that_has_changed_is_read_again(self):
+        path = self.write('ini', f'[a]\ntarget = {self.folder}\n')
+        client = self.start('client', '--config', path, '--local', '--no-inspect', terminal=True)
+        client.says('^  a +.*http://localhost:', 'out')
+        self.write('ini', f'[a]\ntarget = {self.folder}\n[b]\ntarget = echo\n')
+        client.process.send_signal(signal.SIGHUP)
+        client.says('ini read again begins=b', 'out')
+        client.says('^  b +.*http://localhost:', 'out')
+        client.type('?')
+        client.says(r'^  b +http://localhost:\d+ -> echo', 'out')
+        client.type('q')
+        self.assertEqual(client.ends(), 0)
+
+
 # ------------------------------------------------------------------------------------------------
 # 60. Command line
 # ------------------------------------------------------------------------------------------------
