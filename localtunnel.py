@@ -3164,7 +3164,7 @@ class Member:
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
     __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at', 'ended',
-                 '_allowance')
+                 'allowance')
 
     def __init__(self, name: str, kind: str) -> None:
         self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
@@ -3174,7 +3174,7 @@ class Tunnel:
         self.since = -NEVER             # when the first of its members came
         self.left_at = -NEVER           # when the last one went, or lost its connection
         self.ended = ''                 # why, where it went on purpose: nobody waits for it
-        self._allowance = (0.0, 0.0)    # requests that may come at once, since when
+        self.allowance = (0.0, 0.0)     # see Limits: requests that may come at once, since when
 
     def pick(self) -> Member | None:
         """Return the member for the next request: the least busy one that is there, or None.
@@ -3185,18 +3185,6 @@ class Tunnel:
         return there[0] if len(there) == 1 else min(
             there, key=lambda m: (m.session.liveness.asked_at != NEVER, len(m.session.streams)),
             default=None)
-
-    def check_rate(self, now: float, rate: float) -> None:
-        """Let one more request come, of RATE a second; a second's worth may come at once.
-
-        Raises HopFailed.
-        """
-        left, since = self._allowance
-        left = min(max(1.0, rate), left + (now - since) * rate)
-        self._allowance = left - 1 if left >= 1 else left, now
-        if left < 1:
-            raise HopFailed(429, f'{self.name} gets too many requests a second', 'Retry-After: 1',
-                            cure='the operator of the server can raise --rate')
 
     def beside(self, new: Hello) -> list[Member]:
         """Return the members that can't serve together with NEW."""
@@ -3932,11 +3920,11 @@ class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
     def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, limits: Limits,
-                 log: Observer, *, hold: float = HELD, drain: float = DRAIN, rate: float = 0.0,
-                 budget: int = LEAST_BUDGET,
-                 only: bool = False, trace: Trace | None = None) -> None:
-        """RATE in requests a second of a tunnel, 0 for any.  BUDGET of all sessions, in bytes.
-        ONLY: any Host of this machine reaches the one tunnel there is.
+                 log: Observer, *, hold: float = HELD, drain: float = DRAIN,
+                 budget: int = LEAST_BUDGET, only: bool = False,
+                 trace: Trace | None = None) -> None:
+        """BUDGET is of all sessions, in bytes.  ONLY: any Host of this machine reaches the one
+        tunnel there is.
         """
         self.runtime, self.domain, self.log = runtime, domain.lower(), log
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
@@ -3951,7 +3939,7 @@ class Server:
         self.admission = Admission(
             runtime, tokens, self.tunnels, Budget(budget), limits, self.counters, trace)
         self.onward = Onward(self.domain)
-        self.drain, self.rate = drain, rate     # as tunnels.hold, these may be changed any time
+        self.drain, self.limits = drain, limits     # as tunnels.hold, it may be changed any time
         runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket) -> None:
@@ -4086,8 +4074,8 @@ class Server:
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself',
                             cure="give the client your app's own address, not a public one")
-        if self.rate and tunnel:
-            tunnel.check_rate(self.runtime.now(), self.rate)
+        if self.limits.rate and tunnel:
+            self.limits.check_rate(tunnel)
         return name
 
     def _find(self, name: str, parent: str, host: str) -> str:
@@ -5930,8 +5918,8 @@ async def ask_app(server: Server, name: str, visitor: Visitor,
     tunnel = server.tunnels.get(name)
     if server.tunnels.bars:
         server.tunnels.bars.check_visitor(name, visitor.address)
-    if server.rate and tunnel:
-        tunnel.check_rate(server.runtime.now(), server.rate)
+    if tunnel:
+        server.limits.check_rate(tunnel)
     stream, _ = (server.tunnels.open_stream(name, visitor)
                  or await server.tunnels.waits.for_stream(name, visitor))
     visitor.begin(stream)
@@ -6198,9 +6186,11 @@ def is_stranger(asked: Candidate) -> bool:
 class Limits:
     """How many tunnels and names one client has, and how often it may be wrong."""
 
-    def __init__(self, runtime: Runtime, most: int = MAX_TUNNELS) -> None:
-        """MOST tunnels in all; this may change at any time."""
-        self.most, self._runtime = most, runtime
+    def __init__(self, runtime: Runtime, most: int = MAX_TUNNELS, rate: float = 0.0) -> None:
+        """MOST tunnels in all; RATE in requests a second of a tunnel, 0 for any.  Both may change
+        at any time.
+        """
+        self.most, self.rate, self._runtime = most, rate, runtime
         self._claims: dict[str, int] = collections.Counter()    # new leases of strangers, by subnet
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         runtime.swept.add(self)
@@ -6242,6 +6232,19 @@ class Limits:
         if sum(served.values()) - len(goes) >= self.most:
             raise Refused(429, 'too_many', f'the server is full: it has {self.most} tunnels; '
                           'try again later')
+
+    def check_rate(self, tunnel: Tunnel) -> None:
+        """Let one more request come to TUNNEL; a second's worth may come at once.
+
+        Raises HopFailed.
+        """
+        now, rate = self._runtime.now(), self.rate
+        left, since = tunnel.allowance
+        left = min(max(1.0, rate), left + (now - since) * rate)
+        tunnel.allowance = left - 1 if left >= 1 else left, now
+        if rate and left < 1:
+            raise HopFailed(429, f'{tunnel.name} gets too many requests a second',
+                            'Retry-After: 1', cure='the operator of the server can raise --rate')
 
     def check_claim(self, asked: Candidate) -> None:
         """Raises Refused where ASKED may lease no other name."""
@@ -16941,7 +16944,7 @@ class ServerFile(Source):
         except UsageError as e:
             return f'{e}; nothing was changed'
         server.tunnels.hold, server.drain = new.hold, new.drain
-        server.rate, server.admission.limits.most = new.rate, new.max_tunnels
+        server.limits.rate, server.limits.most = new.rate, new.max_tunnels
         rest = options_in({*new.said} ^ {*self._args.said}) - self.LIVE
         if rest:
             server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
@@ -17450,8 +17453,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, tokens, Limits(runtime, args.max_tunnels), log,
-                    hold=args.hold, drain=args.drain, rate=args.rate,
+    server = Server(runtime, args.domain, tokens, Limits(runtime, args.max_tunnels, args.rate),
+                    log, hold=args.hold, drain=args.drain,
                     budget=args.buffer * MIB or process_budget(),
                     only=is_address(args.domain), trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())

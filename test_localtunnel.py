@@ -2654,7 +2654,8 @@ class WorldTest(LoopTest):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         trusted = options.pop('trusted', ())
-        limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS))
+        limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS),
+                           options.pop('rate', 0.0))
         self.server = lt.Server(self.runtime, domain, self.tokens, limits, self.log, **options)
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
@@ -12316,21 +12317,20 @@ class ConfigFileTest(FolderTest):
             self.write('ini', f'[server]\n{text}')
         write('rate = 1\nport = 1\nopen = yes\n')
         server = types.SimpleNamespace(
-            tunnels=types.SimpleNamespace(),
-            admission=types.SimpleNamespace(limits=types.SimpleNamespace()),
+            tunnels=types.SimpleNamespace(), limits=types.SimpleNamespace(),
             log=types.SimpleNamespace(note=said.append))
         file = lt.ServerFile(lt.server_args(['server', '--config', path]), server)
         write('rate = 2\nhold = 3\ndrain = 4\nmax-tunnels = 5\nport = 1\nopen = yes\n')
         self.assertEqual((file.reload(), said), (None, []))
-        self.assertEqual((server.rate, server.tunnels.hold, server.drain,
-                          server.admission.limits.most),
+        limits = server.limits
+        self.assertEqual((limits.rate, server.tunnels.hold, server.drain, limits.most),
                          (2, 3, 4, 5))
         write('rate = 6\nport = 2\n')
-        self.assertEqual((file.reload(), server.rate), (None, 6))
+        self.assertEqual((file.reload(), server.limits.rate), (None, 6))
         self.assertEqual(said, [f'--open and --port changed in {path}, which takes a restart'])
         write('rate = 7\nport = x\n')
         self.assertRegex(file.reload(), 'line 3: --port: .*; nothing was changed')
-        self.assertEqual(server.rate, 6)
+        self.assertEqual(server.limits.rate, 6)
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
     def test_others_who_can_read_what_is_secret_are_warned_of(self):
