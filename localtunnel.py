@@ -2513,7 +2513,7 @@ PAGE_HEADERS = [      # no script, no other host
 def plain_head(status: int, content_type: str, length: int, extra: Sequence[str] = ()) -> bytes:
     """Return the head of a response of our own; EXTRA are header lines."""
     head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
-            f'Content-Length: {length}', 'Cache-Control: no-store', *extra]
+            *[f'Content-Length: {length}'] * (status != 204), 'Cache-Control: no-store', *extra]
     return '\r\n'.join(head).encode() + b'\r\n\r\n'
 
 
@@ -9788,12 +9788,8 @@ class Queues(Detour):
             await self._write(kept, message)
         finally:
             server.admission.budget.give(held)
-
-        def told(lines: Sequence[str]) -> bytes:
-            said = plain_message(wanted.status, 'text/plain', b'', lines)
-            return said.replace(b'Content-Length: 0\r\n', b'', wanted.status == 204)
-        await server.give_own(visitor, exchange, wanted.status, told,
-                              [f'Localtunnel-Kept: {kept.id}'])
+        await server.give_own(visitor, exchange, wanted.status, functools.partial(
+            plain_message, wanted.status, 'text/plain', b''), [f'Localtunnel-Kept: {kept.id}'])
 
     async def _is_there(self, key: str, alone: bool) -> bool:
         """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
