@@ -1,4 +1,4 @@
-"""Fuzzes what reads bytes from strangers: frames, heads, chunked bodies, DNS.
+"""Fuzzes what reads bytes from strangers: frames, heads, chunked bodies, DNS, mail.
 
     python3 .ci/fuzz.py [SECONDS] [SEED]
 
@@ -9,10 +9,12 @@ never memory that grows.  Needs hypothesis; `.ci/run` brings it.
 
 import asyncio
 import gc
+import io
 import os
 import sys
 import time
 import tracemalloc
+import types
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
@@ -102,6 +104,13 @@ numbers = st.sampled_from([0, 1, 2, 5, 6, 16, 28, 41, 255, 257, 512, 0x8000, 0x0
 fields = st.lists(numbers, max_size=6).map(lambda some: b''.join(map(SHORT.pack, some)))
 header = st.builds(lt.DNS_HEADER.pack, numbers, st.sampled_from([0, 0x0100, 0x8180, 0x2800]),
                    *[st.sampled_from([0, 1, 1, 2])] * 4)
+mails = st.lists(st.sampled_from([
+    b'Subject: =?utf-8?q?=C3=A4?=\r\n', b'MIME-Version: 1.0\r\n', b'\r\n', b'text\r\n', b'..\r\n',
+    b'Content-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\n', b'--x\r\n', b'--x--\r\n',
+    b'Content-Type: text/html; charset*=utf-8\'\'utf-8\r\n', b'Content-Type: message/rfc822\r\n\r\n',
+    b'Content-Transfer-Encoding: base64\r\n\r\nYQ==\r\n', b'\r\n.\r\n', b'.\r\n', b'\n.\r\n',
+    b'Content-Disposition: attachment; filename*0*=utf-8\'\'a; filename*1="b"\r\n']),
+    max_size=9).map(b''.join)
 packets = st.builds(bytes.__add__, header, st.lists(st.builds(
     bytes.__add__, names, fields), max_size=4).map(b''.join))
 
@@ -252,9 +261,43 @@ def records_of_others(packet, kind):
 
 quiet = settings(max_examples=EXAMPLES, deadline=None, database=None,
                  suppress_health_check=list(HealthCheck))
+@given(damaged(mails) | st.binary(max_size=99))
+def mail_becomes_a_form(data):
+    """Whatever a message is, all of it is in the form, and the form has its end."""
+    form = io.BytesIO()
+    lt.compose('BOUNDARY', 'a@b', 'c@d', io.BytesIO(data), form)
+    assert form.getvalue().endswith(data + b'\r\n--BOUNDARY--\r\n')
+
+
+def message_in(fed):
+    """The message in the pieces FED, and what is left behind it; or why there is none."""
+    raw, letter, postman = io.BytesIO(), lt.Letter('', False), object.__new__(lt.Postman)
+    postman._connection = stream = lt.ByteStream(runtime)
+    postman._server = types.SimpleNamespace(runtime=runtime)
+    postman._office = types.SimpleNamespace(disk=lt.Budget(1 << 20))
+    try:
+        assert run_with(postman._read(letter, raw), stream, fed) == ''
+    except (lt.Reply, lt.Disconnected) as e:
+        return str(e)
+    return raw.getvalue(), stream.peek()
+
+
+@given(damaged(mails), cuts, st.sampled_from([b'', b'NOOP\r\n']))
+def message_ends(data, sizes, rest):
+    """However cut: the same message, which ends with CR LF . CR LF and with nothing else."""
+    data += b'\r\n.\r\n' + rest
+    found, end = message_in([data]), (b'\r\n' + data).find(b'\r\n.\r\n')
+    cut = message_in(pieces(data, sizes))
+    if isinstance(found, str):
+        assert cut == found
+    else:
+        assert cut[0] == found[0] and found[1] == data[end + 3:]
+        assert found[0] == b''.join(line[line[:1] == b'.':] for line in data[:end].splitlines(True))
+
+
 PROPERTIES = [quiet(check) for check in (
     frame_decoder, request_head, response_head, parsers_alone, chunks_arrive, chunk_reader,
-    zone_answers, records_of_others)]
+    zone_answers, records_of_others, mail_becomes_a_form, message_ends)]
 
 
 # Memory.
