@@ -107,7 +107,8 @@ header = st.builds(lt.DNS_HEADER.pack, numbers, st.sampled_from([0, 0x0100, 0x81
 mails = st.lists(st.sampled_from([
     b'Subject: =?utf-8?q?=C3=A4?=\r\n', b'MIME-Version: 1.0\r\n', b'\r\n', b'text\r\n', b'..\r\n',
     b'Content-Type: multipart/mixed; boundary=x\r\n\r\n--x\r\n', b'--x\r\n', b'--x--\r\n',
-    b'Content-Type: text/html; charset*=utf-8\'\'utf-8\r\n', b'Content-Type: message/rfc822\r\n\r\n',
+    b'Content-Type: text/html; charset*=utf-8\'\'utf-8\r\n',
+    b'Content-Type: message/rfc822\r\n\r\n',
     b'Content-Transfer-Encoding: base64\r\n\r\nYQ==\r\n', b'\r\n.\r\n', b'.\r\n', b'\n.\r\n',
     b'Content-Disposition: attachment; filename*0*=utf-8\'\'a; filename*1="b"\r\n']),
     max_size=9).map(b''.join)
