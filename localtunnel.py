@@ -3124,7 +3124,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {word: hello[word] for word in ('allow', 'auth') if hello.get(word)}
             self.gates = make_gates(self.rules, gates)      # who may visit by this client
-            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Admission
+            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Limits
             self.lease = str(hello.get('lease', ''))        # as a server wrote it that it met
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
                                   str(hello.get('version', ''))[:MAX_VERSION])
@@ -3444,14 +3444,6 @@ class Candidate:
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
-def notes_of(hello: Hello, offers: Mapping[str, Callable[[Any], str]]) -> dict[str, str]:
-    """What is noted with the lease of HELLO, by option; if anything, who may visit, too."""
-    notes = {option: offer(hello.wants[option]) if option in hello.wants else ''
-             for option, offer in offers.items()}
-    return {**notes, 'access': json.dumps(hello.rules) if any(notes.values()) and hello.rules
-            else ''}
-
-
 class Admission:
     """Lets clients in, or says why not."""
 
@@ -3460,10 +3452,6 @@ class Admission:
         """BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
         self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
-        # A seam: what clients may want beside the tunnel, by the option that the server was given;
-        # each checks what a client says of it, and raises ValueError and TypeError.  It returns
-        # what is noted with the client's lease; if that is not '', a derived name has one, too.
-        self.offers: dict[str, Callable[[Any], str]] = {}
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.budget = tokens, budget
         self.leases = Leases(tokens)
@@ -3574,7 +3562,7 @@ class Admission:
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
-        self._check_wants(hello)
+        self.limits.check_wants(hello)
         if self._tunnels.only and hello.kind == 'http' and any(
                 other.kind == 'http' and other.members and other.name != tunnel.name
                 for other in self._tunnels):
@@ -3585,19 +3573,6 @@ class Admission:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
-
-    def _check_wants(self, hello: Hello) -> None:
-        """Raises Refused where HELLO wants what this server does not offer."""
-        for option, said in hello.wants.items():
-            if option not in self.offers:
-                if isinstance(said, dict) and said.get('optional'):
-                    continue        # the welcome will not speak of it
-                raise Refused(403, 'not_offered', f'this server was started without --{option}, '
-                              'so a client can\'t have it either; ask its operator')
-            try:
-                self.offers[option](said)
-            except (ValueError, TypeError) as e:
-                raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
 
     async def _grant(self, request: Request, visitor: Visitor) -> Grant:
         """What the client's token allows.  Raises Refused."""
@@ -3623,7 +3598,7 @@ class Admission:
 
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants.  Raises Refused and Disconnected."""
-        notes = notes_of(asked.hello, self.offers) if asked.hello.kind == 'http' else {}
+        notes = self.limits.notes_of(asked.hello) if asked.hello.kind == 'http' else {}
         if asked.hello.name is not None:
             await self.claim(asked.name, asked.owner, asked)
         elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
@@ -4249,7 +4224,7 @@ class ServerAddress:
     def __init__(self, scheme: str, site: str, port: int) -> None:
         self.scheme, self.site, self.port = scheme, site, port
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
-        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Admission
+        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Limits
         self.sni = ''                           # what TLS is told instead, once it asks for that
         self.lease = ''                         # a seam: what it is shown at each attempt, and
         self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
@@ -6169,7 +6144,8 @@ class TlsDoor(GuardedDoor):
 # ------------------------------------------------------------------------------------------------
 # 20. Limits
 #
-# What keeps one client from taking all, or from guessing tokens.
+# What keeps one client from taking all, or from guessing tokens; and what it may have beside its
+# tunnel.
 # ------------------------------------------------------------------------------------------------
 
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
@@ -6184,12 +6160,16 @@ def is_stranger(asked: Candidate) -> bool:
 
 
 class Limits:
-    """How many tunnels and names one client has, and how often it may be wrong."""
+    """How much a client may have: tunnels, names, requests, guesses, and things beside."""
 
     def __init__(self, runtime: Runtime, most: int = MAX_TUNNELS, rate: float = 0.0) -> None:
         """MOST tunnels in all; RATE in requests a second of a tunnel, 0 for any.  Both may change
         at any time.
         """
+        # A seam: what clients may want beside the tunnel, by the option that the server was given;
+        # each checks what a client says of it, and raises ValueError and TypeError.  It returns
+        # what is noted with the client's lease; if that is not '', a derived name has one, too.
+        self.offers: dict[str, Callable[[Any], str]] = {}
         self.most, self.rate, self._runtime = most, rate, runtime
         self._claims: dict[str, int] = collections.Counter()    # new leases of strangers, by subnet
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
@@ -6245,6 +6225,26 @@ class Limits:
         if rate and left < 1:
             raise HopFailed(429, f'{tunnel.name} gets too many requests a second',
                             'Retry-After: 1', cure='the operator of the server can raise --rate')
+
+    def check_wants(self, hello: Hello) -> None:
+        """Raises Refused where HELLO wants what this server does not offer."""
+        for option, said in hello.wants.items():
+            if option not in self.offers:
+                if isinstance(said, dict) and said.get('optional'):
+                    continue        # the welcome will not speak of it
+                raise Refused(403, 'not_offered', f'this server was started without --{option}, '
+                              'so a client can\'t have it either; ask its operator')
+            try:
+                self.offers[option](said)
+            except (ValueError, TypeError) as e:
+                raise Refused(400, 'bad_hello', f'--{option} is malformed: {e}') from e
+
+    def notes_of(self, hello: Hello) -> dict[str, str]:
+        """What is noted with the lease of HELLO, by option; if anything, who may visit, too."""
+        notes = {option: offer(hello.wants[option]) if option in hello.wants else ''
+                 for option, offer in self.offers.items()}
+        return {**notes, 'access': json.dumps(hello.rules) if any(notes.values()) and hello.rules
+                else ''}
 
     def check_claim(self, asked: Candidate) -> None:
         """Raises Refused where ASKED may lease no other name."""
@@ -6784,7 +6784,7 @@ class Node(Others):
                              hashlib.sha256).digest()
         self._over: dict[str, dict[str, int]] = {}      # by name, of those given back here
         server.tunnels.others = self
-        server.admission.offers['sni'] = lambda said: ''        # it was asked to, see `check`
+        server.limits.offers['sni'] = lambda said: ''        # it was asked to, see `check`
         self._leases.keepers.append(self._watch)
 
     def may_know(self, name: str) -> bool:
@@ -10074,7 +10074,7 @@ class Keeping(Annex):
                 self._queues = Queues(server, shelf, args.keep * MIB)
                 await self._queues.learn(leases.by_name)
                 leases.keepers.append(self._queues.learn)
-                server.admission.offers['keep'] = self._queues.offer
+                server.limits.offers['keep'] = self._queues.offer
             elif os.path.isdir(shelf.folder) and shelf.look({}):
                 server.log.note(f'warning: requests wait in {shelf.folder}; to deliver them, start '
                                 'this server with --keep MIB')
@@ -10680,7 +10680,7 @@ class Mail(Annex):
             return
         if is_address(args.domain):
             raise UsageError('--mail needs a --domain with a name: mail goes to NAME.DOMAIN')
-        server.admission.offers['mail'] = note_of_wish
+        server.limits.offers['mail'] = note_of_wish
         office = PostOffice(server)
         for sock in args.listening.at(args.bind, args.mail_port):
             await server.doors.open(sock, lambda sender: Postman(office, sender).serve())

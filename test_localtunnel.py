@@ -3112,7 +3112,7 @@ class WantTest(WorldTest):
 
     async def world(self, **options):
         await super().world(**options)
-        self.server.admission.offers['colour'] = lambda said: said['is']
+        self.server.limits.offers['colour'] = lambda said: said['is']
 
     def noted(self):
         return {name: lease.facts for name, lease in self.leases.by_name.items()}
@@ -3209,7 +3209,7 @@ class AdmissionTest(WorldTest):
 
     async def test_what_a_client_wants_beside_the_tunnel_is_checked_or_refused(self):
         await self.world()
-        self.server.admission.offers['extra'] = lambda said: str(int(said))
+        self.server.limits.offers['extra'] = lambda said: str(int(said))
         for wants, status, word in (
                 ({'extra': 7}, 101, ''), ({}, 101, ''), ({'extra': 'x'}, 400, 'bad_hello'),
                 ({'extra': None}, 400, 'bad_hello'), ({'other': 7}, 403, 'not_offered'),
@@ -3220,7 +3220,7 @@ class AdmissionTest(WorldTest):
 
     async def test_those_who_share_a_name_want_the_same(self):
         await self.world()
-        self.server.admission.offers['extra'] = lambda said: str(int(said))
+        self.server.limits.offers['extra'] = lambda said: str(int(said))
         for wants in {'extra': 7}, {'extra': 7}, {'extra': 8}:
             await self.hello(name='app', share=True, wants=wants)
         tunnel = self.server.tunnels.get('app')
