@@ -15222,8 +15222,7 @@ def in_bytes(size: int) -> str:
     if size < 1000:
         return f'{size}B'
     unit, name = (1e3, 'kB') if size < 1e6 else (1e6, 'MB') if size < 1e9 else (1e9, 'GB')
-    tenths = int(size * 10 / unit + 0.5)        # quicker than to format a float, and logs are long
-    return f'{tenths // 10}.{tenths % 10}{name}'
+    return f'{size / unit:.1f}{name}'
 
 
 def cut_in_middle(text: str, room: int) -> str:
