@@ -1595,6 +1595,7 @@ class Sender:
             return True
         if self.error is not None:
             raise SessionLost(str(self.error))
+        stream.its_turn = False
         self.turns[stream] = None
         return False
 
@@ -1610,6 +1611,11 @@ class Sender:
 
     def _call_up(self) -> None:
         """Let the streams that wait write in turn, while there is room."""
+        if asyncio.current_task(self.runtime.loop) is not None:     # it would go on before they do
+            if not self.outbox.awaited:
+                self.outbox.awaited = True
+                self.runtime.loop.call_soon(self.flush, True)
+            return
         for _ in range(len(self.turns)):
             if not self._has_room() or not self.turns:
                 break
