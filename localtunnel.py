@@ -12310,7 +12310,7 @@ class Watched(ClientObserver):
         """NAME tells its tunnel, which goes to SERVER, from others of this process."""
         self.book, self.app, self.server, self.name = book, app, server, name
         self.url = ''               # once it is there
-        book.tunnels.append(self)
+        book.tunnels = [*(one for one in book.tunnels if not one.app.closed), self]
         app.seen = book
         app.request_taps.append(functools.partial(book.begun, self))
         app.response_taps.append(book.responded)
@@ -13406,8 +13406,8 @@ class Inspector:
         book.sweep(0, False)            # a second may just have ended
         since = int(time.time()) - PACE_NOW
         took = sorted(kept.seconds for kept in tuple(book.kept)[-100:] if kept.seconds is not None)
-        book.tunnels = [t for t in book.tunnels if not t.app.closed] or book.tunnels[:1]
-        tunnels = [tunnel.about() for tunnel in book.tunnels]
+        tunnels = [tunnel.about() for tunnel in book.tunnels
+                   if not tunnel.app.closed] or [book.tunnels[-1].about()]
         return {**tunnels[0], 'tunnels': tunnels,
                 'requests_per_second': sum(n for at, n, *_ in book.pace if at >= since) / PACE_NOW,
                 'open': len(book.open), 'seen': book.seen, 'kept': len(book.kept),
