@@ -10414,19 +10414,22 @@ class Postman:
         self._commands = self._wrong = 0                # since the last message
 
     async def serve(self) -> None:
-        """Serve the sender."""
+        """Answer commands until the sender leaves, or has to."""
         visitor, senders, connection = self._visitor, self._office.senders, self._connection
-        subnet = subnet_of(visitor.peer)
+        subnet, reply = subnet_of(visitor.peer), f'220 {self._domain} ESMTP localtunnel'
         senders[subnet] += 1
+        if visitor.refusal or sum(senders.values()) > MAX_SENDERS or (
+                senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
+            reply = '421 4.3.2 too many connections; try again later'
         try:
-            if visitor.refusal or sum(senders.values()) > MAX_SENDERS or (
-                    senders[subnet] > MAX_SENDERS_OF_ADDRESS and not is_loopback(subnet)):
-                raise Reply('421 4.3.2 too many connections; try again later')
-            await self._converse()
-        except Reply as e:
-            with contextlib.suppress(LocaltunnelError, OSError):
-                await connection.write(f'{e}\r\n'.encode('ascii', 'replace'))
-                await connection.linger()
+            while True:
+                if reply:
+                    await connection.write(f'{reply}\r\n'.encode('ascii', 'replace'))
+                if reply[:3] in FAREWELLS:
+                    return await connection.linger()
+                if connection.unread:
+                    await asyncio.sleep(0)
+                reply = await self._reply()
         except (LocaltunnelError, OSError):
             pass                    # it is gone
         finally:
@@ -10436,28 +10439,16 @@ class Postman:
             self._server.visitors.leave(visitor)
             connection.close()
 
-    async def _converse(self) -> None:
-        """Answer commands until the sender leaves.  Raises Reply, with the last one."""
-        reply = f'220 {self._domain} ESMTP localtunnel'
-        while True:
-            if reply:
-                await self._connection.write(f'{reply}\r\n'.encode('ascii', 'replace'))
-            if self._connection.unread:
-                await asyncio.sleep(0)
-            line = await self._line()
-            if self._server.draining:
-                raise Reply('421 4.3.2 this server is shutting down')
-            try:
-                reply = await self._answer(line)
-            except HopFailed as e:
-                reply = verdict_on(e.status, str(e))
-            except Reply as e:
-                reply = str(e)
-            if reply[:3] in FAREWELLS:
-                raise Reply(reply)
-            self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
-            if self._commands > MAX_COMMANDS or self._wrong > MAX_WRONG_COMMANDS:
-                raise Reply('421 4.7.0 too many commands that lead to nothing')
+    async def _reply(self) -> str:
+        """The reply to the next command; '' for none."""
+        try:
+            reply = await self._answer(await self._line())
+        except (Reply, HopFailed) as e:
+            reply = str(e) if isinstance(e, Reply) else verdict_on(e.status, str(e))
+        self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
+        if self._commands > MAX_COMMANDS or self._wrong > MAX_WRONG_COMMANDS:
+            return '421 4.7.0 too many commands that lead to nothing'
+        return reply
 
     async def _answer(self, line: str) -> str:
         """The reply to the command in LINE.  Raises Reply and HopFailed."""
@@ -10518,6 +10509,8 @@ class Postman:
         crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
         here = await self._lines(self._server.runtime.now()
                                  + (SENDER_HURRY if crowd else SENDER_IDLE))
+        if self._server.draining:
+            raise Reply('421 4.3.2 this server is shutting down')
         size = here.index(b'\n') + 1
         return self._take(here[:size], size)[:-2].decode(errors='surrogateescape')
 
