@@ -6065,6 +6065,9 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
 
     Raises Refused.
     """
+    if tls and address.sni:         # what goes by it can tell sessions from visitors, too
+        tls.set_alpn_protocols([PROTOCOL, 'http/1.1'])
+
     async def dial(host: str) -> Connection:
         where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
                                  else {'host': host, 'port': address.port})
