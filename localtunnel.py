@@ -221,7 +221,6 @@ KNOWN_AFTER = 600.0             # a name served this recently is offline, not un
 # While a client or a server is away, or ends.
 HELD = 8.0                      # a request waits for its client (--hold): GitHub gives up at 10
 RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
-UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
 DRAIN = 30.0                    # for open exchanges to finish when one side stops (--drain)
 FIRST_LOOK = 0.001              # until the first check whether everything has finished
 DRAIN_LOOK = 0.05               # between later ones
@@ -3329,18 +3328,12 @@ class Tunnels:
         return bool(found)
 
     def sweep(self, now: float, woke_up: bool) -> None:
-        """Let requests go on that wait for a session that is away; forget who went long ago.
-
-        Now and then: there may be thousands of tunnels.
-        """
+        """Forget who went long ago; now and then, since there may be thousands of tunnels."""
         if now < self._look_at:
             return
         self._look_at = now + 4 * SWEEP
         away: list[Tunnel] = []
         for tunnel in self:
-            for member in tunnel.members:
-                if member.session.connection is None:
-                    self._move_on(member.session, tunnel, now)
             if not tunnel.members and not self.waits.of(tunnel.key):
                 away.append(tunnel)
         away.sort(key=lambda tunnel: -tunnel.left_at)
@@ -3349,23 +3342,6 @@ class Tunnels:
                 del self._table[tunnel.key]
                 for forget in self.on_forget:
                     forget(tunnel)
-
-    def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
-        """Requests without an answer wait for SESSION, which is away, no longer than they must.
-
-        Those that may be repeated go to another client, and after UNANSWERED all have their end.
-        """
-        moves = now - session.liveness.detached_at > self.hold and tunnel.pick() is not None
-        overdue = now - session.liveness.heard > UNANSWERED
-        for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
-            exchange = stream.visitor and stream.visitor.exchange
-            if not exchange or exchange.status:
-                continue
-            goes = moves and exchange.repeatable
-            if goes or overdue:
-                stream.reset(CANCELLED, 'nobody waits for it any more', SessionLost(
-                    'its client did not come back') if goes else Overdue(
-                    'its client was silent for too long'))
 
     # Requests go through them.
 
@@ -3745,9 +3721,6 @@ def date_line(second: int) -> str:
     return f'Date: {email.utils.formatdate(second, usegmt=True)}'
 
 
-URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
-
-
 MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
 
 
@@ -4040,12 +4013,9 @@ class Server:
         name, _, parent = host.partition('.')
         if self.tunnels.bars:
             self.tunnels.bars.check_visitor(name if parent == self.domain else '', visitor.address)
-        tls = self.tls
-        if (visitor.scheme == 'http' and tls is not None and request.target != b'*'
-                and self.domain in (parent, host.strip('[]')) and tls.shows(host)):
-            where = (f'https://{authority("https", host.strip("[]"), tls.port)}'
-                     + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
-            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
+        if (visitor.scheme == 'http' and self.tls is not None
+                and self.domain in (parent, host.strip('[]'))):
+            self.tls.check_visitor(request, host)
         tunnel = self.tunnels.get(name) if parent == self.domain and not self.tunnels.only else None
         if tunnel is None:
             name = self._find(name, parent, host)
@@ -4176,12 +4146,9 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visitor.url_of(self.domain, request.host)}/localtunnel.py')
-        tls = self.tls
-        if (tls and visitor.scheme == 'http' and not visitor.front
-                and not is_loopback(visitor.peer) and (tls.pin or tls.shows(self.domain))):
-            raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
-                          'and proofs are secrets: say --server https://HOST, or ask its operator '
-                          'for a code, for --join')
+        if (self.tls and visitor.scheme == 'http' and not visitor.front
+                and not is_loopback(visitor.peer)):
+            self.tls.check_session(self.domain)
 
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
@@ -4942,6 +4909,9 @@ class Others:
         raise NotImplementedError
 
 
+URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
+
+
 class Tls:
     """How a server speaks TLS."""
 
@@ -4954,6 +4924,20 @@ class Tls:
     def shows(self, host: str) -> bool:
         """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
         return self.port != 0 and not self.pin
+
+    def check_visitor(self, request: Request, host: str) -> None:
+        """Raises HopFailed, which sends one who asks HOST by http to https, if that can be."""
+        if request.target != b'*' and self.shows(host):
+            where = (f'https://{authority("https", host.strip("[]"), self.port)}'
+                     + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
+            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
+
+    def check_session(self, domain: str) -> None:
+        """Raises Refused for a client that came by http, if it could come by https to DOMAIN."""
+        if self.pin or self.shows(domain):
+            raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
+                          'and proofs are secrets: say --server https://HOST, or ask its operator '
+                          'for a code, for --join')
 
 
 class GuardedDoor:
@@ -6942,7 +6926,7 @@ class Cluster(Annex):
 # 25. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
-# wait: not for long, not many, and in no order.
+# wait: not for long, not many, and in no order.  Those that it has taken wait, too.
 # ------------------------------------------------------------------------------------------------
 
 MAX_HELD = 100                  # requests that wait for one tunnel: its client, or room there
@@ -6950,6 +6934,7 @@ MAX_HELD_IN_ALL = 1000
 MAX_GUESSED = 500               # of these, for clients of other servers; half for one address
 UNHEARD = 5.0                   # for one of whom nothing is known here: a dead machine costs 4 s
 ROOM_WITHIN = 2.0               # for other streams of a full tunnel to end, before a 503
+UNANSWERED = 27.0               # of a client's silence, for a visitor without a byte of a response
 HELD_AFTER_BREAK = 30.0         # since a client went without goodbye: requests still wait for it
 ROOM_LOOK = 0.1                 # between looks whether streams of a full tunnel have ended
 
@@ -6959,9 +6944,39 @@ class Held(Waits):
 
     def __init__(self, server: Server) -> None:
         super().__init__(server.tunnels)
-        self._now = server.runtime.now
+        self._now, self._look_at = server.runtime.now, 0.0      # when all sessions are looked at
         self._of: dict[str, set[asyncio.Future[None]]] = {}     # by the key of the tunnel
         self._from: dict[str, int] = collections.Counter()      # how many, by visitor's subnet
+        server.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Let requests go on that wait for the answer of a session that is away.
+
+        Now and then: there may be thousands of tunnels.
+        """
+        if now >= self._look_at:
+            self._look_at = now + 4 * SWEEP
+            for tunnel in self.tunnels:
+                for member in tunnel.members:
+                    if member.session.connection is None:
+                        self._move_on(member.session, tunnel, now)
+
+    def _move_on(self, session: Session, tunnel: Tunnel, now: float) -> None:
+        """Requests without an answer wait for SESSION, which is away, no longer than they must.
+
+        Those that may be repeated go to another client, and after UNANSWERED all have their end.
+        """
+        moves = now - session.liveness.detached_at > self.tunnels.hold and tunnel.pick() is not None
+        overdue = now - session.liveness.heard > UNANSWERED
+        for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
+            exchange = stream.visitor and stream.visitor.exchange
+            if not exchange or exchange.status:
+                continue
+            goes = moves and exchange.repeatable
+            if goes or overdue:
+                stream.reset(CANCELLED, 'nobody waits for it any more', SessionLost(
+                    'its client did not come back') if goes else Overdue(
+                    'its client was silent for too long'))
 
     def of(self, key: str) -> int:
         return len(self._of.get(key, ()))

@@ -15851,7 +15851,7 @@ class HelloTest(HostileTest):
 
     async def test_a_session_in_clear_is_refused_where_there_is_a_certificate(self):
         await self.world()
-        self.server.tls = unittest.mock.Mock(changed=lambda: False, redirects=False, pin='')
+        self.server.tls = lt.Tls(None, 443)
         self.assertEqual((await self.hello())[1], 101)      # this machine may
         with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
             _, status, told = await self.hello()
