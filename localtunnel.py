@@ -3680,7 +3680,7 @@ class Visitors:
 
     def __init__(self, runtime: Runtime) -> None:
         self.front: Front | None = None         # a seam: who stands in front and brings them
-        self.listening = 0                      # sockets of TCP tunnels
+        self.listening = 0                      # sockets of TCP tunnels, and files
         self.runtime = runtime
         self.here: dict[Visitor, None] = {}
 
@@ -10133,7 +10133,7 @@ MAX_MAIL = 25 * MIB             # of a message: Gmail and others take no more ei
 MAX_MAIL_LINE = 4 * KIB         # of a command, and of a message: RFC 5321 allows 1,000 bytes
 MAX_RECIPIENTS = 100            # which RFC 5321 4.5.3.1.8 asks for
 MAX_COMMANDS, MAX_WRONG_COMMANDS = 1000, 20         # between two messages
-MAX_SENDERS, MAX_SENDERS_OF_ADDRESS = 1000, 50      # connections; Postfix makes up to 20 to a place
+MAX_SENDERS, MAX_SENDERS_OF_ADDRESS = 1000, 20      # connections; Postfix makes up to 20 to a place
 SENDER_IDLE = 300.0             # seconds for a command, or a piece of a message (RFC 5321 4.5.3.2)
 SENDER_HURRY = 10.0             # the same while more than half of the connections are taken
 MESSAGE_WITHIN = 1800.0         # for a whole message: 14 kB/s
@@ -10631,8 +10631,9 @@ class Postman:
         letter, budget = self._letter, self._server.admission.budget
         if not letter or not letter.to:
             return '554 5.5.1 no valid recipients' if letter else '503 5.5.1 MAIL first'
-        if not budget.take(MAIL_HELD):
+        if not budget.take(MAIL_HELD, leave=budget.limit // 2):     # half is for tunnels
             return TOO_MUCH
+        self._server.visitors.listening += 2        # files take descriptors, too
         try:
             await self._connection.write(b'354 go ahead, and end with a dot on its own line\r\n')
             with temporary_file() as raw:
@@ -10651,6 +10652,7 @@ class Postman:
             raise Reply('421 4.3.1 there is no room on the disk') from e
         finally:
             self._letter = None
+            self._server.visitors.listening -= 2
             budget.give(MAIL_HELD)
             self._office.disk.give(letter.spooled)
 

@@ -8076,10 +8076,11 @@ class SmtpTest(MailTest):
         with self.constant(MAIL_ON_DISK=5):
             await self.mail_world()
         budget = self.server.admission.budget
-        budget.used += budget.limit
+        budget.used += budget.limit // 2
         self.assertEqual((await (await self.sender()).begins('a@app.localhost'))[:9], '452 4.3.1')
-        budget.used -= budget.limit
+        budget.used -= budget.limit // 2
         self.assertEqual((await (await self.sender()).sends('hello'))[:9], '452 4.3.1')
+        self.assertEqual(self.server.visitors.listening, 0)
 
     async def test_a_server_that_ends_says_so(self):
         await self.mail_world()
