@@ -2086,6 +2086,8 @@ class Head:
 
         Raises BadHttp.
         """
+        if trusted and not self.connection and dropped.isdisjoint(self.fields):
+            return self.block       # as from the other end of a tunnel
         block = self._onward.get((dropped, trusted))
         if block is None:
             names = self.hop_by_hop(dropped)
@@ -4346,6 +4348,7 @@ class App:
 
     def close(self) -> None:
         """Nobody comes any more: close the connections that are idle."""
+        forget_heads()
         self._pool.close()
         self.runtime.swept -= {self, self._pool}
 

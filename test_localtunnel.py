@@ -3046,6 +3046,10 @@ class ForwardingTest(WorldTest):
             await visitor.answer()
             end.sweep(self.runtime.now(), False)
             self.assertEqual((lt.recent_requests, lt.recent_responses), ({}, {}))
+        visitor.ask(fields='Cookie: secret')
+        await visitor.answer()
+        self.clients[0].app.close()
+        self.assertEqual((lt.recent_requests, lt.recent_responses), ({}, {}))
 
     async def test_what_a_trace_may_pass_is_counted(self):
         app, visitor = await self.through()
