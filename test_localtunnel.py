@@ -14252,7 +14252,8 @@ class BalancerTest(RecipeTest):
             if status != 200:
                 self.failed.append((host, status))
 
-    def survives(self, text, again, options):
+    def balances(self, text, options):
+        """HAProxy runs as TEXT says, in front of servers with OPTIONS, which are returned."""
         nodes = [self.node(number, *options[number]) for number in range(2)]
         for old, new in (('bind :80,[::]:80 v6only', f'bind 127.0.0.1:{self.ports[0]}'),
                          ('bind :443,[::]:443 v6only', f'bind 127.0.0.1:{self.ports[1]}'),
@@ -14261,6 +14262,10 @@ class BalancerTest(RecipeTest):
             self.assertIn(old, text)
             text = text.replace(old, new)
         self.runs('haproxy', '-db', '-f', self.write('haproxy.cfg', text))
+        return nodes
+
+    def survives(self, text, again, options):
+        nodes = self.balances(text, options)
         hosts = [self.opened(number) for number in range(6)]
         threads = [threading.Thread(target=self.visit_all, args=[hosts[n:] + hosts[:n], again])
                    for n in range(3)]
@@ -14297,6 +14302,25 @@ class BalancerTest(RecipeTest):
                            *self.servers(8080), number=1)
         self.survives(text, 0, [('--port', place, '--trust-proxy', '127.0.0.1')
                                 for place in self.places])
+
+    def test_haproxy_leads_to_the_ports_of_raw_tcp(self):
+        public, app = [self.free_port() for _ in 'ab'], self.app('hi')
+        text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
+                           *self.servers(8080), number=1) + self.recipe(
+            'haproxy', ('bind :20000-20499', f'bind 127.0.0.2:{public[0]}'),
+            ('bind :20500-20999', f'bind 127.0.0.2:{public[1]}'), ('10.0.0.11', '127.0.0.1'),
+            ('10.0.0.12', '127.0.0.1'), number=3)
+        self.balances(text, [('--port', place, '--trust-proxy', '127.0.0.1', '--tcp-ports', port)
+                             for place, port in zip(self.places, public)])
+        tunnel = lt.tunnel(app.port, server=f'https://t.localhost:{self.ports[1]}', token='t',
+                           ca=self.path('crt'), tcp=True)
+        tunnel.start()
+        self.addCleanup(tunnel.close)
+        port = int(tunnel.url.rpartition(':')[2])
+        self.assertIn(port, public)
+        with socket.create_connection(('127.0.0.2', port), PATIENCE) as sock:
+            sock.sendall(b'GET / HTTP/1.0\r\n\r\n')
+            self.assertIn(b' 200 ', sock.makefile('rb').readline())
 
     def test_haproxy_passes_tls_on(self):
         first = self.recipe('haproxy', number=1)
