@@ -10092,7 +10092,9 @@ class Keeping(Annex):
         app.observer = observers
 
     async def at_server(self, args: Args, server: Server) -> None:
-        shelf, leases = Shelf(args.state, server.log.note), server.admission.leases
+        def warn(text: str) -> None:        # in any thread
+            server.runtime.loop.call_soon_threadsafe(server.log.note, text)
+        shelf, leases = Shelf(args.state, warn), server.admission.leases
         with using(args.state):
             if args.keep:
                 os.makedirs(shelf.folder, mode=0o700, exist_ok=True)

@@ -7679,6 +7679,15 @@ class KeepTest(FolderTest, WorldTest):
         await eventually(lambda: self.files() == [ids[0] + '.0.damaged', 'look'])
         self.assertEqual([head.split()[1] for head in app.requests], [b'/hooks/2', b'/hooks/3'])
 
+    async def test_what_a_thread_finds_is_logged_by_the_loop(self):
+        noted = []
+        self.log = types.SimpleNamespace(
+            note=lambda *_, **__: noted.append(threading.current_thread()),
+            exchange=lambda *_: None)
+        await self.world()
+        await self.loop.run_in_executor(None, self.queues._shelf._warn, 'it is damaged')
+        await eventually(lambda: noted == [threading.current_thread()])
+
     async def test_a_disk_that_fails_at_a_try_loses_nothing(self):
         await self.world()
         app = await self.app()
