@@ -10204,8 +10204,8 @@ def parse_mail(raw: BinaryIO, bound: Callable[[bool], None]) -> Any:
     from email import message, parser, policy
     fields, parts, lines = itertools.count(), itertools.count(), 0
 
-    class Bounded(policy.Compat32):
-        """Raises for nothing that is malformed."""
+    class Careful(policy.Compat32):
+        """Raises for nothing that is malformed, but for what takes too much."""
 
         def header_source_parse(self, sourcelines: list[str]) -> tuple[str, str]:
             text = ''.join(sourcelines)     # Python keeps each unknown charset of a boundary
@@ -10216,7 +10216,7 @@ def parse_mail(raw: BinaryIO, bound: Callable[[bool], None]) -> Any:
     def part(policy: Any = None) -> Any:
         bound(next(parts) <= MAX_PARTS)
         return message.Message(policy)
-    feed = parser.BytesFeedParser(part, policy=Bounded(
+    feed = parser.BytesFeedParser(part, policy=Careful(
         max_line_length=0, mangle_from_=False, linesep='\r\n'))
     for piece in iter(lambda: raw.read(FED), b''):
         lines += piece.count(b'\n')
