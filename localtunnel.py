@@ -3403,7 +3403,8 @@ class Tunnels:
 # ------------------------------------------------------------------------------------------------
 # 10. Admission
 #
-# Who may open a tunnel, under which name, and how many.  Knows no routes and no visitors' requests.
+# Who may open a tunnel, and under which name; Limits say how many.  Knows no routes and no requests
+# of visitors.
 #
 #   grant     what a token allows; its `digest` is '' for a client without a token
 #   owner     whom a chosen name belongs to: the token's user if it has one, else the proof
@@ -3416,8 +3417,7 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'holder', 'name',
-                 'tunnel', 'facts')
+    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'holder', 'name', 'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
                  facts: Facts) -> None:
@@ -4912,37 +4912,6 @@ class Others:
         raise NotImplementedError
 
 
-URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
-
-
-class Tls:
-    """How a server speaks TLS."""
-
-    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
-        self.context = context
-        self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
-        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
-        self.validity: tuple[float, float, list[str]] | None = None
-
-    def shows(self, host: str) -> bool:
-        """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
-        return self.port != 0 and not self.pin
-
-    def check_visitor(self, request: Request, host: str) -> None:
-        """Raises HopFailed, which sends one who asks HOST by http to https, if that can be."""
-        if request.target != b'*' and self.shows(host):
-            where = (f'https://{authority("https", host.strip("[]"), self.port)}'
-                     + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
-            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
-
-    def check_session(self, domain: str) -> None:
-        """Raises Refused for a client that came by http, if it could come by https to DOMAIN."""
-        if self.pin or self.shows(domain):
-            raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
-                          'and proofs are secrets: say --server https://HOST, or ask its operator '
-                          'for a code, for --join')
-
-
 class GuardedDoor:
     """One where a connection does not become a visitor at once."""
     busy: Any = False           # true while some are on their way in
@@ -5914,10 +5883,10 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 # ------------------------------------------------------------------------------------------------
 # 19. TLS
 #
-# What a client checks, and a server shows: shared by the annexes with certificates and the command
-# line.
+# What a client checks; what a server shows, and asks of those who come without it.
 # ------------------------------------------------------------------------------------------------
 
+URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
 OPENSSL_PATIENCE = 20.0         # seconds for the openssl program; what is asked takes milliseconds
 
 
@@ -6086,6 +6055,34 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
                           f'SHA256 is {shown}; if its operator has made a new one, ask for a new '
                           'code for --join')
     return connection
+
+
+class Tls:
+    """How a server speaks TLS."""
+
+    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
+        self.context = context
+        self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
+        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
+        self.validity: tuple[float, float, list[str]] | None = None
+
+    def shows(self, host: str) -> bool:
+        """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
+        return self.port != 0 and not self.pin
+
+    def check_visitor(self, request: Request, host: str) -> None:
+        """Raises HopFailed, which sends one who asks HOST by http to https, if that can be."""
+        if request.target != b'*' and self.shows(host):
+            where = (f'https://{authority("https", host.strip("[]"), self.port)}'
+                     + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
+            raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
+
+    def check_session(self, domain: str) -> None:
+        """Raises Refused for a client that came by http, if it could come by https to DOMAIN."""
+        if self.pin or self.shows(domain):
+            raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
+                          'and proofs are secrets: say --server https://HOST, or ask its operator '
+                          'for a code, for --join')
 
 
 MAX_HANDSHAKES = 64             # of TLS at a time; beyond that the slow ones are cut off
