@@ -9785,13 +9785,14 @@ class Queues(Detour):
 
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
         server, request, tries = self._server, exchange.request, 0
+        budget, length = server.admission.budget, request.body_length()
         wanted, owner = self._wanted[key], self._leases.owner(key, time.time())
         lines = server.onward.of_request(visitor, request, key)
         for gate in wanted.gates:
             lines = gate(key, visitor, lines)
         path = request.target.partition(b'?')[0].decode('latin-1')
         if (owner is None or not wanted.form.fullmatch(f'{request.method.decode()} {path}')
-                or request.upgrade or request.has(b'expect') or request.body_length() > MAX_KEPT):
+                or request.upgrade or request.has(b'expect') or length > MAX_KEPT):
             return await server.forward(visitor, exchange, key)
         if await self._is_there(key, alone=True):
             try:
@@ -9800,8 +9801,8 @@ class Queues(Detour):
                 if e.hop != 'client' or exchange.whole is None:
                     raise
                 tries = 1           # the client went meanwhile: the app may have it, or not
-        held = MAX_KEPT if exchange.whole is None else 0
-        if not server.admission.budget.take(held):
+        held = 0 if exchange.whole is not None else length if length >= 0 else MAX_KEPT
+        if held and not budget.take(held, leave=budget.used):
             raise HopFailed(503, 'the server has no memory left for this request', 'Retry-After: 1')
         try:
             message = await self._message(exchange, lines)
@@ -9811,7 +9812,7 @@ class Queues(Detour):
             self._find_room(kept)
             await self._write(kept, message)
         finally:
-            server.admission.budget.give(held)
+            budget.give(held)
         await server.give_own(visitor, exchange, wanted.status, functools.partial(
             plain_message, wanted.status, 'text/plain', b''), [f'Localtunnel-Kept: {kept.id}'])
 
@@ -9836,10 +9837,9 @@ class Queues(Detour):
         """The request, once it is all here, with header LINES as it goes to a client."""
         body = exchange.whole
         if body is None:
-            exchange.near.timeout = HEAD_TIMEOUT
             try:
-                body = await read_whole(exchange.body, MAX_KEPT)
-            except Overdue as e:
+                body = await asyncio.wait_for(read_whole(exchange.body, MAX_KEPT), UPLOAD_IDLE)
+            except asyncio.TimeoutError as e:
                 raise BadHttp(408, 'the body of the request did not arrive in time') from e
         if len(body) > MAX_KEPT:
             raise HopFailed(503, 'the client is away, and the request is too large to be kept',

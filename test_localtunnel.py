@@ -7620,10 +7620,16 @@ class KeepTest(FolderTest, WorldTest):
         with contextlib.suppress(ConnectionError):
             self.assertEqual(await peer.reader.read(), b'')
         peer = await self.visitor('app.localhost')
-        with self.constant(HEAD_TIMEOUT=0.02):
+        with self.constant(UPLOAD_IDLE=0.02):
             peer.ask('/hooks/x', 'Content-Length: 9', 'POST', body=b'half')
             self.assertEqual((await peer.answer())[0], 408)
         self.assertEqual((self.ids(), self.server.admission.budget.used), ([], 0))
+        self.server.admission.budget.used = self.server.admission.budget.limit // 2 + 1
+        peer = await self.visitor('app.localhost')
+        peer.ask('/hooks/x', 'Content-Length: 9', 'POST', body=b'half')
+        self.assertEqual((await peer.answer())[0], 503)     # half of the memory is for others
+        self.assertEqual((await self.hook())[0], 202)       # a small one is here already
+        self.server.admission.budget.used = 0
 
     async def test_what_is_full_is_no_success(self):
         await self.world()
