@@ -16444,6 +16444,9 @@ class HostileVisitorTest(HostileTest):
             return await (await self.visitor(host, port)).get(path, method=method)
 
         self.assertEqual((await admin('/healthz'))[2], b'ok\n')
+        peer = await self.visitor('', port)         # as HAProxy asks, without a host
+        peer.send(b'GET /healthz HTTP/1.0\r\n\r\n')
+        self.assertEqual((await peer.answer())[2], b'ok\n')
         for host in ('evil.com', 'localhost.evil.com', '127.0.0.1.evil.com', ''):
             self.assertIn((await admin('/tunnels', host))[0], (400, 403))
         self.assertRegex((await admin('/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
