@@ -278,6 +278,7 @@ class StreamReset(LocaltunnelError):
 
 class BadHttp(LocaltunnelError):
     """A message that is malformed or ambiguous; `status` is what its sender is told."""
+    head = b''                      # of a response, where that was read
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -2470,7 +2471,11 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
         head = await read_head(source, HEAD_TIMEOUT, timeout, *limits)
         if head is None:
             raise Incomplete('the connection ended without a response')
-        response = parse_response(head)
+        try:
+            response = parse_response(head)
+        except BadHttp as e:
+            e.head = head
+            raise
         if response.status >= 200 or response.status == 101:
             return response
         if sink is not None:
@@ -4416,7 +4421,7 @@ class App:
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
             upstream = reused or await self.connect()
-            stream.on_lost, whole = upstream.abort, False
+            stream.on_lost, whole, response = upstream.abort, False, None
             try:
                 if not reused:
                     stream.check()      # it may be gone by now
@@ -4429,7 +4434,7 @@ class App:
                 if stream.error is not None or exchange.status:
                     raise       # the response has begun, or nobody waits for it
                 if reused is None or not upstream.silent or isinstance(e, Overdue):
-                    said = upstream.peek()
+                    said = b'' if response else getattr(e, 'head', b'') or upstream.peek()
                     for tell in self.strange:
                         tell(request, said)
                     raise self.words.no_response(self.target, said, upstream.silent, e) from e
@@ -4677,7 +4682,8 @@ class Client:
         try:
             response = await read_final(connection, None, timeout)
         except (BadHttp, Incomplete) as e:
-            raise self._words.no_answer(self.address, connection.peek(), e) from e
+            said = getattr(e, 'head', b'') or connection.peek()
+            raise self._words.no_answer(self.address, said, e) from e
         if response.status != 101:
             refused = await self._refused(connection, response)
             if refused.code != 'released':

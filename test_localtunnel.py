@@ -4236,7 +4236,10 @@ class StrangeAnswerTest(WorldTest):
                  'is too large: more than 500 header fields'),
                 (b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 140000 + b'\r\n\r\n',
                  'is too large: a message head of more than 130048 bytes'),
-                (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\n', 'is malformed'),
+                (b'HTTP/1.1 200 OK\r\nX : y\r\n\r\nhello', 'is malformed: a malformed header'),
+                (b'HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 6\r\n\r\nhello',
+                 'is malformed: Content-Length'),
+                (b'RTSP/1.0 200 OK\r\nX: y\r\n\r\n', "HTTP: it says 'RTSP/1.0 200 OK'"),
                 (b'', 'without an answer; if it speaks TLS, use https://localhost:')):
             with self.subTest(said[:20]):
                 async def answer(head, reader, writer, said=said):
