@@ -10410,7 +10410,8 @@ class PostOffice:
 async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
     """Speak TLS on CONNECTION from now on; what came in clear before is dropped (RFC 3207).
 
-    Nothing may be awaited before this, or the first bytes of the handshake could be read here.
+    Raises OSError.  Nothing may be awaited before this, or the first bytes of the handshake could
+    be read here.
     """
     runtime, before = connection.runtime, connection.transport
     connection.peek()
@@ -10418,11 +10419,9 @@ async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
     try:
         after: Any = await runtime.loop.start_tls(
             before, connection, context, server_side=True, ssl_handshake_timeout=HANDSHAKE_TIMEOUT)
-    except BaseException as e:
+    except BaseException:
         before.abort()
         connection.connection_lost(None)        # asyncio tells only the handshake
-        if isinstance(e, (OSError, asyncio.TimeoutError)):
-            raise Disconnected('no TLS') from e
         raise
     runtime.transports.discard(before)
     runtime.transports.add(after)
