@@ -17861,6 +17861,7 @@ def summary(results, seconds):
 
 def main():
     """The tests, or what the first word says."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)     # a shell's & had it ignored
     if not sys.argv[1:]:
         sys.exit(run_all())
     elif sys.argv[1:] == ['worker']:
