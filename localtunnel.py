@@ -12148,21 +12148,17 @@ def about_signature(headers: Iterable[Sequence[str]], edited: bool, now: float) 
     return ''
 
 
-# Of an exchange that has ended: when it began and was answered; the status; flags; bytes of its two
-# bodies; sizes of what follows: both heads, what is kept of both bodies, both trailers.  At the end
-# stands why it failed.
-PAST = struct.Struct('>ddHBQQ6I')
 PACKED = Record(0, 0.0)         # what stands for the record of an exchange that was packed
 
 
 class Kept:
     """One exchange: the record that the tunnel keeps anyway, and what passed.
 
-    Once it has ended it is packed into `past`, one object: hundreds of exchanges as they were would
-    keep the objects of the next ones in memory that is never warm, and cost a sixth of the speed.
-    An attribute of the class is so until it is set: most never are.
+    Once it has ended, only what can be shown is kept, in `past`: hundreds of exchanges as they were
+    would keep the objects of the next ones in memory that is never warm, and cost a sixth of the
+    speed.  An attribute of the class is so until it is set: most never are.
     """
-    past = b''
+    past: tuple[Any, ...] = ()
     response: Response | None = None    # its head, once it is here
     sent: bytes | bytearray = b''       # of the bodies; a request's only if it was streamed
     received: bytes | bytearray = b''
@@ -12207,7 +12203,7 @@ class Kept:
             self.hold(min(room, len(piece)))
 
     def pack(self) -> None:
-        """Make one object of all that is known, if this is an exchange as most are."""
+        """Keep only what can be shown, if this is an exchange as most are."""
         record, response = self.record, self.response
         if not isinstance(record, Exchange):
             return
@@ -12218,38 +12214,29 @@ class Kept:
                 if isinstance(of_stream, Body) and of_stream is not NO_BODY:
                     of_stream.stream = self.book.nowhere
             return
-        head = b'%b %b HTTP/1.%b\r\n%b\r\n' % (
-            request.method, request.target, request.minor, request.block)
-        answer_head = b'HTTP/1.%b %d%b\r\n%b\r\n' % (
-            response.minor, response.status, response.reason, response.block)
-        sent, received = self.sent if whole is None else whole, self.received
-        self.past = b''.join((
-            PAST.pack(record.began, record.answered, record.status,
-                      (whole is not None) | body.finished << 1 | answer.finished << 2,
-                      body.taken, answer.taken, len(head), len(answer_head), len(sent),
-                      len(received), len(body.trailers), len(answer.trailers)),
-            head, answer_head, sent, received, body.trailers, answer.trailers,
-            record.why.encode()))
+        self.past = (
+            request.method, request.target, request.minor, request.block,
+            response.minor, response.status, response.reason, response.block,
+            record.began, record.answered, record.status, record.why, whole, bytes(self.sent),
+            body.taken, body.finished, body.trailers, bytes(self.received),
+            answer.taken, answer.finished, answer.trailers)
         self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
 
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
-        began, answered, status, flags, *sizes = PAST.unpack_from(self.past)
-        parts, at = [], PAST.size
-        for size in (*sizes[2:], len(self.past)):
-            parts.append(self.past[at:at + size])
-            at += size
-        head, response_head, sent, received, trailers, answer_trailers, why = parts
-        record = Exchange(self.book.nowhere, parse_request(head), self.number)
-        response = parse_response(response_head)
-        answer = body_reader(self.book.nowhere, response.body_length(record.request.method))
-        for body, taken, finished, last in ((record.body, sizes[0], flags & 2, trailers),
-                                            (answer, sizes[1], flags & 4, answer_trailers)):
-            body.taken, body.finished = taken, finished != 0
+        (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
+         began, answered, status, why, whole, sent, taken, finished, trailers,
+         received, answer_taken, answer_finished, answer_trailers) = self.past
+        record = Exchange(self.book.nowhere, Request(method, target, minor, block), self.number)
+        response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
+        answer = body_reader(self.book.nowhere, response.body_length(method))
+        for body, *state in ((record.body, taken, finished, trailers),
+                             (answer, answer_taken, answer_finished, answer_trailers)):
+            body.taken, body.finished, last = state
             if isinstance(body, ChunkedBody):
                 body.trailers = last
         record.began, record.answered, record.status = began, answered, status
-        record.whole, record.answer, record.why = sent if flags & 1 else None, answer, why.decode()
+        record.whole, record.answer, record.why = whole, answer, why
         kept = Kept(self.watched, record, 0)
         kept.at, kept.seconds, kept.failed, kept.edited = (
             self.at, self.seconds, self.failed, self.edited)
