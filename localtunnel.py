@@ -12161,7 +12161,7 @@ class Kept:
     past: tuple[Any, ...] = ()
     response: Response | None = None    # its head, once it is here
     sent: bytes | bytearray = b''       # of the bodies; a request's only if it was streamed
-    received: bytes | bytearray = b''
+    received = b''                      # most are one piece, which this need not copy
     readers: Sequence[Reader] = ()      # of both ways, after an upgrade and in an event stream
     messages: Sequence[dict[str, Any]] = ()
     edited = False                      # it is a replay, and not as it was
@@ -12218,7 +12218,7 @@ class Kept:
             request.method, request.target, request.minor, request.block,
             response.minor, response.status, response.reason, response.block,
             record.began, record.answered, record.status, record.why, whole, bytes(self.sent),
-            body.taken, body.finished, body.trailers, bytes(self.received),
+            body.taken, body.finished, body.trailers, self.received,
             answer.taken, answer.finished, answer.trailers)
         self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
 
@@ -12294,7 +12294,7 @@ class Kept:
         details['signature'] = about_signature(request['headers'], self.edited, time.time())
         if response is not None:
             line = f'HTTP/1.1 {response.status}{response.reason.decode("latin-1")}'
-            details['response'] = side(line, response, record.answer, bytes(self.received))
+            details['response'] = side(line, response, record.answer, self.received)
             if record.answered:
                 first = round((record.answered - record.began) * 1e3, 1)
                 details['timing']['first_byte_ms'] = first
@@ -12384,7 +12384,7 @@ class Exchanges:
         kept = self.open[exchange]
         if kept is None:
             return None
-        kept.response, kept.received = response, bytearray()
+        kept.response, kept.received = response, b''
         if len(response.block) > KEPT_OBJECTS // 4:
             kept.hold(2 * len(response.block))
         if response.status == 101:
@@ -12454,7 +12454,7 @@ class Exchanges:
             self.used -= kept.held
             kept.held = 0
             if kept.seconds is None:        # it runs: nothing more of it is kept
-                kept.sent, kept.received = bytearray(), bytearray()
+                kept.sent, kept.received = bytearray(), b''
 
 
 # What is made of them: a choice, an archive, a request to send again.
