@@ -972,8 +972,8 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if self.secure:
             self.transport.set_write_buffer_limits(UNSENT_LOW)      # asyncio's are 512 KiB
         sock = transport.get_extra_info('socket')
-        if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
-            with contextlib.suppress(OSError):      # it has been reset: macOS says so here
+        if sock is not None:
+            with contextlib.suppress(OSError):      # of a Unix socket, or reset: macOS says so here
                 sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 if hasattr(socket, 'TCP_NOTSENT_LOWAT'):
                     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_LOW)
