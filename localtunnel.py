@@ -4252,17 +4252,20 @@ class Pool:
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
         self._idle: list[tuple[Connection, float]] = []     # each with since when; the latest last
-        self._silent: set[Connection] = set()               # fresh ones, too long without a byte
+        self._fresh: set[Connection] = set()                # on their first request
+        self._silent: set[Connection] = set()               # of these, too long without a byte
         runtime.swept.add(self)
 
     def watch(self, connection: Connection) -> None:
         """CONNECTION is a fresh one."""
+        self._fresh.add(connection)
         self._runtime.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
 
     def _still_silent(self, connection: Connection) -> None:
-        if connection.silent and connection.error is None:
+        if connection in self._fresh and connection.silent and connection.error is None:
             self._silent.add(connection)
             self.close()
+        self._fresh.discard(connection)
 
     def take(self) -> Connection | None:
         """Return an idle connection that can be trusted, or None."""
@@ -4277,6 +4280,7 @@ class Pool:
 
     def give(self, connection: Connection) -> None:
         """Keep CONNECTION, which has nothing under way, for another request."""
+        self._fresh.discard(connection)
         if self._silent:
             self._silent = {c for c in self._silent if c.silent and c.error is None}
         if self._silent or connection.unread or connection.eof or connection.error:

@@ -4095,6 +4095,15 @@ class UpstreamTest(WorldTest):
             return (await visitor.get())[0], (await visitor.get(method='POST'))[0]
         self.assertEqual(await asyncio.gather(visit(), visit(), visit()), [(200, 200)] * 3)
 
+    async def test_only_the_first_request_shows_whether_an_app_serves_one_at_a_time(self):
+        _, visitor = await self.through()
+        await visitor.get()
+        pool = self.clients[0].app._pool
+        used_again = pool.take()
+        pool._still_silent(used_again)      # 0.2 s after it was fresh, a later request is under way
+        pool.give(used_again)
+        self.assertEqual(len(pool._idle), 1)
+
     async def test_with_nobody_there_the_answer_names_the_target(self):
         await self.world()
         with socket.socket() as reserved:
