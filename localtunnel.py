@@ -4421,7 +4421,9 @@ class App:
             tap = ask(exchange)
             if tap is not None:
                 taps.append(tap)
-        request, lines = exchange.request, self._request_lines(exchange.request)
+        request, lines = exchange.request, exchange.request.onward()
+        for rewrite in self.rewrites:
+            lines = rewrite.of_request(request, lines)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
         while True:
             upstream = reused or await self.connect()
@@ -4449,13 +4451,6 @@ class App:
                     await exchange.stop_sending()
                 if not whole:
                     upstream.abort()
-
-    def _request_lines(self, request: Request) -> bytes:
-        """Return the header lines of REQUEST to pass on."""
-        block = request.onward()
-        for rewrite in self.rewrites:
-            block = rewrite.of_request(request, block)
-        return block
 
     def _respond(self, exchange: Exchange, response: Response,
                  request_taps: Iterable[Tap]) -> Awaitable[None]:
