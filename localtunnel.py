@@ -9040,8 +9040,9 @@ def resident_memory() -> int | None:
 
 HEALTH = b'/.well-known/localtunnel/health'  # where balancers ask, by any Host
 ASKS_WITHIN = 10.0              # where a balancer asks at all, it has asked within this time
-TOLD = 2                        # times that it hears it: balancers don't believe it at once
-MOVES_ON = 5.0                  # at most, until it has heard it so often
+TOLD = 3                        # times that it hears it: balancers don't believe it at once
+MOVES_ON = 8.0                  # at most, until it has heard it so often
+ARRIVES = 0.2                   # until what it sent here meanwhile is here
 
 
 class Health:
@@ -9063,6 +9064,7 @@ class Health:
         """Wait until balancers, if any ask, have been told to send nobody here."""
         if self._server.runtime.now() - self._asked_at < ASKS_WITHIN:
             await look_until(lambda: self._told >= TOLD, MOVES_ON)
+            await asyncio.sleep(ARRIVES)
 
 
 class Traffic:
