@@ -2117,17 +2117,18 @@ def content_length(head: Head) -> int:
     return int(value)
 
 
-RECENT, RECENT_SIZE = 64, 2 * KIB       # heads that are known again; bytes of each
-# Who asks again mostly sends the same lines, and gets the same.  What they say is known from the
-# last request or response of as many bytes; some are secret, so all are forgotten at each sweep.
-recent_requests: dict[int, Request] = {}
-recent_responses: dict[int, tuple[bytes, Response]] = {}        # with its bytes
+# Who asks again mostly sends the same head, or at least the same lines, and gets the same.  What
+# they say is known from the last ones of as many bytes; some are secret: see forget_heads.
+RECENT, RECENT_SIZE = 64, 2 * KIB       # that are known again; bytes of each
+recent_requests: dict[int, tuple[bytes, Request]] = {}          # with the bytes of the head
+recent_lines: dict[int, Request] = {}                           # the last one that had as many
+recent_responses: dict[int, tuple[bytes, Response]] = {}
 
 
 def forget_heads() -> None:
-    """Know no head again."""
-    recent_requests.clear()
-    recent_responses.clear()
+    """Know no head again; called at each sweep."""
+    for recent in (recent_requests, recent_lines, recent_responses):
+        recent.clear()
 
 
 class Request(Head):
@@ -2144,7 +2145,7 @@ class Request(Head):
 
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
         self.method, self.target = method, target
-        known = recent_requests.get(len(block) % RECENT)
+        known = recent_lines.get(len(block) % RECENT)
         if known is not None and known.block == block and known.minor == minor:
             (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
              self._onward, self.host, self.host_name, self.upgrade) = (
@@ -2166,7 +2167,7 @@ class Request(Head):
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
         if len(block) <= RECENT_SIZE:
-            recent_requests[len(block) % RECENT] = self
+            recent_lines[len(block) % RECENT] = self
 
     def _check_target(self) -> None:
         if self.method == b'CONNECT':
@@ -2179,7 +2180,7 @@ class Request(Head):
             if self.host or not named:
                 raise BadHttp(400, 'the request target and Host name different hosts')
             self.host, self.host_name = named.group(), named.group(1).decode().rstrip('.')
-            recent_requests.clear()     # it is not what these lines say
+            recent_lines.clear()        # it is not what these lines say
         self.target = match.group(3)
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
@@ -2237,12 +2238,18 @@ def check_upgrade(request: Request, response: Response) -> None:
 
 
 def parse_request(head: bytes) -> Request:
-    """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
+    """Parse HEAD, up to and including its empty line; equal ones may share it.  Raises BadHttp."""
+    known, request = recent_requests.get(len(head) % RECENT, (b'', None))
+    if request is not None and known == head:
+        return request
     match = _REQUEST.fullmatch(head)
     if match:
         if match.end(2) > MAX_LINE:
             raise BadHttp(414, f'a request line of more than {MAX_LINE} bytes')
-        return Request(*match.groups())
+        request = Request(*match.groups())
+        if len(head) <= RECENT_SIZE:
+            recent_requests[len(head) % RECENT] = head, request
+        return request
     line = _REQUEST_LINE.match(head)
     if line and line.group(3) not in (b'1.0', b'1.1'):
         raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
@@ -2256,7 +2263,7 @@ def parse_request(head: bytes) -> Request:
 
 
 def parse_response(head: bytes) -> Response:
-    """Parse HEAD, up to and including its empty line.  Raises BadHttp."""
+    """Parse HEAD, up to and including its empty line; equal ones may share it.  Raises BadHttp."""
     known, response = recent_responses.get(len(head) % RECENT, (b'', None))
     if response is None or known != head:
         match = _RESPONSE.fullmatch(head)
@@ -4422,6 +4429,8 @@ class App:
             if tap is not None:
                 taps.append(tap)
         request, lines = exchange.request, exchange.request.onward()
+        if self.rewrites:       # they may change it, and it may be shared
+            exchange.request = request = copy.copy(request)
         for rewrite in self.rewrites:
             lines = rewrite.of_request(request, lines)
         reused = self._pool.take() if exchange.repeatable and not request.upgrade else None

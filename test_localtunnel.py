@@ -2058,9 +2058,16 @@ class HeadTest(unittest.TestCase):
                 self.assertNotIn(b'Via', got.onward(lt.MADE_ANEW))
         with self.assertRaises(lt.BadHttp):
             request(f'Connection: {a}\nX: 1\nY: 2\nVia: \0')
-        for cookie in b'123321':
-            head = b'HTTP/1.1 200 OK\r\nSet-Cookie: %d\r\n\r\n' % cookie
-            self.assertIn(b': %d' % cookie, lt.parse_response(head).block)
+        for one in b'123321':
+            for _ in range(2):
+                head = b'HTTP/1.1 200 OK\r\nHost: a\r\nSet-Cookie: %d\r\n\r\n' % one
+                self.assertIn(b': %d' % one, lt.parse_response(head).block)
+                with self.assertRaises(lt.BadHttp):
+                    lt.parse_request(head)
+                head = b'GET /%d HTTP/1.1\r\nHost: a\r\n\r\n' % one
+                self.assertEqual(lt.parse_request(head).target, b'/%d' % one)
+                with self.assertRaises(lt.BadHttp):
+                    lt.parse_response(head)
 
     def test_a_first_line_is_read_whatever_lines_come_again_behind_it(self):
         for line, expected in (('GET http://b/ HTTP/1.0', b'b'), ('GET / HTTP/1.0', b''),
@@ -3045,11 +3052,11 @@ class ForwardingTest(WorldTest):
             visitor.ask(fields='Cookie: secret')
             await visitor.answer()
             end.sweep(self.runtime.now(), False)
-            self.assertEqual((lt.recent_requests, lt.recent_responses), ({}, {}))
+            self.assertEqual((lt.recent_requests, lt.recent_lines, lt.recent_responses), 3 * ({},))
         visitor.ask(fields='Cookie: secret')
         await visitor.answer()
         self.clients[0].app.close()
-        self.assertEqual((lt.recent_requests, lt.recent_responses), ({}, {}))
+        self.assertEqual((lt.recent_requests, lt.recent_lines, lt.recent_responses), 3 * ({},))
 
     async def test_what_a_trace_may_pass_is_counted(self):
         app, visitor = await self.through()
@@ -5744,6 +5751,13 @@ class BasePathTest(WorldTest):
         app = await self.app()
         await self.client(f'http://localhost:{app.address[1]}{base}', name='x', **options)
         return app, await self.visitor('x.t.example')
+
+    async def test_a_request_that_comes_again_goes_to_the_same_place(self):
+        app, visitor = await self.at('/base')
+        with self.constant(SWEEP=60.0):
+            for _ in range(5):
+                await visitor.get('/base/x')
+        self.assertEqual([r.split(b' ')[1] for r in app.requests], 5 * [b'/base/base/x'])
 
     async def test_addresses_of_app_and_visitor_become_each_other(self):
         ways = ('', 'rewrite'), ('/base', None), ('/base', 'rewrite')
