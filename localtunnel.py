@@ -1565,7 +1565,7 @@ class Liveness:
 
 BATCH = 256 * KIB               # of frames in one write; more would only wait in the kernel
 MAX_CONTROL = 64 * KIB          # of unwritten PONG, CREDIT and RESET; past it the peer never reads
-QUIET = 0.0001                  # after this silence a frame need not wait for others
+QUIET = 0.0001                  # after this silence a frame of few streams need not wait for others
 BURST = 8                       # frames that leave at once: the other side starts on them
 
 
@@ -1578,6 +1578,7 @@ class Sender:
         self.state = RUNNING        # see the table above
         self.error: LocaltunnelError | None = None          # why it is OVER
         self.connection: Connection | None = None           # None while it is lost
+        self.streams: dict[int, Stream] = {}    # those not over, by id
         self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
         self.budget = budget        # of all windows, and of what is kept
         self.decoder = Decoder()                            # what was received, and how much
@@ -1630,8 +1631,8 @@ class Sender:
         if outbox.awaited:
             if outbox.waiting >= BURST:
                 self.flush()
-        elif self.runtime.now() - outbox.left_at > QUIET:
-            self.flush()
+        elif len(self.streams) < BURST and self.runtime.now() - outbox.left_at > QUIET:
+            self.flush()        # with more streams others will come, however long each takes
         else:
             outbox.awaited = True
             self.runtime.loop.call_soon(self.flush, True)
@@ -1688,7 +1689,6 @@ class Session(Sender):
                          Liveness(on_open is not None, runtime.now()), trace)
         self.facts = UNSERVED       # at a server: whose it is
         self.goaway: tuple[int, str] | None = None          # what the other side said
-        self.streams: dict[int, Stream] = {}                # those not over, by id
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last

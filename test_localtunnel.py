@@ -1403,6 +1403,17 @@ class SessionStreamsTest(SessionTest):
             await eventually(lambda: len(sent) > 99)
             self.assertEqual([sent[-60:].count(id) for id in (1, 2, 3)], [20, 20, 20])
 
+    async def test_of_many_streams_frames_leave_together_however_slow_the_machine(self):
+        here, _ = await self.sessions()
+        pairs = [await self.streams(b'%d' % n) for n in range(lt.BURST)]
+        with self.constant(QUIET=-1.0), unittest.mock.patch.object(
+                here.connection.transport, 'write') as write:
+            for mine, _ in pairs[1:]:
+                await mine.write(b'x')
+            write.assert_not_called()
+            await pairs[0][0].write(b'x')
+        write.assert_called_once()
+
     async def test_a_fast_reader_is_given_a_larger_window(self):
         await self.sessions()
         mine, theirs = await self.streams()
