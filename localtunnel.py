@@ -2400,12 +2400,12 @@ def body_reader(stream: ByteStream, length: int) -> Body:
 
 def whole_body(body: Body) -> bytes | None:
     """Return all of BODY if it is small and all here; else None, taking nothing."""
-    if isinstance(body, ChunkedBody) or body.left > min(body.stream.unread, SMALL_BODY):
-        return None
-    pieces = []
+    if body.left > SMALL_BODY or not body.finished and body.left > body.stream.unread:
+        return None             # as it is of chunks, whose number nobody knows yet
+    whole = b''
     while not body.finished:
-        pieces.append(body.take())
-    return b''.join(pieces)
+        whole += body.take()
+    return whole
 
 
 async def read_whole(body: Body, most: int) -> bytes:
@@ -2988,8 +2988,12 @@ class Exchange(Record):
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor == b'1'
-        return copy_message(encode_response(response, block, chunked), body, self.near, chunked,
-                            end, taps)
+        head, whole = encode_response(response, block, chunked), whole_body(body)
+        if whole is None:
+            return copy_message(head, body, self.near, chunked, end, taps)
+        for tap in taps if whole else ():
+            tap(whole)
+        return self.near.write(head + whole, end)
 
     async def _upgrade(self, response: Response, block: bytes, taps: Iterable[Tap],
                        near_taps: Iterable[Tap]) -> None:
