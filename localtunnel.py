@@ -3752,19 +3752,21 @@ class Onward:
 
     def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
         """Return the header lines of REQUEST to pass on."""
-        mark, dropped, more = via(name, self._domain), MADE_ANEW, b''
+        mark = via(name, self._domain)
         if request.minor == b'0':
             mark = b'1.0' + mark[3:]
         if b'via' in request.fields:
             mark = request.get(b'via') + b', ' + mark
-        if b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS'):
-            dropped = dropped.union((b'max-forwards',))
-            more = b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards'])
+        counts = b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS')
+        # First of all, since what is malformed ends the connection.
+        lines = request.onward(MADE_ANEW.union((b'max-forwards',)) if counts else MADE_ANEW,
+                               trusted=False)
+        more = b'' if not counts else (
+            b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            request.onward(dropped, trusted=False), visitor.x_forwarded,
-            visitor.host or request.host, mark, more)
+            lines, visitor.x_forwarded, visitor.host or request.host, mark, more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:

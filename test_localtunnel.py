@@ -3077,6 +3077,11 @@ class ForwardingTest(WorldTest):
         self.assertIn(b'Max-Forwards: 6\r\n', app.requests[0])
         self.assertEqual(len(app.requests), 1)
 
+    async def test_a_trace_that_is_malformed_is_not_counted_but_ends_the_connection(self):
+        _, visitor = await self.through()
+        visitor.ask(fields='Max-Forwards: 0\nConnection: host', method='TRACE')
+        self.assertIn(b'HTTP/1.1 400 ', await visitor.reader.read())
+
     async def test_two_hundred_fields_pass_with_those_that_are_added_and_no_more(self):
         fields = [f'a{n}: b' for n in range(lt.OUTER_FIELDS)]
         reply = '\r\n'.join(['HTTP/1.1 200 OK', *fields[1:], 'Content-Length: 0', '', ''])
