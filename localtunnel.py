@@ -9604,6 +9604,7 @@ MOST_KEPT_BYTES = 64 * MIB      # and what these take on disk
 DISK_BLOCK = 4 * KIB            # as much as a small file takes there
 KEPT_FOR = 3 * DAY              # as long as most senders would try
 TOLD_WITHIN = 1.0               # seconds for a client to show that it is there: Slack waits 3
+JUST_HEARD = 0.1                # or to be so without: it may have frozen since it was heard
 KEPT_WITHIN = 5.0               # for the disk, before a 503
 ANSWERED_WITHIN = 300.0         # by the app: someone may have stopped it at a breakpoint
 LONGEST_PAUSE = 300.0           # between tries; the first takes a second, each later one twice that
@@ -9845,7 +9846,7 @@ class Queues(Detour):
         def ready() -> bool:
             member = tunnel.pick() if tunnel else None
             return (member is not None and not (alone and self._queues[key])
-                    and self._now() - member.session.liveness.heard < TOLD_WITHIN)
+                    and member.session.liveness.heard > began - JUST_HEARD)
         there = [member.session for member in tunnel.members if member.session.usable
                  and began - member.session.liveness.asked_at < TOLD_WITHIN] if tunnel else []
         if ready() or not there or alone and self._not_before.get(key, 0) > began + TOLD_WITHIN:

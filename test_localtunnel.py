@@ -7476,7 +7476,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.world()
         await self.hello(name='app', wants={'keep': {'patterns': ['POST /*'], 'status': 204}})
         session = self.server.tunnels.get('app').members[0].session
-        session.liveness.heard -= 9
+        session.liveness.heard -= 5 * lt.JUST_HEARD
         peer = await self.visitor('app.localhost')
         with self.constant(TOLD_WITHIN=0.05):
             peer.ask('/x', 'Content-Length: 2', 'POST', body=b'hi')
@@ -7496,6 +7496,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.world()
         client, *_ = await self.hello(
             name='app', wants={'keep': {'patterns': ['POST /*'], 'status': 202}})
+        self.server.tunnels.get('app').members[0].session.liveness.heard += 9
         peer = await self.visitor('app.localhost')
         peer.ask('/x', 'Content-Length: 2', 'POST', body=b'hi')
         await client.until(lt.OPEN)
