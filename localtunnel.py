@@ -3145,7 +3145,8 @@ class Hello:
             self.release = bool(hello.get('release')) and self.name is not None
             self.long = bool(hello.get('long'))
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
-            self.rules = {word: hello[word] for word in ('allow', 'auth') if hello.get(word)}
+            self.rules = {word: hello[word] for word in ('allow', 'auth')
+                          if hello.get(word, []) != []}         # what else is empty is malformed
             self.gates = make_gates(self.rules, gates)      # who may visit by this client
             self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Limits
             self.lease = str(hello.get('lease', ''))        # as a server wrote it that it met

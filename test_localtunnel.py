@@ -15878,7 +15878,8 @@ class HelloTest(HostileTest):
             {'resume': {'session': 'x'}}, {'resume': [1]}, {'allow': ['x']}, {'allow': 7},
             {'resume': {'session': 'x', 'received': float('inf')}}, {'allow': [BAD]},
             {'auth': [['a']]}, {'auth': 'x'}, {'auth': [7]}, {'auth': {'a': 'b'}},
-            {'allow': ['::'] * 9000}, {'auth': [['', '']] * 5000}]:
+            {'allow': ['::'] * 9000}, {'auth': [['', '']] * 5000},
+            {'auth': None}, {'auth': False}, {'auth': 0}, {'allow': None}]:
             with self.subTest(str(change)[:60]):
                 _, status, reason = await self.hello(raw=json.dumps({**good, **change}))
                 self.assertIn(status, (400, 403), reason)
