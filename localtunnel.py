@@ -1347,11 +1347,6 @@ class Stream(ByteStream):
             raise ProtocolError('credit without bound')
         self.room()
 
-    def call_up(self) -> None:
-        """Let this stream take its turn to write."""
-        self.its_turn = True
-        self.room()
-
     def over(self, error: LocaltunnelError) -> None:
         """RESET, or the session ended.  A response that has come whole stays readable."""
         self.session.forget(self)
@@ -1622,7 +1617,8 @@ class Sender:
                 break
             stream = next(iter(self.turns))
             del self.turns[stream]
-            stream.call_up()
+            stream.its_turn = True
+            stream.room()
 
     def schedule(self) -> None:
         """Flush at the end of this turn of the loop, or at once where that is better."""
