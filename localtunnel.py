@@ -3441,6 +3441,10 @@ class Candidate:
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
+# A client that was let in, and how many bytes it has received; None where its session is new to it.
+Admitted = Tuple[Member, Tunnel, Optional[int]]
+
+
 class Admission:
     """Lets clients in, or says why not."""
 
@@ -3482,12 +3486,10 @@ class Admission:
             kind.sweep()
 
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
-                    url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None] | None:
-        """The member that a session request becomes, and its tunnel; and how many bytes its client
-        has received, None where the session is new to it.
+                    url: Callable[[str], str]) -> Admitted | None:
+        """What a session request becomes; None for one that gave its name back.
 
-        None for one that gave its name back.  FACTS are filled in as they become known.  URL gives
-        that of a name.  Raises Refused.
+        FACTS are filled in as they become known.  URL gives that of a name.  Raises Refused.
         """
         asked = await self._check(visitor, request, facts)
         self._check_bars(asked)
@@ -3505,7 +3507,9 @@ class Admission:
             if others and asked.hello.name is not None:
                 await others.bring(asked.hello.lease, asked.name, asked.owner, asked.grant.digest)
             if asked.hello.release:
-                await self._release(asked)
+                back = self.leases.release(asked.name, asked.owner, time.time())
+                await self.leases.save(back)
+                self._tunnels.end(asked.name, f'the name {asked.name} was given back')
                 return None
             await self._lease(asked)
             return await self._enter(asked, url)
@@ -3588,11 +3592,6 @@ class Admission:
                           'or LOCALTUNNEL_JOIN')
         return grant
 
-    async def _release(self, asked: Candidate) -> None:
-        """Take the lease of ASKED back, and end who serves it.  Raises Refused."""
-        await self.leases.save(self.leases.release(asked.name, asked.owner, time.time()))
-        self._tunnels.end(asked.name, f'the name {asked.name} was given back')
-
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants.  Raises Refused and Disconnected."""
         notes = self.limits.notes_of(asked.hello) if asked.hello.kind == 'http' else {}
@@ -3625,9 +3624,8 @@ class Admission:
             self.limits.claimed(asked)
         asked.visitor.connection.check()      # it may have left meanwhile
 
-    async def _enter(self, asked: Candidate,
-                     url: Callable[[str], str]) -> tuple[Member, Tunnel, int | None]:
-        """Return what `admit` returns, for a client that is let in.  Raises Refused."""
+    async def _enter(self, asked: Candidate, url: Callable[[str], str]) -> Admitted:
+        """Let ASKED in.  Raises Refused."""
         hello, tunnel = asked.hello, asked.tunnel
         self._check_bars(asked)         # once more: it has waited for others, and for the disk
         if hello.kind == 'http':
@@ -3655,8 +3653,8 @@ class Admission:
                                   f'{tunnel.name} over', within=DRAIN)
             audit(self._tunnels.log, event, old.session.facts, tunnel.url, why)
 
-    def _resumed(self, asked: Candidate) -> tuple[Member, Tunnel, int | None] | None:
-        """As `admit`, where a session of this client goes on, since nothing is missing; else None.
+    def _resumed(self, asked: Candidate) -> Admitted | None:
+        """The session of this client that goes on, since nothing is missing; None without one.
 
         One whose welcome was lost goes on too: all that was sent is sent again.
         """
