@@ -209,6 +209,7 @@ PAGE_STALLED = 20.0             # for a part of a page of ours to be read
 CONNECT_TIMEOUT = 10.0          # to reach the app
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
 POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
+
 # Tunnels and their names.
 MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
 MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
@@ -351,7 +352,6 @@ FIXED_LENGTHS = {CREDIT: 4, PING: 8, PONG: 8}
 Frame = Tuple[int, int, bytes]      # kind with END, stream, payload
 Buffer = Union[bytes, memoryview]
 
-
 MAX_PAYLOAD = 64 * KIB          # of a frame, a stream's turn to write: 50 ms at 10 Mbit/s
 
 
@@ -455,9 +455,6 @@ class Decoder:
 # Growth comes out of a budget of the session and one of the process, and takes at most a quarter
 # of what is left, so others can always grow.
 # ------------------------------------------------------------------------------------------------
-
-MAX_CREDIT = 1 << 31
-
 
 SESSION_FLOOR = 256 * KIB       # which a session may have, however little the process has
 
@@ -929,7 +926,6 @@ def has_closed(sock: socket.socket) -> bool:
 
 Serve = Callable[['Connection'], Coroutine[Any, Any, None]]     # what a connection is given to
 
-
 UNSENT_LOW = 128 * KIB          # unsent in the kernel: a reader that stalls holds no more than this
 CLOSE_TIMEOUT = 20.0            # for the last bytes to leave before a close is forced
 
@@ -1013,8 +1009,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         if exc is not None and not self.secure and self.receiver is None:
             self._read_last_words()
         self.set_exception(Disconnected(
-            f'the connection broke: {plainly(exc)}' if exc else
-            'the connection ended'))
+            f'the connection broke: {plainly(exc)}' if exc else 'the connection ended'))
         on_lost, self.on_lost, self.on_eof = self.on_lost, None, None
         if on_lost:
             on_lost()
@@ -1207,6 +1202,7 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 # ------------------------------------------------------------------------------------------------
 
 RUNNING, WARNED, CLOSING, OVER = range(4)       # states; see above
+MAX_CREDIT = 1 << 31            # of a stream, in bytes: no window comes near it
 
 Trace = Callable[[str, int, int, int], None]    # told direction, kind, stream, payload bytes
 
@@ -2708,7 +2704,6 @@ class Lease(NamedTuple):
 
 Changes = Dict[str, Optional[Lease]]        # by name; None: the lease ends
 
-
 LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
 LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 
@@ -3347,10 +3342,7 @@ class Tunnels:
         if now < self._look_at:
             return
         self._look_at = now + 4 * SWEEP
-        away: list[Tunnel] = []
-        for tunnel in self:
-            if not tunnel.members and not self.waits.of(tunnel.key):
-                away.append(tunnel)
+        away = [t for t in self if not t.members and not self.waits.of(t.key)]
         away.sort(key=lambda tunnel: -tunnel.left_at)
         for rank, tunnel in enumerate(away):
             if rank >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
