@@ -3158,8 +3158,8 @@ class Hello:
 
 @functools.lru_cache(maxsize=1024)
 def via(name: str, domain: str) -> bytes:
-    """What a request is marked with that passes the tunnel of NAME (RFC 9110 7.6.3)."""
-    return f'1.1 {name}.{domain} (localtunnel)'.encode()
+    """What marks a request that passed the tunnel of NAME, behind its version (RFC 9110 7.6.3)."""
+    return f' {name}.{domain} (localtunnel)'.encode()
 
 
 def tunnel_key(name: str, kind: str) -> str:
@@ -3739,9 +3739,7 @@ class Onward:
 
     def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
         """Return the header lines of REQUEST to pass on."""
-        mark = via(name, self._domain)
-        if request.minor == b'0':
-            mark = b'1.0' + mark[3:]
+        mark = b'1.' + request.minor + via(name, self._domain)
         if b'via' in request.fields:
             mark = request.get(b'via') + b', ' + mark
         counts = b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS')
@@ -4027,8 +4025,7 @@ class Server:
         if tunnel is None:
             name = self._find(name, parent, host)
             tunnel = self.tunnels.get(name)
-        if (b'via' in request.fields and name
-                and via(name, self.domain)[3:] in request.fields[b'via']):
+        if name and b'via' in request.fields and via(name, self.domain) in request.fields[b'via']:
             raise HopFailed(508, f'the request came back to {name}, which it had passed '
                             'before: the tunnel leads to itself',
                             cure="give the client your app's own address, not a public one")
