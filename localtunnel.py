@@ -9,7 +9,7 @@
     python3 localtunnel.py server --domain t.example.com    runs the server, for your own clients
 
 One file, the standard library only, CPython 3.8 and later.  Read it from top to bottom, once, and
-you know how tunnelling works: each room uses only the rooms above it.
+you know how tunnelling works: each room uses only the rooms above it, and is handed the rest.
 
 A visitor's request goes out through a session that the client opened from inside:
 
@@ -27,14 +27,15 @@ The objects on the way; an Exchange is the same at both ends:
     Visitor --> Exchange --> Stream === Session === Stream --> Exchange --> App
 
 Words
-    server    the public end.  client: the program beside the app.  app: the local program
-              that a tunnel leads to; upstream is a connection to it.
+    server    the public end.  client: the program beside the app.
+    app       the local program that a tunnel leads to.  upstream: a connection to it.
     visitor   anyone who opens the public URL.
     tunnel    one name (or port) on a server, and the client that serves it.
     session   the conversation between client and server that carries a tunnel.  Its connection
               may break and be replaced; the session goes on.
     stream    one conversation inside a session.  exchange: one request and its response.
     lease     the right of one owner to one name.
+    key       of a user: the secret from which names come; of a tunnel: its name, tcp:NAME for TCP.
     credit    how many bytes one side may still send on a stream.
 
 Rooms
@@ -1180,7 +1181,8 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 # ------------------------------------------------------------------------------------------------
 # 5. Session
 #
-# Streams over one connection at a time.  Knows no HTTP, no names, no TLS.
+# Streams over one connection at a time.  Knows no HTTP and no names; whom a session or a stream
+# serves (`facts`, `visitor`) it carries for others.
 #
 # Frames go from the socket straight into their streams; the reader never waits, and what frames
 # cause (PONG, CREDIT, RESET) is merged and bounded.  What a turn of the loop brings leaves in one
@@ -2192,7 +2194,7 @@ class Response(Head):
     __slots__ = ('status', 'reason', 'bodiless', '_length')
 
     def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
-        Head.__init__(self, minor, block)       # see Stream
+        Head.__init__(self, minor, block)       # super() costs more
         self.status, self.reason = int(status), reason
         self.bodiless = self.status < 200 or self.status == 204
         self._length: int | None = None         # of a body, once it was asked for
@@ -2587,7 +2589,7 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 # keys (without LONG_NAMES in front) keep their names of 72 bits for ever.
 #
 # A chosen name is first come, first served, then leased to its owner.  Secrets are compared in
-# constant time and kept as hashes.
+# constant time and kept as hashes.  At the end: how hosts and addresses are written and counted.
 # ------------------------------------------------------------------------------------------------
 
 ADJECTIVES = tuple("""able amber apt azure bold brave breezy bright brisk calm clear clever cool
@@ -3016,8 +3018,8 @@ class Exchange(Record):
 # ------------------------------------------------------------------------------------------------
 # 9. Tunnels
 #
-# Who serves which name, and which visitors may come to it.  Knows no tokens, and not what a request
-# asks for.
+# Who serves which name, and which visitors may come to it.  Checks no tokens, and does not know
+# what a request asks for.
 # ------------------------------------------------------------------------------------------------
 
 class Visitor:
@@ -4543,6 +4545,7 @@ class Client:
         self.welcomed = asyncio.Event()
         self.once = once            # True: end with an error if the connection fails
         self.dial, self._observer, self._words, self._token = dial, observer, words, token
+        # Makes a session.
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
                                         Workers(runtime, serve).start, trace)
         # What the server calls each; the current one is the last, the others drain.
