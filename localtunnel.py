@@ -3551,9 +3551,10 @@ class Admission:
         hello, tunnel = asked.hello, asked.tunnel
         if self.closed:
             raise Refused(503, 'draining', 'the server is shutting down; try again soon')
-        if hello.kind != 'http' and hello.kind not in self.kinds:
-            raise Refused(403, 'bad_port', f'this server has no tunnels of the kind {hello.kind}')
         if hello.kind != 'http':
+            if hello.kind not in self.kinds:
+                raise Refused(403, 'bad_port', 'this server has no tunnels of the kind '
+                              f'{hello.kind}')
             self.kinds[hello.kind].check(asked)
         if hello.release:
             return              # it needs no place
@@ -4367,7 +4368,7 @@ class App:
 
     # What takes long.
 
-    def is_pending(self, record: Record, status: int) -> None:
+    def tell_pending(self, record: Record, status: int) -> None:
         """Tell once that RECORD, which is under way, takes long."""
         if not self.under_way.get(record, True):
             self.under_way[record] = True
@@ -4379,7 +4380,7 @@ class App:
         for record in tuple(self.under_way):
             if now - record.began < SLOW:
                 break
-            self.is_pending(record, record.status)
+            self.tell_pending(record, record.status)
 
     # One stream.
 
@@ -4464,7 +4465,7 @@ class App:
                          and exchange.whole == b''      # else some of it may lie there unread
                          and not logs_in(request, response))
         if response.status == 101:
-            self.is_pending(exchange, 101)
+            self.tell_pending(exchange, 101)
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
@@ -4743,10 +4744,10 @@ class Client:
         lingers_until = self.runtime.now() + LINGER
 
         def finished() -> bool:
-            late = self.runtime.now() > lingers_until
-            for stream in [stream for s in sessions for stream in s.streams.values() if late]:
-                if stream.timeout == NEVER:
-                    stream.reset(CANCELLED, 'the client is stopping')      # or a WebSocket stays
+            if self.runtime.now() > lingers_until:
+                for stream in [stream for s in sessions for stream in s.streams.values()]:
+                    if stream.timeout == NEVER:         # a WebSocket would stay
+                        stream.reset(CANCELLED, 'the client is stopping')
             return not any(s.connection and s.error is None for s in sessions)
         await look_until(finished, DRAIN)
         for session in sessions:
@@ -7384,7 +7385,7 @@ class RawTcp(Annex):
             stream.on_lost = upstream.abort
             record.status = 200
             app.under_way[record] = False
-            app.is_pending(record, 200)
+            app.tell_pending(record, 200)
             await join(upstream, stream, [record.downward], [record.upward])
             upstream.close()
         except HopFailed as e:
