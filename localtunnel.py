@@ -1356,7 +1356,7 @@ class Stream(ByteStream):
 class Outbox:
     """The frames that leave next: CREDIT and PONG, merged; those of streams, in order; RESET."""
     __slots__ = ('size', 'control_size', 'credits', 'trace', 'awaited', 'waiting', 'left_at',
-                 '_frames', '_resets', '_pong')
+                 'pong', '_frames', '_resets')
 
     def __init__(self, trace: Trace | None = None) -> None:
         self.size = 0               # bytes of the frames in order
@@ -1366,9 +1366,9 @@ class Outbox:
         self.awaited = False        # a flush is due at the end of this turn of the loop
         self.waiting = 0            # frames since something left
         self.left_at = 0.0          # and when that was
+        self.pong = False           # True: a PONG is due, one for all PINGs that came together
         self._frames: list[Buffer] = []         # in order: headers and payloads
         self._resets: dict[int, bytes] = {}     # payloads, by stream
-        self._pong = False          # True if a PONG is due
 
     def add(self, kind: int, stream: int, payload: Buffer = b'') -> None:
         """One frame behind those that are here."""
@@ -1391,10 +1391,6 @@ class Outbox:
         self._resets[stream] = payload
         self.control_size += 8 + len(payload)
 
-    def pong(self) -> None:
-        """PONG: one answers all PINGs that came together."""
-        self._pong = True
-
     def forget(self, stream: int) -> None:
         """STREAM needs no CREDIT any more."""
         if self.credits.pop(stream, 0):
@@ -1402,7 +1398,7 @@ class Outbox:
 
     def take(self, received: int) -> bytes:
         """All that leaves now; RECEIVED is what a PONG says."""
-        if self.credits or self._resets or self._pong:
+        if self.credits or self._resets or self.pong:
             self._merge(received)
         if not self._frames:
             return b''
@@ -1413,14 +1409,14 @@ class Outbox:
 
     def _merge(self, received: int) -> None:
         front = [(CREDIT, id, U32.pack(n)) for id, n in self.credits.items()]
-        if self._pong:
+        if self.pong:
             front.append((PONG, 0, U64.pack(received)))
         back = [(RESET, id, payload) for id, payload in self._resets.items()]
         self._frames[:0] = [encode_frame(*frame) for frame in front]
         self._frames += [encode_frame(*frame) for frame in back]
         self.credits.clear()
         self._resets.clear()
-        self.control_size, self._pong = 0, False
+        self.control_size, self.pong = 0, False
         if self.trace:
             for kind, id, payload in front + back:
                 self.trace('->', kind, id, len(payload))
@@ -1477,10 +1473,6 @@ class Unacknowledged:
     def _give_back(self) -> None:
         self._budget.give(self._may_keep - self._free)
         self._may_keep = self._free
-
-    def holds(self, n: int) -> bool:
-        """True if all that follows byte N can be sent again."""
-        return self.kept_from <= n <= self.sent
 
     def after(self, n: int) -> bytes:
         """Return what follows byte N."""
@@ -1796,7 +1788,7 @@ class Session(Sender):
             if kind == PONG:
                 self.liveness.answered(self.unacknowledged.confirmed)
             else:
-                self.outbox.pong()
+                self.outbox.pong = True
                 self.schedule()
 
     def _opened(self, id: int, payload: bytes, end: bool) -> None:
@@ -1834,7 +1826,8 @@ class Session(Sender):
 
     def can_resume(self, theirs: int) -> bool:
         """True if what follows byte THEIRS is still here."""
-        return self.error is None and self.unacknowledged.holds(theirs)
+        kept = self.unacknowledged
+        return self.error is None and kept.kept_from <= theirs <= kept.sent
 
     def drop(self, why: str = 'the session ended') -> None:
         """Give up the connection; the session waits for another, unless it was to end."""

@@ -1135,8 +1135,7 @@ class OutboxTest(unittest.TestCase):
         outbox = lt.Outbox(lambda *frame: seen.append(frame))
         outbox.add(lt.DATA, 1, b'abc')
         outbox.reset(2, WORDS(lt.FAILED, 'why'))
-        outbox.pong()
-        outbox.pong()
+        outbox.pong = True
         for n in 1, 2, 3:
             outbox.credit(1, n)
             outbox.credit(4, n)
@@ -1174,8 +1173,6 @@ class UnacknowledgedTest(unittest.TestCase):
                 (7, 7, b'hi'), (9, 9, b'')):
             kept.confirm(n)
             self.assertEqual((kept.confirmed, kept.kept_from, kept.after(n)), (n, since, after))
-            self.assertTrue(kept.holds(since) and kept.holds(9))
-            self.assertFalse(kept.holds(since - 1) or kept.holds(10))
 
     def test_no_more_can_be_confirmed_than_was_sent(self):
         kept = self.kept()
