@@ -4633,7 +4633,7 @@ class Client:
         finally:
             overdue.cancel()
         round_trip = self.runtime.now() - began
-        if 'released' in welcome:
+        if welcome is None:
             connection.close()
             self.address.on_lease('')
             self._observer.note(f'the name {self.name} was given back')
@@ -4658,8 +4658,11 @@ class Client:
                                  round_trip)
         return True
 
-    async def _ask(self, connection: Connection, timeout: float) -> dict[str, Any]:
-        """Ask for the tunnel; return the server's welcome.  Raises Refused."""
+    async def _ask(self, connection: Connection, timeout: float) -> dict[str, Any] | None:
+        """The server's welcome to the tunnel asked for; None where the name was given back.
+
+        Raises Refused.
+        """
         self._hello['attempt'] += 1
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self.address.lease:
@@ -4683,7 +4686,7 @@ class Client:
             refused = await self._refused(connection, response)
             if refused.code != 'released':
                 raise refused
-            return {'released': self.name}
+            return None
         try:
             welcome = json.loads(response.get(b'localtunnel-welcome') or b'{}')
         except (ValueError, RecursionError):

@@ -16172,6 +16172,14 @@ class ServerTest(HostileTest):
             await (await self.against(behave, name='x')).running
         self.assertEqual(caught.exception.code, 'no_upgrade')
 
+        async def pretend(peer, hello):
+            self.welcome(peer, released='x')
+            await peer.until(lt.GOAWAY)
+
+        client = await self.against(pretend, name='x')
+        await eventually(lambda: client.welcomed.is_set() or client.running.done())
+        self.assertFalse(client.running.done())
+
     async def test_a_url_is_one_that_browsers_shells_and_pages_may_have(self):
         async def behave(peer, hello):
             self.welcome(peer, url=url)
