@@ -3030,7 +3030,7 @@ class Visitor:
         self.came_by([self.peer])
         self.stream: Stream | None = None               # by which it is served now
         self.exchange: Exchange | None = None           # the one that runs; none for raw TCP
-        self.waiting: asyncio.Future[None] | None = None        # for a client
+        self.waiting: asyncio.Future[None] | None = None        # while it waits, see wait()
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def came_by(self, chain: Sequence[str]) -> None:
@@ -3116,7 +3116,19 @@ MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log
 
 
 class Hello:
-    """What a client says of itself, checked."""
+    """What a client says of itself, checked; one that goes on says it again, with `resume`.
+
+    kind, name, port    what it asks for; without a name the one that its proof gives
+    proof, long         of its user's key, see make_proof; True if names have 20 digits
+    instance, attempt   of this process, at random; how many times it has asked
+    started             when it was, by its clock: of two that exclude each other the later stays
+    share, release      True if others may serve beside it; if it gives the name back
+    rules, gates        who may visit by it, as said; and what sees to that
+    wants               what else it would like, see Limits
+    lease               of the name, as another server signed it
+    resume              the session to go on with, and the bytes that it has received of that
+    version             of its program, as a word for logs
+    """
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
                  'rules', 'gates', 'wants', 'lease', 'resume', 'attempt', 'version')
 
@@ -3133,10 +3145,10 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {word: hello[word] for word in ('allow', 'auth')
                           if hello.get(word, []) != []}         # what else is empty is malformed
-            self.gates = make_gates(self.rules, gates)      # who may visit by this client
-            self.wants = dict(hello.get('wants', {}))       # beside the tunnel, see Limits
-            self.lease = str(hello.get('lease', ''))        # as a server wrote it that it met
-            self.version = re.sub('[^A-Za-z0-9.+-]', '?',       # logs have it as a word
+            self.gates = make_gates(self.rules, gates)
+            self.wants = dict(hello.get('wants', {}))
+            self.lease = str(hello.get('lease', ''))
+            self.version = re.sub('[^A-Za-z0-9.+-]', '?',
                                   str(hello.get('version', ''))[:MAX_VERSION])
             resume = hello.get('resume') or {'session': '', 'received': 0}      # no session
             self.resume = str(resume['session']), int(resume['received'])
@@ -3163,7 +3175,7 @@ def tunnel_key(name: str, kind: str) -> str:
 
 
 class Member:
-    """One session of a tunnel, and its owner."""
+    """One session of a tunnel, and whose it is; by its `id` the client asks to go on with it."""
     __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
 
     def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
@@ -3438,7 +3450,7 @@ class Admission:
     def __init__(self, runtime: Runtime, tokens: Tokens, tunnels: Tunnels, budget: Budget,
                  limits: Limits, counters: dict[str | int, int], trace: Trace | None) -> None:
         """BUDGET is of all sessions together."""
-        self.kinds: dict[str, Kind] = {}        # beside http, by what a hello calls them
+        self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
         self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.budget = tokens, budget
