@@ -147,7 +147,7 @@ STAMPED_SERVER = ''
 #
 # All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
 # a list, empty or almost so by default, with a sentence that says what it takes; its classes stand
-# in the room Seams.
+# in the room Seams.  Words, Front, Tls and Limits, which part I is handed, do more and stand later.
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
@@ -5399,7 +5399,8 @@ def using(folder: str) -> Iterator[None]:
 # 18. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
-# use: types of options, what commands print and write, codes, certificates.
+# use: types of options, what commands print, codes, this file itself, who stands in front of a
+# server, and ways to ask an app.
 # ------------------------------------------------------------------------------------------------
 
 Args = argparse.Namespace       # what was typed, see Options
