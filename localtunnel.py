@@ -8451,6 +8451,7 @@ LETS_ENCRYPT = 'https://acme-v02.api.letsencrypt.org/directory'
 CHALLENGES = '/.well-known/acme-challenge/'     # RFC 8555 8.3
 LOOK_SOON, LOOK = 60.0, 12 * 3600.0     # seconds between looks: at records to come, at all else
 LEAST_PAUSE = 1.0               # seconds between them, come what may
+TRIALS = 0.0, 0.1, 0.4          # seconds before each: a predecessor may still answer for a moment
 BACKOFF = (60.0, 600.0, 6000.0, DAY)    # seconds after the first failure, the second, ...
 MOST_FAILED, FAILED_FOR = 4, 3600.0     # proofs that failed in an hour; Let's Encrypt takes five
 ORDER_PATIENCE = 600.0          # seconds until an order is decided
@@ -8519,8 +8520,12 @@ class Outside:
         trial = secrets.token_urlsafe(32)
         self._zone.texts.add(trial)
         try:
-            found = await ask_dns(self._resolver, self._zone.name, TYPE_TXT)
-            return any(data[1:] == trial.encode() for data in found or ())
+            for pause in TRIALS:
+                await asyncio.sleep(pause)
+                found = await ask_dns(self._resolver, self._zone.name, TYPE_TXT)
+                if any(data[1:] == trial.encode() for data in found or ()):
+                    return True
+            return False
         finally:
             self.hide()
 
