@@ -1597,7 +1597,7 @@ class Sender:
 
     def _call_up(self) -> None:
         """Let the streams that wait write in turn, while there is room."""
-        if asyncio.current_task(self.runtime.loop) is not None:     # it would go on before they do
+        if asyncio.current_task(self.runtime.loop) is not None:     # that one goes on first
             if not self.outbox.awaited:
                 self.outbox.awaited = True
                 self.runtime.loop.call_soon(self.flush, True)
@@ -4709,7 +4709,7 @@ class Client:
         return welcome
 
     async def _refused(self, connection: Connection, response: Response) -> Refused:
-        """What a server says that opens no session; raises what is said of other programs."""
+        """The refusal in RESPONSE.  Raises one that says so if another program answered."""
         said = b''
         try:
             connection.timeout = HANDSHAKE_TIMEOUT
