@@ -3747,9 +3747,7 @@ class Onward:
 
     def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
         """Return the header lines of REQUEST to pass on."""
-        mark = b'1.' + request.minor + via(name, self._domain)
-        if b'via' in request.fields:
-            mark = request.get(b'via') + b', ' + mark
+        before = request.get(b'via') + b', ' if b'via' in request.fields else b''
         counts = b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS')
         # First of all, since what is malformed ends the connection.
         lines = request.onward(MADE_ANEW.union((b'max-forwards',)) if counts else MADE_ANEW,
@@ -3758,8 +3756,9 @@ class Onward:
             b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
-        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b\r\n%b' % (
-            lines, visitor.x_forwarded, visitor.host or request.host, mark, more)
+        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b1.%b%b\r\n%b' % (
+            lines, visitor.x_forwarded, visitor.host or request.host, before, request.minor,
+            via(name, self._domain), more)
 
     @staticmethod
     def _hops_left(value: bytes) -> int:
