@@ -17804,6 +17804,7 @@ def picture():
 # ------------------------------------------------------------------------------------------------
 
 MOST_WORKERS = 4        # the deadlines of tests are made for a machine that is not crowded
+SPARE_WORKERS = 1       # beyond a core each: a third of the time a test waits for a program
 
 
 def do_what_is_asked():
@@ -17866,7 +17867,7 @@ def run_all():
                and unittest.defaultTestLoader.getTestCaseNames(value)]
     # What takes longest comes first, so that no core is idle at the end.
     waiting = iter(sorted(classes, key=lambda kind: not issubclass(kind, CommandTest)))
-    workers = [Worker() for _ in range(min(MOST_WORKERS, cores()))]
+    workers = [Worker() for _ in range(min(MOST_WORKERS, cores() + SPARE_WORKERS))]
     began, results = time.monotonic(), {}
 
     def keep_busy(worker):
