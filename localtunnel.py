@@ -5115,6 +5115,21 @@ class Words:
 # one or the new one.  And what a server leaves to the next: its lock, and the sockets that listen.
 # ------------------------------------------------------------------------------------------------
 
+MOST_IN_A_FILE = 16 * MIB       # of one that is read whole: 100,000 tokens or networks have less
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open the file at PATH to read all of it, and never wait.  Raises OSError: also for a pipe."""
+    wait_not = getattr(os, 'O_NONBLOCK', 0)
+    file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | wait_not))
+    state = os.fstat(file.fileno())
+    if stat.S_ISREG(state.st_mode) and state.st_size <= MOST_IN_A_FILE:
+        return file
+    file.close()
+    raise OSError(errno.EINVAL, f'it must be a regular file of at most {MOST_IN_A_FILE // MIB} MiB',
+                  path)
+
+
 def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
     """Write DATA to PATH for this user alone, or those who may read the file that LIKE is of.
 
@@ -5144,7 +5159,7 @@ def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> 
 
 def read_secret(path: str, meaning: str, warn: Callable[[str], None]) -> bytes:
     """What is in PATH, now for this user alone; WARN where others could read it, and of MEANING."""
-    with open(path, 'rb') as f:
+    with open_file(path) as f:
         if os.name == 'posix' and os.fstat(f.fileno()).st_mode & 0o077:
             could = f'others can read {path}'
             with contextlib.suppress(OSError):      # it is not ours
@@ -5225,8 +5240,8 @@ def alone_in(folder: str) -> Iterator[None]:
 def whole_lines(path: str) -> list[bytes]:
     """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
     lines: list[bytes] = []
-    with contextlib.suppress(FileNotFoundError), open(path, 'rb') as f:
-        lines = f.read().splitlines(keepends=True)
+    with contextlib.suppress(FileNotFoundError), open_file(path) as f:
+        lines = f.readlines()
     if lines and not lines[-1].endswith((b'\n', b'\r')):
         lines[-1] += b'\n'
     return lines
@@ -5530,16 +5545,19 @@ HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
 
 def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
     """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
+    usual = f'expected a URL like {schemes[0]}://HOST:PORT'
     try:
         parts = urllib.parse.urlsplit(text)
-        host, port = parts.hostname, parts.port
+        host, port, wrong = parts.hostname, parts.port, ''
     except ValueError as e:
-        raise UsageError(f'{text} is not a URL: {e}') from e
-    if parts.username or parts.password:        # which is not repeated
-        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, without user and password')
+        host, port, wrong = None, None, str(e)
+    if '@' in (text if wrong else parts.netloc):        # a password is not repeated
+        raise UsageError(f'{usual}, without user and password')
+    if wrong:
+        raise UsageError(f'{text} is not a URL: {wrong}')
     if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
-        raise UsageError(f'expected a URL like {schemes[0]}://HOST:PORT, not {text}')
+        raise UsageError(f'{usual}, not {text}')
     path = parts.path + ('?' + parts.query if parts.query else '')
     return parts.scheme, host, port or USUAL_PORTS[parts.scheme], path
 
@@ -11598,10 +11616,10 @@ class Verifying(Annex):
             print_line(f'{args.server} hands out this file, and the address in it is '
                        f'{address or "none"}; SHA-256 {digest}')
             return 0
-        pairs = itertools.zip_longest(*(text.splitlines(keepends=True) for text in (ours, theirs)))
+        pairs = itertools.zip_longest(*(text.split(b'\n') for text in (ours, theirs)),
+                                      fillvalue=b'(none)')
         number, lines = next((n, pair) for n, pair in enumerate(pairs, 1) if pair[0] != pair[1])
-        here, there = (printable((line or b'(none)').decode(errors='replace').rstrip('\n')[:SHOWN])
-                       for line in lines)
+        here, there = (printable(line.decode(errors='replace')[:SHOWN]) for line in lines)
         print_line(f'{args.server} hands out another file; the first line that differs is {number}:'
                    f'\n  here   {here}\n  there  {there}\n'
                    f'SHA-256 here   {digest}\nSHA-256 there  {digest_of(theirs)}')
@@ -11687,7 +11705,7 @@ class TokenFiles(Source):
 
     @staticmethod
     def _read(path: str) -> Iterator[Grant]:
-        with open(path, encoding='utf-8-sig') as f:
+        with io.TextIOWrapper(open_file(path), 'utf-8-sig') as f:
             for number, line in enumerate(f, 1):
                 try:
                     grant = parse_grant(line)
@@ -14158,13 +14176,13 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     bare(rest, '--name', note)
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
     target = meant_target(typed, found, note)
-    if not target:
+    if not target and not any(word.startswith('--co') for word in rest):       # --config
         note('say what is to get a URL, such as the port of your app')
         target = '8000'
     elif rest and not rest[0].startswith('-'):
         note('say -- before a command')
         rest.insert(0, '--')
-    return [target, *rest]
+    return [*[target] * bool(target), *rest]
 
 
 def server_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
@@ -15913,11 +15931,21 @@ def client_options(parser: argparse.ArgumentParser) -> None:
         annex.client_options(parser.add_argument_group(annex.title).add_argument)
 
 
+def domain(text: str) -> str:
+    """A host, or an address."""
+    if is_address(text):
+        return str(ipaddress.ip_address(text.strip('[]')))
+    if not all(map(NAME.fullmatch, text.lower().split('.'))):
+        raise argparse.ArgumentTypeError('it takes a host name such as t.example.com, or an '
+                                         f'address, not {text!r}')
+    return text.lower()
+
+
 def server_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--config', metavar='FILE', help='take the options in its section [server]')
 
     add = parser.add_argument_group('where it listens').add_argument
-    add('--domain', default='localhost', type=str.lower,
+    add('--domain', default='localhost', type=domain,
         help='tunnels appear at NAME.DOMAIN (%(default)s)')
     add('--bind', metavar='ADDRESS', help='listen on this address (all; loopback for localhost)')
     add('--port', type=port_number, help='port for http (80; 8080 for localhost)')
@@ -15927,7 +15955,7 @@ def server_options(parser: argparse.ArgumentParser) -> None:
         help='believe X-Forwarded-* of this proxy (repeatable)')
 
     add = parser.add_argument_group('who may open tunnels').add_argument
-    add('--token', action='append',
+    add('--token', action='append', type=check_token,
         help='token for clients (repeatable; LOCALTUNNEL_TOKEN)')
     add('--open', action='store_true', help='let anyone open tunnels')
 
@@ -16847,11 +16875,11 @@ class ConfigFile:
         """Raises UsageError."""
         self.path, data = path, b''
         try:
-            with open(path, 'rb') as f:
+            with open_file(path) as f:
                 mode, data = os.fstat(f.fileno()).st_mode, f.read()
             self._text = data.decode('utf-8-sig')
         except OSError as e:
-            raise UsageError(f"can't read {path}: {e.strerror}") from e
+            raise UsageError(f"can't read {printable(path)}: {e.strerror}") from e
         except UnicodeDecodeError as e:
             raise self.error(data[:e.start].count(b'\n') + 1, 'this is not UTF-8; save the file as '
                              'that') from e
@@ -17125,12 +17153,12 @@ class Sections:
                 await section.stack.aclose()
             raise
         self._sections = {name: new.get(name) or running[name] for name in plans}
-        gone = [name for name in running if name in new or name not in plans]
+        changed = [name for name in running if name in new]
+        gone = [name for name in running if name not in plans]
+        for name in changed:
+            running[name].replaced = True
         for name in gone:
-            if name in new:
-                running[name].replaced = True
-            else:
-                running[name].stop.set()
+            running[name].stop.set()
         for section in new.values():
             if self._inspector:
                 section.wired[2].watched(self._inspector)
@@ -17138,8 +17166,10 @@ class Sections:
             self._tasks.add(task)
             task.add_done_callback(self._ended)
         if running:
-            self.terminal.note(f'{self._args.config} read again', event='reload',
-                               begins=' '.join(new), ends=' '.join(gone))
+            self.terminal.note(
+                f'{self._args.config} read again', event='reload',
+                new=' '.join(name for name in new if name not in running),
+                changed=' '.join(changed), gone=' '.join(gone))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         self._tasks.discard(task)
@@ -17486,6 +17516,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)
     args.sources = Sources(server)
+    if args.config:
+        args.sources.all.append(ServerFile(args, server))
     equip(server)
     if args.trust_proxy:
         server.visitors.front = Front(args.trust_proxy)
@@ -17515,11 +17547,6 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def server_command(args: Args) -> int:
-    if is_address(args.domain):
-        args.domain = str(ipaddress.ip_address(args.domain.strip('[]')))
-    elif not all(map(NAME.fullmatch, args.domain.split('.'))):
-        raise UsageError('--domain needs a host name such as t.example.com, or an address, not '
-                         f'{args.domain!r}')
     local = is_loopback(args.domain)
     if args.bind is None:
         args.bind = 'localhost' if local else ''

@@ -9276,7 +9276,9 @@ class VerifyTest(FolderTest, LoopTest):
                 ((lt.UNSTAMPED, b"STAMPED_SERVER = '\\x27'"), line, "= ''", "= '\\x27'"),
                 ((b'#!/usr/bin', b'#!\x1b]0;x\x07'), 1, '#!/usr/bin/env', '#!?]0;x?/env'),
                 ((b'sys.exit(main())\n', b'sys.exit(main())\nevil()\n'), self.ours.count(b'\n') + 1,
-                 '(none)', 'evil()')):
+                 'here   ', 'evil()'),
+                ((b'sys.exit(main())\n', b'sys.exit(main())'), self.ours.count(b'\n') + 1,
+                 'here   ', '(none)')):
             script = self.stamped if b'STAMPED' not in change[0] else self.ours
             code, said = await self.verify(script.replace(*change, 1))
             self.assertEqual(code, 1)
@@ -10479,6 +10481,7 @@ class ElsewhereTest(FolderTest):
         ("client 8000 --auth 'a b:c' -v", "client 8000 --auth 'a b:c' --verbose"),
         ('client 8000 --basic-auth=a:b --open', 'client 8000 --auth a:b'),
         ('client --share', 'client 8000 --share'),
+        ('client --confg a.ini', 'client --config a.ini'),
         ('client 8000 pytest -x a', 'client 8000 -- pytest -x a'),
         ('8000 pytest -- a', 'client 8000 -- pytest -- a'),
         (f'join {CODE}', f'client 8000 --join {CODE}'), (CODE, f'client 8000 --join {CODE}'),
@@ -12338,11 +12341,15 @@ class ConfigFileTest(FolderTest):
                  'FILE, line 2: there is no option xyzzy; see localtunnel.py server --help'),
                 ('[server]\ntoken = a\n  b\nrate = x\n', "FILE, line 4: --rate: 'x' is not a "
                  'number of zero or more; see localtunnel.py server --help'),
-                ('[server]\ntoken = a\n  rate = b\nrate =\n',
+                ('[server]\ntoken = a\n  rate=b\nrate =\n',
                  'FILE, line 4: rate is empty; give it a value, or take the line out'),
                 ('[server]\nrate = 1\n  2\n',
                  'FILE, line 2: rate takes one value; take out the lines below it'),
                 ('[server]\nopen = maybe\n', 'FILE, line 2: open takes yes or no'),
+                ('[server]\nopen = no\ntoken = \xe4\n', 'FILE, line 3: a token consists of '
+                 'printable ASCII characters, without spaces'),
+                ('[server]\ndomain = a_b.c\n', 'FILE, line 2: --domain: it takes a host name such '
+                 "as t.example.com, or an address, not 'a_b.c'; see localtunnel.py server --help"),
                 ('[server]\nconfig = a\n', 'FILE, line 2: config belongs on the command line'),
                 ('[web]\ntarget = 1\n', 'FILE has no section [server]; write one, with the options '
                  'of the server as its keys'),
@@ -12357,6 +12364,18 @@ class ConfigFileTest(FolderTest):
     def test_one_that_can_not_be_read_is_named(self):
         with self.assertRaisesRegex(lt.UsageError, "^can't read .*none: No such file"):
             lt.server_args(['server', '--config', self.path('none')])
+
+    @unittest.skipUnless(hasattr(os, 'mkfifo'), 'this system has no named pipes')
+    def test_nothing_is_waited_for(self):
+        os.mkfifo(self.path('pipe'))
+        giant = self.write('giant', '')
+        os.truncate(giant, lt.MOST_IN_A_FILE + 1)
+        for path in self.path('pipe'), giant:
+            with self.assertRaisesRegex(lt.UsageError, f"^can't read {path}: it must be a regular "
+                                        'file of at most 16 MiB$'):
+                lt.server_args(['server', '--config', path])
+        with self.assertRaisesRegex(lt.UsageError, "^can't read .*: Is a directory$"):
+            lt.server_args(['server', '--config', self.folder])
 
     def test_what_is_typed_wins(self):
         path = self.write('ini', '\ufeff[other]\nx = 1\n[server]\nrate = 1\ntoken =\n  a\n\n  b\n'
@@ -12532,7 +12551,7 @@ class SectionsTest(WorldTest, FolderTest):
         self.file(new=f'target = {other.address[1]}', web=web, api=api + '\nauth = ann:secret')
         await self.sections.reload()
         told, = self.events('reload')
-        self.assertEqual((told['begins'], told['ends']), ('new api', 'api old'))
+        self.assertEqual((told['new'], told['changed'], told['gone']), ('new', 'api', 'old'))
         self.assertEqual((await self.ended('old'))['code'], 0)
         await self.opened('new')
         await self.opened('api', 2)
@@ -12624,7 +12643,7 @@ class ManyTunnelsTest(CommandTest):
         client.says('^  a +.*http://localhost:', 'out')
         self.write('ini', f'[a]\ntarget = {self.folder}\n[b]\ntarget = echo\n')
         client.process.send_signal(signal.SIGHUP)
-        client.says('ini read again begins=b', 'out')
+        client.says('ini read again new=b', 'out')
         client.says('^  b +.*http://localhost:', 'out')
         client.type('?')
         client.says(r'^  b +http://localhost:\d+ -> echo', 'out')
@@ -13040,6 +13059,14 @@ class ExitCodeTest(CommandTest):
             with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
                 self.assertEqual(lt.main(words), 2)
             self.assertIn(said, told.getvalue())
+
+    def test_a_password_in_a_url_is_not_repeated(self):
+        for url in ('http://u:PW@h', 'http://u:PW@h:99999', 'http://u:PW/@h', 'http://:PW@h',
+                    'ftp://u:PW@h', 'http://u:PW@[h', 'u:PW@h:x'):
+            with self.subTest(url), contextlib.redirect_stderr(io.StringIO()) as told:
+                self.assertEqual(lt.main(['client', 'echo', '--server', url]), 2)
+            self.assertIn('without user and password', told.getvalue())
+            self.assertNotIn('PW', told.getvalue())
 
     def test_a_file_that_can_not_be_read_is_named_without_a_number(self):
         to, wrong = ['--server', 'https://a.example'], self.write('wrong.pem', 'wrong')
@@ -13710,6 +13737,21 @@ class ReloadTest(CommandTest):
         self.relay.process.send_signal(signal.SIGHUP)
         self.assertEqual(client.ends(), 4)
         self.start('client', 1, '--server', address, '--token', 'other').url()
+
+    def test_a_configuration_file_is_read_again_and_a_mistake_in_it_changes_nothing(self):
+        path = self.write('ini', '[server]\nbuffer = 70\nhold = 0\n')
+        self.server('--config', path)
+        for text, said in (('buffer = 70\nhold = 1\n', 'configuration read again'),
+                           ('buffer = 80\nhold = 1\n', f'--buffer changed in {path}, which takes'),
+                           ('buffer = 70\nhodl = 1\n', f'error: {path}, line 3: there is no option '
+                            'hodl; did you mean hold[?]; nothing was changed')):
+            self.write('ini', f'[server]\n{text}')
+            self.relay.process.send_signal(signal.SIGHUP)
+            self.relay.says(said)
+        os.unlink(path)
+        os.mkfifo(path)
+        self.relay.process.send_signal(signal.SIGHUP)
+        self.relay.says(f"error: can't read {path}: it must be a regular file")
 
     def test_a_new_certificate_is_shown(self):
         if not shutil.which('openssl'):
