@@ -10784,15 +10784,16 @@ class InstallTest(FolderTest):
                                   if line.startswith('ListenStream=')], ports)
 
     def test_options_that_are_written_are_read_as_they_were_typed(self):
-        words = ['--token', "a 'b' # c", '--token=2', '--acme=x@example.com', '--open', '--admin']
+        words = ['--cert', "a 'b' # c", '--token', '1', '--token=2', '--acme=x@example.com',
+                 '--open', '--admin']
         args = server_args(*words)
         path = self.write('ini', lt.server_files(args, lt.words_of(args), '')[lt.CONFIG].decode())
         os.chmod(path, 0o600)
         read = lt.server_args(['server', '--config', path])
         self.assertEqual({*read.said}, {
-            'server', '--config', path, '--domain=t.example.com', "--token=a 'b' # c", '--token=2',
-            '--acme=x@example.com', '--open', '--admin'})
-        self.assertEqual((read.token, read.admin), (["a 'b' # c", '2'], args.admin))
+            'server', '--config', path, '--domain=t.example.com', "--cert=a 'b' # c", '--token=1',
+            '--token=2', '--acme=x@example.com', '--open', '--admin'})
+        self.assertEqual((read.cert, read.token, read.admin), ("a 'b' # c", ['1', '2'], args.admin))
 
     def test_what_a_file_can_not_hold_is_said(self):
         for value in ' a', 'a ', '#a', 'a\nb':
