@@ -2104,46 +2104,20 @@ def content_length(head: Head) -> int:
     return int(value)
 
 
-# Who asks again mostly sends the same head, or at least the same lines, and gets the same.  What
-# they say is known from the last ones of as many bytes; some are secret: see forget_heads.
-RECENT, RECENT_SIZE = 64, 2 * KIB       # that are known again; bytes of each
-recent_requests: dict[int, tuple[bytes, Request]] = {}          # with the bytes of the head
-recent_lines: dict[int, Request] = {}                           # the last one that had as many
-recent_responses: dict[int, tuple[bytes, Response]] = {}
+# Who asks again mostly sends the same head, or at least the same lines, and gets the same.
+RECENT = 32                     # that are known again, for half a second: see forget_heads
 
 
-def forget_heads() -> None:
-    """Know no head again; called at each sweep."""
-    for recent in (recent_requests, recent_lines, recent_responses):
-        recent.clear()
-
-
-class Request(Head):
-    """A request head.  `target` is in origin form or '*'.
+class RequestLines(Head):
+    """The header lines of a request.
 
     `host` is its Host in lower case, `host_name` the same without port, as text.
     `upgrade` is the protocol that the sender would like to switch to (RFC 9110 7.8); b'' if
     there is none but HTTP itself.
     """
-    __slots__ = ('method', 'target', 'host', 'host_name', 'upgrade')
-    host: bytes
-    host_name: str
-    upgrade: bytes
+    __slots__ = ('host', 'host_name', 'upgrade')
 
-    def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
-        self.method, self.target = method, target
-        known = recent_lines.get(len(block) % RECENT)
-        if known is not None and known.block == block and known.minor == minor:
-            (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
-             self._onward, self.host, self.host_name, self.upgrade) = (
-                 minor, block, known.fields, known.connection, known.keep_alive, known._lower,
-                 known._onward, known.host, known.host_name, known.upgrade)
-        else:
-            self._read(minor, block)
-        if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
-            self._check_target()
-
-    def _read(self, minor: bytes, block: bytes) -> None:
+    def __init__(self, minor: bytes, block: bytes) -> None:
         Head.__init__(self, minor, block)
         self.host, self.host_name, self.upgrade = self.fields.get(b'host', b''), '', b''
         match = _HOST.fullmatch(self.host)
@@ -2153,8 +2127,24 @@ class Request(Head):
             raise BadHttp(400, 'Host is missing, malformed or repeated')
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
-        if len(block) <= RECENT_SIZE:
-            recent_lines[len(block) % RECENT] = self
+
+
+request_lines = functools.lru_cache(RECENT)(RequestLines)
+
+
+class Request(RequestLines):
+    """A request head.  `target` is in origin form or '*'."""
+    __slots__ = ('method', 'target')
+
+    def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
+        self.method, self.target = method, target
+        known = request_lines(minor, block)
+        (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
+         self._onward, self.host, self.host_name, self.upgrade) = (
+             minor, block, known.fields, known.connection, known.keep_alive, known._lower,
+             known._onward, known.host, known.host_name, known.upgrade)
+        if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
+            self._check_target()
 
     def _check_target(self) -> None:
         if self.method == b'CONNECT':
@@ -2167,7 +2157,6 @@ class Request(Head):
             if self.host or not named:
                 raise BadHttp(400, 'the request target and Host name different hosts')
             self.host, self.host_name = named.group(), named.group(1).decode().rstrip('.')
-            recent_lines.clear()        # it is not what these lines say
         self.target = match.group(3)
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
@@ -2224,19 +2213,14 @@ def check_upgrade(request: Request, response: Response) -> None:
         raise BadHttp(502, 'it switched to a protocol that nobody asked for')
 
 
+@functools.lru_cache(RECENT)
 def parse_request(head: bytes) -> Request:
     """Parse HEAD, up to and including its empty line; equal ones may share it.  Raises BadHttp."""
-    known, request = recent_requests.get(len(head) % RECENT, (b'', None))
-    if request is not None and known == head:
-        return request
     match = _REQUEST.fullmatch(head)
     if match:
         if match.end(2) > MAX_LINE:
             raise BadHttp(414, f'a request line of more than {MAX_LINE} bytes')
-        request = Request(*match.groups())
-        if len(head) <= RECENT_SIZE:
-            recent_requests[len(head) % RECENT] = head, request
-        return request
+        return Request(*match.groups())
     line = _REQUEST_LINE.match(head)
     if line and line.group(3) not in (b'1.0', b'1.1'):
         raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
@@ -2249,17 +2233,19 @@ def parse_request(head: bytes) -> Request:
     raise BadHttp(400, 'a malformed request line')
 
 
+@functools.lru_cache(RECENT)
 def parse_response(head: bytes) -> Response:
-    """Parse HEAD, up to and including its empty line; equal ones may share it.  Raises BadHttp."""
-    known, response = recent_responses.get(len(head) % RECENT, (b'', None))
-    if response is None or known != head:
-        match = _RESPONSE.fullmatch(head)
-        if not match:
-            raise BadHttp(502, 'a malformed status line')
-        response = Response(*match.groups())
-        if len(head) <= RECENT_SIZE:
-            recent_responses[len(head) % RECENT] = head, response
-    return response
+    """The same of a response."""
+    match = _RESPONSE.fullmatch(head)
+    if not match:
+        raise BadHttp(502, 'a malformed status line')
+    return Response(*match.groups())
+
+
+def forget_heads() -> None:
+    """Know no head again; called at each sweep."""
+    for known in (parse_request, parse_response, request_lines):
+        known.cache_clear()
 
 
 def encode_request(request: Request, block: bytes, chunked: bool = False) -> bytes:
