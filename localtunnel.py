@@ -40,44 +40,45 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  53 Output
-     2 Wire                   16 Plain words            54 Keys
-     3 Credit                 17 Files                  55 Terminal
-     4 Byte streams           18 Annex                  56 Options
-     5 Session                19 TLS                    57 Wiring
-     6 HTTP/1.1               20 Limits                 58 Python
-     7 Names and tokens       21 DNS                    59 Configuration file
-     8 Exchange               22 Kept leases            60 Command line
-     9 Tunnels                23 Access
-    10 Admission              24 Cluster
-    11 Server                 25 Held requests
-    12 Places                 26 Shared site
-    13 App                    27 Crowds
-    14 Client                 28 Raw TCP
-                              29 Folder and echo
-                              30 Host header
-                              31 Outgoing proxy
-                              32 Certificates
-                              33 Certificates by ACME
-                              34 Hand-over
-                              35 Operator's page
-                              36 Block list
-                              37 Kept requests
-                              38 Mail
-                              39 Ground
-                              40 Doctor
-                              41 Landing page
-                              42 Verifying
-                              43 Token files
-                              44 Invitations
-                              45 Exchanges
-                              46 Inspector's page
-                              47 Inspector
-                              48 Logs and replay
-                              49 Words from elsewhere
-                              50 Error pages
-                              51 Setting up
-                              52 Via ssh
+     1 Constants and errors   15 Seams                  54 Output
+     2 Wire                   16 Plain words            55 Keys
+     3 Credit                 17 Files                  56 Terminal
+     4 Byte streams           18 Annex                  57 Options
+     5 Session                19 TLS                    58 Wiring
+     6 HTTP/1.1               20 Tokens and leases      59 Python
+     7 Names                  21 Limits                 60 Configuration file
+     8 Exchange               22 DNS                    61 Command line
+     9 Tunnels                23 Kept leases
+    10 Admission              24 Access
+    11 Server                 25 Cluster
+    12 Places                 26 Held requests
+    13 App                    27 Shared site
+    14 Client                 28 Crowds
+                              29 Raw TCP
+                              30 Folder and echo
+                              31 Host header
+                              32 Outgoing proxy
+                              33 Certificates
+                              34 Certificates by ACME
+                              35 Hand-over
+                              36 Operator's page
+                              37 Block list
+                              38 Kept requests
+                              39 Mail
+                              40 Ground
+                              41 Doctor
+                              42 Landing page
+                              43 Verifying
+                              44 Token files
+                              45 Invitations
+                              46 Exchanges
+                              47 Inspector's page
+                              48 Inspector
+                              49 Logs and replay
+                              50 Words from elsewhere
+                              51 Error pages
+                              52 Setting up
+                              53 Via ssh
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ STAMPED_SERVER = ''
 #
 # All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
 # a list, empty or almost so by default, with a sentence that says what it takes; its classes stand
-# in the room Seams.  Words, Front, Tls and Limits, which part I is handed, do more and stand later.
+# in the room Seams.  Words, Front, Tls, Leases and Limits, which part I is handed, do more and
+# stand later.
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
@@ -212,11 +214,6 @@ RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take l
 POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
 
 # Tunnels and their names.
-MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
-MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
-MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
-MAX_LEASES_IN_ALL = 10000
-DAY = 86400
 MAX_AWAY = 10000                # names remembered after their last client left
 KNOWN_AFTER = 600.0             # a name served this recently is offline, not unknown
 
@@ -2556,19 +2553,15 @@ async def write_own(connection: Connection, *message: bytes) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Names and tokens
+# 7. Names
 #
-# Who may have which name.  Knows no sockets, no files and no clocks: callers bring `now`, in Unix
-# seconds.
+# How names come about, and how hosts are written.  Knows no sockets, no files and no clocks.
 #
 # A derived name comes from a proof, which only the user's key can make and any server can check
 # without a record: nobody else can ever get it.  An attacker may try any key and label, so length
 # alone protects it: with 112 bits, hitting one of 10,000 known names takes 2**98 hashes.  A slower
 # hash would add a few bits, and cost a server most when all its clients come back at once.  Older
 # keys (without LONG_NAMES in front) keep their names of 72 bits for ever.
-#
-# A chosen name is first come, first served, then leased to its owner.  Secrets are compared in
-# constant time and kept as hashes.  At the end: how hosts and addresses are written and counted.
 # ------------------------------------------------------------------------------------------------
 
 ADJECTIVES = tuple("""able amber apt azure bold brave breezy bright brisk calm clear clever cool
@@ -2581,11 +2574,9 @@ duck eagle eel elk falcon ferret finch fox frog goat goose hare hawk heron horse
 lemur lion llama lynx mole moose moth mouse mule newt orca otter owl panda pony puma quail rabbit
 raven robin seal shrew sloth snail stork swan tiger toad trout wren""".split())
 
-NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
 DERIVED = re.compile(f'(?:{"|".join(ADJECTIVES)})-(?:{"|".join(ANIMALS)})-[a-z2-7]{{12}}'
                      '(?:[a-z2-7]{8})?')
 LONG_NAMES = b'lt-key2\0'       # a key of 32 bytes that begins so has names of 20 digits
-RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
 
 
 def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
@@ -2606,21 +2597,6 @@ def is_derived(name: str) -> bool:
     return DERIVED.fullmatch(name) is not None
 
 
-def check_name(name: str) -> None:
-    """Raise Refused unless a client may ask for NAME."""
-    if name.startswith('xn--'):
-        raise Refused(403, 'bad_name', f'{name!r} is not a valid name: browsers show names that '
-                      'begin with xn-- in other letters, which may look like another name')
-    if not NAME.fullmatch(name):
-        raise Refused(403, 'bad_name', f'{name!r} is not a valid name; use up to 63 letters '
-                      'a-z, digits and hyphens, without a hyphen at either end')
-    if name in RESERVED:
-        raise Refused(403, 'reserved', f'the name {name} is reserved; choose another name')
-    if is_derived(name):
-        raise Refused(403, 'bad_name', f'{name} looks like an automatic name; choose another '
-                      'name, or leave out --name to get yours')
-
-
 def digest_of(secret: str | bytes) -> str:
     """The SHA256 in hexadecimal, by which secrets are kept and certificates compared (--pin)."""
     data = secret.encode(errors='replace') if isinstance(secret, str) else secret
@@ -2631,164 +2607,6 @@ def same(one: str, other: str) -> bool:
     """Return True if both are equal, in a time that does not show where they differ."""
     return hmac.compare_digest(one.encode(errors='replace'), other.encode(errors='replace'))
 
-
-class Grant(NamedTuple):
-    """What one token allows."""
-    user: str = ''          # whose it is, where that is known
-    digest: str = ''        # of the token; '' for who comes without one
-    names: Sequence[str] = ('*',)       # patterns for chosen names
-    ports: Sequence[int] = range(65536)     # for raw TCP
-    tunnels: int = MAX_TUNNELS_OF_TOKEN     # at once
-    since: float = 0.0      # Unix seconds
-    expires: float = NEVER
-
-
-class Tokens:
-    """The tokens that open tunnels at a server, and what each allows."""
-
-    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
-        """OPEN lets anyone in."""
-        self.open = open
-        self.seen: dict[str, float] = {}        # when a token came last, by its digest
-        self.take([Grant(digest=digest_of(token)) for token in tokens])
-
-    def take(self, grants: Sequence[Grant]) -> None:
-        """Take GRANTS, and no others, from now on."""
-        self.grants = grants
-        self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
-        for grant in grants:
-            for key in grant.digest, f'user:{grant.user}':
-                self._until[key] = max(grant.expires, self._until.get(key, 0.0))
-
-    def find(self, token: str, now: float) -> Grant | None:
-        """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
-        digest, found = digest_of(token), None
-        for grant in self.grants:
-            if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
-                found = grant
-        if found:
-            self.seen[found.digest] = now
-        return found or (Grant() if self.open else None)
-
-    def holds(self, owner: str, digest: str, now: float) -> bool:
-        """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
-        return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
-
-
-class Lease(NamedTuple):
-    """The right of one owner to one name."""
-    owner: str
-    token: str              # the digest of the token that came with the claim; '' without one
-    used: int               # Unix seconds, to the day
-    facts: Mapping[str, str] = {}       # of annexes, which give each of theirs a name and a bound
-
-
-Changes = Dict[str, Optional[Lease]]        # by name; None: the lease ends
-
-LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
-LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
-
-
-class Leases:
-    """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
-
-    A change is asked for (`claim`, `release`, `free`, `note`), which changes nothing yet; `save`
-    has it kept and then makes it.  One change after the other: what was looked at stays so.
-    """
-
-    def __init__(self, tokens: Tokens) -> None:
-        # A seam: who keeps changes, before they are made.  Raises Refused where that fails.
-        self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
-        self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
-        self._tokens = tokens
-        self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
-        self._look_at = 0.0         # when leases that have ended are looked for again
-
-    async def save(self, changes: Changes) -> bool:
-        """Keep CHANGES and make them; return whether there was anything.  Raises Refused."""
-        if changes:
-            for keep in self.keepers:
-                await keep(changes)
-            self.make(changes)
-        return bool(changes)
-
-    def make(self, changes: Changes) -> None:
-        """Make CHANGES, which are kept."""
-        for name, lease in changes.items():
-            old = self.by_name.pop(name, None)
-            for key in (old.owner, old.token) if old else ():
-                self._of[key].discard(name)
-                if not self._of[key]:
-                    del self._of[key]
-            if lease:
-                self.by_name[name] = lease
-                for key in lease.owner, lease.token:
-                    self._of[key].add(name)
-
-    def owner(self, name: str, now: float) -> str | None:
-        """Return the owner of NAME, or None."""
-        lease = self.by_name.get(name)
-        return lease.owner if lease and self.holds(lease, now) else None
-
-    def holds(self, lease: Lease, now: float) -> bool:
-        """Return True if LEASE has not come to its end."""
-        return (now - lease.used < LEASE_SECONDS
-                and self._tokens.holds(lease.owner, lease.token, now))
-
-    def check_limits(self, owner: str, token: str, now: float) -> None:
-        """Raise Refused if OWNER, whose token has the digest TOKEN, may not have another name."""
-        if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
-            raise Refused(403, 'too_many_names', f'you already have {MAX_LEASES} names; give one '
-                          'back with: client TARGET --name NAME --release')
-        if token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
-            raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
-                          'already; give one back')
-
-    def claim(self, name: str, owner: str, token: str, now: float, over: bool = False) -> Changes:
-        """Return the change that leases NAME to OWNER, whose token has the digest TOKEN.
-
-        OVER: even if somebody else has it.  Raises Refused.
-        """
-        known, current, ended = self.by_name.get(name), self.owner(name, now), []
-        if current is not None and not same(current, owner):
-            if not over:
-                raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
-            current = None
-        if current and known and known.token == token and now - known.used < DAY:
-            return {}       # a date within the last day is new enough
-        if current is None:
-            self.check_limits(owner, token, now)
-        if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
-            if now >= self._look_at:        # all are looked at: not for each who asks
-                self._look_at = now + LEASE_LOOK
-                ended = [n for n in self.by_name if not self.owner(n, now)]
-            if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
-                raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
-        facts = known.facts if known and current else {}
-        return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
-
-    def note(self, name: str, **facts: str) -> Changes:
-        """Return the change that adds FACTS to the lease of NAME, until another owner has it.
-
-        '' takes one away.
-        """
-        lease = self.by_name.get(name)
-        now = {word: fact for word, fact in {**(lease.facts if lease else {}), **facts}.items()
-               if fact}
-        return {name: lease._replace(facts=now)} if lease and now != lease.facts else {}
-
-    def release(self, name: str, owner: str, now: float) -> Changes:
-        """Return the change that takes NAME back from OWNER.  Raises Refused."""
-        if self.owner(name, now) != owner:
-            raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
-        return self.free(name)
-
-    def free(self, name: str) -> Changes:
-        """Return the change that takes NAME back from its owner; none where nobody has it."""
-        return {name: None} if name in self.by_name else {}
-
-
-# Hosts and addresses.
 
 def bracketed(host: str) -> str:
     """Return HOST as written in a URL."""
@@ -2818,20 +2636,6 @@ def is_loopback(host: str) -> bool:
     if is_address(host):
         return ipaddress.ip_address(host.strip('[]')).is_loopback
     return host == 'localhost' or host.endswith('.localhost')
-
-
-def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """ADDRESS, as IPv4 if an IPv6 socket has it (::ffff:203.0.113.7).  Raises ValueError."""
-    ip = ipaddress.ip_address(address.partition('%')[0])
-    return getattr(ip, 'ipv4_mapped', None) or ip
-
-
-def subnet_of(address: str) -> str:
-    """ADDRESS as limits count it: of IPv6 everybody has 2**64 (a /64), so those are one."""
-    if ':' not in address or is_loopback(address):
-        return address
-    ip = plain_address(address)
-    return str(ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3406,7 +3210,7 @@ class Tunnels:
 #
 #   grant     what a token allows; its `digest` is '' for a client without a token
 #   owner     whom a chosen name belongs to: the token's user if it has one, else the proof
-#   holder    whose tunnels are counted: the token, else the address
+#   lease     of a chosen name: the first who comes for it is its owner, and all others are refused
 #
 # First all that may speak against a client is looked at, and nothing changes; then the lease is
 # written, the last that can fail; then the client enters.  The disk may take its time, so clients
@@ -3415,14 +3219,14 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visitor', 'grant', 'hello', 'owner', 'holder', 'name', 'tunnel', 'facts')
+    __slots__ = ('visitor', 'grant', 'hello', 'proof', 'owner', 'name', 'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
                  facts: Facts) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.facts = facts
-        self.owner = f'user:{grant.user}' if grant.user else f'proof:{digest_of(hello.proof)}'
-        self.holder = grant.digest or subnet_of(visitor.address)
+        self.proof = f'proof:{digest_of(hello.proof)}'
+        self.owner = f'user:{grant.user}' if grant.user else self.proof
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
@@ -3433,42 +3237,22 @@ Admitted = Tuple[Member, Tunnel, Optional[int]]
 class Admission:
     """Lets clients in, or says why not."""
 
-    def __init__(self, runtime: Runtime, tokens: Tokens, tunnels: Tunnels, budget: Budget,
+    def __init__(self, runtime: Runtime, leases: Leases, tunnels: Tunnels, budget: Budget,
                  limits: Limits, counters: dict[str | int, int], trace: Trace | None) -> None:
         """BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
         self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
         self.closed = False                     # the server ends, or a successor is starting
-        self.tokens, self.budget = tokens, budget
-        self.leases = Leases(tokens)
-        self._runtime, self._tunnels = runtime, tunnels
-        self.limits, self._counters, self._trace = limits, counters, trace
-        self._look_at = 0.0                     # when all tokens are looked at again
+        self.tokens, self.leases, self.limits, self.budget = leases.tokens, leases, limits, budget
+        self._runtime, self._tunnels, self._counters, self._trace = (
+            runtime, tunnels, counters, trace)
         self.turn = asyncio.Lock()              # for who changes what others have looked at
-        runtime.swept.add(self)
 
     async def close(self) -> None:
         """Let nobody else in, and wait for the one who is about to come in."""
         self.closed = True
         async with self.turn:
             pass
-
-    def sweep(self, now: float, at_once: bool) -> None:
-        """End the tunnels whose token is no longer valid.
-
-        Now and then, unless AT_ONCE: there may be thousands of tunnels.
-        """
-        if now < self._look_at and not at_once:
-            return
-        self._look_at = now + 4 * SWEEP
-        for tunnel in self._tunnels:
-            for member in tuple(tunnel.members):
-                if not self.tokens.holds('', member.grant.digest, time.time()):
-                    self._tunnels.revoke(tunnel, member,
-                                         'the token of this tunnel is no longer valid; ask the '
-                                         "operator of the server for a new code, for --join")
-        for kind in self.kinds.values():
-            kind.sweep()
 
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> Admitted | None:
@@ -3488,15 +3272,10 @@ class Admission:
             if goes_on:
                 return goes_on
             self._check_new(asked)
-            others = self._tunnels.others
-            if others and asked.hello.name is not None:
-                await others.bring(asked.hello.lease, asked.name, asked.owner, asked.grant.digest)
+            await self._lease(asked)
             if asked.hello.release:
-                back = self.leases.release(asked.name, asked.owner, time.time())
-                await self.leases.save(back)
                 self._tunnels.end(asked.name, f'the name {asked.name} was given back')
                 return None
-            await self._lease(asked)
             return await self._enter(asked, url)
 
     async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
@@ -3511,13 +3290,11 @@ class Admission:
             grant = await self._grant(request, visitor)
         facts['user'] = grant.user
         if hello.name is not None:
-            check_name(name)
-            if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
-                raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+            self.limits.check_name(name, grant)
         if self._tunnels.others:
             self._tunnels.others.check(visitor, hello)
         asked = Candidate(visitor, grant, hello, name, facts)
-        if self._is_owner(asked):
+        if self._owner(asked) == asked.owner:
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
             visitor.connection.check()
@@ -3529,34 +3306,32 @@ class Admission:
         if self._tunnels.bars:
             self._tunnels.bars.check_client(asked.name, asked.grant.user, asked.visitor.address)
 
-    def _is_owner(self, asked: Candidate) -> bool:
-        """True if ASKED may replace clients of that name: nobody else can own it, or does."""
-        return asked.hello.name is None or (
-            self.leases.owner(asked.name, time.time()) == asked.owner)
+    def _owner(self, asked: Candidate) -> str | None:
+        """Who owns the name that ASKED wants: of a derived one its proof says that it is ASKED."""
+        return asked.owner if asked.hello.name is None else (
+            self.leases.owner(asked.name, time.time()))
 
     def _find(self, asked: Candidate) -> Tunnel:
         return self._tunnels.get(asked.tunnel.key) or asked.tunnel
+
+    def _check_kind(self, asked: Candidate) -> None:
+        """Raises Refused where no tunnel of this kind may lead to ASKED."""
+        kind = asked.hello.kind
+        if kind in self.kinds:
+            self.kinds[kind].check(asked)
+        elif kind != 'http':
+            raise Refused(403, 'bad_port', f'this server has no tunnels of the kind {kind}')
 
     def _check_new(self, asked: Candidate) -> None:
         """Raises Refused where the server has no place for ASKED."""
         hello, tunnel = asked.hello, asked.tunnel
         if self.closed:
             raise Refused(503, 'draining', 'the server is shutting down; try again soon')
-        if hello.kind != 'http':
-            if hello.kind not in self.kinds:
-                raise Refused(403, 'bad_port', 'this server has no tunnels of the kind '
-                              f'{hello.kind}')
-            self.kinds[hello.kind].check(asked)
+        self._check_kind(asked)
         if hello.release:
             return              # it needs no place
-        self.limits.check_wants(hello)
-        if self._tunnels.only and hello.kind == 'http' and any(
-                other.kind == 'http' and other.members and other.name != tunnel.name
-                for other in self._tunnels):
-            raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
-                          'another one is there; end that one first, or take --tcp')
-        self.limits.check_place(asked, self._tunnels.served)
-        if tunnel.before(hello) and self._is_owner(asked):
+        self.limits.check_place(asked, self._tunnels)
+        if tunnel.before(hello) and self._owner(asked) == asked.owner:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
@@ -3579,36 +3354,19 @@ class Admission:
         return grant
 
     async def _lease(self, asked: Candidate) -> None:
-        """Lease what ASKED wants.  Raises Refused and Disconnected."""
-        notes = self.limits.notes_of(asked.hello) if asked.hello.kind == 'http' else {}
-        if asked.hello.name is not None:
-            await self.claim(asked.name, asked.owner, asked)
-        elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
-            await self.claim(asked.name, f'proof:{digest_of(asked.hello.proof)}', asked)
-        await self.leases.save(self.leases.note(asked.name, **notes))
-        if asked.hello.kind != 'http' and not asked.tunnel.url:
-            await self.kinds[asked.hello.kind].place(asked)
-
-    async def note(self, name: str, **facts: str) -> None:
-        """Add FACTS to the lease of NAME.  Raises Refused."""
-        async with self.turn:
-            await self.leases.save(self.leases.note(name, **facts))
-
-    def check_limits(self, owner: str, asked: Candidate) -> None:
-        """Raises Refused where OWNER, who is ASKED, may not lease more."""
-        self.leases.check_limits(owner, asked.grant.digest, time.time())
-        self.limits.check_claim(asked)
-
-    async def claim(self, key: str, owner: str, asked: Candidate, over: bool = False) -> None:
-        """Lease KEY, a name or tcp:PORT, to OWNER; see Leases.  Raises Refused and Disconnected."""
-        now = time.time()
-        new = self.leases.owner(key, now) != owner
-        if new:
-            self.check_limits(owner, asked)
-        await self.leases.save(self.leases.claim(key, owner, asked.grant.digest, now, over))
-        if new:
-            self.limits.claimed(asked)
-        asked.visitor.connection.check()      # it may have left meanwhile
+        """Lease what ASKED wants, or take it back.  Raises Refused and Disconnected."""
+        hello, name, others = asked.hello, asked.name, self._tunnels.others
+        if others and hello.name is not None:
+            await others.bring(hello.lease, name, asked.owner, asked.grant.digest)
+        if hello.release:
+            back = self.leases.release(name, asked.owner, time.time())
+            await self.leases.save(back)
+            return
+        if self._owner(asked) not in (None, asked.owner):
+            raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
+        await self.leases.give(asked, self.limits.notes_of(hello))
+        if hello.kind in self.kinds and not asked.tunnel.url:
+            await self.kinds[hello.kind].place(asked)
 
     async def _enter(self, asked: Candidate, url: Callable[[str], str]) -> Admitted:
         """Let ASKED in.  Raises Refused."""
@@ -3619,9 +3377,9 @@ class Admission:
         self._make_way(asked)
         session = Session(self._runtime, self.budget, trace=self._trace)
         session.facts = asked.facts
-        member = Member(session, hello, asked.grant, asked.holder)
+        member = Member(session, hello, asked.grant, self.limits.holder(asked))
         self._tunnels.enter(tunnel, member)
-        if hello.kind != 'http':
+        if hello.kind in self.kinds:
             await self.kinds[hello.kind].open(tunnel)
         return member, tunnel, None
 
@@ -3658,8 +3416,7 @@ class Admission:
         if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
                 grant.user, grant.digest):
             return None         # somebody else's session: this client begins its own
-        if hello.kind != 'http':
-            self.kinds[hello.kind].check(asked)
+        self._check_kind(asked)
         member.hello.attempt, member.grant, session.facts = hello.attempt, grant, asked.facts
         return member, tunnel, theirs
 
@@ -3871,7 +3628,7 @@ class Pages(Dict[bytes, Page]):
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, tokens: Tokens, limits: Limits,
+    def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits,
                  log: Observer, *, hold: float = HELD, drain: float = DRAIN,
                  budget: int = LEAST_BUDGET, only: bool = False,
                  trace: Trace | None = None) -> None:
@@ -3889,7 +3646,7 @@ class Server:
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, tokens, self.tunnels, Budget(budget), limits, self.counters, trace)
+            runtime, leases, self.tunnels, Budget(budget), limits, self.counters, trace)
         self.onward = Onward(self.domain)
         self.drain, self.limits = drain, limits     # as tunnels.hold, it may be changed any time
         runtime.swept.add(self)
@@ -4855,9 +4612,6 @@ class Kind:
         """Free what TUNNEL has leased; return whether there was anything."""
         raise NotImplementedError
 
-    def sweep(self) -> None:
-        """Tidy up; called now and then."""
-
 
 class Detour:
     """Who has the requests of some tunnels, and decides which of them go on to a client."""
@@ -5186,17 +4940,15 @@ class Sources:
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Read again what has changed."""
-        if self.reload(changed_only=True):
-            self._server.admission.sweep(now, at_once=True)
+        self.reload(changed_only=True)
 
-    def reload(self, changed_only: bool = False) -> bool:
-        """Read all again, or what of it has changed; return whether that was anything."""
-        read = [(source.what, source.reload()) for source in self.all
-                if not changed_only or source.changed()]
-        for what, error in read:
-            self._server.counters['reload_errors' if error else 'reloads'] += 1
-            self._server.log.note(f'error: {error}' if error else f'{what} read again')
-        return bool(read)
+    def reload(self, changed_only: bool = False) -> None:
+        """Read all again, or what of it has changed."""
+        for source in self.all:
+            if not changed_only or source.changed():
+                error = source.reload()
+                self._server.counters['reload_errors' if error else 'reloads'] += 1
+                self._server.log.note(f'error: {error}' if error else f'{source.what} read again')
 
 
 LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
@@ -5816,6 +5568,20 @@ async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = N
     return response
 
 
+def plain_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """ADDRESS, as IPv4 if an IPv6 socket has it (::ffff:203.0.113.7).  Raises ValueError."""
+    ip = ipaddress.ip_address(address.partition('%')[0])
+    return getattr(ip, 'ipv4_mapped', None) or ip
+
+
+def subnet_of(address: str) -> str:
+    """ADDRESS as limits count it: of IPv6 everybody has 2**64 (a /64), so those are one."""
+    if ':' not in address or is_loopback(address):
+        return address
+    ip = plain_address(address)
+    return str(ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
+
+
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
 
 
@@ -6155,7 +5921,235 @@ class TlsDoor(GuardedDoor):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Limits
+# 20. Tokens and leases
+#
+# What a server asks of who wants a tunnel: which token allows what, which names may be chosen, and
+# whose they are.  Callers bring `now`, in Unix seconds.
+#
+# A chosen name is leased to the first who comes for it, until a year after its last use.  Secrets
+# are compared in constant time and kept as hashes.
+# ------------------------------------------------------------------------------------------------
+
+MAX_TUNNELS_OF_TOKEN = 1000     # unless its line says tunnels=N
+MAX_LEASES = 20                 # chosen names of an owner; also new ones a day without a token
+MAX_LEASES_OF_TOKEN = 1000      # of a token: its clients can make up owners if it names no user
+MAX_LEASES_IN_ALL = 10000
+DAY = 86400
+
+NAME = re.compile(r'[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?')
+RESERVED = frozenset(('www', 'admin', 'api', 'mail', 'localtunnel'))
+
+
+def check_name(name: str) -> None:
+    """Raise Refused unless a client may ask for NAME."""
+    if name.startswith('xn--'):
+        raise Refused(403, 'bad_name', f'{name!r} is not a valid name: browsers show names that '
+                      'begin with xn-- in other letters, which may look like another name')
+    if not NAME.fullmatch(name):
+        raise Refused(403, 'bad_name', f'{name!r} is not a valid name; use up to 63 letters '
+                      'a-z, digits and hyphens, without a hyphen at either end')
+    if name in RESERVED:
+        raise Refused(403, 'reserved', f'the name {name} is reserved; choose another name')
+    if is_derived(name):
+        raise Refused(403, 'bad_name', f'{name} looks like an automatic name; choose another '
+                      'name, or leave out --name to get yours')
+
+
+class Grant(NamedTuple):
+    """What one token allows."""
+    user: str = ''          # whose it is, where that is known
+    digest: str = ''        # of the token; '' for who comes without one
+    names: Sequence[str] = ('*',)       # patterns for chosen names
+    ports: Sequence[int] = range(65536)     # for raw TCP
+    tunnels: int = MAX_TUNNELS_OF_TOKEN     # at once
+    since: float = 0.0      # Unix seconds
+    expires: float = NEVER
+
+
+class Tokens:
+    """The tokens that open tunnels at a server, and what each allows."""
+
+    def __init__(self, tokens: Iterable[str] = (), open: bool = False) -> None:
+        """OPEN lets anyone in."""
+        self.open = open
+        self.seen: dict[str, float] = {}        # when a token came last, by its digest
+        self.take([Grant(digest=digest_of(token)) for token in tokens])
+
+    def take(self, grants: Sequence[Grant]) -> None:
+        """Take GRANTS, and no others, from now on."""
+        self.grants = grants
+        self._until: dict[str, float] = {}      # when the last token of a digest, or user, expires
+        for grant in grants:
+            for key in grant.digest, f'user:{grant.user}':
+                self._until[key] = max(grant.expires, self._until.get(key, 0.0))
+
+    def find(self, token: str, now: float) -> Grant | None:
+        """Return what TOKEN allows, None if it is wrong; in the same time for all tokens."""
+        digest, found = digest_of(token), None
+        for grant in self.grants:
+            if hmac.compare_digest(grant.digest, digest) and now < grant.expires:
+                found = grant
+        if found:
+            self.seen[found.digest] = now
+        return found or (Grant() if self.open else None)
+
+    def holds(self, owner: str, digest: str, now: float) -> bool:
+        """Return True if the token with DIGEST, or one of the user OWNER, is still valid."""
+        return self.open or now < max(self._until.get(owner, 0.0), self._until.get(digest, 0.0))
+
+
+class Lease(NamedTuple):
+    """The right of one owner to one name."""
+    owner: str
+    token: str              # the digest of the token that came with the claim; '' without one
+    used: int               # Unix seconds, to the day
+    facts: Mapping[str, str] = {}       # of annexes, which give each of theirs a name and a bound
+
+
+Changes = Dict[str, Optional[Lease]]        # by name; None: the lease ends
+
+LEASE_LOOK = 60                 # seconds between searches for leases that have ended, when full
+LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
+
+
+def is_stranger(asked: Candidate) -> bool:
+    """Return True for one without a token, who can make up owners, but not addresses."""
+    return not asked.grant.digest and not is_loopback(asked.visitor.address)
+
+
+class Leases:
+    """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
+
+    A change is asked for (`claim`, `release`, `free`, `note`), which changes nothing yet; `save`
+    has it kept and then makes it.  One change after the other: what was looked at stays so.
+    """
+
+    def __init__(self, tokens: Tokens) -> None:
+        # A seam: who keeps changes, before they are made.  Raises Refused where that fails.
+        self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
+        self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
+        self.tokens = tokens
+        self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
+        self._strangers: dict[str, int] = collections.Counter()     # their new leases, by subnet
+        self._look_at = 0.0         # when leases that have ended are looked for again
+
+    async def save(self, changes: Changes) -> bool:
+        """Keep CHANGES and make them; return whether there was anything.  Raises Refused."""
+        if changes:
+            for keep in self.keepers:
+                await keep(changes)
+            self.make(changes)
+        return bool(changes)
+
+    def make(self, changes: Changes) -> None:
+        """Make CHANGES, which are kept."""
+        for name, lease in changes.items():
+            old = self.by_name.pop(name, None)
+            for key in (old.owner, old.token) if old else ():
+                self._of[key].discard(name)
+                if not self._of[key]:
+                    del self._of[key]
+            if lease:
+                self.by_name[name] = lease
+                for key in lease.owner, lease.token:
+                    self._of[key].add(name)
+
+    def owner(self, name: str, now: float) -> str | None:
+        """Return the owner of NAME, or None."""
+        lease = self.by_name.get(name)
+        return lease.owner if lease and self.holds(lease, now) else None
+
+    def holds(self, lease: Lease, now: float) -> bool:
+        """Return True if LEASE has not come to its end."""
+        return (now - lease.used < LEASE_SECONDS
+                and self.tokens.holds(lease.owner, lease.token, now))
+
+    def check_limits(self, owner: str, token: str, now: float) -> None:
+        """Raise Refused if OWNER, whose token has the digest TOKEN, may not have another name."""
+        if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
+            raise Refused(403, 'too_many_names', f'you already have {MAX_LEASES} names; give one '
+                          'back with: client TARGET --name NAME --release')
+        if token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
+            raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
+                          'already; give one back')
+
+    def claim(self, name: str, owner: str, token: str, now: float) -> Changes:
+        """Return the change that leases NAME to OWNER, whose token has the digest TOKEN.
+
+        Another owner loses it.  Raises Refused.
+        """
+        known, ended = self.by_name.get(name), []
+        stays = self.owner(name, now) == owner
+        if known and stays and known.token == token and now - known.used < DAY:
+            return {}       # a date within the last day is new enough
+        if not stays:
+            self.check_limits(owner, token, now)
+        if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
+            if now >= self._look_at:        # all are looked at: not for each who asks
+                self._look_at = now + LEASE_LOOK
+                ended = [n for n in self.by_name if not self.owner(n, now)]
+            if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
+                raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
+        facts = known.facts if known and stays else {}
+        return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
+
+    def note(self, name: str, **facts: str) -> Changes:
+        """Return the change that adds FACTS to the lease of NAME, until another owner has it.
+
+        '' takes one away.
+        """
+        lease = self.by_name.get(name)
+        now = {word: fact for word, fact in {**(lease.facts if lease else {}), **facts}.items()
+               if fact}
+        return {name: lease._replace(facts=now)} if lease and now != lease.facts else {}
+
+    def release(self, name: str, owner: str, now: float) -> Changes:
+        """Return the change that takes NAME back from OWNER.  Raises Refused."""
+        if self.owner(name, now) != owner:
+            raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
+        return self.free(name)
+
+    def free(self, name: str) -> Changes:
+        """Return the change that takes NAME back from its owner; none where nobody has it."""
+        return {name: None} if name in self.by_name else {}
+
+    # For clients.
+
+    def check_new(self, owner: str, asked: Candidate) -> None:
+        """Raises Refused where OWNER, who is ASKED, may have no other name."""
+        address = asked.visitor.address
+        self.check_limits(owner, asked.grant.digest, time.time())
+        if is_stranger(asked) and self._strangers[subnet_of(address)] >= MAX_LEASES:
+            raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} '
+                          'new names today; take one of those, or come again tomorrow')
+
+    async def lease(self, name: str, owner: str, asked: Candidate) -> None:
+        """Lease NAME to OWNER, who is ASKED.  Raises Refused and Disconnected."""
+        now = time.time()
+        new = self.owner(name, now) != owner
+        if new:
+            self.check_new(owner, asked)
+        await self.save(self.claim(name, owner, asked.grant.digest, now))
+        if new and is_stranger(asked):
+            if not self._strangers:
+                asyncio.get_running_loop().call_later(DAY, self._strangers.clear)
+            self._strangers[subnet_of(asked.visitor.address)] += 1
+        asked.visitor.connection.check()      # it may have left meanwhile
+
+    async def give(self, asked: Candidate, notes: Mapping[str, str]) -> None:
+        """Lease the name of ASKED, if it was chosen, and add NOTES.
+
+        Raises Refused and Disconnected.
+        """
+        if asked.hello.name is not None:
+            await self.lease(asked.name, asked.owner, asked)
+        elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
+            await self.lease(asked.name, asked.proof, asked)
+        await self.save(self.note(asked.name, **notes))
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. Limits
 #
 # What keeps one client from taking all, or from guessing tokens; and what it may have beside its
 # tunnel.
@@ -6167,13 +6161,8 @@ WRONG_TOKEN = 0.5               # after a wrong token the next one from its addr
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
 
 
-def is_stranger(asked: Candidate) -> bool:
-    """Return True for one without a token, who can make up owners, but not addresses."""
-    return not asked.grant.digest and not is_loopback(asked.visitor.address)
-
-
 class Limits:
-    """How much a client may have: tunnels, names, requests, guesses, and things beside."""
+    """How much a client may have: tunnels, requests, guesses, and things beside."""
 
     def __init__(self, runtime: Runtime, most: int = MAX_TUNNELS, rate: float = 0.0) -> None:
         """MOST tunnels in all; RATE in requests a second of a tunnel, 0 for any.  Both may change
@@ -6184,7 +6173,6 @@ class Limits:
         # what is noted with the client's lease; if that is not '', a derived name has one, too.
         self.offers: dict[str, Callable[[Any], str]] = {}
         self.most, self.rate, self._runtime = most, rate, runtime
-        self._claims: dict[str, int] = collections.Counter()    # new leases of strangers, by subnet
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         runtime.swept.add(self)
 
@@ -6211,15 +6199,34 @@ class Limits:
         subnet, until = subnet_of(visitor.address), self._runtime.now() + WRONG_TOKEN
         self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), until)
 
-    def check_place(self, asked: Candidate, served: Mapping[str, int]) -> None:
-        """Raises Refused where there is no place for ASKED; SERVED are the sessions by holder."""
-        tunnel, most = asked.tunnel, asked.grant.tunnels
-        goes = tunnel.beside(asked.hello)       # their places are free
+    @staticmethod
+    def check_name(name: str, grant: Grant) -> None:
+        """Raises Refused where a client with GRANT may not choose NAME."""
+        check_name(name)
+        if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
+            raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+
+    @staticmethod
+    def holder(asked: Candidate) -> str:
+        """Whose tunnels are counted together: of the token of ASKED, or else of its address."""
+        return asked.grant.digest or subnet_of(asked.visitor.address)
+
+    def check_place(self, asked: Candidate, tunnels: Tunnels) -> None:
+        """Raises Refused where there is no place among TUNNELS for ASKED, or not as it wants it."""
+        hello, tunnel, most = asked.hello, asked.tunnel, asked.grant.tunnels
+        self._check_wants(hello)
+        if tunnels.only and hello.kind == 'http' and any(
+                other.kind == 'http' and other.members and other.name != tunnel.name
+                for other in tunnels):
+            raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
+                          'another one is there; end that one first, or take --tcp')
+        served, holder = tunnels.served, self.holder(asked)
+        goes = tunnel.beside(hello)     # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
             raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
                           'stop one first')
-        has = served.get(asked.holder, 0) - sum(old.holder == asked.holder for old in goes)
-        if has >= most and not is_loopback(asked.holder):
+        has = served.get(holder, 0) - sum(old.holder == holder for old in goes)
+        if has >= most and not is_loopback(holder):
             raise Refused(429, 'too_many', f'you may have {most} tunnels at once, each '
                           'client of --share counted; end another one first')
         if sum(served.values()) - len(goes) >= self.most:
@@ -6239,7 +6246,7 @@ class Limits:
             raise HopFailed(429, f'{tunnel.name} gets too many requests a second',
                             'Retry-After: 1', cure='the operator of the server can raise --rate')
 
-    def check_wants(self, hello: Hello) -> None:
+    def _check_wants(self, hello: Hello) -> None:
         """Raises Refused where HELLO wants what this server does not offer."""
         for option, said in hello.wants.items():
             if option not in self.offers:
@@ -6254,28 +6261,16 @@ class Limits:
 
     def notes_of(self, hello: Hello) -> dict[str, str]:
         """What is noted with the lease of HELLO, by option; if anything, who may visit, too."""
+        if hello.kind != 'http':
+            return {}
         notes = {option: offer(hello.wants[option]) if option in hello.wants else ''
                  for option, offer in self.offers.items()}
         return {**notes, 'access': json.dumps(hello.rules) if any(notes.values()) and hello.rules
                 else ''}
 
-    def check_claim(self, asked: Candidate) -> None:
-        """Raises Refused where ASKED may lease no other name."""
-        address = asked.visitor.address
-        if is_stranger(asked) and self._claims[subnet_of(address)] >= MAX_LEASES:
-            raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} '
-                          'new names today; take one of those, or come again tomorrow')
-
-    def claimed(self, asked: Candidate) -> None:
-        """ASKED has leased another name."""
-        if is_stranger(asked):
-            if not self._claims:
-                self._runtime.loop.call_later(DAY, self._claims.clear)
-            self._claims[subnet_of(asked.visitor.address)] += 1
-
 
 # ------------------------------------------------------------------------------------------------
-# 21. DNS
+# 22. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6572,7 +6567,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Kept leases
+# 23. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6685,7 +6680,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Access
+# 24. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6767,7 +6762,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Cluster
+# 25. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -6828,7 +6823,7 @@ class Node(Others):
         if here and here.owner == owner:
             await book.save(book.note(name, **self._facts(name, *filter(None, (here, brought)))))
         elif brought and (not here or self._comes_before(name, brought, here)):
-            changes = book.claim(name, owner, token, now, over=True)
+            changes = book.claim(name, owner, token, now)
             leased = changes[name] or brought
             changes[name] = leased._replace(facts=self._facts(name, brought))
             await book.save(changes)
@@ -6943,7 +6938,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Held requests
+# 26. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
 # wait: not for long, not many, and in no order.  Those that it has taken wait, too.
@@ -7089,7 +7084,7 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Shared site
+# 27. Shared site
 #
 # The tunnels of a server are one site to browsers, and their owners may not know each other: no app
 # sets or deletes the cookies of others.
@@ -7131,7 +7126,7 @@ class SharedSite(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Crowds
+# 28. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7202,7 +7197,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Raw TCP
+# 29. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7243,9 +7238,11 @@ class TcpPorts(Kind):
         self._bound: dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
         self._doors: dict[Tunnel, list[asyncio.AbstractServer]] = {}
         server.admission.kinds['tcp'] = self
+        server.runtime.swept.add(self)
         server.tunnels.on_forget.append(self._close)
 
-    def sweep(self) -> None:
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Let go of ports that were passed on."""
         while self._inherited and not self._server.tunnels.starting:    # nobody came back for it
             for sock in self._inherited.popitem()[1]:
                 sock.close()
@@ -7277,7 +7274,7 @@ class TcpPorts(Kind):
     async def place(self, asked: Candidate) -> None:
         """Bind the port asked for, the old one, or a free one."""
         server, hello = self._server, asked.hello
-        owner = asked.owner if hello.port else f'proof:{digest_of(hello.proof)}'
+        owner = asked.owner if hello.port else asked.proof
         for port in self._candidates(asked, owner):
             old = self._at.get(port)
             if old and old.members:
@@ -7290,7 +7287,7 @@ class TcpPorts(Kind):
             except OSError:
                 continue        # another program listens there
             try:
-                await server.admission.claim(f'tcp:{port}', owner, asked, over=True)
+                await server.admission.leases.lease(f'tcp:{port}', owner, asked)
             except LocaltunnelError:
                 for sock in sockets:
                     sock.close()
@@ -7304,8 +7301,8 @@ class TcpPorts(Kind):
 
     def _candidates(self, asked: Candidate, owner: str) -> Iterable[int]:
         """Ports to try: the old one, or one that is free, at last one whose client is away."""
-        admission, hello, allowed = self._server.admission, asked.hello, self._allowed(asked)
-        leases, now, may = admission.leases, time.time(), frozenset(allowed)
+        leases, hello, allowed = self._server.admission.leases, asked.hello, self._allowed(asked)
+        now, may = time.time(), frozenset(allowed)
         start = int.from_bytes(hello.proof[:4], 'big') % len(allowed)
         ports = [(lease.used, int(name[4:]), lease.owner)
                  for name, lease in leases.by_name.items() if name.startswith('tcp:')]
@@ -7317,7 +7314,7 @@ class TcpPorts(Kind):
             if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
         if not hello.port:
-            admission.check_limits(owner, asked)        # before somebody loses a port for it
+            leases.check_new(owner, asked)      # before somebody loses a port for it
             yield from (port for _, port, _ in ports if port in may)
 
     def _close(self, tunnel: Tunnel) -> None:
@@ -7410,7 +7407,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Folder and echo
+# 30. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7760,7 +7757,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Host header
+# 31. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7945,7 +7942,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Outgoing proxy
+# 32. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -8011,7 +8008,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Certificates
+# 33. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8114,7 +8111,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Certificates by ACME
+# 34. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8882,7 +8879,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Hand-over
+# 35. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8982,7 +8979,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Operator's page
+# 36. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9354,7 +9351,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Block list
+# 37. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9586,7 +9583,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Kept requests
+# 38. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -9798,8 +9795,9 @@ class Queues(Detour):
     async def _note(self, name: str, more: int) -> None:
         """Note that MORE have; or with 0, that the client knows of all."""
         with contextlib.suppress(Refused):      # the disk is full
-            await self._server.admission.note(
-                name, expired=str(self._expired(name) + more) if more else '')
+            async with self._server.admission.turn:
+                await self._leases.save(self._leases.note(
+                    name, expired=str(self._expired(name) + more) if more else ''))
 
     def waiting(self, key: str) -> int:
         return len(self._queues[key])
@@ -10142,7 +10140,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Mail
+# 39. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10763,7 +10761,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Ground
+# 40. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -11068,7 +11066,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Doctor
+# 41. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11450,7 +11448,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Landing page
+# 42. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11538,7 +11536,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Verifying
+# 43. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11613,9 +11611,10 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Token files
+# 44. Token files
 #
-# The tokens of a server by user, each with its limits: a line each, or the hash of one.
+# The tokens of a server by user, each with its limits: a line each, or the hash of one.  Who loses
+# a token loses the tunnels that it opened.
 # ------------------------------------------------------------------------------------------------
 
 MEMBERS = 'members'             # a token file in the state folder, for those who are invited
@@ -11701,8 +11700,30 @@ class TokenFiles(Source):
                     yield grant
 
 
+class Revoker:
+    """Ends the tunnels of SERVER whose token is no longer valid."""
+
+    def __init__(self, server: Server) -> None:
+        self._tokens, self._tunnels = server.admission.tokens, server.tunnels
+        self._grants = self._tokens.grants      # when all tunnels were looked at last
+        self._look_at = 0.0                     # when they are again, since tokens may expire
+        server.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Now and then, unless tokens have changed: there may be thousands of tunnels."""
+        if now < self._look_at and self._grants is self._tokens.grants:
+            return
+        self._look_at, self._grants = now + 4 * SWEEP, self._tokens.grants
+        for tunnel in self._tunnels:
+            for member in tuple(tunnel.members):
+                if not self._tokens.holds('', member.grant.digest, time.time()):
+                    self._tunnels.revoke(tunnel, member,
+                                         'the token of this tunnel is no longer valid; ask the '
+                                         "operator of the server for a new code, for --join")
+
+
 # ------------------------------------------------------------------------------------------------
-# 44. Invitations
+# 45. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11876,6 +11897,10 @@ class Invitations(Annex):
                       'server can only hand it out over http, where others could change it.']
         return '\n'.join(lines)
 
+    def at_any_server(self, server: Server) -> None:
+        if not server.admission.tokens.open:
+            Revoker(server)
+
     async def at_server(self, args: Args, server: Server) -> None:
         tokens = server.admission.tokens
         members = '' if tokens.open else os.path.join(args.state, MEMBERS)
@@ -11919,7 +11944,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Exchanges
+# 46. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12703,7 +12728,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Inspector's page
+# 47. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13243,7 +13268,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Inspector
+# 48. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13562,7 +13587,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Logs and replay
+# 49. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -14060,7 +14085,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Words from elsewhere
+# 50. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14202,7 +14227,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Error pages
+# 51. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14279,7 +14304,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Setting up
+# 52. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14790,7 +14815,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Via ssh
+# 53. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -15014,7 +15039,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 53. Output
+# 54. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15308,7 +15333,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Keys
+# 55. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15412,7 +15437,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Terminal
+# 56. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15859,7 +15884,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Options
+# 57. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -16151,7 +16176,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Wiring
+# 58. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16380,7 +16405,7 @@ def equip(server: Server) -> None:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    server = Server(runtime, 'localhost', Tokens(open=True), Limits(runtime), Observer(),
+    server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime), Observer(),
                     only=True, drain=LINGER, budget=process_budget())
     equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
@@ -16535,7 +16560,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Python
+# 59. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16837,7 +16862,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Configuration file
+# 60. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17221,7 +17246,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Command line
+# 61. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -17495,9 +17520,9 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, tokens, Limits(runtime, args.max_tunnels, args.rate),
-                    log, hold=args.hold, drain=args.drain,
-                    budget=args.buffer * MIB or process_budget(),
+    server = Server(runtime, args.domain, Leases(tokens),
+                    Limits(runtime, args.max_tunnels, args.rate), log, hold=args.hold,
+                    drain=args.drain, budget=args.buffer * MIB or process_budget(),
                     only=is_address(args.domain), trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)

@@ -15,7 +15,7 @@ Contents
     4 Byte streams            one contract for TCP, Unix sockets and both sides of a session
     5 Session                 streams, resets, goodbyes, pings, and coming back without a loss
     6 HTTP/1.1                heads and bodies, however their bytes arrive
-    7 Names and tokens        what a name is, who owns it, and what a token allows
+    7 Names                   what a name is, and which may be chosen
     8 Exchange                one request and its response: tried in the rooms of both ends
     9 Tunnels                 who serves which name, and who waits (in Server)
    10 Admission               who may (in Server)
@@ -28,47 +28,48 @@ Contents
    17 Files                   what is kept on disk (in Kept leases, Command line)
    18 Annex                   what a code has in it; for the rest see D
    19 TLS                     what both ends check (in Client, Command line)
-   20 Limits                  how many, and how fast (in Server, B)
-   21 DNS                     what is asked about a zone, and answered
-   22 Kept leases             what of them survives a server, a crash and a full disk
-   23 Access                  which visitors pass; for the rest see B
-   24 Cluster                 whose name it is where several servers share a key
-   25 Held requests           what waits, and for how long (in C)
-   26 Shared site             which cookies pass (in B)
-   27 Crowds                  who has to go (in B)
-   28 Raw TCP                 bytes both ways, and their ends
-   29 Folder and echo         what a folder shows, and what it hides
-   30 Host header             what app and visitor see of each other's address, base paths, hints
-   31 Outgoing proxy          the ways out, and what a proxy may answer
-   32 Certificates            what a server shows (in Command line)
-   33 Certificates by ACME    authorities, real and made up, and the records of a domain
-   34 Hand-over               from one process to the next (in Command line)
-   35 Operator's page         what he sees, and what he ends (in B)
-   36 Block list              what an entry is, and who is kept out
-   37 Kept requests           what waits, through every crash, and how it is delivered
-   38 Mail                    the published tables of SMTP, real senders, and what the app gets
-   39 Ground                  what a look at it finds, and that it harms nobody
-   40 Doctor                  every fault is named first, and each look leaves nothing behind
-   41 Landing page            whom to ask; the rest in Server, Command line
-   42 Verifying               what a server hands out, and this file
-   43 Token files             what a line of them may be; for the rest see Server
-   44 Invitations             who gets in, and who no more
-   45 Exchanges               what is kept of what passes, and for how long
-   46 Inspector's page        shown by the next room
-   47 Inspector               who sees it, and how; what is sent again
-   48 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   49 Words from elsewhere    what users of other programs type
-   50 Error pages             the way and where it stops, for each thing that fails
-   51 Setting up              what is installed, and how another machine is talked to
-   52 Via ssh                 how services are asked, and what ends it
-   53 Output                  programs, and those who read slowly what they write
-   54 Keys                    what is typed while a tunnel runs
-   55 Terminal                what a person sees
-   56 Options                 what can be typed
-   57 Wiring                  the key; which server, which token (in Command line)
-   58 Python                  a tunnel inside another program, and its options as keywords
-   59 Configuration file      what a section means, and what is wrong with it
-   60 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   20 Tokens and leases       what a token allows, and whom a name belongs to
+   21 Limits                  how many, and how fast (in Server, B)
+   22 DNS                     what is asked about a zone, and answered
+   23 Kept leases             what of them survives a server, a crash and a full disk
+   24 Access                  which visitors pass; for the rest see B
+   25 Cluster                 whose name it is where several servers share a key
+   26 Held requests           what waits, and for how long (in C)
+   27 Shared site             which cookies pass (in B)
+   28 Crowds                  who has to go (in B)
+   29 Raw TCP                 bytes both ways, and their ends
+   30 Folder and echo         what a folder shows, and what it hides
+   31 Host header             what app and visitor see of each other's address, base paths, hints
+   32 Outgoing proxy          the ways out, and what a proxy may answer
+   33 Certificates            what a server shows (in Command line)
+   34 Certificates by ACME    authorities, real and made up, and the records of a domain
+   35 Hand-over               from one process to the next (in Command line)
+   36 Operator's page         what he sees, and what he ends (in B)
+   37 Block list              what an entry is, and who is kept out
+   38 Kept requests           what waits, through every crash, and how it is delivered
+   39 Mail                    the published tables of SMTP, real senders, and what the app gets
+   40 Ground                  what a look at it finds, and that it harms nobody
+   41 Doctor                  every fault is named first, and each look leaves nothing behind
+   42 Landing page            whom to ask; the rest in Server, Command line
+   43 Verifying               what a server hands out, and this file
+   44 Token files             what a line of them may be; for the rest see Server
+   45 Invitations             who gets in, and who no more
+   46 Exchanges               what is kept of what passes, and for how long
+   47 Inspector's page        shown by the next room
+   48 Inspector               who sees it, and how; what is sent again
+   49 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   50 Words from elsewhere    what users of other programs type
+   51 Error pages             the way and where it stops, for each thing that fails
+   52 Setting up              what is installed, and how another machine is talked to
+   53 Via ssh                 how services are asked, and what ends it
+   54 Output                  programs, and those who read slowly what they write
+   55 Keys                    what is typed while a tunnel runs
+   56 Terminal                what a person sees
+   57 Options                 what can be typed
+   58 Wiring                  the key; which server, which token (in Command line)
+   59 Python                  a tunnel inside another program, and its options as keywords
+   60 Configuration file      what a section means, and what is wrong with it
+   61 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2410,7 +2411,7 @@ class ReadHeadTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 7. Names and tokens
+# 7. Names
 # ------------------------------------------------------------------------------------------------
 
 class NameTest(unittest.TestCase):
@@ -2476,18 +2477,6 @@ class NameTest(unittest.TestCase):
                 lt.check_name(name)
 
 
-class TokenTest(unittest.TestCase):
-
-    def test_only_a_token_that_was_given_is_found(self):
-        tokens = lt.Tokens(['one', 'two'])
-        self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
-        self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
-
-    def test_an_open_server_lets_everybody_in(self):
-        self.assertTrue(lt.Tokens(open=True).find('', 0))
-        self.assertFalse(lt.Tokens().find('', 0))
-
-
 class FolderTest(unittest.TestCase):
     """Has a folder, which is also where configuration and state would be."""
 
@@ -2512,68 +2501,6 @@ class FolderTest(unittest.TestCase):
         with open(self.path(name), 'w', encoding='utf-8') as f:
             f.write(text)
         return self.path(name)
-
-
-class LeaseTest(unittest.TestCase):
-    TOKEN = lt.digest_of('t')
-
-    def setUp(self):
-        self.book = lt.Leases(lt.Tokens(['t']))
-
-    def claim(self, *args):
-        self.book.make(self.book.claim(*args))
-
-    def release(self, *args):
-        self.book.make(self.book.release(*args))
-
-    def test_the_first_to_come_has_the_name(self):
-        self.assertIsNone(self.book.owner('app', 0))
-        self.claim('app', 'me', self.TOKEN, 0)
-        self.claim('app', 'me', self.TOKEN, 1)
-        with self.assertRaises(lt.Refused) as caught:
-            self.claim('app', 'you', self.TOKEN, 1)
-        self.assertEqual((caught.exception.status, caught.exception.code), (409, 'name_taken'))
-
-    def test_one_token_has_a_limit_however_many_owners_come_with_it(self):
-        with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
-            for n in range(3):
-                self.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
-            with self.assertRaises(lt.Refused):
-                self.claim('more', 'me', self.TOKEN, 5)
-            self.release('app0', 'me0', 5)
-            self.claim('more', 'me', self.TOKEN, 5)
-
-    def test_a_name_that_was_given_back_is_free(self):
-        self.claim('app', 'me', self.TOKEN, 5)
-        with self.assertRaises(lt.Refused):
-            self.release('app', 'you', 6)
-        self.release('app', 'me', 6)
-        self.assertIsNone(self.book.owner('app', 6))
-
-    def test_one_owner_has_no_more_than_twenty(self):
-        for n in range(lt.MAX_LEASES):
-            self.claim(f'app{n}', 'me', self.TOKEN, 5)
-        with self.assertRaises(lt.Refused):
-            self.claim('more', 'me', self.TOKEN, 5)
-        self.claim('app0', 'me', self.TOKEN, 90000)
-        self.claim('more', 'you', self.TOKEN, 5)
-
-    def test_leases_of_long_ago_do_not_count(self):
-        for n in range(lt.MAX_LEASES):
-            self.claim(f'app{n}', 'me', self.TOKEN, 5)
-        self.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
-
-    def test_facts_of_annexes_go_with_the_lease_until_another_owner_has_it(self):
-        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # nobody has it
-        self.claim('app', 'me', self.TOKEN, 5)
-        self.book.make(self.book.note('app', keep='POST /hook'))
-        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # it is known
-        self.book.make(self.book.note('app', signed='yes'))
-        self.claim('app', 'me', self.TOKEN, 5 + lt.DAY)
-        self.assertEqual(self.book.by_name['app'], (
-            'me', self.TOKEN, 5 + lt.DAY, {'keep': 'POST /hook', 'signed': 'yes'}))
-        self.claim('app', 'you', self.TOKEN, 6 + lt.DAY, True)
-        self.assertEqual(self.book.by_name['app'].facts, {})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -2667,16 +2594,14 @@ class WorldTest(LoopTest):
         trusted = options.pop('trusted', ())
         limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS),
                            options.pop('rate', 0.0))
-        self.server = lt.Server(self.runtime, domain, self.tokens, limits, self.log, **options)
+        self.leases = self.leases or lt.Leases(self.tokens)     # of the server before
+        self.server = lt.Server(self.runtime, domain, self.leases, limits, self.log, **options)
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
         self.server.pages.error = lt.any_page
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
-        if self.leases:         # of the server before
-            self.server.admission.leases = self.leases
-        self.leases = self.server.admission.leases
         self.listens = lt.Listening({})
         lt.TcpPorts(self.server, self.listens, host, ports)
         self.server.pages[b'/'] = functools.partial(lt.landing_page, False, '')
@@ -4569,14 +4494,90 @@ class TlsFilesTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Limits
+# 20. Tokens and leases
+# ------------------------------------------------------------------------------------------------
+
+class TokenTest(unittest.TestCase):
+
+    def test_only_a_token_that_was_given_is_found(self):
+        tokens = lt.Tokens(['one', 'two'])
+        self.assertTrue(tokens.find('one', 0) and tokens.find('two', 0))
+        self.assertFalse(tokens.find('', 0) or tokens.find('One', 0) or tokens.find('onetwo', 0))
+
+    def test_an_open_server_lets_everybody_in(self):
+        self.assertTrue(lt.Tokens(open=True).find('', 0))
+        self.assertFalse(lt.Tokens().find('', 0))
+
+
+class LeaseTest(unittest.TestCase):
+    TOKEN = lt.digest_of('t')
+
+    def setUp(self):
+        self.book = lt.Leases(lt.Tokens(['t']))
+
+    def claim(self, *args):
+        self.book.make(self.book.claim(*args))
+
+    def release(self, *args):
+        self.book.make(self.book.release(*args))
+
+    def test_who_comes_again_on_the_same_day_changes_nothing(self):
+        self.assertIsNone(self.book.owner('app', 0))
+        self.claim('app', 'me', self.TOKEN, 0)
+        self.assertEqual(self.book.owner('app', 1), 'me')
+        self.assertEqual(self.book.claim('app', 'me', self.TOKEN, 1), {})
+
+    def test_one_token_has_a_limit_however_many_owners_come_with_it(self):
+        with unittest.mock.patch.object(lt, 'MAX_LEASES_OF_TOKEN', 3):
+            for n in range(3):
+                self.claim(f'app{n}', f'me{n}', self.TOKEN, 5)
+            with self.assertRaises(lt.Refused):
+                self.claim('more', 'me', self.TOKEN, 5)
+            self.release('app0', 'me0', 5)
+            self.claim('more', 'me', self.TOKEN, 5)
+
+    def test_a_name_that_was_given_back_is_free(self):
+        self.claim('app', 'me', self.TOKEN, 5)
+        with self.assertRaises(lt.Refused):
+            self.release('app', 'you', 6)
+        self.release('app', 'me', 6)
+        self.assertIsNone(self.book.owner('app', 6))
+
+    def test_one_owner_has_no_more_than_twenty(self):
+        for n in range(lt.MAX_LEASES):
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
+        with self.assertRaises(lt.Refused):
+            self.claim('more', 'me', self.TOKEN, 5)
+        self.claim('app0', 'me', self.TOKEN, 90000)
+        self.claim('more', 'you', self.TOKEN, 5)
+
+    def test_leases_of_long_ago_do_not_count(self):
+        for n in range(lt.MAX_LEASES):
+            self.claim(f'app{n}', 'me', self.TOKEN, 5)
+        self.claim('more', 'me', self.TOKEN, 6 + lt.LEASE_SECONDS)
+
+    def test_facts_of_annexes_go_with_the_lease_until_another_owner_has_it(self):
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # nobody has it
+        self.claim('app', 'me', self.TOKEN, 5)
+        self.book.make(self.book.note('app', keep='POST /hook'))
+        self.assertEqual(self.book.note('app', keep='POST /hook'), {})      # it is known
+        self.book.make(self.book.note('app', signed='yes'))
+        self.claim('app', 'me', self.TOKEN, 5 + lt.DAY)
+        self.assertEqual(self.book.by_name['app'], (
+            'me', self.TOKEN, 5 + lt.DAY, {'keep': 'POST /hook', 'signed': 'yes'}))
+        self.claim('app', 'you', self.TOKEN, 6 + lt.DAY)
+        self.assertEqual(self.book.by_name['app'].facts, {})
+
+
+# ------------------------------------------------------------------------------------------------
+# 21. Limits
 # ------------------------------------------------------------------------------------------------
 
 # They are tried where clients are admitted, and by hostile ones.
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. DNS
+# 22. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4728,7 +4729,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Kept leases
+# 23. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4830,7 +4831,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Access
+# 24. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4874,7 +4875,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Cluster
+# 25. Cluster
 # ------------------------------------------------------------------------------------------------
 
 class ClusterTest(FolderTest, WorldTest):
@@ -5130,28 +5131,28 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Held requests
+# 26. Held requests
 # ------------------------------------------------------------------------------------------------
 
 # What waits, and for how long, is tried with bad networks, in C.
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Shared site
+# 27. Shared site
 # ------------------------------------------------------------------------------------------------
 
 # Which cookies pass is tried where hostile clients are, in B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Crowds
+# 28. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Raw TCP
+# 29. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5250,7 +5251,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Folder and echo
+# 30. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5560,7 +5561,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Host header
+# 31. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5852,7 +5853,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Outgoing proxy
+# 32. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5930,7 +5931,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Certificates
+# 33. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5949,7 +5950,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Certificates by ACME
+# 34. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6717,14 +6718,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Hand-over
+# 35. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Operator's page
+# 36. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6920,7 +6921,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Block list
+# 37. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7195,7 +7196,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Kept requests
+# 38. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7854,7 +7855,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Mail
+# 39. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8513,7 +8514,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Ground
+# 40. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8652,7 +8653,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Doctor
+# 41. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -9164,7 +9165,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Landing page
+# 42. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9232,7 +9233,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Verifying
+# 43. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9306,7 +9307,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Token files
+# 44. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9328,7 +9329,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Invitations
+# 45. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9490,21 +9491,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Exchanges
+# 46. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Inspector's page
+# 47. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Inspector
+# 48. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10329,7 +10330,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Logs and replay
+# 49. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10451,7 +10452,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Words from elsewhere
+# 50. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10538,7 +10539,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Error pages
+# 51. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10597,7 +10598,7 @@ class ErrorPageTest(WorldTest):
 
     async def test_each_way_to_be_away_reads_differently(self):
         await self.world()
-        self.leases.make(self.leases.claim('kept', 'user:ana', '', time.time(), False))
+        self.leases.make(self.leases.claim('kept', 'user:ana', '', time.time()))
         lost = await self.raw_client('lost')
         lost.writer.transport.abort()
         await eventually(lambda: not self.server.tunnels.get('lost').pick())
@@ -10625,7 +10626,7 @@ class ErrorPageTest(WorldTest):
         await self.world(['one'])
         await self.client(await self.app(), name='a', token='one')
         self.tokens.holds = lambda *args: False
-        self.server.admission.sweep(0, at_once=True)
+        await eventually(lambda: not self.server.tunnels.members())
         await eventually(lambda: not self.server.visitors)      # it has said goodbye, too
         page = await self.at_name('a')
         self.shows(page, 503, 'client', 'The token of this tunnel is no longer valid.')
@@ -10749,7 +10750,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Setting up
+# 52. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10982,7 +10983,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Via ssh
+# 53. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -11141,7 +11142,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Output
+# 54. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11492,7 +11493,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Keys
+# 55. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11548,7 +11549,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Terminal
+# 56. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11894,7 +11895,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 56. Options
+# 57. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11918,7 +11919,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Wiring
+# 58. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -12133,7 +12134,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Python
+# 59. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12314,7 +12315,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Configuration file
+# 60. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12657,7 +12658,7 @@ class ManyTunnelsTest(CommandTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Command line
+# 61. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -17222,8 +17223,7 @@ SERVER = {'Server', 'Tunnel', 'Tunnels', 'Admission', 'Visitor'}
 NOT_KNOWN = {
     'Wire': PURE, 'Credit': PURE, 'Byte streams': FRAMES | {'GOAWAY', 'END'}, 'Session': {'ssl'},
     'HTTP/1.1': FRAMES | {'GOAWAY', 'END', 'Session', 'Stream', 'socket', 'ssl', 'time'},
-    'Names and tokens': FRAMES | PURE | {'Session', 'Stream', 'Connection', 'ByteStream',
-                                         'Runtime'},
+    'Names': FRAMES | PURE | {'Session', 'Stream', 'Connection', 'ByteStream', 'Runtime'},
     'Exchange': FRAMES | {'GOAWAY', 'END', 'Session', 'Tokens', 'Leases', 'socket'},
     'Tunnels': FRAMES | {'GOAWAY', 'END', 'Tokens', 'Leases', 'Grant', 'socket', 'read_head'},
     'Admission': FRAMES | {'GOAWAY', 'END', 'socket', 'read_head', 'Exchange'},
@@ -17298,7 +17298,7 @@ def read_rooms(source, tree):
 
 
 # The rooms of part II that are for all annexes.
-SHARED = 'Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'Limits', 'DNS'
+SHARED = ('Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'Tokens and leases', 'Limits', 'DNS')
 
 
 def annexes(rooms):
