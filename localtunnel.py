@@ -40,20 +40,21 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   15 Seams                  54 Output
-     2 Wire                   16 Plain words            55 Keys
-     3 Credit                 17 Files                  56 Terminal
-     4 Byte streams           18 Annex                  57 Options
-     5 Session                19 TLS                    58 Wiring
-     6 HTTP/1.1               20 Tokens and leases      59 Python
-     7 Names                  21 Limits                 60 Configuration file
-     8 Exchange               22 DNS                    61 Command line
-     9 Tunnels                23 Kept leases
-    10 Admission              24 Access
-    11 Server                 25 Cluster
-    12 Places                 26 Held requests
-    13 App                    27 Shared site
-    14 Client                 28 Crowds
+     1 Constants and errors   14 Seams                  54 Output
+     2 Wire                   15 Places                 55 Keys
+     3 Credit                 16 Plain words            56 Terminal
+     4 Byte streams           17 Files                  57 Options
+     5 Session                18 Annex                  58 Wiring
+     6 HTTP/1.1               19 TLS                    59 Python
+     7 Names                  20 Tokens and leases      60 Configuration file
+     8 Exchange               21 Limits                 61 Command line
+     9 Tunnels                22 DNS
+    10 Admission              23 Kept leases
+    11 Server                 24 Access
+    12 App                    25 Cluster
+    13 Client                 26 Held requests
+                              27 Shared site
+                              28 Crowds
                               29 Raw TCP
                               30 Folder and echo
                               31 Host header
@@ -3914,71 +3915,7 @@ class Server:
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Places
-#
-# Where the app and the server are, and how they are reached.
-# ------------------------------------------------------------------------------------------------
-
-class Target:
-    """What a tunnel leads to, and its kind.
-
-    `label` is its full spelling, from which the derived name comes.
-    """
-
-    def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '', *,
-                 text: str = '', kind: str = 'http', public_port: int = 0) -> None:
-        """SCHEME tells how to connect, see App.  TEXT is for people.  PUBLIC_PORT is asked for,
-        where tunnels of this KIND have one.
-        """
-        self.scheme, self.host, self.port, self.path = scheme, host, port, path
-        self.kind, self.public_port = kind, public_port
-        self.authority = authority(scheme, host, port) if port else host
-        self.local = is_loopback(host)
-        if port:
-            self.text = text or self.authority + path
-            self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
-        else:
-            self.text = text or f'{scheme}:{path}'
-            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
-
-
-Route = Callable[[str, int], Awaitable[socket.socket]]
-
-
-class ServerAddress:
-    """Where the server is: `site` is the host that the user named, for which proofs are made."""
-
-    def __init__(self, scheme: str, site: str, port: int) -> None:
-        self.scheme, self.site, self.port = scheme, site, port
-        self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
-        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Limits
-        self.sni = ''                           # what TLS is told instead, once it asks for that
-        self.lease = ''                         # a seam: what it is shown at each attempt, and
-        self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
-
-    def __str__(self) -> str:
-        return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
-
-
-def addresses(host: str) -> list[str]:
-    """Return what to dial for HOST: both loopback addresses for this machine, else HOST."""
-    return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
-
-
-async def first_to_answer(hosts: Sequence[str], timeout: float,
-                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
-    """Return what DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
-    failures: list[Exception] = []
-    for host in hosts:
-        try:
-            return await asyncio.wait_for(dial(host), timeout)
-        except (OSError, asyncio.TimeoutError) as e:
-            failures.append(e)
-    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # it says least
-
-
-# ------------------------------------------------------------------------------------------------
-# 13. App
+# 12. App
 #
 # The connections to the local program, and the service of one stream from it: `serve` reads the
 # request, `_forward` sends it, receives the response and gives it back, as at the server.  Knows
@@ -4049,14 +3986,13 @@ class Pool:
 class App:
     """The local program that visitors reach."""
 
-    def __init__(self, runtime: Runtime, target: Target, observer: ClientObserver, words: Words, *,
-                 timeout: float = RESPONSE_TIMEOUT, tls: ssl.SSLContext | None = None) -> None:
-        """TIMEOUT is how long it may take to begin a response; TLS is for an https TARGET."""
+    def __init__(self, runtime: Runtime, target: Target, dialers: dict[str, Dial],
+                 observer: ClientObserver, words: Words,
+                 timeout: float = RESPONSE_TIMEOUT) -> None:
+        """DIALERS connect to a TARGET, by its scheme.  A response begins within TIMEOUT."""
         self.runtime, self.target, self.observer, self.words = runtime, target, observer, words
-        # Seams.  How to connect, by the scheme of a target: from a target comes a connection.
-        self.dialers: dict[str, Callable[[Target], Awaitable[Connection]]] = {
-            'unix': self._dial_unix}
-        # Who serves a stream, by the kind of tunnel.
+        self.dialers = dialers
+        # Seams.  Who serves a stream, by the kind of tunnel.
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
@@ -4067,7 +4003,6 @@ class App:
         # Told what the app says to a request without a response.
         self.strange: list[Callable[[Request, bytes], None]] = []
         self._timeout = timeout
-        self._dial = functools.partial(self._dial_host, addresses(target.host), tls)
         self._pool = Pool(runtime)
         self.exchanges = 0                      # so far
         self.seen: Any = ()                     # a sequence of those that an annex keeps
@@ -4080,26 +4015,10 @@ class App:
         """Return a fresh connection.  Raises HopFailed."""
         target = self.target
         try:
-            connection = await self.dialers.get(target.scheme, self._dial)(target)
+            connection = await self.dialers[target.scheme](target)
         except (OSError, asyncio.TimeoutError) as e:
             raise self.words.no_app(target, e) from e
         self._pool.watch(connection)
-        return connection
-
-    async def _dial_host(self, hosts: list[str], tls: ssl.SSLContext | None,
-                         target: Target) -> Connection:
-        async def dial(host: str) -> Connection:
-            _, connection = await self.runtime.loop.create_connection(
-                lambda: Connection(self.runtime), host, target.port, ssl=tls,
-                server_hostname=target.host if tls else None)
-            if hosts[0] != host:
-                hosts.reverse()         # the one that answered last comes first
-            return connection
-        return await first_to_answer(tuple(hosts), CONNECT_TIMEOUT, dial)
-
-    async def _dial_unix(self, target: Target) -> Connection:
-        _, connection = await asyncio.wait_for(self.runtime.loop.create_unix_connection(
-            lambda: Connection(self.runtime), target.path), CONNECT_TIMEOUT)
         return connection
 
     def close(self) -> None:
@@ -4225,51 +4144,12 @@ class App:
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. Client
+# 13. Client
 #
-# Dials the server, and again; hands what comes out of the session to the one who serves it.  Knows
-# no frames, no HTTP but the request that asks for a session, nothing of the app and of the server's
+# Asks the server for a tunnel, and again; hands what comes out of the session to the one who serves
+# it.  Knows no frames, no HTTP but the request that asks, nothing of the app and of the server's
 # inside, and not who watches.
 # ------------------------------------------------------------------------------------------------
-
-BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts, each shortened at random
-BACKOFF_SOON, SOON = 2.0, 60.0  # at most, and for how long after a loss: restarts are quick
-SETTLED = 1.0                   # a connection that lasted this long resets the backoff
-
-
-class Backoff:
-    """How long a client waits before it tries again: not at all, then longer and longer.
-
-    Each wait is shortened by chance, so that the clients of a server do not all come back at once.
-    """
-
-    def __init__(self, now: float) -> None:
-        self._welcomed = False      # has there been a connection at all?
-        self._began = NEVER         # since when there is one; NEVER while there is none
-        self._lost = now            # when the last one that lasted was lost, or when all began
-        self._failures = 0          # since then
-
-    def connected(self, now: float) -> None:
-        """There is a connection."""
-        self._welcomed, self._began = True, now
-
-    def failed(self, now: float) -> float:
-        """Seconds to wait, now that a connection is lost, or could not be made."""
-        if now - self._began > SETTLED:
-            self._lost, self._failures = now, 0
-        self._began = NEVER
-        self._failures += 1
-        if self._welcomed and self._failures == 1:
-            return 0.0
-        most = min(BACKOFF_SOON if now - self._lost < SOON else BACKOFF_MOST,
-                   BACKOFF_FIRST * 2 ** min(self._failures, 10))
-        return random.uniform(most / 2, most)
-
-    def patience(self, now: float) -> float:
-        """How long the next attempt may take: not long while visitors wait for it."""
-        waited_for = self._welcomed and now - self._lost < HELD
-        return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
-
 
 # What a server may call the URL of a tunnel: it is shown, opened, and given to shells.
 PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
@@ -4279,9 +4159,9 @@ class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
     def __init__(self, runtime: Runtime, address: ServerAddress, label: str, key: bytes,
-                 dial: Callable[[float], Awaitable[Connection]],
+                 dial: Callable[[float], Awaitable[Connection]], backoff: Backoff,
                  serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver,
-                 words: Words, *, token: str = '', once: bool = False, trace: Trace | None = None,
+                 words: Words, *, token: str = '', trace: Trace | None = None,
                  **wish: Any) -> None:
         """DIAL connects to the server at ADDRESS within SECONDS; SERVE has each stream.
 
@@ -4291,7 +4171,7 @@ class Client:
         self.runtime, self.address = runtime, address
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
-        self.once = once            # True: end with an error if the connection fails
+        self.backoff = backoff      # when it tries again
         self.dial, self._observer, self._words, self._token = dial, observer, words, token
         # Makes a session.
         self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
@@ -4319,32 +4199,31 @@ class Client:
     # Sessions: the loop, and the single attempt.
 
     async def run(self) -> None:
-        """Keep the tunnel up, or give its name back.  Raises Refused, with `once` what broke it."""
-        backoff = Backoff(self.runtime.now())
+        """Keep the tunnel up, or give its name back.  Raises Refused, or what it ends with."""
         while True:
-            why = await self._attempt(backoff)
+            why = await self._attempt()
             if why is None:
                 return
-            if self.once:
+            if self.backoff.once:
                 raise LocaltunnelError(why)
-            delay = backoff.failed(self.runtime.now())
+            delay = self.backoff.failed(self.runtime.now())
             self._observer.lost(why, delay)
             await asyncio.sleep(delay)
 
-    async def _attempt(self, backoff: Backoff) -> str | None:
+    async def _attempt(self) -> str | None:
         """One connection, until another one is needed: why.  None where nothing is to be served."""
         try:
-            if not await self._connect(backoff.patience(self.runtime.now())):
+            if not await self._connect(self.backoff.patience(self.runtime.now())):
                 return None
-            backoff.connected(self.runtime.now())
+            self.backoff.connected(self.runtime.now())
             return await self._until_lost()
         except Refused as e:
             if e.code == 'sni' and not self.address.sni:        # a balancer there goes by it
                 self.address.sni = self.address.wants['sni'] = f'{self.name}.{self.address.site}'
-                return await self._attempt(backoff)
+                return await self._attempt()
             # A client that has just begun was not started earlier: a clock is wrong; try again.
             ahead = e.code == 'superseded' and not self.url
-            if self.once or not ahead and (e.final or not (
+            if self.backoff.once or not ahead and (e.final or not (
                     self.url or e.status == 503 or e.code == 'slow_down')):
                 raise
             return str(e)
@@ -4513,7 +4392,7 @@ class Client:
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 15. Seams
+# 14. Seams
 #
 # What the tunnel calls, and leaves to others: part I has a place for each of these, empty or almost
 # so, and knows nothing of who fills it.
@@ -4674,6 +4553,135 @@ class GuardedDoor:
     async def close(self) -> None:
         """Let nobody in any more."""
         raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------
+# 15. Places
+#
+# Where the app and the server are, how they are reached, and when a client tries again.
+# ------------------------------------------------------------------------------------------------
+
+class Target:
+    """What a tunnel leads to, and its kind.
+
+    `label` is its full spelling, from which the derived name comes.
+    """
+
+    def __init__(self, scheme: str, host: str = 'localhost', port: int = 0, path: str = '', *,
+                 text: str = '', kind: str = 'http', public_port: int = 0) -> None:
+        """SCHEME tells how to connect, see App.  TEXT is for people.  PUBLIC_PORT is asked for,
+        where tunnels of this KIND have one.
+        """
+        self.scheme, self.host, self.port, self.path = scheme, host, port, path
+        self.kind, self.public_port = kind, public_port
+        self.authority = authority(scheme, host, port) if port else host
+        self.local = is_loopback(host)
+        if port:
+            self.text = text or self.authority + path
+            self.label = f'{scheme}://{bracketed(host)}:{port}{path}'
+        else:
+            self.text = text or f'{scheme}:{path}'
+            self.label = f'{scheme}:{os.path.abspath(path) if path else ""}'
+
+
+Route = Callable[[str, int], Awaitable[socket.socket]]
+
+
+class ServerAddress:
+    """Where the server is: `site` is the host that the user named, for which proofs are made."""
+
+    def __init__(self, scheme: str, site: str, port: int) -> None:
+        self.scheme, self.site, self.port = scheme, site, port
+        self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
+        self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Limits
+        self.sni = ''                           # what TLS is told instead, once it asks for that
+        self.lease = ''                         # a seam: what it is shown at each attempt, and
+        self.on_lease: Callable[[object], None] = lambda lease: None    # who has a new one, or ''
+
+    def __str__(self) -> str:
+        return f'{self.scheme}://{authority(self.scheme, self.site, self.port)}'
+
+
+def addresses(host: str) -> list[str]:
+    """Return what to dial for HOST: both loopback addresses for this machine, else HOST."""
+    return ['127.0.0.1', '::1'] if is_loopback(host) and not is_address(host) else [host]
+
+
+async def first_to_answer(hosts: Sequence[str], timeout: float,
+                          dial: Callable[[str], Awaitable[Connection]]) -> Connection:
+    """Return what DIAL makes of the first of HOSTS that answers, each within TIMEOUT."""
+    failures: list[Exception] = []
+    for host in hosts:
+        try:
+            return await asyncio.wait_for(dial(host), timeout)
+        except (OSError, asyncio.TimeoutError) as e:
+            failures.append(e)
+    raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # it says least
+
+
+Dial = Callable[[Target], Awaitable[Connection]]
+
+
+def dialers_to(target: Target, runtime: Runtime,
+               tls: ssl.SSLContext | None = None) -> dict[str, Dial]:
+    """How to connect to TARGET, by its scheme; TLS is for https."""
+    hosts = addresses(target.host)
+
+    async def by_host(target: Target) -> Connection:
+        async def dial(host: str) -> Connection:
+            _, connection = await runtime.loop.create_connection(
+                lambda: Connection(runtime), host, target.port, ssl=tls,
+                server_hostname=target.host if tls else None)
+            if hosts[0] != host:
+                hosts.reverse()         # the one that answered last comes first
+            return connection
+        return await first_to_answer(tuple(hosts), CONNECT_TIMEOUT, dial)
+
+    async def by_path(target: Target) -> Connection:
+        _, connection = await asyncio.wait_for(runtime.loop.create_unix_connection(
+            lambda: Connection(runtime), target.path), CONNECT_TIMEOUT)
+        return connection
+    return {'http': by_host, 'https': by_host, 'unix': by_path}
+
+
+BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts, each shortened at random
+BACKOFF_SOON, SOON = 2.0, 60.0  # at most, and for how long after a loss: restarts are quick
+SETTLED = 1.0                   # a connection that lasted this long resets the backoff
+
+
+class Backoff:
+    """How long a client waits before it tries again: not at all, then longer and longer.
+
+    Each wait is shortened by chance, so that the clients of a server do not all come back at once.
+    """
+
+    def __init__(self, now: float, once: bool = False) -> None:
+        self.once = once            # True: never; it ends with an error
+        self._welcomed = False      # has there been a connection at all?
+        self._began = NEVER         # since when there is one; NEVER while there is none
+        self._lost = now            # when the last one that lasted was lost, or when all began
+        self._failures = 0          # since then
+
+    def connected(self, now: float) -> None:
+        """There is a connection."""
+        self._welcomed, self._began = True, now
+
+    def failed(self, now: float) -> float:
+        """Seconds to wait, now that a connection is lost, or could not be made."""
+        if now - self._began > SETTLED:
+            self._lost, self._failures = now, 0
+        self._began = NEVER
+        self._failures += 1
+        if self._welcomed and self._failures == 1:
+            return 0.0
+        most = min(BACKOFF_SOON if now - self._lost < SOON else BACKOFF_MOST,
+                   BACKOFF_FIRST * 2 ** min(self._failures, 10))
+        return random.uniform(most / 2, most)
+
+    def patience(self, now: float) -> float:
+        """How long the next attempt may take: not long while visitors wait for it."""
+        waited_for = self._welcomed and now - self._lost < HELD
+        return FIRST_ATTEMPTS if waited_for else HANDSHAKE_TIMEOUT
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7378,6 +7386,7 @@ class RawTcp(Annex):
         return Target('tcp', app.host, app.port, kind='tcp', public_port=args.tcp_port or 0)
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        app.dialers['tcp'] = app.dialers['http']
         app.kinds['tcp'] = functools.partial(self.serve, app)
 
     async def at_server(self, args: Args, server: Server) -> None:
@@ -13831,7 +13840,7 @@ async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) ->
     It goes the way of all requests of a client, so it is connected, timed and explained alike.
     """
     runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
-    app = App(runtime, target, sent, Words(), tls=tls)
+    app = App(runtime, target, dialers_to(target, runtime, tls), sent, Words())
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
     app.close()
     await runtime.close()
@@ -16448,7 +16457,7 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver, seen: Any = ()) -> App:
     """The app at TARGET, for a client of SERVER."""
     tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
-    app = App(runtime, target, observer, Words(), timeout=args.timeout, tls=tls)
+    app = App(runtime, target, dialers_to(target, runtime, tls), observer, Words(), args.timeout)
     app.seen = seen
     for annex in ANNEXES:
         annex.at_client(args, app, server.address)
@@ -16496,8 +16505,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
     return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
-                  app.kinds[target.kind], app.observer, app.words, token=server.token,
-                  once=args.once, trace=trace, kind=target.kind,
+                  Backoff(app.runtime.now(), args.once), app.kinds[target.kind], app.observer,
+                  app.words, token=server.token, trace=trace, kind=target.kind,
                   port=target.public_port, name=args.name, share=args.share, release=args.release,
                   wants=address.wants, **wish, **{word: said for annex in ANNEXES
                                                   for word, said in annex.hello(args, key).items()})
@@ -16683,7 +16692,7 @@ class Life(ClientObserver):
             self.exchanges = app.seen
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
                 await annex.beside(args, app, self.watched)     # else nobody asked for a page
-            self._client.once = True
+            self._client.backoff.once = True
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
                 await first_of(self._client.run(), self._stop)
 
@@ -16703,7 +16712,7 @@ class Life(ClientObserver):
         LOG.info('%s -> %s', url, self._target.text)
         if self._known and self._args.join:
             keep_server(self._known)
-        self._client.once = self._args.once     # from now on it reconnects
+        self._client.backoff.once = self._args.once     # from now on it reconnects
         self._become('connected')
         self.begun.set_result(None)
 

@@ -20,10 +20,10 @@ Contents
     9 Tunnels                 who serves which name, and who waits (in Server)
    10 Admission               who may (in Server)
    11 Server                  who is routed where, who may serve a name, what is passed on
-   12 Places                  targets and servers as they are typed, and dialled
-   13 App                     exchanges from visitor to app, and all kinds of targets
-   14 Client                  when it tries again, and that exchanges go on
-   15 Seams                   what others fill (in App, and by each annex)
+   12 App                     exchanges from visitor to app, and all kinds of targets
+   13 Client                  when it tries again, and that exchanges go on
+   14 Seams                   what others fill (in App, and by each annex)
+   15 Places                  targets and servers as they are typed, and dialled; when again
    16 Plain words             what TLS complains of; for the rest see App, Client
    17 Files                   what is kept on disk (in Kept leases, Command line)
    18 Annex                   what a code has in it; for the rest see D
@@ -3577,103 +3577,7 @@ class AskTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 12. Places
-# ------------------------------------------------------------------------------------------------
-
-CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIBqDCCAU6gAwIBAgIUXMBplc18yzDodw8HuYQdp8iLxygwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxNTU0OFoYDzIxMjYxMDI5
-MjE1NTQ4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAAS4StafCNpQI86960aziXfeRiUZ8pa1iY8L+QX3Hh1PMyMiCYdQHnec
-oNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSCo3wwejAdBgNVHQ4EFgQU0uTPr8YSntLn
-TBeQrrfPNxG2UQswHwYDVR0jBBgwFoAU0uTPr8YSntLnTBeQrrfPNxG2UQswJwYD
-VR0RBCAwHoIJbG9jYWxob3N0ggsqLmxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
-BTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIQDwoakg1QaRqShHfSY56lCZNeAR5SZ0
-O6A0WuiYZjcx6wIgWMQhPVMGlC3mICqeFHMWn0q/e+TFf70hhfH7Q5ipYIc=
------END CERTIFICATE-----
-"""
-PRIVATE_KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQga5OagEeu81IWKa2K
-XpCRdAFeA1Eu/0/J0G7vgKJNsBqhRANCAAS4StafCNpQI86960aziXfeRiUZ8pa1
-iY8L+QX3Hh1PMyMiCYdQHnecoNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSC
------END PRIVATE KEY-----
-"""
-
-
-TARGETS = (     # what is typed, and (scheme, host, port, path, label)
-    ('8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
-    ('localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
-    ('http://localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
-    ('HTTP://LocalHost:8000/', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
-    ('192.168.1.20:80', ('http', '192.168.1.20', 80, '', 'http://192.168.1.20:80')),
-    ('https://example.com', ('https', 'example.com', 443, '', 'https://example.com:443')),
-    ('[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
-    ('http://[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
-)
-
-
-class AddressTest(unittest.TestCase):
-
-    def test_these_targets_are_understood(self):
-        for text, expected in TARGETS:
-            with self.subTest(text):
-                t = lt.parse_target(text)
-                self.assertEqual((t.scheme, t.host, t.port, t.path, t.label), expected)
-
-    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'this system has no Unix sockets')
-    def test_a_unix_socket_is_named_by_its_whole_path(self):
-        target = lt.parse_target('unix:app.sock')
-        self.assertEqual(target.label, 'unix:' + os.path.abspath('app.sock'))
-
-    def test_what_is_no_target_is_an_error_with_the_forms(self):
-        for text in ('', 'app', 'app:', ':80', 'app:x'):
-            with self.subTest(text), self.assertRaisesRegex(lt.UsageError, 'HOST:PORT'):
-                lt.parse_target(text)
-        for text in ('0', '65536', '99999999999', 'localhost:0', 'http://a:0', 'ftp://a', 'http://',
-                     'http://u@a', 'http://a:99999', 'http://[::1'):
-            with self.subTest(text), self.assertRaises(lt.UsageError):
-                lt.parse_target(text)
-
-    def test_this_machine_is_known_by_each_of_its_spellings(self):
-        for host, here in (('localhost', True), ('a.localhost', True), ('127.9.9.9', True),
-                           ('::1', True), ('[::1]', True), ('[::2]', False), ('10.0.0.1', False),
-                           ('localhost.example', False)):
-            with self.subTest(host):
-                self.assertIs(lt.is_loopback(host), here)
-
-    def test_a_bare_server_means_https_and_http_on_this_machine(self):
-        for text, url in (('example.com', 'https://example.com'),
-                          ('Example.com.:8443', 'https://example.com:8443'),
-                          ('localhost', 'http://localhost'),
-                          ('a.localhost:81', 'http://a.localhost:81'),
-                          ('127.0.0.1:80', 'http://127.0.0.1'),
-                          ('http://example.com', 'http://example.com'),
-                          ('https://example.com:443/', 'https://example.com'),
-                          ('[::1]:81', 'http://[::1]:81')):
-            with self.subTest(text):
-                self.assertEqual(str(lt.server_address(text)), url)
-
-    def test_these_are_no_servers(self):
-        for text in ('', 'http://', 'ftp://a', 'https://a/b', 'https://a?b', 'https://u:p@a',
-                     'a:b', 'a..b', '.a', f'{"a" * 64}.com', 'http://:SECRET@a'):
-            with self.subTest(text), self.assertRaises(lt.UsageError) as caught:
-                lt.server_address(text)
-            self.assertNotIn('SECRET', str(caught.exception))
-
-    def test_what_no_dns_can_look_up_is_no_host(self):
-        for text in 'a..b:80', f'{"a" * 64}.com:80':
-            with self.assertRaises(lt.UsageError):
-                lt.parse_target(text)
-            with self.assertRaises(argparse.ArgumentTypeError):
-                lt.host_and_port(text)
-        self.assertEqual(lt.host_and_port('[::1]:80'), ('::1', 80))
-        self.assertEqual(lt.parse_target('a.b.:80').host, 'a.b.')
-
-
-# ------------------------------------------------------------------------------------------------
-# 13. App
+# 12. App
 # ------------------------------------------------------------------------------------------------
 
 FRAMED = {      # an answer of five bytes in each framing
@@ -4243,38 +4147,8 @@ class StrangeAnswerTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 14. Client
+# 13. Client
 # ------------------------------------------------------------------------------------------------
-
-class BackoffTest(unittest.TestCase):
-
-    def test_waits_are_longer_and_longer_and_never_the_same(self):
-        one, other, last = lt.Backoff(0.0), lt.Backoff(0.0), 0.0
-        for failures in range(1, 100):
-            wait, most = one.failed(lt.SOON), min(lt.BACKOFF_MOST,
-                                                  lt.BACKOFF_FIRST * 2 ** failures)
-            self.assertTrue(most / 2 <= wait <= most)
-            self.assertLessEqual(other.failed(0.0), lt.BACKOFF_SOON)
-            self.assertNotEqual(wait, last)
-            last = wait
-
-    def test_a_connection_that_lasted_is_made_again_at_once_and_one_that_did_not_is_not(self):
-        backoff = lt.Backoff(0.0)
-        self.assertGreater(backoff.failed(1.0), 0.0)
-        for lasted, at_once in ((lt.SETTLED * 2, True), (lt.SETTLED / 2, False),
-                                (lt.SETTLED / 2, False), (lt.SETTLED * 2, True)):
-            backoff.connected(100.0)
-            self.assertEqual(backoff.failed(100.0 + lasted) == 0.0, at_once)
-            self.assertGreater(backoff.failed(100.0 + lasted), 0.0)
-
-    def test_attempts_are_short_while_visitors_wait(self):
-        backoff = lt.Backoff(0.0)
-        self.assertEqual(backoff.patience(0.0), lt.HANDSHAKE_TIMEOUT)
-        backoff.connected(0.0)
-        backoff.failed(100.0)
-        self.assertEqual(backoff.patience(100.0), lt.FIRST_ATTEMPTS)
-        self.assertEqual(backoff.patience(100.0 + lt.HELD), lt.HANDSHAKE_TIMEOUT)
-
 
 class GiveUpTest(FolderTest, WorldTest):
     """Before its first welcome a client ends at what will not pass by itself."""
@@ -4374,10 +4248,136 @@ class ComeBackTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 15. Seams
+# 14. Seams
 # ------------------------------------------------------------------------------------------------
 
 # They are tried by those who use them.
+
+
+# ------------------------------------------------------------------------------------------------
+# 15. Places
+# ------------------------------------------------------------------------------------------------
+
+CERTIFICATE = """\
+-----BEGIN CERTIFICATE-----
+MIIBqDCCAU6gAwIBAgIUXMBplc18yzDodw8HuYQdp8iLxygwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxNTU0OFoYDzIxMjYxMDI5
+MjE1NTQ4WjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAAS4StafCNpQI86960aziXfeRiUZ8pa1iY8L+QX3Hh1PMyMiCYdQHnec
+oNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSCo3wwejAdBgNVHQ4EFgQU0uTPr8YSntLn
+TBeQrrfPNxG2UQswHwYDVR0jBBgwFoAU0uTPr8YSntLnTBeQrrfPNxG2UQswJwYD
+VR0RBCAwHoIJbG9jYWxob3N0ggsqLmxvY2FsaG9zdIcEfwAAATAPBgNVHRMBAf8E
+BTADAQH/MAoGCCqGSM49BAMCA0gAMEUCIQDwoakg1QaRqShHfSY56lCZNeAR5SZ0
+O6A0WuiYZjcx6wIgWMQhPVMGlC3mICqeFHMWn0q/e+TFf70hhfH7Q5ipYIc=
+-----END CERTIFICATE-----
+"""
+PRIVATE_KEY = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQga5OagEeu81IWKa2K
+XpCRdAFeA1Eu/0/J0G7vgKJNsBqhRANCAAS4StafCNpQI86960aziXfeRiUZ8pa1
+iY8L+QX3Hh1PMyMiCYdQHnecoNBgS8VQa+TZ8Qmp4fXHj8uSc3V+9FSC
+-----END PRIVATE KEY-----
+"""
+
+
+TARGETS = (     # what is typed, and (scheme, host, port, path, label)
+    ('8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('http://localhost:8000', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('HTTP://LocalHost:8000/', ('http', 'localhost', 8000, '', 'http://localhost:8000')),
+    ('192.168.1.20:80', ('http', '192.168.1.20', 80, '', 'http://192.168.1.20:80')),
+    ('https://example.com', ('https', 'example.com', 443, '', 'https://example.com:443')),
+    ('[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
+    ('http://[::1]:80', ('http', '::1', 80, '', 'http://[::1]:80')),
+)
+
+
+class AddressTest(unittest.TestCase):
+
+    def test_these_targets_are_understood(self):
+        for text, expected in TARGETS:
+            with self.subTest(text):
+                t = lt.parse_target(text)
+                self.assertEqual((t.scheme, t.host, t.port, t.path, t.label), expected)
+
+    @unittest.skipUnless(hasattr(socket, 'AF_UNIX'), 'this system has no Unix sockets')
+    def test_a_unix_socket_is_named_by_its_whole_path(self):
+        target = lt.parse_target('unix:app.sock')
+        self.assertEqual(target.label, 'unix:' + os.path.abspath('app.sock'))
+
+    def test_what_is_no_target_is_an_error_with_the_forms(self):
+        for text in ('', 'app', 'app:', ':80', 'app:x'):
+            with self.subTest(text), self.assertRaisesRegex(lt.UsageError, 'HOST:PORT'):
+                lt.parse_target(text)
+        for text in ('0', '65536', '99999999999', 'localhost:0', 'http://a:0', 'ftp://a', 'http://',
+                     'http://u@a', 'http://a:99999', 'http://[::1'):
+            with self.subTest(text), self.assertRaises(lt.UsageError):
+                lt.parse_target(text)
+
+    def test_this_machine_is_known_by_each_of_its_spellings(self):
+        for host, here in (('localhost', True), ('a.localhost', True), ('127.9.9.9', True),
+                           ('::1', True), ('[::1]', True), ('[::2]', False), ('10.0.0.1', False),
+                           ('localhost.example', False)):
+            with self.subTest(host):
+                self.assertIs(lt.is_loopback(host), here)
+
+    def test_a_bare_server_means_https_and_http_on_this_machine(self):
+        for text, url in (('example.com', 'https://example.com'),
+                          ('Example.com.:8443', 'https://example.com:8443'),
+                          ('localhost', 'http://localhost'),
+                          ('a.localhost:81', 'http://a.localhost:81'),
+                          ('127.0.0.1:80', 'http://127.0.0.1'),
+                          ('http://example.com', 'http://example.com'),
+                          ('https://example.com:443/', 'https://example.com'),
+                          ('[::1]:81', 'http://[::1]:81')):
+            with self.subTest(text):
+                self.assertEqual(str(lt.server_address(text)), url)
+
+    def test_these_are_no_servers(self):
+        for text in ('', 'http://', 'ftp://a', 'https://a/b', 'https://a?b', 'https://u:p@a',
+                     'a:b', 'a..b', '.a', f'{"a" * 64}.com', 'http://:SECRET@a'):
+            with self.subTest(text), self.assertRaises(lt.UsageError) as caught:
+                lt.server_address(text)
+            self.assertNotIn('SECRET', str(caught.exception))
+
+    def test_what_no_dns_can_look_up_is_no_host(self):
+        for text in 'a..b:80', f'{"a" * 64}.com:80':
+            with self.assertRaises(lt.UsageError):
+                lt.parse_target(text)
+            with self.assertRaises(argparse.ArgumentTypeError):
+                lt.host_and_port(text)
+        self.assertEqual(lt.host_and_port('[::1]:80'), ('::1', 80))
+        self.assertEqual(lt.parse_target('a.b.:80').host, 'a.b.')
+
+
+class BackoffTest(unittest.TestCase):
+
+    def test_waits_are_longer_and_longer_and_never_the_same(self):
+        one, other, last = lt.Backoff(0.0), lt.Backoff(0.0), 0.0
+        for failures in range(1, 100):
+            wait, most = one.failed(lt.SOON), min(lt.BACKOFF_MOST,
+                                                  lt.BACKOFF_FIRST * 2 ** failures)
+            self.assertTrue(most / 2 <= wait <= most)
+            self.assertLessEqual(other.failed(0.0), lt.BACKOFF_SOON)
+            self.assertNotEqual(wait, last)
+            last = wait
+
+    def test_a_connection_that_lasted_is_made_again_at_once_and_one_that_did_not_is_not(self):
+        backoff = lt.Backoff(0.0)
+        self.assertGreater(backoff.failed(1.0), 0.0)
+        for lasted, at_once in ((lt.SETTLED * 2, True), (lt.SETTLED / 2, False),
+                                (lt.SETTLED / 2, False), (lt.SETTLED * 2, True)):
+            backoff.connected(100.0)
+            self.assertEqual(backoff.failed(100.0 + lasted) == 0.0, at_once)
+            self.assertGreater(backoff.failed(100.0 + lasted), 0.0)
+
+    def test_attempts_are_short_while_visitors_wait(self):
+        backoff = lt.Backoff(0.0)
+        self.assertEqual(backoff.patience(0.0), lt.HANDSHAKE_TIMEOUT)
+        backoff.connected(0.0)
+        backoff.failed(100.0)
+        self.assertEqual(backoff.patience(100.0), lt.FIRST_ATTEMPTS)
+        self.assertEqual(backoff.patience(100.0 + lt.HELD), lt.HANDSHAKE_TIMEOUT)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9859,7 +9859,7 @@ class MessageTest(InspectorTest):
         """The messages that are read in DATA, (kind, text, size), however it comes."""
         found = []
         for pieces, _ in three_ways(data)[:2]:
-            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.Words())
+            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), {}, self.log, lt.Words())
             book = lt.Exchanges(app.runtime, 1)
             kept = lt.Kept(lt.Watched(book, app, '', ''), lt.Record(1, 0.0), 1)
             reader = lt.Frames(kept, 'app', deflated)
@@ -9909,7 +9909,7 @@ class MessageTest(InspectorTest):
                             compressed=dice.random() < .5) + data, True)
 
     def test_a_flood_of_tiny_frames_is_not_read(self):
-        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), self.log, lt.Words())
+        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), {}, self.log, lt.Words())
         kept = lt.Kept(lt.Watched(lt.Exchanges(app.runtime, 1), app, '', ''), lt.Record(1, 0.0), 1)
         reader = lt.Frames(kept, 'visitor', False)
         for _ in range(100):
@@ -10122,7 +10122,8 @@ class LocalOnlyTest(InspectorTest):
         connection = await self.clients[-1].app.connect()
         connection.close()
         target = lt.parse_target(str(self.inspector))
-        app = lt.App(self.runtime, target, lt.ClientObserver(), lt.Words())
+        app = lt.App(self.runtime, target, lt.dialers_to(target, self.runtime),
+                     lt.ClientObserver(), lt.Words())
         connection = await app.connect()        # as raw TCP would: nothing is forwarded
         await connection.write(b'GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n')
         self.assertIn(b' 403 ', await lt.read_head(connection, PATIENCE, PATIENCE))
@@ -17298,7 +17299,8 @@ def read_rooms(source, tree):
 
 
 # The rooms of part II that are for all annexes.
-SHARED = ('Seams', 'Plain words', 'Files', 'Annex', 'TLS', 'Tokens and leases', 'Limits', 'DNS')
+SHARED = ('Seams', 'Places', 'Plain words', 'Files', 'Annex', 'TLS', 'Tokens and leases', 'Limits',
+          'DNS')
 
 
 def annexes(rooms):
