@@ -2821,7 +2821,7 @@ class Visitor:
         self.came_by([self.peer])
         self.stream: Stream | None = None               # by which it is served now
         self.exchange: Exchange | None = None           # the one that runs; none for raw TCP
-        self.waiting: asyncio.Future[None] | None = None        # while it waits, see wait()
+        self.waiting: asyncio.Future[None] | None = None        # cancelled when it goes
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def came_by(self, chain: Sequence[str]) -> None:
@@ -2869,39 +2869,10 @@ class Visitor:
         else:
             self._half_closed()
 
-    async def wait(self, seconds: float, among: set[asyncio.Future[None]] | None = None) -> bool:
-        """Wait for SECONDS, AMONG those that may be woken; return whether it was.
-
-        Raises Disconnected where the visitor goes away.
-        """
-        among = among if among is not None else set()
-        self.waiting = future = self.connection.runtime.loop.create_future()
-        among.add(future)
-        try:
-            await asyncio.wait({future}, timeout=seconds)
-        finally:
-            among.discard(future)
-            self.waiting = None
-        if future.cancelled():
-            raise Disconnected('the visitor went away')
-        return future.done()
-
 
 # Decides whether a visitor may come to the tunnel of a key, by one client: takes the header lines
 # of the request (none for raw TCP) and returns them as they go on, or raises HopFailed.
 Gate = Callable[[str, Visitor, bytes], bytes]
-# What makes a gate of a rule, by the word of a hello that has it.  Raises ValueError and the like.
-Gates = Mapping[str, Callable[[Any], Gate]]
-
-
-def make_gates(rules: Mapping[str, Any], gates: Gates) -> list[Gate]:
-    """Return those that RULES ask for.  Raises what GATES raise, and Refused for other rules."""
-    for word in rules:
-        if word not in gates:
-            raise Refused(403, 'not_offered', f"this server can't keep visitors out by --{word}; "
-                          'ask its operator')
-    return [gates[word](rule) for word, rule in rules.items()]
-
 
 MAX_NAME, MAX_VERSION = 63, 20      # characters of what a client says, as a log has it
 
@@ -2923,7 +2894,7 @@ class Hello:
     __slots__ = ('kind', 'name', 'proof', 'long', 'instance', 'started', 'share', 'port', 'release',
                  'rules', 'gates', 'wants', 'lease', 'resume', 'attempt', 'version')
 
-    def __init__(self, text: bytes, gates: Gates) -> None:
+    def __init__(self, text: bytes, gates_of: Callable[[Mapping[str, Any]], list[Gate]]) -> None:
         """Raises Refused."""
         try:
             hello = json.loads(text)
@@ -2936,7 +2907,7 @@ class Hello:
             self.port, self.attempt = int(hello.get('port') or 0), int(hello.get('attempt') or 0)
             self.rules = {word: hello[word] for word in ('allow', 'auth')
                           if hello.get(word, []) != []}         # what else is empty is malformed
-            self.gates = make_gates(self.rules, gates)
+            self.gates = gates_of(self.rules)
             self.wants = dict(hello.get('wants', {}))
             self.lease = str(hello.get('lease', ''))
             self.version = re.sub('[^A-Za-z0-9.+-]', '?',
@@ -3239,14 +3210,14 @@ class Admission:
     """Lets clients in, or says why not."""
 
     def __init__(self, runtime: Runtime, leases: Leases, tunnels: Tunnels, budget: Budget,
-                 limits: Limits, counters: dict[str | int, int], trace: Trace | None) -> None:
+                 limits: Limits, trace: Trace | None) -> None:
         """BUDGET is of all sessions together."""
         self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
-        self.gates: dict[str, Callable[[Any], Gate]] = {}       # a seam, see Gates
+        # A seam: each raises Refused where a client may not come.
+        self.checks: list[Callable[[Candidate], None]] = []
         self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.leases, self.limits, self.budget = leases.tokens, leases, limits, budget
-        self._runtime, self._tunnels, self._counters, self._trace = (
-            runtime, tunnels, counters, trace)
+        self._runtime, self._tunnels, self._trace = runtime, tunnels, trace
         self.turn = asyncio.Lock()              # for who changes what others have looked at
 
     async def close(self) -> None:
@@ -3262,7 +3233,6 @@ class Admission:
         FACTS are filled in as they become known.  URL gives that of a name.  Raises Refused.
         """
         asked = await self._check(visitor, request, facts)
-        self._check_bars(asked)
         goes_on = self._resumed(asked)
         if goes_on:
             return goes_on
@@ -3282,30 +3252,25 @@ class Admission:
     async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
         try:
-            hello = Hello(request.get(b'localtunnel-hello'), self.gates)
+            hello = Hello(request.get(b'localtunnel-hello'), self.limits.gates_of)
             first, _, parent = request.host_name.partition('.')
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
             facts.update(name=printable(name[:MAX_NAME]), version=hello.version)
         finally:        # before the token is right, nothing of it matters, but for the log
-            grant = await self._grant(request, visitor)
+            grant = await self.limits.grant(self.tokens, visitor, request)
         facts['user'] = grant.user
         if hello.name is not None:
             self.limits.check_name(name, grant)
-        if self._tunnels.others:
-            self._tunnels.others.check(visitor, hello)
         asked = Candidate(visitor, grant, hello, name, facts)
         if self._owner(asked) == asked.owner:
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
             visitor.connection.check()
         asked.tunnel = self._find(asked)
+        for check in self.checks:
+            check(asked)
         return asked
-
-    def _check_bars(self, asked: Candidate) -> None:
-        """Raises Refused where the operator keeps ASKED out."""
-        if self._tunnels.bars:
-            self._tunnels.bars.check_client(asked.name, asked.grant.user, asked.visitor.address)
 
     def _owner(self, asked: Candidate) -> str | None:
         """Who owns the name that ASKED wants: of a derived one its proof says that it is ASKED."""
@@ -3337,23 +3302,6 @@ class Admission:
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
 
-    async def _grant(self, request: Request, visitor: Visitor) -> Grant:
-        """What the client's token allows.  Raises Refused."""
-        scheme, _, given = request.get(b'authorization').partition(b' ')
-        token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
-        if token:
-            await self.limits.before_token(visitor)
-        grant = self.tokens.find(token, time.time())
-        if grant is None:
-            if token:
-                self.limits.wrong_token(visitor)
-                self._counters['wrong_tokens'] += 1
-            raise Refused(401, 'token', 'the server does not know this token, or it has expired; '
-                          'ask its operator for a new code, for --join' if token else
-                          'the server needs a token; ask its operator for a code, for --join '
-                          'or LOCALTUNNEL_JOIN')
-        return grant
-
     async def _lease(self, asked: Candidate) -> None:
         """Lease what ASKED wants, or take it back.  Raises Refused and Disconnected."""
         hello, name, others = asked.hello, asked.name, self._tunnels.others
@@ -3372,7 +3320,8 @@ class Admission:
     async def _enter(self, asked: Candidate, url: Callable[[str], str]) -> Admitted:
         """Let ASKED in.  Raises Refused."""
         hello, tunnel = asked.hello, asked.tunnel
-        self._check_bars(asked)         # once more: it has waited for others, and for the disk
+        for check in self.checks:       # once more: it has waited for others, and for the disk
+            check(asked)
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
         self._make_way(asked)
@@ -3647,7 +3596,7 @@ class Server:
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
-            runtime, leases, self.tunnels, Budget(budget), limits, self.counters, trace)
+            runtime, leases, self.tunnels, Budget(budget), limits, trace)
         self.onward = Onward(self.domain)
         self.drain, self.limits = drain, limits     # as tunnels.hold, it may be changed any time
         runtime.swept.add(self)
@@ -4514,10 +4463,6 @@ class Bars:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def check_client(self, name: str, user: str, address: str) -> None:
-        """Raises Refused where no client of USER at ADDRESS may serve NAME."""
-        raise NotImplementedError
-
     def check_visitor(self, name: str, address: str) -> None:
         """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
         raise NotImplementedError
@@ -4528,10 +4473,6 @@ class Others:
 
     def may_know(self, name: str) -> bool:
         """True if others may know NAME, of which this server knows nothing."""
-        raise NotImplementedError
-
-    def check(self, visitor: Visitor, hello: Hello) -> None:
-        """Raises Refused where a client does not come on the way that its visitors take."""
         raise NotImplementedError
 
     async def bring(self, lease: str, name: str, owner: str, token: str) -> None:
@@ -5590,6 +5531,25 @@ def subnet_of(address: str) -> str:
     return str(ip if ip.version == 4 else ipaddress.ip_network((int(ip) >> 64 << 64, 64)))
 
 
+async def wait_for(visitor: Visitor, seconds: float,
+                   among: set[asyncio.Future[None]] | None = None) -> bool:
+    """Let VISITOR wait for SECONDS, AMONG those that may be woken; return whether it was.
+
+    Raises Disconnected where it goes away.
+    """
+    among = among if among is not None else set()
+    visitor.waiting = future = visitor.connection.runtime.loop.create_future()
+    among.add(future)
+    try:
+        await asyncio.wait({future}, timeout=seconds)
+    finally:
+        among.discard(future)
+        visitor.waiting = None
+    if future.cancelled():
+        raise Disconnected('the visitor went away')
+    return future.done()
+
+
 Networks = Sequence[Union[ipaddress.IPv4Network, ipaddress.IPv6Network]]
 
 
@@ -6180,6 +6140,10 @@ class Limits:
         # each checks what a client says of it, and raises ValueError and TypeError.  It returns
         # what is noted with the client's lease; if that is not '', a derived name has one, too.
         self.offers: dict[str, Callable[[Any], str]] = {}
+        # A seam: what makes a gate of a rule, by the word of a hello that has it.  Raises
+        # ValueError and the like.
+        self.gates: dict[str, Callable[[Any], Gate]] = {}
+        self.wrong_tokens = 0
         self.most, self.rate, self._runtime = most, rate, runtime
         self._wrong: dict[str, float] = {}      # until when a subnet waits for its wrong tokens
         runtime.swept.add(self)
@@ -6189,23 +6153,46 @@ class Limits:
         if self._wrong:
             self._wrong = {subnet: at for subnet, at in self._wrong.items() if at > now}
 
-    async def before_token(self, visitor: Visitor) -> None:
-        """After a wrong token the next from that address waits before it is looked at, so that a
-        guess takes its time, however it is sent.  Raises Refused.
+    async def grant(self, tokens: Tokens, visitor: Visitor, request: Request) -> Grant:
+        """What the token allows with which VISITOR, a client, comes.  Raises Refused.
+
+        After a wrong one the next from that address waits before it is looked at, so that a guess
+        takes its time, however it is sent.
         """
-        subnet, now = subnet_of(visitor.address), self._runtime.now()
+        scheme, _, given = request.get(b'authorization').partition(b' ')
+        token = given.strip().decode('latin-1') if scheme.lower() == b'bearer' else ''
+        subnet = subnet_of(visitor.address)
+        if token:
+            await self._take_turn(visitor, subnet)
+        grant = tokens.find(token, time.time())
+        if grant is None:
+            if token:
+                self.wrong_tokens += 1
+                until = self._runtime.now() + WRONG_TOKEN
+                self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), until)
+            raise Refused(401, 'token', 'the server does not know this token, or it has expired; '
+                          'ask its operator for a new code, for --join' if token else
+                          'the server needs a token; ask its operator for a code, for --join '
+                          'or LOCALTUNNEL_JOIN')
+        return grant
+
+    async def _take_turn(self, visitor: Visitor, subnet: str) -> None:
+        now = self._runtime.now()
         turn = self._wrong.get(subnet, now)
         if turn > now + MOST_WRONG_TOKEN:
             raise Refused(429, 'slow_down', f'wrong tokens came from {visitor.address}; try '
                           f'again in {int(turn - now) + 1} seconds')
         if turn > now:
             self._wrong[subnet] = turn + WRONG_TOKEN
-            await visitor.wait(turn - now)
+            await wait_for(visitor, turn - now)
 
-    def wrong_token(self, visitor: Visitor) -> None:
-        """The token of VISITOR was wrong."""
-        subnet, until = subnet_of(visitor.address), self._runtime.now() + WRONG_TOKEN
-        self._wrong[subnet] = max(self._wrong.get(subnet, 0.0), until)
+    def gates_of(self, rules: Mapping[str, Any]) -> list[Gate]:
+        """Those that RULES ask for.  Raises what `gates` raise, and Refused for other rules."""
+        for word in rules:
+            if word not in self.gates:
+                raise Refused(403, 'not_offered', "this server can't keep visitors out by "
+                              f'--{word}; ask its operator')
+        return [self.gates[word](rule) for word, rule in rules.items()]
 
     @staticmethod
     def check_name(name: str, grant: Grant) -> None:
@@ -6766,7 +6753,7 @@ class Access(Annex):
                 'auth': [(salt, digest_of(salt + user)) for salt, user in salted]}
 
     def at_any_server(self, server: Server) -> None:
-        server.admission.gates.update(allow=gate_of_networks, auth=gate_of_users)
+        server.limits.gates.update(allow=gate_of_networks, auth=gate_of_users)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6800,6 +6787,7 @@ class Node(Others):
                              hashlib.sha256).digest()
         self._over: dict[str, dict[str, int]] = {}      # by name, of those given back here
         server.tunnels.others = self
+        server.admission.checks.append(self.check)
         server.limits.offers['sni'] = lambda said: ''        # it was asked to, see `check`
         self._leases.keepers.append(self._watch)
 
@@ -6810,8 +6798,11 @@ class Node(Others):
             return False
         return self._leases.owner(name, time.time()) is None
 
-    def check(self, visitor: Visitor, hello: Hello) -> None:
-        if visitor.connection.secure and not visitor.front and not hello.wants.get('sni'):
+    @staticmethod
+    def check(asked: Candidate) -> None:
+        """Raises Refused where a client does not come on the way that its visitors take."""
+        visitor, wants = asked.visitor, asked.hello.wants
+        if visitor.connection.secure and not visitor.front and not wants.get('sni'):
             raise Refused(421, 'sni', 'a balancer passes TLS on to this server by the name in it, '
                           'and this client does not send that of its tunnel; fetch the client from '
                           'this server')
@@ -7023,7 +7014,7 @@ class Held(Waits):
         self.count += 1
         self._from[subnet] += 1
         try:
-            return await visitor.wait(seconds, waiting)
+            return await wait_for(visitor, seconds, waiting)
         finally:
             self.count -= 1
             self._from[subnet] -= 1
@@ -9187,7 +9178,9 @@ class Metrics(Observer):
                          'When the certificate ends, in Unix time.', server.tls.validity[1])
 
     def _counters(self) -> Iterator[str]:
-        counted = sorted(self._server.counters.items(), key=str)
+        server = self._server
+        counted = sorted({**server.counters, 'wrong_tokens': server.limits.wrong_tokens}.items(),
+                         key=str)
         yield metric('localtunnel_requests_total', 'counter',
                      'Requests by the status of the answer; 0 if the visitor did not wait for it.',
                      [(labels(status=str(key)), n) for key, n in counted if isinstance(key, int)])
@@ -9436,6 +9429,8 @@ class BlockList(Bars, Source):
             raise UsageError(f"can't read the block list {path}: {e.strerror}") from e
         if error:
             server.log.note(f'error: {error}')
+        server.tunnels.bars = self
+        server.admission.checks.append(self.check_client)
 
     def __len__(self) -> int:
         return len(self._reasons)
@@ -9499,8 +9494,9 @@ class BlockList(Bars, Source):
                         + (f' ({reason})' if reason else '') + self._contact)
         return ''
 
-    def check_client(self, name: str, user: str, address: str) -> None:
-        why = self._why(name, user, address)
+    def check_client(self, asked: Candidate) -> None:
+        """Raises Refused where ASKED may serve no tunnel."""
+        why = self._why(asked.name, asked.grant.user, asked.visitor.address)
         if why:
             raise Refused(403, 'blocked', why, final=True)
 
@@ -9586,9 +9582,8 @@ class Blocking(Annex):
         return 0
 
     async def at_server(self, args: Args, server: Server) -> None:
-        server.tunnels.bars = bars = BlockList(os.path.join(args.state, BLOCKED), server,
-                                               getattr(args, 'contact', None) or '')
-        args.sources.all.append(bars)
+        args.sources.all.append(BlockList(os.path.join(args.state, BLOCKED), server,
+                                          getattr(args, 'contact', None) or ''))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -9792,8 +9787,9 @@ class Queues(Detour):
                     self._drop(kept)
             self._server.tunnels.detours.pop(name, None)
             with contextlib.suppress(KeyError, ValueError, TypeError, Refused):     # or nothing
-                self._wanted[name] = read_keep(json.loads(facts['keep']), make_gates(
-                    json.loads(facts.get('access', '{}')), self._server.admission.gates))
+                rules = json.loads(facts.get('access', '{}'))
+                self._wanted[name] = read_keep(json.loads(facts['keep']),
+                                               self._server.limits.gates_of(rules))
                 self._server.tunnels.detours[name] = self
 
     def _expired(self, name: str) -> int:

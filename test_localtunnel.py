@@ -4870,8 +4870,10 @@ class AccessTest(unittest.TestCase):
         self.assertEqual(lt.gate_of_users([['s', 'd']])('app', visitor, b''), b'')
 
     def test_a_rule_that_a_server_does_not_know_is_refused(self):
+        limits = lt.Limits(unittest.mock.Mock())
+        limits.gates['allow'] = lt.gate_of_networks
         with self.assertRaisesRegex(lt.Refused, "can't keep visitors out by --auth; ask"):
-            lt.make_gates({'allow': ['::1'], 'auth': [['s', 'd']]}, {'allow': lt.gate_of_networks})
+            limits.gates_of({'allow': ['::1'], 'auth': [['s', 'd']]})
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6959,8 +6961,7 @@ class BlockListTest(FolderTest, WorldTest):
         self.write('blocked', text)
         await self.world(token_file=tokens and self.write('tokens', tokens),
                          trusted=[lt.network('127.0.0.1')], **options)
-        self.server.tunnels.bars = lt.BlockList(self.path('blocked'), self.server, 'x@y.z')
-        self.sources.all.append(self.server.tunnels.bars)
+        self.sources.all.append(lt.BlockList(self.path('blocked'), self.server, 'x@y.z'))
 
     async def block(self, text):
         """Another list holds from now on."""
@@ -15975,7 +15976,7 @@ class HelloTest(HostileTest):
                 _, status, told = await self.hello(token=token)
                 self.assertEqual((status, told['error']), (429, 'slow_down'))
         self.assertFalse([task for task in waiting if task.done()])
-        self.assertEqual(self.server.counters['wrong_tokens'], 1)
+        self.assertEqual(self.server.limits.wrong_tokens, 1)
         for peer in self.peers[1:3]:
             peer.reset()
         self.assertNotIn('wrong1', self.log.text() + lt.Metrics(self.server).text())
