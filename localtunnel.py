@@ -14226,6 +14226,9 @@ class Elsewhere(Annex):
         elif re.match('-|localhost|.*[0-9:/]', first) or os.path.exists(first):
             note('the first word is client or server')
             first, rest = 'client', [first, *rest]
+        if rest and rest[0].endswith('.ini') and os.path.isfile(rest[0]):
+            note('say --config before a configuration file')
+            rest.insert(0, '--config')
         if first == 'client':
             return [first, *client_words(rest, note)]
         return [first, *(server_words(rest, note) if first == 'server' else rest)]
@@ -14402,7 +14405,7 @@ def in_file(words: Sequence[str]) -> str:
     values: dict[str, list[str]] = {}
     for word in words:
         key, equals, value = word[2:].partition('=')
-        if re.search(r'^[\s#;]|[\r\n]|\s$', value):
+        if re.search(r'''(^|\s)[#;]|^\s|\s$|[\r\n]|^(["']).*\2$''', value):
             raise UsageError(f"--{key} {value!r} can't stand in the file of an installed server")
         values.setdefault(key, []).append(value if equals else 'yes')
     lines = (f'{key} = ' + '\n    '.join(several) for key, several in values.items())
@@ -16898,7 +16901,7 @@ class ConfigFile:
             raise UsageError(f"can't read {printable(path)}: {e.strerror}") from e
         except UnicodeDecodeError as e:
             raise self.error(data[:e.start].count(b'\n') + 1, 'this is not UTF-8; save the file as '
-                             'that') from e
+                             'UTF-8') from e
         if '\0' in self._text:
             raise UsageError(f'{path} is not a text; save it as UTF-8')
         self.sections = self._parsed()
@@ -16915,7 +16918,7 @@ class ConfigFile:
         def key(name: str) -> str:      # the parser tells no lines, but asks here for each key
             keys.append(len(lines) - operator.length_hint(unread))
             return name
-        parser = configparser.RawConfigParser(delimiters='=', default_section='')
+        parser = configparser.RawConfigParser(default_section='')
         parser.optionxform = key    # type: ignore[method-assign, assignment]
         try:
             parser.read_file(unread, self.path)
@@ -16960,7 +16963,9 @@ class ConfigFile:
                 parser.parse_args([command, *own, *['echo'] * (
                     command == 'client' and key != 'target')])
             except UsageError as e:
-                raise self.error(line, str(e)) from e
+                several = ',' in value and isinstance(known[key], argparse._AppendAction)
+                raise self.error(line, str(e) + '; several values stand in lines of their own, '
+                                 'further in' * several) from e
             words += [] if f'--{key}' in typed else own
         return words
 
@@ -16973,7 +16978,13 @@ class ConfigFile:
         if action.nargs == 0:
             raise UsageError(f'{key} takes yes or no')
         if len(values) > 1 and not isinstance(action, argparse._AppendAction):
-            raise UsageError(f'{key} takes one value; take out the lines below it')
+            raise UsageError(f'{key} takes one value, and "{values[1]}" is further in, so it '
+                             f'belongs to it; begin that where {key} begins, or take it out')
+        for one in values:
+            if re.search(r'\s[#;]', one):
+                raise UsageError(f'a comment needs a line of its own; here it is a part of {key}')
+            if one[1:] and one[0] == one[-1] in ('"', "'"):
+                raise UsageError(f'take out the quotes; here they are a part of {key}')
         return [f'--{key}={one}' if action.option_strings else one for one in values]
 
 
@@ -17012,7 +17023,7 @@ class ServerFile(Source):
         try:
             new = self._args.again()
         except UsageError as e:
-            return f'{e}; nothing was changed'
+            return f'nothing was changed: {e}'
         server.tunnels.hold, server.drain = new.hold, new.drain
         server.limits.rate, server.limits.most = new.rate, new.max_tunnels
         rest = options_in({*new.said} ^ {*self._args.said}) - self.LIVE
@@ -17045,8 +17056,6 @@ def plan_of(file: ConfigFile, name: str, parser: Parser, words: Sequence[str]) -
     try:
         if not SECTION.fullmatch(name):
             raise UsageError('the name of a tunnel has letters, digits, ".", "-" and "_" only')
-        if 'target' not in file.sections[name]:
-            raise UsageError(f'[{name}] needs a target, such as: target = 8000')
         args = parser.parse_args(words)
         args.said, args.tunnel, at = words, name, 'target'
         target = find_target(args)
@@ -17077,6 +17086,8 @@ def plans_of(args: Args, before: Mapping[str, Plan]) -> dict[str, Plan]:
         if name not in names:
             raise UsageError(printable(f'{file.path} has no section [{name}]; it has '
                                        f'{" ".join(map("[{}]".format, file.sections))}'))
+        if 'target' not in file.sections[name]:
+            raise file.fault(name, f'[{name}] needs a target, such as: target = 8000')
         words = ['client', *file.words(name, parser, 'client', unfit, options_in(typed)), *typed]
         plan = before[name] if name in before and before[name].args.said == words else (
             plan_of(file, name, parser, words))
@@ -17199,7 +17210,7 @@ class Sections:
                 await self.change(plans_of(self._args, {
                     name: section.plan for name, section in self.running().items()}))
             except LocaltunnelError as e:
-                self.terminal.note(f'{e}; nothing was changed')
+                self.terminal.note(f'nothing was changed: {e}')
 
     def list(self) -> None:
         """Show where the tunnels lead, and what the keys do."""
@@ -17224,11 +17235,14 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
     """Keep the tunnels of a file up, at first PLANS, until STOP is set or all have failed."""
     sections, typed = Sections(runtime, args), is_terminal(sys.stdin)
 
+    def again() -> None:
+        runtime.spawn(sections.reload())
+
     def hung_up() -> None:
         if typed and not is_terminal(sys.stdin):        # the window was closed
             stop.set()
         else:
-            runtime.spawn(sections.reload())
+            again()
     with contextlib.ExitStack() as last:
         try:
             await sections.change(plans)
@@ -17237,6 +17251,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
                 sections.terminal.listen(runtime, stop.set))
             if keys:
                 last.callback(keys.close)
+                sections.terminal.keys['r'] = 'reads the file again', again
                 sections.terminal.keys['?'] = 'lists the tunnels', sections.list
                 sections.terminal.help()
             if not (args.json or args.quiet):

@@ -10520,6 +10520,11 @@ class ElsewhereTest(FolderTest):
         self.assertIn('visit /a.csv', said)
         self.assertTrue(said.endswith(f'client {self.folder}\n'))
 
+    def test_a_configuration_file_goes_behind_config(self):
+        path = self.write('a.ini', '')
+        for typed, meant in (('', 'client'), ('client', 'client'), ('server', 'server')):
+            self.assertTrue(self.said(*typed.split(), path).endswith(f' {meant} --config {path}\n'))
+
     def test_an_address_with_a_path_is_a_url_without_http(self):
         for typed, text in (('localhost:8000/', 'localhost:8000'), ('a.b:1/c', 'a.b:1/c')):
             args = lt.make_parser().parse_args(['client', typed])
@@ -10791,19 +10796,19 @@ class InstallTest(FolderTest):
                                   if line.startswith('ListenStream=')], ports)
 
     def test_options_that_are_written_are_read_as_they_were_typed(self):
-        words = ['--cert', "a 'b' # c", '--token', '1', '--token=2', '--acme=x@example.com',
+        words = ['--cert', "a 'b'#c", '--token', '1', '--token=2', '--acme=x@example.com',
                  '--open', '--admin']
         args = server_args(*words)
         path = self.write('ini', lt.server_files(args, lt.words_of(args), '')[lt.CONFIG].decode())
         os.chmod(path, 0o600)
         read = lt.server_args(['server', '--config', path])
         self.assertEqual({*read.said}, {
-            'server', '--config', path, '--domain=t.example.com', "--cert=a 'b' # c", '--token=1',
+            'server', '--config', path, '--domain=t.example.com', "--cert=a 'b'#c", '--token=1',
             '--token=2', '--acme=x@example.com', '--open', '--admin'})
-        self.assertEqual((read.cert, read.token, read.admin), ("a 'b' # c", ['1', '2'], args.admin))
+        self.assertEqual((read.cert, read.token, read.admin), ("a 'b'#c", ['1', '2'], args.admin))
 
     def test_what_a_file_can_not_hold_is_said(self):
-        for value in ' a', 'a ', '#a', 'a\nb':
+        for value in ' a', 'a ', '#a', 'a\nb', 'a ;b', '"a"':
             with self.subTest(value), self.assertRaisesRegex(lt.UsageError, "--token .* can't"):
                 lt.in_file([f'--token={value}'])
 
@@ -12352,7 +12357,15 @@ class ConfigFileTest(FolderTest):
                 ('[server]\ntoken = a\n  rate=b\nrate =\n',
                  'FILE, line 4: rate is empty; give it a value, or take the line out'),
                 ('[server]\nrate = 1\n  2\n',
-                 'FILE, line 2: rate takes one value; take out the lines below it'),
+                 'FILE, line 2: rate takes one value, and "2" is further in, so it belongs to it; '
+                 'begin that where rate begins, or take it out'),
+                ('[server]\nrate = 1  # a\n',
+                 'FILE, line 2: a comment needs a line of its own; here it is a part of rate'),
+                ('[server]\nacme = "a@b.example"\n',
+                 'FILE, line 2: take out the quotes; here they are a part of acme'),
+                ('[server]\ntrust-proxy = ::1, 10.0.0.1\n', 'FILE, line 2: --trust-proxy: invalid '
+                 "network value: '::1, 10.0.0.1'; see localtunnel.py server --help; several values "
+                 'stand in lines of their own, further in'),
                 ('[server]\nopen = maybe\n', 'FILE, line 2: open takes yes or no'),
                 ('[server]\nopen = no\ntoken = \xe4\n', 'FILE, line 3: a token consists of '
                  'printable ASCII characters, without spaces'),
@@ -12361,7 +12374,7 @@ class ConfigFileTest(FolderTest):
                 ('[server]\nconfig = a\n', 'FILE, line 2: config belongs on the command line'),
                 ('[web]\ntarget = 1\n', 'FILE has no section [server]; write one, with the options '
                  'of the server as its keys'),
-                (b'[server]\n# \xe4\n', 'FILE, line 2: this is not UTF-8; save the file as that'),
+                (b'[server]\n# \xe4\n', 'FILE, line 2: this is not UTF-8; save the file as UTF-8'),
                 (b'[server]\n\0', 'FILE is not a text; save it as UTF-8')):
             with self.subTest(text):
                 self.assertEqual(self.said(text), said)
@@ -12387,7 +12400,7 @@ class ConfigFileTest(FolderTest):
 
     def test_what_is_typed_wins(self):
         path = self.write('ini', '\ufeff[other]\nx = 1\n[server]\nrate = 1\ntoken =\n  a\n\n  b\n'
-                          '; c\nopen = no\nadmin = yes\nverbose = yes\nhold = 3\n')
+                          '; c\nopen: no\nadmin = yes\nverbose = yes\nhold:3\n')
         os.chmod(path, 0o600)
         for words, rate, token in ([], 1, ['a', 'b']), (['--rate=2', '--token=c'], 2, ['c']):
             args = lt.server_args(['server', '--config', path, *words])
@@ -12413,7 +12426,7 @@ class ConfigFileTest(FolderTest):
         self.assertEqual((file.reload(), server.limits.rate), (None, 6))
         self.assertEqual(said, [f'--open and --port changed in {path}, which takes a restart'])
         write('rate = 7\nport = x\n')
-        self.assertRegex(file.reload(), 'line 3: --port: .*; nothing was changed')
+        self.assertRegex(file.reload(), '^nothing was changed: .* line 3: --port: ')
         self.assertEqual(server.limits.rate, 6)
 
     @unittest.skipUnless(POSIX, 'file modes are of POSIX')
@@ -12461,7 +12474,7 @@ class TunnelFileTest(FolderTest):
 
     def test_each_mistake_is_told_with_its_line_and_a_cure(self):
         for text, words, said in (
-                ('[a]\nname = x\n', [], 'FILE, line 1: [a] needs a target, such as: target = 80'),
+                ('[a]\nport = 1\n', [], 'FILE, line 1: [a] needs a target, such as: target = 80'),
                 ('# x\n', [], 'FILE has no tunnel; begin one with [web], and below it target = '),
                 ('[server]\n', [], 'FILE has no tunnel; '),
                 ('[a]\ntarget = 1\n', ['b', 'c'], 'FILE has no section [b]; it has [a]'),
@@ -12472,7 +12485,7 @@ class TunnelFileTest(FolderTest):
                 ('[a b]\ntarget = 1\n', [], 'FILE, line 1: the name of a tunnel has letters, '),
                 ('[a]\ntarget = 1\n\n[b]\n\ntarget = a b c\n', [],
                  "FILE, line 6: can't tell what 'a b c' is, "),
-                ('[a]\ntarget = 1\n  2\n', [], 'FILE, line 2: target takes one value; '),
+                ('[a]\ntarget = 1\n  2\n', [], 'FILE, line 2: target takes one value, '),
                 ('[a]\nname = a_b\ntarget = 1\n', [], "FILE, line 2: 'a_b' is not a valid name; "),
                 ('[a]\ntarget = 1\ntcp = yes\n', [], 'FILE, line 3: --tcp needs a server; '),
                 ('[a]\ntarget = 1\njoin = yes\n', [], 'FILE, line 3: this is not a whole code'),
@@ -12583,7 +12596,7 @@ class SectionsTest(WorldTest, FolderTest):
             self.file(a='target = 1', b=lines)
             await self.sections.reload()
             self.assertRegex(self.events('note')[-1]['message'],
-                             r'ini, line \d+: .*; nothing was changed')
+                             r'nothing was changed: .*ini, line \d+: ')
             self.assertEqual((await self.visit('a.localhost'))[0], 200)
         self.assertEqual(self.events('end'), [])
 
@@ -12655,6 +12668,9 @@ class ManyTunnelsTest(CommandTest):
         client.says('^  b +.*http://localhost:', 'out')
         client.type('?')
         client.says(r'^  b +http://localhost:\d+ -> echo', 'out')
+        self.write('ini', '')
+        client.type('r')
+        client.says('nothing was changed: .*ini has no tunnel', 'out')
         client.type('q')
         self.assertEqual(client.ends(), 0)
 
@@ -13751,8 +13767,8 @@ class ReloadTest(CommandTest):
         self.server('--config', path)
         for text, said in (('buffer = 70\nhold = 1\n', 'configuration read again'),
                            ('buffer = 80\nhold = 1\n', f'--buffer changed in {path}, which takes'),
-                           ('buffer = 70\nhodl = 1\n', f'error: {path}, line 3: there is no option '
-                            'hodl; did you mean hold[?]; nothing was changed')):
+                           ('buffer = 70\nhodl = 1\n', f'error: nothing was changed: {path}, line '
+                            '3: there is no option hodl; did you mean hold[?]')):
             self.write('ini', f'[server]\n{text}')
             self.relay.process.send_signal(signal.SIGHUP)
             self.relay.says(said)
