@@ -40,46 +40,48 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   14 Seams                  54 Output
-     2 Wire                   15 Places                 55 Keys
-     3 Credit                 16 Plain words            56 Terminal
-     4 Byte streams           17 Files                  57 Options
-     5 Session                18 Annex                  58 Wiring
-     6 HTTP/1.1               19 TLS                    59 Python
-     7 Names                  20 Tokens and leases      60 Configuration file
-     8 Exchange               21 Limits                 61 Command line
-     9 Tunnels                22 DNS
-    10 Admission              23 Kept leases
-    11 Server                 24 Access
-    12 App                    25 Cluster
-    13 Client                 26 Held requests
-                              27 Shared site
-                              28 Crowds
-                              29 Raw TCP
-                              30 Folder and echo
-                              31 Host header
-                              32 Outgoing proxy
-                              33 Certificates
-                              34 Certificates by ACME
-                              35 Hand-over
-                              36 Operator's page
-                              37 Block list
-                              38 Kept requests
-                              39 Mail
-                              40 Ground
-                              41 Doctor
-                              42 Landing page
-                              43 Verifying
-                              44 Token files
-                              45 Invitations
-                              46 Exchanges
-                              47 Inspector's page
-                              48 Inspector
-                              49 Logs and replay
-                              50 Words from elsewhere
-                              51 Error pages
-                              52 Setting up
-                              53 Via ssh
+     1 Constants and errors   14 Seams                  56 Output
+     2 Wire                   15 Places                 57 Keys
+     3 Credit                 16 Doors                  58 Terminal
+     4 Byte streams           17 Own pages              59 Options
+     5 Session                18 Plain words            60 Wiring
+     6 HTTP/1.1               19 Files                  61 Python
+     7 Names                  20 Annex                  62 Configuration file
+     8 Exchange               21 TLS                    63 Command line
+     9 Tunnels                22 Tokens and leases
+    10 Admission              23 Limits
+    11 Server                 24 DNS
+    12 App                    25 Kept leases
+    13 Client                 26 Access
+                              27 Cluster
+                              28 Held requests
+                              29 Shared site
+                              30 Crowds
+                              31 Raw TCP
+                              32 Folder and echo
+                              33 Host header
+                              34 Outgoing proxy
+                              35 Certificates
+                              36 Certificates by ACME
+                              37 Hand-over
+                              38 Operator's page
+                              39 Block list
+                              40 Kept requests
+                              41 Mail
+                              42 Ground
+                              43 Doctor
+                              44 Landing page
+                              45 Verifying
+                              46 Token files
+                              47 Invitations
+                              48 Exchanges
+                              49 Inspector's page
+                              50 Inspector
+                              51 Logs and replay
+                              52 Words from elsewhere
+                              53 Error pages
+                              54 Setting up
+                              55 Via ssh
 """
 
 from __future__ import annotations
@@ -199,7 +201,6 @@ MAX_LINE = 16 * KIB             # a request line: RFC 9112 asks for at least 8,0
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 MAX_INTERIM = 1000              # 1xx before the final response: some send 102 every few seconds
 SMALL_BODY = 16 * KIB           # sent in one frame with its head, and kept to be sent again
-PAGE_PART = 16 * KIB            # of a page of ours in one write: a stalled reader holds no more
 DISCARDED = 1 * MIB             # read and dropped after an early response, so that it arrives
 
 # Visitors, and the app.
@@ -209,7 +210,6 @@ BODY_IDLE = 3600.0              # without a byte of a body in either direction
 UPLOAD_IDLE = 60.0              # the same of a request without a response; at first HEAD_TIMEOUT
 HALF_CLOSED = 2.0               # without a byte of a response after the visitor's FIN: it is gone
 LINGER = 2.0                    # for a response to arrive before its connection is closed
-PAGE_STALLED = 20.0             # for a part of a page of ours to be read
 CONNECT_TIMEOUT = 10.0          # to reach the app
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
 POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
@@ -1930,7 +1930,7 @@ class Session(Sender):
 # 6. HTTP/1.1
 #
 # RFC 9110 and 9112, strictly: what could be read in two ways is refused, never repaired.  First the
-# pure part: heads, body framing, forwarding, pages; then a thin shell that reads and copies.
+# pure part: heads, body framing, forwarding; then a thin shell that reads and copies.
 #
 # A head keeps its header lines as one block, as they came: order, case and bytes.  Only those that
 # decide something here are interpreted, and lines that must not go on are cut out.
@@ -2492,65 +2492,6 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
         out += [b'0\r\n', body.trailers, b'\r\n']
     if out or end:
         await sink.write(b''.join(out), end)
-
-
-# Pages.
-PAGE_HEADERS = [      # no script, no other host
-    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
-    'X-Content-Type-Options: nosniff']
-
-
-def plain_head(status: int, content_type: str, length: int, extra: Sequence[str] = ()) -> bytes:
-    """Return the head of a response of our own; EXTRA are header lines."""
-    head = [f'HTTP/1.1 {status} {http.HTTPStatus(status).phrase}', f'Content-Type: {content_type}',
-            *[f'Content-Length: {length}'] * (status != 204), 'Cache-Control: no-store', *extra]
-    return '\r\n'.join(head).encode() + b'\r\n\r\n'
-
-
-def plain_message(status: int, content_type: str, body: bytes, extra: Sequence[str] = (),
-                  method: bytes = b'GET') -> bytes:
-    """Return a whole response of our own to METHOD."""
-    head = plain_head(status, content_type, len(body), extra)
-    return head if method == b'HEAD' else head + body
-
-
-# How an error is said to who accepts what: content type, text, and header lines.
-ErrorPage = Callable[[HopFailed, bytes], Tuple[str, str, Sequence[str]]]
-
-
-def plain_page(error: HopFailed, accept: bytes) -> tuple[str, str, Sequence[str]]:
-    """What ERROR says, in a line."""
-    phrase = http.HTTPStatus(error.status).phrase
-    return 'text/plain; charset=utf-8', f'{error.status} {phrase}: {printable(str(error))}\n', ()
-
-
-def error_message(error: HopFailed, accept: bytes = b'', extra: Sequence[str] = (),
-                  method: bytes = b'GET', page: ErrorPage = plain_page) -> bytes:
-    """Return a whole response to METHOD that says what went wrong, as PAGE puts it for ACCEPT."""
-    form, text, more = page(error, accept)
-    failed = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
-    return plain_message(error.status, form, text.encode(), [*more, *failed, *extra], method)
-
-
-async def write_own(connection: Connection, *message: bytes) -> None:
-    """Write a MESSAGE of our own part by part, as it is read.
-
-    No budget counts what it takes, so a reader that stalls must hold little, and not for long.
-    """
-    with contextlib.suppress(AttributeError):       # before Python 3.11 TLS that has just ended
-        # One part has left before the next; not 0, by which TLS never goes on.
-        connection.transport.set_write_buffer_limits(1)
-    usual, connection.timeout = connection.timeout, PAGE_STALLED
-    try:
-        for piece in message:
-            for at in range(0, len(piece), PAGE_PART):
-                if connection.transport.is_closing():       # asyncio logs each write then
-                    raise Disconnected('the reader of our response went away')
-                await connection.write(memoryview(piece)[at:at + PAGE_PART])
-    except Overdue as e:
-        raise Disconnected('our response was not read in time') from e
-    finally:
-        connection.timeout = usual
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3416,10 +3357,6 @@ class Visitors:
                 visitor.connection.close()
 
 
-# A page of our own: its type and its bytes in pieces, for who reached the server at an address.
-Page = Callable[[str], Tuple[str, Sequence[bytes]]]
-
-
 @functools.lru_cache(maxsize=1)
 def date_line(second: int) -> str:
     """Return a Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
@@ -3476,110 +3413,11 @@ class Onward:
         return block
 
 
-BACKLOG = 1024                  # connections that wait to be accepted
-ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
-ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
-
-
-class Doors:
-    """What a server listens on."""
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self.guarded: list[GuardedDoor] = []    # a seam: where visitors take their time to come in
-        # A seam: who is told that the server ends, while all doors are still open.
-        self.before_close: list[Callable[[], Awaitable[None]]] = []
-        self._plain: set[asyncio.AbstractServer] = set()
-        self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
-
-    @property
-    def busy(self) -> bool:
-        """True while somebody who was let in has yet to be served."""
-        return any(door.busy for door in self.guarded)
-
-    async def open(self, sock: socket.socket, serve: Serve,
-                   stays: bool = False) -> asyncio.AbstractServer:
-        """Let SERVE have each connection to SOCK; if it STAYS, while the server drains, too."""
-        make = functools.partial(Connection, self._runtime, serve)
-        door = await self._runtime.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
-        sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
-        (self._staying if stays else self._plain).add(door)
-        return door
-
-    def close_one(self, door: asyncio.AbstractServer) -> None:
-        """Listen no longer there."""
-        door.close()
-        self._plain.discard(door)
-
-    async def close(self, handed_over: bool = False) -> None:
-        """Let nobody in any more, and lose nobody who came before."""
-        for door in self._plain:
-            for sock in getattr(door, 'sockets', None) or ():
-                with contextlib.suppress(NotImplementedError):      # Windows
-                    self._runtime.loop.remove_reader(sock)
-        for _ in range(ENTER_TURNS):        # close() drops what was accepted in this turn
-            await asyncio.sleep(0)
-        for door in (*self._plain, *(self._staying if handed_over else ())):
-            door.close()
-        for guarded in self.guarded:
-            await guarded.close()
-
-
-_ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
-
-
-async def last_words(connection: Connection, error: BadHttp | Overdue, head: bytes | None,
-                     page: ErrorPage) -> None:
-    """Tell a visitor, so that it arrives, what is wrong with HEAD, or with what has come of one."""
-    here = connection.peek()
-    if isinstance(error, Overdue):
-        if b'\r\n'.startswith(here):
-            return
-        head, error = None, BadHttp(408, 'the request did not arrive in time')
-    accept = _ACCEPT.search(head or here)
-    with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
-        await write_own(connection, error_message(
-            HopFailed(error.status, str(error)), accept.group(1) if accept else b'',
-            ['Connection: close', date_line(int(time.time()))], page=page))
-        await connection.linger()
-
-
-def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
-    """Why there is none from the client of NAME, which failed with ERROR."""
-    if isinstance(error, StreamReset):
-        return HopFailed(502, f'the tunnel failed: {error}', hop='client',
-                         cure='see what the client says')
-    if isinstance(error, Overdue):
-        return HopFailed(504, f'the client of {name} took too long', hop='client',
-                         cure='see whether its machine is awake and online')
-    return HopFailed(502, f'the client of {name} gave no proper answer: {error}', hop='client',
-                     cure='fetch the client anew from its server')
-
-
-def no_session(why: Refused) -> bytes:
-    """Return what a client is told that gets no session."""
-    reason = {'error': why.code, 'message': str(why), 'final': why.final}
-    extra = ['Connection: close']
-    if why.status == 429:
-        extra.append(f'Retry-After: {RETRY_AFTER}')
-    if why.status == 426:
-        extra = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
-    return plain_message(why.status, 'application/json', json.dumps(reason).encode() + b'\n', extra)
-
-
-class Pages(Dict[bytes, Page]):
-    """The pages of the server's own name, by path; and the one that says what went wrong."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.error: ErrorPage = plain_page
-
-
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits,
-                 log: Observer, *, hold: float = HELD, drain: float = DRAIN,
+    def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits, doors: Doors,
+                 pages: Pages, log: Observer, *, hold: float = HELD, drain: float = DRAIN,
                  budget: int = LEAST_BUDGET, only: bool = False,
                  trace: Trace | None = None) -> None:
         """BUDGET is of all sessions, in bytes.  ONLY: any Host of this machine reaches the one
@@ -3589,10 +3427,9 @@ class Server:
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
-        self.pages = Pages()            # a seam: of the server's own name, by path
-        self.everywhere: dict[bytes, Page] = {}     # a seam: of any Host, and over http alike
+        self.pages = pages              # what it says itself
         self.draining = False           # it ends: nobody new, and connections close
-        self.doors = Doors(runtime)
+        self.doors = doors              # what it listens on
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
@@ -3665,7 +3502,7 @@ class Server:
                 if connection.unread:     # pipelined
                     await asyncio.sleep(0)
         except (BadHttp, Overdue) as e:
-            await last_words(connection, e, head, self.pages.error)
+            await self.pages.last_words(connection, e, head)
         except (LocaltunnelError, OSError):
             connection.abort()
         finally:
@@ -3676,37 +3513,32 @@ class Server:
     async def _answer(self, visitor: Visitor, exchange: Exchange) -> None:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
+        everywhere = request.target in self.pages.everywhere
         try:
-            name = '' if request.target in self.everywhere else self._route(visitor, request)
+            name = '' if everywhere else self._route(visitor, request)
             detour = self.tunnels.detours.get(name)
             if detour:
                 await detour.take(visitor, exchange, name)
             elif name:
                 await self.forward(visitor, exchange, name)
             else:
-                await self._own_page(visitor, exchange)
+                await self.give(visitor, exchange, self.pages.find(request, visitor.scheme))
         except HopFailed as e:
             exchange.why = str(e)
-            await self.give_own(visitor, exchange, e.status, functools.partial(
-                error_message, e, request.get(b'accept'), method=request.method,
-                page=self.pages.error), e.extra)
+            await self.give(visitor, exchange, self.pages.failed(e, request))
         finally:
-            if request.target not in self.everywhere:   # balancers ask every second or two
+            if not everywhere:      # balancers ask every second or two
                 self.counters[exchange.status] += 1
                 self.log.exchange(exchange, self.runtime.now() - exchange.began)
 
-    async def give_own(self, visitor: Visitor, exchange: Exchange, status: int,
-                       message: Callable[[Sequence[str]], bytes], extra: Sequence[str],
-                       page: Sequence[bytes] = ()) -> None:
-        """Write what MESSAGE makes of EXTRA and the header lines of this hop, and then PAGE."""
-        request, exchange.status = exchange.request, status
+    async def give(self, visitor: Visitor, exchange: Exchange, own: Own) -> None:
+        """Answer the request with OWN, a response of ours."""
+        request, exchange.status, exchange.answer = exchange.request, own.status, Count(own.size)
         exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
                                 and not visitor.refusal)
-        more = [] if keep and request.minor == b'1' else [
+        lines = [] if keep and request.minor == b'1' else [
             'Connection: keep-alive' if keep else 'Connection: close']
-        first = message([*extra, *more, date_line(int(time.time()))])
-        exchange.answer = Count(len(first.partition(b'\r\n\r\n')[2]) + sum(map(len, page)))
-        await write_own(visitor.connection, first, *page)
+        await own.write(visitor.connection, *lines, date_line(int(time.time())))
 
     # Routes.
 
@@ -3757,20 +3589,6 @@ class Server:
             return name
         raise no_tunnel(f'there is no tunnel at {host}' if host else 'the request names no host')
 
-    async def _own_page(self, visitor: Visitor, exchange: Exchange) -> None:
-        """What the server shows under its own name."""
-        request = exchange.request
-        page = self.everywhere.get(request.target) or self.pages.get(
-            request.target.partition(b'?')[0])
-        if page is None:
-            raise HopFailed(404, 'there is no such page here')
-        if request.method not in (b'GET', b'HEAD'):
-            raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
-        form, pieces = page(f'{visitor.scheme}://{request.host.decode()}')
-        head = functools.partial(plain_head, 200, form, sum(map(len, pieces)))
-        await self.give_own(visitor, exchange, 200, head, PAGE_HEADERS,
-                            pieces if request.method == b'GET' else ())
-
     # One exchange.
 
     async def forward(self, visitor: Visitor, exchange: Exchange, name: str) -> None:
@@ -3799,11 +3617,11 @@ class Server:
                 if exchange.fault:
                     raise exchange.fault from e
                 if not (exchange.repeatable and isinstance(e, SessionLost)):
-                    raise no_answer(name, e) from e
+                    raise self.pages.no_answer(name, e) from e
             except (BadHttp, Incomplete, Overdue) as e:
                 if exchange.status:
                     raise Disconnected(str(e)) from e
-                raise no_answer(name, e) from e
+                raise self.pages.no_answer(name, e) from e
             finally:
                 visitor.stream = None
                 if exchange.sending:
@@ -3822,12 +3640,12 @@ class Server:
         except Refused as e:
             self.counters['refused_' + e.code] += 1
             audit(self.log, 'refused', facts, reason=e.code)
-            await write_own(visitor.connection, no_session(e))
+            await self.pages.refuse(visitor.connection, e)
             return False
         if admitted is None:
             done = Refused(200, 'released', 'the name was given back')      # as clients know it
             audit(self.log, 'released', facts, reason=str(done))
-            await write_own(visitor.connection, no_session(done))
+            await self.pages.refuse(visitor.connection, done)
             return False
         member, tunnel, theirs = admitted
         session, connection = member.session, visitor.connection
@@ -4014,11 +3832,9 @@ class App:
             try:
                 await self._forward(stream, exchange)
             except HopFailed as e:
-                exchange.status, exchange.why = e.status, str(e)
-                page = error_message(e, exchange.request.get(b'accept'),
-                                     method=exchange.request.method, page=self.words.page)
-                exchange.answer = Count(len(page.partition(b'\r\n\r\n')[2]))
-                await stream.write(page, end=True)
+                own = self.words.failed(e, exchange.request)
+                exchange.status, exchange.why, exchange.answer = e.status, str(e), Count(own.size)
+                await stream.write(own.whole(), end=True)
         except (LocaltunnelError, OSError) as e:
             why = f'cut short: {stream.error or e}'
             stream.reset(FAILED, str(e))
@@ -4487,15 +4303,6 @@ class Others:
         raise NotImplementedError
 
 
-class GuardedDoor:
-    """One where a connection does not become a visitor at once."""
-    busy: Any = False           # true while some are on their way in
-
-    async def close(self) -> None:
-        """Let nobody in any more."""
-        raise NotImplementedError
-
-
 # ------------------------------------------------------------------------------------------------
 # 15. Places
 #
@@ -4626,7 +4433,222 @@ class Backoff:
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Plain words
+# 16. Doors
+#
+# What a server listens on, and how that is closed so that nobody who came before is lost.
+# ------------------------------------------------------------------------------------------------
+
+BACKLOG = 1024                  # connections that wait to be accepted
+ACCEPTED_TOGETHER = 16          # in one turn: few enough to close others before descriptors run out
+ENTER_TURNS = 4                 # of the loop, until an accepted connection has become a visitor
+
+
+class GuardedDoor:
+    """One where a connection does not become a visitor at once."""
+    busy: Any = False           # true while some are on their way in
+
+    async def close(self) -> None:
+        """Let nobody in any more."""
+        raise NotImplementedError
+
+
+class Doors:
+    """What a server listens on."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self.guarded: list[GuardedDoor] = []    # a seam: where visitors take their time to come in
+        # A seam: who is told that the server ends, while all doors are still open.
+        self.before_close: list[Callable[[], Awaitable[None]]] = []
+        self._plain: set[asyncio.AbstractServer] = set()
+        self._staying: set[asyncio.AbstractServer] = set()      # others, open to the last
+
+    @property
+    def busy(self) -> bool:
+        """True while somebody who was let in has yet to be served."""
+        return any(door.busy for door in self.guarded)
+
+    async def open(self, sock: socket.socket, serve: Serve,
+                   stays: bool = False) -> asyncio.AbstractServer:
+        """Let SERVE have each connection to SOCK; if it STAYS, while the server drains, too."""
+        make = functools.partial(Connection, self._runtime, serve)
+        door = await self._runtime.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
+        sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
+        (self._staying if stays else self._plain).add(door)
+        return door
+
+    def close_one(self, door: asyncio.AbstractServer) -> None:
+        """Listen no longer there."""
+        door.close()
+        self._plain.discard(door)
+
+    async def close(self, handed_over: bool = False) -> None:
+        """Let nobody in any more, and lose nobody who came before."""
+        for door in self._plain:
+            for sock in getattr(door, 'sockets', None) or ():
+                with contextlib.suppress(NotImplementedError):      # Windows
+                    self._runtime.loop.remove_reader(sock)
+        for _ in range(ENTER_TURNS):        # close() drops what was accepted in this turn
+            await asyncio.sleep(0)
+        for door in (*self._plain, *(self._staying if handed_over else ())):
+            door.close()
+        for guarded in self.guarded:
+            await guarded.close()
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Own pages
+#
+# What both ends answer themselves: its form, and how it is written so that one who does not read it
+# holds little, and not for long.
+# ------------------------------------------------------------------------------------------------
+
+PAGE_PART = 16 * KIB            # of a page of ours in one write: a stalled reader holds no more
+PAGE_STALLED = 20.0             # for a part of it to be read
+PAGE_HEADERS = [      # no script, no other host
+    "Content-Security-Policy: default-src 'none'; style-src 'unsafe-inline'",
+    'X-Content-Type-Options: nosniff']
+
+
+async def write_own(connection: Connection, *message: bytes) -> None:
+    """Write a MESSAGE of our own part by part, as it is read.
+
+    No budget counts what it takes, so a reader that stalls must hold little, and not for long.
+    """
+    with contextlib.suppress(AttributeError):       # before Python 3.11 TLS that has just ended
+        # One part has left before the next; not 0, by which TLS never goes on.
+        connection.transport.set_write_buffer_limits(1)
+    usual, connection.timeout = connection.timeout, PAGE_STALLED
+    try:
+        for piece in message:
+            for at in range(0, len(piece), PAGE_PART):
+                if connection.transport.is_closing():       # asyncio logs each write then
+                    raise Disconnected('the reader of our response went away')
+                await connection.write(memoryview(piece)[at:at + PAGE_PART])
+    except Overdue as e:
+        raise Disconnected('our response was not read in time') from e
+    finally:
+        connection.timeout = usual
+
+
+class Own:
+    """A response of our own to METHOD: its content type is FORM, its body PIECES.
+
+    EXTRA are header lines, and so is what its methods are given, which belongs to this hop.
+    """
+
+    def __init__(self, status: int, form: str, pieces: Sequence[bytes], extra: Sequence[str] = (),
+                 method: bytes = b'GET') -> None:
+        self.status, self._form, self._extra = status, form, extra
+        self._length = sum(map(len, pieces))
+        self._pieces, self.size = (pieces, self._length) if method != b'HEAD' else ((), 0)
+
+    def _head(self, more: Sequence[str]) -> bytes:
+        length = [f'Content-Length: {self._length}'] * (self.status != 204)
+        return '\r\n'.join([
+            f'HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}',
+            f'Content-Type: {self._form}', *length, 'Cache-Control: no-store', *self._extra, *more,
+            '', '']).encode()
+
+    def whole(self, *more: str) -> bytes:
+        """Return all of it."""
+        return b''.join((self._head(more), *self._pieces))
+
+    async def write(self, connection: Connection, *more: str) -> None:
+        """Write it, as it is read."""
+        if self.size > PAGE_PART:
+            await write_own(connection, self._head(more), *self._pieces)
+        else:
+            await write_own(connection, self.whole(*more))
+
+
+# How an error is said to who accepts what: content type, text, and header lines.
+ErrorPage = Callable[[HopFailed, bytes], Tuple[str, str, Sequence[str]]]
+
+
+def plain_page(error: HopFailed, accept: bytes) -> tuple[str, str, Sequence[str]]:
+    """What ERROR says, in a line."""
+    phrase = http.HTTPStatus(error.status).phrase
+    return 'text/plain; charset=utf-8', f'{error.status} {phrase}: {printable(str(error))}\n', ()
+
+
+def own_error(error: HopFailed, accept: bytes, page: ErrorPage, extra: Sequence[str] = (),
+              method: bytes = b'GET') -> Own:
+    """What tells METHOD what went wrong, as PAGE puts it for ACCEPT."""
+    form, text, more = page(error, accept)
+    failed = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
+    return Own(error.status, form, [text.encode()], [*more, *failed, *extra], method)
+
+
+# One of a server: its type and its bytes in pieces, for who reached it at an address.
+Page = Callable[[str], Tuple[str, Sequence[bytes]]]
+_ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
+
+
+class Pages(Dict[bytes, Page]):
+    """What a server says itself: the pages of its own name, by path, and what went wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.everywhere: dict[bytes, Page] = {}     # of any Host, and over http alike
+        self.error: ErrorPage = plain_page
+
+    def find(self, request: Request, scheme: str) -> Own:
+        """The page that REQUEST asks for, which came by SCHEME.  Raises HopFailed."""
+        page = self.everywhere.get(request.target) or self.get(request.target.partition(b'?')[0])
+        if page is None:
+            raise HopFailed(404, 'there is no such page here')
+        if request.method not in (b'GET', b'HEAD'):
+            raise HopFailed(405, 'this page can only be read', 'Allow: GET, HEAD')
+        form, pieces = page(f'{scheme}://{request.host.decode()}')
+        return Own(200, form, pieces, PAGE_HEADERS, request.method)
+
+    def failed(self, error: HopFailed, request: Request) -> Own:
+        """What REQUEST gets, which came to an ERROR."""
+        return own_error(error, request.get(b'accept'), self.error, error.extra, request.method)
+
+    async def last_words(self, connection: Connection, error: BadHttp | Overdue,
+                         head: bytes | None) -> None:
+        """Tell a visitor, so that it arrives, what is wrong with HEAD, or what has come of one."""
+        here = connection.peek()
+        if isinstance(error, Overdue):
+            if b'\r\n'.startswith(here):
+                return
+            head, error = None, BadHttp(408, 'the request did not arrive in time')
+        accept = _ACCEPT.search(head or here)
+        with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
+            await own_error(
+                HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.error
+            ).write(connection, 'Connection: close', date_line(int(time.time())))
+            await connection.linger()
+
+    @staticmethod
+    def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
+        """Why there is none from the client of NAME, which failed with ERROR."""
+        if isinstance(error, StreamReset):
+            return HopFailed(502, f'the tunnel failed: {error}', hop='client',
+                             cure='see what the client says')
+        if isinstance(error, Overdue):
+            return HopFailed(504, f'the client of {name} took too long', hop='client',
+                             cure='see whether its machine is awake and online')
+        return HopFailed(502, f'the client of {name} gave no proper answer: {error}', hop='client',
+                         cure='fetch the client anew from its server')
+
+    @staticmethod
+    async def refuse(connection: Connection, why: Refused) -> None:
+        """Tell a client WHY it gets no session."""
+        reason = {'error': why.code, 'message': str(why), 'final': why.final}
+        more = ['Connection: close']
+        if why.status == 429:
+            more.append(f'Retry-After: {RETRY_AFTER}')
+        if why.status == 426:
+            more = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
+        await Own(why.status, 'application/json', [json.dumps(reason).encode() + b'\n']).write(
+            connection, *more)
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. Plain words
 #
 # What went wrong on the way to a server or an app, in one sentence with its cure; and how that is
 # shown to people and programs.
@@ -4740,6 +4762,10 @@ class Words:
     """What people are told where a server or an app can't be reached, or says something strange."""
     page: ErrorPage = staticmethod(any_page)
 
+    def failed(self, error: HopFailed, request: Request) -> Own:
+        """What REQUEST gets, which came to an ERROR."""
+        return own_error(error, request.get(b'accept'), self.page, method=request.method)
+
     def unreachable(self, error: BaseException, where: str) -> str:
         """Why WHERE can't be reached."""
         return explain(error, where)
@@ -4798,7 +4824,7 @@ class Words:
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Files
+# 19. Files
 #
 # What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
 # one or the new one.  And what a server leaves to the next: its lock, and the sockets that listen.
@@ -5097,7 +5123,7 @@ def using(folder: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Annex
+# 20. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print, codes, this file itself, who stands in front of a
@@ -5617,7 +5643,7 @@ async def ask_app(server: Server, name: str, visitor: Visitor,
     try:
         return await ask_stream(stream, message)
     except (StreamReset, BadHttp, Incomplete, Overdue) as e:
-        raise no_answer(name, e) from e
+        raise server.pages.no_answer(name, e) from e
     finally:
         visitor.stream = None
         stream.close()
@@ -5635,7 +5661,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. TLS
+# 21. TLS
 #
 # What a client checks; what a server shows, and asks of those who come without it.
 # ------------------------------------------------------------------------------------------------
@@ -5889,7 +5915,7 @@ class TlsDoor(GuardedDoor):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Tokens and leases
+# 22. Tokens and leases
 #
 # What a server asks of who wants a tunnel: which token allows what, which names may be chosen, and
 # whose they are.  Callers bring `now`, in Unix seconds.
@@ -6117,7 +6143,7 @@ class Leases:
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Limits
+# 23. Limits
 #
 # What keeps one client from taking all, or from guessing tokens; and what it may have beside its
 # tunnel.
@@ -6265,7 +6291,7 @@ class Limits:
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. DNS
+# 24. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6562,7 +6588,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Kept leases
+# 25. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6675,7 +6701,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Access
+# 26. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6757,7 +6783,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Cluster
+# 27. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -6937,7 +6963,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Held requests
+# 28. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
 # wait: not for long, not many, and in no order.  Those that it has taken wait, too.
@@ -7083,7 +7109,7 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Shared site
+# 29. Shared site
 #
 # The tunnels of a server are one site to browsers, and their owners may not know each other: no app
 # sets or deletes the cookies of others.
@@ -7125,7 +7151,7 @@ class SharedSite(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Crowds
+# 30. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7196,7 +7222,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Raw TCP
+# 31. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7407,7 +7433,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Folder and echo
+# 32. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7691,15 +7717,14 @@ async def echo(connection: Connection) -> None:
                                     hop='app')
                 status, delay = wished(request.target)
             except HopFailed as e:
-                await write_own(connection, error_message(
-                    e, request.get(b'accept'), ['Connection: close'], page=any_page))
+                await own_error(e, request.get(b'accept'), any_page).write(
+                    connection, 'Connection: close')
                 break
             await asyncio.sleep(delay)
             form, text = echoed(request, head, body)
             if status in (204, 205, 304):
                 text = b''
-            await write_own(connection, plain_head(status, form, len(text)),
-                            text if request.method != b'HEAD' else b'')
+            await Own(status, form, [text], method=request.method).write(connection)
         await connection.linger()
     except (LocaltunnelError, OSError):
         connection.abort()
@@ -7757,7 +7782,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Host header
+# 33. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7942,7 +7967,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Outgoing proxy
+# 34. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -8008,7 +8033,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Certificates
+# 35. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8111,7 +8136,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Certificates by ACME
+# 36. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8486,16 +8511,16 @@ class Outside:
 
     def show(self, token: str, proof: str) -> None:
         """Let PROOF be seen where TOKEN leads to, under any name, and its digest in DNS."""
-        self._server.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
+        self._server.pages.everywhere[f'{CHALLENGES}{token}'.encode()] = lambda _: (
             'application/octet-stream', [proof.encode()])
         self._zone.texts.add(base64url(hashlib.sha256(proof.encode()).digest()))
 
     def hide(self) -> None:
         """Let nothing of it be seen any more."""
         self._zone.texts.clear()
-        for path in tuple(self._server.everywhere):
+        for path in tuple(self._server.pages.everywhere):
             if path.startswith(CHALLENGES.encode()):
-                del self._server.everywhere[path]
+                del self._server.pages.everywhere[path]
 
     async def record(self, prefix: str, kind: str, value: str) -> str:
         """A record below PREFIX and the domain, as DNS providers ask for it."""
@@ -8879,7 +8904,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Hand-over
+# 37. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8979,7 +9004,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Operator's page
+# 38. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9268,14 +9293,14 @@ class OperatorPage:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
             request = parse_request(head or b'')
             form, page = await self._page(request)
-            answer = plain_message(200, form, page, close, request.method)
+            answer = Own(200, form, [page], close, request.method)
         except (BadHttp, HopFailed, Refused) as e:
-            answer = error_message(
-                HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', close,
-                request.method if request else b'GET', any_page)
+            answer = own_error(
+                HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', any_page,
+                close, request.method if request else b'GET')
         except (LocaltunnelError, OSError):
             return connection.close()       # the operator went away
-        connection.transport.write(answer)
+        connection.transport.write(answer.whole())
         await connection.linger()
 
     async def _page(self, request: Request) -> tuple[str, bytes]:
@@ -9341,7 +9366,7 @@ class Operator(Annex):
 
     async def at_server(self, args: Args, server: Server) -> None:
         health = Health(server)
-        server.everywhere[HEALTH] = health.page
+        server.pages.everywhere[HEALTH] = health.page
         server.doors.before_close.append(health.say_goodbye)
         if args.admin:
             metrics = Metrics(server)
@@ -9353,7 +9378,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Block list
+# 39. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9587,7 +9612,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Kept requests
+# 40. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -9844,8 +9869,8 @@ class Queues(Detour):
             await self._write(kept, message)
         finally:
             budget.give(held)
-        await server.give_own(visitor, exchange, wanted.status, functools.partial(
-            plain_message, wanted.status, 'text/plain', b''), [f'Localtunnel-Kept: {kept.id}'])
+        await server.give(visitor, exchange, Own(
+            wanted.status, 'text/plain', (), [f'Localtunnel-Kept: {kept.id}']))
 
     async def _is_there(self, key: str, alone: bool) -> bool:
         """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
@@ -10145,7 +10170,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Mail
+# 41. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10766,7 +10791,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Ground
+# 42. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -11071,7 +11096,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Doctor
+# 43. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11136,7 +11161,7 @@ async def answer_ourselves(connection: Connection) -> None:
                                    b'5\r\nfirst\r\n')
             await connection.wait_for_data(CHECK_WITHIN)        # until the visitor has gone
         else:
-            await connection.write(plain_message(200, HTML, body, ['Connection: close']))
+            await connection.write(Own(200, HTML, [body]).whole('Connection: close'))
         await connection.linger()
     except (LocaltunnelError, OSError):
         connection.abort()
@@ -11378,7 +11403,7 @@ class Doctor(Annex):
 
     async def run(self, args: Args, server: Server) -> None:
         itself = f'localtunnel {__version__} {secrets.token_hex(16)}'.encode()
-        server.everywhere[ITSELF.encode()] = lambda _: ('text/plain', [itself])
+        server.pages.everywhere[ITSELF.encode()] = lambda _: ('text/plain', [itself])
         while not is_loopback(args.domain):
             await self.look(args, server, Ground(args, server.runtime, itself))
             await asyncio.sleep(DAY)
@@ -11453,7 +11478,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Landing page
+# 44. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11541,7 +11566,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Verifying
+# 45. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11616,7 +11641,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Token files
+# 46. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.  Who loses
 # a token loses the tunnels that it opened.
@@ -11728,7 +11753,7 @@ class Revoker:
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Invitations
+# 47. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11949,7 +11974,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Exchanges
+# 48. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12733,7 +12758,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Inspector's page
+# 49. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13273,7 +13298,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Inspector
+# 50. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13400,9 +13425,9 @@ class Inspector:
 
     async def _write(self, status: int, form: str, text: str, *extra: str) -> None:
         """Answer with TEXT; the fields see to it that no other site gets it, in any guise."""
-        await write_own(self._connection, plain_message(status, form, text.encode(), [
+        await Own(status, form, [text.encode()], [
             'Connection: close', 'X-Content-Type-Options: nosniff', 'Referrer-Policy: no-referrer',
-            'Cross-Origin-Resource-Policy: same-origin', *extra]))
+            'Cross-Origin-Resource-Policy: same-origin', *extra]).write(self._connection)
 
     async def _begin(self, form: str, *extra: str) -> None:
         """Write the head of an answer that comes piece by piece."""
@@ -13592,7 +13617,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Logs and replay
+# 51. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -14090,7 +14115,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Words from elsewhere
+# 52. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14235,7 +14260,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Error pages
+# 53. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14312,7 +14337,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Setting up
+# 54. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14823,7 +14848,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Via ssh
+# 55. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -15047,7 +15072,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 54. Output
+# 56. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15341,7 +15366,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Keys
+# 57. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15445,7 +15470,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Terminal
+# 58. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15892,7 +15917,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Options
+# 59. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -16184,7 +16209,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Wiring
+# 60. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16413,8 +16438,9 @@ def equip(server: Server) -> None:
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime), Observer(),
-                    only=True, drain=LINGER, budget=process_budget())
+    server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime),
+                    Doors(runtime), Pages(), Observer(), only=True, drain=LINGER,
+                    budget=process_budget())
     equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -16568,7 +16594,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Python
+# 61. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16870,7 +16896,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Configuration file
+# 62. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17266,7 +17292,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 61. Command line
+# 63. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -17541,8 +17567,9 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
     server = Server(runtime, args.domain, Leases(tokens),
-                    Limits(runtime, args.max_tunnels, args.rate), log, hold=args.hold,
-                    drain=args.drain, budget=args.buffer * MIB or process_budget(),
+                    Limits(runtime, args.max_tunnels, args.rate), Doors(runtime), Pages(), log,
+                    hold=args.hold, drain=args.drain,
+                    budget=args.buffer * MIB or process_budget(),
                     only=is_address(args.domain), trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)

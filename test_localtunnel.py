@@ -24,52 +24,54 @@ Contents
    13 Client                  when it tries again, and that exchanges go on
    14 Seams                   what others fill (in App, and by each annex)
    15 Places                  targets and servers as they are typed, and dialled; when again
-   16 Plain words             what TLS complains of; for the rest see App, Client
-   17 Files                   what is kept on disk (in Kept leases, Command line)
-   18 Annex                   what a code has in it; for the rest see D
-   19 TLS                     what both ends check (in Client, Command line)
-   20 Tokens and leases       what a token allows, and whom a name belongs to
-   21 Limits                  how many, and how fast (in Server, B)
-   22 DNS                     what is asked about a zone, and answered
-   23 Kept leases             what of them survives a server, a crash and a full disk
-   24 Access                  which visitors pass; for the rest see B
-   25 Cluster                 whose name it is where several servers share a key
-   26 Held requests           what waits, and for how long (in C)
-   27 Shared site             which cookies pass (in B)
-   28 Crowds                  who has to go (in B)
-   29 Raw TCP                 bytes both ways, and their ends
-   30 Folder and echo         what a folder shows, and what it hides
-   31 Host header             what app and visitor see of each other's address, base paths, hints
-   32 Outgoing proxy          the ways out, and what a proxy may answer
-   33 Certificates            what a server shows (in Command line)
-   34 Certificates by ACME    authorities, real and made up, and the records of a domain
-   35 Hand-over               from one process to the next (in Command line)
-   36 Operator's page         what he sees, and what he ends (in B)
-   37 Block list              what an entry is, and who is kept out
-   38 Kept requests           what waits, through every crash, and how it is delivered
-   39 Mail                    the published tables of SMTP, real senders, and what the app gets
-   40 Ground                  what a look at it finds, and that it harms nobody
-   41 Doctor                  every fault is named first, and each look leaves nothing behind
-   42 Landing page            whom to ask; the rest in Server, Command line
-   43 Verifying               what a server hands out, and this file
-   44 Token files             what a line of them may be; for the rest see Server
-   45 Invitations             who gets in, and who no more
-   46 Exchanges               what is kept of what passes, and for how long
-   47 Inspector's page        shown by the next room
-   48 Inspector               who sees it, and how; what is sent again
-   49 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   50 Words from elsewhere    what users of other programs type
-   51 Error pages             the way and where it stops, for each thing that fails
-   52 Setting up              what is installed, and how another machine is talked to
-   53 Via ssh                 how services are asked, and what ends it
-   54 Output                  programs, and those who read slowly what they write
-   55 Keys                    what is typed while a tunnel runs
-   56 Terminal                what a person sees
-   57 Options                 what can be typed
-   58 Wiring                  the key; which server, which token (in Command line)
-   59 Python                  a tunnel inside another program, and its options as keywords
-   60 Configuration file      what a section means, and what is wrong with it
-   61 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   16 Doors                   how they close (in Server, Command line)
+   17 Own pages               what waits for a reader, and for how long
+   18 Plain words             what TLS complains of; for the rest see App, Client
+   19 Files                   what is kept on disk (in Kept leases, Command line)
+   20 Annex                   what a code has in it; for the rest see D
+   21 TLS                     what both ends check (in Client, Command line)
+   22 Tokens and leases       what a token allows, and whom a name belongs to
+   23 Limits                  how many, and how fast (in Server, B)
+   24 DNS                     what is asked about a zone, and answered
+   25 Kept leases             what of them survives a server, a crash and a full disk
+   26 Access                  which visitors pass; for the rest see B
+   27 Cluster                 whose name it is where several servers share a key
+   28 Held requests           what waits, and for how long (in C)
+   29 Shared site             which cookies pass (in B)
+   30 Crowds                  who has to go (in B)
+   31 Raw TCP                 bytes both ways, and their ends
+   32 Folder and echo         what a folder shows, and what it hides
+   33 Host header             what app and visitor see of each other's address, base paths, hints
+   34 Outgoing proxy          the ways out, and what a proxy may answer
+   35 Certificates            what a server shows (in Command line)
+   36 Certificates by ACME    authorities, real and made up, and the records of a domain
+   37 Hand-over               from one process to the next (in Command line)
+   38 Operator's page         what he sees, and what he ends (in B)
+   39 Block list              what an entry is, and who is kept out
+   40 Kept requests           what waits, through every crash, and how it is delivered
+   41 Mail                    the published tables of SMTP, real senders, and what the app gets
+   42 Ground                  what a look at it finds, and that it harms nobody
+   43 Doctor                  every fault is named first, and each look leaves nothing behind
+   44 Landing page            whom to ask; the rest in Server, Command line
+   45 Verifying               what a server hands out, and this file
+   46 Token files             what a line of them may be; for the rest see Server
+   47 Invitations             who gets in, and who no more
+   48 Exchanges               what is kept of what passes, and for how long
+   49 Inspector's page        shown by the next room
+   50 Inspector               who sees it, and how; what is sent again
+   51 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   52 Words from elsewhere    what users of other programs type
+   53 Error pages             the way and where it stops, for each thing that fails
+   54 Setting up              what is installed, and how another machine is talked to
+   55 Via ssh                 how services are asked, and what ends it
+   56 Output                  programs, and those who read slowly what they write
+   57 Keys                    what is typed while a tunnel runs
+   58 Terminal                what a person sees
+   59 Options                 what can be typed
+   60 Wiring                  the key; which server, which token (in Command line)
+   61 Python                  a tunnel inside another program, and its options as keywords
+   62 Configuration file      what a section means, and what is wrong with it
+   63 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2361,29 +2363,6 @@ class ReadHeadTest(LoopTest):
             most = await self.most_in_a_turn(lambda: sink.write.await_count, 500)
         self.assertLessEqual(most, 1)
 
-    async def test_nothing_more_of_a_page_is_written_once_its_reader_has_gone(self):
-        connection, _ = await self.connections()
-        connection.transport.abort()        # and the connection learns it in the loop's next turn
-        with self.assertRaises(lt.Disconnected):
-            await lt.write_own(connection, bytes(lt.MIB))
-
-    async def test_what_is_ours_waits_in_small_parts_for_a_reader_and_not_for_long(self):
-        connection, _ = await self.connections(small=4096)
-        page = bytes(lt.MIB)
-        with self.constant(PAGE_STALLED=0.05), self.assertRaises(lt.Disconnected):
-            await lt.write_own(connection, b'head', page)
-        self.assertLessEqual(connection.transport.get_write_buffer_size(), lt.PAGE_PART)
-        self.assertEqual(connection.timeout, lt.BODY_IDLE)
-
-    async def test_what_is_ours_arrives_whole(self):
-        connection, other = await self.connections(small=4096)
-        page = pattern(300000)
-        async with self.background(lt.write_own(connection, b'head', page)):
-            got = b''
-            while len(got) < 300004:
-                got += await other.read()
-        self.assertEqual(got, b'head' + page)
-
     async def test_tiny_chunks_leave_in_larger_ones_and_let_others_come_in_between(self):
         source, (sink, other) = self.stream(b'1\r\na\r\n' * 20000 + b'0\r\n\r\n'), (
             await self.connections())
@@ -2595,7 +2574,8 @@ class WorldTest(LoopTest):
         limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS),
                            options.pop('rate', 0.0))
         self.leases = self.leases or lt.Leases(self.tokens)     # of the server before
-        self.server = lt.Server(self.runtime, domain, self.leases, limits, self.log, **options)
+        self.server = lt.Server(self.runtime, domain, self.leases, limits,
+                                lt.Doors(self.runtime), lt.Pages(), self.log, **options)
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
@@ -4381,14 +4361,51 @@ class BackoffTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 16. Plain words
+# 16. Doors
+# ------------------------------------------------------------------------------------------------
+
+# They are tried by those who use them.
+
+
+# ------------------------------------------------------------------------------------------------
+# 17. Own pages
+# ------------------------------------------------------------------------------------------------
+
+class OwnPageTest(LoopTest):
+
+    async def test_nothing_more_of_a_page_is_written_once_its_reader_has_gone(self):
+        connection, _ = await self.connections()
+        connection.transport.abort()        # and the connection learns it in the loop's next turn
+        with self.assertRaises(lt.Disconnected):
+            await lt.write_own(connection, bytes(lt.MIB))
+
+    async def test_what_is_ours_waits_in_small_parts_for_a_reader_and_not_for_long(self):
+        connection, _ = await self.connections(small=4096)
+        page = bytes(lt.MIB)
+        with self.constant(PAGE_STALLED=0.05), self.assertRaises(lt.Disconnected):
+            await lt.write_own(connection, b'head', page)
+        self.assertLessEqual(connection.transport.get_write_buffer_size(), lt.PAGE_PART)
+        self.assertEqual(connection.timeout, lt.BODY_IDLE)
+
+    async def test_what_is_ours_arrives_whole(self):
+        connection, other = await self.connections(small=4096)
+        page = pattern(300000)
+        async with self.background(lt.write_own(connection, b'head', page)):
+            got = b''
+            while len(got) < 300004:
+                got += await other.read()
+        self.assertEqual(got, b'head' + page)
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. Plain words
 # ------------------------------------------------------------------------------------------------
 
 class PageTest(unittest.TestCase):
 
     def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
-        message = lt.error_message(lt.HopFailed(502, text), accept.encode(),
-                                   method=method.encode(), page=lt.any_page)
+        message = lt.own_error(lt.HopFailed(502, text), accept.encode(), lt.any_page,
+                               method=method.encode()).whole()
         head, _, body = message.partition(b'\r\n\r\n')
         return head.decode(), body.decode()
 
@@ -4423,12 +4440,12 @@ class PlainWordsTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Files
+# 19. Files
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Annex
+# 20. Annex
 # ------------------------------------------------------------------------------------------------
 
 class CodeTest(unittest.TestCase):
@@ -4480,7 +4497,7 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. TLS
+# 21. TLS
 # ------------------------------------------------------------------------------------------------
 
 class TlsFilesTest(FolderTest):
@@ -4494,7 +4511,7 @@ class TlsFilesTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Tokens and leases
+# 22. Tokens and leases
 # ------------------------------------------------------------------------------------------------
 
 class TokenTest(unittest.TestCase):
@@ -4570,14 +4587,14 @@ class LeaseTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. Limits
+# 23. Limits
 # ------------------------------------------------------------------------------------------------
 
 # They are tried where clients are admitted, and by hostile ones.
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. DNS
+# 24. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4729,7 +4746,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Kept leases
+# 25. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4831,7 +4848,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. Access
+# 26. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4877,7 +4894,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Cluster
+# 27. Cluster
 # ------------------------------------------------------------------------------------------------
 
 class ClusterTest(FolderTest, WorldTest):
@@ -5133,28 +5150,28 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Held requests
+# 28. Held requests
 # ------------------------------------------------------------------------------------------------
 
 # What waits, and for how long, is tried with bad networks, in C.
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Shared site
+# 29. Shared site
 # ------------------------------------------------------------------------------------------------
 
 # Which cookies pass is tried where hostile clients are, in B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Crowds
+# 30. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Raw TCP
+# 31. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5253,7 +5270,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Folder and echo
+# 32. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5563,7 +5580,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Host header
+# 33. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5855,7 +5872,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Outgoing proxy
+# 34. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5933,7 +5950,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Certificates
+# 35. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5952,7 +5969,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Certificates by ACME
+# 36. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6158,7 +6175,7 @@ class PebbleTest(AcmeTest):
         status, fields, _ = await self.visit(name)
         self.assertEqual((status, fields['location']),
                          (308, f'https://{name}:{self.server.tls.port}/'))
-        self.assertEqual(self.server.everywhere.keys() - {lt.HEALTH}, set())
+        self.assertEqual(self.server.pages.everywhere.keys() - {lt.HEALTH}, set())
         for name in os.listdir(self.folder):
             self.assertIn(name, ('acme.json', 'acme-account.key', 'acme-certificate.pem', 'ca.pem'))
             if POSIX and name != 'ca.pem':
@@ -6552,7 +6569,7 @@ class OutsideTest(AcmeTest):
                 outside._port = port
                 with self.assertRaisesRegex(lt.AcmeError, said):
                     await outside.reach()
-                self.assertEqual(self.server.everywhere, {})
+                self.assertEqual(self.server.pages.everywhere, {})
         self.dns.faults['t.example'] = 2
         self.dns.records.clear()
         self.assertIsNone(await lt.ask_dns(('127.0.0.1', self.resolver), 't.example', 1))
@@ -6720,14 +6737,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Hand-over
+# 37. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Operator's page
+# 38. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6923,7 +6940,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Block list
+# 39. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7197,7 +7214,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Kept requests
+# 40. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7856,7 +7873,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Mail
+# 41. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8515,7 +8532,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Ground
+# 42. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8615,8 +8632,8 @@ class GroundTest(FolderTest, WorldTest):
         self.server.tls = lt.Certificate(*files, port=443)      # plain http is sent to https
         secure, other = await self.listen(tls=True), (await self.app()).address[1]
         async with self.background(lt.Doctor().run(self.args, self.server)):
-            await eventually(lambda: self.server.everywhere, 'no page')
-            itself = self.server.everywhere[lt.ITSELF.encode()]('')[1][0]
+            await eventually(lambda: self.server.pages.everywhere, 'no page')
+            itself = self.server.pages.everywhere[lt.ITSELF.encode()]('')[1][0]
             ground = lt.Ground(self.args, self.runtime)
             self.assertEqual(await ground._who_is('127.0.0.1', self.port, False), itself)
             self.assertEqual(await ground._who_is('127.0.0.1', secure, True), itself)
@@ -8654,7 +8671,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Doctor
+# 43. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -8920,7 +8937,7 @@ class DoctorOfAnAddressTest(Doctored):
 
     async def test_a_server_for_one_tunnel_that_has_one_is_right(self):
         await self.world(domain='127.0.0.1', only=True)
-        self.server.everywhere[lt.ITSELF.encode()] = lambda _: (
+        self.server.pages.everywhere[lt.ITSELF.encode()] = lambda _: (
             'text/plain', [b'localtunnel 1.0 ' + b'0' * 32])
         server = f'http://127.0.0.1:{self.port}'
         await self.finds('', '', '--server', server)
@@ -8988,7 +9005,7 @@ class DoctorOfServersTest(Doctored):
 
     async def new_server(self, *args, **options):
         await super().new_server(*args, **options)
-        self.server.everywhere[lt.ITSELF.encode()] = lambda _: (
+        self.server.pages.everywhere[lt.ITSELF.encode()] = lambda _: (
             'text/plain', [b'localtunnel 1.0 ' + 32 * b'0'])
 
     def answer(self, packet):
@@ -9166,7 +9183,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Landing page
+# 44. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9234,7 +9251,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Verifying
+# 45. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9308,7 +9325,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Token files
+# 46. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9330,7 +9347,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Invitations
+# 47. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9492,21 +9509,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Exchanges
+# 48. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Inspector's page
+# 49. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Inspector
+# 50. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10332,7 +10349,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Logs and replay
+# 51. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10454,7 +10471,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Words from elsewhere
+# 52. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10546,7 +10563,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Error pages
+# 53. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10757,7 +10774,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Setting up
+# 54. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -10990,7 +11007,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Via ssh
+# 55. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -11149,7 +11166,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Output
+# 56. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11500,7 +11517,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Keys
+# 57. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11556,7 +11573,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Terminal
+# 58. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11902,7 +11919,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 57. Options
+# 59. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11926,7 +11943,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Wiring
+# 60. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -12141,7 +12158,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Python
+# 61. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12322,7 +12339,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Configuration file
+# 62. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12676,7 +12693,7 @@ class ManyTunnelsTest(CommandTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 61. Command line
+# 63. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -17316,8 +17333,8 @@ def read_rooms(source, tree):
 
 
 # The rooms of part II that are for all annexes.
-SHARED = ('Seams', 'Places', 'Plain words', 'Files', 'Annex', 'TLS', 'Tokens and leases', 'Limits',
-          'DNS')
+SHARED = ('Seams', 'Places', 'Doors', 'Own pages', 'Plain words', 'Files', 'Annex', 'TLS',
+          'Tokens and leases', 'Limits', 'DNS')
 
 
 def annexes(rooms):
