@@ -2860,21 +2860,16 @@ class Hello:
             raise Refused(400, 'bad_hello', 'Localtunnel-Hello is malformed or incomplete') from e
         if self.name is not None:
             self.name = str(self.name).lower()
-        if not abs(self.started) < 1e15:        # NaN and infinity would win for ever
-            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad time of start')
-        if self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16:
-            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad kind, proof or instance')
+        if (self.kind not in ('http', 'tcp') or len(self.proof) != 32 or len(self.instance) != 16
+                or not abs(self.started) < 1e15):       # NaN and infinity would win for ever
+            raise Refused(400, 'bad_hello', 'Localtunnel-Hello has a bad kind, proof, instance or '
+                          'time of start')
 
 
 @functools.lru_cache(maxsize=1024)
 def via(name: str, domain: str) -> bytes:
     """What marks a request that passed the tunnel of NAME, behind its version (RFC 9110 7.6.3)."""
     return f' {name}.{domain} (localtunnel)'.encode()
-
-
-def tunnel_key(name: str, kind: str) -> str:
-    """Where the tunnel of NAME is found: one proof may have a tunnel of each kind."""
-    return name if kind == 'http' else f'{kind}:{name}'
 
 
 class Member:
@@ -2892,7 +2887,8 @@ class Tunnel:
                  'allowance')
 
     def __init__(self, name: str, kind: str) -> None:
-        self.name, self.kind, self.key = name, kind, tunnel_key(name, kind)
+        self.name, self.kind = name, kind       # one proof may have a tunnel of each kind
+        self.key = name if kind == 'http' else f'{kind}:{name}'
         self.url = ''                   # '' until a client serves it; and for TCP without a port
         self.user = ''                  # of the last client's token
         self.members: list[Member] = []         # none: its client is away
@@ -2936,19 +2932,15 @@ def no_tunnel(why: str) -> HopFailed:
 
 class Waits:
     """The requests that can't be served now; here they don't wait, and are told so at once."""
-    count = 0
 
     def __init__(self, tunnels: Tunnels) -> None:
         self.tunnels = tunnels
+        self.of: dict[str, set[asyncio.Future[None]]] = {}      # by the key of the tunnel
 
     async def for_stream(self, key: str, visitor: Visitor,
                          lines: bytes = b'') -> tuple[Stream, bytes]:
         """What `open_stream` returns, once it does.  Raises HopFailed."""
         raise self.tunnels.away(key)
-
-    def of(self, key: str) -> int:
-        """How many wait for KEY."""
-        return 0
 
     def wake(self, *keys: str) -> None:
         """Wake those that wait for one of KEYS, or all."""
@@ -3052,7 +3044,7 @@ class Tunnels:
         if now < self._look_at:
             return
         self._look_at = now + 4 * SWEEP
-        away = [t for t in self if not t.members and not self.waits.of(t.key)]
+        away = [t for t in self if not t.members and t.key not in self.waits.of]
         away.sort(key=lambda tunnel: -tunnel.left_at)
         for rank, tunnel in enumerate(away):
             if rank >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
@@ -3081,16 +3073,18 @@ class Tunnels:
     def away(self, key: str) -> HopFailed:
         """Why nobody serves KEY, which is known."""
         tunnel = self._table.get(key)
-        why, cure, hop = f'the client of {key} is away; try again soon', (
-            'it comes back by itself when its machine is awake and online; if it has ended, start '
-            'it again'), 'client'
         if self.closed:
-            why, cure, hop = 'the server is shutting down; try again soon', '', 'relay'
+            why, cure = 'the server is shutting down; try again soon', ''
         elif tunnel is None:
             why, cure = f'the client of {key} is not connected', 'start it'
         elif tunnel.ended:
             why, cure = tunnel.ended, 'start the client again; if it may not, it says why'
-        return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', hop=hop, cure=cure)
+        else:
+            why, cure = f'the client of {key} is away; try again soon', (
+                'it comes back by itself when its machine is awake and online; if it has ended, '
+                'start it again')
+        return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', cure=cure,
+                         hop='relay' if self.closed else 'client')
 
     def here(self, tunnel: Tunnel) -> None:
         """A client of TUNNEL is there: requests that wait for it go on."""
@@ -3279,8 +3273,8 @@ class Admission:
         tunnel, new = asked.tunnel, asked.hello
         for old in tunnel.beside(new):
             self._tunnels.remove(tunnel, old)
-            event, why = 'closed', 'the client came back without this session'
             if old.hello.instance == new.instance:
+                event, why = 'closed', 'the client came back without this session'
                 old.session.end(Disconnected(why))
             else:
                 event, why = 'taken_over', f'a client at {asked.visitor.address} was started later'
@@ -6984,8 +6978,8 @@ class Held(Waits):
 
     def __init__(self, server: Server) -> None:
         super().__init__(server.tunnels)
+        self.count = 0              # how many wait, in all
         self._now, self._look_at = server.runtime.now, 0.0      # when all sessions are looked at
-        self._of: dict[str, set[asyncio.Future[None]]] = {}     # by the key of the tunnel
         self._from: dict[str, int] = collections.Counter()      # how many, by visitor's subnet
         server.runtime.swept.add(self)
 
@@ -7018,12 +7012,9 @@ class Held(Waits):
                     'its client did not come back') if goes else Overdue(
                     'its client was silent for too long'))
 
-    def of(self, key: str) -> int:
-        return len(self._of.get(key, ()))
-
     def may_wait(self, key: str) -> bool:
         """True if there is room for one more that waits for KEY."""
-        return self.of(key) < MAX_HELD and self.count < MAX_HELD_IN_ALL
+        return len(self.of.get(key, ())) < MAX_HELD and self.count < MAX_HELD_IN_ALL
 
     def may_guess(self, visitor: Visitor) -> bool:
         """True if there is room for one more that waits for a client which may not be known at all.
@@ -7036,7 +7027,7 @@ class Held(Waits):
 
     async def wait(self, key: str, visitor: Visitor, seconds: float) -> bool:
         """Let VISITOR wait for KEY; return whether it was woken before SECONDS were over."""
-        waiting, subnet = self._of.setdefault(key, set()), subnet_of(visitor.address)
+        waiting, subnet = self.of.setdefault(key, set()), subnet_of(visitor.address)
         self.count += 1
         self._from[subnet] += 1
         try:
@@ -7047,11 +7038,11 @@ class Held(Waits):
             if not self._from[subnet]:
                 del self._from[subnet]
             if not waiting:
-                self._of.pop(key, None)
+                self.of.pop(key, None)
 
     def wake(self, *keys: str) -> None:
-        for key in keys or self._of:
-            for future in self._of.get(key, ()):
+        for key in keys or self.of:
+            for future in self.of.get(key, ()):
                 if not future.done():
                     future.set_result(None)
 
@@ -9186,7 +9177,7 @@ class Metrics(Observer):
                  sum(len(member.session.streams) for member in members)),
                 ('visitors', 'Connections of visitors.', len(server.visitors)),
                 ('held_requests', 'Requests that wait for a client, or for room at one.',
-                 tunnels.waits.count),
+                 sum(map(len, tunnels.waits.of.values()))),
                 ('window_bytes', 'Memory that is promised to data in transit.',
                  server.admission.budget.used),
                 ('event_loop_lag_seconds', 'How late the event loop was when it looked last.',
@@ -9272,9 +9263,9 @@ async def end_tunnels(server: Server, name: str, lease: bool, why: str) -> bool:
         if lease and admission.closed:
             raise Refused(503, 'draining', 'this server ends; ask the next one')
         found = tunnels.end(name, why)
-        for key, kind in admission.kinds.items() if lease else ():
-            tunnel = tunnels.get(tunnel_key(name, key))
-            found |= tunnel is not None and await kind.free(tunnel)
+        for tunnel in tunnels if lease else ():
+            if tunnel.name == name and tunnel.kind in admission.kinds:
+                found |= await admission.kinds[tunnel.kind].free(tunnel)
         freed = lease and await admission.leases.save(admission.leases.free(name))
         if freed:
             audit(server.log, 'released', {**UNSERVED, 'name': name}, reason=why)
@@ -9337,14 +9328,15 @@ class OperatorPage:
         lives = [member.session.liveness for member in members]
         seen = max([tunnel.left_at, *(liveness.heard for liveness in lives)])
         zero = time.time() - self._server.runtime.now()     # of the runtime's clock, in Unix time
-        detour = self._server.tunnels.detours.get(tunnel.key)
+        tunnels = self._server.tunnels
+        detour, held = tunnels.detours.get(tunnel.key), tunnels.waits.of.get(tunnel.key, ())
 
         def when(moment: float) -> str | None:
             return rfc3339(zero + moment) if moment > -NEVER else None      # not since the start
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
                 'since': when(tunnel.since), 'last_seen': when(seen),
                 'requests': carried.requests, 'bytes_in': carried.received,
-                'bytes_out': carried.sent, 'held': self._server.tunnels.waits.of(tunnel.key),
+                'bytes_out': carried.sent, 'held': len(held),
                 'kept': detour.waiting(tunnel.key) if detour else 0,
                 'sessions': [
                     {'user': member.grant.user, 'client': member.session.facts['client'],
