@@ -5643,6 +5643,20 @@ async def ask_app(server: Server, name: str, visitor: Visitor,
         stream.close()
 
 
+def leads_out(path: bytes) -> bool:
+    """Return True if dot segments lead PATH above its beginning, in some app's reading.
+
+    Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
+    """
+    depth, path = 0, urllib.parse.unquote_to_bytes(path.partition(b'?')[0])
+    for segment in re.findall(rb'[^/\\]+', re.sub(rb'[;?#\0][^/\\]*', b'', path)):
+        segment = segment.strip()
+        depth += -1 if segment == b'..' else segment not in (b'', b'.')
+        if depth < 0:
+            return True
+    return False
+
+
 def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, Any, None]]
                 ) -> Callable[[Target], Awaitable[Connection]]:
     """What connects to an app in this process, which has SERVE run for each connection."""
@@ -7779,20 +7793,6 @@ class FolderAndEcho(Annex):
 # refuses the tunnel's name.
 # ------------------------------------------------------------------------------------------------
 
-def leads_out(path: bytes) -> bool:
-    """Return True if dot segments lead PATH above its beginning, in some app's reading.
-
-    Apps decode %2e and %2f, take backslashes for slashes, drop `;` and what follows, merge slashes.
-    """
-    depth, path = 0, urllib.parse.unquote_to_bytes(path.partition(b'?')[0])
-    for segment in re.findall(rb'[^/\\]+', re.sub(rb'[;?#\0][^/\\]*', b'', path)):
-        segment = segment.strip()
-        depth += -1 if segment == b'..' else segment not in (b'', b'.')
-        if depth < 0:
-            return True
-    return False
-
-
 URL_END = rb'(?=[/?#>"\']|[ \t]*$)'     # ends an origin, or a whole path
 
 
@@ -9637,8 +9637,8 @@ MAX_PATTERNS = 20               # of a client: they stand in its lease
 KEPT_STATUSES = 200, 202, 204
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
 _KEPT_FILE = re.compile('([0-9a-f]{20})[.]([0-9]{1,6})')
-_CHANGES = '(?!(?:GET|HEAD|OPTIONS|TRACE) )'     # which only ask
-_KEEP = re.compile(_CHANGES + '([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
+ONLY_ASK = 'GET', 'HEAD', 'OPTIONS', 'TRACE'
+_KEEP = re.compile('([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
 
 
 class KeptRequest:
@@ -9748,25 +9748,34 @@ class Shelf:
 
 class Keep(NamedTuple):
     """What a client wants to be kept."""
-    form: re.Pattern[str]       # METHOD PATH
-    status: int                 # which its senders are told
-    gates: Sequence[Gate]       # that let them pass
+    patterns: Sequence[tuple[str, str, bool]]       # method, path, and whether more may follow
+    status: int                                     # which its senders are told
+    gates: Sequence[Gate]                           # that let them pass
+
+    def fits(self, request: Request) -> bool:
+        """True if REQUEST is one of those, however the app reads its path."""
+        method, path = request.method.decode(), request.target.partition(b'?')[0].decode('latin-1')
+        return method not in ONLY_ASK and any(
+            wanted in ('*', method) and (path == begin or more and path.startswith(begin)
+                                         and not leads_out(path[len(begin):].encode('latin-1')))
+            for wanted, begin, more in self.patterns)
 
 
 def read_keep(said: Any, gates: Sequence[Gate] = ()) -> Keep:
     """What a client SAID in its hello, or in its lease.  Raises ValueError and TypeError."""
-    said, forms = dict(said), []
-    for text in said.get('patterns', ()):
+    patterns, status = map(dict(said).get, ('patterns', 'status'))
+    found = []
+    if not (isinstance(patterns, list) and 0 < len(patterns) <= MAX_PATTERNS
+            and type(status) is int and status in KEPT_STATUSES):
+        raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
+    for text in patterns:
         match = _KEEP.fullmatch(text)
-        if not match:
+        if not match or match.group(1) in ONLY_ASK:
             raise ValueError(f"{printable(text)!r:.100} is not like 'POST /hooks/*': a method but "
                              'GET (* for any), and a path, or how it begins and *')
         method, path, more = match.groups()
-        forms.append(method.replace('*', '[^ ]+') + ' ' + re.escape(path) + '.' * len(more) + more)
-    if not 0 < len(forms) <= MAX_PATTERNS or said.get('status') not in KEPT_STATUSES:
-        raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
-    form = re.compile(f'{_CHANGES}(?:{"|".join(forms)})', re.DOTALL)
-    return Keep(form, said['status'], gates)
+        found.append((method, path, bool(more)))
+    return Keep(found, status, gates)
 
 
 class Queues(Detour):
@@ -9838,9 +9847,8 @@ class Queues(Detour):
         lines = server.onward.of_request(visitor, request, key)
         for gate in wanted.gates:
             lines = gate(key, visitor, lines)
-        path = request.target.partition(b'?')[0].decode('latin-1')
-        if (owner is None or not wanted.form.fullmatch(f'{request.method.decode()} {path}')
-                or request.upgrade or request.has(b'expect') or length > MAX_KEPT):
+        if (owner is None or not wanted.fits(request) or request.upgrade
+                or request.has(b'expect') or length > MAX_KEPT):
             return await server.forward(visitor, exchange, key)
         if await self._is_there(key, alone=True):
             try:

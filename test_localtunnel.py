@@ -7477,13 +7477,15 @@ class KeepTest(FolderTest, WorldTest):
                 ('GET', '/hooks/x', ''), ('HEAD', '/hooks/x', ''), ('OPTIONS', '/hooks/x', ''),
                 ('POST', '/hooks/x', 'Expect: 100-continue'), ('POST', '/hooks/x', large),
                 ('POST', '/hooks/x', 'Connection: upgrade\nUpgrade: websocket'),
-                ('POST', '/other', ''), ('POST', '/one/more', '')):
+                ('POST', '/other', ''), ('POST', '/one/more', ''), ('POST', '/hooks/../x', ''),
+                ('POST', '/hooks/a/%2e%2e/..%2Fx', ''), ('POST', '/hooks/..;/x?/hooks/', '')):
             with self.subTest(method=method, path=path, fields=fields):
                 answer = await self.visit('app.localhost', path, fields, method=method)
                 self.assertEqual(answer[0], 503)
-        for method, path in ('PUT', '/hooks/x?y'), ('DELETE', '/hooks/'), ('POST', '/one?x=1'):
+        for method, path in ('PUT', '/hooks/x?y'), ('DELETE', '/hooks/'), (
+                'POST', '/one?x=/../'), ('POST', '/hooks/a/../b'):
             self.assertEqual((await self.visit('app.localhost', path, method=method))[0], 202)
-        self.assertEqual(len(self.ids()), 3)
+        self.assertEqual(len(self.ids()), 4)
 
     async def test_while_the_client_is_there_the_app_answers(self):
         await self.world()
@@ -7864,6 +7866,8 @@ class KeepTest(FolderTest, WorldTest):
                      {'patterns': [], 'status': 202},
                      {'patterns': ['POST /*'] * 21, 'status': 202}, {'patterns': ['POST /x']},
                      {'patterns': ['POST /*'], 'status': 201}, {'patterns': [7], 'status': 202},
+                     {'patterns': ['POST /*'], 'status': 200.0},
+                     {'patterns': {'POST /*': 1}, 'status': 200},
                      *({'patterns': [text], 'status': 202} for text in (
                          '', 'POST', 'POST ', '/x', 'GET /x', 'HEAD /*', 'OPTIONS *', 'POST x',
                          'POST /a*b', 'post /x', 'POST /x?y', 'POST /' + 'x' * 300, 'POST /\x1b'))):
