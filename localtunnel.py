@@ -9771,8 +9771,8 @@ def read_keep(said: Any, gates: Sequence[Gate] = ()) -> Keep:
     for text in patterns:
         match = _KEEP.fullmatch(text)
         if not match or match.group(1) in ONLY_ASK:
-            raise ValueError(f"{printable(text)!r:.100} is not like 'POST /hooks/*': a method but "
-                             'GET (* for any), and a path, or how it begins and *')
+            raise ValueError(f"{printable(text)!r:.100} is not a method and a path, such as 'POST "
+                             "/hooks/*'; a * is any method, or any end, and GET never waits")
         method, path, more = match.groups()
         found.append((method, path, bool(more)))
     return Keep(found, status, gates)
@@ -10123,8 +10123,8 @@ class Keeping(Annex):
                         print_line(printable(line))
             if args.drop or args.now:
                 shelf.touch()
-                print_line(f'deleted: {len(found)}' if args.drop else 'a server that runs tries '
-                           f'within a second, for clients that are there: {len(found)}')
+                print_line(f'deleted: {len(found)}' if args.drop else f'{len(found)} will be tried '
+                           'within a second, if the server runs and their clients are there')
         except OSError as e:
             raise LocaltunnelError(f"can't use {e.filename or shelf.folder}: {e.strerror}; for a "
                                    'server that was started with sudo, type sudo here, too') from e
@@ -10749,7 +10749,7 @@ class Mail(Annex):
         if app.target.kind != 'http' or not MAIL_PATH.fullmatch(path):
             raise UsageError('--mail takes a path of an http app, such as --mail /inbox')
         address.wants['mail'] = [path, args.mail_raw]
-        app.observer.also('mail', f'to anything@ this host, for {path} of the app')
+        app.observer.also('mail', f"to anything@ the URL's host is posted to {path}")
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.mail:
@@ -14076,14 +14076,16 @@ class Inspect(Annex):
         if path and not args.to:
             raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
         target = parse_target(args.to) if args.to else None
-        found = {str(e['id']): e for e in recorded(path, False, self.warn)} if path else {}
+        there = [(str(e['id']), e) for e in recorded(path, False, self.warn)] if path else []
         remote = None if path else Remote(args.inspect, args.inspect_password)
         failed = False
-        for number in numbers or found:
+        for number, exchange in [(n, dict(there).get(n)) for n in numbers] or there:
+            if numbers and [n for n, _ in there].count(number) > 1:
+                self.warn(f'{number}: several clients counted up to this; their last is sent')
             try:
                 if target:
-                    self._send_to(target, remote.one(number, '?secrets=1') if remote else
-                                  found.get(number), args)
+                    self._send_to(target, remote.one(number, '?secrets=1') if remote else exchange,
+                                  args)
                 elif remote:
                     answer = remote.ask('POST', f'/api/exchanges/{number}/replay', {'id': int},
                                         {'set_headers': args.set_header})

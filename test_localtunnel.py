@@ -8445,7 +8445,8 @@ class DeliveryTest(MailTest):
 
     async def test_a_client_says_where_its_mail_goes(self):
         await self.mail_world()
-        self.assertIn(('also', 'mail', 'to anything@ this host, for /in of the app'), self.log.told)
+        self.assertIn(('also', 'mail', "to anything@ the URL's host is posted to /in"),
+                      self.log.told)
 
 
 class MxTest(MailTest):
@@ -12884,6 +12885,11 @@ class LogsAndReplayTest(CommandTest):
         self.assertIn('without what the record masks: token, Cookie', err)
         self.assertEqual(self.command('replay', self.path('record'), '--to', other.port)[0], 0)
         self.assertEqual(self.command('replay', self.path('record'), 9, '--to', other.port)[0], 1)
+        twice = self.write('twice', 2 * open_and_read(self.path('record')).decode())
+        self.assertEqual(len(self.command('replay', twice, '--to', other.port)[1].splitlines()), 8)
+        code, out, err = self.command('replay', twice, 1, '--to', other.port)
+        self.assertEqual((code, out.count('\n')), (0, 1))
+        self.assertIn('1: several clients counted up to this; their last is sent\n', err)
         code, _, err = self.command('replay', self.path('record'), 1, '--to',
                                     f'https://localhost:{other.port}')
         self.assertEqual((code, err.count('\n')), (1, 2), err)
