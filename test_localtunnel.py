@@ -13802,7 +13802,7 @@ class ReloadTest(CommandTest):
         os.unlink(path)
         os.mkfifo(path)
         self.relay.process.send_signal(signal.SIGHUP)
-        self.relay.says(f"error: can't read {path}: it must be a regular file")
+        self.relay.says(f"error: nothing was changed: can't read {path}: it must be a regular file")
 
     def test_a_new_certificate_is_shown(self):
         if not shutil.which('openssl'):
