@@ -40,48 +40,49 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   14 Seams                  56 Output
-     2 Wire                   15 Places                 57 Keys
-     3 Credit                 16 Doors                  58 Terminal
-     4 Byte streams           17 Own pages              59 Options
-     5 Session                18 Plain words            60 Wiring
-     6 HTTP/1.1               19 Files                  61 Python
-     7 Names                  20 Annex                  62 Configuration file
-     8 Exchange               21 TLS                    63 Command line
-     9 Tunnels                22 Tokens and leases
-    10 Admission              23 Limits
-    11 Server                 24 DNS
-    12 App                    25 Kept leases
-    13 Client                 26 Access
-                              27 Cluster
-                              28 Held requests
-                              29 Shared site
-                              30 Crowds
-                              31 Raw TCP
-                              32 Folder and echo
-                              33 Host header
-                              34 Outgoing proxy
-                              35 Certificates
-                              36 Certificates by ACME
-                              37 Hand-over
-                              38 Operator's page
-                              39 Block list
-                              40 Kept requests
-                              41 Mail
-                              42 Ground
-                              43 Doctor
-                              44 Landing page
-                              45 Verifying
-                              46 Token files
-                              47 Invitations
-                              48 Exchanges
-                              49 Inspector's page
-                              50 Inspector
-                              51 Logs and replay
-                              52 Words from elsewhere
-                              53 Error pages
-                              54 Setting up
-                              55 Via ssh
+     1 Constants and errors   14 Seams                  57 Output
+     2 Wire                   15 Places                 58 Keys
+     3 Credit                 16 Doors                  59 Terminal
+     4 Byte streams           17 Header lines           60 Options
+     5 Session                18 Own pages              61 Wiring
+     6 HTTP/1.1               19 Plain words            62 Python
+     7 Names                  20 Files                  63 Configuration file
+     8 Exchange               21 Annex                  64 Command line
+     9 Tunnels                22 TLS
+    10 Admission              23 Tokens and leases
+    11 Server                 24 Limits
+    12 App                    25 DNS
+    13 Client                 26 Kept leases
+                              27 Access
+                              28 Cluster
+                              29 Held requests
+                              30 Shared site
+                              31 Crowds
+                              32 Raw TCP
+                              33 Folder and echo
+                              34 Host header
+                              35 Outgoing proxy
+                              36 Certificates
+                              37 Certificates by ACME
+                              38 Hand-over
+                              39 Operator's page
+                              40 Block list
+                              41 Kept requests
+                              42 Mail
+                              43 Ground
+                              44 Doctor
+                              45 Landing page
+                              46 Verifying
+                              47 Token files
+                              48 Invitations
+                              49 Exchanges
+                              50 Inspector's page
+                              51 Inspector
+                              52 Logs and replay
+                              53 Words from elsewhere
+                              54 Error pages
+                              55 Setting up
+                              56 Via ssh
 """
 
 from __future__ import annotations
@@ -151,8 +152,8 @@ STAMPED_SERVER = ''
 #
 # All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
 # a list, empty or almost so by default, with a sentence that says what it takes; its classes stand
-# in the room Seams.  Words, Front, Tls, Leases and Limits, which part I is handed, do more and
-# stand later.
+# in the room Seams.  What part I is handed, Places, Doors, Onward, Pages, Words, Front, Tls, Leases
+# and Limits, does more and stands later.
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
@@ -2866,12 +2867,6 @@ class Hello:
                           'time of start')
 
 
-@functools.lru_cache(maxsize=1024)
-def via(name: str, domain: str) -> bytes:
-    """What marks a request that passed the tunnel of NAME, behind its version (RFC 9110 7.6.3)."""
-    return f' {name}.{domain} (localtunnel)'.encode()
-
-
 class Member:
     """One session of a tunnel, and whose it is; by its `id` the client asks to go on with it."""
     __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
@@ -3351,68 +3346,12 @@ class Visitors:
                 visitor.connection.close()
 
 
-@functools.lru_cache(maxsize=1)
-def date_line(second: int) -> str:
-    """Return a Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
-    import email.utils
-    return f'Date: {email.utils.formatdate(second, usegmt=True)}'
-
-
-MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
-
-
-class Onward:
-    """The header lines of requests and responses, as they go on."""
-
-    def __init__(self, domain: str) -> None:
-        self._domain = domain
-        # A seam: each in turn changes the header lines of a response.
-        self.changes: list[Callable[[Response, bytes], bytes]] = []
-
-    def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
-        """Return the header lines of REQUEST to pass on."""
-        before = request.get(b'via') + b', ' if b'via' in request.fields else b''
-        counts = b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS')
-        # First of all, since what is malformed ends the connection.
-        lines = request.onward(MADE_ANEW.union((b'max-forwards',)) if counts else MADE_ANEW,
-                               trusted=False)
-        more = b'' if not counts else (
-            b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
-        if b'host' not in request.fields:
-            more += b'Host: %b\r\n' % (request.host or self._domain.encode())
-        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b1.%b%b\r\n%b' % (
-            lines, visitor.x_forwarded, visitor.host or request.host, before, request.minor,
-            via(name, self._domain), more)
-
-    @staticmethod
-    def _hops_left(value: bytes) -> int:
-        """Return the VALUE of Max-Forwards less one.  Raises HopFailed (RFC 9110 7.6.2)."""
-        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
-            raise HopFailed(501, 'Max-Forwards lets this request go no further')
-        return int(value) - 1
-
-    def of_response(self, exchange: Exchange, response: Response) -> bytes:
-        """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
-        block = response.forwarded_block()
-        for change in self.changes:
-            block = change(response, block)
-        if response.status == 101:
-            return block
-        if not exchange.keep:
-            block += b'Connection: close\r\n'
-        elif exchange.request.minor == b'0':
-            block += b'Connection: keep-alive\r\n'
-        if b'date' not in response.fields:
-            block += b'%b\r\n' % date_line(int(time.time())).encode()
-        return block
-
-
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
     def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits, doors: Doors,
-                 pages: Pages, log: Observer, *, hold: float = HELD, drain: float = DRAIN,
-                 budget: int = LEAST_BUDGET, only: bool = False,
+                 pages: Pages, onward: Onward, log: Observer, *, hold: float = HELD,
+                 drain: float = DRAIN, budget: int = LEAST_BUDGET, only: bool = False,
                  trace: Trace | None = None) -> None:
         """BUDGET is of all sessions, in bytes.  ONLY: any Host of this machine reaches the one
         tunnel there is.
@@ -3428,7 +3367,7 @@ class Server:
         self.tunnels = Tunnels(runtime, hold, log, only)
         self.admission = Admission(
             runtime, leases, self.tunnels, Budget(budget), limits, trace)
-        self.onward = Onward(self.domain)
+        self.onward = onward            # header lines, as they go on
         self.drain, self.limits = drain, limits     # as tunnels.hold, it may be changed any time
         runtime.swept.add(self)
 
@@ -3528,11 +3467,9 @@ class Server:
     async def give(self, visitor: Visitor, exchange: Exchange, own: Own) -> None:
         """Answer the request with OWN, a response of ours."""
         request, exchange.status, exchange.answer = exchange.request, own.status, Count(own.size)
-        exchange.keep = keep = (request.keep_alive and exchange.whole == b'' and not self.draining
-                                and not visitor.refusal)
-        lines = [] if keep and request.minor == b'1' else [
-            'Connection: keep-alive' if keep else 'Connection: close']
-        await own.write(visitor.connection, *lines, date_line(int(time.time())))
+        exchange.keep = (request.keep_alive and exchange.whole == b'' and not self.draining
+                         and not visitor.refusal)
+        await own.write(visitor.connection, *self.onward.of_own(exchange))
 
     # Routes.
 
@@ -3551,10 +3488,8 @@ class Server:
         if tunnel is None:
             name = self._find(name, parent, host)
             tunnel = self.tunnels.get(name)
-        if name and b'via' in request.fields and via(name, self.domain) in request.fields[b'via']:
-            raise HopFailed(508, f'the request came back to {name}, which it had passed '
-                            'before: the tunnel leads to itself',
-                            cure="give the client your app's own address, not a public one")
+        if name and b'via' in request.fields:
+            self.onward.check_via(request, name)
         if self.limits.rate and tunnel:
             self.limits.check_rate(tunnel)
         return name
@@ -4491,7 +4426,90 @@ class Doors:
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Own pages
+# 17. Header lines
+#
+# Those of requests and responses as they pass a server: what it adds, and what it takes away.
+# ------------------------------------------------------------------------------------------------
+
+@functools.lru_cache(maxsize=1)
+def date_line(second: int) -> str:
+    """Return a Date line for SECOND, in Unix seconds (RFC 9110 6.6.1)."""
+    import email.utils
+    return f'Date: {email.utils.formatdate(second, usegmt=True)}'
+
+
+@functools.lru_cache(maxsize=1024)
+def via(name: str, domain: str) -> bytes:
+    """What marks a request that passed the tunnel of NAME, behind its version (RFC 9110 7.6.3)."""
+    return f' {name}.{domain} (localtunnel)'.encode()
+
+
+MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
+
+
+class Onward:
+    """The header lines of requests and responses, as they go on."""
+
+    def __init__(self, domain: str) -> None:
+        self._domain = domain.lower()
+        # A seam: each in turn changes the header lines of a response.
+        self.changes: list[Callable[[Response, bytes], bytes]] = []
+
+    def of_request(self, visitor: Visitor, request: Request, name: str) -> bytes:
+        """Return the header lines of REQUEST to pass on."""
+        before = request.get(b'via') + b', ' if b'via' in request.fields else b''
+        counts = b'max-forwards' in request.fields and request.method in (b'TRACE', b'OPTIONS')
+        # First of all, since what is malformed ends the connection.
+        lines = request.onward(MADE_ANEW.union((b'max-forwards',)) if counts else MADE_ANEW,
+                               trusted=False)
+        more = b'' if not counts else (
+            b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
+        if b'host' not in request.fields:
+            more += b'Host: %b\r\n' % (request.host or self._domain.encode())
+        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b1.%b%b\r\n%b' % (
+            lines, visitor.x_forwarded, visitor.host or request.host, before, request.minor,
+            via(name, self._domain), more)
+
+    def check_via(self, request: Request, name: str) -> None:
+        """Raises HopFailed where REQUEST has passed the tunnel of NAME before."""
+        if via(name, self._domain) in request.fields[b'via']:
+            raise HopFailed(508, f'the request came back to {name}, which it had passed '
+                            'before: the tunnel leads to itself',
+                            cure="give the client your app's own address, not a public one")
+
+    @staticmethod
+    def _hops_left(value: bytes) -> int:
+        """Return the VALUE of Max-Forwards less one.  Raises HopFailed (RFC 9110 7.6.2)."""
+        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
+            raise HopFailed(501, 'Max-Forwards lets this request go no further')
+        return int(value) - 1
+
+    @staticmethod
+    def of_own(exchange: Exchange) -> list[str]:
+        """Return the header lines of this hop for a response of ours; `exchange.keep` is known."""
+        now = date_line(int(time.time()))
+        if exchange.keep and exchange.request.minor == b'1':
+            return [now]
+        return ['Connection: keep-alive' if exchange.keep else 'Connection: close', now]
+
+    def of_response(self, exchange: Exchange, response: Response) -> bytes:
+        """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
+        block = response.forwarded_block()
+        for change in self.changes:
+            block = change(response, block)
+        if response.status == 101:
+            return block
+        if not exchange.keep:
+            block += b'Connection: close\r\n'
+        elif exchange.request.minor == b'0':
+            block += b'Connection: keep-alive\r\n'
+        if b'date' not in response.fields:
+            block += b'%b\r\n' % date_line(int(time.time())).encode()
+        return block
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. Own pages
 #
 # What both ends answer themselves: its form, and how it is written so that one who does not read it
 # holds little, and not for long.
@@ -4642,7 +4660,7 @@ class Pages(Dict[bytes, Page]):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Plain words
+# 19. Plain words
 #
 # What went wrong on the way to a server or an app, in one sentence with its cure; and how that is
 # shown to people and programs.
@@ -4818,7 +4836,7 @@ class Words:
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Files
+# 20. Files
 #
 # What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
 # one or the new one.  And what a server leaves to the next: its lock, and the sockets that listen.
@@ -5117,7 +5135,7 @@ def using(folder: str) -> Iterator[None]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Annex
+# 21. Annex
 #
 # What an annex may do at a client and at a server.  Then what several annexes and the command line
 # use: types of options, what commands print, codes, this file itself, who stands in front of a
@@ -5669,7 +5687,7 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. TLS
+# 22. TLS
 #
 # What a client checks; what a server shows, and asks of those who come without it.
 # ------------------------------------------------------------------------------------------------
@@ -5923,7 +5941,7 @@ class TlsDoor(GuardedDoor):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Tokens and leases
+# 23. Tokens and leases
 #
 # What a server asks of who wants a tunnel: which token allows what, which names may be chosen, and
 # whose they are.  Callers bring `now`, in Unix seconds.
@@ -6151,7 +6169,7 @@ class Leases:
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Limits
+# 24. Limits
 #
 # What keeps one client from taking all, or from guessing tokens; and what it may have beside its
 # tunnel.
@@ -6299,7 +6317,7 @@ class Limits:
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. DNS
+# 25. DNS
 #
 # The answers for one zone, by which an authority proves a wildcard, and questions of our own (RFC
 # 1035): bytes in and bytes out, and then the sockets.
@@ -6596,7 +6614,7 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Kept leases
+# 26. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6709,7 +6727,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Access
+# 27. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6791,7 +6809,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Cluster
+# 28. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -6971,7 +6989,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Held requests
+# 29. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
 # wait: not for long, not many, and in no order.  Those that it has taken wait, too.
@@ -7114,7 +7132,7 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Shared site
+# 30. Shared site
 #
 # The tunnels of a server are one site to browsers, and their owners may not know each other: no app
 # sets or deletes the cookies of others.
@@ -7156,7 +7174,7 @@ class SharedSite(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Crowds
+# 31. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7227,7 +7245,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Raw TCP
+# 32. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7438,7 +7456,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Folder and echo
+# 33. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7787,7 +7805,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Host header
+# 34. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -7958,7 +7976,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Outgoing proxy
+# 35. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -8024,7 +8042,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Certificates
+# 36. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8127,7 +8145,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Certificates by ACME
+# 37. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8895,7 +8913,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Hand-over
+# 38. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -8995,7 +9013,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Operator's page
+# 39. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9370,7 +9388,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Block list
+# 40. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9604,7 +9622,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Kept requests
+# 41. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -10170,7 +10188,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Mail
+# 42. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10791,7 +10809,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Ground
+# 43. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -11096,7 +11114,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Doctor
+# 44. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11478,7 +11496,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Landing page
+# 45. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11566,7 +11584,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Verifying
+# 46. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11641,7 +11659,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Token files
+# 47. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.  Who loses
 # a token loses the tunnels that it opened.
@@ -11753,7 +11771,7 @@ class Revoker:
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Invitations
+# 48. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -11974,7 +11992,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Exchanges
+# 49. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12758,7 +12776,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Inspector's page
+# 50. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13298,7 +13316,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Inspector
+# 51. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13617,7 +13635,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Logs and replay
+# 52. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -14117,7 +14135,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Words from elsewhere
+# 53. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14262,7 +14280,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Error pages
+# 54. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14339,7 +14357,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Setting up
+# 55. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14850,7 +14868,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Via ssh
+# 56. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -15074,7 +15092,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 56. Output
+# 57. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15368,7 +15386,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Keys
+# 58. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15472,7 +15490,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Terminal
+# 59. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15919,7 +15937,7 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Options
+# 60. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
@@ -16211,7 +16229,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Wiring
+# 61. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16441,8 +16459,8 @@ def equip(server: Server) -> None:
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
     server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime),
-                    Doors(runtime), Pages(), Observer(), only=True, drain=LINGER,
-                    budget=process_budget())
+                    Doors(runtime), Pages(), Onward('localhost'), Observer(), only=True,
+                    drain=LINGER, budget=process_budget())
     equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -16596,7 +16614,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 61. Python
+# 62. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16898,7 +16916,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 62. Configuration file
+# 63. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17294,7 +17312,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 63. Command line
+# 64. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
@@ -17569,8 +17587,8 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
     server = Server(runtime, args.domain, Leases(tokens),
-                    Limits(runtime, args.max_tunnels, args.rate), Doors(runtime), Pages(), log,
-                    hold=args.hold, drain=args.drain,
+                    Limits(runtime, args.max_tunnels, args.rate), Doors(runtime), Pages(),
+                    Onward(args.domain), log, hold=args.hold, drain=args.drain,
                     budget=args.buffer * MIB or process_budget(),
                     only=is_address(args.domain), trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())

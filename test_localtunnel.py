@@ -25,53 +25,54 @@ Contents
    14 Seams                   what others fill (in App, and by each annex)
    15 Places                  targets and servers as they are typed, and dialled; when again
    16 Doors                   how they close (in Server, Command line)
-   17 Own pages               what waits for a reader, and for how long
-   18 Plain words             what TLS complains of; for the rest see App, Client
-   19 Files                   what is kept on disk (in Kept leases, Command line)
-   20 Annex                   what a code has in it; for the rest see D
-   21 TLS                     what both ends check (in Client, Command line)
-   22 Tokens and leases       what a token allows, and whom a name belongs to
-   23 Limits                  how many, and how fast (in Server, B)
-   24 DNS                     what is asked about a zone, and answered
-   25 Kept leases             what of them survives a server, a crash and a full disk
-   26 Access                  which visitors pass; for the rest see B
-   27 Cluster                 whose name it is where several servers share a key
-   28 Held requests           what waits, and for how long (in C)
-   29 Shared site             which cookies pass (in B)
-   30 Crowds                  who has to go (in B)
-   31 Raw TCP                 bytes both ways, and their ends
-   32 Folder and echo         what a folder shows, and what it hides
-   33 Host header             what app and visitor see of each other's address, base paths, hints
-   34 Outgoing proxy          the ways out, and what a proxy may answer
-   35 Certificates            what a server shows (in Command line)
-   36 Certificates by ACME    authorities, real and made up, and the records of a domain
-   37 Hand-over               from one process to the next (in Command line)
-   38 Operator's page         what he sees, and what he ends (in B)
-   39 Block list              what an entry is, and who is kept out
-   40 Kept requests           what waits, through every crash, and how it is delivered
-   41 Mail                    the published tables of SMTP, real senders, and what the app gets
-   42 Ground                  what a look at it finds, and that it harms nobody
-   43 Doctor                  every fault is named first, and each look leaves nothing behind
-   44 Landing page            whom to ask; the rest in Server, Command line
-   45 Verifying               what a server hands out, and this file
-   46 Token files             what a line of them may be; for the rest see Server
-   47 Invitations             who gets in, and who no more
-   48 Exchanges               what is kept of what passes, and for how long
-   49 Inspector's page        shown by the next room
-   50 Inspector               who sees it, and how; what is sent again
-   51 Logs and replay         what a client leaves on disk; the commands (in Command line)
-   52 Words from elsewhere    what users of other programs type
-   53 Error pages             the way and where it stops, for each thing that fails
-   54 Setting up              what is installed, and how another machine is talked to
-   55 Via ssh                 how services are asked, and what ends it
-   56 Output                  programs, and those who read slowly what they write
-   57 Keys                    what is typed while a tunnel runs
-   58 Terminal                what a person sees
-   59 Options                 what can be typed
-   60 Wiring                  the key; which server, which token (in Command line)
-   61 Python                  a tunnel inside another program, and its options as keywords
-   62 Configuration file      what a section means, and what is wrong with it
-   63 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
+   17 Header lines            what passes, and what is added (in Server, A)
+   18 Own pages               what waits for a reader, and for how long
+   19 Plain words             what TLS complains of; for the rest see App, Client
+   20 Files                   what is kept on disk (in Kept leases, Command line)
+   21 Annex                   what a code has in it; for the rest see D
+   22 TLS                     what both ends check (in Client, Command line)
+   23 Tokens and leases       what a token allows, and whom a name belongs to
+   24 Limits                  how many, and how fast (in Server, B)
+   25 DNS                     what is asked about a zone, and answered
+   26 Kept leases             what of them survives a server, a crash and a full disk
+   27 Access                  which visitors pass; for the rest see B
+   28 Cluster                 whose name it is where several servers share a key
+   29 Held requests           what waits, and for how long (in C)
+   30 Shared site             which cookies pass (in B)
+   31 Crowds                  who has to go (in B)
+   32 Raw TCP                 bytes both ways, and their ends
+   33 Folder and echo         what a folder shows, and what it hides
+   34 Host header             what app and visitor see of each other's address, base paths, hints
+   35 Outgoing proxy          the ways out, and what a proxy may answer
+   36 Certificates            what a server shows (in Command line)
+   37 Certificates by ACME    authorities, real and made up, and the records of a domain
+   38 Hand-over               from one process to the next (in Command line)
+   39 Operator's page         what he sees, and what he ends (in B)
+   40 Block list              what an entry is, and who is kept out
+   41 Kept requests           what waits, through every crash, and how it is delivered
+   42 Mail                    the published tables of SMTP, real senders, and what the app gets
+   43 Ground                  what a look at it finds, and that it harms nobody
+   44 Doctor                  every fault is named first, and each look leaves nothing behind
+   45 Landing page            whom to ask; the rest in Server, Command line
+   46 Verifying               what a server hands out, and this file
+   47 Token files             what a line of them may be; for the rest see Server
+   48 Invitations             who gets in, and who no more
+   49 Exchanges               what is kept of what passes, and for how long
+   50 Inspector's page        shown by the next room
+   51 Inspector               who sees it, and how; what is sent again
+   52 Logs and replay         what a client leaves on disk; the commands (in Command line)
+   53 Words from elsewhere    what users of other programs type
+   54 Error pages             the way and where it stops, for each thing that fails
+   55 Setting up              what is installed, and how another machine is talked to
+   56 Via ssh                 how services are asked, and what ends it
+   57 Output                  programs, and those who read slowly what they write
+   58 Keys                    what is typed while a tunnel runs
+   59 Terminal                what a person sees
+   60 Options                 what can be typed
+   61 Wiring                  the key; which server, which token (in Command line)
+   62 Python                  a tunnel inside another program, and its options as keywords
+   63 Configuration file      what a section means, and what is wrong with it
+   64 Command line            real processes: exit codes, restarts, systemd, proxies, a browser
     A HTTP tables             raw requests and answers, right and wrong, through a real tunnel
     B Hostile peers           clients, servers and visitors who attack
     C Bad networks            connections that are cut at every byte, slow paths, failing calls
@@ -2575,7 +2576,8 @@ class WorldTest(LoopTest):
                            options.pop('rate', 0.0))
         self.leases = self.leases or lt.Leases(self.tokens)     # of the server before
         self.server = lt.Server(self.runtime, domain, self.leases, limits,
-                                lt.Doors(self.runtime), lt.Pages(), self.log, **options)
+                                lt.Doors(self.runtime), lt.Pages(), lt.Onward(domain), self.log,
+                                **options)
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
@@ -4368,7 +4370,14 @@ class BackoffTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 17. Own pages
+# 17. Header lines
+# ------------------------------------------------------------------------------------------------
+
+# They are tried in Server and A.
+
+
+# ------------------------------------------------------------------------------------------------
+# 18. Own pages
 # ------------------------------------------------------------------------------------------------
 
 class OwnPageTest(LoopTest):
@@ -4398,7 +4407,7 @@ class OwnPageTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 18. Plain words
+# 19. Plain words
 # ------------------------------------------------------------------------------------------------
 
 class PageTest(unittest.TestCase):
@@ -4440,12 +4449,12 @@ class PlainWordsTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 19. Files
+# 20. Files
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 20. Annex
+# 21. Annex
 # ------------------------------------------------------------------------------------------------
 
 class CodeTest(unittest.TestCase):
@@ -4497,7 +4506,7 @@ class CodeTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 21. TLS
+# 22. TLS
 # ------------------------------------------------------------------------------------------------
 
 class TlsFilesTest(FolderTest):
@@ -4511,7 +4520,7 @@ class TlsFilesTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 22. Tokens and leases
+# 23. Tokens and leases
 # ------------------------------------------------------------------------------------------------
 
 class TokenTest(unittest.TestCase):
@@ -4587,14 +4596,14 @@ class LeaseTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 23. Limits
+# 24. Limits
 # ------------------------------------------------------------------------------------------------
 
 # They are tried where clients are admitted, and by hostile ones.
 
 
 # ------------------------------------------------------------------------------------------------
-# 24. DNS
+# 25. DNS
 # ------------------------------------------------------------------------------------------------
 
 class ZoneTest(unittest.TestCase):
@@ -4746,7 +4755,7 @@ class NameServerTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 25. Kept leases
+# 26. Kept leases
 # ------------------------------------------------------------------------------------------------
 
 class JournalTest(FolderTest):
@@ -4848,7 +4857,7 @@ class JournalTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Access
+# 27. Access
 # ------------------------------------------------------------------------------------------------
 
 class AccessTest(unittest.TestCase):
@@ -4894,7 +4903,7 @@ class AccessTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Cluster
+# 28. Cluster
 # ------------------------------------------------------------------------------------------------
 
 class ClusterTest(FolderTest, WorldTest):
@@ -5150,28 +5159,28 @@ class ClusterTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Held requests
+# 29. Held requests
 # ------------------------------------------------------------------------------------------------
 
 # What waits, and for how long, is tried with bad networks, in C.
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Shared site
+# 30. Shared site
 # ------------------------------------------------------------------------------------------------
 
 # Which cookies pass is tried where hostile clients are, in B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Crowds
+# 31. Crowds
 # ------------------------------------------------------------------------------------------------
 
 # They are attacks, see B.
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Raw TCP
+# 32. Raw TCP
 # ------------------------------------------------------------------------------------------------
 
 class RawTcpTest(WorldTest):
@@ -5270,7 +5279,7 @@ class RawTcpTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Folder and echo
+# 33. Folder and echo
 # ------------------------------------------------------------------------------------------------
 
 @unittest.skipUnless(POSIX, 'this system has no FIFOs')
@@ -5580,7 +5589,7 @@ class FolderTargetTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Host header
+# 34. Host header
 # ------------------------------------------------------------------------------------------------
 
 class HostHeaderTest(WorldTest):
@@ -5872,7 +5881,7 @@ class BasePathTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Outgoing proxy
+# 35. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
 class OutgoingProxyTest(FolderTest, WorldTest):
@@ -5950,7 +5959,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Certificates
+# 36. Certificates
 # ------------------------------------------------------------------------------------------------
 
 # See also the last room, where processes try them, and the hostile peers.
@@ -5969,7 +5978,7 @@ class ValidityTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Certificates by ACME
+# 37. Certificates by ACME
 # ------------------------------------------------------------------------------------------------
 
 class Nameservers:
@@ -6737,14 +6746,14 @@ class OutsideTest(AcmeTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Hand-over
+# 38. Hand-over
 # ------------------------------------------------------------------------------------------------
 
 # See the last room.
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Operator's page
+# 39. Operator's page
 # ------------------------------------------------------------------------------------------------
 
 # See also part B, where its operator is under attack.
@@ -6940,7 +6949,7 @@ class OperatorTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Block list
+# 40. Block list
 # ------------------------------------------------------------------------------------------------
 
 class EntryTest(unittest.TestCase):
@@ -7214,7 +7223,7 @@ class BlockCommandTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Kept requests
+# 41. Kept requests
 # ------------------------------------------------------------------------------------------------
 
 HOOK = b'{"action": "opened",\r\n "n": 1}'
@@ -7877,7 +7886,7 @@ class KeepTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Mail
+# 42. Mail
 # ------------------------------------------------------------------------------------------------
 
 # What a sender says, and how the last reply begins; "E" and "M" stand for EHLO and MAIL before.
@@ -8537,7 +8546,7 @@ class RealSenderTest(MailTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Ground
+# 43. Ground
 # ------------------------------------------------------------------------------------------------
 
 class CertificateFindingTest(unittest.TestCase):
@@ -8676,7 +8685,7 @@ class GroundTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Doctor
+# 44. Doctor
 # ------------------------------------------------------------------------------------------------
 
 # Of localhost, as CERTIFICATE, in the spring of 2025.
@@ -9188,7 +9197,7 @@ class DoctorOfServersTest(Doctored):
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Landing page
+# 45. Landing page
 # ------------------------------------------------------------------------------------------------
 
 # The page is tried where routes are, and by processes in the last room.
@@ -9256,7 +9265,7 @@ class ContactTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Verifying
+# 46. Verifying
 # ------------------------------------------------------------------------------------------------
 
 class VerifyTest(FolderTest, LoopTest):
@@ -9330,7 +9339,7 @@ class VerifyTest(FolderTest, LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Token files
+# 47. Token files
 # ------------------------------------------------------------------------------------------------
 
 def tokens_of(path, members=''):
@@ -9352,7 +9361,7 @@ class TokenFilesTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Invitations
+# 48. Invitations
 # ------------------------------------------------------------------------------------------------
 
 class InvitationTest(FolderTest):
@@ -9514,21 +9523,21 @@ class SeenTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Exchanges
+# 49. Exchanges
 #
 # What is kept, tried by the inspector's API below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Inspector's page
+# 50. Inspector's page
 #
 # Tried in a browser, with the commands below.
 # ------------------------------------------------------------------------------------------------
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Inspector
+# 51. Inspector
 #
 # Who sees what passes, and how.
 # ------------------------------------------------------------------------------------------------
@@ -10354,7 +10363,7 @@ class ReplayTest(InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Logs and replay
+# 52. Logs and replay
 #
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
@@ -10476,7 +10485,7 @@ class RecorderTest(FolderTest, InspectorTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Words from elsewhere
+# 53. Words from elsewhere
 # ------------------------------------------------------------------------------------------------
 
 class ElsewhereTest(FolderTest):
@@ -10568,7 +10577,7 @@ class ElsewhereTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Error pages
+# 54. Error pages
 # ------------------------------------------------------------------------------------------------
 
 class ErrorPageTest(WorldTest):
@@ -10779,7 +10788,7 @@ class ErrorPageTest(WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Setting up
+# 55. Setting up
 # ------------------------------------------------------------------------------------------------
 
 def server_args(*words):
@@ -11012,7 +11021,7 @@ class SshTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Via ssh
+# 56. Via ssh
 # ------------------------------------------------------------------------------------------------
 
 REACHED = ('debug1: Server host key: ssh-ed25519 SHA256:abc\n'
@@ -11171,7 +11180,7 @@ class ViaTest(FolderTest, WorldTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Output
+# 57. Output
 # ------------------------------------------------------------------------------------------------
 
 @functools.lru_cache(maxsize=None)
@@ -11522,7 +11531,7 @@ class LineForPeopleTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 57. Keys
+# 58. Keys
 # ------------------------------------------------------------------------------------------------
 
 class KeysTest(LoopTest):
@@ -11578,7 +11587,7 @@ class KeysTest(LoopTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Terminal
+# 59. Terminal
 # ------------------------------------------------------------------------------------------------
 
 class TerminalTest(CommandTest):
@@ -11924,7 +11933,7 @@ class EndEventTest(unittest.TestCase):
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 # ------------------------------------------------------------------------------------------------
-# 59. Options
+# 60. Options
 # ------------------------------------------------------------------------------------------------
 
 class HelpTest(unittest.TestCase):
@@ -11948,7 +11957,7 @@ class HelpTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Wiring
+# 61. Wiring
 # ------------------------------------------------------------------------------------------------
 
 # All but the key is tried by processes, in the last room.
@@ -12163,7 +12172,7 @@ class KnownServerTest(FolderTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 61. Python
+# 62. Python
 # ------------------------------------------------------------------------------------------------
 
 class TunnelTest(FolderTest, WorldTest):
@@ -12344,7 +12353,7 @@ class KeywordTest(unittest.TestCase):
 
 
 # ------------------------------------------------------------------------------------------------
-# 62. Configuration file
+# 63. Configuration file
 # ------------------------------------------------------------------------------------------------
 
 class ConfigFileTest(FolderTest):
@@ -12698,7 +12707,7 @@ class ManyTunnelsTest(CommandTest):
 
 
 # ------------------------------------------------------------------------------------------------
-# 63. Command line
+# 64. Command line
 # ------------------------------------------------------------------------------------------------
 
 class FreshMachineTest(CommandTest):
@@ -17343,8 +17352,8 @@ def read_rooms(source, tree):
 
 
 # The rooms of part II that are for all annexes.
-SHARED = ('Seams', 'Places', 'Doors', 'Own pages', 'Plain words', 'Files', 'Annex', 'TLS',
-          'Tokens and leases', 'Limits', 'DNS')
+SHARED = ('Seams', 'Places', 'Doors', 'Header lines', 'Own pages', 'Plain words', 'Files',
+          'Annex', 'TLS', 'Tokens and leases', 'Limits', 'DNS')
 
 
 def annexes(rooms):
