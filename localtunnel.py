@@ -2947,9 +2947,10 @@ class Tunnels:
     A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
     """
 
-    def __init__(self, runtime: Runtime, hold: float, log: Observer, only: bool) -> None:
-        """Requests wait HOLD seconds for a client on its way back.  ONLY: one tunnel for http."""
-        self.hold, self.only = hold, only
+    def __init__(self, runtime: Runtime, hold: float, log: Observer) -> None:
+        """Requests wait HOLD seconds for a client on its way back."""
+        self.hold = hold
+        self.only: OnlyOne | None = None        # a seam: there is a place for one http tunnel
         self.served: dict[str, int] = collections.Counter()     # sessions of each holder
         self.waits = Waits(self)        # a seam: what requests do that can't be served now
         # Seams: told of each member that comes, and once its session is over; of tunnels that go.
@@ -3351,11 +3352,9 @@ class Server:
 
     def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits, doors: Doors,
                  pages: Pages, onward: Onward, log: Observer, *, hold: float = HELD,
-                 drain: float = DRAIN, budget: int = LEAST_BUDGET, only: bool = False,
+                 drain: float = DRAIN, budget: int = LEAST_BUDGET,
                  trace: Trace | None = None) -> None:
-        """BUDGET is of all sessions, in bytes.  ONLY: any Host of this machine reaches the one
-        tunnel there is.
-        """
+        """BUDGET is of all sessions, in bytes."""
         self.runtime, self.domain, self.log = runtime, domain.lower(), log
         self.tls: Tls | None = None             # a seam: how TLS is spoken, if at all
         self._port = 0                          # for http; the last one that is listened on
@@ -3364,7 +3363,7 @@ class Server:
         self.draining = False           # it ends: nobody new, and connections close
         self.doors = doors              # what it listens on
         self.visitors = Visitors(runtime)
-        self.tunnels = Tunnels(runtime, hold, log, only)
+        self.tunnels = Tunnels(runtime, hold, log)
         self.admission = Admission(
             runtime, leases, self.tunnels, Budget(budget), limits, trace)
         self.onward = onward            # header lines, as they go on
@@ -3486,7 +3485,7 @@ class Server:
             self.tls.check_visitor(request, host)
         tunnel = self.tunnels.get(name) if parent == self.domain and not self.tunnels.only else None
         if tunnel is None:
-            name = self._find(name, parent, host)
+            name = self._absent(name, parent, host)
             tunnel = self.tunnels.get(name)
         if name and b'via' in request.fields:
             self.onward.check_via(request, name)
@@ -3494,20 +3493,13 @@ class Server:
             self.limits.check_rate(tunnel)
         return name
 
-    def _find(self, name: str, parent: str, host: str) -> str:
-        """The name at HOST of a tunnel that is not there now, or of the only one there is.
+    def _absent(self, name: str, parent: str, host: str) -> str:
+        """The name at HOST of a tunnel that is not there now; '' for the server itself.
 
-        '' for the server itself.  Raises HopFailed.
+        Raises HopFailed.
         """
         if self.tunnels.only:
-            # A stranger's name that leads here would let its pages read the app (DNS rebinding).
-            front = self.visitors.front
-            if not (is_address(host) or is_loopback(host) or front and host == front.host):
-                raise HopFailed(403, f'this server is visited as {self.domain} or by IP address, '
-                                f'not as {host or "no host"}')
-            mine = min((tunnel for tunnel in self.tunnels if tunnel.kind == 'http'), default=None,
-                       key=lambda tunnel: (not tunnel.members, -tunnel.left_at))
-            return mine.name if mine else ''
+            return self.tunnels.only.find(host)
         if host == self.domain or (self.domain == 'localhost' and is_address(host)):
             return ''
         others = self.tunnels.others
@@ -6172,13 +6164,38 @@ class Leases:
 # 24. Limits
 #
 # What keeps one client from taking all, or from guessing tokens; and what it may have beside its
-# tunnel.
+# tunnel.  And a server with a place for one.
 # ------------------------------------------------------------------------------------------------
 
 MAX_TUNNELS = 10000             # of a server (--max-tunnels)
 MAX_MEMBERS = 64                # sessions of one tunnel (--share)
 WRONG_TOKEN = 0.5               # after a wrong token the next one from its address waits
 MOST_WRONG_TOKEN = 3.0          # in line with others, or it is a 429: FIRST_ATTEMPTS last longer
+
+
+class OnlyOne:
+    """A server with a place for one http tunnel: any Host of this machine leads to it."""
+
+    def __init__(self, server: Server) -> None:
+        self._server = server
+
+    def check(self, tunnel: Tunnel) -> None:
+        """Raises Refused where another one than TUNNEL is there."""
+        if any(other.kind == 'http' and other.members and other.name != tunnel.name
+               for other in self._server.tunnels):
+            raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
+                          'another one is there; end that one first, or take --tcp')
+
+    def find(self, host: str) -> str:
+        """The name of the tunnel, for visitors of HOST; '' without one.  Raises HopFailed."""
+        # A stranger's name that leads here would let its pages read the app (DNS rebinding).
+        front = self._server.visitors.front
+        if not (is_address(host) or is_loopback(host) or front and host == front.host):
+            raise HopFailed(403, f'this server is visited as {self._server.domain} or by IP '
+                            f'address, not as {host or "no host"}')
+        mine = min((tunnel for tunnel in self._server.tunnels if tunnel.kind == 'http'),
+                   key=lambda tunnel: (not tunnel.members, -tunnel.left_at), default=None)
+        return mine.name if mine else ''
 
 
 class Limits:
@@ -6262,11 +6279,8 @@ class Limits:
         """Raises Refused where there is no place among TUNNELS for ASKED, or not as it wants it."""
         hello, tunnel, most = asked.hello, asked.tunnel, asked.grant.tunnels
         self._check_wants(hello)
-        if tunnels.only and hello.kind == 'http' and any(
-                other.kind == 'http' and other.members and other.name != tunnel.name
-                for other in tunnels):
-            raise Refused(409, 'name_taken', 'this server has a place for one http tunnel, and '
-                          'another one is there; end that one first, or take --tcp')
+        if tunnels.only and hello.kind == 'http':
+            tunnels.only.check(tunnel)
         served, holder = tunnels.served, self.holder(asked)
         goes = tunnel.beside(hello)     # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
@@ -16459,8 +16473,9 @@ def equip(server: Server) -> None:
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
     server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime),
-                    Doors(runtime), Pages(), Onward('localhost'), Observer(), only=True,
+                    Doors(runtime), Pages(), Onward('localhost'), Observer(),
                     drain=LINGER, budget=process_budget())
+    server.tunnels.only = OnlyOne(server)
     equip(server)
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
@@ -17590,7 +17605,9 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                     Limits(runtime, args.max_tunnels, args.rate), Doors(runtime), Pages(),
                     Onward(args.domain), log, hold=args.hold, drain=args.drain,
                     budget=args.buffer * MIB or process_budget(),
-                    only=is_address(args.domain), trace=log.frame if args.verbose else None)
+                    trace=log.frame if args.verbose else None)
+    if is_address(args.domain):
+        server.tunnels.only = OnlyOne(server)
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)
     args.sources = Sources(server)

@@ -2571,13 +2571,14 @@ class WorldTest(LoopTest):
     async def new_server(self, domain='localhost', port=0, **options):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
-        trusted = options.pop('trusted', ())
+        trusted, only = options.pop('trusted', ()), options.pop('only', False)
         limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS),
                            options.pop('rate', 0.0))
         self.leases = self.leases or lt.Leases(self.tokens)     # of the server before
         self.server = lt.Server(self.runtime, domain, self.leases, limits,
                                 lt.Doors(self.runtime), lt.Pages(), lt.Onward(domain), self.log,
                                 **options)
+        self.server.tunnels.only = lt.OnlyOne(self.server) if only else None
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
