@@ -3238,11 +3238,13 @@ class Admission:
         hello, name, others = asked.hello, asked.name, self._tunnels.others
         if others and hello.name is not None:
             await others.bring(hello.lease, name, asked.owner, asked.grant.digest)
+        owner = self._owner(asked)
         if hello.release:
-            back = self.leases.release(name, asked.owner, time.time())
-            await self.leases.save(back)
+            if owner != asked.owner:
+                raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
+            await self.leases.save(self.leases.free(name))
             return
-        if self._owner(asked) not in (None, asked.owner):
+        if owner not in (None, asked.owner):
             raise Refused(409, 'name_taken', f'the name {name} is taken; choose another name')
         await self.leases.give(asked, self.limits.notes_of(hello))
         if hello.kind in self.kinds and not asked.tunnel.url:
@@ -6032,7 +6034,7 @@ def is_stranger(asked: Candidate) -> bool:
 class Leases:
     """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
 
-    A change is asked for (`claim`, `release`, `free`, `note`), which changes nothing yet; `save`
+    A change is asked for (`claim`, `free`, `note`), which changes nothing yet; `save`
     has it kept and then makes it.  One change after the other: what was looked at stays so.
     """
 
@@ -6114,12 +6116,6 @@ class Leases:
         now = {word: fact for word, fact in {**(lease.facts if lease else {}), **facts}.items()
                if fact}
         return {name: lease._replace(facts=now)} if lease and now != lease.facts else {}
-
-    def release(self, name: str, owner: str, now: float) -> Changes:
-        """Return the change that takes NAME back from OWNER.  Raises Refused."""
-        if self.owner(name, now) != owner:
-            raise Refused(409, 'not_yours', f'the name {name} is not yours to give back')
-        return self.free(name)
 
     def free(self, name: str) -> Changes:
         """Return the change that takes NAME back from its owner; none where nobody has it."""
