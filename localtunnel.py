@@ -3607,81 +3607,22 @@ class Server:
 # ------------------------------------------------------------------------------------------------
 # 12. App
 #
-# The connections to the local program, and the service of one stream from it: `serve` reads the
-# request, `_forward` sends it, receives the response and gives it back, as at the server.  Knows
-# nothing of the server and of sessions, and not who watches: what happens is told to an observer.
+# The local program, and the service of one stream from it: `serve` reads the request, `_forward`
+# sends it, receives the response and gives it back, as at the server.  Knows nothing of the server
+# and of sessions, and not who watches: what happens is told to an observer.
 # ------------------------------------------------------------------------------------------------
 
 SLOW = 1.0                      # until people wonder whether a request is answered at all
-UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
-
-
-class Pool:
-    """Connections to the app that may carry another request.
-
-    An app that serves one connection at a time must never be stalled by an idle one: while a fresh
-    connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
-    """
-
-    def __init__(self, runtime: Runtime) -> None:
-        self._runtime = runtime
-        self._idle: list[tuple[Connection, float]] = []     # each with since when; the latest last
-        self._fresh: set[Connection] = set()                # on their first request
-        self._silent: set[Connection] = set()               # of these, too long without a byte
-        runtime.swept.add(self)
-
-    def watch(self, connection: Connection) -> None:
-        """CONNECTION is a fresh one."""
-        self._fresh.add(connection)
-        self._runtime.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
-
-    def _still_silent(self, connection: Connection) -> None:
-        if connection in self._fresh and connection.silent and connection.error is None:
-            self._silent.add(connection)
-            self.close()
-        self._fresh.discard(connection)
-
-    def take(self) -> Connection | None:
-        """Return an idle connection that can be trusted, or None."""
-        while self._idle:
-            connection, since = self._idle.pop()
-            if (self._runtime.now() - since < POOL_IDLE and not connection.unread
-                    and not connection.eof and connection.error is None):
-                connection.silent = True
-                return connection
-            connection.close()
-        return None
-
-    def give(self, connection: Connection) -> None:
-        """Keep CONNECTION, which has nothing under way, for another request."""
-        self._fresh.discard(connection)
-        if self._silent:
-            self._silent = {c for c in self._silent if c.silent and c.error is None}
-        if self._silent or connection.unread or connection.eof or connection.error:
-            return connection.close()
-        self._idle.append((connection, self._runtime.now()))
-
-    def close(self) -> None:
-        """Close what is idle."""
-        for connection, _ in self._idle:
-            connection.close()
-        self._idle.clear()
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Close what has been idle for too long."""
-        while self._idle and now - self._idle[0][1] >= POOL_IDLE:
-            self._idle.pop(0)[0].close()
-
 
 class App:
     """The local program that visitors reach."""
 
-    def __init__(self, runtime: Runtime, target: Target, dialers: dict[str, Dial],
+    def __init__(self, runtime: Runtime, target: Target, upstreams: Upstreams,
                  observer: ClientObserver, words: Words,
                  timeout: float = RESPONSE_TIMEOUT) -> None:
-        """DIALERS connect to a TARGET, by its scheme.  A response begins within TIMEOUT."""
+        """UPSTREAMS lead to TARGET.  A response is to begin within TIMEOUT."""
         self.runtime, self.target, self.observer, self.words = runtime, target, observer, words
-        self.dialers = dialers
+        self.upstreams = upstreams
         # Seams.  Who serves a stream, by the kind of tunnel.
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
@@ -3693,7 +3634,6 @@ class App:
         # Told what the app says to a request without a response.
         self.strange: list[Callable[[Request, bytes], None]] = []
         self._timeout = timeout
-        self._pool = Pool(runtime)
         self.exchanges = 0                      # so far
         self.seen: Any = ()                     # a sequence of those that an annex keeps
         self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
@@ -3703,19 +3643,16 @@ class App:
 
     async def connect(self) -> Connection:
         """Return a fresh connection.  Raises HopFailed."""
-        target = self.target
         try:
-            connection = await self.dialers[target.scheme](target)
+            return await self.upstreams.dial()
         except (OSError, asyncio.TimeoutError) as e:
-            raise self.words.no_app(target, e) from e
-        self._pool.watch(connection)
-        return connection
+            raise self.words.no_app(self.target, e) from e
 
     def close(self) -> None:
         """Nobody comes any more: close the connections that are idle."""
         forget_heads()
-        self._pool.close()
-        self.runtime.swept -= {self, self._pool}
+        self.upstreams.close()
+        self.runtime.swept -= {self, self.upstreams}
 
     @property
     def closed(self) -> bool:
@@ -3780,7 +3717,7 @@ class App:
             exchange.request = request = copy.copy(request)
         for rewrite in self.rewrites:
             lines = rewrite.of_request(request, lines)
-        reused = self._pool.take() if exchange.repeatable and not request.upgrade else None
+        reused = self.upstreams.take() if exchange.repeatable and not request.upgrade else None
         while True:
             upstream = reused or await self.connect()
             stream.on_lost, whole, response = upstream.abort, False, None
@@ -3791,7 +3728,7 @@ class App:
                 response = await read_final(upstream, stream, self._timeout)
                 await self._respond(exchange, response, taps)
                 whole = True
-                return self._pool.give(upstream) if exchange.keep else upstream.close()
+                return self.upstreams.give(upstream) if exchange.keep else upstream.close()
             except (Disconnected, BadHttp) as e:
                 if stream.error is not None or exchange.status:
                     raise       # the response has begun, or nobody waits for it
@@ -4293,26 +4230,86 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
 Dial = Callable[[Target], Awaitable[Connection]]
 
 
-def dialers_to(target: Target, runtime: Runtime,
-               tls: ssl.SSLContext | None = None) -> dict[str, Dial]:
-    """How to connect to TARGET, by its scheme; TLS is for https."""
-    hosts = addresses(target.host)
+UPSTREAM_SILENT = 0.2           # a fresh connection to the app without a byte: it may be serial
 
-    async def by_host(target: Target) -> Connection:
+
+class Upstreams:
+    """Connections to an app: new ones, and those that may carry another request.
+
+    An app that serves one connection at a time must never be stalled by an idle one: while a fresh
+    connection has been silent for UPSTREAM_SILENT, idle ones are closed and none is kept.
+    """
+
+    def __init__(self, runtime: Runtime, target: Target, tls: ssl.SSLContext | None = None) -> None:
+        """TLS is for an https TARGET."""
+        self._runtime, self._target, self._tls = runtime, target, tls
+        # A seam: how to connect, by the scheme of a target.
+        self.dialers: dict[str, Dial] = {
+            'http': self._by_host, 'https': self._by_host, 'unix': self._by_path}
+        self._hosts = addresses(target.host)                # the one that answered last comes first
+        self._idle: list[tuple[Connection, float]] = []     # each with since when; the latest last
+        self._fresh: set[Connection] = set()                # on their first request
+        self._silent: set[Connection] = set()               # of these, too long without a byte
+        runtime.swept.add(self)
+
+    async def _by_host(self, target: Target) -> Connection:
         async def dial(host: str) -> Connection:
-            _, connection = await runtime.loop.create_connection(
-                lambda: Connection(runtime), host, target.port, ssl=tls,
-                server_hostname=target.host if tls else None)
-            if hosts[0] != host:
-                hosts.reverse()         # the one that answered last comes first
+            _, connection = await self._runtime.loop.create_connection(
+                lambda: Connection(self._runtime), host, target.port, ssl=self._tls,
+                server_hostname=target.host if self._tls else None)
+            if self._hosts[0] != host:
+                self._hosts.reverse()
             return connection
-        return await first_to_answer(tuple(hosts), CONNECT_TIMEOUT, dial)
+        return await first_to_answer(tuple(self._hosts), CONNECT_TIMEOUT, dial)
 
-    async def by_path(target: Target) -> Connection:
-        _, connection = await asyncio.wait_for(runtime.loop.create_unix_connection(
-            lambda: Connection(runtime), target.path), CONNECT_TIMEOUT)
+    async def _by_path(self, target: Target) -> Connection:
+        _, connection = await asyncio.wait_for(self._runtime.loop.create_unix_connection(
+            lambda: Connection(self._runtime), target.path), CONNECT_TIMEOUT)
         return connection
-    return {'http': by_host, 'https': by_host, 'unix': by_path}
+
+    async def dial(self) -> Connection:
+        """Return a fresh one.  Raises OSError and asyncio.TimeoutError."""
+        connection = await self.dialers[self._target.scheme](self._target)
+        self._fresh.add(connection)
+        self._runtime.loop.call_later(UPSTREAM_SILENT, self._still_silent, connection)
+        return connection
+
+    def _still_silent(self, connection: Connection) -> None:
+        if connection in self._fresh and connection.silent and connection.error is None:
+            self._silent.add(connection)
+            self.close()
+        self._fresh.discard(connection)
+
+    def take(self) -> Connection | None:
+        """Return an idle connection that can be trusted, or None."""
+        while self._idle:
+            connection, since = self._idle.pop()
+            if (self._runtime.now() - since < POOL_IDLE and not connection.unread
+                    and not connection.eof and connection.error is None):
+                connection.silent = True
+                return connection
+            connection.close()
+        return None
+
+    def give(self, connection: Connection) -> None:
+        """Keep CONNECTION, which has nothing under way, for another request."""
+        self._fresh.discard(connection)
+        if self._silent:
+            self._silent = {c for c in self._silent if c.silent and c.error is None}
+        if self._silent or connection.unread or connection.eof or connection.error:
+            return connection.close()
+        self._idle.append((connection, self._runtime.now()))
+
+    def close(self) -> None:
+        """Close what is idle."""
+        for connection, _ in self._idle:
+            connection.close()
+        self._idle.clear()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Close what has been idle for too long."""
+        while self._idle and now - self._idle[0][1] >= POOL_IDLE:
+            self._idle.pop(0)[0].close()
 
 
 BACKOFF_FIRST, BACKOFF_MOST = 0.1, 15.0     # between attempts, each shortened at random
@@ -7436,7 +7433,7 @@ class RawTcp(Annex):
         return Target('tcp', app.host, app.port, kind='tcp', public_port=args.tcp_port or 0)
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.dialers['tcp'] = app.dialers['http']
+        app.upstreams.dialers['tcp'] = app.upstreams.dialers['http']
         app.kinds['tcp'] = functools.partial(self.serve, app)
 
     async def at_server(self, args: Args, server: Server) -> None:
@@ -7786,12 +7783,12 @@ class FolderAndEcho(Annex):
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         if app.target.scheme == 'folder':
             site = Site(app.target.path, args.all_files, args.spa)
-            app.dialers['folder'] = functools.partial(self.dial_folder, app.runtime, site)
+            app.upstreams.dialers['folder'] = functools.partial(self.dial_folder, app.runtime, site)
             self.look(site, app.observer)
         elif args.all_files or args.spa:
             raise UsageError('--all-files and --spa are for a folder, and '
                              f'{app.target.text} is something else')
-        app.dialers['echo'] = dial_inside(app.runtime, echo)
+        app.upstreams.dialers['echo'] = dial_inside(app.runtime, echo)
 
     @staticmethod
     def look(site: Site, observer: ClientObserver) -> None:
@@ -11201,7 +11198,7 @@ class Way:
     def __init__(self, runtime: Runtime, known: Any, app: App, client: Client) -> None:
         """KNOWN, APP and CLIENT are what `client` would make of the same words."""
         self.runtime, self.known, self.client, self._app = runtime, known, client, app
-        app.dialers['doctor'] = dial_inside(runtime, answer_ourselves)
+        app.upstreams.dialers['doctor'] = dial_inside(runtime, answer_ourselves)
         self.where, self.front = str(client.address), ('', '')
         self._places: list[str] = []        # the addresses of the server
         self._response: Any = None          # of the server, to no more than a question
@@ -13889,7 +13886,7 @@ async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) ->
     It goes the way of all requests of a client, so it is connected, timed and explained alike.
     """
     runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
-    app = App(runtime, target, dialers_to(target, runtime, tls), sent, Words())
+    app = App(runtime, target, Upstreams(runtime, target, tls), sent, Words())
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
     app.close()
     await runtime.close()
@@ -16513,7 +16510,7 @@ def make_app(runtime: Runtime, args: Args, target: Target, server: KnownServer,
              observer: ClientObserver, seen: Any = ()) -> App:
     """The app at TARGET, for a client of SERVER."""
     tls = tls_to(target, args.ca or server.ca, not (args.insecure or target.local))
-    app = App(runtime, target, dialers_to(target, runtime, tls), observer, Words(), args.timeout)
+    app = App(runtime, target, Upstreams(runtime, target, tls), observer, Words(), args.timeout)
     app.seen = seen
     for annex in ANNEXES:
         annex.at_client(args, app, server.address)

@@ -3933,7 +3933,7 @@ class UpstreamTest(WorldTest):
     async def test_only_the_first_request_shows_whether_an_app_serves_one_at_a_time(self):
         _, visitor = await self.through()
         await visitor.get()
-        pool = self.clients[0].app._pool
+        pool = self.clients[0].app.upstreams
         used_again = pool.take()
         pool._still_silent(used_again)      # 0.2 s after it was fresh, a later request is under way
         pool.give(used_again)
@@ -9887,7 +9887,7 @@ class MessageTest(InspectorTest):
         """The messages that are read in DATA, (kind, text, size), however it comes."""
         found = []
         for pieces, _ in three_ways(data)[:2]:
-            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), {}, self.log, lt.Words())
+            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
             book = lt.Exchanges(app.runtime, 1)
             kept = lt.Kept(lt.Watched(book, app, '', ''), lt.Record(1, 0.0), 1)
             reader = lt.Frames(kept, 'app', deflated)
@@ -9937,7 +9937,7 @@ class MessageTest(InspectorTest):
                             compressed=dice.random() < .5) + data, True)
 
     def test_a_flood_of_tiny_frames_is_not_read(self):
-        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), {}, self.log, lt.Words())
+        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
         kept = lt.Kept(lt.Watched(lt.Exchanges(app.runtime, 1), app, '', ''), lt.Record(1, 0.0), 1)
         reader = lt.Frames(kept, 'visitor', False)
         for _ in range(100):
@@ -10150,7 +10150,7 @@ class LocalOnlyTest(InspectorTest):
         connection = await self.clients[-1].app.connect()
         connection.close()
         target = lt.parse_target(str(self.inspector))
-        app = lt.App(self.runtime, target, lt.dialers_to(target, self.runtime),
+        app = lt.App(self.runtime, target, lt.Upstreams(self.runtime, target),
                      lt.ClientObserver(), lt.Words())
         connection = await app.connect()        # as raw TCP would: nothing is forwarded
         await connection.write(b'GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n')
