@@ -4519,6 +4519,37 @@ class TlsFilesTest(FolderTest):
             lt.client_tls(self.path('missing.pem'))
 
 
+class TlsBufferTest(FolderTest, LoopTest):
+
+    async def pair(self):
+        """Both ends of a connection with TLS."""
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        left, right = self.sockets()
+        ends = await asyncio.gather(
+            self.loop.create_connection(lambda: lt.Connection(self.runtime), sock=left,
+                                        ssl=lt.client_tls(files[0]), server_hostname='localhost'),
+            self.loop.connect_accepted_socket(lambda: lt.Connection(self.runtime), right,
+                                              ssl=lt.server_context(*files)))
+        return [connection for _, connection in ends]
+
+    async def test_connections_that_share_their_buffer_get_each_its_own_bytes(self):
+        protocol = asyncio.sslproto.SSLProtocol
+        kept = {name: getattr(protocol, name) for name in ('max_size', 'get_buffer')
+                if hasattr(protocol, name)}
+        with unittest.mock.patch.multiple(protocol, **kept) if kept else contextlib.nullcontext():
+            lt.share_tls_buffer(self.runtime.buffer)
+            ends = [end for _ in range(3) for end in await self.pair()]
+            sent = [pattern(lt.MIB, seed) for seed, _ in enumerate(ends)]
+            got = await asyncio.gather(
+                *(lt.read_whole(lt.Body(end, lt.MIB), lt.MIB) for end in ends),
+                *(end.write(data) for end, data in zip(ends, sent)))
+            for at, data in enumerate(sent):
+                self.assertEqual(got[at ^ 1], data)     # what its other end said
+            for end in ends:
+                end.close()
+            await eventually(lambda: all(end.error for end in ends))
+
+
 # ------------------------------------------------------------------------------------------------
 # 23. Tokens and leases
 # ------------------------------------------------------------------------------------------------
