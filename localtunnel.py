@@ -6275,7 +6275,8 @@ class Limits:
         """Raises Refused where a client with GRANT may not choose NAME."""
         check_name(name)
         if not any(fnmatch.fnmatchcase(name, glob) for glob in grant.names):
-            raise Refused(403, 'bad_name', f'your token does not allow the name {name}')
+            raise Refused(403, 'bad_name', f'your token does not allow the name {name}, but '
+                          + ' and '.join(grant.names))
 
     @staticmethod
     def holder(asked: Candidate) -> str:
@@ -6295,8 +6296,8 @@ class Limits:
                           'stop one first')
         has = served.get(holder, 0) - sum(old.holder == holder for old in goes)
         if has >= most and not is_loopback(holder):
-            raise Refused(429, 'too_many', f'you may have {most} tunnels at once, each '
-                          'client of --share counted; end another one first')
+            raise Refused(429, 'too_many', 'you have as many tunnels as you may, which is '
+                          f'{most}, each client of --share counted; end another one first')
         if sum(served.values()) - len(goes) >= self.most:
             raise Refused(429, 'too_many', f'the server is full: it has {self.most} tunnels; '
                           'try again later')
@@ -11403,7 +11404,8 @@ async def explain_answer(runtime: Runtime, place: ServerAddress, ca: str | None,
             response.find(b'localtunnel-failed'), response.status, front_of(response))
         said = await read_answer(connection, response) if hop else b''
     if hop in LOOK_AT:
-        raise Finding(f'the {hop} says {said[:MAX_TEXT].decode("latin-1").strip()}', LOOK_AT[hop])
+        raise Finding(f'the {hop.replace("relay", "server")} says '
+                      + said[:MAX_TEXT].decode('latin-1').strip(), LOOK_AT[hop])
     if status >= 400:
         raise Finding(f'{status} comes from the app, or from {who}: this page is not ours',
                       'see the logs of the app and the client, and run doctor on the server')
@@ -11536,6 +11538,7 @@ SECURITY_TEXT_HOLDS = 30 * DAY      # as RFC 9116 wants it, less than a year
 
 def mail_or_url(text: str) -> str:
     """An address for mail, or of a page."""
+    text = re.sub('^mailto:', '', text)
     if not re.fullmatch(r'[!-~]{1,64}@[!-~]{1,189}|https://[!-~]{1,245}', text):
         raise argparse.ArgumentTypeError(f'{text!r} is not a mail address or an https URL')
     return text
@@ -11749,6 +11752,8 @@ class TokenFiles(Source):
             if path != self._members or os.path.exists(path):
                 try:
                     grants += self._read(path)
+                except FileNotFoundError:
+                    return f'there is no token file {path}; make an empty one, and invite fills it'
                 except (OSError, ValueError, OverflowError) as e:
                     return f"can't use the token file {path}: {plainly(e)}"
         self._tokens.take(grants)
@@ -11942,8 +11947,8 @@ class Invitations(Annex):
         invited.remove(lambda grant: grant.user == user and grant.digest in digests)
         left = sum(grant.user == user for grant in grants) - len(gone)
         return (f'{user} has {left or "no"} token{"s" * (left > 1)} '
-                f'{"left" if left else "any more"} ({left + len(gone)} before); a server that runs '
-                'ends the tunnels of what is gone within seconds')
+                f'{"left" if left else "any more"} ({left + len(gone)} before); tunnels of what is '
+                'gone end within seconds')
 
     @staticmethod
     def welcome(invited: Invited, user: str, rules: Sequence[str]) -> str:
@@ -17097,7 +17102,7 @@ class ServerFile(Source):
         rest = options_in({*new.said} ^ {*self._args.said}) - self.LIVE
         if rest:
             server.log.note(f'{" and ".join(sorted(rest))} changed in {new.config}, which takes a '
-                            'restart')
+                            'restart; SIGUSR2 does that without a failed request')
         return None
 
 

@@ -9004,7 +9004,7 @@ class DoctorOfUrlsTest(Doctored):
         await self.leaves(gone)
         for url, text in ((client.url, 'the app says 502 .*nothing is listening.*the app runs'),
                           (gone.url, 'the client says 503 .*start the client'),
-                          (f'http://x.localhost:{self.port}', 'the relay says 404 .*compare this')):
+                          (f'http://x.localhost:{self.port}', 'the server says 404 .*compare')):
             await self.finds('answer', text, url)
         await self.finds('', '', works.url + '/hook?x=1')
         self.assertIn(b'GET /hook?x=1 ', app.requests[-1])
@@ -9270,6 +9270,7 @@ class ContactTest(WorldTest):
     def test_a_contact_is_mail_or_https(self):
         for text in 'a@b', 'https://b/c':
             self.assertEqual(lt.mail_or_url(text), text)
+        self.assertEqual(lt.mail_or_url('mailto:a@b'), 'a@b')
         for text in 'a', 'http://b', 'a@b\r\nX: y', 'https://b c', 'https://' + 'x' * 246:
             with self.subTest(text), self.assertRaises(argparse.ArgumentTypeError):
                 lt.mail_or_url(text)
@@ -12482,7 +12483,8 @@ class ConfigFileTest(FolderTest):
                          (2, 3, 4, 5))
         write('rate = 6\nport = 2\n')
         self.assertEqual((file.reload(), server.limits.rate), (None, 6))
-        self.assertEqual(said, [f'--open and --port changed in {path}, which takes a restart'])
+        self.assertEqual(said, [f'--open and --port changed in {path}, which takes a restart; '
+                                'SIGUSR2 does that without a failed request'])
         write('rate = 7\nport = x\n')
         self.assertRegex(file.reload(), '^nothing was changed: .* line 3: --port: ')
         self.assertEqual(server.limits.rate, 6)
@@ -13171,7 +13173,7 @@ class ExitCodeTest(CommandTest):
         for make, words, said in (
                 (lt.Certificate, (wrong, 'none'), 'read none: No such file'),
                 (lt.Certificate, (wrong, wrong), 'two files in PEM form'),
-                (lt.TokenFiles, (lt.Tokens(), 'none'), 'token file none: No such file')):
+                (lt.TokenFiles, (lt.Tokens(), 'none'), 'there is no token file none; make')):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, said):
                 make(*words)
 
@@ -16105,7 +16107,8 @@ class HelloTest(HostileTest):
                           'bob B ports=20000-20001\nzo\xeb Z\nold O expires=2020-01-31\n')
         await self.world(token_file=path, tcp_ports=range(20000, 20010), host='127.0.0.1')
         self.assertEqual((await self.hello('O'))[1], 401)
-        self.assertEqual((await self.hello('A', name='other'))[1], 403)
+        _, status, told = await self.hello('A', name='other')
+        self.assertEqual((status, told['message'].partition(', but ')[2]), (403, 'ana-* and demo'))
         self.assertEqual((await self.hello('B', name='other'))[1], 101)  # it was not taken
         for _ in range(2):
             self.assertEqual((await self.hello('Z', name='zoe'))[1], 101)
