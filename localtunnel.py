@@ -2574,13 +2574,6 @@ def is_address(host: str) -> bool:
     return '%' not in host       # a zone may hold any character
 
 
-def is_loopback(host: str) -> bool:
-    """Return True if HOST names this machine and no other."""
-    if is_address(host):
-        return ipaddress.ip_address(host.strip('[]')).is_loopback
-    return host == 'localhost' or host.endswith('.localhost')
-
-
 # ------------------------------------------------------------------------------------------------
 # 8. Exchange
 #
@@ -3591,9 +3584,8 @@ class Server:
         if request.upgrade != PROTOCOL.encode():
             raise Refused(426, 'version', f'this server speaks {PROTOCOL}; fetch the client from '
                           f'it: {visitor.url_of(self.domain, request.host)}/localtunnel.py')
-        if (self.tls and visitor.scheme == 'http' and not visitor.front
-                and not is_loopback(visitor.peer)):
-            self.tls.check_session(self.domain)
+        if self.tls:
+            self.tls.check_session(visitor, self.domain)
 
     def _url(self, visitor: Visitor, name: str, host: bytes) -> str:
         """The URL of the tunnel of NAME, for a client that dialled HOST."""
@@ -4168,6 +4160,13 @@ class Others:
 #
 # Where the app and the server are, how they are reached, and when a client tries again.
 # ------------------------------------------------------------------------------------------------
+
+def is_loopback(host: str) -> bool:
+    """Return True if HOST names this machine and no other."""
+    if is_address(host):
+        return ipaddress.ip_address(host.strip('[]')).is_loopback
+    return host == 'localhost' or host.endswith('.localhost')
+
 
 class Target:
     """What a tunnel leads to, and its kind.
@@ -5888,9 +5887,10 @@ class Tls:
                      + urllib.parse.quote(request.target, safe=URL_CHARACTERS))
             raise HopFailed(308, f'this site is at {where}', f'Location: {where}')
 
-    def check_session(self, domain: str) -> None:
-        """Raises Refused for a client that came by http, if it could come by https to DOMAIN."""
-        if self.pin or self.shows(domain):
+    def check_session(self, visitor: Visitor, domain: str) -> None:
+        """Raises Refused if VISITOR, a client, came by http, and can come by https to DOMAIN."""
+        if (visitor.scheme == 'http' and not visitor.front and not is_loopback(visitor.peer)
+                and (self.pin or self.shows(domain))):
             raise Refused(403, 'https', 'this server takes sessions by https alone, since tokens '
                           'and proofs are secrets: say --server https://HOST, or ask its operator '
                           'for a code, for --join')
@@ -6054,7 +6054,6 @@ class Leases:
         self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
         self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
         self.tokens = tokens
-        self._of: dict[str, set[str]] = collections.defaultdict(set)    # names by owner, by token
         self._strangers: dict[str, int] = collections.Counter()     # their new leases, by subnet
         self._look_at = 0.0         # when leases that have ended are looked for again
 
@@ -6069,15 +6068,10 @@ class Leases:
     def make(self, changes: Changes) -> None:
         """Make CHANGES, which are kept."""
         for name, lease in changes.items():
-            old = self.by_name.pop(name, None)
-            for key in (old.owner, old.token) if old else ():
-                self._of[key].discard(name)
-                if not self._of[key]:
-                    del self._of[key]
             if lease:
                 self.by_name[name] = lease
-                for key in lease.owner, lease.token:
-                    self._of[key].add(name)
+            else:
+                self.by_name.pop(name, None)
 
     def owner(self, name: str, now: float) -> str | None:
         """Return the owner of NAME, or None."""
@@ -6091,10 +6085,11 @@ class Leases:
 
     def check_limits(self, owner: str, token: str, now: float) -> None:
         """Raise Refused if OWNER, whose token has the digest TOKEN, may not have another name."""
-        if sum(self.owner(other, now) == owner for other in self._of.get(owner, ())) >= MAX_LEASES:
+        leases = self.by_name.values()
+        if sum(lease.owner == owner and self.holds(lease, now) for lease in leases) >= MAX_LEASES:
             raise Refused(403, 'too_many_names', f'you already have {MAX_LEASES} names; give one '
                           'back with: client TARGET --name NAME --release')
-        if token and len(self._of.get(token, ())) >= MAX_LEASES_OF_TOKEN:
+        if token and sum(lease.token == token for lease in leases) >= MAX_LEASES_OF_TOKEN:
             raise Refused(403, 'too_many_names', f'your token has {MAX_LEASES_OF_TOKEN} names '
                           'already; give one back')
 
@@ -6107,14 +6102,14 @@ class Leases:
         stays = self.owner(name, now) == owner
         if known and stays and known.token == token and now - known.used < DAY:
             return {}       # a date within the last day is new enough
-        if not stays:
-            self.check_limits(owner, token, now)
         if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
             if now >= self._look_at:        # all are looked at: not for each who asks
                 self._look_at = now + LEASE_LOOK
                 ended = [n for n in self.by_name if not self.owner(n, now)]
             if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
+        if not stays:
+            self.check_limits(owner, token, now)
         facts = known.facts if known and stays else {}
         return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
 
@@ -6137,10 +6132,10 @@ class Leases:
     def check_new(self, owner: str, asked: Candidate) -> None:
         """Raises Refused where OWNER, who is ASKED, may have no other name."""
         address = asked.visitor.address
-        self.check_limits(owner, asked.grant.digest, time.time())
         if is_stranger(asked) and self._strangers[subnet_of(address)] >= MAX_LEASES:
             raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} '
                           'new names today; take one of those, or come again tomorrow')
+        self.check_limits(owner, asked.grant.digest, time.time())
 
     async def lease(self, name: str, owner: str, asked: Candidate) -> None:
         """Lease NAME to OWNER, who is ASKED.  Raises Refused and Disconnected."""
