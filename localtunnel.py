@@ -1983,7 +1983,7 @@ CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
 # These, too, an app may not send on: only we say that a hop failed, and the like.
 NOT_OF_APPS = HOP_BY_HOP.union((b'localtunnel-failed', b'localtunnel-kept', b'localtunnel-replay',
                                 b'localtunnel-user'))
-NOT_OF_INTERIM = NOT_OF_APPS.union((b'content-length', b'set-cookie', b'clear-site-data'))
+NOT_OF_INTERIM = NOT_OF_APPS.union((b'set-cookie', b'clear-site-data'))
 # A Connection that names one of these would take away what routing and framing rely on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
 # Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge.
@@ -2083,24 +2083,26 @@ class Head:
             block = self._onward[dropped, trusted] = self.without(names)
         return block
 
+    def length(self, otherwise: int = 0) -> int:
+        """The length of the body: bytes, CHUNKED, or OTHERWISE where nothing is said of it.
 
-def chunked_only(head: Head) -> int:
-    """Return CHUNKED for a head with Transfer-Encoding; refuse anything but one `chunked`."""
-    if head.fields[b'transfer-encoding'] != b'chunked':
-        raise BadHttp(400, 'a Transfer-Encoding other than a single chunked')
-    if b'content-length' in head.fields:
-        raise BadHttp(400, 'both Transfer-Encoding and Content-Length')
-    if head.minor == b'0':
-        raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
-    return CHUNKED
-
-
-def content_length(head: Head) -> int:
-    """Return the one Content-Length of HEAD.  Raises BadHttp."""
-    value = head.fields[b'content-length']
-    if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
-        raise BadHttp(400, 'Content-Length is not a single number')
-    return int(value)
+        Raises BadHttp (RFC 9112 6.3).
+        """
+        fields = self.fields
+        if b'transfer-encoding' in fields:
+            if fields[b'transfer-encoding'] != b'chunked':
+                raise BadHttp(400, 'a Transfer-Encoding other than a single chunked')
+            if b'content-length' in fields:
+                raise BadHttp(400, 'both Transfer-Encoding and Content-Length')
+            if self.minor == b'0':
+                raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
+            return CHUNKED
+        if b'content-length' not in fields:
+            return otherwise
+        value = fields[b'content-length']
+        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS:
+            raise BadHttp(400, 'Content-Length is not a single number')
+        return int(value)
 
 
 # Who asks again mostly sends the same head, or at least the same lines, and gets the same.
@@ -2160,12 +2162,6 @@ class Request(RequestLines):
         if self.target[:1] != b'/':
             self.target = b'/' + self.target if self.target or self.method != b'OPTIONS' else b'*'
 
-    def body_length(self) -> int:
-        """The length: bytes, or CHUNKED.  Raises BadHttp (RFC 9112 6.3)."""
-        if b'transfer-encoding' in self.fields:
-            return chunked_only(self)
-        return content_length(self) if b'content-length' in self.fields else 0
-
 
 class Response(Head):
     """A response head; `reason` has its leading space, or is empty.
@@ -2181,16 +2177,14 @@ class Response(Head):
         self._length: int | None = None         # of a body, once it was asked for
 
     def body_length(self, method: bytes) -> int:
-        """The length for METHOD: bytes, CHUNKED, UNTIL_CLOSE.  Raises BadHttp (RFC 9112 6.3)."""
+        """The length in answer to METHOD, which may be UNTIL_CLOSE, too.  Raises BadHttp."""
         if self._length is None:
-            self._length = (chunked_only(self) if b'transfer-encoding' in self.fields else
-                            content_length(self) if b'content-length' in self.fields else
-                            UNTIL_CLOSE)
+            self._length = self.length(UNTIL_CLOSE)
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else self._length
 
-    def forwarded_block(self, dropped: frozenset[bytes] = HOP_BY_HOP) -> bytes:
-        """Return the header lines to pass on, without those DROPPED.  Raises BadHttp."""
-        return self.onward(dropped.union((b'content-length',)) if self.bodiless else dropped)
+    def onward(self, dropped: frozenset[bytes] = HOP_BY_HOP, trusted: bool = True) -> bytes:
+        return Head.onward(
+            self, dropped.union((b'content-length',)) if self.bodiless else dropped, trusted)
 
 
 def logs_in(request: Request, response: Response) -> bool:
@@ -2627,7 +2621,7 @@ class Exchange(Record):
         self.target = request.target.decode('latin-1')
         self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
-        self.request, self.body = request, body_reader(near, request.body_length())
+        self.request, self.body = request, body_reader(near, request.length())
         # The body, where it is small and all here; None where it has to be streamed.
         self.whole = b'' if self.body.finished else whole_body(self.body)
         # What the visitor gets, once that has begun: a body, or what is counted of it.
@@ -3606,6 +3600,7 @@ class Server:
 
 SLOW = 1.0                      # until people wonder whether a request is answered at all
 
+
 class App:
     """The local program that visitors reach."""
 
@@ -3740,7 +3735,7 @@ class App:
     def _respond(self, exchange: Exchange, response: Response,
                  request_taps: Iterable[Tap]) -> Awaitable[None]:
         """Pass RESPONSE on; to be awaited.  Decides what becomes of the connection."""
-        request, block = exchange.request, response.forwarded_block(NOT_OF_APPS)
+        request, block = exchange.request, response.onward(NOT_OF_APPS)
         for rewrite in self.rewrites:
             block = rewrite.of_response(request, block)
         length = response.body_length(request.method)
@@ -3933,7 +3928,8 @@ class Client:
             said = getattr(e, 'head', b'') or connection.peek()
             raise self._words.no_answer(self.address, said, e) from e
         if response.status != 101:
-            refused = await self._refused(connection, response)
+            refused = await self._words.refusal(connection, response, self.address,
+                                                self._hello['release'])
             if refused.code != 'released':
                 raise refused
             return None
@@ -3945,20 +3941,6 @@ class Client:
             raise Refused(502, 'no_upgrade', f'{self.address} is not a localtunnel server: it sent '
                           'no welcome with a URL')
         return welcome
-
-    async def _refused(self, connection: Connection, response: Response) -> Refused:
-        """The refusal in RESPONSE.  Raises one that says so if another program answered."""
-        said = b''
-        try:
-            connection.timeout = HANDSHAKE_TIMEOUT
-            said = await read_whole(body_reader(connection, response.body_length(b'GET')), MAX_HEAD)
-            told = json.loads(said)
-            if told['error'] == 'released' and not self._hello['release']:
-                raise ValueError        # that would be success, and nobody asked for it
-            return Refused(response.status, str(told['error']),
-                           printable(str(told['message'])[:MAX_TEXT]), bool(told.get('final')))
-        except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
-            raise self._words.stranger(self.address, response, said) from None
 
     def _new_session(self) -> Session:
         for old in tuple(self._sessions)[:-MAX_DRAINING]:
@@ -4484,7 +4466,7 @@ class Onward:
 
     def of_response(self, exchange: Exchange, response: Response) -> bytes:
         """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
-        block = response.forwarded_block()
+        block = response.onward()
         for change in self.changes:
             block = change(response, block)
         if response.status == 101:
@@ -4805,6 +4787,24 @@ class Words:
         scheme, _, host = str(address).partition('://')
         return Disconnected(f'{address} closed the connection without an answer' + (
             f'; if it speaks TLS, use https://{host}' if scheme == 'http' else ''))
+
+    async def refusal(self, connection: Connection, response: Response, address: ServerAddress,
+                      release: bool) -> Refused:
+        """What the server at ADDRESS says in RESPONSE, in place of a session; RELEASE: as asked.
+
+        Raises what says so if another program answered.
+        """
+        said = b''
+        try:
+            connection.timeout = HANDSHAKE_TIMEOUT
+            said = await read_whole(body_reader(connection, response.body_length(b'GET')), MAX_HEAD)
+            told = json.loads(said)
+            if told['error'] == 'released' and not release:
+                raise ValueError        # that would be success, and nobody asked for it
+            return Refused(response.status, str(told['error']),
+                           printable(str(told['message'])[:MAX_TEXT]), bool(told.get('final')))
+        except (ValueError, KeyError, TypeError, RecursionError, LocaltunnelError):
+            raise self.stranger(address, response, said) from None
 
     def stranger(self, address: ServerAddress, response: Response, said: bytes) -> LocaltunnelError:
         """What it means that another program's RESPONSE came from ADDRESS; its body was SAID."""
@@ -7750,7 +7750,7 @@ async def echo(connection: Connection) -> None:
             request = parse_request(head)
             if b'100-continue' in head.lower():
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
-            body = await read_whole(body_reader(connection, request.body_length()), MAX_ECHO)
+            body = await read_whole(body_reader(connection, request.length()), MAX_ECHO)
             try:
                 if len(body) > MAX_ECHO:
                     raise HopFailed(413, f'echo sends back no more than {MAX_ECHO} bytes',
@@ -9877,7 +9877,7 @@ class Queues(Detour):
 
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
         server, request, tries = self._server, exchange.request, 0
-        budget, length = server.admission.budget, request.body_length()
+        budget, length = server.admission.budget, request.length()
         wanted, owner = self._wanted[key], self._leases.owner(key, time.time())
         lines = server.onward.of_request(visitor, request, key)
         for gate in wanted.gates:
@@ -11185,7 +11185,7 @@ async def answer_ourselves(connection: Connection) -> None:
     try:
         head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
         request = parse_request(head or b'')
-        body = await read_whole(body_reader(connection, request.body_length()), SAMPLE)
+        body = await read_whole(body_reader(connection, request.length()), SAMPLE)
         if request.target == b'/websocket':
             await connection.write('\r\n'.join(
                 ['HTTP/1.1 101 Switching Protocols', *UPGRADE, ACCEPTED, '', '']).encode())
@@ -12790,7 +12790,7 @@ class Edited:
         if (not _FIELDS.fullmatch(last[:-2])
                 or any(map(NO_TRAILER.match, last.lower().splitlines()))):
             raise BadHttp(400, 'a trailer that HTTP does not allow')
-        if parse_request(head).body_length() != CHUNKED:
+        if parse_request(head).length() != CHUNKED:
             return head + self.body
         size = b'%x\r\n%b\r\n' % (len(self.body), self.body) if self.body else b''
         return head + size + b'0\r\n' + last
@@ -13443,7 +13443,7 @@ class Inspector:
         """Find who answers it; what that returns is JSON, or None if it has answered itself."""
         request = self._request
         most = 2 * self._book.most + EDIT_ROOM if request.method == b'POST' else 0
-        self._body = await read_whole(body_reader(self._connection, request.body_length()), most)
+        self._body = await read_whole(body_reader(self._connection, request.length()), most)
         if len(self._body) > most:
             raise BadHttp(413, f'the body has more than {most} bytes')
         path, _, query = request.target.decode('latin-1').partition('?')
