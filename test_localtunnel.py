@@ -14320,9 +14320,10 @@ class RealProxyTest(RecipeTest):
         path = self.write('haproxy.cfg', self.recipe(
             'haproxy', ('bind :80,[::]:80 v6only', f'bind 127.0.0.1:{port}'),
             ('bind :443,[::]:443 v6only', f'bind 127.0.0.1:{tls_port}'),
-            ('/etc/haproxy/t.example.com.pem', self.pem),
-            ('server localtunnel 127.0.0.1:8080',
-             f'server localtunnel 127.0.0.1:{self.relay.port()}')))
+            ('/etc/haproxy/t.example.com.pem', self.pem), ('127.0.0.1:10000', self.path('peers')),
+            ('server a 10.0.0.11:8080', f'server a 127.0.0.1:{self.relay.port()}'),
+            ('    server b 10.0.0.12:8080 check tcp-ut 3s\n', ''),
+            ('    server c 10.0.0.13:8080 check tcp-ut 3s\n', '')))
         self.runs('haproxy', '-db', '-f', path)
         self.all_of_it_passes()
 
@@ -14486,17 +14487,17 @@ class BalancerTest(RecipeTest):
 
     def test_haproxy_ends_tls(self):
         text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
-                           *self.servers(8080), number=1)
+                           *self.servers(8080))
         self.survives(text, 0, [('--port', place, '--trust-proxy', '127.0.0.1')
                                 for place in self.places])
 
     def test_haproxy_leads_to_the_ports_of_raw_tcp(self):
         public, app = [self.free_port() for _ in 'ab'], self.app('hi')
         text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
-                           *self.servers(8080), number=1) + self.recipe(
+                           *self.servers(8080)) + self.recipe(
             'haproxy', ('bind :20000-20499', f'bind 127.0.0.2:{public[0]}'),
             ('bind :20500-20999', f'bind 127.0.0.2:{public[1]}'), ('10.0.0.11', '127.0.0.1'),
-            ('10.0.0.12', '127.0.0.1'), number=3)
+            ('10.0.0.12', '127.0.0.1'), number=2)
         self.balances(text, [('--port', place, '--trust-proxy', '127.0.0.1', '--tcp-ports', port)
                              for place, port in zip(self.places, public)])
         tunnel = lt.tunnel(app.port, server=f'https://t.localhost:{self.ports[1]}', token='t',
@@ -14510,9 +14511,9 @@ class BalancerTest(RecipeTest):
             self.assertIn(b' 200 ', sock.makefile('rb').readline())
 
     def test_haproxy_passes_tls_on(self):
-        first = self.recipe('haproxy', number=1)
+        first = self.recipe('haproxy')
         text = first[:first.index('frontend web')] + self.recipe(
-            'haproxy', *self.servers(443), number=2)
+            'haproxy', *self.servers(443), number=1)
         self.survives(text, 1, [
             ('--port', self.free_port(), '--tls-port', place, '--cert', self.path('crt'), '--key',
              self.path('key')) for place in self.places])

@@ -111,7 +111,7 @@ class Cluster:
     def configuration(self):
         """README's, with the places of these."""
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
-            _, text, passing, _ = re.findall('```haproxy\n(.*?)```', f.read(), re.DOTALL)
+            text, passing, _ = re.findall('```haproxy\n(.*?)```', f.read(), re.DOTALL)
         if self.passes:
             text = text[:text.index('frontend web')] + passing
         text = re.sub('    server [abc] .*\n', '', text) + ''.join(
