@@ -7387,6 +7387,9 @@ class TcpPorts(Kind):
         for door in self._doors.pop(tunnel, []):
             self._server.doors.close_one(door)
             self._server.visitors.listening -= 1
+        for sock in self._bound.pop(tunnel, ()):        # its client was refused at the last moment
+            sock.close()
+            self._server.visitors.listening -= 1
         if tunnel.kind == 'tcp' and tunnel.url:
             del self._at[port_of(tunnel)]
             tunnel.url = ''

@@ -7128,16 +7128,19 @@ class BlockListTest(FolderTest, WorldTest):
                 self.assertRegex(await peer.reader.read(4), pattern)
 
     async def test_a_client_that_waited_for_the_disk_is_asked_about_again(self):
-        await self.barred_world()
+        await self.barred_world(host='127.0.0.1', tcp_ports=(CommandTest.free_port(),))
         lease = self.server.admission._lease
 
         async def slow(asked):
             await lease(asked)
-            self.write('blocked', 'name:demo # just now')
+            self.write('blocked', 'user:ana # just now')
             self.sources.reload()
-        with unittest.mock.patch.object(self.server.admission, '_lease', slow):
-            self.assertEqual((await self.refusal('one', name='demo'))[1], 'blocked')
-        self.assertEqual(self.server.tunnels.members(), [])
+        for words in {'name': 'demo'}, {'kind': 'tcp'}:
+            with unittest.mock.patch.object(self.server.admission, '_lease', slow):
+                self.assertEqual((await self.refusal('one', **words))[1], 'blocked')
+            self.assertEqual(self.server.tunnels.members(), [])
+            await self.block('')
+            self.assertEqual((await self.hello('one', **words))[1], 101)    # nothing is in its way
 
     async def test_a_mistake_sets_nobody_free_and_the_rest_holds(self):
         await self.barred_world('name:a\n')
