@@ -2001,6 +2001,7 @@ class Head:
     to use the connection again.
     """
     __slots__ = ('minor', 'block', 'fields', 'connection', 'keep_alive', '_lower', '_onward')
+    bodiless = False                # of a response: one with its status has no body and no length
 
     def __init__(self, minor: bytes, block: bytes) -> None:
         """Raises BadHttp."""
@@ -2073,6 +2074,8 @@ class Head:
 
         Raises BadHttp.
         """
+        if self.bodiless:
+            dropped = dropped.union((b'content-length',))
         if trusted and not self.connection and dropped.isdisjoint(self.fields):
             return self.block       # as from the other end of a tunnel
         block = self._onward.get((dropped, trusted))
@@ -2083,7 +2086,7 @@ class Head:
             block = self._onward[dropped, trusted] = self.without(names)
         return block
 
-    def length(self, otherwise: int = 0) -> int:
+    def _body_length(self, otherwise: int) -> int:
         """The length of the body: bytes, CHUNKED, or OTHERWISE where nothing is said of it.
 
         Raises BadHttp (RFC 9112 6.3).
@@ -2114,9 +2117,9 @@ class RequestLines(Head):
 
     `host` is its Host in lower case, `host_name` the same without port, as text.
     `upgrade` is the protocol that the sender would like to switch to (RFC 9110 7.8); b'' if
-    there is none but HTTP itself.
+    there is none but HTTP itself.  `length` is that of the body: bytes, or CHUNKED.
     """
-    __slots__ = ('host', 'host_name', 'upgrade')
+    __slots__ = ('host', 'host_name', 'upgrade', 'length')
 
     def __init__(self, minor: bytes, block: bytes) -> None:
         Head.__init__(self, minor, block)
@@ -2128,6 +2131,7 @@ class RequestLines(Head):
             raise BadHttp(400, 'Host is missing, malformed or repeated')
         if b'upgrade' in self.connection and minor == b'1':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
+        self.length = self._body_length(0)
 
 
 request_lines = functools.lru_cache(RECENT)(RequestLines)
@@ -2141,9 +2145,9 @@ class Request(RequestLines):
         self.method, self.target = method, target
         known = request_lines(minor, block)
         (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
-         self._onward, self.host, self.host_name, self.upgrade) = (
+         self._onward, self.host, self.host_name, self.upgrade, self.length) = (
              minor, block, known.fields, known.connection, known.keep_alive, known._lower,
-             known._onward, known.host, known.host_name, known.upgrade)
+             known._onward, known.host, known.host_name, known.upgrade, known.length)
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
             self._check_target()
 
@@ -2164,10 +2168,7 @@ class Request(RequestLines):
 
 
 class Response(Head):
-    """A response head; `reason` has its leading space, or is empty.
-
-    `bodiless`: a response with this status never has a body or a length.
-    """
+    """A response head; `reason` has its leading space, or is empty."""
     __slots__ = ('status', 'reason', 'bodiless', '_length')
 
     def __init__(self, minor: bytes, status: bytes, reason: bytes, block: bytes) -> None:
@@ -2179,12 +2180,8 @@ class Response(Head):
     def body_length(self, method: bytes) -> int:
         """The length in answer to METHOD, which may be UNTIL_CLOSE, too.  Raises BadHttp."""
         if self._length is None:
-            self._length = self.length(UNTIL_CLOSE)
+            self._length = self._body_length(UNTIL_CLOSE)
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else self._length
-
-    def onward(self, dropped: frozenset[bytes] = HOP_BY_HOP, trusted: bool = True) -> bytes:
-        return Head.onward(
-            self, dropped.union((b'content-length',)) if self.bodiless else dropped, trusted)
 
 
 def logs_in(request: Request, response: Response) -> bool:
@@ -2621,7 +2618,7 @@ class Exchange(Record):
         self.target = request.target.decode('latin-1')
         self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
-        self.request, self.body = request, body_reader(near, request.length())
+        self.request, self.body = request, body_reader(near, request.length)
         # The body, where it is small and all here; None where it has to be streamed.
         self.whole = b'' if self.body.finished else whole_body(self.body)
         # What the visitor gets, once that has begun: a body, or what is counted of it.
@@ -7753,7 +7750,7 @@ async def echo(connection: Connection) -> None:
             request = parse_request(head)
             if b'100-continue' in head.lower():
                 await connection.write(b'HTTP/1.1 100 Continue\r\n\r\n')
-            body = await read_whole(body_reader(connection, request.length()), MAX_ECHO)
+            body = await read_whole(body_reader(connection, request.length), MAX_ECHO)
             try:
                 if len(body) > MAX_ECHO:
                     raise HopFailed(413, f'echo sends back no more than {MAX_ECHO} bytes',
@@ -9880,7 +9877,7 @@ class Queues(Detour):
 
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
         server, request, tries = self._server, exchange.request, 0
-        budget, length = server.admission.budget, request.length()
+        budget, length = server.admission.budget, request.length
         wanted, owner = self._wanted[key], self._leases.owner(key, time.time())
         lines = server.onward.of_request(visitor, request, key)
         for gate in wanted.gates:
@@ -11188,7 +11185,7 @@ async def answer_ourselves(connection: Connection) -> None:
     try:
         head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
         request = parse_request(head or b'')
-        body = await read_whole(body_reader(connection, request.length()), SAMPLE)
+        body = await read_whole(body_reader(connection, request.length), SAMPLE)
         if request.target == b'/websocket':
             await connection.write('\r\n'.join(
                 ['HTTP/1.1 101 Switching Protocols', *UPGRADE, ACCEPTED, '', '']).encode())
@@ -12793,7 +12790,7 @@ class Edited:
         if (not _FIELDS.fullmatch(last[:-2])
                 or any(map(NO_TRAILER.match, last.lower().splitlines()))):
             raise BadHttp(400, 'a trailer that HTTP does not allow')
-        if parse_request(head).length() != CHUNKED:
+        if parse_request(head).length != CHUNKED:
             return head + self.body
         size = b'%x\r\n%b\r\n' % (len(self.body), self.body) if self.body else b''
         return head + size + b'0\r\n' + last
@@ -13446,7 +13443,7 @@ class Inspector:
         """Find who answers it; what that returns is JSON, or None if it has answered itself."""
         request = self._request
         most = 2 * self._book.most + EDIT_ROOM if request.method == b'POST' else 0
-        self._body = await read_whole(body_reader(self._connection, request.length()), most)
+        self._body = await read_whole(body_reader(self._connection, request.length), most)
         if len(self._body) > most:
             raise BadHttp(413, f'the body has more than {most} bytes')
         path, _, query = request.target.decode('latin-1').partition('?')

@@ -163,7 +163,7 @@ def head_of(fed, parse):
         message = parse(head)
         message.hop_by_hop()
         if isinstance(message, lt.Request):
-            return message.block, message.length(), message.upgrade, message.keep_alive
+            return message.block, message.length, message.upgrade, message.keep_alive
         return message.block, message.body_length(b"GET"), message.status, message.keep_alive
     except lt.BadHttp as e:
         assert 400 <= e.status < 600
@@ -195,7 +195,8 @@ def parsers_alone(data):
         try:
             message = parse(data)
             message.hop_by_hop()
-            message.length()
+            if parse is lt.parse_response:
+                message.body_length(b'HEAD')
         except lt.BadHttp:
             pass
 
