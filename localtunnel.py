@@ -10795,8 +10795,8 @@ class Mail(Annex):
         office = PostOffice(server)
         for sock in args.listening.at(args.bind, args.mail_port):
             await server.doors.open(sock, lambda sender: Postman(office, sender).serve())
-        if not is_loopback(args.domain):
-            server.log.note(f'for mail, {mx_record(args.domain)}')
+        server.log.note(f'taking mail on port {sock.getsockname()[1]}' + (
+            '' if is_loopback(args.domain) else f'; {mx_record(args.domain)}'))
 
     def checks(self, args: Args) -> Sequence[Check]:
         domain, port = args.domain, getattr(args, 'mail_port', MAIL_PORT)
@@ -16111,6 +16111,9 @@ class Parser(argparse.ArgumentParser):
         if missing:
             message = f'{missing} is missing, as in: {self.prog} {missing}'
         message = message.replace('expected one argument', 'its value is missing')
+        message = message.replace('invalid network value:', 'it takes an address or a network such '
+                                  'as 10.0.0.0/8, not')
+        message = message.replace('invalid port_range value:', 'it takes A-B, not')
         message = message.replace('unrecognized arguments:', "can't tell what this means:")
         message = re.sub(r"COMMAND: invalid choice: '(.*)' \(choose from (.*)\)",
                          lambda m: f'there is no {m[1]} here, but {m[2]}'.replace("'", ''), message)
@@ -16947,7 +16950,8 @@ class tunnel:
 
 SECRET_KEYS = {'token', 'join', 'auth'}
 # By the parser's name for it, what is wrong with a line; else it is neither of the two.
-FAULTS = {'MissingSectionHeaderError': 'above this a section must begin, such as [web]',
+FAULTS = {'MissingSectionHeaderError': 'above this a section must begin, such as [web] or '
+                                       '[server]',
           'DuplicateSectionError': 'this section stands above already; join the two, or give it '
                                    'another name',
           'DuplicateOptionError': 'this key stands above already, in the same section; take one '

@@ -8514,7 +8514,7 @@ class MxTest(MailTest):
         port = CommandTest.free_port()
         self.assertEqual((await self.look(port=port))[0], None)
         self.assertEqual((await self.look('t.example.com', port=port))[0], False)
-        self.assertIn(f'for mail, {cure}', self.log.text())
+        self.assertIn(f'taking mail on port {self.mail_port}; {cure}', self.log.text())
 
     async def test_it_is_not_looked_at_where_there_is_no_mail(self):
         for domain, mail in ('localhost', True), ('192.0.2.1', True), ('t.example.com', False):
@@ -12371,7 +12371,7 @@ class KeywordTest(unittest.TestCase):
 
     def test_what_the_command_line_refuses_is_refused_in_the_same_words(self):
         for target, options, text in (
-                (1, {'allow': 'x'}, "--allow: invalid network value: 'x'"),
+                (1, {'allow': 'x'}, "--allow: it takes an address or a network .*, not 'x'"),
                 (1, {'timeout': '-1'}, '--timeout: .* not a number'),
                 (1, {'name': ''}, 'name is empty'), (1, {'auth': ['']}, 'auth is empty'),
                 ('', {}, 'target is empty'), ('--json', {}, 'TARGET is missing'),
@@ -12403,7 +12403,10 @@ class ConfigFileTest(FolderTest):
 
     def test_each_mistake_is_told_with_its_line_and_a_cure(self):
         for text, said in (
-                ('x = 1\n', 'FILE, line 1: above this a section must begin, such as [web]'),
+                ('x = 1\n', 'FILE, line 1: above this a section must begin, such as [web] or '
+                 '[server]'),
+                ('[server]\ntcp-ports = x\n', "FILE, line 2: --tcp-ports: it takes A-B, not 'x'; "
+                 'see localtunnel.py server --help'),
                 ('# a\n\n[server]\nrate = 1\n\n[server]\n',
                  'FILE, line 6: this section stands above already; join the two, or give it '
                  'another name'),
@@ -12426,9 +12429,10 @@ class ConfigFileTest(FolderTest):
                  'FILE, line 2: a comment needs a line of its own; here it is a part of rate'),
                 ('[server]\nacme = "a@b.example"\n',
                  'FILE, line 2: take out the quotes; here they are a part of acme'),
-                ('[server]\ntrust-proxy = ::1, 10.0.0.1\n', 'FILE, line 2: --trust-proxy: invalid '
-                 "network value: '::1, 10.0.0.1'; see localtunnel.py server --help; several values "
-                 'stand in lines of their own, further in'),
+                ('[server]\ntrust-proxy = ::1, 10.0.0.1\n', 'FILE, line 2: --trust-proxy: it takes '
+                 "an address or a network such as 10.0.0.0/8, not '::1, 10.0.0.1'; see "
+                 'localtunnel.py server --help; several values stand in lines of their own, '
+                 'further in'),
                 ('[server]\nopen = maybe\n', 'FILE, line 2: open takes yes or no'),
                 ('[server]\nopen = no\ntoken = \xe4\n', 'FILE, line 3: a token consists of '
                  'printable ASCII characters, without spaces'),
