@@ -2925,6 +2925,17 @@ class Waits:
         """Wake those that wait for one of KEYS, or all."""
 
 
+# What a server is at.  SERVING until it ends; or HANDING_OVER, while a successor starts, and after
+# that SERVING again if it does not; LEAVING, while balancers learn that they send nobody here.
+#
+#   state          new clients    visitors' connections    who waits for a client
+#   SERVING        come           stay                     waits
+#   HANDING_OVER   are refused    stay                     waits
+#   LEAVING        come           end with a response      waits
+#   ENDING         are refused    end with a response      is told that nobody comes
+SERVING, HANDING_OVER, LEAVING, ENDING = range(4)
+
+
 class Tunnels:
     """Who serves which name.
 
@@ -2940,7 +2951,7 @@ class Tunnels:
         # Seams: told of each member that comes, and once its session is over; of tunnels that go.
         self.watchers: list[Callable[[Tunnel, Member], None]] = []
         self.on_forget: list[Callable[[Tunnel], object]] = []
-        self.closed = False             # nobody is expected back: the server ends
+        self.state = SERVING            # of the server
         self.bars: Bars | None = None   # a seam: whom the operator keeps out
         self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
         self.others: Others | None = None       # a seam: other servers behind one balancer
@@ -2990,7 +3001,8 @@ class Tunnels:
                 self.remove(tunnel, member)
                 audit(self.log, 'closed', session.facts, tunnel.url,
                       session.goaway[1] if session.goaway else
-                      'the server is shutting down' if self.closed else str(session.error))
+                      'the server is shutting down' if self.state == ENDING else
+                      str(session.error))
             goodbye = session.goaway is not None and all(
                 other.session.goaway is not None for other in tunnel.members)
             tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
@@ -3053,7 +3065,7 @@ class Tunnels:
     def away(self, key: str) -> HopFailed:
         """Why nobody serves KEY, which is known."""
         tunnel = self._table.get(key)
-        if self.closed:
+        if self.state == ENDING:
             why, cure = 'the server is shutting down; try again soon', ''
         elif tunnel is None:
             why, cure = f'the client of {key} is not connected', 'start it'
@@ -3064,7 +3076,7 @@ class Tunnels:
                 'it comes back by itself when its machine is awake and online; if it has ended, '
                 'start it again')
         return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', cure=cure,
-                         hop='relay' if self.closed else 'client')
+                         hop='relay' if self.state == ENDING else 'client')
 
     def here(self, tunnel: Tunnel) -> None:
         """A client of TUNNEL is there: requests that wait for it go on."""
@@ -3073,7 +3085,6 @@ class Tunnels:
 
     def close(self) -> None:
         """Expect nobody back: send clients elsewhere, and wake what waits for one."""
-        self.closed = True
         for member in self.members():
             member.session.drain(DRAINING, 'the server is shutting down')
             if member.session.connection is None:       # and it can't come back
@@ -3130,16 +3141,9 @@ class Admission:
         self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
         # A seam: each raises Refused where a client may not come.
         self.checks: list[Callable[[Candidate], None]] = []
-        self.closed = False                     # the server ends, or a successor is starting
         self.tokens, self.leases, self.limits, self.budget = leases.tokens, leases, limits, budget
         self._runtime, self._tunnels, self._trace = runtime, tunnels, trace
         self.turn = asyncio.Lock()              # for who changes what others have looked at
-
-    async def close(self) -> None:
-        """Let nobody else in, and wait for the one who is about to come in."""
-        self.closed = True
-        async with self.turn:
-            pass
 
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> Admitted | None:
@@ -3206,7 +3210,7 @@ class Admission:
     def _check_new(self, asked: Candidate) -> None:
         """Raises Refused where the server has no place for ASKED."""
         hello, tunnel = asked.hello, asked.tunnel
-        if self.closed:
+        if self._tunnels.state in (HANDING_OVER, ENDING):
             raise Refused(503, 'draining', 'the server is shutting down; try again soon')
         self._check_kind(asked)
         if hello.release:
@@ -3346,7 +3350,6 @@ class Server:
         self._port = 0                          # for http; the last one that is listened on
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
         self.pages = pages              # what it says itself
-        self.draining = False           # it ends: nobody new, and connections close
         self.doors = doors              # what it listens on
         self.visitors = Visitors(runtime)
         self.tunnels = Tunnels(runtime, hold, log)
@@ -3363,9 +3366,15 @@ class Server:
 
     async def leave(self) -> None:
         """Serve on, while those who send visitors here learn that it ends."""
-        self.draining = True
+        self.tunnels.state = LEAVING
         for tell in self.doors.before_close:
             await tell()
+
+    async def close(self, state: int = ENDING) -> None:
+        """Be in STATE, which lets no client in, and wait for the one who is about to come in."""
+        self.tunnels.state = state
+        async with self.admission.turn:
+            pass
 
     async def stop(self, handed_over: bool = False) -> None:
         """Drain: accept nothing more, send the clients elsewhere, let open exchanges finish.
@@ -3373,8 +3382,7 @@ class Server:
         With HANDED_OVER a successor accepts, and idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
-        self.draining = True
-        await self.admission.close()
+        await self.close()
         await self.doors.close(handed_over)
         self.tunnels.close()
 
@@ -3452,8 +3460,8 @@ class Server:
     async def give(self, visitor: Visitor, exchange: Exchange, own: Own) -> None:
         """Answer the request with OWN, a response of ours."""
         request, exchange.status, exchange.answer = exchange.request, own.status, Count(own.size)
-        exchange.keep = (request.keep_alive and exchange.whole == b'' and not self.draining
-                         and not visitor.refusal)
+        exchange.keep = (request.keep_alive and exchange.whole == b'' and not visitor.refusal
+                         and self.tunnels.state < LEAVING)
         await own.write(visitor.connection, *self.onward.of_own(exchange))
 
     # Routes.
@@ -3513,9 +3521,9 @@ class Server:
                 if exchange.sending:
                     exchange.near.allow(BODY_IDLE)
                 length = response.body_length(request.method)
-                exchange.keep = (request.keep_alive and exchange.body.finished and not self.draining
-                                 and (length >= 0 or request.minor == b'1')
-                                 and response.status != 101)
+                exchange.keep = (request.keep_alive and exchange.body.finished
+                                 and self.tunnels.state < LEAVING and response.status != 101
+                                 and (length >= 0 or request.minor == b'1'))
                 lines_back = self.onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
@@ -7126,8 +7134,8 @@ class Held(Waits):
         broke = tunnel is not None and self._now() - tunnel.left_at < HELD_AFTER_BREAK
         ended = tunnel is not None and tunnel.ended
         guess = self.tunnels.others is not None and self.may_guess(visitor)
-        return ((broke or self.tunnels.starting or guess) and not ended and not self.tunnels.closed
-                and self.may_wait(key))
+        return ((broke or self.tunnels.starting or guess) and not ended
+                and self.tunnels.state != ENDING and self.may_wait(key))
 
     async def _room(self, key: str, visitor: Visitor, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
@@ -9019,12 +9027,12 @@ class HandOver(Annex):
             log.note('handing over to a successor')
             await look_until(lambda: all(member.session.connection
                                          for member in server.tunnels.members()), SETTLE)
-            await server.admission.close()
+            await server.close(HANDING_OVER)
             child = await start_successor(server.runtime, args.listening.all(), args.lock)
             if child:
                 log.note(f'process {child} serves from now on')
                 return notify_systemd(log, f'MAINPID={child}\nREADY=1')
-            server.admission.closed = False
+            server.tunnels.state = SERVING
             sign_lock(args.lock)
             log.note('error: the successor did not start; this server carries on')
 
@@ -9123,7 +9131,7 @@ class Health:
     def page(self, address: str = '') -> tuple[str, Sequence[bytes]]:
         """The page that says whether the server takes new requests.  Raises HopFailed."""
         self._asked_at = self._server.runtime.now()
-        if self._server.draining:
+        if self._server.tunnels.state >= LEAVING:
             self._told += 1
             raise HopFailed(503, 'the server is shutting down')
         return 'text/plain', [b'ok\n']
@@ -9295,7 +9303,7 @@ async def end_tunnels(server: Server, name: str, lease: bool, why: str) -> bool:
     """
     admission, tunnels = server.admission, server.tunnels
     async with admission.turn:
-        if lease and admission.closed:
+        if lease and tunnels.state in (HANDING_OVER, ENDING):
             raise Refused(503, 'draining', 'this server ends; ask the next one')
         found = tunnels.end(name, why)
         for tunnel in tunnels if lease else ():
@@ -10619,7 +10627,7 @@ class Postman:
         crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
         here = await self._lines(self._server.runtime.now()
                                  + (SENDER_HURRY if crowd else SENDER_IDLE))
-        if self._server.draining:
+        if self._server.tunnels.state >= LEAVING:
             raise Reply('421 4.3.2 this server is shutting down')
         size = here.index(b'\n') + 1
         return self._take(here[:size], size)[:-2].decode(errors='surrogateescape')
@@ -17642,7 +17650,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     log.note('finishing open requests; Ctrl-C again stops now')
     if stop.is_set():
         await server.leave()
-    await server.admission.close()
+    await server.close()
     os.close(args.lock)         # from now on nothing is written into the folder but kept requests
     await server.stop(handed_over=not stop.is_set())
     log.flush()

@@ -3331,7 +3331,7 @@ class AdmissionTest(WorldTest):
         words = {'name': 'a', 'instance': '44' * 16}
         _, _, told = await self.hello(**words)
         self.server.tunnels.members()[0].session.decoder.received = 1      # the client was there
-        self.server.admission.closed = True
+        self.server.tunnels.state = lt.HANDING_OVER
         for name in 'b', None:
             _, status, reason = await self.hello(name=name)
             self.assertEqual((status, reason['error']), (503, 'draining'))
@@ -3511,9 +3511,9 @@ class SlowDiskTest(WorldTest):
     async def test_a_server_that_ends_lets_in_who_was_about_to_come_in_and_nobody_else(self):
         await self.world()
         waiting = await self.ask(name='a')
-        closing = self.meanwhile(self.server.admission.close())
+        closing = self.meanwhile(self.server.close())
         late = self.meanwhile(self.hello(name='b'))
-        await eventually(lambda: self.server.admission.closed)
+        await eventually(lambda: self.server.tunnels.state == lt.ENDING)
         self.assertFalse(closing.done())
         self.go.set()
         await closing
@@ -8210,7 +8210,7 @@ class SmtpTest(MailTest):
     async def test_a_server_that_ends_says_so(self):
         await self.mail_world()
         sender = await self.sender()
-        self.server.draining = True
+        self.server.tunnels.state = lt.LEAVING
         self.assertEqual((await sender.says('NOOP'))[:9], '421 4.3.2')
 
     async def test_TLS_begins_anew_and_what_came_before_it_in_clear_is_dropped(self):
