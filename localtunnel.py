@@ -17483,13 +17483,15 @@ class Beside:
             await self._process.wait()
 
 
-def say_not_public(args: Args) -> None:
-    """Say where this URL works, and the ways out, first the one that most people can go."""
+def say_not_public(args: Args, what: str) -> None:
+    """Say where this URL works, the ways out for WHAT, first the one that most people can go."""
     say(f'NOT PUBLIC: {"--local" if args.local else "no server is known"}, so this URL works '
         'on this machine only')
-    say(f'  with a code of a server:  python3 localtunnel.py client {args.target} --join CODE')
-    say(f'  by ssh, without a server: python3 localtunnel.py client {args.target} --via HOST')
+    say(f'  with a code of a server:  python3 localtunnel.py client {what} --join CODE')
+    say(f'  by ssh, without a server: python3 localtunnel.py client {what} --via HOST')
     say('  for one of your own:      python3 localtunnel.py deploy HOST')
+    if args.name:
+        say(f'  --name {args.name} needs a server, too: here the tunnel has the whole host')
 
 
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
@@ -17497,7 +17499,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
     beside, key, carrier = Beside(runtime, args.after), load_key(LOG.warning), find_carrier(args)
     if known is None and not carrier:
-        say_not_public(args)
+        say_not_public(args, args.target)
     frames = Lines(sys.stderr, runtime.loop.call_later)
     with contextlib.ExitStack() as last:
         last.callback(frames.flush)
@@ -17530,7 +17532,7 @@ def client_command(args: Args) -> int:
         plans = plans_of(args, {})
         for plan in plans.values():
             if not (plan.known or find_carrier(plan.args)):
-                say_not_public(plan.args)
+                say_not_public(plan.args, f'--config {args.config}')
                 break
         return run(run_clients, args, plans)
     if args.after:          # standard input and output are its own; what we say goes to stderr

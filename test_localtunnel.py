@@ -12729,6 +12729,7 @@ class ManyTunnelsTest(CommandTest):
     def test_a_person_sees_all_tunnels_and_a_file_that_has_changed_is_read_again(self):
         path = self.write('ini', f'[a]\ntarget = {self.folder}\n')
         client = self.start('client', '--config', path, '--local', '--no-inspect', terminal=True)
+        client.says(f'client --config {path} --join CODE', 'out')
         client.says('^  a +.*http://localhost:', 'out')
         self.write('ini', f'[a]\ntarget = {self.folder}\n[b]\ntarget = echo\n')
         client.process.send_signal(signal.SIGHUP)
@@ -12764,9 +12765,10 @@ class FreshMachineTest(CommandTest):
 
     def test_it_does_so_too_where_a_server_is_known_and_not_wanted(self):
         os.environ['LOCALTUNNEL_SERVER'] = 't.example.com'
-        client = self.start('client', self.app().port, '--local')
+        client = self.start('client', self.app().port, '--local', '--name', 'demo')
         self.assertEqual(fetch(client.url()), (200, b'app /'))
         client.says('NOT PUBLIC: --local, so')
+        client.says('--name demo needs a server, too')
 
     def test_any_host_that_means_this_machine_reaches_its_only_tunnel(self):
         client = self.start('client', self.app().port)
