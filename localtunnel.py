@@ -5534,19 +5534,16 @@ def original() -> bytes:
                          'with curl -O') from e
 
 
-async def ask_stream(stream: Stream, message: Iterable[bytes], within: float = NEVER) -> Response:
-    """What an app answers on STREAM to a MESSAGE in pieces, if it begins WITHIN some seconds.
-
-    Raises LocaltunnelError.
-    """
+async def ask_stream(stream: Stream, message: Iterable[bytes]) -> Response:
+    """What an app answers on STREAM to a MESSAGE in pieces.  Raises LocaltunnelError."""
     with contextlib.suppress(StreamReset):      # by an app that has answered already
         for piece in message:
             await stream.write(piece)
         await stream.write_eof()
-    response = await read_final(stream, None, within, inside=True)
-    with contextlib.suppress(LocaltunnelError):     # its body is for nobody
-        stream.timeout = LINGER
-        await read_whole(body_reader(stream, response.body_length(b'POST')), MAX_HEAD)
+    response = await read_final(stream, None, NEVER, inside=True)
+    with contextlib.suppress(LocaltunnelError, asyncio.TimeoutError):   # its body is for nobody
+        body = body_reader(stream, response.body_length(b'POST'))
+        await asyncio.wait_for(read_whole(body, MAX_HEAD), LINGER)
     return response
 
 
@@ -9653,14 +9650,16 @@ class Blocking(Annex):
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
 # disk once the app has answered it.
 #
-# Each is a file that is written once.  Its name tells when it came and how often it was tried, so
-# at no moment is it there by half or twice, whatever process is killed:
+# Each is a file that is written once; its name tells all that is known of it: when it came, how
+# often it was tried, for whom it is and whose that name was.  So at no moment is it there by half
+# or twice, whatever process is killed:
 #
-#   ID.0.*.new   ID.0   ID.1 ...                gone        ID.1.damaged
-#   written      kept   a try begins with it    answered    set aside, for people
+#   ID.0.NAME.OWNER.*.new    ID.0.NAME.OWNER    ID.1.NAME.OWNER ...           gone
+#   it is written            it is kept         its first try begins ...      it was answered
 #
-# Who changes the folder from outside (a command, a server that hands over) touches the file
-# `look`, too; then the server that runs looks again, and tries all at once.
+# The disk may hang, so only one thread waits for it, which does one thing after the other.  Who
+# changes the folder from outside (a command, a server that hands over) touches the file `look`,
+# too; then the server that runs looks again, and tries all at once.
 # ------------------------------------------------------------------------------------------------
 
 KEPT = 'kept'                   # the folder
@@ -9679,17 +9678,18 @@ LEFT_OVER = 60.0                # of this age, a file that is being written is o
 MAX_PATTERNS = 20               # of a client: they stand in its lease
 KEPT_STATUSES = 200, 202, 204
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
-_KEPT_FILE = re.compile('([0-9a-f]{20})[.]([0-9]{1,6})')
 ONLY_ASK = 'GET', 'HEAD', 'OPTIONS', 'TRACE'
 _KEEP = re.compile('([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
+_KEPT_FILE = re.compile('[0-9a-f]{20}[.][0-9]{1,6}[.][a-z0-9-]{1,63}[.][0-9a-f]{64}')
 
 
 class KeptRequest:
-    """What is known of a request on disk."""
-    __slots__ = 'id', 'tries', 'name', 'owner', 'size', 'busy'
+    """What the name of its FILE, and its size there, tell of a request on disk."""
+    __slots__ = 'id', 'tries', 'name', 'owner', 'file', 'size', 'busy'
 
-    def __init__(self, id: str, tries: int, name: str, owner: str, size: int) -> None:
-        self.id, self.tries, self.name, self.owner = id, tries, name, owner
+    def __init__(self, file: str, size: int) -> None:
+        self.id, tries, self.name, self.owner = file.split('.')     # a digest of its owner
+        self.file, self.tries = file, int(tries)
         self.size = -(-size // DISK_BLOCK) * DISK_BLOCK
         self.busy = False           # it is being written, or tried
 
@@ -9700,23 +9700,18 @@ class KeptRequest:
 
 
 class Shelf:
-    """The folder of kept requests; what waits for the disk, a server calls in a thread.
+    """The folder of kept requests.  All wait for the disk, and raise OSError."""
 
-    A file has a line with a checksum, one of JSON that says whose it is, and then the request as it
-    goes to the client.  All raise OSError.
-    """
+    def __init__(self, state: str) -> None:
+        self.folder = os.path.join(state, KEPT)
 
-    def __init__(self, state: str, warn: Callable[[str], None]) -> None:
-        self.folder, self._warn = os.path.join(state, KEPT), warn
+    def path(self, file: str = 'look') -> str:
+        """Where FILE is."""
+        return os.path.join(self.folder, file)
 
-    def path(self, kept: KeptRequest, more: int = 0) -> str:
-        """Where it is after MORE tries."""
-        return os.path.join(self.folder, f'{kept.id}.{kept.tries + more}')
-
-    @staticmethod
-    def settle(folder: str) -> None:
-        """Have the names in FOLDER on disk."""
-        if os.name == 'posix':          # elsewhere it can't be opened
+    def settle(self) -> None:
+        """Have the names in the folder on disk, and its own."""
+        for folder in (self.folder, os.path.dirname(self.folder)) if os.name == 'posix' else ():
             handle = os.open(folder, os.O_RDONLY)
             try:
                 os.fsync(handle)
@@ -9725,68 +9720,52 @@ class Shelf:
 
     def put(self, kept: KeptRequest, message: bytes) -> None:
         """Write MESSAGE so that no crash loses it; where that fails, nothing is left."""
-        whole = json.dumps([kept.name, kept.owner]).encode() + b'\n' + message
         try:
-            write_secret(self.path(kept), digest_of(whole).encode() + b'\n' + whole)
-            self.settle(self.folder)
+            write_secret(self.path(kept.file), message)
+            self.settle()
         except OSError:
             self.drop(kept)
             raise
 
+    def read(self, kept: KeptRequest) -> bytes:
+        """The request as it goes to the client."""
+        with open(self.path(kept.file), 'rb') as f:
+            return f.read()
+
     def begin_try(self, kept: KeptRequest) -> bytes:
-        """Have one more try on disk; return the request.  Raises LookupError, see `read`."""
-        message = self.read(self.path(kept))[2]
-        os.rename(self.path(kept), self.path(kept, 1))
-        kept.tries += 1
-        self.settle(self.folder)
+        """Have the number of its tries on disk; return the request."""
+        message, file = self.read(kept), f'{kept.id}.{kept.tries}.{kept.name}.{kept.owner}'
+        os.rename(self.path(kept.file), self.path(file))
+        kept.file = file
+        self.settle()
         return message
 
     def drop(self, kept: KeptRequest) -> None:
         """Delete it."""
         with contextlib.suppress(FileNotFoundError):
-            os.unlink(self.path(kept))
+            os.unlink(self.path(kept.file))
 
-    def read(self, path: str) -> tuple[str, str, bytes]:
-        """(name, owner, request) of a file.  Raises LookupError where it had to set it aside."""
-        with open(path, 'rb') as f:
-            digest, _, whole = f.read().partition(b'\n')
-        if digest != digest_of(whole).encode():
-            os.rename(path, f'{path}.damaged')
-            self._warn(f'error: {path} is damaged; it is set aside as *.damaged, not delivered')
-            raise LookupError(path)
-        about, _, message = whole.partition(b'\n')
-        name, owner = json.loads(about)
-        return name, owner, message
-
-    def look(self, known: Mapping[str, KeptRequest]) -> dict[str, KeptRequest]:
-        """All that is there, by id and in order; what is KNOWN is not read again."""
-        found = {id: kept for id, kept in known.items() if kept.busy}
-        for entry in os.listdir(self.folder):
-            path, match = os.path.join(self.folder, entry), _KEPT_FILE.fullmatch(entry)
-            try:
-                if match and match.group(1) not in found:
-                    id, tries = match.group(1), int(match.group(2))
-                    if id not in known:
-                        name, owner, message = self.read(path)
-                    found[id] = known.get(id) or KeptRequest(id, tries, name, owner, len(message))
-                    found[id].tries = tries         # another process may have tried it
-                elif entry.endswith('.new') and time.time() - os.stat(path).st_mtime > LEFT_OVER:
-                    os.unlink(path)
-            except (FileNotFoundError, LookupError):    # another process was quicker; set aside
-                pass
-            except OSError as e:
-                self._warn(f"error: can't read {path}: {e.strerror}")
+    def look(self) -> dict[str, KeptRequest]:
+        """All that is there, by id and in order; what a crash left half written goes."""
+        found = {}
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):        # another process was quicker
+                state = entry.stat()
+                if _KEPT_FILE.fullmatch(entry.name):
+                    kept = KeptRequest(entry.name, state.st_size)
+                    found[kept.id] = kept
+                elif entry.name.endswith('.new') and time.time() - state.st_mtime > LEFT_OVER:
+                    os.unlink(entry.path)
         return dict(sorted(found.items()))
 
     def touch(self) -> None:
         """Say that something has changed."""
-        path = os.path.join(self.folder, 'look')
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        os.utime(path)
+        os.close(os.open(self.path(), os.O_WRONLY | os.O_CREAT, 0o600))
+        os.utime(self.path())
 
     def touched(self) -> float:
         """When someone said so last."""
-        return os.stat(os.path.join(self.folder, 'look')).st_mtime
+        return os.stat(self.path()).st_mtime
 
 
 class Keep(NamedTuple):
@@ -9825,9 +9804,9 @@ class Queues(Detour):
     """The requests that a server keeps, in a queue for each name."""
 
     def __init__(self, server: Server, shelf: Shelf, most: int) -> None:
-        """MOST bytes in all.  Raises OSError."""
+        """MOST bytes in all."""
         self._server, self._shelf, self._most = server, shelf, most
-        self._leases, self._now = server.admission.leases, server.runtime.now
+        self._leases = server.admission.leases
         self._wanted: dict[str, Keep] = {}          # by name, of those who want any kept
         self._queues: dict[str, dict[str, KeptRequest]] = collections.defaultdict(dict)
         self._used = 0              # bytes in all
@@ -9835,9 +9814,17 @@ class Queues(Detour):
         self._not_before: dict[str, float] = {}     # when the next try is due, by name
         self._tries: dict[str, asyncio.Task[None]] = {}     # under way, by name
         self._closed = False        # another server delivers from now on
-        self._touched = self._look_at = 0.0         # when others changed the folder; when we look
-        self._look()
-        server.runtime.swept.add(self)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1)
+        self._overdue: asyncio.Future[Any] | None = None    # what it could not do in time
+
+    async def _disk(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What WORK returns, which waits for the disk.  Raises OSError, also where that hangs."""
+        if not self._overdue or self._overdue.done():
+            done = self._server.runtime.loop.run_in_executor(self._thread, work, *args)
+            with contextlib.suppress(asyncio.TimeoutError):
+                return await asyncio.wait_for(asyncio.shield(done), KEPT_WITHIN)
+            self._overdue = done
+        raise OSError(errno.ETIMEDOUT, 'the disk does not answer')
 
     # What is wanted stands in leases, and how many requests have expired.
 
@@ -9850,9 +9837,9 @@ class Queues(Detour):
     async def learn(self, changes: Mapping[str, Lease | None]) -> None:
         """Know what the owners of names want; what came for an owner of before goes."""
         for name, lease in changes.items():
-            facts = lease.facts if lease else {}
+            facts, owner = (lease.facts, digest_of(lease.owner)) if lease else ({}, '')
             for kept in tuple(self._queues[name].values()):
-                if lease is None or kept.owner != lease.owner:
+                if kept.owner != owner:
                     self._drop(kept)
             self._server.tunnels.detours.pop(name, None)
             with contextlib.suppress(KeyError, ValueError, TypeError, Refused):     # or nothing
@@ -9861,17 +9848,22 @@ class Queues(Detour):
                                                self._server.limits.gates_of(rules))
                 self._server.tunnels.detours[name] = self
 
-    def _expired(self, name: str) -> int:
-        """How many of NAME have, without its client's knowledge."""
-        lease = self._leases.by_name.get(name)
+    def _owner(self, key: str) -> str:
+        """The digest of who owns KEY now; '' for nobody."""
+        owner = self._leases.owner(key, time.time())
+        return digest_of(owner) if owner else ''
+
+    def _expired(self, key: str) -> int:
+        """How many of KEY have, without its client's knowledge."""
+        lease = self._leases.by_name.get(key)
         return int(lease.facts.get('expired', 0)) if lease else 0
 
-    async def _note(self, name: str, more: int) -> None:
+    async def _note(self, key: str, more: int) -> None:
         """Note that MORE have; or with 0, that the client knows of all."""
         with contextlib.suppress(Refused):      # the disk is full
             async with self._server.admission.turn:
                 await self._leases.save(self._leases.note(
-                    name, expired=str(self._expired(name) + more) if more else ''))
+                    key, expired=str(self._expired(key) + more) if more else ''))
 
     def waiting(self, key: str) -> int:
         return len(self._queues[key])
@@ -9886,12 +9878,12 @@ class Queues(Detour):
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
         server, request, tries = self._server, exchange.request, 0
         budget, length = server.admission.budget, request.length
-        wanted, owner = self._wanted[key], self._leases.owner(key, time.time())
+        wanted, owner = self._wanted[key], self._owner(key)
         lines = server.onward.of_request(visitor, request, key)
         for gate in wanted.gates:
             lines = gate(key, visitor, lines)
-        if (owner is None or not wanted.fits(request) or request.upgrade
-                or request.has(b'expect') or length > MAX_KEPT):
+        if (not owner or not wanted.fits(request) or request.upgrade or request.has(b'expect')
+                or length > MAX_KEPT):
             return await server.forward(visitor, exchange, key)
         if await self._is_there(key, alone=True):
             try:
@@ -9906,10 +9898,9 @@ class Queues(Detour):
         try:
             message = await self._message(exchange, lines)
             self._last = max(self._last + 1, time.time_ns() // 1000)
-            kept = KeptRequest(f'{self._last:014x}{secrets.token_hex(3)}', tries, key, owner,
+            kept = KeptRequest(f'{self._last:014x}{secrets.token_hex(3)}.{tries}.{key}.{owner}',
                                len(message))
-            self._find_room(kept)
-            await self._write(kept, message)
+            await self._keep(kept, message)
         finally:
             budget.give(held)
         await server.give(visitor, exchange, Own(
@@ -9917,7 +9908,7 @@ class Queues(Detour):
 
     async def _is_there(self, key: str, alone: bool) -> bool:
         """True once a client has shown that it is there; ALONE: and nothing older waits for it."""
-        tunnel, began = self._server.tunnels.get(key), self._now()
+        tunnel, began = self._server.tunnels.get(key), self._server.runtime.now()
 
         def ready() -> bool:
             member = tunnel.pick() if tunnel else None
@@ -9948,86 +9939,93 @@ class Queues(Detour):
             lines += b'Content-Length: %d\r\n' % len(body)
         return encode_request(exchange.request, lines) + body
 
-    def _find_room(self, kept: KeptRequest) -> None:
-        """Let KEPT stand in its queue.  Raises HopFailed."""
-        queue = self._queues[kept.name]
+    async def _keep(self, kept: KeptRequest, message: bytes) -> None:
+        """Have KEPT, which is MESSAGE, on disk.  Raises HopFailed, and then it is not there."""
+        key, again = kept.name, f'Retry-After: {RETRY_AFTER}'
+        queue, log = self._queues[key], self._server.log
         if self._used + kept.size > self._most:
             raise HopFailed(507, 'the server has no room left for requests that wait',
                             cure='its operator can give it more, with --keep')
         if len(queue) >= MOST_KEPT or kept.size + sum(
                 other.size for other in queue.values()) > MOST_KEPT_BYTES:
-            raise HopFailed(503, f'as many requests wait for {kept.name} as may',
-                            f'Retry-After: {RETRY_AFTER}', cure='start the client')
-        queue[kept.id], kept.busy = kept, True
-        self._used += kept.size
-
-    async def _write(self, kept: KeptRequest, message: bytes) -> None:
-        """Write KEPT, which is MESSAGE.  Raises HopFailed, and then it is not there."""
-        writing = self._server.runtime.loop.run_in_executor(None, self._shelf.put, kept, message)
+            raise HopFailed(503, f'as many requests wait for {key} as may', again,
+                            cure='start the client')
+        self._add(kept)
+        kept.busy = True
         try:
-            await asyncio.wait_for(asyncio.shield(writing), KEPT_WITHIN)
-        except (OSError, asyncio.TimeoutError) as e:
-            self._leave(kept)
+            await self._disk(self._shelf.put, kept, message)
+        except OSError as e:
+            self._drop(kept)
+            log.note(f"error: can't keep a request to {key}: {plainly(e)}")
+            raise HopFailed(507 if e.errno in (errno.ENOSPC, errno.EDQUOT) else 503,
+                            "the server can't write this request to its disk", again) from e
+        finally:
+            kept.busy = False
+        if kept.id not in queue or kept.owner != self._owner(key):
+            self._drop(kept)        # the name has changed hands meanwhile
+            raise self._server.tunnels.away(key)
+        log.note('request kept', event='kept', name=key, id=kept.id)
 
-            def late(done: asyncio.Future[None]) -> None:
-                if not done.exception():
-                    self._drop(kept)
-            writing.add_done_callback(late)
-            full = getattr(e, 'errno', None) in (errno.ENOSPC, errno.EDQUOT)
-            self._server.log.note(f"error: can't keep a request to {kept.name}: "
-                                  + (plainly(e) or 'the disk does not answer'))
-            raise HopFailed(507 if full else 503, "the server can't write this request to its disk",
-                            f'Retry-After: {RETRY_AFTER}') from e
-        kept.busy = False
-        if self._closed:
-            self._shelf.touch()
-        self._server.log.note('request kept', event='kept', name=kept.name, id=kept.id)
+    def _add(self, kept: KeptRequest) -> None:
+        self._queues[kept.name][kept.id] = kept
+        self._used += kept.size
 
     def _leave(self, kept: KeptRequest) -> None:
         if self._queues[kept.name].pop(kept.id, None):
             self._used -= kept.size
 
     def _drop(self, kept: KeptRequest) -> None:
-        """Be done with KEPT."""
+        """Be done with KEPT; the disk is, once what was begun before is done there."""
         self._leave(kept)
-        try:
-            self._shelf.drop(kept)
-        except OSError as e:
-            self._server.log.note(f"error: can't delete a kept request: {plainly(e)}")
+        self._thread.submit(self._shelf.drop, kept)     # what it can't delete comes back
 
     # A request goes.
 
-    def _look(self) -> None:
-        """See what is on the shelf."""
+    async def look(self) -> None:
+        """See what is on the shelf, which others may have changed; what is too old goes."""
         known = {id: kept for queue in self._queues.values() for id, kept in queue.items()}
-        found = self._shelf.look(known)
-        for queue in self._queues.values():
-            queue.clear()
+        found = await self._disk(self._shelf.look)
+        for id, kept in known.items():
+            new = found.pop(id, None)
+            if new is None and not kept.busy:
+                self._leave(kept)
+            elif new and new.tries > kept.tries:        # another server has tried it
+                kept.file, kept.tries = new.file, new.tries
         for id, kept in found.items():
-            self._queues[kept.name][id] = kept
+            self._add(kept)
             self._last = max(self._last, int(id[:14], 16))      # whatever the clock says
-        self._used = sum(kept.size for kept in found.values())
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Let what is due be tried, and let go what is too old."""
-        with contextlib.suppress(OSError):
-            touched = self._shelf.touched()
-            if touched != self._touched:
-                self._not_before.clear()
-            if touched != self._touched or now > self._look_at:
-                self._touched, self._look_at = touched, now + LEFT_OVER
-                self._look()
-        for key, queue in [item for item in self._queues.items() if item[1]]:
-            old = [*itertools.takewhile(lambda kept: time.time() - kept.at > KEPT_FOR,
-                                        queue.values())]
+        for key, queue in self._queues.items():
+            old = [kept for kept in queue.values() if time.time() - kept.at > KEPT_FOR]
             for kept in old:
                 self._drop(kept)
             if old:
                 self._server.runtime.spawn(self._note(key, len(old)))
-            tunnel = self._server.tunnels.get(key)
-            if (tunnel and tunnel.pick() and key not in self._tries and not self._closed
-                    and now >= self._not_before.get(key, 0)):
-                self._tries[key] = self._server.runtime.spawn(self._deliver(key))
+
+    async def run(self) -> None:
+        """Have what is due tried, and look at the shelf when others say so, and now and then."""
+        now, touched, look_at = self._server.runtime.now, 0.0, 0.0
+        try:
+            while True:
+                with contextlib.suppress(OSError):
+                    changed = await self._disk(self._shelf.touched)
+                    if changed != touched:
+                        self._not_before.clear()
+                    if changed != touched or now() > look_at:
+                        touched, look_at = changed, now() + LEFT_OVER
+                        await self.look()
+                for key, queue in self._queues.items():
+                    tunnel = self._server.tunnels.get(key) if queue else None
+                    if (tunnel and tunnel.pick() and key not in self._tries
+                            and now() >= self._not_before.get(key, 0)):
+                        self._tries[key] = self._server.runtime.spawn(self._deliver(key))
+                await asyncio.sleep(SWEEP)
+        finally:
+            self._closed, deadline = True, now() + LINGER
+            while self._tries and now() < deadline:     # what is tried has a moment to be answered
+                with contextlib.suppress(asyncio.CancelledError):   # again and again, see end_task
+                    await asyncio.wait(self._tries.values(), timeout=DRAIN_LOOK)
+            for task in self._tries.values():
+                task.cancel()
 
     async def _deliver(self, key: str) -> None:
         """Deliver what waits for KEY, one after the other, until one has to wait on."""
@@ -10035,12 +10033,13 @@ class Queues(Detour):
         try:
             while queue and not self._closed and await self._is_there(key, alone=False):
                 kept = min(queue.values(), key=lambda kept: (kept.tries // TRIES_IN_FRONT, kept.id))
-                if kept.busy or kept.owner != self._leases.owner(key, time.time()):
+                owner = self._owner(key)
+                if kept.busy or not owner:
                     break
-                status = await self._try(kept)
+                status = await self._try(kept) if kept.owner == owner else None
                 if status in TRY_AGAIN:
                     pause = min(LONGEST_PAUSE, 2.0 ** max(0, min(kept.tries - 1, 20)))
-                    self._not_before[key] = self._now() + pause
+                    self._not_before[key] = self._server.runtime.now() + pause
                     break
                 self._drop(kept)
         finally:
@@ -10048,19 +10047,21 @@ class Queues(Detour):
 
     async def _try(self, kept: KeptRequest) -> int | None:
         """The status of the app's answer to KEPT; 0 without one, None where KEPT is gone."""
-        server, status, kept.busy = self._server, 0, True
+        log, status, kept.busy = self._server.log, 0, True
+        kept.tries += 1
         try:
-            message = await server.runtime.loop.run_in_executor(None, self._shelf.begin_try, kept)
+            message = await self._disk(self._shelf.begin_try, kept)
+            if kept.id not in self._queues[kept.name]:      # the name has changed hands
+                return None
             status = await self._ask(kept, message)
-        except (LookupError, FileNotFoundError):        # set aside, or taken out by hand
+        except FileNotFoundError:       # taken out by hand
             return None
         except OSError as e:
-            server.log.note(f"error: can't deliver a kept request: {plainly(e)}")
+            log.note(f"error: can't deliver a kept request: {plainly(e)}")
         finally:
             kept.busy = False
-        server.log.note('kept request ' + ('waits on' if status in TRY_AGAIN else 'answered'),
-                        event='delivered', name=kept.name, id=kept.id, status=status,
-                        tries=kept.tries)
+        log.note('kept request ' + ('waits on' if status in TRY_AGAIN else 'answered'),
+                 event='delivered', name=kept.name, id=kept.id, status=status, tries=kept.tries)
         return status
 
     async def _ask(self, kept: KeptRequest, message: bytes) -> int:
@@ -10072,24 +10073,14 @@ class Queues(Detour):
             return 0
         head, _, body = message.partition(b'\r\n\r\n')
         mark = f'Localtunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'.encode()
-        stream.timeout = ANSWERED_WITHIN
         try:
-            response = await ask_stream(
-                stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)], ANSWERED_WITHIN)
+            response = await asyncio.wait_for(ask_stream(
+                stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)]), ANSWERED_WITHIN)
             return 0 if response.has(b'localtunnel-failed') else response.status
-        except LocaltunnelError:
+        except (LocaltunnelError, asyncio.TimeoutError):
             return 0
         finally:
             stream.close()
-
-    async def close(self) -> None:
-        """Deliver no more; what is tried now has a moment to be answered."""
-        self._closed, deadline = True, self._now() + LINGER
-        while self._tries and self._now() < deadline:
-            with contextlib.suppress(asyncio.CancelledError):       # again and again, see end_task
-                await asyncio.wait(self._tries.values(), timeout=DRAIN_LOOK)
-        for task in tuple(self._tries.values()):
-            task.cancel()
 
 
 class Keeps(ClientObserver):
@@ -10148,9 +10139,9 @@ class Keeping(Annex):
     @staticmethod
     def kept(args: Args) -> int:
         """Show or change what waits; return the exit code."""
-        shelf, which = Shelf(state_folder(args.state), print_line), args.id or args.drop
+        shelf, which = Shelf(state_folder(args.state)), args.id or args.drop
         try:
-            found = [kept for kept in shelf.look({}).values()
+            found = [kept for kept in shelf.look().values()
                      if which in (None, 'all', kept.id, kept.name)]
             if which and not found:
                 raise LocaltunnelError(f'nothing that waits is called {printable(which)}; see kept')
@@ -10158,8 +10149,7 @@ class Keeping(Annex):
                 if args.drop:
                     shelf.drop(kept)
                 elif not args.now:
-                    head, *rest = shelf.read(shelf.path(kept))[2].decode(
-                        errors='replace').splitlines()
+                    head, *rest = shelf.read(kept).decode(errors='replace').splitlines()
                     head = head if args.id else head.partition('?')[0]
                     for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
                                  + head, *(rest if args.id else ())):
@@ -10188,28 +10178,23 @@ class Keeping(Annex):
         app.observer = observers
 
     async def at_server(self, args: Args, server: Server) -> None:
-        def warn(text: str) -> None:        # in any thread
-            server.runtime.loop.call_soon_threadsafe(server.log.note, text)
-        shelf, leases = Shelf(args.state, warn), server.admission.leases
+        shelf, leases = Shelf(args.state), server.admission.leases
         with using(args.state):
             if args.keep:
                 os.makedirs(shelf.folder, mode=0o700, exist_ok=True)
-                shelf.settle(args.state)
+                shelf.settle()
                 shelf.touch()
                 self._queues = Queues(server, shelf, args.keep * MIB)
+                await self._queues.look()
                 await self._queues.learn(leases.by_name)
                 leases.keepers.append(self._queues.learn)
                 server.limits.offers['keep'] = self._queues.offer
-            elif os.path.isdir(shelf.folder) and shelf.look({}):
+            elif os.path.isdir(shelf.folder) and shelf.look():
                 server.log.note(f'warning: requests wait in {shelf.folder}; to deliver them, start '
                                 'this server with --keep MIB')
 
     async def run(self, args: Args, server: Server) -> None:
-        try:
-            await super().run(args, server)
-        finally:
-            if self._queues:
-                await self._queues.close()
+        await (self._queues.run() if self._queues else super().run(args, server))
 
 
 # ------------------------------------------------------------------------------------------------

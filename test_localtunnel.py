@@ -7268,21 +7268,23 @@ class ShelfTest(FolderTest):
     """The files of kept requests, when a process is killed or a disk fails at any call."""
     CALLS = 'open', 'fsync', 'replace', 'rename', 'unlink', 'close'
 
-    def setUp(self):
-        super().setUp()
-        self.said = []
-
     def shelf(self):
         """A new folder."""
-        state = tempfile.mkdtemp(dir=self.folder)
-        shelf = lt.Shelf(state, self.said.append)
+        shelf = lt.Shelf(tempfile.mkdtemp(dir=self.folder))
         os.mkdir(shelf.folder)
         return shelf
 
     def put(self, shelf, message=b'POST / HTTP/1.1\r\n\r\nbody', id=20 * 'a'):
-        kept = lt.KeptRequest(id, 0, 'app', 'proof:1', len(message))
+        kept = lt.KeptRequest(f'{id}.0.app.{64 * "1"}', len(message))
         shelf.put(kept, message)
         return kept
+
+    def begin_try(self, shelf, kept):
+        kept.tries += 1
+        shelf.begin_try(kept)
+
+    def drop(self, shelf, kept):
+        shelf.drop(kept)
 
     def fails(self, error, at, after):
         """In a `with`, the call AT of the system raises ERROR, before or AFTER it does its work."""
@@ -7310,7 +7312,7 @@ class ShelfTest(FolderTest):
             kept = None if work == 'put' else self.put(shelf)
             whole = False
             with contextlib.suppress(Killed, OSError), self.fails(error, at, after):
-                self.put(shelf) if work == 'put' else getattr(shelf, work)(kept)
+                getattr(self, work)(shelf, *[kept] * (work != 'put'))
                 whole = True
             yield at, shelf, whole
             if whole:
@@ -7318,8 +7320,7 @@ class ShelfTest(FolderTest):
 
     def there(self, shelf):
         """(tries, message) of each request that is there."""
-        found = lt.Shelf(os.path.dirname(shelf.folder), self.said.append).look({})
-        return [(kept.tries, shelf.read(shelf.path(kept))[2]) for kept in found.values()]
+        return [(kept.tries, shelf.read(kept)) for kept in shelf.look().values()]
 
     def test_whenever_it_is_killed_a_request_is_there_whole_and_once_or_was_never_kept(self):
         for after in False, True:
@@ -7334,7 +7335,6 @@ class ShelfTest(FolderTest):
                             self.assertLessEqual(tries, work == 'begin_try')
                             self.assertEqual(message, b'POST / HTTP/1.1\r\n\r\nbody')
                         self.assertEqual(len(os.listdir(shelf.folder)), len(there))
-        self.assertEqual(self.said, [])
 
     def test_what_can_not_be_written_is_not_there_and_what_is_there_stays(self):
         for number in errno.ENOSPC, errno.EIO:
@@ -7354,34 +7354,14 @@ class ShelfTest(FolderTest):
         for name in os.listdir(shelf.folder):
             self.assertEqual(os.stat(os.path.join(shelf.folder, name)).st_mode & 0o777, 0o600)
 
-    def test_what_is_damaged_is_set_aside_with_a_sentence(self):
-        shelf = self.shelf()
-        whole = open_and_read(shelf.path(self.put(shelf)))
-        _, about, message = whole.split(b'\n', 2)
-        for data in (b'', b'\n', whole[:-1], whole + b'x', b'x' + whole, whole.swapcase(), message,
-                     b'[1, 2]\n', b'[' * 100000, b'{}\n', b'null\n' + message,
-                     about.replace(b'"app"', b'"\x1b]0;x"') + b'\nx', bytes(9), b'\xff' * 99):
-            with self.subTest(data=data[:50]):
-                self.said.clear()
-                path = shelf.path(lt.KeptRequest(20 * 'a', 0, '', '', 0))
-                with open(path, 'wb') as f:
-                    f.write(data)
-                self.assertEqual(self.there(shelf), [])
-                said, = self.said
-                self.assertIn('damaged', said)
-                self.assertEqual(os.listdir(shelf.folder), [20 * 'a' + '.0.damaged'])
-                self.assertEqual(open_and_read(path + '.damaged'), data)
-
     def test_other_files_are_left_alone(self):
         shelf = self.shelf()
-        for name in ('x', 20 * 'a', 20 * 'a' + '.0.new', 20 * 'A' + '.0', 19 * 'a' + '.0', 'look'):
-            os.close(os.open(os.path.join(shelf.folder, name), os.O_CREAT))
-        os.mkdir(os.path.join(shelf.folder, 20 * 'b' + '.0'))
+        for name in 'x', 20 * 'a' + '.0.app', 20 * 'a' + '.0.app.1.new', 'look':
+            os.close(os.open(shelf.path(name), os.O_CREAT))
         self.put(shelf, id=20 * 'c')
         before = os.listdir(shelf.folder)
         self.assertEqual(len(self.there(shelf)), 1)
         self.assertEqual(os.listdir(shelf.folder), before)
-        self.assertIn("can't read", *self.said)
 
 
 class KeptCommandTest(FolderTest):
@@ -7389,13 +7369,13 @@ class KeptCommandTest(FolderTest):
 
     def setUp(self):
         super().setUp()
-        self.shelf_there = lt.Shelf(self.folder, None)
+        self.shelf_there = lt.Shelf(self.folder)
         os.mkdir(self.shelf_there.folder)
         for id, name, body in (('b', 'web', b'\x1b]0;evil\x07\xff'), ('a', 'app', b'{"n": 1}')):
             message = (b'POST /hooks/%b?token=secret HTTP/1.1\r\nX-Odd: \xe9\x9b\x31m\r\n\r\n'
                        % id.encode() + body)
-            self.shelf_there.put(lt.KeptRequest('066134df69207' + 7 * id, 2, name, 'proof:1', 9),
-                                 message)
+            self.shelf_there.put(lt.KeptRequest(
+                f'066134df69207{7 * id}.2.{name}.{64 * "1"}', 9), message)
 
     def kept(self, *words):
         """(exit code, lines, complaint)."""
@@ -7419,7 +7399,7 @@ class KeptCommandTest(FolderTest):
         self.assertEqual(self.kept('app')[1][-1], '{"n": 1}')
 
     def test_it_deletes_what_is_named_and_says_so_to_the_server(self):
-        before = os.path.exists(os.path.join(self.shelf_there.folder, 'look'))
+        before = os.path.exists(self.shelf_there.path())
         self.assertEqual(self.kept('--drop', 'app')[:2], (0, ['deleted: 1']))
         self.assertEqual((before, self.shelf_there.touched() > 0), (False, True))
         code, _, complaint = self.kept('--drop', 'app')
@@ -7454,11 +7434,11 @@ class KeepTest(FolderTest, WorldTest):
         self.keeping = lt.Keeping()
         await self.keeping.at_server(lt.Args(keep=most // lt.MIB, state=self.folder), self.server)
         self.queues = self.keeping._queues
-        self.stack.push_async_callback(self.queues.close)
+        self.running = self.meanwhile(self.keeping.run(None, self.server))
 
     async def restart(self):
         """Another server has the folder and the leases."""
-        await self.queues.close()
+        await self.forget(self.running)
         await self.end_of_the_world()
         self.clients.clear()
         self.leases.keepers.clear()
@@ -7631,7 +7611,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.hook()
         with self.constant(LONGEST_PAUSE=0):
             await self.wants(port)
-            await eventually(lambda: int(self.files()[0].partition('.')[2]) > 1)
+            await eventually(lambda: int(self.files()[0].split('.')[1]) > 1)
             await self.delivered(await self.app(where=('127.0.0.1', port)), 1)
 
     async def test_it_waits_longer_and_longer_until_the_client_starts_anew(self):
@@ -7650,7 +7630,7 @@ class KeepTest(FolderTest, WorldTest):
             pause = self.queues._not_before['app'] - tried[n]
             self.assertTrue(2 ** n <= pause < 2 ** n + 1, pause)
             await self.leaves(client)
-        self.assertEqual((len(app.requests), self.files()), (4, [self.ids()[0] + '.4', 'look']))
+        self.assertEqual((len(app.requests), self.files()[0].split('.')[1]), (4, '4'))
         self.assertEqual((await self.hook(body=b''))[0], 202)      # and at once
 
     async def test_after_ten_tries_the_others_go_first(self):
@@ -7659,10 +7639,11 @@ class KeepTest(FolderTest, WorldTest):
         await self.away(app)
         for path in '/hooks/old', '/hooks/new':
             await self.hook(path, body=b'')
-        old, new = self.ids()
-        os.rename(os.path.join(self.folder, 'kept', old + '.0'),
-                  os.path.join(self.folder, 'kept', old + '.10'))
-        self.queues._shelf.touch()
+        old, shelf = self.files()[0], self.queues._shelf
+        os.rename(shelf.path(old), shelf.path(old.replace('.0.', '.10.')))
+        shelf.touch()
+        await eventually(lambda: [kept.tries for kept in self.queues._queues['app'].values()]
+                         == [10, 0])
         await self.wants(app)
         await self.delivered(app, 2)
         self.assertEqual([head.split()[1] for head in app.requests], [b'/hooks/new', b'/hooks/old'])
@@ -7759,46 +7740,129 @@ class KeepTest(FolderTest, WorldTest):
         for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503):
             with unittest.mock.patch.object(os, 'fsync', side_effect=OSError(number, 'no')):
                 self.assertEqual((await self.hook())[0], status)
-        slow = threading.Event()
-        self.stack.callback(slow.set)
-        sync = os.fsync
-
-        def hangs(handle):
-            slow.wait(PATIENCE)
-            sync(handle)
-        with self.constant(KEPT_WITHIN=0.02), unittest.mock.patch.object(os, 'fsync', hangs):
+        with self.hanging() as begun, self.constant(KEPT_WITHIN=0.02):
             self.assertEqual((await self.hook())[0], 503)
-            self.assertEqual(self.queues.waiting('app'), 0)
-            slow.set()
-            await eventually(lambda: self.files() == ['look'])
+            self.assertEqual({(await self.hook())[0] for _ in range(40)}, {503})
+            await self.loop.run_in_executor(None, min, 1, 2)        # others have threads
+            self.assertEqual((len(begun), self.queues.waiting('app')), (1, 0))
+        await eventually(lambda: self.files() == ['look'])
+        await eventually(self.queues._overdue.done)
         self.assertEqual((self.queues._used, (await self.hook())[0]), (0, 202))
 
-    async def test_what_is_damaged_or_taken_out_does_not_hold_up_the_rest(self):
+    @contextlib.contextmanager
+    def hanging(self):
+        """In a `with` the disk hangs: in a list that grows with what waits for it."""
+        begun, goes_on, sync = [], threading.Event(), os.fsync
+        self.stack.callback(goes_on.set)
+
+        def fsync(handle):
+            begun.append(handle)
+            goes_on.wait(PATIENCE)
+            sync(handle)
+        with unittest.mock.patch.object(os, 'fsync', fsync):
+            yield begun
+            goes_on.set()
+
+    async def test_a_name_that_changes_hands_while_the_disk_writes_keeps_nothing(self):
         await self.world()
         app = await self.app()
         await self.away(app)
-        for n in range(4):
-            await self.hook(f'/hooks/{n}', body=b'')
-        ids = self.ids()
-        for n, data in (0, b'x'), (1, None):
-            path = os.path.join(self.folder, 'kept', ids[n] + '.0')
-            if data is None:
-                os.unlink(path)
-            else:
-                with open(path, 'wb') as f:
-                    f.write(data)
-        await self.wants(app)
-        await eventually(lambda: self.files() == [ids[0] + '.0.damaged', 'look'])
-        self.assertEqual([head.split()[1] for head in app.requests], [b'/hooks/2', b'/hooks/3'])
+        with self.hanging() as begun:
+            asked = self.meanwhile(self.hook())
+            await eventually(lambda: begun)
+            await self.leases.save(self.leases.free('app'))
+            await self.wants(app, key=bytes(32))
+        self.assertEqual((await asked)[0], 503)
+        await eventually(lambda: self.files() == ['look'])
+        self.assertEqual((await self.hook('/hooks/new'))[0], 200)
 
-    async def test_what_a_thread_finds_is_logged_by_the_loop(self):
-        noted = []
-        self.log = types.SimpleNamespace(
-            note=lambda *_, **__: noted.append(threading.current_thread()),
-            exchange=lambda *_: None)
+    async def test_a_name_that_changes_hands_while_a_try_begins_gets_nothing(self):
         await self.world()
-        await self.loop.run_in_executor(None, self.queues._shelf._warn, 'it is damaged')
-        await eventually(lambda: noted == [threading.current_thread()])
+        app = await self.app()
+        await self.away(app)
+        await self.hook()
+        with self.hanging() as begun:
+            client = await self.wants(app)
+            await eventually(lambda: begun)
+            await self.leaves(client)
+            await self.leases.save(self.leases.free('app'))
+            await self.wants(app, key=bytes(32))
+        await eventually(lambda: not self.queues._tries and self.files() == ['look'])
+        self.assertEqual(app.requests, [])
+
+    async def test_a_name_that_changes_hands_while_a_body_comes_keeps_nothing(self):
+        await self.world()
+        await self.away(1)
+        peer = await self.visitor('app.localhost')
+        with unittest.mock.patch.object(lt, 'read_whole', side_effect=lt.read_whole) as reading:
+            peer.ask('/hooks/x', 'Content-Length: 2', 'POST', body=b'h')
+            await eventually(lambda: reading.called)
+        await self.leases.save(self.leases.claim('app', 'user:ana', '', time.time()))
+        peer.send(b'i')
+        self.assertEqual((await peer.answer())[0], 503)
+        await eventually(lambda: self.files() == ['look'])
+
+    async def test_no_disk_holds_up_the_server(self):
+        await self.world()
+        await self.away(1)
+        threads, goes_on = [], threading.Event()
+        self.stack.callback(goes_on.set)
+
+        def hangs(*args):
+            threads.append(threading.current_thread())
+            goes_on.wait(PATIENCE)
+            raise OSError(errno.EIO, 'no')
+        with unittest.mock.patch.object(os, 'stat', hangs):
+            await eventually(lambda: threads)
+            self.assertEqual((await self.visit('app.localhost', '/x'))[0], 503)
+            self.assertNotIn(threading.main_thread(), threads)
+
+    async def test_an_app_that_never_ends_its_answer_holds_up_nothing(self):
+        await self.world()
+
+        async def answer(head, reader, writer):
+            if b'/hooks/silent ' in head and b'try=1' in head:
+                return await reader.read()
+            writer.write(b'HTTP/1.1 200 OK\r\n\r\n')
+            while not writer.is_closing():
+                writer.write(b'x')
+                await asyncio.sleep(0.001)
+        app = await self.app(answer)
+        await self.away(app)
+        for path in 'silent', 'drips', 'last':
+            await self.hook(f'/hooks/{path}', body=b'')
+        with self.constant(ANSWERED_WITHIN=0.3, LINGER=0.1, LONGEST_PAUSE=0):
+            await self.wants(app)
+            await self.delivered(app, 4)
+        self.assertEqual([*dict.fromkeys(head.split()[1] for head in app.requests)],
+                         [b'/hooks/silent', b'/hooks/drips', b'/hooks/last'])
+
+    async def test_a_client_that_comes_and_goes_has_all_in_order(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for n in range(10):
+            await self.hook(f'/hooks/{n}', body=b'')
+        while self.ids():
+            client, had = await self.wants(app), len(app.requests)
+            await eventually(lambda: len(app.requests) > had or not self.ids())     # noqa: B023
+            await self.leaves(client)
+        seen = [re.search(rb'/(\d+) .*; try=(\d+)', head, re.DOTALL).groups()
+                for head in app.requests]
+        self.assertEqual([n for n, _ in seen], sorted(n for n, _ in seen))
+        self.assertEqual({int(n) for n, _ in seen}, {*range(10)})
+        self.assertEqual(len(set(seen)), len(seen))     # a repeated one is marked
+
+    async def test_what_is_taken_out_by_hand_does_not_hold_up_the_rest(self):
+        await self.world()
+        app = await self.app()
+        await self.away(app)
+        for n in range(2):
+            await self.hook(f'/hooks/{n}', body=b'')
+        os.unlink(self.queues._shelf.path(self.files()[0]))
+        await self.wants(app)
+        await self.delivered(app, 1)
+        self.assertEqual(app.requests[0].split()[1], b'/hooks/1')
 
     async def test_a_disk_that_fails_at_a_try_loses_nothing(self):
         await self.world()
@@ -7830,14 +7894,14 @@ class KeepTest(FolderTest, WorldTest):
             if leave == 'release':
                 await self.client(app, name='app', release=True)
                 self.clients.clear()
-                self.assertEqual(self.ids(), [])
+                await eventually(lambda: not self.ids())
             else:
                 self.leases.make({'app': self.leases.by_name['app']._replace(used=0)})
             await self.wants(app, key=os.urandom(32))
             self.assertEqual((await self.hook('/hooks/new'))[0], 200)
             await self.leaves(self.clients.pop())
-        self.assertEqual(({head.split()[1] for head in app.requests}, self.ids()),
-                         ({b'/hooks/new'}, []))
+        await eventually(lambda: not self.ids())
+        self.assertEqual({head.split()[1] for head in app.requests}, {b'/hooks/new'})
 
     async def test_what_is_too_old_goes_and_the_client_is_told_when_it_starts(self):
         await self.world()
@@ -7846,6 +7910,7 @@ class KeepTest(FolderTest, WorldTest):
         for _ in range(3):
             await self.hook()
         with self.constant(KEPT_FOR=0):
+            self.queues._shelf.touch()
             await eventually(lambda: not self.ids())
         await eventually(lambda: self.leases.by_name['app'].facts.get('expired') == '3')
         await self.restart()
