@@ -179,8 +179,6 @@ KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest i
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye over and over
 MAX_TEXT = 500                  # characters, or bytes, that the other side can make us show
-HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
-FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
 PING_AFTER = 8.0                # of silence, on the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
 ROUND_TRIP = 0.1                # to the other side and back, until it is measured
@@ -211,9 +209,7 @@ BODY_IDLE = 3600.0              # without a byte of a body in either direction
 UPLOAD_IDLE = 60.0              # the same of a request without a response; at first HEAD_TIMEOUT
 HALF_CLOSED = 2.0               # without a byte of a response after the visitor's FIN: it is gone
 LINGER = 2.0                    # for a response to arrive before its connection is closed
-CONNECT_TIMEOUT = 10.0          # to reach the app
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
-POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
 
 # Tunnels and their names.
 MAX_AWAY = 10000                # names remembered after their last client left
@@ -4153,6 +4149,12 @@ def is_loopback(host: str) -> bool:
     if is_address(host):
         return ipaddress.ip_address(host.strip('[]')).is_loopback
     return host == 'localhost' or host.endswith('.localhost')
+
+
+HANDSHAKE_TIMEOUT = 15.0        # from connecting to the server until its welcome
+FIRST_ATTEMPTS = 4.0            # the same in the first HELD seconds after a loss: visitors wait
+CONNECT_TIMEOUT = 10.0          # to reach the app
+POOL_IDLE = 4.0                 # an idle connection to the app may be reused: Node closes after 5
 
 
 class Target:
