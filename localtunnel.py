@@ -10170,7 +10170,7 @@ class Keeping(Annex):
                     shelf.drop(kept)
                 elif not args.now:
                     head, *rest = shelf.read(kept).decode(errors='replace').splitlines()
-                    head = head if args.id else head.partition('?')[0]
+                    head = head if args.id else head.rpartition(' ')[0].partition('?')[0]
                     for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
                                  + head, *(rest if args.id else ())):
                         print_line(printable(line))
@@ -14616,6 +14616,9 @@ def look(args: Args, running: bool) -> str:
     return printable('; '.join(facts))
 
 
+ITS_FILES = {'--cert', '--key', '--token-file', '--acme-ca', '--cluster-key'}     # it reads them
+
+
 def check(args: Args, python: str) -> None:
     """Raise UsageError for options that an installed server can't have."""
     if args.purge:
@@ -14629,6 +14632,11 @@ def check(args: Args, python: str) -> None:
         raise UsageError(f'an installed server keeps its state in /{STATE}; leave out --state')
     if args.bind and not is_address(args.bind):
         raise UsageError(f'--bind takes an address here, not {args.bind!r}')
+    for option, _, path in (word.partition('=') for word in words_of(args)):
+        if option in ITS_FILES and not re.match('/(?!home/|root/)', path):
+            raise UsageError(f'{option} needs a whole path here, and not one in a home, which the '
+                             'server does not see, such as /etc/localtunnel/'
+                             + os.path.basename(path))
 
 
 def write_files(files: dict[str, bytes]) -> dict[str, bytes]:

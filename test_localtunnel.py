@@ -10982,6 +10982,8 @@ class InstallTest(FolderTest):
         for words, why in ((['--domain', 'localhost'], 'add --domain'),
                            (['--purge'], '--purge goes with --remove'),
                            (['--state', '/x'], 'leave out --state'),
+                           (['--token-file', 'tokens'], '--token-file needs .* as /etc/.*/tokens$'),
+                           (['--key', '/home/ana/key.pem'], '--key needs a whole path here, '),
                            (['--bind', 'eth0'], '--bind takes an address')):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, why):
                 lt.check(server_args(*words), '/usr/bin/python3')
