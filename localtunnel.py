@@ -3225,7 +3225,7 @@ class Admission:
         """Raises Refused where the server has no place for ASKED."""
         hello, tunnel = asked.hello, asked.tunnel
         if self._tunnels.state in (HANDING_OVER, ENDING):
-            raise Refused(503, 'draining', 'the server is shutting down; try again soon')
+            raise Refused(503, 'draining', 'the server is shutting down')
         self._check_kind(asked)
         if hello.release:
             return              # it needs no place
@@ -16135,6 +16135,7 @@ class Parser(argparse.ArgumentParser):
         message = message.replace('invalid network value:', 'it takes an address or a network such '
                                   'as 10.0.0.0/8, not')
         message = message.replace('invalid port_range value:', 'it takes A-B, not')
+        message = re.sub('one of the arguments (.*) is required', r'it takes one of \1', message)
         message = message.replace('unrecognized arguments:', "can't tell what this means:")
         message = re.sub(r"COMMAND: invalid choice: '(.*)' \(choose from (.*)\)",
                          lambda m: f'there is no {m[1]} here, but {m[2]}'.replace("'", ''), message)

@@ -9603,7 +9603,7 @@ class InvitationTest(FolderTest):
                 (['a=b'], 'a user has a name'), (['#'], 'a user has a name'),
                 (['a b'], 'a user has a name'), (['ana', 'names=a\nroot T'], 'printable ASCII'),
                 (['ana', 'names=a#'], 'without #'), (['ana', 'tunnels=x'], 'only names='),
-                (['ana', 'expires=2027-13-01'], 'month'), ([], 'required'), ([''], 'empty'),
+                (['ana', 'expires=2027-13-01'], 'month'), ([], 'one of USER'), ([''], 'empty'),
                 (['ana', '--list'], 'not allowed'), (['--revoke', 'ana', 'ben'], 'not allowed'),
                 (['ana', '--state', self.path('none')], 'no server has run')):
             with self.subTest(words):
