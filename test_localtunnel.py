@@ -10771,7 +10771,7 @@ class ErrorPageTest(WorldTest):
                 self.assertEqual(answer[1]['retry-after'], '5')
         self.shows(await self.at_name('never'), 404, 'relay', 'Nothing is here',
                    'There is no tunnel at never.localhost.', 'Start the client')
-        tunnels.close()
+        tunnels.state = lt.ENDING
         self.shows(await self.at_name('lost'), 503, 'relay', 'The server is shutting down')
 
     async def test_a_client_whose_token_was_taken_away_is_named_so(self):
