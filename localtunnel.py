@@ -40,49 +40,51 @@ Words
 
 Rooms
     I. The tunnel             II. Around it             III. The command line
-     1 Constants and errors   14 Seams                  57 Output
-     2 Wire                   15 Places                 58 Keys
-     3 Credit                 16 Doors                  59 Terminal
-     4 Byte streams           17 Header lines           60 Options
-     5 Session                18 Own pages              61 Wiring
-     6 HTTP/1.1               19 Plain words            62 Python
-     7 Names                  20 Files                  63 Configuration file
-     8 Exchange               21 Annex                  64 Command line
+     1 Constants and errors   14 Seams                  59 Output
+     2 Wire                   15 Places                 60 Keys
+     3 Credit                 16 Doors                  61 Terminal
+     4 Byte streams           17 Header lines           62 Options
+     5 Session                18 Own pages              63 Wiring
+     6 HTTP/1.1               19 Plain words            64 Python
+     7 Names                  20 Files                  65 Configuration file
+     8 Exchange               21 Annex                  66 Command line
      9 Tunnels                22 TLS
     10 Admission              23 Tokens and leases
     11 Server                 24 Limits
     12 App                    25 DNS
-    13 Client                 26 Kept leases
-                              27 Access
-                              28 Cluster
-                              29 Held requests
-                              30 Shared site
-                              31 Crowds
-                              32 Raw TCP
-                              33 Folder and echo
-                              34 Host header
-                              35 Outgoing proxy
-                              36 Certificates
-                              37 Certificates by ACME
-                              38 Hand-over
-                              39 Operator's page
-                              40 Block list
-                              41 Kept requests
-                              42 Mail
-                              43 Ground
-                              44 Doctor
-                              45 Landing page
-                              46 Verifying
-                              47 Token files
-                              48 Invitations
-                              49 Exchanges
-                              50 Inspector's page
-                              51 Inspector
-                              52 Logs and replay
-                              53 Words from elsewhere
-                              54 Error pages
-                              55 Setting up
-                              56 Via ssh
+    13 Client                 26 Windows
+                              27 Resume
+                              28 Kept leases
+                              29 Access
+                              30 Cluster
+                              31 Held requests
+                              32 Shared site
+                              33 Crowds
+                              34 Raw TCP
+                              35 Folder and echo
+                              36 Host header
+                              37 Outgoing proxy
+                              38 Certificates
+                              39 Certificates by ACME
+                              40 Hand-over
+                              41 Operator's page
+                              42 Block list
+                              43 Kept requests
+                              44 Mail
+                              45 Ground
+                              46 Doctor
+                              47 Landing page
+                              48 Verifying
+                              49 Token files
+                              50 Invitations
+                              51 Exchanges
+                              52 Inspector's page
+                              53 Inspector
+                              54 Logs and replay
+                              55 Words from elsewhere
+                              56 Error pages
+                              57 Setting up
+                              58 Via ssh
 """
 
 from __future__ import annotations
@@ -171,11 +173,8 @@ NEVER = float('inf')
 INITIAL_CREDIT = 64 * KIB       # of a stream, each way: most responses need no CREDIT at all
 SMALL_CREDIT = 16 * KIB         # the same once half of what the session may have is promised
 LEAST_CREDIT = 4 * KIB          # the same once three quarters are: it may never be used
-MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
-SESSION_BUDGET = 72 * MIB       # of one session: its windows, and what it keeps for resume
+SESSION_BUDGET = 72 * MIB       # of one session: its windows, and what it keeps, see Resume
 LEAST_BUDGET = 64 * MIB         # what a process has for all sessions, at least
-KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
-KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 MAX_STREAMS = 1024              # of a session: hundreds of WebSockets behind one tunnel are normal
 MAX_DRAINING = 4                # of a client's sessions: a server may say goodbye over and over
 MAX_TEXT = 500                  # characters, or bytes, that the other side can make us show
@@ -185,7 +184,6 @@ ROUND_TRIP = 0.1                # to the other side and back, until it is measur
 ANSWER = 2.0                    # for a PONG, where another client of the owner wants the place
 SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
 ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
-RESUME_WITHIN = 60.0            # a session without a connection is kept this long
 
 # Messages.
 OUTER_HEAD = 63 * KIB           # a head from a visitor or an app: nginx takes 32 KiB, Node 16
@@ -461,14 +459,44 @@ class Decoder:
 # How much may be under way on a stream.  Knows no sockets, no clocks; callers bring the time.
 #
 # The receiver promises a window, and the sender never has more than that under way.  What has been
-# read is promised again (CREDIT), a quarter of the window at a time.  A window doubles when a full
-# one is drained within two round trips, since then the window itself limits the speed; a small one
-# grows fourfold where a round trip is long.  When draining takes more than sixteen, the window
-# halves, by promising less than was read; the first read after a silence returns it to its first
-# size.  So a long, fast path gets large windows, and a reader that stalls keeps a small one.
-# Growth comes out of a budget of the session and one of the process, and takes at most a quarter
-# of what is left, so others can always grow.
+# read is promised again (CREDIT), a quarter of the window at a time.  Here a window stays as it is:
+# most responses fit into it, and a large one comes as fast as the path is short; see Windows.
 # ------------------------------------------------------------------------------------------------
+
+class ReceiveWindow:
+    """How much this side lets the other send on one stream, from the first CREDIT on.
+
+    Invariant: what is promised (may still arrive) + unread + `read` (not promised again) = `size`.
+    """
+    __slots__ = ('size', 'read', 'budget')
+
+    def __init__(self, size: int, budget: Budget) -> None:
+        self.size = size
+        self.read = 0               # bytes that were read, and not promised again
+        self.budget = budget        # what it is taken from, until close()
+
+    def consumed(self, n: int, now: float, round_trip: float) -> int:
+        """Note that N bytes were read; return how many to promise anew (0: not yet)."""
+        self.read += n
+        if self.read * 4 < self.size:
+            return 0
+        credit, self.read = self.read, 0
+        return credit
+
+    def widen(self, size: int) -> int:
+        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
+        n = max(0, size - self.size)
+        if not self.budget.take(n):
+            n = max(0, MAX_HEAD - self.size)
+            self.budget.give(-n)
+        self.size += n
+        return n
+
+    def close(self) -> None:
+        """Give the window back to the budget, once."""
+        self.budget.give(self.size)
+        self.size = 0
+
 
 SESSION_FLOOR = 256 * KIB       # which a session may have, however little the process has
 
@@ -502,72 +530,6 @@ class Budget:
         self.used -= n
         if self._parent:
             self._parent.used -= n
-
-
-LONG_PATH = 0.03                # a round trip to another town: windows grow faster from here on
-IDLE_WINDOW = 1.0               # without a read, then a window returns to its first size
-
-
-class ReceiveWindow:
-    """How much this side lets the other send on one stream, from the first CREDIT on.
-
-    Invariant: what is promised (may still arrive) + unread + `_read` (not promised again) = `size`.
-    """
-    __slots__ = ('size', '_floor', '_budget', '_read', '_drained', '_since', '_last')
-
-    def __init__(self, size: int, budget: Budget) -> None:
-        self.size = self._floor = size      # it never shrinks below the floor
-        self._budget = budget       # what it is taken from, until close()
-        self._read = 0              # bytes that were read, and not promised again
-        self._drained = 0           # bytes that were read since `_since`: a full window is measured
-        self._since = self._last = -NEVER       # when that began, and the last read
-
-    def consumed(self, n: int, now: float, round_trip: float) -> int:
-        """Note that N bytes were read; return how many to promise anew (0: not yet)."""
-        self._read += n
-        self._drained += n
-        if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
-            self._shrink_to(self._floor)
-            self._drained, self._since = self._read, now
-        self._last = now
-        if self._read * 4 < self.size:
-            return 0
-        if self._drained >= self.size:
-            self._adapt(now - self._since, round_trip)
-            self._drained, self._since = 0, now
-        credit = max(0, self._read)
-        self._read -= credit
-        return credit
-
-    def widen(self, size: int) -> int:
-        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
-        n = max(0, size - self.size)
-        if not self._budget.take(n):
-            n = max(0, MAX_HEAD - self.size)
-            self._budget.give(-n)
-        self.size += n
-        return n
-
-    def _adapt(self, took: float, round_trip: float) -> None:
-        if took <= 2 * round_trip:
-            more = 3 * self.size if round_trip > LONG_PATH and self.size < MIB else self.size
-            if self.size + more <= MAX_WINDOW and self._budget.take(more, leave=3 * more):
-                self._read += more
-                self.size += more
-        elif took > 16 * round_trip and self.size >= 2 * self._floor:
-            self._shrink_to(self.size // 2)
-
-    def _shrink_to(self, size: int) -> None:
-        less = self.size - size
-        if less > 0:
-            self.size -= less
-            self._read -= less
-            self._budget.give(less)
-
-    def close(self) -> None:
-        """Give the window back to the budget, once."""
-        self._budget.give(self.size)
-        self.size = 0
 
 
 # ------------------------------------------------------------------------------------------------
@@ -1194,25 +1156,22 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 # ------------------------------------------------------------------------------------------------
 # 5. Session
 #
-# Streams over one connection at a time.  Knows no HTTP and no names; whom a session or a stream
+# Streams over one connection.  Knows no HTTP and no names; whom a session or a stream
 # serves (`facts`, `visitor`) it carries for others.
 #
 # Frames go from the socket straight into their streams; the reader never waits, and what frames
 # cause (PONG, CREDIT, RESET) is merged and bounded.  What a turn of the loop brings leaves in one
 # write, control frames first.  Streams write in turn, 64 KiB each.
 #
-# A session survives its connection: each side keeps what the other has not acknowledged (the counts
-# in PING and PONG), and a new connection continues at the byte where the other stopped counting.
-#
 # The four states of a session, as this side sees it, and the calls that lead to them:
 #
-#   RUNNING              streams open, run and end; a lost connection is replaced
+#   RUNNING              streams open, run and end
 #   WARNED    drain()    we said GOAWAY: streams go on, while the client makes a new session
 #   CLOSING   leave()    no stream opens; it is over when the last one is, and all has arrived
 #   OVER      end()      `error` says why; every stream was told
 #
-# drop() gives the connection up and leaves the state as it is: a session that is RUNNING, and heard
-# no GOAWAY, waits for another connection; any other is over then.
+# drop() gives the connection up, and the session is OVER with it; see Resume for one that waits for
+# another connection then.
 # A wake runs the stream's task at once (room 4), and that may write, reset, or end the session.
 # ------------------------------------------------------------------------------------------------
 
@@ -1323,7 +1282,7 @@ class Stream(ByteStream):
 
     def _get_window(self) -> ReceiveWindow:
         if self.window is None:
-            self.window = ReceiveWindow(self._taken, self.session.budget)
+            self.window = self.session.window(self._taken, self.session.budget)
         return self.window
 
     def _promise(self, n: int) -> None:
@@ -1369,7 +1328,7 @@ class Stream(ByteStream):
 class Outbox:
     """The frames that leave next: CREDIT and PONG, merged; those of streams, in order; RESET."""
     __slots__ = ('size', 'control_size', 'credits', 'trace', 'awaited', 'waiting', 'left_at',
-                 'pong', '_frames', '_resets')
+                 'pong', 'sent', 'confirmed', '_frames', '_resets')
 
     def __init__(self, trace: Trace | None = None) -> None:
         self.size = 0               # bytes of the frames in order
@@ -1380,6 +1339,8 @@ class Outbox:
         self.waiting = 0            # frames since something left
         self.left_at = 0.0          # and when that was
         self.pong = False           # True: a PONG is due, one for all PINGs that came together
+        self.sent = 0               # bytes of all that left
+        self.confirmed = 0          # of these, have arrived there
         self._frames: list[Buffer] = []         # in order: headers and payloads
         self._resets: dict[int, bytes] = {}     # payloads, by stream
 
@@ -1418,7 +1379,14 @@ class Outbox:
         data = b''.join(self._frames)
         self._frames.clear()
         self.size = self.waiting = 0
+        self.sent += len(data)
         return data
+
+    def confirm(self, n: int) -> None:
+        """Note that N bytes have arrived in all.  Raises ProtocolError."""
+        if n > self.sent:
+            raise ProtocolError('more acknowledged than was sent')
+        self.confirmed = n
 
     def _merge(self, received: int) -> None:
         front = [(CREDIT, id, U32.pack(n)) for id, n in self.credits.items()]
@@ -1435,68 +1403,6 @@ class Outbox:
                 self.trace('->', kind, id, len(payload))
 
 
-ACKNOWLEDGE_EVERY = 1 * MIB     # after sending this much, a PING asks how much has arrived
-
-
-class Unacknowledged:
-    """What was sent, and is kept until the other side has it: another connection may need it.
-
-    KEPT_AT_FIRST bytes of it are free; the rest is taken from the budget in steps of that size.
-    """
-    __slots__ = ('sent', 'confirmed', 'kept_from', 'limit', 'ask_at', 'goodbye', '_kept', '_free',
-                 '_may_keep', '_budget')
-
-    def __init__(self, budget: Budget) -> None:
-        self.sent = 0               # bytes of frames, since the session began
-        self.confirmed = 0          # of these, have arrived there
-        self.kept_from = 0          # from this byte on all is kept
-        self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
-        self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
-        self.limit = self._may_keep         # of `sent`, counted from `kept_from`
-        self.ask_at = ACKNOWLEDGE_EVERY     # of `sent`, at which a PING asks for the count
-        self.goodbye = NEVER        # bytes that we had to say in all; known when we close
-        self._kept: collections.deque[bytes] = collections.deque()
-        self._budget = budget       # of the session, for its whole life
-
-    def add(self, data: bytes) -> None:
-        """Keep DATA, which is sent now."""
-        self._kept.append(data)
-        self.sent += len(data)
-
-    def widen(self) -> bool:
-        """Raise the limit by one step; return whether that was possible."""
-        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
-                KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
-            return False
-        self._may_keep += KEPT_AT_FIRST
-        self.limit += KEPT_AT_FIRST
-        return True
-
-    def confirm(self, n: int) -> None:
-        """Note that N bytes have arrived in all.  Raises ProtocolError."""
-        if n > self.sent:
-            raise ProtocolError('more acknowledged than was sent')
-        self.confirmed = n
-        while self._kept and self.kept_from + len(self._kept[0]) <= n:
-            self.kept_from += len(self._kept.popleft())
-        if self._may_keep > self._free > self.sent - self.kept_from:
-            self._give_back()
-        self.limit = self.kept_from + self._may_keep
-
-    def _give_back(self) -> None:
-        self._budget.give(self._may_keep - self._free)
-        self._may_keep = self._free
-
-    def after(self, n: int) -> bytes:
-        """Return what follows byte N."""
-        return b''.join(self._kept)[n - self.kept_from:]
-
-    def clear(self) -> None:
-        """Keep nothing: nothing will be sent again."""
-        self._kept.clear()
-        self._give_back()
-
-
 STALLED_SESSION = 20.0          # without progress in a write
 
 
@@ -1506,23 +1412,16 @@ class Liveness:
     Knows no clock: callers bring `now`.  The client's side keeps the session alive (`pings`); the
     server's has more patience.
     """
-    __slots__ = ('pings', 'heard', 'round_trip', 'detached_at', 'asked_at', '_after', '_moved_at',
-                 '_unsent')
+    __slots__ = ('pings', 'heard', 'round_trip', 'asked_at', '_after', '_moved_at', '_unsent')
 
     def __init__(self, pings: bool, now: float) -> None:
         self.pings = pings
         self.heard = now            # when something arrived last
         self.round_trip = ROUND_TRIP
-        self.detached_at = NEVER    # when the connection was lost; NEVER while there is one
         self.asked_at = NEVER       # when the PING left whose PONG is awaited; NEVER for none
         self._after = 0             # and behind how many bytes
         self._moved_at = now        # when the kernel took something last
         self._unsent = 0            # bytes that it had not taken at the last look
-
-    def attached(self, now: float) -> None:
-        """Begin with a new connection."""
-        self.heard = self._moved_at = now
-        self.asked_at = self.detached_at = NEVER
 
     def asked(self, now: float, sent: int) -> None:
         """A PING leaves behind SENT bytes."""
@@ -1575,14 +1474,13 @@ class Sender:
         self.runtime = runtime
         self.state = RUNNING        # see the table above
         self.error: LocaltunnelError | None = None          # why it is OVER
-        self.connection: Connection | None = None           # None while it is lost
+        self.connection: Connection | None = None           # None before it came, and once lost
         self.streams: dict[int, Stream] = {}    # those not over, by id
         self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
-        self.budget = budget        # of all windows, and of what is kept
-        self.decoder = Decoder()                            # what was received, and how much
-        self.outbox = Outbox(trace)                         # what is to be sent
-        self.unacknowledged = Unacknowledged(budget)        # what was sent, and how much
-        self.liveness = liveness                            # of the connection
+        self.budget = budget        # of all windows
+        self.decoder = Decoder()    # what was received, and how much
+        self.outbox = Outbox(trace)         # what is to be sent, and how much was
+        self.liveness = liveness    # of the connection
 
     def my_turn(self, stream: Stream) -> bool:
         """True if STREAM may send a frame now; else it is called up when its turn comes.
@@ -1599,14 +1497,9 @@ class Sender:
         return False
 
     def _has_room(self) -> bool:
-        size, kept = self.outbox.size, self.unacknowledged
-        if size >= BATCH or self.connection is None or self.connection.writing_paused:
-            return False
-        if kept.sent + size < kept.limit or kept.widen():
-            return True
-        if self.liveness.asked_at == NEVER:
-            self.ping()
-        return False
+        connection = self.connection
+        return (self.outbox.size < BATCH and connection is not None
+                and not connection.writing_paused)
 
     def _call_up(self) -> None:
         """Let the streams that wait write in turn, while there is room."""
@@ -1638,7 +1531,7 @@ class Sender:
 
     def flush(self, turn_over: bool = False) -> None:
         """Let those whose turn it is write, and send all that is here."""
-        outbox, kept = self.outbox, self.unacknowledged
+        outbox = self.outbox
         if turn_over:
             outbox.awaited = False
         while True:
@@ -1652,20 +1545,15 @@ class Sender:
             if not data:
                 break
             outbox.left_at = self.runtime.now()
-            kept.add(data)
             connection.transport.write(data)
-            if kept.sent >= kept.ask_at:
-                self.ping()
-            elif not self.turns:
+            if not self.turns:
                 break
         if self.state == CLOSING:
             self.finish()
 
     def ping(self) -> None:
         """Ask the other side whether it is there, and how much has arrived."""
-        sent = self.unacknowledged.sent
-        self.liveness.asked(self.runtime.now(), sent)
-        self.unacknowledged.ask_at = sent + ACKNOWLEDGE_EVERY
+        self.liveness.asked(self.runtime.now(), self.outbox.sent)
         self.outbox.add(PING, 0, U64.pack(self.decoder.received))
         self.schedule()
 
@@ -1675,7 +1563,7 @@ class Sender:
 
 
 class Session(Sender):
-    """Streams over a connection that may be replaced.
+    """Streams over one connection.
 
     Its owner passes in `on_open(stream)`, for a stream of the other side (so this is the client's),
     and sets `on_change()`, for a connection lost, a GOAWAY heard, and the end.
@@ -1683,7 +1571,7 @@ class Session(Sender):
 
     def __init__(self, runtime: Runtime, budget: Budget | None = None,
                  on_open: Callable[[Stream], None] | None = None,
-                 trace: Trace | None = None) -> None:
+                 trace: Trace | None = None, window: type[ReceiveWindow] = ReceiveWindow) -> None:
         super().__init__(runtime, Budget(SESSION_BUDGET, budget),
                          Liveness(on_open is not None, runtime.now()), trace)
         self.facts = UNSERVED       # at a server: whose it is
@@ -1692,6 +1580,9 @@ class Session(Sender):
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
         self.last_id = 0            # of a stream, by either side: how many there have been
+        self.window = window        # makes those of streams
+        self.lost_at = NEVER        # when it lost a connection that another may replace
+        self._goodbye = NEVER       # bytes that we had to say in all; known when we close
         runtime.swept.add(self)
 
     # Streams.
@@ -1736,7 +1627,7 @@ class Session(Sender):
 
     def _receive(self, data: Buffer) -> None:
         self.liveness.heard = self.runtime.now()
-        decoder, outbox, kept = self.decoder, self.outbox, self.unacknowledged
+        decoder, outbox = self.decoder, self.outbox
         behind, awaited = decoder.behind, outbox.awaited
         outbox.awaited = True       # what this read causes leaves after it
         try:
@@ -1753,8 +1644,6 @@ class Session(Sender):
                 self.flush()
                 if outbox.control_size > MAX_CONTROL:
                     raise ProtocolError('replies pile up and are not read')
-                if kept.sent > kept.limit + 2 * BATCH:
-                    raise ProtocolError('nothing is acknowledged')
             if decoder.behind and not behind:
                 self._fall_behind()
         except ProtocolError as e:
@@ -1797,9 +1686,9 @@ class Session(Sender):
                 self.goaway = decode_reason(payload)
                 self.on_change()
         elif id == 0:
-            self.unacknowledged.confirm(U64.unpack(payload)[0])
+            self.outbox.confirm(U64.unpack(payload)[0])
             if kind == PONG:
-                self.liveness.answered(self.unacknowledged.confirmed)
+                self.liveness.answered(self.outbox.confirmed)
             else:
                 self.outbox.pong = True
                 self.schedule()
@@ -1815,44 +1704,38 @@ class Session(Sender):
         stream.data_arrived(payload, end)
         self.on_open(stream)
 
-    # The connection: attached, lost, replaced.
+    # The connection.
 
-    def attach(self, connection: Connection, theirs: int = 0) -> None:
-        """Go on over CONNECTION; the other side has received THEIRS bytes of frames."""
-        old = self._let_go()
-        if old is not None:
-            old.abort()
-        self.unacknowledged.confirm(theirs)
+    def attach(self, connection: Connection, said: Facts | None = None) -> None:
+        """Begin on CONNECTION; SAID is the welcome of the other side, if that gave one."""
         self.connection = connection
         connection.receiver, connection.on_room = self._receive, self.flush
         connection.on_lost = connection.on_eof = self.drop
         self.runtime.swept.discard(connection)      # nobody waits on it
-        self.liveness.attached(self.runtime.now())
-        again = self.unacknowledged.after(theirs)
-        if again:
-            connection.transport.write(again)
         rest = connection.read_nowait(sys.maxsize)
         while rest:
             self._receive(memoryview(rest))
             rest = connection.read_nowait(sys.maxsize)
         self.ping()
 
-    def can_resume(self, theirs: int) -> bool:
-        """True if what follows byte THEIRS is still here."""
-        kept = self.unacknowledged
-        return self.error is None and kept.kept_from <= theirs <= kept.sent
+    def welcome(self) -> Facts:
+        """Return what a server tells the client of it."""
+        return {}
+
+    def claim(self) -> Facts:
+        """Return what a client says in its next hello, to go on with it."""
+        return {}
+
+    def goes_on(self, welcome: Facts) -> bool:
+        """True if it goes on over another connection, by WELCOME; else it is over."""
+        return False
 
     def drop(self, why: str = 'the session ended') -> None:
-        """Give up the connection; the session waits for another, unless it was to end."""
+        """Give up the connection, and so the session."""
         connection = self._let_go()
-        if connection is None:
-            return
-        connection.abort()
-        self.liveness.detached_at = self.runtime.now()
-        if self.state != RUNNING or self.goaway is not None:
+        if connection is not None:
+            connection.abort()
             self.end(Disconnected(why))
-        else:
-            self.on_change()
 
     def _let_go(self) -> Connection | None:
         """The connection, if there was one: it is not this session's any more."""
@@ -1872,8 +1755,6 @@ class Session(Sender):
     def sweep(self, now: float, woke_up: bool) -> None:
         """Ping after a silence, and give the connection up if it goes on."""
         if self.connection is None:
-            if now - self.liveness.detached_at > RESUME_WITHIN:
-                self.end(Disconnected(f'it had no connection for {RESUME_WITHIN:.0f} s'))
             return
         if not (self.streams or self.turns or woke_up) and self.liveness.quiet(now):
             return
@@ -1891,12 +1772,12 @@ class Session(Sender):
     # The end.
 
     def finish(self) -> None:
-        kept = self.unacknowledged
-        if not (self.streams or self.turns or self.outbox.size):
-            if kept.goodbye == NEVER:       # what crossed our GOAWAY arrives before this PONG
-                kept.goodbye = kept.sent
+        outbox = self.outbox
+        if not (self.streams or self.turns or outbox.size):
+            if self._goodbye == NEVER:      # what crossed our GOAWAY arrives before this PONG
+                self._goodbye = outbox.sent
                 self.ping()
-            elif kept.confirmed >= kept.goodbye:
+            elif outbox.confirmed >= self._goodbye:
                 self.end(Disconnected('the session ended'))
 
     def drain(self, code: int, text: str) -> None:
@@ -1926,17 +1807,16 @@ class Session(Sender):
             self.flush()
         self.state = OVER
         self.runtime.swept.discard(self)
-        connection, kept = self._let_go(), self.unacknowledged
+        connection = self._let_go()
         if connection is not None:
             self.runtime.swept.add(connection)
-            if kept.confirmed >= kept.goodbye:      # all has arrived there
+            if self.outbox.confirmed >= self._goodbye:      # all has arrived there
                 connection.close()
             else:
                 self.runtime.spawn(connection.linger())
         lost = SessionLost(str(error))
         for stream in [*self.streams.values(), *self.turns]:
             stream.over(lost)
-        kept.clear()
         self.turns.clear()
         self.on_change()
 
@@ -2866,12 +2746,11 @@ class Hello:
 
 
 class Member:
-    """One session of a tunnel, and whose it is; by its `id` the client asks to go on with it."""
-    __slots__ = ('session', 'id', 'hello', 'grant', 'holder')
+    """One session of a tunnel, and whose it is."""
+    __slots__ = ('session', 'hello', 'grant', 'holder')
 
     def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
         self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
-        self.id = secrets.token_hex(16)
 
 
 class Tunnel:
@@ -3142,8 +3021,8 @@ class Candidate:
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
-# A client that was let in, and how many bytes it has received; None where its session is new to it.
-Admitted = Tuple[Member, Tunnel, Optional[int]]
+# A client that was let in; True if it goes on with the session that it had.
+Admitted = Tuple[Member, Tunnel, bool]
 
 
 class Admission:
@@ -3155,6 +3034,10 @@ class Admission:
         self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
         # A seam: each raises Refused where a client may not come.
         self.checks: list[Callable[[Candidate], None]] = []
+        # Seams: what sessions and their windows are, and who comes back to the one that it had.
+        self.session: type[Session] = Session
+        self.window: type[ReceiveWindow] = ReceiveWindow
+        self.returning: Callable[[Candidate], Admitted | None] = lambda asked: None
         self.tokens, self.leases, self.limits, self.budget = leases.tokens, leases, limits, budget
         self._runtime, self._tunnels, self._trace = runtime, tunnels, trace
         self.turn = asyncio.Lock()              # for who changes what others have looked at
@@ -3166,13 +3049,13 @@ class Admission:
         FACTS are filled in as they become known.  URL gives that of a name.  Raises Refused.
         """
         asked = await self._check(visitor, request, facts)
-        goes_on = self._resumed(asked)
+        goes_on = self.returning(asked)
         if goes_on:
             return goes_on
         async with self.turn:      # one after the other: what was looked at stays so
             asked.visitor.connection.check()
             asked.tunnel = self._find(asked)
-            goes_on = self._resumed(asked)      # an attempt before this one came in meanwhile
+            goes_on = self.returning(asked)      # an attempt before this one came in meanwhile
             if goes_on:
                 return goes_on
             self._check_new(asked)
@@ -3213,7 +3096,7 @@ class Admission:
     def _find(self, asked: Candidate) -> Tunnel:
         return self._tunnels.get(asked.tunnel.key) or asked.tunnel
 
-    def _check_kind(self, asked: Candidate) -> None:
+    def check_kind(self, asked: Candidate) -> None:
         """Raises Refused where no tunnel of this kind may lead to ASKED."""
         kind = asked.hello.kind
         if kind in self.kinds:
@@ -3226,7 +3109,7 @@ class Admission:
         hello, tunnel = asked.hello, asked.tunnel
         if self._tunnels.state in (HANDING_OVER, ENDING):
             raise Refused(503, 'draining', 'the server is shutting down')
-        self._check_kind(asked)
+        self.check_kind(asked)
         if hello.release:
             return              # it needs no place
         self.limits.check_place(asked, self._tunnels)
@@ -3260,13 +3143,13 @@ class Admission:
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
         self._make_way(asked)
-        session = Session(self._runtime, self.budget, trace=self._trace)
+        session = self.session(self._runtime, self.budget, None, self._trace, self.window)
         session.facts = asked.facts
         member = Member(session, hello, asked.grant, self.limits.holder(asked))
         self._tunnels.enter(tunnel, member)
         if hello.kind in self.kinds:
             await self.kinds[hello.kind].open(tunnel)
-        return member, tunnel, None
+        return member, tunnel, False
 
     def _make_way(self, asked: Candidate) -> None:
         """End the members that ASKED replaces."""
@@ -3281,29 +3164,6 @@ class Admission:
                 old.session.leave(SUPERSEDED, 'a client of yours that was started later took '
                                   f'{tunnel.name} over', within=DRAIN)
             audit(self._tunnels.log, event, old.session.facts, tunnel.url, why)
-
-    def _resumed(self, asked: Candidate) -> Admitted | None:
-        """The session of this client that goes on, since nothing is missing; None without one.
-
-        One whose welcome was lost goes on too: all that was sent is sent again.
-        """
-        hello, grant, tunnel = asked.hello, asked.grant, asked.tunnel
-        member = next((m for m in tunnel.members if m.hello.instance == hello.instance), None)
-        if member is None:
-            return None
-        if hello.attempt < member.hello.attempt:
-            raise Refused(409, 'stale', 'this client has already connected again in the meantime')
-        id, received = hello.resume
-        theirs = received if same(member.id, id) else None
-        session = member.session
-        if not session.can_resume(theirs or 0) or (theirs is None and session.decoder.received):
-            return None
-        if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
-                grant.user, grant.digest):
-            return None         # somebody else's session: this client begins its own
-        self._check_kind(asked)
-        member.hello.attempt, member.grant, session.facts = hello.attempt, grant, asked.facts
-        return member, tunnel, theirs
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3576,20 +3436,19 @@ class Server:
             audit(self.log, 'released', facts, reason=str(done))
             await self.pages.refuse(visitor.connection, done)
             return False
-        member, tunnel, theirs = admitted
+        member, tunnel, goes_on = admitted
         session, connection = member.session, visitor.connection
         detour = self.tunnels.detours.get(tunnel.key)
-        welcome = {**(detour.welcome(tunnel.key) if detour and theirs is None else {}),
-                   'url': tunnel.url, 'session': member.id, 'resume': theirs,
-                   'received': session.decoder.received, 'user': member.grant.user}
+        welcome = {**(detour.welcome(tunnel.key) if detour and not goes_on else {}),
+                   'url': tunnel.url, **session.welcome(), 'user': member.grant.user}
         if self.tunnels.others and member.hello.name is not None:
             welcome['lease'] = self.tunnels.others.lease(tunnel.name)
         connection.transport.write(
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
             f'Localtunnel-Welcome: {json.dumps(welcome)}\r\n\r\n'.encode())
-        session.attach(connection, theirs or 0)
+        session.attach(connection)
         self.tunnels.here(tunnel)
-        audit(self.log, 'opened' if theirs is None else 'resumed', session.facts, tunnel.url)
+        audit(self.log, 'resumed' if goes_on else 'opened', session.facts, tunnel.url)
         return True
 
     def _check_version(self, visitor: Visitor, request: Request) -> None:
@@ -3805,10 +3664,9 @@ class Client:
         self.backoff = backoff      # when it tries again
         self.dial, self._observer, self._words, self._token = dial, observer, words, token
         # Makes a session.
-        self._begin = functools.partial(Session, runtime, Budget(2 * SESSION_BUDGET),
-                                        Workers(runtime, serve).start, trace)
-        # What the server calls each; the current one is the last, the others drain.
-        self._sessions: dict[Session, str] = {}
+        self._begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET),
+                                        Workers(runtime, serve).start, trace, address.window)
+        self._sessions: list[Session] = []          # the current one is the last, the others drain
         self._session: Session | None = None        # the current one, perhaps not connected
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
         self._carried = 0, 0                        # bytes in and out, of sessions that are over
@@ -3825,7 +3683,7 @@ class Client:
         """Bytes that came through the tunnel so far, and that went back."""
         received, sent = self._carried
         return (received + sum(session.decoder.received for session in self._sessions),
-                sent + sum(session.unacknowledged.sent for session in self._sessions))
+                sent + sum(session.outbox.sent for session in self._sessions))
 
     # Sessions: the loop, and the single attempt.
 
@@ -3902,15 +3760,11 @@ class Client:
             self.address.on_lease('')
             self._observer.note(f'the name {self.name} was given back')
             return False
-        session, count = self._session, welcome.get('received')
-        if (session is None or welcome.get('resume') is None or not isinstance(count, int)
-                or not session.can_resume(count)):
-            if session is not None:
-                session.end(Disconnected('the server no longer knows this session'))
-            session, count = self._new_session(), 0
+        session = self._session
+        if session is None or not session.goes_on(welcome):
+            session = self._new_session()
             self._observer.welcome(welcome)
-        session.attach(connection, count)
-        self._sessions[session] = str(welcome.get('session', ''))[:MAX_TEXT]
+        session.attach(connection, welcome)
         if 'lease' in welcome:
             self.address.on_lease(welcome['lease'])
         before, self.url = self.url, str(welcome['url'])
@@ -3931,9 +3785,8 @@ class Client:
         hello, host = dict(self._hello), str(self.address).partition('://')[2]
         if self.address.lease:
             hello['lease'] = self.address.lease
-        if self._session is not None and self._session.error is None:
-            received = self._session.decoder.received
-            hello['resume'] = {'session': self._sessions[self._session], 'received': received}
+        if self._session is not None:
+            hello.update(self._session.claim())
         if not is_address(self.address.site):
             host = f'{self.name}.{host}'
         lines = [f'GET {WELL_KNOWN} HTTP/1.1', f'Host: {host}', 'Connection: Upgrade',
@@ -3962,19 +3815,18 @@ class Client:
         return welcome
 
     def _new_session(self) -> Session:
-        for old in tuple(self._sessions)[:-MAX_DRAINING]:
+        for old in self._sessions[:-MAX_DRAINING]:
             old.end(Disconnected('too many sessions were draining'))
         session = self._begin()
 
         def changed() -> None:
             if session.state == OVER and session in self._sessions:
                 received, sent = self._carried
-                del self._sessions[session]
-                self._carried = (received + session.decoder.received,
-                                 sent + session.unacknowledged.sent)
+                self._sessions.remove(session)
+                self._carried = received + session.decoder.received, sent + session.outbox.sent
             self._changed.set()
         session.on_change = changed
-        self._sessions[session] = ''
+        self._sessions.append(session)
         self._session = session
         return session
 
@@ -4207,6 +4059,8 @@ class ServerAddress:
     def __init__(self, scheme: str, site: str, port: int) -> None:
         self.scheme, self.site, self.port = scheme, site, port
         self.route: Route | None = None         # a seam: a socket to (host, port), not dialled here
+        self.session: type[Session] = Session               # seams: what is begun with it, and
+        self.window: type[ReceiveWindow] = ReceiveWindow    # what its streams promise
         self.wants: dict[str, Any] = {}         # a seam: of it beside the tunnel, see Limits
         self.sni = ''                           # what TLS is told instead, once it asks for that
         self.lease = ''                         # a seam: what it is shown at each attempt, and
@@ -6653,7 +6507,263 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 
 
 # ------------------------------------------------------------------------------------------------
-# 26. Kept leases
+# 26. Windows
+#
+# Windows that fit the path: what keeps a long one busy would only fill memory where it is short.
+#
+# A window doubles when a full one is drained within two round trips, since then the window itself
+# limits the speed; a small one grows fourfold where a round trip is long.  When draining takes more
+# than sixteen, the window halves, by promising less than was read; the first read after a silence
+# returns it to its first size.  So a long, fast path gets large windows, and a reader that stalls
+# keeps a small one.  Growth comes out of the budgets of the session and the process, and takes at
+# most a quarter of what is left, so others can always grow.
+# ------------------------------------------------------------------------------------------------
+
+MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
+LONG_PATH = 0.03                # a round trip to another town: windows grow faster from here on
+IDLE_WINDOW = 1.0               # without a read, then a window returns to its first size
+
+
+class AdaptiveWindow(ReceiveWindow):
+    """A window that grows and shrinks."""
+    __slots__ = ('_floor', '_drained', '_since', '_last')
+
+    def __init__(self, size: int, budget: Budget) -> None:
+        super().__init__(size, budget)
+        self._floor = size          # it never shrinks below this
+        self._drained = 0           # bytes that were read since `_since`: a full window is measured
+        self._since = self._last = -NEVER       # when that began, and the last read
+
+    def consumed(self, n: int, now: float, round_trip: float) -> int:
+        self.read += n
+        self._drained += n
+        if now - self._last > max(IDLE_WINDOW, 16 * round_trip):
+            self._shrink_to(self._floor)
+            self._drained, self._since = self.read, now
+        self._last = now
+        if self.read * 4 >= self.size and self._drained >= self.size:
+            self._adapt(now - self._since, round_trip)
+            self._drained, self._since = 0, now
+        return super().consumed(0, now, round_trip)
+
+    def _adapt(self, took: float, round_trip: float) -> None:
+        if took <= 2 * round_trip:
+            more = 3 * self.size if round_trip > LONG_PATH and self.size < MIB else self.size
+            if self.size + more <= MAX_WINDOW and self.budget.take(more, leave=3 * more):
+                self.read += more
+                self.size += more
+        elif took > 16 * round_trip and self.size >= 2 * self._floor:
+            self._shrink_to(self.size // 2)
+
+    def _shrink_to(self, size: int) -> None:
+        less = self.size - size
+        if less > 0:
+            self.size -= less
+            self.read -= less
+            self.budget.give(less)
+
+
+class Windows(Annex):
+    """At both ends."""
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        address.window = AdaptiveWindow
+
+    def at_any_server(self, server: Server) -> None:
+        server.admission.window = AdaptiveWindow
+
+
+# ------------------------------------------------------------------------------------------------
+# 27. Resume
+#
+# A session survives its connection: each side keeps what the other has not acknowledged (the counts
+# in PING and PONG), and a new connection continues at the byte where the other stopped counting.
+# The client asks for it in its hello, by the id that the welcome gave the session; that the server
+# has it, and all that is missing on either side, shows in the next welcome.  Where it does not go
+# on, the client begins a new one.
+# ------------------------------------------------------------------------------------------------
+
+KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
+KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
+ACKNOWLEDGE_EVERY = 1 * MIB     # after sending this much, a PING asks how much has arrived
+RESUME_WITHIN = 60.0            # a session without a connection is kept this long
+
+
+class Unacknowledged(Outbox):
+    """What leaves, and is kept until the other side has it: another connection may need it.
+
+    KEPT_AT_FIRST bytes of it are free; the rest is taken from the budget in steps of that size.
+    """
+    __slots__ = ('kept_from', 'limit', '_kept', '_free', '_may_keep', '_budget')
+
+    def __init__(self, trace: Trace | None, budget: Budget) -> None:
+        super().__init__(trace)
+        self.kept_from = 0          # of `sent`: from this byte on all is kept
+        self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
+        self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
+        self.limit = self._may_keep         # of `sent`, counted from `kept_from`
+        self._kept: collections.deque[bytes] = collections.deque()
+        self._budget = budget       # of the session, for its whole life
+
+    def take(self, received: int) -> bytes:
+        data = Outbox.take(self, received)      # often, and super() costs more
+        if data:
+            self._kept.append(data)
+        return data
+
+    def widen(self) -> bool:
+        """Raise the limit by one step; return whether that was possible."""
+        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
+                KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
+            return False
+        self._may_keep += KEPT_AT_FIRST
+        self.limit += KEPT_AT_FIRST
+        return True
+
+    def confirm(self, n: int) -> None:
+        super().confirm(n)
+        while self._kept and self.kept_from + len(self._kept[0]) <= n:
+            self.kept_from += len(self._kept.popleft())
+        if self._may_keep > self._free > self.sent - self.kept_from:
+            self._give_back()
+        self.limit = self.kept_from + self._may_keep
+
+    def _give_back(self) -> None:
+        self._budget.give(self._may_keep - self._free)
+        self._may_keep = self._free
+
+    def after(self, n: int) -> bytes:
+        """Return what follows byte N."""
+        return b''.join(self._kept)[n - self.kept_from:]
+
+    def clear(self) -> None:
+        """Keep nothing: nothing will be sent again."""
+        self._kept.clear()
+        self._give_back()
+
+
+class Resumable(Session):
+    """Streams over a connection that may be replaced; `id` is the server's word for it."""
+    outbox: Unacknowledged
+
+    def __init__(self, *what: Any) -> None:
+        super().__init__(*what)
+        self.outbox = Unacknowledged(self.outbox.trace, self.budget)
+        self.id = secrets.token_hex(16)     # at a client, until the welcome says it
+        self.theirs: int | None = None      # bytes that the other side has; None: it begins anew
+        self._ask_at = ACKNOWLEDGE_EVERY    # of what was sent, at which a PING asks for the count
+
+    def can_resume(self, theirs: int) -> bool:
+        """True if what follows byte THEIRS is still here."""
+        return self.error is None and self.outbox.kept_from <= theirs <= self.outbox.sent
+
+    def claim(self) -> Facts:
+        return {} if self.error else {
+            'resume': {'session': self.id, 'received': self.decoder.received}}
+
+    def welcome(self) -> Facts:
+        return {'session': self.id, 'resume': self.theirs, 'received': self.decoder.received}
+
+    def goes_on(self, welcome: Facts) -> bool:
+        count = welcome.get('received')
+        if (welcome.get('resume') is not None and isinstance(count, int)
+                and self.can_resume(count)):
+            self.theirs = count
+            return True
+        self.end(Disconnected('the server no longer knows this session'))
+        return False
+
+    def attach(self, connection: Connection, said: Facts | None = None) -> None:
+        """Begin on CONNECTION, or go on with what the other side has not received."""
+        if said:
+            self.id = str(said.get('session', ''))[:MAX_TEXT]
+        old, theirs, round_trip = self._let_go(), self.theirs or 0, self.liveness.round_trip
+        if old is not None:
+            old.abort()
+        self.outbox.confirm(theirs)
+        self.liveness, self.lost_at = Liveness(self.liveness.pings, self.runtime.now()), NEVER
+        self.liveness.round_trip = round_trip
+        again = self.outbox.after(theirs)
+        if again:
+            connection.transport.write(again)
+        super().attach(connection)
+
+    def _has_room(self) -> bool:
+        outbox, connection = self.outbox, self.connection
+        if outbox.size >= BATCH or connection is None or connection.writing_paused:
+            return False            # as in any session: to ask that costs a call for each frame
+        if outbox.sent >= self._ask_at:
+            self.ping()
+        if outbox.sent + outbox.size < outbox.limit or outbox.widen():
+            return True
+        if self.liveness.asked_at == NEVER:
+            self.ping()
+        return False
+
+    def ping(self) -> None:
+        self._ask_at = self.outbox.sent + ACKNOWLEDGE_EVERY
+        super().ping()
+
+    def drop(self, why: str = 'the session ended') -> None:
+        """Give up the connection; the session waits for another, unless it was to end."""
+        if self.state != RUNNING or self.goaway is not None:
+            return super().drop(why)
+        connection = self._let_go()
+        if connection is not None:
+            connection.abort()
+            self.lost_at = self.runtime.now()
+            self.on_change()
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        super().sweep(now, woke_up)
+        if self.connection is None and now - self.lost_at > RESUME_WITHIN:
+            self.end(Disconnected(f'it had no connection for {RESUME_WITHIN:.0f} s'))
+        elif self.outbox.sent > self.outbox.limit + 2 * BATCH:
+            self.end(ProtocolError('nothing is acknowledged'))
+
+    def end(self, error: LocaltunnelError) -> None:
+        super().end(error)
+        self.outbox.clear()
+
+
+class Resume(Annex):
+    """Sessions go on at both ends; the server looks whose they are."""
+
+    def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
+        address.session = Resumable
+
+    def at_any_server(self, server: Server) -> None:
+        server.admission.session = Resumable
+        server.admission.returning = functools.partial(self.resumed, server.admission)
+
+    def resumed(self, admission: Admission, asked: Candidate) -> Admitted | None:
+        """The session of this client that goes on, since nothing is missing; None without one.
+
+        One whose welcome was lost goes on too: all that was sent is sent again.  Raises Refused.
+        """
+        hello, grant, tunnel = asked.hello, asked.grant, asked.tunnel
+        member = next((m for m in tunnel.members if m.hello.instance == hello.instance), None)
+        if member is None:
+            return None
+        if hello.attempt < member.hello.attempt:
+            raise Refused(409, 'stale', 'this client has already connected again in the meantime')
+        session, (id, received) = member.session, hello.resume
+        if not isinstance(session, Resumable):
+            return None
+        theirs = received if same(session.id, id) else None
+        if not session.can_resume(theirs or 0) or (theirs is None and session.decoder.received):
+            return None
+        if member.hello.proof != hello.proof or (member.grant.user, member.grant.digest) != (
+                grant.user, grant.digest):
+            return None         # somebody else's session: this client begins its own
+        admission.check_kind(asked)
+        member.hello.attempt, member.grant, session.facts = hello.attempt, grant, asked.facts
+        session.theirs = theirs
+        return member, tunnel, theirs is not None
+
+
+# ------------------------------------------------------------------------------------------------
+# 28. Kept leases
 #
 # The leases of a server in files, so that they survive it.  A change is a line at the end of a
 # journal, which costs the same however many leases there are.  Now and then the journal becomes
@@ -6766,7 +6876,7 @@ class KeptLeases(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 27. Access
+# 29. Access
 #
 # Who may visit: which addresses, and which users with their passwords.
 #
@@ -6848,7 +6958,7 @@ class Access(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 28. Cluster
+# 30. Cluster
 #
 # Several servers behind a balancer, which share nothing but a key.  One of them leases a chosen
 # name, and when that one is down the client comes to another: so it brings the lease along, as the
@@ -7028,7 +7138,7 @@ class Cluster(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 29. Held requests
+# 31. Held requests
 #
 # While a client is on its way back, and while its tunnel has room for no more streams, requests
 # wait: not for long, not many, and in no order.  Those that it has taken wait, too.
@@ -7071,7 +7181,7 @@ class Held(Waits):
 
         Those that may be repeated go to another client, and after UNANSWERED all have their end.
         """
-        moves = now - session.liveness.detached_at > self.tunnels.hold and tunnel.pick() is not None
+        moves = now - session.lost_at > self.tunnels.hold and tunnel.pick() is not None
         overdue = now - session.liveness.heard > UNANSWERED
         for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
             exchange = stream.visitor and stream.visitor.exchange
@@ -7171,7 +7281,7 @@ class Holding(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 30. Shared site
+# 32. Shared site
 #
 # The tunnels of a server are one site to browsers, and their owners may not know each other: no app
 # sets or deletes the cookies of others.
@@ -7213,7 +7323,7 @@ class SharedSite(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 31. Crowds
+# 33. Crowds
 #
 # Room among visitors: for sessions, for other visitors, and for those of other addresses.
 # ------------------------------------------------------------------------------------------------
@@ -7284,7 +7394,7 @@ class Crowds(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 32. Raw TCP
+# 34. Raw TCP
 #
 # A tunnel of bytes, without requests.
 # ------------------------------------------------------------------------------------------------
@@ -7498,7 +7608,7 @@ class RawTcp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 33. Folder and echo
+# 35. Folder and echo
 #
 # Two apps that need not be started: a folder, and one that answers requests with themselves.  One
 # rule, `Site.shows`, decides what may be seen of a folder, for listings and for what is opened.
@@ -7847,7 +7957,7 @@ class FolderAndEcho(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 34. Host header
+# 36. Host header
 #
 # What app and visitor are told of each other's address, and of a base path; and a hint where an app
 # refuses the tunnel's name.
@@ -8018,7 +8128,7 @@ class HostHeader(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 35. Outgoing proxy
+# 37. Outgoing proxy
 #
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
@@ -8084,7 +8194,7 @@ class OutgoingProxy(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 36. Certificates
+# 38. Certificates
 #
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
@@ -8187,7 +8297,7 @@ class Certificates(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 37. Certificates by ACME
+# 39. Certificates by ACME
 #
 # https without a hand's turn (--acme): the authority (RFC 8555), the certificate that is shown, and
 # the keeper, who gets the best one that the records allow, and renews it.  Keys, signatures and
@@ -8955,7 +9065,7 @@ class Acme(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 38. Hand-over
+# 40. Hand-over
 #
 # A restart: the successor gets the listening sockets, as systemd passes them, and says when it
 # serves.
@@ -9055,7 +9165,7 @@ class HandOver(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 39. Operator's page
+# 41. Operator's page
 #
 # What the operator of a server sees, and the kill switch.
 #
@@ -9171,7 +9281,7 @@ class Traffic:
         """Add what SESSION has carried until now; each stream is a request."""
         self.requests += session.last_id
         self.received += session.decoder.received
-        self.sent += session.unacknowledged.sent
+        self.sent += session.outbox.sent
 
 
 class Accounts:
@@ -9430,7 +9540,7 @@ class Operator(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 40. Block list
+# 42. Block list
 #
 # Whom an operator keeps out: names, users and addresses, in a file of the server's folder with one
 # entry a line.  `block` changes it, and so may an editor.  Only a line that is taken out sets
@@ -9664,7 +9774,7 @@ class Blocking(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 41. Kept requests
+# 43. Kept requests
 #
 # What comes for a client that is away, and may wait, waits on the server's disk: `server --keep`,
 # `client --keep 'POST /hooks/*'`.  Its sender is told 2xx once it is on disk, and it leaves the
@@ -10218,7 +10328,7 @@ class Keeping(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 42. Mail
+# 44. Mail
 #
 # Mail to anything@NAME.DOMAIN becomes a POST to the app: SMTP on one side (RFC 5321), on the other
 # a form with the fields of Mailgun's routes, or the message as it is.
@@ -10839,7 +10949,7 @@ class Mail(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 43. Ground
+# 45. Ground
 #
 # What a server stands on: its state folder, clock, ports, DNS and certificate.  `doctor --domain`,
 # of the next room, with which this is one annex, looks at all of it; and the server itself at a
@@ -11144,7 +11254,7 @@ class Ground:
 
 
 # ------------------------------------------------------------------------------------------------
-# 44. Doctor
+# 46. Doctor
 #
 # `doctor` names the first thing that is wrong on the way of a request, and what helps: beside a
 # client, for a URL, or on the ground of a server; and that looks at itself.
@@ -11527,7 +11637,7 @@ class Doctor(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 45. Landing page
+# 47. Landing page
 #
 # What a server shows under its own name: what to type, this file, and whom to ask.
 # ------------------------------------------------------------------------------------------------
@@ -11616,7 +11726,7 @@ class LandingPage(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 46. Verifying
+# 48. Verifying
 #
 # `verify` compares the script that a server hands out with this file.  Nothing of it is run.  Each
 # byte has to be the same, but for one line, in which an address may stand.
@@ -11691,7 +11801,7 @@ class Verifying(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 47. Token files
+# 49. Token files
 #
 # The tokens of a server by user, each with its limits: a line each, or the hash of one.  Who loses
 # a token loses the tunnels that it opened.
@@ -11805,7 +11915,7 @@ class Revoker:
 
 
 # ------------------------------------------------------------------------------------------------
-# 48. Invitations
+# 50. Invitations
 #
 # Who may use a private server: lines of a token file, with hashes, which are added and taken out on
 # the server's machine.  For that a server writes into its state folder where it is reached and
@@ -12026,7 +12136,7 @@ class Invitations(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 49. Exchanges
+# 51. Exchanges
 #
 # What has passed at a client, kept for a while.  Its taps and its observer stand on the path of
 # each request, so they hold on to what is there anyway; all else is made when somebody asks.
@@ -12810,7 +12920,7 @@ class Edited:
 
 
 # ------------------------------------------------------------------------------------------------
-# 50. Inspector's page
+# 52. Inspector's page
 #
 # The page: it knows the API of the next room, and nothing else.  Its one script and its one style
 # sheet are all that may run there, by their hashes.
@@ -13350,7 +13460,7 @@ look();
 
 
 # ------------------------------------------------------------------------------------------------
-# 51. Inspector
+# 53. Inspector
 #
 # Shows the exchanges of a client to the people at its machine: a small HTTP server with a page and
 # an API of JSON, for the commands of the next room, too.  No stream's path waits for it.
@@ -13669,7 +13779,7 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 
 
 # ------------------------------------------------------------------------------------------------
-# 52. Logs and replay
+# 54. Logs and replay
 #
 # Exchanges beyond the client that saw them: a file that a client writes, and the commands `logs`
 # and `replay`, which read such a file or ask the inspector of a client that runs.
@@ -14169,7 +14279,7 @@ class Inspect(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 53. Words from elsewhere
+# 55. Words from elsewhere
 #
 # What people type who know ngrok, frp, bore, or the localtunnel of npm, said in the words that are
 # used here.  It is looked at only once the words were not understood.
@@ -14314,7 +14424,7 @@ class Elsewhere(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 54. Error pages
+# 56. Error pages
 #
 # What a browser is shown where something fails: the way of the request, and where it stops.  It
 # says nothing that text and JSON do not say, and what helps the owner; nothing in it runs.
@@ -14391,7 +14501,7 @@ class ErrorPages(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 55. Setting up
+# 57. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
 # has that done through the user's own ssh program.  Both can show all that they would do as root.
@@ -14910,7 +15020,7 @@ class SettingUp(Annex):
 
 
 # ------------------------------------------------------------------------------------------------
-# 56. Via ssh
+# 58. Via ssh
 #
 # A public URL without a server: the user's own ssh, with their keys, agent and settings, has a
 # machine elsewhere forward visitors (ssh -R) to the server in this process, which stands in front
@@ -15134,7 +15244,7 @@ class ViaSsh(Annex):
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
-# 57. Output
+# 59. Output
 #
 # Lines for people and scripts.  They are written in a thread of their own, so that what is served
 # waits for no reader; and numbers, times and sentences look the same everywhere.
@@ -15428,7 +15538,7 @@ class Lines:
 
 
 # ------------------------------------------------------------------------------------------------
-# 58. Keys
+# 60. Keys
 #
 # Single keys at a terminal, which do something at once, and the browser that some of them open.
 # ------------------------------------------------------------------------------------------------
@@ -15532,7 +15642,7 @@ def open_in_browser(url: str) -> None:
 
 
 # ------------------------------------------------------------------------------------------------
-# 59. Terminal
+# 61. Terminal
 #
 # What people and scripts see: banner, log lines, JSON events.  Observers are told; they ask nobody.
 #
@@ -15979,16 +16089,17 @@ class ServerLog(Observer):
 
 
 # ------------------------------------------------------------------------------------------------
-# 60. Options
+# 62. Options
 #
 # All that a user can type, and all annexes.
 # ------------------------------------------------------------------------------------------------
 
-ANNEXES: Sequence[Annex] = (KeptLeases(), Access(), Holding(), SharedSite(), Crowds(), Cluster(),
-                            RawTcp(), FolderAndEcho(), HostHeader(), OutgoingProxy(), Acme(),
-                            Certificates(), HandOver(), Operator(), Blocking(), Keeping(), Mail(),
-                            Doctor(), LandingPage(), Verifying(), Invitations(), Inspect(),
-                            Elsewhere(), ErrorPages(), SettingUp(), ViaSsh())
+ANNEXES: Sequence[Annex] = (Windows(), Resume(), KeptLeases(), Access(), Holding(), SharedSite(),
+                            Crowds(), Cluster(), RawTcp(), FolderAndEcho(), HostHeader(),
+                            OutgoingProxy(), Acme(), Certificates(), HandOver(), Operator(),
+                            Blocking(), Keeping(), Mail(), Doctor(), LandingPage(), Verifying(),
+                            Invitations(), Inspect(), Elsewhere(), ErrorPages(), SettingUp(),
+                            ViaSsh())
 
 
 def target_word(text: str) -> str:
@@ -16275,7 +16386,7 @@ def make_parser() -> Parser:
 
 
 # ------------------------------------------------------------------------------------------------
-# 61. Wiring
+# 63. Wiring
 #
 # Which server, which token; the two halves of a client, and a server for this machine alone.
 # ------------------------------------------------------------------------------------------------
@@ -16661,7 +16772,7 @@ def as_client(args: Args, runtime: Runtime,
 
 
 # ------------------------------------------------------------------------------------------------
-# 62. Python
+# 64. Python
 #
 # A tunnel inside another program.  It runs in a thread with a loop of its own, so that it serves
 # whatever the program does meanwhile, and starts in a notebook or a running loop as anywhere.  It
@@ -16963,7 +17074,7 @@ class tunnel:
 
 
 # ------------------------------------------------------------------------------------------------
-# 63. Configuration file
+# 65. Configuration file
 #
 # What is typed may stand in a file: in the section [server], or in one for each tunnel of a client.
 # Its keys are the names of options, and what is typed wins.  A mistake is told with file, line and
@@ -17360,7 +17471,7 @@ async def run_clients(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 # ------------------------------------------------------------------------------------------------
-# 64. Command line
+# 66. Command line
 #
 # What the commands do, from their start to their end.
 # ------------------------------------------------------------------------------------------------
