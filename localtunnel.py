@@ -10350,12 +10350,13 @@ MAX_MAIL_LINE = 4 * KIB         # of a command, and of a message: RFC 5321 allow
 MAX_RECIPIENTS = 100            # which RFC 5321 4.5.3.1.8 asks for
 MAX_COMMANDS, MAX_WRONG_COMMANDS = 1000, 20         # between two messages
 MAX_SENDERS, MAX_SENDERS_OF_ADDRESS = 1000, 20      # connections; Postfix makes up to 20 to a place
-SENDER_IDLE = 300.0             # seconds for a command, or a piece of a message (RFC 5321 4.5.3.2)
+SENDER_IDLE = 300.0             # seconds for a command, or a reply to be read (RFC 5321 4.5.3.2)
 SENDER_HURRY = 10.0             # the same while more than half of the connections are taken
-MESSAGE_WITHIN = 1800.0         # for a whole message: 14 kB/s
+MAIL_PACE = 14 * KIB            # bytes of a message that give it another second: 25 MiB in 35 min
 APP_WITHIN = 300.0              # for the app to answer: senders wait for 600
 POSTED_TOGETHER = 20            # to one name: development servers hold 5 connections in line
 MAIL_PIECE = 64 * KIB           # of a file in memory, and to the app at a time
+MAIL_TURN = 1000                # lines read in a turn of the loop, a millisecond
 MAIL_HELD = 4 * MAIL_PIECE      # of memory: both files, and what is unread
 MAIL_ON_DISK = 1 * GIB          # of all messages under way; their forms may take twice as much
 TO_POSTMASTER = 4 * KIB         # of a message to postmaster@DOMAIN, in the log
@@ -10378,8 +10379,9 @@ CHARSET = re.compile(
     r'|iso-2022-(jp|kr)(-\d)?|(windows-?|cp)\d{3,4}|koi8[_-][rtu]|gb(k|2312|18030)|big5(-?hkscs)?'
     r'|euc[_-](jp|kr)|shift[_-]?jis|ks_c_5601-1987|mac-?roman')
 BOUNDARY_IN_CHARSET = re.compile(r'(?i)boundary\*(\d+\*)?\s*=')
-# A line where an answer quotes what it answers, or a signature begins.
-QUOTES = re.compile(r'-- ?$|On .* wrote:$|-{3,} ?(Original|Forwarded) [Mm]essage ?-|_{20,}$')
+# Where an answer quotes what it answers, or a signature begins.
+QUOTES = re.compile(r'(?m)^(?:-- ?$|On .*(?:\n.*)? wrote:$|_{20,}$'
+                    r'|-{3,} ?(?:Original|Forwarded) [Mm]essage ?-)')
 
 TOO_LARGE = f'552 5.3.4 a message may have {MAX_MAIL} bytes'
 TOO_MUCH = '452 4.3.1 there is too much mail at once; try again later'
@@ -10438,15 +10440,8 @@ def parse_mail(raw: BinaryIO, bound: Callable[[bool], None]) -> Any:
 
 def without_quotes(text: str) -> str:
     """What is new in TEXT, an answer."""
-    new: list[str] = []
-    for line in text.splitlines():
-        if new and line.endswith(' wrote:') and new[-1].startswith('On '):
-            new.pop()       # that line was too long for one
-            break
-        if QUOTES.match(line):
-            break
-        new += [line] * (not line.startswith('>'))
-    return '\r\n'.join(new).strip()
+    new = QUOTES.split('\n'.join(text.splitlines()), maxsplit=1)[0].split('\n')
+    return '\r\n'.join(line for line in new if not line.startswith('>')).strip()
 
 
 def read_mail(raw: BinaryIO) -> Iterator[tuple[str, bytes, str, str]]:
@@ -10645,6 +10640,7 @@ class Postman:
         self._helo, self._extended = '', False          # what it calls itself, and by EHLO
         self._letter: Letter | None = None
         self._commands = self._wrong = 0                # since the last message
+        connection.timeout = SENDER_IDLE
 
     async def serve(self) -> None:
         """Answer commands until the sender leaves, or has to."""
@@ -10675,7 +10671,10 @@ class Postman:
     async def _reply(self) -> str:
         """The reply to the next command; '' for none."""
         try:
-            reply = await self._answer(await self._line())
+            line = await self._line(self._server.runtime.now())
+            if self._server.tunnels.state >= LEAVING:
+                raise Reply('421 4.3.2 this server is shutting down')
+            reply = await self._answer(line[:-2].decode(errors='surrogateescape'))
         except (Reply, HopFailed) as e:
             reply = str(e) if isinstance(e, Reply) else verdict_on(e.status, str(e))
         self._commands, self._wrong = self._commands + 1, self._wrong + (reply[:1] == '5')
@@ -10706,66 +10705,49 @@ class Postman:
             self._letter = None
         return REPLIES.get(verb, '500 5.5.1 this command is not known here')
 
-    # What comes in.
+    async def _line(self, began: float, size: int = 0) -> bytes:
+        """The next line of what BEGAN then, and has SIZE bytes until here.
 
-    async def _lines(self, deadline: float, most: float = NEVER) -> bytes:
-        """What is here up to its last line end, and stays unread; each wait takes MOST seconds."""
-        connection = self._connection
-        while True:
-            here = connection.peek()
-            end = here.rfind(b'\n') + 1
-            if end:
-                return here[:end]
-            if len(here) >= MAX_MAIL_LINE:
-                raise Reply('521 5.5.2 this line is too long')
-            left = min(most, deadline - connection.runtime.now())
-            try:
-                if not await connection.wait_for_data(max(0.0, left)):
-                    raise Disconnected('the sender went away')
-            except Overdue as e:
-                raise Reply('421 4.4.2 this takes too long') from e
-
-    def _take(self, lines: bytes, size: int) -> bytes:
-        """Read SIZE bytes, which are LINES.  Raises Reply for what others may take for more lines.
-
-        They differ in what a bare CR or LF means (SMTP smuggling), and how long a line may be.
+        Raises Reply for what others may take for more lines: they differ in what a bare CR or LF
+        means (SMTP smuggling), and how long a line may be.
         """
-        if not lines.count(b'\n') == lines.count(b'\r') == lines.count(b'\r\n'):
+        connection, line = self._connection, None
+        while line is None:
+            line = connection.readline_nowait(MAX_MAIL_LINE)
+            if line is None and connection.unread >= MAX_MAIL_LINE:
+                raise Reply('521 5.5.2 this line is too long')
+            if line is None:
+                crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
+                left = (began + (SENDER_HURRY if crowd else SENDER_IDLE) + size / MAIL_PACE
+                        - connection.runtime.now())
+                try:
+                    if not await connection.wait_for_data(max(0.0, left)):
+                        raise Disconnected('the sender went away')
+                except Overdue as e:
+                    raise Reply('421 4.4.2 this takes too long') from e
+        if line.find(b'\r') != len(line) - 2:
             raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone')
-        if max(map(len, lines.split(b'\n'))) >= MAX_MAIL_LINE:
-            raise Reply('521 5.5.2 this line is too long')
-        self._connection.read_nowait(size)
-        return lines
-
-    async def _line(self) -> str:
-        """The next command."""
-        crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
-        here = await self._lines(self._server.runtime.now()
-                                 + (SENDER_HURRY if crowd else SENDER_IDLE))
-        if self._server.tunnels.state >= LEAVING:
-            raise Reply('421 4.3.2 this server is shutting down')
-        size = here.index(b'\n') + 1
-        return self._take(here[:size], size)[:-2].decode(errors='surrogateescape')
+        return line
 
     async def _read(self, letter: Letter, raw: BinaryIO) -> str:
         """Read the message of LETTER into RAW; return why it can't be taken, or ''."""
-        deadline, size, why, end = self._server.runtime.now() + MESSAGE_WITHIN, 0, '', -1
-        while end < 0:
-            text = b'\r\n' + await self._lines(deadline, SENDER_IDLE)
-            end = text.find(b'\r\n.\r\n')
-            lines = self._take(*((text, len(text) - 2) if end < 0 else (text[:end + 2], end + 3)))
-            size += len(lines) - 2
+        began, size, why = self._server.runtime.now(), 0, ''
+        for line_number in itertools.count(1):
+            line = await self._line(began, size)
+            if line == b'.\r\n':
+                break
+            if line_number % MAIL_TURN == 0:
+                await asyncio.sleep(0)
+            size += len(line)
+            if size > 2 * MAX_MAIL:
+                raise Reply('521' + TOO_LARGE[3:])
             if size > MAX_MAIL:
                 why = TOO_LARGE
-                if size > 2 * MAX_MAIL:
-                    raise Reply('521' + why[3:])
-            elif not self._office.disk.take(len(lines)):
-                why = TOO_MUCH
+            elif self._office.disk.take(len(line)):
+                letter.spooled += len(line)
+                raw.write(line[line[:1] == b'.':])
             else:
-                letter.spooled += len(lines)
-                raw.write(lines.replace(b'\r\n.', b'\r\n')[2:])
-            if self._connection.unread:
-                await asyncio.sleep(0)
+                why = TOO_MUCH
         return why
 
     # Commands.

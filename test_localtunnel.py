@@ -8296,7 +8296,11 @@ class SmtpTest(MailTest):
             senders = [await self.sender() for _ in range(3)]
             self.assertEqual((await senders[2].reply())[:9], '421 4.4.2')
             self.assertEqual((await senders[0].says('NOOP'))[:3], '250')
-        with self.constant(MAX_SENDERS=1):
+        await senders[0].begins('a@app.localhost')
+        with self.constant(MAX_SENDERS=3, SENDER_HURRY=0.01):
+            senders[0].send(b'a\r\n')
+            self.assertEqual((await senders[0].reply())[:9], '421 4.4.2')
+        with self.constant(MAX_SENDERS=0):
             peer = Sender(*await asyncio.open_connection('127.0.0.1', self.mail_port))
             self.assertEqual((await peer.reply())[:9], '421 4.3.2')
             peer.writer.close()
@@ -8305,10 +8309,32 @@ class SmtpTest(MailTest):
         await self.mail_world()
         with self.constant(SENDER_IDLE=0.01):
             self.assertEqual((await (await self.sender()).reply())[:9], '421 4.4.2')
-        with self.constant(MESSAGE_WITHIN=0.01):
-            sender = await self.sender()
-            await sender.begins('a@app.localhost')
+        sender = await self.sender()
+        await sender.begins('a@app.localhost')
+        with self.constant(SENDER_IDLE=0.01):
+            sender.send(b'a\r\n')
             self.assertEqual((await sender.reply())[:9], '421 4.4.2')
+
+    async def test_a_large_message_has_more_time(self):
+        await self.mail_world()
+        sender = await self.sender()
+        await sender.begins('a@app.localhost')
+        connection, = (visitor.connection for visitor in self.server.visitors)
+        with self.constant(SENDER_IDLE=0, MAIL_PACE=10 / PATIENCE):
+            sender.send(b'hello, hello\r\n.\r')
+            await eventually(lambda: connection.unread == 2)
+            sender.send(b'\n')
+            self.assertEqual((await sender.reply())[:3], '250')
+
+    async def test_who_does_not_read_the_replies_is_let_go(self):
+        await self.mail_world()
+        sender = await self.sender()
+        connection, = (visitor.connection for visitor in self.server.visitors)
+        connection.pause_writing()
+        self.assertEqual(connection.timeout, lt.SENDER_IDLE)
+        connection.timeout = 0.01
+        self.assertEqual((await sender.says('NOOP'))[:3], '250')
+        self.assertEqual(await sender.reader.read(), b'')
 
     async def test_who_goes_away_inside_a_message_has_sent_none(self):
         await self.mail_world()
