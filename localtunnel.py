@@ -14020,6 +14020,7 @@ def shown_line(exchange: dict[str, Any]) -> str:
     return printable(f'{exchange["id"]}{f" {tunnel}" if tunnel else ""} {exchange["method"]} '
                      f'{exchange["target"]} '
                      f'{exchange["status"]} {exchange["ms"]}ms {exchange["response_bytes"]}B '
+                     f'{exchange["at"][:19]}Z '
                      + exchange['error'] + (f' (a replay of {of})' if of else '')).rstrip()
 
 
@@ -14125,7 +14126,7 @@ class Inspect(Annex):
             try:
                 return bind(host, tried)
             except OSError as e:
-                why = e.strerror
+                why = str(e.strerror).partition(' (')[0]
         raise UsageError(f"the inspector can't listen on {host}, port {port}: {why}; choose "
                          'another one with --inspect, or none with --no-inspect')
 
@@ -14258,7 +14259,7 @@ class Inspect(Annex):
         print_line(shown_line({
             **exchange, 'target': masked(edited.target), 'method': edited.method,
             'status': sent.record.status, 'ms': round(sent.seconds * 1e3, 1),
-            'response_bytes': sent.record.size, 'error': ''}))
+            'response_bytes': sent.record.size, 'at': rfc3339(time.time()), 'error': ''}))
 
 
 # ------------------------------------------------------------------------------------------------

@@ -13038,7 +13038,8 @@ class LogsAndReplayTest(CommandTest):
         until(lambda: len(self.command('logs')[1].splitlines()) == 2)
         code, out, _ = self.command('logs')
         self.assertEqual(code, 0)
-        self.assertRegex(out, r'^1 GET /a\?token=\*\*\* 200 [0-9.]+ms [0-9]+B\n2 POST /b 200 ')
+        self.assertRegex(out, r'^1 GET /a\?token=\*\*\* 200 [0-9.]+ms [0-9]+B 20\S+Z\n'
+                         '2 POST /b 200 ')
         self.assertEqual(self.command('logs', 'method:post')[1].split()[:3], ['2', 'POST', '/b'])
         out = self.command('logs', '--body', '/b')[1]
         self.assertIn('  > <?[31mbody>\n', out)
@@ -13167,7 +13168,7 @@ class LogsAndReplayTest(CommandTest):
             ports = sorted(one.getsockname()[1] for one in (sock, other))
             with lt.Inspect.sockets('127.0.0.1', ports[0], 50)[0] as found:
                 self.assertGreater(found.getsockname()[1], ports[0])
-            with self.assertRaisesRegex(lt.UsageError, f'port {ports[0]}'):
+            with self.assertRaisesRegex(lt.UsageError, f'port {ports[0]}: [^(]*; choose'):
                 lt.Inspect.sockets('127.0.0.1', ports[0], 1)
             code, _, err = self.command('client', 1, '--inspect', ports[0])
             self.assertEqual(code, 2)
