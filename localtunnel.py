@@ -15026,7 +15026,8 @@ SERVICES = {'srv.us': Service('1', '1: '), 'localhost.run': Service('80', 'tls t
 # Of any other sshd ssh itself tells: which port, and once it is known, that it may have it again.
 PLAIN = Service('0', '(?:Allocated port |remote forward success for: listen .*:)')
 
-HEARD = re.compile('debug1: Server host key: (?P<key>.+)|(?P<new>Warning: Permanently added )|'
+HEARD = re.compile('debug1: Connecting to (?P<to>[^ ]+) .*port (?P<port>[0-9]+)|'
+                   'debug1: Server host key: (?P<key>.+)|(?P<new>Warning: Permanently added )|'
                    '(debug1: )?Authenticated to (?P<host>[^ ]+) |debug1: |OpenSSH_|Allocated port |'
                    'Transferred: |Bytes per second: ')
 URL_OR_PORT = '(https://[A-Za-z0-9.-]+|[1-9][0-9]*(?=[ ,]))'
@@ -15065,9 +15066,9 @@ class Ssh(Carrier):
         self._port = self.service.port
         # A password may be typed at first; later the terminal is read for single keys.
         self._asks = sys.stdin is not None and not sys.stdin.closed and sys.stdin.isatty()
-        # How it is known: by ssh, as that says, and in the file known_hosts.
+        # What ssh says of it, which knows it by the name that the user's settings give to this one.
         self._known = {'host': host.strip('[]'), 'key': 'not told',
-                       'place': f"'[{self.name}]{port}'" if port else self.name}
+                       'to': self.name, 'port': port[1:] or '22'}
         self._said: collections.deque[str] = collections.deque(maxlen=LAST_SAID)
         self._task: asyncio.Task[None] | None = None        # while a process runs
         self._connection: Connection | None = None          # of the client to its server
@@ -15190,8 +15191,9 @@ class Ssh(Carrier):
             return Disconnected(f'the port is taken at {self.name}; asking for another one')
         for words, fault in SSH_FAULTS.items():
             if re.search(words, said):
+                to, port = self._known['to'], self._known['port']
                 return Refused(502, 'ssh', fault.replace('HOST', self.name).replace(
-                    'PLACE', self._known['place']))
+                    'PLACE', to if port == '22' else f"'[{to}]:{port}'"))
         return Disconnected(': '.join([f'ssh to {self.name} ended', *list(self._said)[-1:]]))
 
 

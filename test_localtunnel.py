@@ -11228,6 +11228,10 @@ REFUSALS = {
     'root@h: Permission denied (publickey).': 'h.example does not let you in; make a key',
     '@  WARNING: REMOTE HOST IDENTIFICATION HAS CHANGED!  @\nHost key verification failed.':
         'h.example shows another host key than before.*ssh-keygen -R h.example',
+    'debug1: Connecting to h.lan [::1] port 22.\nHost key verification failed.':
+        'another host key than before.*ssh-keygen -R h.lan$',
+    'debug1: Connecting to h.lan port 2222.\nHost key verification failed.':
+        r"another host key than before.*ssh-keygen -R '\[h.lan\]:2222'$",
     'ssh: Could not resolve hostname h: Name or service not known': "can't find the host h.ex",
     'Error: remote port forwarding failed for listen port 0': 'h.example refuses to forward'}
 
