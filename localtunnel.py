@@ -3637,9 +3637,8 @@ class App:
 # ------------------------------------------------------------------------------------------------
 # 13. Client
 #
-# Asks the server for a tunnel, and again; hands what comes out of the session to the one who serves
-# it.  Knows no frames, no HTTP but the request that asks, nothing of the app and of the server's
-# inside, and not who watches.
+# Asks the server for a tunnel, and again.  Knows no frames, no HTTP but the request that asks,
+# nothing of the app and of the server's inside, and neither who serves nor who watches.
 # ------------------------------------------------------------------------------------------------
 
 # What a server may call the URL of a tunnel: it is shown, opened, and given to shells.
@@ -3651,10 +3650,9 @@ class Client:
 
     def __init__(self, runtime: Runtime, address: ServerAddress, label: str, key: bytes,
                  dial: Callable[[float], Awaitable[Connection]], backoff: Backoff,
-                 serve: Callable[[Stream], Coroutine[Any, Any, None]], observer: ClientObserver,
-                 words: Words, *, token: str = '', trace: Trace | None = None,
-                 **wish: Any) -> None:
-        """DIAL connects to the server at ADDRESS within SECONDS; SERVE has each stream.
+                 begin: Callable[[], Session], observer: ClientObserver, words: Words, *,
+                 token: str = '', **wish: Any) -> None:
+        """DIAL connects to the server at ADDRESS within SECONDS; BEGIN makes a session.
 
         The name comes from KEY and LABEL, see Target; WISH is what the server is asked for beside
         it, see Hello.
@@ -3664,9 +3662,7 @@ class Client:
         self.welcomed = asyncio.Event()
         self.backoff = backoff      # when it tries again
         self.dial, self._observer, self._words, self._token = dial, observer, words, token
-        # Makes a session.
-        self._begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET),
-                                        Workers(runtime, serve).start, trace, address.window)
+        self._begin = begin
         self._sessions: list[Session] = []          # the current one is the last, the others drain
         self._session: Session | None = None        # the current one, perhaps not connected
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
@@ -16693,12 +16689,15 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                 trace: Trace | None = None, **wish: Any) -> Client:
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
+    begin = functools.partial(address.session, app.runtime, Budget(2 * SESSION_BUDGET),
+                              Workers(app.runtime, app.kinds[target.kind]).start, trace,
+                              address.window)
     return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
-                  Backoff(app.runtime.now(), args.once), app.kinds[target.kind], app.observer,
-                  app.words, token=server.token, trace=trace, kind=target.kind,
-                  port=target.public_port, name=args.name, share=args.share, release=args.release,
-                  wants=address.wants, **wish, **{word: said for annex in ANNEXES
-                                                  for word, said in annex.hello(args, key).items()})
+                  Backoff(app.runtime.now(), args.once), begin, app.observer, app.words,
+                  token=server.token, kind=target.kind, port=target.public_port, name=args.name,
+                  share=args.share, release=args.release, wants=address.wants, **wish,
+                  **{word: said for annex in ANNEXES
+                     for word, said in annex.hello(args, key).items()})
 
 
 def terminal_of(runtime: Runtime, args: Args, target: Target, first: Callable[[], None] | None,
