@@ -9804,6 +9804,7 @@ TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps beh
 LEFT_OVER = 60.0                # of this age, a file that is being written is one of a crash
 MAX_PATTERNS = 20               # of a client: they stand in its lease
 KEPT_STATUSES = 200, 202, 204
+KEPT_STATUS = 202              # Accepted: it is not done yet
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
 ONLY_ASK = 'GET', 'HEAD', 'OPTIONS', 'TRACE'
 _KEEP = re.compile('([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
@@ -10245,7 +10246,7 @@ class Keeping(Annex):
     def client_options(self, add: Add) -> None:
         add('--keep', action='append', default=[], metavar="'METHOD PATH'",
             help="requests that may wait while you are away, such as 'POST /hooks/*' (repeatable)")
-        add('--keep-status', type=int, choices=KEPT_STATUSES, default=202,
+        add('--keep-status', type=int, choices=KEPT_STATUSES, default=KEPT_STATUS,
             help='what their senders are told (%(default)s)')
 
     def server_options(self, add: Add) -> None:
@@ -10281,7 +10282,9 @@ class Keeping(Annex):
                     for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
                                  + head, *(rest if args.id else ())):
                         print_line(printable(line))
-            if args.drop or args.now:
+            if not found:
+                print('localtunnel.py: nothing waits', file=sys.stderr)
+            elif args.drop or args.now:
                 shelf.touch()
                 print_line(f'deleted: {len(found)}' if args.drop else f'{len(found)} will be tried '
                            'within a second, if the server runs and their clients are there')
@@ -10292,6 +10295,8 @@ class Keeping(Annex):
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         if not args.keep:
+            if args.keep_status != KEPT_STATUS:
+                raise UsageError("--keep-status is for what is kept; add --keep 'METHOD PATH'")
             return
         said = {'patterns': args.keep, 'status': args.keep_status, 'optional': True}
         try:
@@ -10890,6 +10895,8 @@ class Mail(Annex):
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.mail:
+            if args.mail_port != MAIL_PORT:
+                raise UsageError('--mail-port says where mail comes in; add --mail')
             return
         if is_address(args.domain):
             raise UsageError('--mail needs a --domain with a name: mail goes to NAME.DOMAIN')
@@ -14359,6 +14366,10 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
         note(f'say client without {first}')
         rest += FIRST_WORDS[first][1:]
     bare(rest, '--name', note)
+    for i in reversed(range(len(rest) - 2)):
+        if rest[i] == '--keep' and rest[i + 2].startswith('/'):
+            note('--keep takes one word, in quotes')
+            rest[i + 1:i + 3] = [' '.join(rest[i + 1:i + 3])]
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
     target = meant_target(typed, found, note)
     if not target and not any(word.startswith('--co') for word in rest):       # --config

@@ -7464,7 +7464,7 @@ class KeptCommandTest(FolderTest):
         self.assertEqual(code, 1)
         self.assertIn('nothing that waits is called app', complaint)
         self.assertEqual(self.kept('--drop', 'all')[1], ['deleted: 1'])
-        self.assertEqual(self.kept()[:2], (0, []))
+        self.assertEqual(self.kept(), (0, [], 'localtunnel.py: nothing waits\n'))
 
     def test_now_is_for_the_server(self):
         self.assertIn('2', self.kept('--now')[1][0])
@@ -7526,6 +7526,11 @@ class KeepTest(FolderTest, WorldTest):
     async def delivered(self, app, n):
         await eventually(lambda: len(app.requests) >= n, 'it was not delivered')
         await eventually(lambda: not self.ids(), 'a file is left')
+
+    async def test_a_status_for_what_is_kept_needs_a_pattern(self):
+        await self.world()
+        with self.assertRaisesRegex(lt.UsageError, "add --keep 'METHOD PATH'"):
+            await self.client(1, keep_status=204)
 
     async def test_a_webhook_waits_for_its_client_and_comes_as_it_was(self):
         await self.world()
@@ -8625,6 +8630,8 @@ class DeliveryTest(MailTest):
         client = await self.client(1, mail='/in')
         with self.assertRaisesRegex(lt.Refused, 'was started without --mail'):
             await client.running
+        with self.assertRaisesRegex(lt.UsageError, '--mail-port says where .*; add --mail'):
+            await lt.Mail().at_server(lt.Args(mail=False, mail_port=1), self.server)
         for options in ({'mail_raw': True}, {'mail': 'inbox'}, {'mail': '/in', 'tcp': True}):
             with self.subTest(**options), self.assertRaises(lt.UsageError):
                 await self.client(1, **options)
@@ -10701,6 +10708,7 @@ class ElsewhereTest(FolderTest):
         ('client 8000 --basic-auth=a:b --open', 'client 8000 --auth a:b'),
         ('client --share', 'client 8000 --share'),
         ('client --confg a.ini', 'client --config a.ini'),
+        ('client 80 --keep POST /a --keep PUT /b', "client 80 --keep 'POST /a' --keep 'PUT /b'"),
         ('client 8000 pytest -x a', 'client 8000 -- pytest -x a'),
         ('8000 pytest -- a', 'client 8000 -- pytest -- a'),
         (f'join {CODE}', f'client 8000 --join {CODE}'), (CODE, f'client 8000 --join {CODE}'),
