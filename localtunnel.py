@@ -9813,13 +9813,13 @@ _KEPT_FILE = re.compile('[0-9a-f]{20}[.][0-9]{1,6}[.][a-z0-9-]{1,63}[.][0-9a-f]{
 
 class KeptRequest:
     """What the name of its FILE, and its size there, tell of a request on disk."""
-    __slots__ = 'id', 'tries', 'name', 'owner', 'file', 'size', 'busy'
+    __slots__ = 'id', 'tries', 'name', 'owner', 'file', 'size', 'there'
 
     def __init__(self, file: str, size: int) -> None:
         self.id, tries, self.name, self.owner = file.split('.')     # a digest of its owner
         self.file, self.tries = file, int(tries)
         self.size = -(-size // DISK_BLOCK) * DISK_BLOCK
-        self.busy = False           # it is being written, or tried
+        self.there = True           # on disk; else it is being written
 
     @property
     def at(self) -> float:
@@ -9952,7 +9952,7 @@ class Queues(Detour):
             with contextlib.suppress(asyncio.TimeoutError):
                 return await asyncio.wait_for(asyncio.shield(done), KEPT_WITHIN)
             self._overdue = done
-        raise OSError(errno.ETIMEDOUT, 'the disk does not answer')
+        raise OSError(errno.EIO, 'the disk does not answer')
 
     # What is wanted stands in leases, and how many requests have expired.
 
@@ -10079,19 +10079,20 @@ class Queues(Detour):
             raise HopFailed(503, f'as many requests wait for {key} as may', again,
                             cure='start the client')
         self._add(kept)
-        kept.busy = True
+        kept.there = False
         try:
             await self._disk(self._shelf.put, kept, message)
+            kept.there = True
         except OSError as e:
             self._drop(kept)
             log.note(f"error: can't keep a request to {key}: {plainly(e)}")
             raise HopFailed(507 if e.errno in (errno.ENOSPC, errno.EDQUOT) else 503,
                             "the server can't write this request to its disk", again) from e
-        finally:
-            kept.busy = False
         if kept.id not in queue or kept.owner != self._owner(key):
             self._drop(kept)        # the name has changed hands meanwhile
             raise self._server.tunnels.away(key)
+        if self._closed:
+            self._thread.submit(self._shelf.touch)
         log.note('request kept', event='kept', name=key, id=kept.id)
 
     def _add(self, kept: KeptRequest) -> None:
@@ -10115,7 +10116,7 @@ class Queues(Detour):
         found = await self._disk(self._shelf.look)
         for id, kept in known.items():
             new = found.pop(id, None)
-            if new is None and not kept.busy:
+            if new is None and kept.there:
                 self._leave(kept)
             elif new and new.tries > kept.tries:        # another server has tried it
                 kept.file, kept.tries = new.file, new.tries
@@ -10162,7 +10163,7 @@ class Queues(Detour):
             while queue and not self._closed and await self._is_there(key, alone=False):
                 kept = min(queue.values(), key=lambda kept: (kept.tries // TRIES_IN_FRONT, kept.id))
                 owner = self._owner(key)
-                if kept.busy or not owner:
+                if not kept.there or not owner:
                     break
                 status = await self._try(kept) if kept.owner == owner else None
                 if status in TRY_AGAIN:
@@ -10175,40 +10176,34 @@ class Queues(Detour):
 
     async def _try(self, kept: KeptRequest) -> int | None:
         """The status of the app's answer to KEPT; 0 without one, None where KEPT is gone."""
-        log, status, kept.busy = self._server.log, 0, True
+        server, status, stream = self._server, 0, None
         kept.tries += 1
+        mark = f'Localtunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'.encode()
         try:
             message = await self._disk(self._shelf.begin_try, kept)
             if kept.id not in self._queues[kept.name]:      # the name has changed hands
                 return None
-            status = await self._ask(kept, message)
+            tunnel = server.tunnels.get(kept.name)
+            member = tunnel.pick() if tunnel else None
+            stream = member.session.open_stream() if member else None
+            if stream:
+                head, _, body = message.partition(b'\r\n\r\n')
+                response = await asyncio.wait_for(ask_stream(
+                    stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)]), ANSWERED_WITHIN)
+                status = 0 if response.has(b'localtunnel-failed') else response.status
         except FileNotFoundError:       # taken out by hand
             return None
-        except OSError as e:
-            log.note(f"error: can't deliver a kept request: {plainly(e)}")
-        finally:
-            kept.busy = False
-        log.note('kept request ' + ('waits on' if status in TRY_AGAIN else 'answered'),
-                 event='delivered', name=kept.name, id=kept.id, status=status, tries=kept.tries)
-        return status
-
-    async def _ask(self, kept: KeptRequest, message: bytes) -> int:
-        """The status of the app's answer to MESSAGE; 0 without one."""
-        tunnel = self._server.tunnels.get(kept.name)
-        member = tunnel.pick() if tunnel else None
-        stream = member.session.open_stream() if member else None
-        if stream is None:
-            return 0
-        head, _, body = message.partition(b'\r\n\r\n')
-        mark = f'Localtunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'.encode()
-        try:
-            response = await asyncio.wait_for(ask_stream(
-                stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)]), ANSWERED_WITHIN)
-            return 0 if response.has(b'localtunnel-failed') else response.status
         except (LocaltunnelError, asyncio.TimeoutError):
-            return 0
+            pass
+        except OSError as e:
+            server.log.note(f"error: can't deliver a kept request: {plainly(e)}")
         finally:
-            stream.close()
+            if stream:
+                stream.close()
+        server.log.note('kept request ' + ('waits on' if status in TRY_AGAIN else 'answered'),
+                        event='delivered', name=kept.name, id=kept.id, status=status,
+                        tries=kept.tries)
+        return status
 
 
 class Keeps(ClientObserver):
@@ -10573,15 +10568,15 @@ class PostOffice:
         record.visitor = visitor.address
         try:
             response = await asyncio.wait_for(self._post(letter, raw, visitor), APP_WITHIN)
-            ours = response.has(b'localtunnel-failed')      # nobody behind the client has answered
-            status = 502 if ours else response.status
-            why = 'the app does not answer; try again later' if ours else f'the app says {status}'
+            status = response.status
+            if response.has(b'localtunnel-failed'):     # nobody behind the client has answered
+                status, record.why = 502, 'the app does not answer; try again later'
+            elif status // 100 != 2:
+                record.why = f'the app says {status}'
         except HopFailed as e:
-            status, why = e.status, str(e)
+            status, record.why = e.status, str(e)
         except asyncio.TimeoutError:
-            status, why = 504, 'the app took too long; try again later'
-        if status // 100 != 2:
-            record.why = why
+            status, record.why = 504, 'the app took too long; try again later'
         reply = verdict_on(status, record.why or f'delivered, as {letter.id}')
         record.status = int(reply[:3])
         self.server.log.exchange(record, now() - record.began)
@@ -10692,10 +10687,8 @@ class Postman:
             return f'501 5.5.4 nothing follows {verb}'
         if verb in ('HELO', 'EHLO'):
             return self._greet(verb, rest)
-        if verb == 'MAIL':
-            return self._mail(rest)
-        if verb == 'RCPT':
-            return self._rcpt(rest)
+        if verb in ('MAIL', 'RCPT'):
+            return self._mail(rest) if verb == 'MAIL' else self._rcpt(rest)
         if verb == 'DATA':
             return await self._data()
         if verb == 'STARTTLS' and self._tls:
@@ -10713,20 +10706,19 @@ class Postman:
         Raises Reply for what others may take for more lines: they differ in what a bare CR or LF
         means (SMTP smuggling), and how long a line may be.
         """
-        connection, line = self._connection, None
+        connection = self._connection
+        line = connection.readline_nowait(MAX_MAIL_LINE)
         while line is None:
-            line = connection.readline_nowait(MAX_MAIL_LINE)
-            if line is None and connection.unread >= MAX_MAIL_LINE:
+            if connection.unread >= MAX_MAIL_LINE:
                 raise Reply('521 5.5.2 this line is too long')
-            if line is None:
-                crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
-                left = (began + (SENDER_HURRY if crowd else SENDER_IDLE) + size / MAIL_PACE
-                        - connection.runtime.now())
-                try:
-                    if not await connection.wait_for_data(max(0.0, left)):
-                        raise Disconnected('the sender went away')
-                except Overdue as e:
-                    raise Reply('421 4.4.2 this takes too long') from e
+            crowd = sum(self._office.senders.values()) > MAX_SENDERS // 2
+            until = began + size / MAIL_PACE + (SENDER_HURRY if crowd else SENDER_IDLE)
+            try:
+                if not await connection.wait_for_data(max(0.0, until - connection.runtime.now())):
+                    raise Disconnected('the sender went away')
+            except Overdue as e:
+                raise Reply('421 4.4.2 this takes too long') from e
+            line = connection.readline_nowait(MAX_MAIL_LINE)
         if line.find(b'\r') != len(line) - 2:
             raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone')
         return line
@@ -10764,10 +10756,11 @@ class Postman:
         if not HELO.fullmatch(name):
             return f'501 5.5.4 {verb} takes the name of your host'
         self._helo, self._extended, self._letter = name, verb == 'EHLO', None
-        offers = ['PIPELINING', f'SIZE {MAX_MAIL}', '8BITMIME', 'SMTPUTF8',
-                  *['STARTTLS'] * bool(self._tls), 'ENHANCEDSTATUSCODES']
-        return f'250 {self._domain}' if not self._extended else '\r\n'.join(
-            [*(f'250-{line}' for line in (self._domain, *offers[:-1])), f'250 {offers[-1]}'])
+        if not self._extended:
+            return f'250 {self._domain}'
+        offers = self._domain, 'PIPELINING', f'SIZE {MAX_MAIL}', '8BITMIME', 'SMTPUTF8', *(
+            ['STARTTLS'] * bool(self._tls))
+        return ''.join(f'250-{line}\r\n' for line in offers) + '250 ENHANCEDSTATUSCODES'
 
     @staticmethod
     def _envelope(word: str, text: str, utf8: bool = False) -> tuple[str, list[str]]:
