@@ -4440,6 +4440,11 @@ def own_error(error: HopFailed, accept: bytes, page: ErrorPage, extra: Sequence[
     return Own(error.status, form, [text.encode()], [*more, *failed, *extra], method)
 
 
+def parse_hostless(head: bytes) -> Request:
+    """Parse HEAD as of HTTP/1.0, which may lack a Host: balancers' checks often do."""
+    return parse_request(head.replace(b' HTTP/1.1\r\n', b' HTTP/1.0\r\n', 1))
+
+
 # One of a server: its type and its bytes in pieces, for who reached it at an address.
 Page = Callable[[str], Tuple[str, Sequence[bytes]]]
 _ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
@@ -4476,11 +4481,23 @@ class Pages(Dict[bytes, Page]):
                 return
             head, error = None, BadHttp(408, 'the request did not arrive in time')
         accept = _ACCEPT.search(head or here)
+        own = self._hostless(head or b'') or own_error(
+            HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.error)
         with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
-            await own_error(
-                HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.error
-            ).write(connection, 'Connection: close', date_line(int(time.time())))
+            await own.write(connection, 'Connection: close', date_line(int(time.time())))
             await connection.linger()
+
+    def _hostless(self, head: bytes) -> Own | None:
+        """What HEAD gets that lacks nothing but a Host, if its page is one of any Host."""
+        try:
+            request = parse_hostless(head)
+            if request.host or request.target not in self.everywhere:
+                return None
+            return self.find(request, 'http')
+        except BadHttp:
+            return None
+        except HopFailed as e:
+            return self.failed(e, request)
 
     @staticmethod
     def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
@@ -9449,7 +9466,7 @@ class OperatorPage:
         request, close = None, ['Connection: close']
         try:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
-            request = parse_request(head or b'')
+            request = parse_hostless(head or b'')
             form, page = await self._page(request)
             answer = Own(200, form, [page], close, request.method)
         except (BadHttp, HopFailed, Refused) as e:

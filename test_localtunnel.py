@@ -7004,7 +7004,11 @@ class OperatorTest(FolderTest, WorldTest):
                             ('t.example.com', 1), ('shop.t.example.com', 1),
                             ('shop.t.example.com', 1), ('nobody.t.example.com', 1)):
             self.assertEqual((await self.asks(host, minor))[::2], (200, b'ok\n'), host)
-        self.assertEqual((await self.asks('', 0, 'HEAD'))[::2], (200, b''))
+        for minor in 0, 1:
+            self.assertEqual((await self.asks('', minor, 'HEAD'))[::2], (200, b''))
+        self.assertEqual((await self.asks('', 1))[::2], (200, b'ok\n'))
+        self.assertEqual((await self.asks('', 1, 'POST'))[0], 405)
+        self.assertEqual((await self.asks('', 1, path='/x'))[0], 400)
         self.assertEqual((await self.asks('shop.t.example.com', 1, 'POST'))[0], 405)
         self.assertEqual((await self.asks('shop.t.example.com', path='/x'))[0], 308)
         self.assertEqual([told[0] for told in self.log.told], ['exchange'])     # the last one
@@ -7023,7 +7027,7 @@ class OperatorTest(FolderTest, WorldTest):
                     await asyncio.sleep(0)
                     self.assertFalse(leaving.done())
                     self.assertEqual((await self.visit(client))[0], 200)
-                    self.assertEqual((await self.asks('', 0))[0], 503)
+                    self.assertEqual((await self.asks('', 1))[0], 503)
                 await leaving
 
     def test_admin_without_a_value_is_a_port_of_loopback(self):
@@ -16802,9 +16806,10 @@ class HostileVisitorTest(HostileTest):
             return await (await self.visitor(host, port)).get(path, method=method)
 
         self.assertEqual((await admin('/healthz'))[2], b'ok\n')
-        peer = await self.visitor('', port)         # as HAProxy asks, without a host
-        peer.send(b'GET /healthz HTTP/1.0\r\n\r\n')
-        self.assertEqual((await peer.answer())[2], b'ok\n')
+        for version in b'1.0', b'1.1':              # as balancers ask, without a host
+            peer = await self.visitor('', port)
+            peer.send(b'GET /healthz HTTP/%b\r\n\r\n' % version)
+            self.assertEqual((await peer.answer())[2], b'ok\n')
         for host in ('evil.com', 'localhost.evil.com', '127.0.0.1.evil.com', ''):
             self.assertIn((await admin('/tunnels', host))[0], (400, 403))
         self.assertRegex((await admin('/metrics'))[2], b'(?m)^localtunnel_sessions 2$')
