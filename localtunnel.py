@@ -15924,11 +15924,10 @@ class Terminal(ClientObserver):
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
         shade = STATUS_COLOURS.get(status[0], '2')
         took = ' ' * (8 - len(took)) + (self._paint(colour, took) if colour else took)
+        below = textwrap.fill(printable(why), columns(), initial_indent='\n' + ' ' * 14,
+                              subsequent_indent=' ' * 14)
         self._lines.add(f'{begin}{self._paint(shade, status)}{" " * (5 - len(status))}{method} '
-                        f'{path} {took} {size:>7}'.rstrip())
-        if why:
-            self._lines.add(textwrap.fill(printable(why), columns(), initial_indent=' ' * 14,
-                                          subsequent_indent=' ' * 14))
+                        f'{path} {took} {size:>7}'.rstrip() + below)        # in one piece
 
     def thinned(self, now: float) -> None:
         """Say how many requests had no line, if it is time to."""
