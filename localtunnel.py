@@ -183,7 +183,6 @@ PONG_WITHIN = 6.0               # or the connection is given up
 ROUND_TRIP = 0.1                # to the other side and back, until it is measured
 ANSWER = 2.0                    # for a PONG, where another client of the owner wants the place
 SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
-ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
 
 # Messages.
 OUTER_HEAD = 63 * KIB           # a head from a visitor or an app: nginx takes 32 KiB, Node 16
@@ -1156,8 +1155,8 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 # ------------------------------------------------------------------------------------------------
 # 5. Session
 #
-# Streams over one connection.  Knows no HTTP and no names; whom a session or a stream
-# serves (`facts`, `visitor`) it carries for others.
+# Streams over one connection.  Knows no HTTP and no names; whom a session or a stream serves
+# (`facts`, `visitor`) it carries for others.
 #
 # Frames go from the socket straight into their streams; the reader never waits, and what frames
 # cause (PONG, CREDIT, RESET) is merged and bounded.  What a turn of the loop brings leaves in one
@@ -1170,8 +1169,8 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 #   CLOSING   leave()    no stream opens; it is over when the last one is, and all has arrived
 #   OVER      end()      `error` says why; every stream was told
 #
-# drop() gives the connection up, and the session is OVER with it; see Resume for one that waits for
-# another connection then.
+# drop() gives the connection up, and the session is OVER with it, unless it is of a kind that waits
+# for another one (Resume).
 # A wake runs the stream's task at once (room 4), and that may write, reset, or end the session.
 # ------------------------------------------------------------------------------------------------
 
@@ -1221,7 +1220,7 @@ class Stream(ByteStream):
             n = len(rest)
             if n > self.credit or n > MAX_PAYLOAD:
                 n = min(self.credit, MAX_PAYLOAD)
-            if (n or not rest) and self.session.my_turn(self):
+            if (n or not rest) and self.session.outbox.my_turn(self):
                 if n == len(rest):
                     return self._send(rest, end)
                 rest = memoryview(rest)         # whose parts are not copies
@@ -1244,7 +1243,6 @@ class Stream(ByteStream):
             kind, self.id = OPEN, session.number(self)
         self.credit -= len(data)
         session.outbox.add(kind | END if end else kind, self.id, data)
-        session.schedule()
         if end:
             self._end_sent = True
             if self.eof:
@@ -1254,8 +1252,7 @@ class Stream(ByteStream):
         """End both directions; who waits here is told ERROR, if it is not the same."""
         if self.error is None and not (self._end_sent and self.eof):
             if self.id:
-                self.session.outbox.reset(self.id, encode_reason(code, text))
-                self.session.schedule()
+                self.session.outbox.reset(self.id, code, text)
             self.session.forget(self)
             self.set_exception(error or StreamReset(code, text))
 
@@ -1290,7 +1287,6 @@ class Stream(ByteStream):
         if n:
             self.promised += n
             self.session.outbox.credit(self.id, n)
-            self.session.schedule()
 
     # For the session.
 
@@ -1325,27 +1321,34 @@ class Stream(ByteStream):
             self.on_lost()
 
 
-class Outbox:
-    """The frames that leave next: CREDIT and PONG, merged; those of streams, in order; RESET."""
-    __slots__ = ('size', 'control_size', 'credits', 'trace', 'awaited', 'waiting', 'left_at',
-                 'pong', 'sent', 'confirmed', '_frames', '_resets')
+MAX_RESETS = 2 * MAX_STREAMS    # unwritten; past it the peer never reads
+BATCH = 256 * KIB               # of frames in one write; more would only wait in the kernel
+QUIET = 0.0001                  # after this silence a frame of few streams need not wait for others
+BURST = 8                       # frames that leave at once: the other side starts on them
 
-    def __init__(self, trace: Trace | None = None) -> None:
+
+class Outbox:
+    """What a session sends: whose turn it is to write, and when all leaves.
+
+    First CREDIT and PONG, merged; then the frames of streams, in order; RESET last.
+    """
+
+    def __init__(self, session: Session, trace: Trace | None) -> None:
+        self.session, self.trace = session, trace
+        self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
         self.size = 0               # bytes of the frames in order
-        self.control_size = 0       # bytes of CREDIT and RESET
-        self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
-        self.trace = trace          # told of each frame, for good
-        self.awaited = False        # a flush is due at the end of this turn of the loop
-        self.waiting = 0            # frames since something left
-        self.left_at = 0.0          # and when that was
-        self.pong = False           # True: a PONG is due, one for all PINGs that came together
         self.sent = 0               # bytes of all that left
         self.confirmed = 0          # of these, have arrived there
+        self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
+        self.resets: dict[int, bytes] = {}      # payloads, by stream
+        self.pong = False           # True: a PONG is due, one for all PINGs that came together
+        self.awaited = False        # a flush is due at the end of this turn of the loop
+        self.waiting = 0            # frames since something left
+        self._left_at = 0.0         # and when that was
         self._frames: list[Buffer] = []         # in order: headers and payloads
-        self._resets: dict[int, bytes] = {}     # payloads, by stream
 
     def add(self, kind: int, stream: int, payload: Buffer = b'') -> None:
-        """One frame behind those that are here."""
+        """Send one frame behind those that are here."""
         frames, n = self._frames, len(payload)
         frames.append(FRAME_HEADER.pack(kind << 24 | n, stream))
         if n:
@@ -1353,34 +1356,17 @@ class Outbox:
         self.size += 8 + n
         if self.trace:
             self.trace('->', kind, stream, n)
+        self.schedule()
 
     def credit(self, stream: int, n: int) -> None:
-        """CREDIT: N bytes more."""
-        if stream not in self.credits:
-            self.control_size += 12
+        """Promise N bytes more."""
         self.credits[stream] = self.credits.get(stream, 0) + n
+        self.schedule()
 
-    def reset(self, stream: int, payload: bytes) -> None:
-        """RESET, with a PAYLOAD of encode_reason."""
-        self._resets[stream] = payload
-        self.control_size += 8 + len(payload)
-
-    def forget(self, stream: int) -> None:
-        """STREAM needs no CREDIT any more."""
-        if self.credits.pop(stream, 0):
-            self.control_size -= 12
-
-    def take(self, received: int) -> bytes:
-        """All that leaves now; RECEIVED is what a PONG says."""
-        if self.credits or self._resets or self.pong:
-            self._merge(received)
-        if not self._frames:
-            return b''
-        data = b''.join(self._frames)
-        self._frames.clear()
-        self.size = self.waiting = 0
-        self.sent += len(data)
-        return data
+    def reset(self, stream: int, code: int, text: str) -> None:
+        """Say that STREAM is over, and why."""
+        self.resets[stream] = encode_reason(code, text)
+        self.schedule()
 
     def confirm(self, n: int) -> None:
         """Note that N bytes have arrived in all.  Raises ProtocolError."""
@@ -1388,16 +1374,96 @@ class Outbox:
             raise ProtocolError('more acknowledged than was sent')
         self.confirmed = n
 
-    def _merge(self, received: int) -> None:
+    def my_turn(self, stream: Stream) -> bool:
+        """True if STREAM may send a frame now; else it is called up when its turn comes.
+
+        Raises SessionLost.
+        """
+        if (stream.its_turn or not self.turns) and self.has_room():
+            stream.its_turn = False
+            return True
+        if self.session.error is not None:
+            raise SessionLost(str(self.session.error))
+        stream.its_turn = False
+        self.turns[stream] = None
+        return False
+
+    def has_room(self) -> bool:
+        """True if streams may send now."""
+        connection = self.session.connection
+        return self.size < BATCH and connection is not None and not connection.writing_paused
+
+    def _call_up(self) -> None:
+        """Let the streams that wait write in turn, while there is room."""
+        loop = self.session.runtime.loop
+        if asyncio.current_task(loop) is not None:      # that one goes on first
+            if not self.awaited:
+                self.awaited = True
+                loop.call_soon(self.flush, True)
+            return
+        for _ in range(len(self.turns)):
+            if not self.has_room() or not self.turns:
+                break
+            stream = next(iter(self.turns))
+            del self.turns[stream]
+            stream.its_turn = True
+            stream.room()
+
+    def schedule(self) -> None:
+        """Flush at the end of this turn of the loop, or at once where that is better."""
+        self.waiting += 1
+        session = self.session
+        if self.awaited:
+            if self.waiting >= BURST:
+                self.flush()
+        elif len(session.streams) < BURST and session.runtime.now() - self._left_at > QUIET:
+            self.flush()        # with more streams others will come, however long each takes
+        else:
+            self.awaited = True
+            session.runtime.loop.call_soon(self.flush, True)
+
+    def flush(self, turn_over: bool = False) -> None:
+        """Let those whose turn it is write, and send all that is here."""
+        session = self.session
+        if turn_over:
+            self.awaited = False
+        while True:
+            if self.turns:
+                self._call_up()
+            connection = session.connection
+            if (connection is None or connection.writing_paused
+                    or connection.transport.is_closing()):      # a send failed in this turn
+                break
+            data = self.take()
+            if not data:
+                break
+            self._left_at = session.runtime.now()
+            connection.transport.write(data)
+            if not self.turns:
+                break
+        if session.state == CLOSING:
+            session.finish()
+
+    def take(self) -> bytes:
+        """Return all that leaves now."""
+        if self.credits or self.resets or self.pong:
+            self._merge()
+        data = b''.join(self._frames)
+        self._frames.clear()
+        self.size = self.waiting = 0
+        self.sent += len(data)
+        return data
+
+    def _merge(self) -> None:
         front = [(CREDIT, id, U32.pack(n)) for id, n in self.credits.items()]
         if self.pong:
-            front.append((PONG, 0, U64.pack(received)))
-        back = [(RESET, id, payload) for id, payload in self._resets.items()]
+            front.append((PONG, 0, U64.pack(self.session.decoder.received)))
+        back = [(RESET, id, payload) for id, payload in self.resets.items()]
         self._frames[:0] = [encode_frame(*frame) for frame in front]
         self._frames += [encode_frame(*frame) for frame in back]
         self.credits.clear()
-        self._resets.clear()
-        self.control_size, self.pong = 0, False
+        self.resets.clear()
+        self.pong = False
         if self.trace:
             for kind, id, payload in front + back:
                 self.trace('->', kind, id, len(payload))
@@ -1440,7 +1506,7 @@ class Liveness:
     def ping_due(self, now: float, unsent: int, woke_up: bool) -> bool:
         """True if a PING is due.  UNSENT bytes were not taken by the kernel; the machine WOKE_UP.
 
-        Raises Disconnected where the connection must be given up, or ProtocolError.
+        Raises Disconnected where the connection must be given up.
         """
         silence = now - self.heard
         if unsent != self._unsent:
@@ -1450,8 +1516,6 @@ class Liveness:
         if self.asked_at != NEVER:
             if self.pings and now - max(self.asked_at, self.heard) > PONG_WITHIN:
                 raise Disconnected(f'no reply to a ping within {PONG_WITHIN:.0f} s')
-            if now - self.asked_at > ACKNOWLEDGED:
-                raise ProtocolError('nothing is acknowledged')
         elif silence > (PING_AFTER if self.pings else PING_AFTER + PONG_WITHIN) or (
                 woke_up and self.pings):
             return True
@@ -1460,128 +1524,33 @@ class Liveness:
         return False
 
 
-BATCH = 256 * KIB               # of frames in one write; more would only wait in the kernel
-MAX_CONTROL = 64 * KIB          # of unwritten PONG, CREDIT and RESET; past it the peer never reads
-QUIET = 0.0001                  # after this silence a frame of few streams need not wait for others
-BURST = 8                       # frames that leave at once: the other side starts on them
-
-
-class Sender:
-    """What a session consists of, and how it writes: whose turn it is, and when all leaves."""
-
-    def __init__(self, runtime: Runtime, budget: Budget, liveness: Liveness,
-                 trace: Trace | None) -> None:
-        self.runtime = runtime
-        self.state = RUNNING        # see the table above
-        self.error: LocaltunnelError | None = None          # why it is OVER
-        self.connection: Connection | None = None           # None before it came, and once lost
-        self.streams: dict[int, Stream] = {}    # those not over, by id
-        self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
-        self.budget = budget        # of all windows
-        self.decoder = Decoder()    # what was received, and how much
-        self.outbox = Outbox(trace)         # what is to be sent, and how much was
-        self.liveness = liveness    # of the connection
-
-    def my_turn(self, stream: Stream) -> bool:
-        """True if STREAM may send a frame now; else it is called up when its turn comes.
-
-        Raises SessionLost.
-        """
-        if (stream.its_turn or not self.turns) and self._has_room():
-            stream.its_turn = False
-            return True
-        if self.error is not None:
-            raise SessionLost(str(self.error))
-        stream.its_turn = False
-        self.turns[stream] = None
-        return False
-
-    def _has_room(self) -> bool:
-        connection = self.connection
-        return (self.outbox.size < BATCH and connection is not None
-                and not connection.writing_paused)
-
-    def _call_up(self) -> None:
-        """Let the streams that wait write in turn, while there is room."""
-        if asyncio.current_task(self.runtime.loop) is not None:     # that one goes on first
-            if not self.outbox.awaited:
-                self.outbox.awaited = True
-                self.runtime.loop.call_soon(self.flush, True)
-            return
-        for _ in range(len(self.turns)):
-            if not self._has_room() or not self.turns:
-                break
-            stream = next(iter(self.turns))
-            del self.turns[stream]
-            stream.its_turn = True
-            stream.room()
-
-    def schedule(self) -> None:
-        """Flush at the end of this turn of the loop, or at once where that is better."""
-        outbox = self.outbox
-        outbox.waiting += 1
-        if outbox.awaited:
-            if outbox.waiting >= BURST:
-                self.flush()
-        elif len(self.streams) < BURST and self.runtime.now() - outbox.left_at > QUIET:
-            self.flush()        # with more streams others will come, however long each takes
-        else:
-            outbox.awaited = True
-            self.runtime.loop.call_soon(self.flush, True)
-
-    def flush(self, turn_over: bool = False) -> None:
-        """Let those whose turn it is write, and send all that is here."""
-        outbox = self.outbox
-        if turn_over:
-            outbox.awaited = False
-        while True:
-            if self.turns:
-                self._call_up()
-            connection = self.connection
-            if (connection is None or connection.writing_paused
-                    or connection.transport.is_closing()):      # a send failed in this turn
-                break
-            data = outbox.take(self.decoder.received)
-            if not data:
-                break
-            outbox.left_at = self.runtime.now()
-            connection.transport.write(data)
-            if not self.turns:
-                break
-        if self.state == CLOSING:
-            self.finish()
-
-    def ping(self) -> None:
-        """Ask the other side whether it is there, and how much has arrived."""
-        self.liveness.asked(self.runtime.now(), self.outbox.sent)
-        self.outbox.add(PING, 0, U64.pack(self.decoder.received))
-        self.schedule()
-
-    def finish(self) -> None:
-        """The session is CLOSING: end it, if nothing is left to do."""
-        raise NotImplementedError
-
-
-class Session(Sender):
+class Session:
     """Streams over one connection.
 
     Its owner passes in `on_open(stream)`, for a stream of the other side (so this is the client's),
     and sets `on_change()`, for a connection lost, a GOAWAY heard, and the end.
     """
+    facts = UNSERVED                # at a server: whose it is
+    lost_at = NEVER                 # when it lost a connection that another may replace, see Resume
 
     def __init__(self, runtime: Runtime, budget: Budget | None = None,
                  on_open: Callable[[Stream], None] | None = None,
                  trace: Trace | None = None, window: type[ReceiveWindow] = ReceiveWindow) -> None:
-        super().__init__(runtime, Budget(SESSION_BUDGET, budget),
-                         Liveness(on_open is not None, runtime.now()), trace)
-        self.facts = UNSERVED       # at a server: whose it is
+        self.runtime = runtime
+        self.state = RUNNING        # see the table above
+        self.error: LocaltunnelError | None = None          # why it is OVER
         self.goaway: tuple[int, str] | None = None          # what the other side said
+        self.connection: Connection | None = None           # None before it came, and once lost
+        self.streams: dict[int, Stream] = {}    # those not over, by id
+        self.last_id = 0            # of a stream, by either side: how many there have been
+        self.budget = Budget(SESSION_BUDGET, budget)        # of all windows
+        self.window = window        # makes those of streams
+        self.decoder = Decoder()    # what was received, and how much
+        self.outbox = Outbox(self, trace)       # what is to be sent, and how much was
+        self.liveness = Liveness(on_open is not None, runtime.now())        # of the connection
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
-        self.last_id = 0            # of a stream, by either side: how many there have been
-        self.window = window        # makes those of streams
-        self.lost_at = NEVER        # when it lost a connection that another may replace
         self._goodbye = NEVER       # bytes that we had to say in all; known when we close
         runtime.swept.add(self)
 
@@ -1603,9 +1572,7 @@ class Session(Sender):
         return self.connection is not None and self.state < CLOSING and self.goaway is None
 
     def number(self, stream: Stream) -> int:
-        """Return an id for STREAM, which is about to be opened.  Raises SessionLost."""
-        if self.error is not None:
-            raise SessionLost(str(self.error))
+        """Return an id for STREAM, which is about to be opened."""
         if stream.promised != self._first_credit:       # said now, so that it counts for this one
             self._first_credit = stream.promised
             self.outbox.add(CREDIT, 0, U32.pack(self._first_credit))
@@ -1616,12 +1583,10 @@ class Session(Sender):
     def forget(self, stream: Stream) -> None:
         """Drop STREAM, which is over both ways."""
         self.streams.pop(stream.id, None)
-        if self.turns:
-            self.turns.pop(stream, None)
-        if self.outbox.credits:
-            self.outbox.forget(stream.id)
+        self.outbox.turns.pop(stream, None)
+        self.outbox.credits.pop(stream.id, None)
         if self.state == CLOSING and not self.streams:
-            self.schedule()         # it closes once all has left
+            self.outbox.schedule()      # it closes once all has left
 
     # Frames in.
 
@@ -1640,9 +1605,9 @@ class Session(Sender):
                     self._dispatch(kind, id, payload)
             finally:
                 outbox.awaited = awaited
-            if outbox.waiting or self.turns or self.state == CLOSING:
-                self.flush()
-                if outbox.control_size > MAX_CONTROL:
+            if outbox.waiting or outbox.turns or self.state == CLOSING:
+                outbox.flush()
+                if len(outbox.resets) > MAX_RESETS:
                     raise ProtocolError('replies pile up and are not read')
             if decoder.behind and not behind:
                 self._fall_behind()
@@ -1691,15 +1656,14 @@ class Session(Sender):
                 self.liveness.answered(self.outbox.confirmed)
             else:
                 self.outbox.pong = True
-                self.schedule()
+                self.outbox.schedule()
 
     def _opened(self, id: int, payload: bytes, end: bool) -> None:
         if self.on_open is None or id != self.last_id + 1:
             raise ProtocolError(f'OPEN of stream {id}')
         self.last_id = id
         if len(self.streams) >= MAX_STREAMS or not self.budget.take(INITIAL_CREDIT):
-            self.outbox.reset(id, encode_reason(OVERLOADED, 'too many streams'))
-            return self.schedule()
+            return self.outbox.reset(id, OVERLOADED, 'too many streams')
         stream = self.streams[id] = Stream(self, INITIAL_CREDIT, self._first_credit, id)
         stream.data_arrived(payload, end)
         self.on_open(stream)
@@ -1709,7 +1673,7 @@ class Session(Sender):
     def attach(self, connection: Connection, said: Facts | None = None) -> None:
         """Begin on CONNECTION; SAID is the welcome of the other side, if that gave one."""
         self.connection = connection
-        connection.receiver, connection.on_room = self._receive, self.flush
+        connection.receiver, connection.on_room = self._receive, self.outbox.flush
         connection.on_lost = connection.on_eof = self.drop
         self.runtime.swept.discard(connection)      # nobody waits on it
         rest = connection.read_nowait(sys.maxsize)
@@ -1756,9 +1720,9 @@ class Session(Sender):
         """Ping after a silence, and give the connection up if it goes on."""
         if self.connection is None:
             return
-        if not (self.streams or self.turns or woke_up) and self.liveness.quiet(now):
+        if not (self.streams or self.outbox.turns or woke_up) and self.liveness.quiet(now):
             return
-        for stream in [*self.streams.values(), *self.turns]:
+        for stream in [*self.streams.values(), *self.outbox.turns]:
             stream.end_waits(now)
         unsent = self.connection.transport.get_write_buffer_size()
         try:
@@ -1766,14 +1730,18 @@ class Session(Sender):
                 self.ping()
         except Disconnected as e:
             self.drop(str(e))
-        except ProtocolError as e:
-            self.end(e)
+
+    def ping(self) -> None:
+        """Ask the other side whether it is there, and how much has arrived."""
+        self.liveness.asked(self.runtime.now(), self.outbox.sent)
+        self.outbox.add(PING, 0, U64.pack(self.decoder.received))
 
     # The end.
 
     def finish(self) -> None:
+        """End the session, which is CLOSING, if nothing is left to do."""
         outbox = self.outbox
-        if not (self.streams or self.turns or outbox.size):
+        if not (self.streams or outbox.turns or outbox.size):
             if self._goodbye == NEVER:      # what crossed our GOAWAY arrives before this PONG
                 self._goodbye = outbox.sent
                 self.ping()
@@ -1785,7 +1753,6 @@ class Session(Sender):
         if self.state == RUNNING:
             self.state = WARNED
             self.outbox.add(GOAWAY, 0, encode_reason(code, text))
-            self.schedule()
 
     def leave(self, code: int, text: str, within: float = NEVER) -> None:
         """Say GOAWAY, and end when the streams are over, or after WITHIN seconds."""
@@ -1795,7 +1762,7 @@ class Session(Sender):
         self.state = max(self.state, CLOSING)       # never back
         if within != NEVER:
             self.runtime.loop.call_later(within, self.end, Disconnected(text))
-        self.schedule()
+        self.outbox.schedule()
 
     def end(self, error: LocaltunnelError) -> None:
         """End it for ERROR: tell what still runs, and a peer that broke the protocol."""
@@ -1804,7 +1771,7 @@ class Session(Sender):
         self.error = error
         if isinstance(error, ProtocolError):
             self.drain(PROTOCOL_BROKEN, str(error))
-            self.flush()
+            self.outbox.flush()
         self.state = OVER
         self.runtime.swept.discard(self)
         connection = self._let_go()
@@ -1815,9 +1782,9 @@ class Session(Sender):
             else:
                 self.runtime.spawn(connection.linger())
         lost = SessionLost(str(error))
-        for stream in [*self.streams.values(), *self.turns]:
+        for stream in [*self.streams.values(), *self.outbox.turns]:
             stream.over(lost)
-        self.turns.clear()
+        self.outbox.turns.clear()
         self.on_change()
 
 
@@ -6600,7 +6567,9 @@ class Windows(Annex):
 KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
 KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 ACKNOWLEDGE_EVERY = 1 * MIB     # after sending this much, a PING asks how much has arrived
+ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
 RESUME_WITHIN = 60.0            # a session without a connection is kept this long
+UNHEEDED = ProtocolError('nothing is acknowledged')
 
 
 class Unacknowledged(Outbox):
@@ -6608,26 +6577,37 @@ class Unacknowledged(Outbox):
 
     KEPT_AT_FIRST bytes of it are free; the rest is taken from the budget in steps of that size.
     """
-    __slots__ = ('kept_from', 'limit', '_kept', '_free', '_may_keep', '_budget')
 
-    def __init__(self, trace: Trace | None, budget: Budget) -> None:
-        super().__init__(trace)
+    def __init__(self, session: Session, trace: Trace | None) -> None:
+        super().__init__(session, trace)
         self.kept_from = 0          # of `sent`: from this byte on all is kept
         self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
         self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
         self.limit = self._may_keep         # of `sent`, counted from `kept_from`
+        self._ask_at = ACKNOWLEDGE_EVERY    # of `sent`, at which a PING asks for the count
         self._kept: collections.deque[bytes] = collections.deque()
-        self._budget = budget       # of the session, for its whole life
 
-    def take(self, received: int) -> bytes:
-        data = Outbox.take(self, received)      # often, and super() costs more
+    def take(self) -> bytes:
+        data = Outbox.take(self)        # often, and super() costs more
         if data:
             self._kept.append(data)
+        if self.sent > self.limit + 2 * BATCH:      # the other side alone can cause so much
+            self.session.runtime.loop.call_soon(self.session.end, UNHEEDED)
         return data
+
+    def has_room(self) -> bool:
+        session, connection = self.session, self.session.connection
+        if self.size >= BATCH or connection is None or connection.writing_paused:
+            return False            # as in any session: to ask that costs a call for each frame
+        room = self.sent + self.size < self.limit or self.widen()
+        if self.sent >= self._ask_at or not room and session.liveness.asked_at == NEVER:
+            self._ask_at = self.sent + ACKNOWLEDGE_EVERY
+            session.ping()
+        return room
 
     def widen(self) -> bool:
         """Raise the limit by one step; return whether that was possible."""
-        if self._may_keep >= KEPT_FOR_RESUME or not self._budget.take(
+        if self._may_keep >= KEPT_FOR_RESUME or not self.session.budget.take(
                 KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
             return False
         self._may_keep += KEPT_AT_FIRST
@@ -6643,7 +6623,7 @@ class Unacknowledged(Outbox):
         self.limit = self.kept_from + self._may_keep
 
     def _give_back(self) -> None:
-        self._budget.give(self._may_keep - self._free)
+        self.session.budget.give(self._may_keep - self._free)
         self._may_keep = self._free
 
     def after(self, n: int) -> bytes:
@@ -6662,10 +6642,9 @@ class Resumable(Session):
 
     def __init__(self, *what: Any) -> None:
         super().__init__(*what)
-        self.outbox = Unacknowledged(self.outbox.trace, self.budget)
+        self.outbox = Unacknowledged(self, self.outbox.trace)
         self.id = secrets.token_hex(16)     # at a client, until the welcome says it
         self.theirs: int | None = None      # bytes that the other side has; None: it begins anew
-        self._ask_at = ACKNOWLEDGE_EVERY    # of what was sent, at which a PING asks for the count
 
     def can_resume(self, theirs: int) -> bool:
         """True if what follows byte THEIRS is still here."""
@@ -6702,22 +6681,6 @@ class Resumable(Session):
             connection.transport.write(again)
         super().attach(connection)
 
-    def _has_room(self) -> bool:
-        outbox, connection = self.outbox, self.connection
-        if outbox.size >= BATCH or connection is None or connection.writing_paused:
-            return False            # as in any session: to ask that costs a call for each frame
-        if outbox.sent >= self._ask_at:
-            self.ping()
-        if outbox.sent + outbox.size < outbox.limit or outbox.widen():
-            return True
-        if self.liveness.asked_at == NEVER:
-            self.ping()
-        return False
-
-    def ping(self) -> None:
-        self._ask_at = self.outbox.sent + ACKNOWLEDGE_EVERY
-        super().ping()
-
     def drop(self, why: str = 'the session ended') -> None:
         """Give up the connection; the session waits for another, unless it was to end."""
         if self.state != RUNNING or self.goaway is not None:
@@ -6730,10 +6693,11 @@ class Resumable(Session):
 
     def sweep(self, now: float, woke_up: bool) -> None:
         super().sweep(now, woke_up)
-        if self.connection is None and now - self.lost_at > RESUME_WITHIN:
-            self.end(Disconnected(f'it had no connection for {RESUME_WITHIN:.0f} s'))
-        elif self.outbox.sent > self.outbox.limit + 2 * BATCH:
-            self.end(ProtocolError('nothing is acknowledged'))
+        if self.connection is None:
+            if now - self.lost_at > RESUME_WITHIN:
+                self.end(Disconnected(f'it had no connection for {RESUME_WITHIN:.0f} s'))
+        elif now - self.liveness.asked_at > ACKNOWLEDGED:
+            self.end(UNHEEDED)
 
     def end(self, error: LocaltunnelError) -> None:
         super().end(error)
@@ -7197,7 +7161,9 @@ class Held(Waits):
         """
         moves = now - session.lost_at > self.tunnels.hold and tunnel.pick() is not None
         overdue = now - session.liveness.heard > UNANSWERED
-        for stream in [*session.streams.values(), *session.turns] if moves or overdue else ():
+        if not (moves or overdue):
+            return
+        for stream in [*session.streams.values(), *session.outbox.turns]:
             exchange = stream.visitor and stream.visitor.exchange
             if not exchange or exchange.status:
                 continue
