@@ -13541,8 +13541,9 @@ class HttpsTest(CommandTest):
     def secure_server(self):
         """The port of a server that shows CERTIFICATE."""
         files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        # While it holds requests for clients that may come, one that came back is told from a 404.
         relay = self.start('server', '--state', self.path('tls'), '--port', 0, '--tls-port', 0,
-                           '--cert', files[0], '--key', files[1])
+                           '--cert', files[0], '--key', files[1], '--hold', 600)
         return int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
 
     def test_a_tunnel_over_tls_has_an_https_url_that_answers(self):
