@@ -9949,7 +9949,7 @@ class Queues(Detour):
         """Know what the owners of names want; what came for an owner of before goes."""
         for name, lease in changes.items():
             facts, owner = (lease.facts, digest_of(lease.owner)) if lease else ({}, '')
-            for kept in tuple(self._queues[name].values()):
+            for kept in tuple(self._queues.get(name, {}).values()):
                 if kept.owner != owner:
                     self._drop(kept)
             self._server.tunnels.detours.pop(name, None)
@@ -10216,6 +10216,15 @@ KEPT_EPILOG = """examples:
   localtunnel.py kept --drop demo            forget what waits for demo"""
 
 
+def show_kept(kept: KeptRequest, message: bytes, whole: bool) -> None:
+    """Print KEPT, which is MESSAGE; unless the WHOLE is asked for, without what may be secret."""
+    head, *rest = message.decode(errors='replace').split('\n')
+    if not whole:
+        head, rest = head.rpartition(' ')[0].partition('?')[0], []
+    for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  {head}', *rest):
+        print_line(printable(line.rstrip('\r')))
+
+
 class Keeping(Annex):
     """--keep at both ends, and the command `kept`."""
     title = 'while the client is away'
@@ -10255,11 +10264,8 @@ class Keeping(Annex):
                 if args.drop:
                     shelf.drop(kept)
                 elif not args.now:
-                    head, *rest = shelf.read(kept).decode(errors='replace').splitlines()
-                    head = head if args.id else head.rpartition(' ')[0].partition('?')[0]
-                    for line in (f'{kept.id}  {rfc3339(kept.at)}  tries={kept.tries}  {kept.name}  '
-                                 + head, *(rest if args.id else ())):
-                        print_line(printable(line))
+                    with contextlib.suppress(FileNotFoundError):        # it was just delivered
+                        show_kept(kept, shelf.read(kept), whole=bool(args.id))
             if not found:
                 print('localtunnel.py: nothing waits', file=sys.stderr)
             elif args.drop or args.now:

@@ -7467,6 +7467,12 @@ class KeptCommandTest(FolderTest):
             self.assertRegex(line, f'^066134df69207{7 * id}  {at}[0-9]+Z  tries=2  {name}  '
                              f'POST /hooks/{id}$')
 
+    def test_what_is_empty_or_was_just_delivered_is_no_error(self):
+        for read, lines in (dict(return_value=b''), 2), (dict(side_effect=FileNotFoundError), 0):
+            with unittest.mock.patch.object(lt.Shelf, 'read', **read):
+                code, out, complaint = self.kept()
+                self.assertEqual((code, len(out), complaint), (0, lines, ''))
+
     def test_it_shows_one_without_a_byte_that_a_terminal_obeys(self):
         code, lines, _ = self.kept('066134df69207bbbbbbb')
         self.assertEqual(code, 0)
