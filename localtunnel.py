@@ -9,17 +9,18 @@
     python3 localtunnel.py server --domain t.example.com    runs the server, for your own clients
 
 One file, the standard library only, CPython 3.8 and later.  Read it from top to bottom, once, and
-you know how tunnelling works: each room uses only the rooms above it, and is handed the rest.
+you know how tunnelling works: in part I each room uses only the rooms above it, and is handed the
+rest, which stands at the beginning of part II.
 
 A visitor's request goes out through a session that the client opened from inside:
 
     visitor --> server ===== session =====> client --> app         the request
     visitor <-- server <==== session ====== client <-- app         the response
 
-    request    visitor -> read_head -> look up the name -> open a stream -> copy the body => session
-               session => read_head -> connect to the app -> copy the body -> app
-    response   app -> read_head -> copy the body => session
-               session => read_head -> copy the body -> visitor
+    request    visitor -> read_head -> Server._route -> open_stream -> Exchange.send => session
+               session => read_head -> App._forward -> connect -> Exchange.send -> app
+    response   app -> read_final -> App._respond -> Exchange.respond => session
+               session => read_final -> Exchange.respond -> visitor
     upgrade    after the heads, and raw TCP from the start: join(left, right)
 
 The objects on the way; an Exchange is the same at both ends:
@@ -31,11 +32,12 @@ Words
     app       the local program that a tunnel leads to.  upstream: a connection to it.
     visitor   anyone who opens the public URL.
     tunnel    one name (or port) on a server, and the client that serves it.
-    session   the conversation between client and server that carries a tunnel.  Its connection
-              may break and be replaced; the session goes on.
+    session   the conversation between client and server that carries a tunnel, over one connection;
+              with the room Resume it outlives that, and goes on over another.
     stream    one conversation inside a session.  exchange: one request and its response.
     lease     the right of one owner to one name.
     key       of a user: the secret from which names come; of a tunnel: its name, tcp:NAME for TCP.
+    site      the host by which a user names the server.  hop "relay", to programs: the server.
     credit    how many bytes one side may still send on a stream.
 
 Rooms
@@ -142,7 +144,7 @@ from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container
 
 __version__ = '1.0'
 
-# What other programs use, see Python; the rest may change from one version to the next.
+# What other programs use, see the room Python; the rest may change from one version to the next.
 __all__ = 'tunnel', 'LocaltunnelError', 'UsageError', 'Refused', '__version__'
 
 # The address that a server writes here when it hands this file out; empty in the original.
@@ -152,10 +154,21 @@ STAMPED_SERVER = ''
 # ================================================================================================
 # I. THE TUNNEL
 #
-# All that it takes.  Where something may be added from outside, an attribute is a seam: a table or
-# a list, empty or almost so by default, with a sentence that says what it takes; its classes stand
-# in the room Seams.  What part I is handed, Places, Doors, Onward, Pages, Words, Front, Tls, Leases
-# and Limits, does more and stands later.
+# All that it takes.  Where something may be added from outside there is a seam: an attribute that
+# does nothing, or little, until somebody fills it; its comment says with what.  What does more is
+# handed in, and stands at the beginning of part II:
+#
+#   Observer, ClientObserver    are told what happens at a server, at a client   (room Seams)
+#   Target, Upstreams           where the app is, and the connections to it   (Places)
+#   ServerAddress, Backoff      where the server is, and when it is tried again   (Places)
+#   Doors                       what a server listens on
+#   Onward                      header lines of requests and responses, as a server passes them on
+#   Own, Pages                  a response of our own, and those of a server
+#   Words                       what a client tells its user and visitors where something failed
+#   Front                       who stands in front of a server, and what it says of visitors
+#   Tls                         how a server speaks TLS, and who must
+#   Grant, Tokens, Leases       what a token allows, and who owns a chosen name
+#   Limits, OnlyOne             what one client may have; a server with a place for one tunnel
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
@@ -3820,9 +3833,10 @@ class Client:
 # ================================================================================================
 # II. AROUND IT
 #
-# What can be left out.  Each annex stands in rooms of its own, uses part I and no other annex, and
-# is named outside of its room once, in the tuple ANNEXES of part III: who deletes its room and its
-# word there has a file that works without it.
+# First what part I is handed, and what annexes share: the rooms Seams to DNS.  Then the annexes,
+# which can be left out: each stands in rooms of its own, uses no other, and is named outside of
+# them once, in the tuple ANNEXES of part III.  Who deletes its rooms and its word there has a file
+# that works without it.
 # ================================================================================================
 
 # ------------------------------------------------------------------------------------------------
