@@ -636,6 +636,9 @@ READ_SIZE = 256 * KIB           # per read of a socket; larger ones gain nothing
 WOKE_UP = 5.0                   # the wall clock is this far ahead: the machine has slept
 
 
+IDLE_TASKS = 256                # kept for the next stream or connection
+
+
 class Runtime:
     """What the byte streams of one event loop share: a read buffer, the deadlines, the tasks."""
 
@@ -648,6 +651,7 @@ class Runtime:
         self.transports: set[asyncio.Transport] = set()     # of the connections that are not over
         self.numbers = itertools.count(1)       # of the exchanges of all apps
         self._tasks: set[asyncio.Task[Any]] = set()         # those that run
+        self._idle: list[tuple[Waiter, list[Any]]] = []     # and wait for what to do next
         self.lag = 0.0              # of the event loop at the last sweep, in seconds
         self._mark = (loop.time(), time.time())     # the last sweep, by both clocks
         self._timer = loop.call_later(SWEEP, self._sweep)
@@ -668,6 +672,27 @@ class Runtime:
         task.add_done_callback(self._ended)
         return task
 
+    def begin(self, work: Callable[[Any], Coroutine[Any, Any, None]], item: Any) -> None:
+        """Let a task WORK on ITEM, which handles its own exceptions.
+
+        An idle one begins at once, where a new one would in the next turn of the loop.
+        """
+        if self._idle:
+            waiter, box = self._idle.pop()
+            box += item, work
+            waiter.wake()
+        else:
+            self.spawn(self._work([item, work]))
+
+    async def _work(self, box: list[Any]) -> None:
+        waiter = Waiter(self.loop)
+        while box:
+            await box.pop()(box.pop())
+            if len(self._idle) < IDLE_TASKS:
+                self._idle.append((waiter, box))
+                while not box:
+                    await waiter
+
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
@@ -679,6 +704,7 @@ class Runtime:
         self._timer.cancel()
         tasks = self._tasks - {asyncio.current_task()}
         while tasks:
+            self._idle.clear()      # they end, too
             for task in tasks:
                 task.cancel()       # see end_task
             _, tasks = await asyncio.wait(tasks, timeout=SWEEP)
@@ -686,39 +712,6 @@ class Runtime:
             for transport in tuple(self.transports):
                 transport.abort()
             await asyncio.sleep(0)      # asyncio closes them in the next turn
-
-
-IDLE_WORKERS = 256              # tasks kept for the next stream
-
-
-class Workers:
-    """Tasks that wait for work, so that it begins at once and not in the next turn of the loop.
-
-    `work` is a coroutine function of one argument that handles its own exceptions.
-    """
-
-    def __init__(self, runtime: Runtime, work: Callable[[Any], Coroutine[Any, Any, None]]) -> None:
-        self._runtime, self._work = runtime, work
-        self._idle: list[tuple[Waiter, list[Any]]] = []
-
-    def start(self, item: Any) -> None:
-        """Begin work on ITEM."""
-        if self._idle:
-            waiter, box = self._idle.pop()
-            box.append(item)
-            waiter.wake()
-        else:
-            self._runtime.spawn(self._run(item))
-
-    async def _run(self, item: Any) -> None:
-        slot: tuple[Waiter, list[Any]] = Waiter(self._runtime.loop), [item]
-        waiter, box = slot
-        while box:
-            await self._work(box.pop())
-            if len(self._idle) < IDLE_WORKERS:
-                self._idle.append(slot)
-                while not box:
-                    await waiter
 
 
 Facts = Dict[str, Any]          # what a log tells beside its sentence, by the names for programs
@@ -927,7 +920,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         """SERVE runs as a task from the moment of connection."""
         super().__init__(runtime)
         self.transport: asyncio.Transport = None        # type: ignore[assignment]  # soon made
-        self.serve = serve          # what becomes a task, if anything does
+        self.serve = serve          # what a task does with it, if any does
         # Set by a session, or by who waits for the connection's end; None again afterwards.
         self.receiver: Callable[[memoryview], None] | None = None       # takes all bytes instead
         self.on_lost: Callable[[], None] | None = None          # the connection is over
@@ -964,7 +957,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.runtime.swept.add(self)
         self.runtime.transports.add(self.transport)
         if self.serve:
-            self.runtime.spawn(self.serve(self))
+            self.runtime.begin(self.serve, self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         if self.receiver is None and not self._paused and self._readable.waiting is None:
@@ -16695,9 +16688,9 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                 trace: Trace | None = None, **wish: Any) -> Client:
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
-    begin = functools.partial(address.session, app.runtime, Budget(2 * SESSION_BUDGET),
-                              Workers(app.runtime, app.kinds[target.kind]).start, trace,
-                              address.window)
+    serve = functools.partial(app.runtime.begin, app.kinds[target.kind])
+    begin = functools.partial(address.session, app.runtime, Budget(2 * SESSION_BUDGET), serve,
+                              trace, address.window)
     return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
                   Backoff(app.runtime.now(), args.once), begin, app.observer, app.words,
                   token=server.token, kind=target.kind, port=target.public_port, name=args.name,

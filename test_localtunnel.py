@@ -720,6 +720,23 @@ class WaiterTest(LoopTest):
 
 class RuntimeTest(LoopTest):
 
+    async def test_an_idle_task_begins_at_once_and_a_closed_runtime_has_none(self):
+        done, found = [], []
+
+        async def work(item):
+            done.append(item)
+
+        def begin():
+            self.runtime.begin(work, 'second')
+            found.extend(done)
+        self.runtime.begin(work, 'first')
+        await eventually(lambda: done)
+        self.loop.call_soon(begin)
+        await eventually(lambda: found == ['first', 'second'])
+        await self.runtime.close()
+        self.runtime.begin(work, 'third')
+        await eventually(lambda: done == ['first', 'second', 'third'])
+
     async def test_a_task_that_fails_is_reported(self):
         async def fail():
             raise ValueError('on purpose')
