@@ -7232,7 +7232,7 @@ class Held(Waits):
             tunnel = self.tunnels.get(key)
             if tunnel and tunnel.pick():
                 return
-            if self._now() >= deadline or not self._is_expected(key, tunnel, visitor):
+            if self._now() >= deadline or not self.expects(key, tunnel, visitor):
                 break
             if not await self.wait(key, visitor, deadline - self._now()):
                 break
@@ -7243,7 +7243,7 @@ class Held(Waits):
         others = self.tunnels.others
         return others is not None and self.tunnels.get(key) is None and others.may_know(key)
 
-    def _is_expected(self, key: str, tunnel: Tunnel | None, visitor: Visitor) -> bool:
+    def expects(self, key: str, tunnel: Tunnel | None, visitor: Visitor) -> bool:
         """True if a client may come back soon, and the request of VISITOR may wait for it."""
         broke = tunnel is not None and self._now() - tunnel.left_at < HELD_AFTER_BREAK
         ended = tunnel is not None and tunnel.ended
@@ -7260,11 +7260,33 @@ class Held(Waits):
         await self.wait(key, visitor, ROOM_LOOK)
 
 
+class Unnamed(Detour):
+    """Requests to a server that has a place for one tunnel, while that one has not come yet."""
+
+    def __init__(self, server: Server, held: Held, only: OnlyOne) -> None:
+        self._server, self._held, self._only = server, held, only
+
+    async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
+        server, request = self._server, exchange.request
+        while not key and self._held.expects('', None, visitor):
+            await self._held.wait('', visitor, ROOM_LOOK)
+            key = self._only.find(request.host_name)
+        if key:
+            await server.forward(visitor, exchange, key)
+        else:
+            await server.give(visitor, exchange, server.pages.find(request, visitor.scheme))
+
+    def waiting(self, key: str) -> int:
+        return 0
+
+
 class Holding(Annex):
     """Requests wait at any server."""
 
     def at_any_server(self, server: Server) -> None:
-        server.tunnels.waits = Held(server)
+        server.tunnels.waits = held = Held(server)
+        if server.tunnels.only:
+            server.tunnels.detours[''] = Unnamed(server, held, server.tunnels.only)
 
 
 # ------------------------------------------------------------------------------------------------

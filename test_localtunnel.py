@@ -2476,6 +2476,16 @@ class RouteTest(WorldTest):
         self.clients.clear()
         self.assertIn(b'second', (await self.visit('localhost'))[2])
 
+    async def test_after_a_start_requests_wait_for_the_one_tunnel_that_has_no_name_yet(self):
+        await self.world(domain='127.0.0.1', only=True, hold=PATIENCE)
+        visitor = await self.visitor('127.0.0.1')
+        visitor.ask('/x')
+        await eventually(lambda: self.server.tunnels.waits.count)
+        await self.client(await self.app(ok(b'app')))
+        self.assertEqual((await visitor.answer())[2], b'app')
+        await self.new_server('127.0.0.1', only=True)
+        self.assertEqual((await self.visit('127.0.0.1', '/x'))[0], 404)
+
     async def test_a_stranger_among_hosts_is_404_and_the_connection_goes_on(self):
         await self.world()
         client = await self.client(await self.app(), name='app')
