@@ -7268,7 +7268,8 @@ class Unnamed(Detour):
 
     async def take(self, visitor: Visitor, exchange: Exchange, key: str) -> None:
         server, request = self._server, exchange.request
-        while not key and self._held.expects('', None, visitor):
+        ours = request.target in server.pages.everywhere
+        while not (key or ours) and self._held.expects('', None, visitor):
             await self._held.wait('', visitor, ROOM_LOOK)
             key = self._only.find(request.host_name)
         if key:

@@ -2481,8 +2481,11 @@ class RouteTest(WorldTest):
         visitor = await self.visitor('127.0.0.1')
         visitor.ask('/x')
         await eventually(lambda: self.server.tunnels.waits.count)
+        self.server.pages.everywhere[b'/ours'] = lambda address: ('text/plain', [b'ours'])
+        self.assertEqual((await self.visit('127.0.0.1', '/ours'))[2], b'ours')
         await self.client(await self.app(ok(b'app')))
         self.assertEqual((await visitor.answer())[2], b'app')
+        self.assertEqual((await self.visit('127.0.0.1', '/ours'))[2], b'ours')
         await self.new_server('127.0.0.1', only=True)
         self.assertEqual((await self.visit('127.0.0.1', '/x'))[0], 404)
 
