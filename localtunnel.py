@@ -2811,21 +2811,21 @@ class Tunnels:
 
     def __init__(self, runtime: Runtime, hold: float, log: Observer) -> None:
         """Requests wait HOLD seconds for a client on its way back."""
-        self.hold = hold
-        self.only: OnlyOne | None = None        # a seam: there is a place for one http tunnel
-        self.served: dict[str, int] = collections.Counter()     # sessions of each holder
-        self.waits = Waits(self)        # a seam: what requests do that can't be served now
-        # Seams: told of each member that comes, and once its session is over; of tunnels that go.
-        self.watchers: list[Callable[[Tunnel, Member], None]] = []
-        self.on_forget: list[Callable[[Tunnel], object]] = []
+        self.hold, self.log, self._runtime = hold, log, runtime
         self.state = SERVING            # of the server
-        self.bars: Bars | None = None   # a seam: whom the operator keeps out
-        self.detours: dict[str, Detour] = {}    # a seam: who has the requests of a tunnel, by key
-        self.others: Others | None = None       # a seam: other servers behind one balancer
-        self.log, self._runtime = log, runtime
-        self._table: dict[str, Tunnel] = {}
+        self.served: dict[str, int] = collections.Counter()     # sessions of each holder
+        self._table: dict[str, Tunnel] = {}     # by key
         self._started = runtime.now()
         self._look_at = 0.0             # when all tunnels are looked at again
+        # Seams.
+        self.only: OnlyOne | None = None        # there is a place for one http tunnel
+        self.waits = Waits(self)                # what requests do that can't be served now
+        self.bars: Bars | None = None           # whom the operator keeps out
+        self.detours: dict[str, Detour] = {}    # who has the requests of a tunnel, by key
+        self.others: Others | None = None       # other servers behind one balancer
+        self.on_forget: list[Callable[[Tunnel], object]] = []       # told of tunnels that go
+        # Told of each member that comes, and again once its session is OVER.
+        self.watchers: list[Callable[[Tunnel, Member], None]] = []
         runtime.swept.add(self)
 
     def __iter__(self) -> Iterator[Tunnel]:
@@ -3218,8 +3218,8 @@ class Server:
         for tell in self.doors.before_close:
             await tell()
 
-    async def close(self, state: int = ENDING) -> None:
-        """Be in STATE, which lets no client in, and wait for the one who is about to come in."""
+    async def refuse_clients(self, state: int = ENDING) -> None:
+        """Be in STATE, which refuses clients, and wait for one who is about to come in."""
         self.tunnels.state = state
         async with self.admission.turn:
             pass
@@ -3230,7 +3230,7 @@ class Server:
         With HANDED_OVER a successor accepts, and idle visitors may stay: their next request is
         answered here, with `Connection: close`.
         """
-        await self.close()
+        await self.refuse_clients()
         await self.doors.close(handed_over)
         self.tunnels.close()
 
@@ -9164,7 +9164,7 @@ class HandOver(Annex):
             log.note('handing over to a successor')
             await look_until(lambda: all(member.session.connection
                                          for member in server.tunnels.members()), SETTLE)
-            await server.close(HANDING_OVER)
+            await server.refuse_clients(HANDING_OVER)
             child = await start_successor(server.runtime, args.listening.all(), args.lock)
             if child:
                 log.note(f'process {child} serves from now on')
@@ -17784,7 +17784,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     log.note('finishing open requests; Ctrl-C again stops now')
     if stop.is_set():
         await server.leave()
-    await server.close()
+    await server.refuse_clients()
     os.close(args.lock)         # from now on nothing is written into the folder but kept requests
     await server.stop(handed_over=not stop.is_set())
     log.flush()

@@ -3298,7 +3298,7 @@ class SlowDiskTest(WorldTest):
     async def test_a_server_that_ends_lets_in_who_was_about_to_come_in_and_nobody_else(self):
         await self.world()
         waiting = await self.ask(name='a')
-        closing = self.meanwhile(self.server.close())
+        closing = self.meanwhile(self.server.refuse_clients())
         late = self.meanwhile(self.hello(name='b'))
         await eventually(lambda: self.server.tunnels.state == lt.ENDING)
         self.assertFalse(closing.done())
