@@ -223,7 +223,7 @@ RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take l
 
 # Tunnels and their names.
 MAX_AWAY = 10000                # names remembered after their last client left
-KNOWN_AFTER = 600.0             # a name served this recently is offline, not unknown
+REMEMBERED = 600.0              # and for how long: until then one is offline, not unknown
 
 # While a client or a server is away, or ends.
 HELD = 8.0                      # a request waits for its client (--hold): GitHub gives up at 10
@@ -348,9 +348,17 @@ KIND_NAMES = {OPEN: 'OPEN', DATA: 'DATA', RESET: 'RESET', CREDIT: 'CREDIT',
               PING: 'PING', PONG: 'PONG', GOAWAY: 'GOAWAY'}
 
 # Codes of RESET.
-DONE, CANCELLED, INCOMPLETE, SESSION_LOST, OVERLOADED, OVERDUE, FAILED = range(7)
+DONE = 0            # nothing more is wanted of the stream
+CANCELLED = 1       # one side of the conversation has gone
+INCOMPLETE = 2      # the rest of the request is malformed, or late
+SESSION_LOST = 3    # not sent: what this side says to itself when the session is over
+OVERLOADED = 4      # there is no room for one more
+FAILED = 6          # the client could not serve it
 # Codes of GOAWAY.
-DRAINING, SUPERSEDED, REVOKED, PROTOCOL_BROKEN = range(4)
+DRAINING = 0        # this side stops: a client may come to the next server
+SUPERSEDED = 1      # another client of the owner was started later
+REVOKED = 2         # the client may not come back
+PROTOCOL_BROKEN = 3
 
 FRAME_HEADER = struct.Struct('>II')
 U32, U64, REASON_CODE = struct.Struct('>I'), struct.Struct('>Q'), struct.Struct('>H')
@@ -1975,9 +1983,10 @@ class Head:
         return int(value)
 
 
-# Who asks again mostly sends the same head, or at least the same lines, and gets the same.  Of the
-# largest heads these take 18 MiB at most, and for half a second.
-RECENT = 16                     # that are known again, until the next sweep: see forget_heads
+# Who asks again mostly sends the same head, which is not parsed again (parse_request); or the same
+# lines behind another target, and those are not (request_lines).  Of the largest heads these take
+# 18 MiB at most, and for half a second.
+RECENT = 16                     # of each are known again, until the next sweep: see forget_heads
 
 
 class RequestLines(Head):
@@ -2006,7 +2015,7 @@ request_lines = functools.lru_cache(RECENT)(RequestLines)
 
 
 class Request(RequestLines):
-    """A request head.  `target` is in origin form or '*'."""
+    """A request head, with what is known of its lines.  `target` is in origin form or '*'."""
     __slots__ = ('method', 'target')
 
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
@@ -2357,7 +2366,8 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
 # ------------------------------------------------------------------------------------------------
 # 7. Names
 #
-# How names come about, and how hosts are written.  Knows no sockets, no files and no clocks.
+# How names come about, how secrets are compared, and how hosts are written.  Knows no sockets, no
+# files and no clocks.
 #
 # A derived name comes from a proof, which only the user's key can make and any server can check
 # without a record: nobody else can ever get it.  An attacker may try any key and label, so length
@@ -2382,7 +2392,10 @@ LONG_NAMES = b'lt-key2\0'       # a key of 32 bytes that begins so has names of 
 
 
 def make_proof(key: bytes, site: str, kind: str, label: str) -> bytes:
-    """Return 32 bytes that prove to SITE that the owner of KEY asks; useless elsewhere."""
+    """Return 32 bytes that prove to SITE that the owner of KEY asks; useless elsewhere.
+
+    KIND is of the tunnel, http or tcp; LABEL is `=` with a chosen name or port, else of a Target.
+    """
     message = '\0'.join(('localtunnel/1', site, kind, label)).encode()
     return hmac.new(key, message, hashlib.sha256).digest()
 
@@ -2491,7 +2504,7 @@ class Exchange(Record):
         self.whole = b'' if self.body.finished else whole_body(self.body)
         # What the visitor gets, once that has begun: a body, or what is counted of it.
         self.answer: Body | Count | None = None
-        self.keep = False                       # True if the connection may carry another request
+        self.keep = False           # True if the socket at this end may carry another request
         self.fault: BadHttp | None = None       # what is malformed in the body of the request
         self.sending: asyncio.Task[None] | None = None      # while the request is streamed
 
@@ -2611,11 +2624,11 @@ class Visitor:
         self.scheme = (front and front.scheme) or ('https' if connection.secure else 'http')
         self.host = b''             # what was the visitor's Host, if somebody in front says so
         self.front = front if front and front.vouches(self.peer) else None      # who speaks for it
-        self.refusal: HopFailed | None = None           # there was no room for this connection
+        self.refusal: HopFailed | None = None   # a seam: what it gets where there is no room
         self.came_by([self.peer])
         self.stream: Stream | None = None               # by which it is served now
         self.exchange: Exchange | None = None           # the one that runs; none for raw TCP
-        self.waiting: asyncio.Future[None] | None = None        # cancelled when it goes
+        self.waiting: asyncio.Future[None] | None = None        # a seam: cancelled when it goes
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def came_by(self, chain: Sequence[str]) -> None:
@@ -2806,7 +2819,7 @@ SERVING, HANDING_OVER, LEAVING, ENDING = range(4)
 class Tunnels:
     """Who serves which name.
 
-    A tunnel is here from its first client on, until KNOWN_AFTER its last one went.
+    A tunnel is here from its first client on, until REMEMBERED seconds after its last one went.
     """
 
     def __init__(self, runtime: Runtime, hold: float, log: Observer) -> None:
@@ -2906,7 +2919,7 @@ class Tunnels:
         away = [t for t in self if not t.members and t.key not in self.waits.of]
         away.sort(key=lambda tunnel: -tunnel.left_at)
         for rank, tunnel in enumerate(away):
-            if rank >= MAX_AWAY or now - tunnel.left_at > KNOWN_AFTER:
+            if rank >= MAX_AWAY or now - tunnel.left_at > REMEMBERED:
                 del self._table[tunnel.key]
                 for forget in self.on_forget:
                     forget(tunnel)
@@ -2970,8 +2983,8 @@ class Tunnels:
 # ------------------------------------------------------------------------------------------------
 # 10. Admission
 #
-# Who may open a tunnel, and under which name; Limits say how many.  Knows no routes and no requests
-# of visitors.
+# Who may open a tunnel, and under which name.  Limits look at the token, slow down who guesses one,
+# and say how much the client may have.  Knows no routes and no requests of visitors.
 #
 #   grant     what a token allows; its `digest` is '' for a client without a token
 #   owner     whom a chosen name belongs to: the token's user if it has one, else the proof
@@ -2984,14 +2997,14 @@ class Tunnels:
 
 class Candidate:
     """A client that asks for a tunnel."""
-    __slots__ = ('visitor', 'grant', 'hello', 'proof', 'owner', 'name', 'tunnel', 'facts')
+    __slots__ = ('visitor', 'grant', 'hello', 'prover', 'owner', 'name', 'tunnel', 'facts')
 
     def __init__(self, visitor: Visitor, grant: Grant, hello: Hello, name: str,
                  facts: Facts) -> None:
         self.visitor, self.grant, self.hello, self.name = visitor, grant, hello, name
         self.facts = facts
-        self.proof = f'proof:{digest_of(hello.proof)}'
-        self.owner = f'user:{grant.user}' if grant.user else self.proof
+        self.prover = f'proof:{digest_of(hello.proof)}'     # an owner without a user
+        self.owner = f'user:{grant.user}' if grant.user else self.prover
         self.tunnel = Tunnel(name, hello.kind)  # until it is known that there is one already
 
 
@@ -3005,16 +3018,16 @@ class Admission:
     def __init__(self, runtime: Runtime, leases: Leases, tunnels: Tunnels, budget: Budget,
                  limits: Limits, trace: Trace | None) -> None:
         """BUDGET is of all sessions together."""
-        self.kinds: dict[str, Kind] = {}        # a seam: beside http, as a hello calls them
-        # A seam: each raises Refused where a client may not come.
-        self.checks: list[Callable[[Candidate], None]] = []
-        # Seams: what sessions and their windows are, and who comes back to the one that it had.
-        self.session: type[Session] = Session
-        self.window: type[ReceiveWindow] = ReceiveWindow
-        self.returning: Callable[[Candidate], Admitted | None] = lambda asked: None
         self.tokens, self.leases, self.limits, self.budget = leases.tokens, leases, limits, budget
         self._runtime, self._tunnels, self._trace = runtime, tunnels, trace
         self.turn = asyncio.Lock()              # for who changes what others have looked at
+        # Seams.
+        self.kinds: dict[str, Kind] = {}        # beside http, as a hello calls them
+        self.checks: list[Callable[[Candidate], None]] = []     # each may raise Refused
+        self.session: type[Session] = Session   # what a new one is, and
+        self.window: type[ReceiveWindow] = ReceiveWindow        # the windows of its streams
+        # Lets one back to the session that it had; None for all others.
+        self.returning: Callable[[Candidate], Admitted | None] = lambda asked: None
 
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> Admitted | None:
@@ -3043,7 +3056,7 @@ class Admission:
         """Who asks, and for what.  Raises Refused."""
         try:
             hello = Hello(request.get(b'localtunnel-hello'), self.limits.gates_of)
-            first, _, parent = request.host_name.partition('.')
+            first, _, parent = request.host_name.partition('.')     # by NAME.SITE, or by address
             site = parent if is_derived(first) else request.host_name.strip('[]')
             name = derive_name(site, hello.proof, hello.long) if hello.name is None else hello.name
             facts.update(name=printable(name[:MAX_NAME]), version=hello.version)
@@ -3462,7 +3475,12 @@ class App:
         """UPSTREAMS lead to TARGET.  A response is to begin within TIMEOUT."""
         self.runtime, self.target, self.observer, self.words = runtime, target, observer, words
         self.upstreams = upstreams
-        # Seams.  Who serves a stream, by the kind of tunnel.
+        self._timeout = timeout
+        self.exchanges = 0                      # so far
+        self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
+        # Seams.
+        self.seen: Any = ()                     # the exchanges so far, where somebody keeps them
+        # Who serves a stream, by the kind of tunnel.
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
@@ -3472,10 +3490,6 @@ class App:
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
         # Told what the app says to a request without a response.
         self.strange: list[Callable[[Request, bytes], None]] = []
-        self._timeout = timeout
-        self.exchanges = 0                      # so far
-        self.seen: Any = ()                     # a sequence of those that an annex keeps
-        self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
         runtime.swept.add(self)
 
     # Connections.
@@ -6022,7 +6036,7 @@ class Leases:
         if asked.hello.name is not None:
             await self.lease(asked.name, asked.owner, asked)
         elif any(notes.values()):       # a derived name is its key's, whatever token comes with it
-            await self.lease(asked.name, asked.proof, asked)
+            await self.lease(asked.name, asked.prover, asked)
         await self.save(self.note(asked.name, **notes))
 
 
@@ -6574,7 +6588,7 @@ class Windows(Annex):
 KEPT_FOR_RESUME = 8 * MIB       # sent but not acknowledged: 640 Mbit/s over a path of 100 ms
 KEPT_AT_FIRST = 256 * KIB       # of it in any case; the budget gives the rest in such steps
 ACKNOWLEDGE_EVERY = 1 * MIB     # after sending this much, a PING asks how much has arrived
-ACKNOWLEDGED = 60.0             # a PING asks for it, and the other side is heard
+ACKNOWLEDGED = 60.0             # for a PONG of one who is heard: else nothing is acknowledged
 RESUME_WITHIN = 60.0            # a session without a connection is kept this long
 UNHEEDED = ProtocolError('nothing is acknowledged')
 
@@ -7481,7 +7495,7 @@ class TcpPorts(Kind):
     async def place(self, asked: Candidate) -> None:
         """Bind the port asked for, the old one, or a free one."""
         server, hello = self._server, asked.hello
-        owner = asked.owner if hello.port else asked.proof
+        owner = asked.owner if hello.port else asked.prover
         for port in self._candidates(asked, owner):
             old = self._at.get(port)
             if old and old.members:

@@ -544,8 +544,8 @@ class WireTest(unittest.TestCase):
             self.assertEqual(len(frames), 5)
 
     def test_a_reason_survives_the_wire(self):
-        self.assertEqual(lt.decode_reason(lt.encode_reason(lt.OVERDUE, 'too late')),
-                         (5, 'too late'))
+        self.assertEqual(lt.decode_reason(lt.encode_reason(lt.FAILED, 'too late')),
+                         (6, 'too late'))
         self.assertEqual(lt.decode_reason(b'\1\0'), (256, ''))
 
     def test_a_reason_is_short_and_safe_for_a_terminal(self):
