@@ -8610,8 +8610,8 @@ class DeliveryTest(MailTest):
                 ('deep', nested), ('deep messages', 2000 * 'Content-Type: message/rfc822\r\n\r\n'),
                 ('a long field', 'Content-Type: text/plain' + 3000 * (';' + 30 * '"a' + '\r\n ')),
                 ('a boundary in a charset', many.replace('y=', "y*=nope''")),
-                ('many fields', 20000 * 'A: b\r\n'), ('many lines', 600000 * '\r\n')):
-            with self.subTest(name):
+                ('many fields', 20000 * 'A: b\r\n'), ('many lines', 30000 * '\r\n')):
+            with self.subTest(name), self.constant(MAX_MAIL_LINES=25000):
                 self.assertEqual((await sender.sends(message))[:3], '250')
                 form = self.form()
                 self.assertEqual(set(form), {'recipient', 'sender', 'body-mime'})
