@@ -2543,13 +2543,13 @@ class Exchange(Record):
         head = encode_request(self.request, block, type(self.body) is ChunkedBody)
         if self.whole is not None:
             return far.write(head + self.whole, end)
-        self.sending = self.near.runtime.spawn(self._stream(head, end, taps))
+        self.sending = self.near.runtime.spawn(self._stream_body(head, end, taps))
         return asyncio.sleep(0)
 
-    async def _stream(self, head: bytes, end: bool, taps: Iterable[Tap]) -> None:
+    async def _stream_body(self, head: bytes, end: bool, taps: Iterable[Tap]) -> None:
         far = self.far
         if isinstance(self.near, Connection):       # a visitor's: the other end need not look
-            self.near.timeout, taps = HEAD_TIMEOUT, [self.has_begun, *taps]
+            self.near.timeout, taps = HEAD_TIMEOUT, [self._goes_on, *taps]
         try:
             await copy_message(head, self.body, far, type(self.body) is ChunkedBody, end, taps)
         except (LocaltunnelError, OSError) as e:
@@ -2558,6 +2558,11 @@ class Exchange(Record):
             self.fault = e if isinstance(e, BadHttp) else None
             if far.error is None:       # cut short here, cut short there
                 far.reset(INCOMPLETE if self.fault else CANCELLED, f'the request broke off: {e}')
+
+    def _goes_on(self, piece: bytes) -> None:
+        """Note that a PIECE of the body is there: the next one may take longer."""
+        if not self.status:
+            self.near.timeout = UPLOAD_IDLE
 
     def respond(self, response: Response, length: int, block: bytes, end: bool,
                 taps: Iterable[Tap] = (), near_taps: Iterable[Tap] = ()) -> Awaitable[None]:
@@ -2593,11 +2598,6 @@ class Exchange(Record):
         await self.near.write(encode_response(response, block))
         self.answer = count = Count()
         await join(self.near, self.far, near_taps, [count.add, *taps])
-
-    def has_begun(self, piece: bytes) -> None:
-        """Note that a PIECE of the body is there: the next one may take longer."""
-        if not self.status:
-            self.near.timeout = UPLOAD_IDLE
 
     async def stop_sending(self) -> None:
         """Send no more of the request."""
@@ -3185,7 +3185,7 @@ class Visitors:
         return visitor
 
     def active(self, visitor: Visitor) -> None:
-        """VISITOR was served."""
+        """VISITOR was served, and stays for another request."""
 
     def leave(self, visitor: Visitor) -> None:
         """Drop VISITOR, whose connection ends."""
@@ -3217,7 +3217,7 @@ class Server:
         self.admission = Admission(
             runtime, leases, self.tunnels, Budget(budget), limits, trace)
         self.onward = onward            # header lines, as they go on
-        self.drain, self.limits = drain, limits     # as tunnels.hold, it may be changed any time
+        self.drain, self.limits = drain, limits     # drain may change at any time, as tunnels.hold
         runtime.swept.add(self)
 
     async def listen(self, sock: socket.socket) -> None:
