@@ -3168,7 +3168,7 @@ class Visitors:
 
     def __init__(self, runtime: Runtime) -> None:
         self.front: Front | None = None         # a seam: who stands in front and brings them
-        self.listening = 0                      # sockets of TCP tunnels, and files
+        self.listening = 0                      # other descriptors: sockets of TCP tunnels, files
         self.runtime = runtime
         self.here: dict[Visitor, None] = {}
 
@@ -3212,7 +3212,7 @@ class Server:
         self.counters: dict[str | int, int] = collections.Counter()    # by status, by event
         self.pages = pages              # what it says itself
         self.doors = doors              # what it listens on
-        self.visitors = Visitors(runtime)
+        self.visitors = Visitors(runtime)       # a seam: who may stay
         self.tunnels = Tunnels(runtime, hold, log)
         self.admission = Admission(
             runtime, leases, self.tunnels, Budget(budget), limits, trace)
@@ -3300,7 +3300,7 @@ class Server:
     async def _answer(self, visitor: Visitor, exchange: Exchange) -> None:
         """Answer one request; a step that can't go on raises HopFailed, which says why."""
         request = exchange.request
-        everywhere = request.target in self.pages.everywhere
+        everywhere = request.target in self.pages.everywhere    # ours at any Host, as for balancers
         try:
             name = '' if everywhere else self._route(visitor, request)
             detour = self.tunnels.detours.get(name)
@@ -3328,7 +3328,10 @@ class Server:
     # Routes.
 
     def _route(self, visitor: Visitor, request: Request) -> str:
-        """The name of the tunnel that REQUEST may pass, or '' for our own.  Raises HopFailed."""
+        """The name of the tunnel that REQUEST may pass, which is its key; '' for a page of ours.
+
+        Raises HopFailed.
+        """
         if visitor.refusal:
             raise visitor.refusal.again()
         host = request.host_name
