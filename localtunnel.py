@@ -9973,15 +9973,15 @@ class Queues(Detour):
         self._tries: dict[str, asyncio.Task[None]] = {}     # under way, by name
         self._closed = False        # another server delivers from now on
         self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._overdue: asyncio.Future[Any] | None = None    # what it could not do in time
+        self._overdue: concurrent.futures.Future[Any] | None = None     # at what it hangs
 
     async def _disk(self, work: Callable[..., Any], *args: Any) -> Any:
         """What WORK returns, which waits for the disk.  Raises OSError, also where that hangs."""
         if not self._overdue or self._overdue.done():
-            done = self._server.runtime.loop.run_in_executor(self._thread, work, *args)
-            with contextlib.suppress(asyncio.TimeoutError):
-                return await asyncio.wait_for(asyncio.shield(done), KEPT_WITHIN)
-            self._overdue = done
+            job = self._thread.submit(work, *args)
+            with contextlib.suppress(asyncio.TimeoutError):     # which cancels what has not begun
+                return await asyncio.wait_for(asyncio.wrap_future(job), KEPT_WITHIN)
+            self._overdue = self._overdue if job.done() else job
         raise OSError(errno.EIO, 'the disk does not answer')
 
     # What is wanted stands in leases, and how many requests have expired.
