@@ -10406,11 +10406,6 @@ ENVELOPE = re.compile(
     rf'(?i)(?:FROM|TO): ?<(?:@[\w.,:@-]+:)?((?:[^\s{_UNSAFE}<>()\[\]\\,;:@"]{{1,64}}'
     rf'|"(?:[^{_UNSAFE}"\\]|\\[ -~]){{0,62}}")@[\w.-]{{1,253}}|postmaster|)>((?: [!-~]+)*)')
 MAIL_PARAMETER = re.compile('SIZE=[0-9]{1,20}|BODY=(7BIT|8BITMIME)|SMTPUTF8')
-# Those that text comes in.  Python knows others, some of which take hours for a long text.
-CHARSET = re.compile(
-    r'(?i)(us-)?ascii|utf[_-]?(7|8|16|32)([_-]?[bl]e)?|iso[_-]?8859[_-]\d{1,2}|latin[_-]?\d{1,2}'
-    r'|iso-2022-(jp|kr)(-\d)?|(windows-?|cp)\d{3,4}|koi8[_-][rtu]|gb(k|2312|18030)|big5(-?hkscs)?'
-    r'|euc[_-](jp|kr)|shift[_-]?jis|ks_c_5601-1987|mac-?roman')
 BOUNDARY_IN_CHARSET = re.compile(r'(?i)boundary\*(\d+\*)?\s*=')
 # Where an answer quotes what it answers, or a signature begins.
 QUOTES = re.compile(r'(?m)^(?:-- ?$|On .*(?:\n.*)? wrote:$|_{20,}$'
@@ -10425,10 +10420,15 @@ REPLIES = {                     # to commands that do nothing else
 
 
 def decoded(data: bytes, charset: str = '') -> str:
-    """DATA as text, whatever CHARSET it claims to be in."""
-    with contextlib.suppress(LookupError):
-        if CHARSET.fullmatch(charset):
-            return data.decode(charset, 'replace')
+    """DATA as text, whatever CHARSET it claims to be in.
+
+    Python knows others than those that have aliases; some take hours, and a wrong name it keeps.
+    """
+    from encodings import aliases
+    name = re.sub('[^a-z0-9]+', '_', charset.lower())
+    with contextlib.suppress(LookupError):      # rot13 is not for text
+        if name in {*aliases.aliases, *aliases.aliases.values(), 'koi8_u', 'cp874'}:
+            return data.decode(name, 'replace')
     return data.decode(errors='replace')
 
 

@@ -8188,6 +8188,8 @@ ODD_MESSAGES = r"""
     one that is no charset      |C:rot13\r\n\r\nab|  ab
     one in another              |T:text/plain; charset*=punycode''utf-8\r\n\r\nab|  ab
     an old one                  |C:latin-1\r\n\r\n\xe4|  \xe4
+    the same in capitals        |C:ISO_8859-1\r\n\r\n\xe4|  \xe4
+    a Ukrainian one             |C:koi8-u\r\n\r\n\xc1|  \u0430
     a Japanese one              |C:iso-2022-jp\r\n\r\n\x1b$B$"\x1b(B|  \u3042
     quoted-printable            |E:quoted-printable\r\n\r\na=3D=zz=|  a==zz
     base64                      |E:base64\r\n\r\nYWI=|  ab
