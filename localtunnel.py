@@ -493,7 +493,7 @@ class ReceiveWindow:
     def __init__(self, size: int, budget: Budget) -> None:
         self.size = size
         self.read = 0               # bytes that were read, and not promised again
-        self.budget = budget        # what it is taken from, until close()
+        self.budget = budget        # what it is taken from
 
     def consumed(self, n: int, now: float, round_trip: float) -> int:
         """Note that N bytes were read; return how many to promise anew (0: not yet)."""
@@ -511,11 +511,6 @@ class ReceiveWindow:
             self.budget.give(-n)
         self.size += n
         return n
-
-    def close(self) -> None:
-        """Give the window back to the budget, once."""
-        self.budget.give(self.size)
-        self.size = 0
 
 
 SESSION_FLOOR = 256 * KIB       # which a session may have, however little the process has
@@ -1206,8 +1201,8 @@ class SessionLost(StreamReset):
 
 class Stream(ByteStream):
     """One conversation of a session.  It has no id until its first bytes are sent (OPEN)."""
-    __slots__ = ('session', 'facts', 'id', 'credit', 'promised', 'window', 'its_turn', 'on_lost',
-                 'visitor', '_end_sent', '_closed', '_taken')
+    __slots__ = ('session', 'facts', 'id', 'credit', 'promised', 'window', 'on_lost', 'visitor',
+                 '_end_sent', '_closed', '_taken')
 
     def __init__(self, session: Session, promised: int, credit: int, id: int = 0) -> None:
         """PROMISED bytes are taken from the session's budget."""
@@ -1217,7 +1212,6 @@ class Stream(ByteStream):
         self.promised = promised        # bytes that the other side may still send
         self._taken = promised          # of the budget, until there is a window
         self.window: ReceiveWindow | None = None        # made where CREDIT may be needed
-        self.its_turn = False           # it waited for its turn to write, and this is it
         self.on_lost: Callable[[], None] | None = None          # the other side ended it
         self.visitor: Any = None        # whom it serves, at a server
         self._end_sent = False          # we said END
@@ -1277,10 +1271,7 @@ class Stream(ByteStream):
             if not (self._end_sent and self.eof):
                 self.reset(DONE, 'done')
             self.on_lost = self.visitor = None
-            if self.window is not None:
-                self.window.close()
-            else:
-                self.session.budget.give(self._taken)
+            self.session.budget.give(self.window.size if self.window else self._taken)
 
     def consumed(self, n: int) -> None:
         if not self._closed:
@@ -1350,9 +1341,11 @@ class Outbox:
     def __init__(self, session: Session, trace: Trace | None) -> None:
         self.session, self.trace = session, trace
         self.turns: dict[Stream, None] = {}     # the streams that wait for their turn, in order
+        self._called: Stream | None = None      # whose turn it is, of those that waited
         self.size = 0               # bytes of the frames in order
         self.sent = 0               # bytes of all that left
         self.confirmed = 0          # of these, have arrived there
+        self.ask_at = NEVER         # of `sent`, at which a PING asks for the count, see Resume
         self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
         self.resets: dict[int, bytes] = {}      # payloads, by stream
         self.pong = False           # True: a PONG is due, one for all PINGs that came together
@@ -1393,12 +1386,11 @@ class Outbox:
 
         Raises SessionLost.
         """
-        if (stream.its_turn or not self.turns) and self.has_room():
-            stream.its_turn = False
+        if (not self.turns or stream is self._called) and self.has_room():
+            self._called = None
             return True
         if self.session.error is not None:
             raise SessionLost(str(self.session.error))
-        stream.its_turn = False
         self.turns[stream] = None
         return False
 
@@ -1418,10 +1410,10 @@ class Outbox:
         for _ in range(len(self.turns)):
             if not self.has_room() or not self.turns:
                 break
-            stream = next(iter(self.turns))
+            self._called = stream = next(iter(self.turns))
             del self.turns[stream]
-            stream.its_turn = True
             stream.room()
+        self._called = None
 
     def schedule(self) -> None:
         """Flush at the end of this turn of the loop, or at once where that is better."""
@@ -1453,7 +1445,9 @@ class Outbox:
                 break
             self._left_at = session.runtime.now()
             connection.transport.write(data)
-            if not self.turns:
+            if self.sent >= self.ask_at:
+                session.ping()
+            elif not self.turns:
                 break
         if session.state == CLOSING:
             session.finish()
@@ -6608,7 +6602,7 @@ class Unacknowledged(Outbox):
         self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
         self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
         self.limit = self._may_keep         # of `sent`, counted from `kept_from`
-        self._ask_at = ACKNOWLEDGE_EVERY    # of `sent`, at which a PING asks for the count
+        self.ask_at = ACKNOWLEDGE_EVERY
         self._kept: collections.deque[bytes] = collections.deque()
 
     def take(self) -> bytes:
@@ -6623,11 +6617,11 @@ class Unacknowledged(Outbox):
         session, connection = self.session, self.session.connection
         if self.size >= BATCH or connection is None or connection.writing_paused:
             return False            # as in any session: to ask that costs a call for each frame
-        room = self.sent + self.size < self.limit or self.widen()
-        if self.sent >= self._ask_at or not room and session.liveness.asked_at == NEVER:
-            self._ask_at = self.sent + ACKNOWLEDGE_EVERY
+        if self.sent + self.size < self.limit or self.widen():
+            return True
+        if session.liveness.asked_at == NEVER:
             session.ping()
-        return room
+        return False
 
     def widen(self) -> bool:
         """Raise the limit by one step; return whether that was possible."""
@@ -6667,7 +6661,7 @@ class Resumable(Session):
     def __init__(self, *what: Any) -> None:
         super().__init__(*what)
         self.outbox = Unacknowledged(self, self.outbox.trace)
-        self.id = secrets.token_hex(16)     # at a client, until the welcome says it
+        self.id = secrets.token_hex(16)     # at a client, what the welcome says
         self.theirs: int | None = None      # bytes that the other side has; None: it begins anew
 
     def can_resume(self, theirs: int) -> bool:
@@ -6704,6 +6698,10 @@ class Resumable(Session):
         if again:
             connection.transport.write(again)
         super().attach(connection)
+
+    def ping(self) -> None:
+        self.outbox.ask_at = self.outbox.sent + ACKNOWLEDGE_EVERY
+        super().ping()
 
     def drop(self, why: str = 'the session ended') -> None:
         """Give up the connection; the session waits for another, unless it was to end."""
