@@ -483,36 +483,6 @@ class Decoder:
 # most responses fit into it, and a large one comes as fast as the path is short; see Windows.
 # ------------------------------------------------------------------------------------------------
 
-class ReceiveWindow:
-    """How much this side lets the other send on one stream, from the first CREDIT on.
-
-    Invariant: what is promised (may still arrive) + unread + `read` (not promised again) = `size`.
-    """
-    __slots__ = ('size', 'read', 'budget')
-
-    def __init__(self, size: int, budget: Budget) -> None:
-        self.size = size
-        self.read = 0               # bytes that were read, and not promised again
-        self.budget = budget        # what it is taken from
-
-    def consumed(self, n: int, now: float, round_trip: float) -> int:
-        """Note that N bytes were read; return how many to promise anew (0: not yet)."""
-        self.read += n
-        if self.read * 4 < self.size:
-            return 0
-        credit, self.read = self.read, 0
-        return credit
-
-    def widen(self, size: int) -> int:
-        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
-        n = max(0, size - self.size)
-        if not self.budget.take(n):
-            n = max(0, MAX_HEAD - self.size)
-            self.budget.give(-n)
-        self.size += n
-        return n
-
-
 SESSION_FLOOR = 256 * KIB       # which a session may have, however little the process has
 
 
@@ -547,6 +517,39 @@ class Budget:
             self._parent.used -= n
 
 
+class ReceiveWindow:
+    """How much this side lets the other send on one stream, from the first CREDIT on.
+
+    Invariant: what is promised (may still arrive) + unread + `read` (not promised again) = `size`.
+    """
+    __slots__ = ('size', 'read', 'budget')
+
+    def __init__(self, size: int, budget: Budget) -> None:
+        self.size = size
+        self.read = 0               # bytes that were read, and not promised again
+        self.budget = budget        # what it is taken from
+
+    def consumed(self, n: int, now: float, round_trip: float) -> int:
+        """Note that N bytes were read; return how many to promise anew (0: not yet).
+
+        NOW and ROUND_TRIP are for a window that fits itself to the path, see Windows.
+        """
+        self.read += n
+        if self.read * 4 < self.size:
+            return 0
+        credit, self.read = self.read, 0
+        return credit
+
+    def widen(self, size: int) -> int:
+        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
+        n = max(0, size - self.size)
+        if not self.budget.take(n):
+            n = max(0, MAX_HEAD - self.size)
+            self.budget.give(-n)
+        self.size += n
+        return n
+
+
 # ------------------------------------------------------------------------------------------------
 # 4. Byte streams
 #
@@ -561,10 +564,10 @@ class Budget:
 # drain() in one: it returns when there is room for more, and there is no other backpressure.
 #
 # What arrives runs the task that waits for it at once, up to its next await, inside the call that
-# brought it (Waiter.wake; and feed_data, set_exception, room, which end in it).  So such a call is
-# the last thing that a method does, and a loop that makes it looks again at all that may have
-# changed.  And a loop whose next input may be here already, by an outsider's choice, has to give
-# the others their turn: `await asyncio.sleep(0)`.
+# brought it (Waiter.wake; and feed_data, set_exception, wake_writer, which end in it).  So such a
+# call is the last thing that a method does, and a loop that makes it looks again at all that may
+# have changed.  And a loop whose next input may be here already, by an outsider's choice, has to
+# give the others their turn: `await asyncio.sleep(0)`.
 #
 # The ways to end.  What has arrived can still be read after all of them but linger.
 #
@@ -770,7 +773,7 @@ class ByteStream:
         if self.error is None:
             self.error = error
         self._readable.wake()
-        self.room()
+        self.wake_writer()
 
     def check(self) -> None:
         """Raise what broke the stream, if anything did; hot paths test `error` first."""
@@ -871,8 +874,8 @@ class ByteStream:
 
     # For the side that writes.
 
-    def room(self) -> None:
-        """Wake a writer that waits."""
+    def wake_writer(self) -> None:
+        """Let a writer that waits look again."""
         self._writable.wake()
 
     async def _wait_for_room(self) -> None:
@@ -1013,7 +1016,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
 
     def resume_writing(self) -> None:
         self.writing_paused = False
-        self.runtime.loop.call_soon(self.room)      # asyncio's write must end first
+        self.runtime.loop.call_soon(self.wake_writer)      # asyncio's write must end first
         if self.on_room:
             self.runtime.loop.call_soon(self.on_room)
 
@@ -1180,7 +1183,7 @@ async def join(left: ByteStream, right: ByteStream, left_taps: Iterable[Tap] = (
 #
 # drop() gives the connection up, and the session is OVER with it, unless it is of a kind that waits
 # for another one (Resume).
-# A wake runs the stream's task at once (room 4), and that may write, reset, or end the session.
+# A wake runs the stream's task at once, and that may write, reset, or end the session.
 # ------------------------------------------------------------------------------------------------
 
 RUNNING, WARNED, CLOSING, OVER = range(4)       # states; see above
@@ -1316,7 +1319,7 @@ class Stream(ByteStream):
         self.credit += n
         if self.credit > MAX_CREDIT:
             raise ProtocolError('credit without bound')
-        self.room()
+        self.wake_writer()
 
     def over(self, error: LocaltunnelError) -> None:
         """RESET, or the session ended.  A response that has come whole stays readable."""
@@ -1412,7 +1415,7 @@ class Outbox:
                 break
             self._called = stream = next(iter(self.turns))
             del self.turns[stream]
-            stream.room()
+            stream.wake_writer()
         self._called = None
 
     def schedule(self) -> None:
@@ -1541,9 +1544,10 @@ class Session:
     facts = UNSERVED                # at a server: whose it is
     lost_at = NEVER                 # when it lost a connection that another may replace, see Resume
 
-    def __init__(self, runtime: Runtime, budget: Budget | None = None,
+    def __init__(self, runtime: Runtime, process: Budget | None = None,
                  on_open: Callable[[Stream], None] | None = None,
                  trace: Trace | None = None, window: type[ReceiveWindow] = ReceiveWindow) -> None:
+        """PROCESS is what all sessions have together."""
         self.runtime = runtime
         self.state = RUNNING        # see the table above
         self.error: LocaltunnelError | None = None          # why it is OVER
@@ -1551,7 +1555,7 @@ class Session:
         self.connection: Connection | None = None           # None before it came, and once lost
         self.streams: dict[int, Stream] = {}    # those not over, by id
         self.last_id = 0            # of a stream, by either side: how many there have been
-        self.budget = Budget(SESSION_BUDGET, budget)        # of all windows
+        self.budget = Budget(SESSION_BUDGET, process)       # of all windows
         self.window = window        # makes those of streams
         self.decoder = Decoder()    # what was received, and how much
         self.outbox = Outbox(self, trace)       # what is to be sent, and how much was
@@ -1679,7 +1683,7 @@ class Session:
     # The connection.
 
     def attach(self, connection: Connection, said: Facts | None = None) -> None:
-        """Begin on CONNECTION; SAID is the welcome of the other side, if that gave one."""
+        """Begin on CONNECTION; SAID is the welcome of the other side, at a client."""
         self.connection = connection
         connection.receiver, connection.on_room = self._receive, self.outbox.flush
         connection.on_lost = connection.on_eof = self.drop
@@ -1689,18 +1693,6 @@ class Session:
             self._receive(memoryview(rest))
             rest = connection.read_nowait(sys.maxsize)
         self.ping()
-
-    def welcome(self) -> Facts:
-        """Return what a server tells the client of it."""
-        return {}
-
-    def claim(self) -> Facts:
-        """Return what a client says in its next hello, to go on with it."""
-        return {}
-
-    def goes_on(self, welcome: Facts) -> bool:
-        """True if it goes on over another connection, by WELCOME; else it is over."""
-        return False
 
     def drop(self, why: str = 'the session ended') -> None:
         """Give up the connection, and so the session."""
@@ -1716,7 +1708,7 @@ class Session:
             connection.receiver = connection.on_lost = connection.on_eof = connection.on_room = None
         return connection
 
-    async def answers(self, within: float) -> None:
+    async def must_answer(self, within: float) -> None:
         """Give the connection up unless something is heard WITHIN this many seconds."""
         asked = self.runtime.now()
         self.ping()
@@ -1743,6 +1735,20 @@ class Session:
         """Ask the other side whether it is there, and how much has arrived."""
         self.liveness.asked(self.runtime.now(), self.outbox.sent)
         self.outbox.add(PING, 0, U64.pack(self.decoder.received))
+
+    # Seams, as are attach() and drop(): for a session that goes on over another connection.
+
+    def welcome(self) -> Facts:
+        """Return what a server tells the client of it."""
+        return {}
+
+    def claim(self) -> Facts:
+        """Return what a client says in its next hello, to go on with it."""
+        return {}
+
+    def goes_on(self, welcome: Facts) -> bool:
+        """True if it goes on over another connection, by WELCOME; else it is over."""
+        return False
 
     # The end.
 
@@ -3062,7 +3068,7 @@ class Admission:
         asked = Candidate(visitor, grant, hello, name, facts)
         if self._owner(asked) == asked.owner:
             there = self._find(asked).before(hello)     # one that does not answer goes
-            await asyncio.gather(*(old.session.answers(ANSWER) for old in there))
+            await asyncio.gather(*(old.session.must_answer(ANSWER) for old in there))
             visitor.connection.check()
         asked.tunnel = self._find(asked)
         for check in self.checks:

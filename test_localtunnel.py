@@ -16109,7 +16109,7 @@ class FrameTest(HostileTest):
             peer.send(F(lt.PONG, 0, U64(0)))        # to the PING with which it began
             asked = await self.ask(fields='Content-Length: 9')
             await peer.until(lt.OPEN)
-            self.meanwhile(self.server.tunnels.get('evil').members[0].session.answers(60.0))
+            self.meanwhile(self.server.tunnels.get('evil').members[0].session.must_answer(60.0))
             for _ in range(1000):
                 peer.send(F(lt.PONG, 0, U64(0)))        # it is there
                 frame = await asyncio.wait_for(peer.frame(), PATIENCE)
