@@ -14528,15 +14528,16 @@ class ErrorPages(Annex):
 # 57. Setting up
 #
 # A server on a machine of its own: `install` writes what it takes there, and starts it; `deploy`
-# has that done through the user's own ssh program.  Both can show all that they would do as root.
+# has that done through the user's own ssh program.  What is done as root stands here as the files
+# and the shell's lines that both can show.
 # ------------------------------------------------------------------------------------------------
 
 SYSTEM = '/'            # below it all is installed
 FOLDER, STATE = 'usr/local/lib/localtunnel', 'var/lib/localtunnel'
 PROGRAM = f'{FOLDER}/localtunnel.py'
 CONFIG, USER_FILE = 'etc/localtunnel/server.ini', 'etc/sysusers.d/localtunnel.conf'
-UNITS = SOCKET, SERVICE = 'localtunnel.socket', 'localtunnel.service'
-UNIT_FOLDER, USUAL_PYTHON = 'etc/systemd/system/', '/usr/bin/python3'
+SOCKET, SERVICE = (f'etc/systemd/system/localtunnel.{kind}' for kind in ('socket', 'service'))
+USUAL_PYTHON = '/usr/bin/python3'
 
 SOCKET_UNIT = """[Unit]
 Description=Ports of the localtunnel server
@@ -14590,21 +14591,54 @@ HARDENED = ('LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevic
             'ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs '
             'ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces '
             'RestrictRealtime RestrictSUIDSGID').split()
-ELSEWHERE = """
-# Without systemd all this is for you to do. With OpenRC, as /etc/init.d/localtunnel:
+
+IS_ACTIVE, LISTENERS = 'systemctl is-active localtunnel.service', 'ss -Hlntup'
+# Python keeps what it has compiled beside the program, where the server may not write: with that it
+# needs half of the memory.
+PREPARE = """systemd-sysusers {user_file}
+chgrp localtunnel {config}
+{python} -m py_compile {program}
+systemctl daemon-reload"""
+START = 'systemctl enable --now localtunnel.socket localtunnel.service'
+STOP = START.replace('enable', 'disable')
+HAND_OVER = 'systemctl reload localtunnel.service'
+UNIT_LOG = 'journalctl -u localtunnel.service -u localtunnel.socket -o cat --since=@'
+REMOVAL = f"""[ ! -e {{service}} ] || {STOP}
+rm -rf {{folder}} {{socket}} {{service}} {{config}} {{user_file}}
+rmdir "$(dirname {{config}})" 2>/dev/null || true       # files of your own stay
+systemctl daemon-reload"""
+PURGE_TOO = """
+rm -rf {state}
+userdel localtunnel || true"""
+WHAT_IS_DONE = f"""{{files}}
+# All that it runs, first to look:
+{IS_ACTIVE}
+{LISTENERS}
+# With these files in place:
+{PREPARE}
+{START}
+# Or, where it runs already:
+{HAND_OVER}
+# With other ports, before the start:
+{STOP}
+# And until it serves:
+{UNIT_LOG}NOW
+
+# Without systemd all this is for you to do. With OpenRC, once there is a user localtunnel
+# (adduser -S -H localtunnel), as /etc/init.d/localtunnel:
 #!/sbin/openrc-run
-export STATE_DIRECTORY={state}
-command={python} command_args="-m localtunnel server --config {config}" directory={folder}
+export STATE_DIRECTORY={{state}}
+command={{python}} command_args="-m localtunnel server --config {{config}}" directory={{folder}}
 command_background=yes
 command_user=localtunnel capabilities=^cap_net_bind_service
 pidfile=/run/localtunnel.pid error_log=/var/log/localtunnel.log
-depend() {{ need net; }}
-start_pre() {{ checkpath -d -m 700 -o localtunnel {state}; }}
+depend() {{{{ need net; }}}}
+start_pre() {{{{ checkpath -d -m 700 -o localtunnel {{state}}; }}}}
 
 # With Docker:
 docker run -d --restart unless-stopped -p 80:80 -p 443:443 -v localtunnel:/state \\
   -e STATE_DIRECTORY=/state -v "$PWD/localtunnel.py:/localtunnel.py:ro" python:3-slim \\
-  python3 /localtunnel.py server {words}"""
+  python3 /localtunnel.py server {{words}}"""
 
 
 def words_of(args: Args) -> list[str]:
@@ -14631,6 +14665,14 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
+def filled(text: str, python: str = '', **more: str) -> str:
+    """TEXT with its {paths}, and MORE."""
+    return text.format(
+        python=python, folder=SYSTEM + FOLDER, program=SYSTEM + PROGRAM, state=SYSTEM + STATE,
+        config=SYSTEM + CONFIG, user_file=SYSTEM + USER_FILE, socket=SYSTEM + SOCKET,
+        service=SYSTEM + SERVICE, **more)
+
+
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     any_host = ['0.0.0.0', '[::]'][:1 + os.path.exists('/proc/net/if_inet6')]
@@ -14639,64 +14681,39 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
     texts = {
         USER_FILE: 'u localtunnel - "localtunnel server"\n',
         CONFIG: '# After a change: systemctl reload localtunnel\n' + in_file(words),
-        UNIT_FOLDER + SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
-        UNIT_FOLDER + SERVICE: SERVICE_UNIT.format(
-            python=python, folder=SYSTEM + FOLDER, config=SYSTEM + CONFIG,
-            hardened='\n'.join(f'{name}=yes' for name in HARDENED))}
+        SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
+        SERVICE: filled(SERVICE_UNIT, python, hardened='\n'.join(
+            f'{name}=yes' for name in HARDENED))}
     return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
-
-
-def preparation(python: str) -> list[list[str]]:
-    """The commands between writing the files and the start.
-
-    PYTHON keeps what it has compiled beside the program, where the server may not write: with that
-    it needs half of the memory.
-    """
-    return [['systemd-sysusers', SYSTEM + USER_FILE], ['chgrp', 'localtunnel', SYSTEM + CONFIG],
-            [python, '-m', 'py_compile', SYSTEM + PROGRAM], ['systemctl', 'daemon-reload']]
-
-
-START, STOP = ['systemctl', 'enable', '--now', *UNITS], ['systemctl', 'disable', '--now', *UNITS]
-HAND_OVER = ['systemctl', 'reload', SERVICE]
-
-
-def removal(purge: bool) -> list[list[str]]:
-    """The commands that take the server away; leases and tokens stay, but for PURGE."""
-    gone = [FOLDER, *(UNIT_FOLDER + unit for unit in UNITS), CONFIG, USER_FILE]
-    return [STOP, ['rm', '-rf', *(SYSTEM + name for name in gone + [STATE] * purge)],
-            ['systemctl', 'daemon-reload'], *([['userdel', 'localtunnel']] if purge else [])]
 
 
 def shown(args: Args, words: Sequence[str], python: str) -> str:
     """What `install` does as root, and what is to be done without systemd."""
     import shlex
     if args.remove:
-        return '\n'.join(map(shlex.join, removal(args.purge)))
-    files = server_files(args, words, python)
-    files[PROGRAM] = b'(this file)\n'
-    return '\n'.join([
-        *(f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()),
-        *map(shlex.join, [*preparation(python), START]),
-        f'# or, where it runs: {shlex.join(HAND_OVER)}',
-        ELSEWHERE.format(python=python, folder=SYSTEM + FOLDER, config=SYSTEM + CONFIG,
-                         state=SYSTEM + STATE, words=shlex.join(words))])
+        return filled(REMOVAL + PURGE_TOO * args.purge)
+    files = {**server_files(args, words, python), PROGRAM: b'(this file)\n'}
+    return filled(WHAT_IS_DONE, python, words=shlex.join(words), files='\n'.join(
+        f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()))
 
 
-COMMAND_PATIENCE = 120.0        # for one of the system's commands; systemd gives a server 90
+COMMAND_PATIENCE = 120.0        # for the system's commands; systemd gives a server 90
 READY_WITHIN = 60.0             # for a successor to serve, and for what a server then writes
 READY_LOOK = 0.3
 
 
 def system(*words: str) -> str:
-    """Run WORDS; return what they print.  Raises LocaltunnelError."""
+    """Run WORDS, or a few lines for the shell; return what they print.  Raises LocaltunnelError."""
     import subprocess
+    if len(words) == 1:
+        words = ('sh', '-ec', *words)
     try:
         done = subprocess.run(words, stdin=subprocess.DEVNULL, capture_output=True, text=True,
                               errors='replace', timeout=COMMAND_PATIENCE)
     except (OSError, subprocess.TimeoutExpired) as e:
-        raise LocaltunnelError(f"{words[0]} does not run: {printable(str(e))}") from e
+        raise LocaltunnelError(f"{words[-1]} does not run: {printable(str(e))}") from e
     if done.returncode:
-        said = [f'{words[0]} ended with {done.returncode}', *done.stderr.strip().splitlines()]
+        said = [f'{words[-1]} ended with {done.returncode}', *done.stderr.strip().splitlines()]
         raise LocaltunnelError(printable(said[-1]))
     return done.stdout.strip()
 
@@ -14715,38 +14732,44 @@ def contents(path: str) -> bytes:
     return b''
 
 
-def listener(port: int, kind: str) -> str:
-    """The program that listens on PORT, of UDP for strangers; '' where none is seen."""
-    for line in asked('ss', f'-Hln{kind}p', f'sport = :{port}').splitlines():
-        if kind == 't' or not re.search(r'\s(127\.\S+|\[::1\]):\d+\s', line):
+def state_of(port: int, kind: str) -> str:
+    """What is known of PORT; of UDP only what is for strangers counts."""
+    for line in asked(LISTENERS).splitlines():
+        if re.match(rf'{kind}\s.*:{port}\s', line) and not (
+                kind == 'udp' and re.search(r'\s(127\.\S+|\[::1\]):\d+\s', line)):
             match = re.search(r'users:\(\("([^"]+)"', line)
-            return printable(match.group(1)) if match else 'another program'
-    return ''
+            return 'used by ' + (printable(match.group(1)) if match else 'another program')
+    return 'free' if shutil.which('ss') else 'not looked at, since ss is not installed'
+
+
+def need_root() -> None:
+    """Raises LocaltunnelError where nothing can be installed."""
+    folder = SYSTEM + 'run/systemd/system'
+    if not os.path.isdir(folder):
+        raise LocaltunnelError('systemd does not run here; `install --print` ends with what to do '
+                               'instead, with OpenRC or Docker')
+    if not os.access(folder, os.W_OK):
+        raise LocaltunnelError('this takes root, so type sudo before it')
 
 
 def look(args: Args, running: bool) -> str:
     """What this machine has for a server with the options ARGS.  Raises LocaltunnelError."""
-    import platform
-    if not os.path.isdir(SYSTEM + 'run/systemd/system'):
-        raise LocaltunnelError('systemd does not run here; `install --print` ends with what to do '
-                               'instead, with OpenRC or Docker')
     name = re.search(rb'(?m)^PRETTY_NAME="?([^"\n]+)', contents('/etc/os-release'))
-    facts = [name.group(1).decode(errors='replace') if name else sys.platform,
-             f'Python {platform.python_version()}',
+    facts = [(name.group(1).decode(errors='replace') if name else sys.platform) + ' with systemd',
+             f'Python {sys.version.split()[0]}', 'sudo' if 'SUDO_UID' in os.environ else 'root',
              ' and '.join(outward_addresses()) or 'no address that others reach']
-    ours = contents(SYSTEM + UNIT_FOLDER + SOCKET) if running else b''
+    ours = contents(SYSTEM + SOCKET) if running else b''
     for port in ports_of(args):
-        mine = b':%d\n' % port in ours
-        other = '' if mine else listener(port, 't')
-        if other:
+        state = 'ours' if b':%d\n' % port in ours else state_of(port, 'tcp')
+        if state.startswith('used'):
             raise LocaltunnelError(
-                f'port {port} is used by {other}; stop that, or let it pass requests on (README, '
-                '"A proxy in front"), or choose another one with --port and --tls-port')
-        facts.append(f'port {port} is {"ours" if mine else "free"}')
+                f'port {port} is {state}; stop that, or let it pass requests on (README, "A proxy '
+                'in front"), or choose another one with --port and --tls-port')
+        facts.append(f'port {port} is {state}')
     if getattr(args, 'acme', None) and not running:
-        other = listener(args.dns_port, 'u')
-        facts.append(f'port {args.dns_port} is ' + (
-            f'used by {other}, so names get no https' if other else 'free for DNS'))
+        state = state_of(args.dns_port, 'udp')
+        facts.append(f'port {args.dns_port}, for DNS, is {state}'
+                     + ', so names get no https' * state.startswith('used'))
     return printable('; '.join(facts))
 
 
@@ -14755,22 +14778,24 @@ ITS_FILES = {'--cert', '--key', '--token-file', '--acme-ca', '--cluster-key'}   
 
 def check(args: Args, python: str) -> None:
     """Raise UsageError for options that an installed server can't have."""
-    if args.purge:
-        raise UsageError('--purge goes with --remove')
-    if python.startswith(('/home/', '/root/')):
-        raise UsageError(f"homes are hidden from the server, so it can't run {python}; use the "
-                         "system's Python")
-    if is_loopback(args.domain):
-        raise UsageError('add --domain DOMAIN: a name that leads to the server, or its address')
-    if args.state:
-        raise UsageError(f'an installed server keeps its state in /{STATE}; leave out --state')
-    if args.bind and not is_address(args.bind):
-        raise UsageError(f'--bind takes an address here, not {args.bind!r}')
-    for option, _, path in (word.partition('=') for word in words_of(args)):
-        if option in ITS_FILES and not re.match('/(?!home/|root/)', path):
-            raise UsageError(f'{option} needs a whole path here, and not one in a home, which the '
-                             'server does not see, such as /etc/localtunnel/'
-                             + os.path.basename(path))
+    whole = '/(?!home/|root/)'
+    given = [word.partition('=')[::2] for word in words_of(args)]
+    for wrong, why in (
+            (args.purge, '--purge goes with --remove'),
+            (python.startswith(('/home/', '/root/')),
+             f"homes are hidden from the server, so it can't run {python}; use the system's "
+             'Python'),
+            (is_loopback(args.domain),
+             'add --domain DOMAIN: a name that leads to the server, or its address'),
+            (args.state, f'an installed server keeps its state in /{STATE}; leave out --state'),
+            (args.bind and not is_address(args.bind),
+             f'--bind takes an address here, not {args.bind!r}'),
+            *((option in ITS_FILES and not re.match(whole, path),
+               f'{option} needs a whole path here, and not one in a home, which the server does '
+               f'not see, such as /etc/localtunnel/{os.path.basename(path)}')
+              for option, path in given)):
+        if wrong:
+            raise UsageError(why)
 
 
 def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -14785,23 +14810,18 @@ def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
     return changed
 
 
-def start(running: bool, changed: Iterable[str]) -> None:
+def start(running: bool, changed: Container[str]) -> None:
     """Let the server run as its files say, of which some have CHANGED.  Raises LocaltunnelError."""
-    served, since = f'{SYSTEM}{STATE}/{SERVED}', f'--since=@{time.time():.0f}'
+    served, log = f'{SYSTEM}{STATE}/{SERVED}', f'{UNIT_LOG}{time.time():.0f}'
     before, deadline, why = stamp_of(served), time.monotonic() + READY_WITHIN, ''
-    new = [unit for unit in UNITS if UNIT_FOLDER + unit in changed]
-    if running and not new:
-        system(*HAND_OVER)
-    else:
-        for unit in [SERVICE, SOCKET][:2 if SOCKET in new else 1] if running else ():
-            system('systemctl', 'stop', unit)
-        try:
-            system(*START)
-        except LocaltunnelError as e:
-            why = str(e)        # the log may know better
+    try:
+        if running and SOCKET in changed:
+            system(STOP)
+        system(HAND_OVER if running and SOCKET not in changed else START)
+    except LocaltunnelError as e:
+        why = str(e)            # the log may know better
     while stamp_of(served) in ([], before):
-        log = asked('journalctl', '-u', SERVICE, '-u', SOCKET, '-o', 'cat', since)
-        said = re.search(r'(?m)^localtunnel\.(?:py: |socket: (?=Failed to ))(.*)', log)
+        said = re.search(r'(?m)^localtunnel\.(?:py: |socket: (?=Failed to ))(.*)', asked(log))
         if said or why or time.monotonic() > deadline:
             why = printable(said.group(1)) if said else why or 'see `journalctl -u localtunnel`'
             raise LocaltunnelError(f'the server does not start: {why}')
@@ -14832,83 +14852,92 @@ for python in {pythons} ""; do
 done >/dev/null 2>&1
 if [ ! "$python" ]; then echo "it lacks Python 3.8 or later; install python3"; exit 1; fi
 set -- "$python" "$folder/localtunnel.py" install {words}
-if [ "$(id -u)" = 0 ]; then "$@" 2>&1
-elif sudo -n true >/dev/null 2>&1; then sudo -n "$@" 2>&1
-else echo "{question}"; sudo -S -p "" "$@" 2>&1
+if [ "$(id -u)" = 0 ]; then "$@"
+elif ! command -v sudo >/dev/null; then echo "it lacks sudo; log in as root"; exit 1
+elif sudo -n true >/dev/null 2>&1; then sudo -n "$@"
+else echo "{question}"; sudo -S -p "" "$@"
 fi"""
 PYTHONS = USUAL_PYTHON, 'python3', *(f'python3.{minor}' for minor in range(14, 7, -1))
 QUESTION = 'password?'          # the line by which it asks for one, for sudo
-SSH = 'ssh', '-o', 'ConnectTimeout=20', '-o', 'ServerAliveInterval=20'
+# A shared connection may be used, but none begun: it would keep the pipe of what is printed open.
+SSH = 'ssh', '-o', 'ConnectTimeout=20', '-o', 'ServerAliveInterval=20', '-o', 'ControlMaster=no'
+NAME_OF = 'ssh', '-G', '--'     # and HOST: what the user's settings make of it
 DEPLOYED_WITHIN = 900.0         # people look for second factors; the parts have their own deadlines
-MOST_HEARD = 64 * KIB            # by the other machine; ours say a few lines
+MOST_HEARD = 64 * KIB           # of the other machine; ours say a few lines
 
 
-def converse(process: Any, given: bytes, ask: Callable[[], str],
-             heard: Callable[[str], None]) -> str:
-    """Let PROCESS read GIVEN, and what ASK returns if it asks; HEARD gets its lines but the last.
+def password_for(host: str) -> bytes:
+    """What the user types for sudo on HOST.  Raises LocaltunnelError."""
+    typed = ask(f'password for sudo on {host}: ')
+    if not typed:
+        raise LocaltunnelError(f'sudo on {host} asks for a password; type it on a terminal, or '
+                               'log in as root')
+    return typed.encode() + b'\n'
 
-    That one is returned: it says why, if it fails.
-    """
-    last, left = '', MOST_HEARD
+
+def converse(process: Any, given: bytes, host: str) -> Iterator[str]:
+    """What PROCESS on HOST prints, which reads GIVEN, and a password where it asks for one."""
+    left = MOST_HEARD
     with contextlib.suppress(BrokenPipeError):      # then it says why
         process.stdin.write(given)
     while True:
         line = process.stdout.readline(left)
         left -= len(line)
+        text = printable(line.decode(errors='replace').rstrip())
         if not line:
-            return last
-        if last:
-            heard(last)
-        last = printable(line.decode(errors='replace').rstrip())
-        if last == QUESTION:
-            last, answer = '', ask().encode()
-            with contextlib.suppress(BrokenPipeError):
-                process.stdin.write(answer + b'\n')
-            process.stdin.close()
+            return
+        if text != QUESTION:
+            yield text
+            continue
+        password = password_for(host)
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.write(password)
+        process.stdin.close()
 
 
-def over_ssh(host: str, script: str, given: bytes, ask: Callable[[], str],
-             heard: Callable[[str], None]) -> None:
-    """Run SCRIPT on HOST, see `converse`.  Raises LocaltunnelError."""
+def over_ssh(host: str, script: str, given: bytes) -> Iterator[str]:
+    """Run SCRIPT, which reads GIVEN, on HOST; what is said there.  Raises LocaltunnelError."""
     import shlex
     import subprocess
-    import tempfile
-    words = [*SSH, '--', host, shlex.join(['sh', '-c', script])]
-    with tempfile.TemporaryFile() as errors:    # a pipe would be kept open by a shared connection
-        try:
-            process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE,
-                                       stdout=subprocess.PIPE, stderr=errors)
-        except OSError as e:
-            raise LocaltunnelError(f"can't start ssh ({e.strerror}); install OpenSSH") from e
-        timer = threading.Timer(DEPLOYED_WITHIN, process.kill)
-        timer.start()
-        try:
-            last = converse(process, given, ask, heard)
-        except BaseException:
-            process.kill()
-            raise
-        finally:
-            with process:               # closes its pipes, and waits
-                pass
-            timer.cancel()
-        code = process.returncode
-        errors.seek(0)
-        said = errors.read(MOST_HEARD).decode(errors='replace').strip().rstrip('.')
+    words, last = [*SSH, '--', host, shlex.join(['sh', '-c', script])], ''
+    try:
+        process = subprocess.Popen(words, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT)
+    except OSError as e:
+        raise LocaltunnelError(f"can't run ssh ({plainly(e)}); install the client of OpenSSH"
+                               ) from e
+    timer = threading.Timer(DEPLOYED_WITHIN, process.kill)
+    timer.start()
+    try:
+        with process:
+            try:
+                for line in converse(process, given, host):
+                    if last:
+                        yield last
+                    last = line
+            except BaseException:
+                process.kill()
+                raise
+    finally:
+        timer.cancel()
+    code, last = process.returncode, last.replace('localtunnel.py: ', '', 1).rstrip('.')
     if code == 255:
-        why = printable(said.rpartition('\n')[2]) or 'it does not say why'
-        raise LocaltunnelError(f"can't reach {host}: {why}; `ssh {host}` alone may say more")
+        raise LocaltunnelError(f"can't reach {host}: {last or 'ssh does not say why'}; `ssh {host}`"
+                               ' alone may say more')
     if code < 0:
         raise LocaltunnelError(f'{host} was not done within {DEPLOYED_WITHIN:.0f} seconds')
     if code:
-        raise LocaltunnelError(f'on {host}: ' + last.replace('localtunnel.py: ', '', 1))
-    heard(last)
+        raise LocaltunnelError(f'on {host}: {last}')
+    if last:
+        yield last
 
 
 def domain_of(host: str, acme: bool) -> str:
     """What stands for a domain of HOST: its address, or that as a name, where it gets https."""
-    name = re.search(r'(?m)^hostname (\S+)$', system('ssh', '-G', '--', host))
+    name = re.search(r'(?m)^hostname (\S+)$', asked(*NAME_OF, host))
     try:
-        found = socket.getaddrinfo(name.group(1) if name else host, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name.group(1) if name else host.rpartition('@')[2], None,
+                                   type=socket.SOCK_STREAM)
     except OSError as e:
         raise UsageError(f'{host} has no address that is known here; add --domain DOMAIN') from e
     address = min((str(place[0]) for *_, place in found), key=lambda text: ':' in text)
@@ -14920,16 +14949,14 @@ def domain_of(host: str, acme: bool) -> str:
 INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/server.ini.
 
 examples:
-  localtunnel.py install --domain t.example.com --acme you@example.com
-  localtunnel.py install --domain t.example.com --print      show what it does
-  localtunnel.py install --remove                            leases and token stay"""
+  localtunnel.py install --domain t.example.com --acme you@example.com --print
+  localtunnel.py install --remove           leases and token stay"""
 DEPLOY_EPILOG = """It runs `install` there, by your ssh program. Without --domain the domain is the
 address, or with --acme its name at sslip.io.
 
 examples:
-  localtunnel.py deploy root@203.0.113.7 --acme you@example.com
   localtunnel.py deploy root@HOST --domain t.example.com --acme you@example.com
-  localtunnel.py deploy root@HOST --remove                   leases and token stay"""
+  localtunnel.py deploy root@HOST --remove          leases and token stay"""
 
 
 class SettingUp(Annex):
@@ -14956,49 +14983,48 @@ class SettingUp(Annex):
         python = USUAL_PYTHON if here == os.path.realpath(USUAL_PYTHON) else here
         if not args.remove:
             check(args, python)
-        try:
-            if args.print:
-                print_line(shown(args, words, python))
-            elif args.remove:
-                for command in removal(args.purge):
-                    (system if command[0] == 'rm' else asked)(*command)
-                print_line('the server is gone' + '; its leases and token are still in '
-                           f'{SYSTEM}{STATE}' * (not args.purge))
-            else:
-                self.set_up(args, server_files(args, words, python), preparation(python))
-        except PermissionError as e:
-            raise LocaltunnelError(f"can't write {e.filename}: it takes root, so type sudo") from e
+        if args.print:
+            print_line(shown(args, words, python))
+            return 0
+        need_root()
+        if args.remove:
+            system(shown(args, words, python))
+            print_line('the server is gone' + '; its leases and token are still in '
+                       f'{SYSTEM}{STATE}' * (not args.purge))
+        else:
+            self.set_up(args, server_files(args, words, python), filled(PREPARE, python))
         return 0
 
     @staticmethod
-    def set_up(args: Args, files: dict[str, bytes], prepare: list[list[str]]) -> None:
+    def set_up(args: Args, files: dict[str, bytes], prepare: str) -> None:
         """Let the server run that FILES describe, after the commands that PREPARE it."""
-        running = asked('systemctl', 'is-active', SERVICE) == 'active'
+        running = asked(IS_ACTIVE) == 'active'
         print_line(look(args, running))
         os.umask(0o022)
         before = write_files(files)
         try:
-            for command in prepare:
-                system(*command)
+            system(prepare)
             if before or not running:
                 start(running, before)
         except LocaltunnelError as e:
             if not running:
                 raise
             write_files(before)
-            for command in [*prepare, START]:       # it may have had to stop
-                asked(*command)
+            asked(f'{prepare}\n{START}')        # it may have had to stop
             raise LocaltunnelError(f'{e}; the old one goes on') from e
+        if running and SERVICE in before and SOCKET not in before:
+            print_line('for what is new in its unit: systemctl restart localtunnel')
         print_line('the server runs; its log: journalctl -u localtunnel')
         print_line(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')
 
     def deploy(self, args: Args) -> int:
         """Do what ARGS say; return the exit code."""
         import shlex
-        words = words_of(args)
+        words, lines = words_of(args), [shlex.join([*SSH, '--', args.host])]
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
+            lines.insert(0, shlex.join([*NAME_OF, args.host]) + '   # for the domain')
         source, options = original(), in_file(words).encode()
         script = REMOTELY.format(
             size=len(source), next=len(source) + 1, whole=len(source + options),
@@ -15008,28 +15034,19 @@ class SettingUp(Annex):
         if not args.remove:
             check(args, USUAL_PYTHON)
         if args.dry_run:
-            print_line(f'{shlex.join([*SSH, "--", args.host])}'
-                       f'   # runs this, and reads this file and the options:\n{script}\n\n'
-                       '# What install does there, as root:\n' + shown(args, words, USUAL_PYTHON))
+            print_line('\n'.join(lines) + '   # runs this, and reads this file and the options:\n'
+                       f'{script}\n\n# What install does there, as root:\n'
+                       + shown(args, words, USUAL_PYTHON))
             return 0
-        codes: list[str] = []
-
-        def heard(line: str) -> None:
+        print_line(f'{args.host}:')
+        code = None
+        for line in over_ssh(args.host, script, source + options):
             found = re.search('--join (lt1[a-z2-7]+)$', line)
             if found:
-                codes.append(found.group(1))
+                code = found.group(1)
             else:
                 print_line(f'  {line}')
-
-        def password() -> str:
-            typed = ask(f'password for sudo on {args.host}: ')
-            if not typed:
-                raise LocaltunnelError(f'sudo on {args.host} asks for a password; type it on a '
-                                       'terminal, or log in as root')
-            return typed
-        print_line(f'{args.host}:')
-        over_ssh(args.host, script, source + options, password, heard)
-        return self.finish(args, codes[-1]) if codes else 0
+        return self.finish(args, code) if code else 0
 
     @staticmethod
     def finish(args: Args, code: str) -> int:

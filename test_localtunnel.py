@@ -11041,7 +11041,7 @@ def unit_lines(name, *words):
     """The lines of the file NAME, below where units are, for a server with the options WORDS."""
     args = server_args(*words)
     files = lt.server_files(args, lt.words_of(args), '/usr/bin/python3')
-    return files[lt.UNIT_FOLDER + name].decode().splitlines()
+    return files[name].decode().splitlines()
 
 
 class InstallTest(FolderTest):
@@ -11120,30 +11120,41 @@ class InstallTest(FolderTest):
 
     def test_a_machine_without_systemd_is_told_what_else_to_do(self):
         with self.assertRaisesRegex(lt.LocaltunnelError, 'install --print.*OpenRC or Docker'):
-            lt.look(server_args(), False)
+            lt.need_root()
         shown = lt.shown(server_args(), [], '/usr/bin/python3')
         self.assertIn('\n#!/sbin/openrc-run\n', shown)
         self.assertIn('\ndocker run -d ', shown)
 
-    def test_the_program_that_has_a_port_is_named(self):
+    def test_one_who_is_not_root_is_told_to_type_sudo(self):
         os.makedirs(self.path('run/systemd/system'))
+        with unittest.mock.patch.object(lt.os, 'access', lambda path, mode: False):
+            for words in [], ['--remove']:
+                args = server_args(*words)
+                with self.assertRaisesRegex(lt.LocaltunnelError, 'takes root, so type sudo'):
+                    args.run(args)
+        self.assertEqual(os.listdir(self.folder), ['run'])
+
+    def test_a_port_is_not_called_free_where_nothing_can_tell(self):
+        os.environ['PATH'] = self.folder
+        self.assertIn('port 80 is not looked at, since ss', lt.look(server_args(), False))
+
+    def test_the_program_that_has_a_port_is_named(self):
         for said, why in (
-                ('LISTEN 0 511 0.0.0.0:80 0.0.0.0:* users:(("nginx",pid=7,fd=6),("nginx",pid=8))',
+                ('tcp LISTEN 0 5 0.0.0.0:80 0.0.0.0:* users:(("nginx",pid=7,fd=6),("nginx",pid=8))',
                  'port 80 is used by nginx;'),
-                ('LISTEN 0 511 *:80 *:*', 'port 80 is used by another program;'),
-                ('LISTEN 0 511 *:80 *:* users:(("\x1b[2J",pid=7,fd=6))', r'used by \?\[2J;')):
+                ('udp UNCONN 0 0 *:80 *:*\ntcp LISTEN 0 511 *:443 *:*',
+                 'port 443 is used by another program;'),
+                ('tcp LISTEN 0 511 *:80 *:* users:(("\x1b[2J",pid=7,fd=6))', r'by \?\[2J;')):
             with unittest.mock.patch.object(lt, 'asked', lambda *words: said):
                 with self.subTest(said), self.assertRaisesRegex(lt.LocaltunnelError, why):
                     lt.look(server_args(), False)
 
     def test_a_resolver_on_loopback_leaves_the_port_of_dns_free(self):
-        os.makedirs(self.path('run/systemd/system'))
         for where, free in (('127.0.0.53%lo:53', True), ('[::1]:53', True), ('0.0.0.0:53', False)):
-            said = f'UNCONN 0 0 {where} 0.0.0.0:* users:(("named",pid=7,fd=6))'
-            with unittest.mock.patch.object(
-                    lt, 'asked', lambda *words: said if '-Hlnup' in words else ''):
+            said = f'udp UNCONN 0 0 {where} 0.0.0.0:* users:(("named",pid=7,fd=6))'
+            with unittest.mock.patch.object(lt, 'asked', lambda *words: said):
                 found = lt.look(server_args('--acme', 'a@example.com'), False)
-            self.assertIn('port 53 is ' + ('free' if free else 'used by named'), found)
+            self.assertIn('port 53, for DNS, is ' + ('free' if free else 'used by named'), found)
 
     def test_only_what_differs_is_written_and_all_of_it_can_be_put_back(self):
         old = {'etc/a': b'1', lt.CONFIG: b'2', 'etc/c': b'3'}
@@ -11159,9 +11170,8 @@ class InstallTest(FolderTest):
     def test_systemd_finds_nothing_wrong_with_the_units_and_little_that_is_exposed(self):
         if not shutil.which('systemd-analyze') or not os.path.exists('/usr/bin/python3'):
             missing(self, 'systemd')
-        for name in lt.UNITS:
-            self.write(name, '\n'.join(unit_lines(name)))
-        units = [self.path(name) for name in lt.UNITS]
+        units = [self.write(os.path.basename(name), '\n'.join(unit_lines(name)))
+                 for name in (lt.SOCKET, lt.SERVICE)]
         done = subprocess.run(['systemd-analyze', 'verify', *units], capture_output=True, text=True)
         self.assertEqual((done.returncode, [line for line in done.stderr.splitlines()
                                             if 'localtunnel' in line]), (0, []))
@@ -11175,7 +11185,7 @@ class InstallTest(FolderTest):
 # What takes the place of ssh: {0} is done with the command that would run on the other machine.
 FAKE_SSH = """#!/bin/sh
 for last; do :; done
-[ "$1" = -G ] && exec echo "hostname 127.0.0.1"
+[ "$1" = -G ] && exec echo "hostname 192.0.2.7"
 {0}
 """
 
@@ -11192,8 +11202,9 @@ class SshTest(FolderTest):
     def ssh(self, text):
         os.chmod(self.write('ssh', FAKE_SSH.format(text)), 0o755)
 
-    def run_there(self, script='', given=b'', ask=lambda: 'secret'):
-        lt.over_ssh('ana@example.com', script, given, ask, self.heard.append)
+    def run_there(self, script='', given=b'', password='secret'):
+        with unittest.mock.patch.object(lt, 'ask', lambda prompt: password):
+            self.heard.extend(lt.over_ssh('ana@example.com', script, given))
 
     def test_the_script_reads_what_it_is_given_whatever_is_quoted(self):
         self.ssh('exec sh -c "$last"')
@@ -11207,11 +11218,8 @@ class SshTest(FolderTest):
 
     def test_without_a_password_it_ends(self):
         self.ssh('exec sh -c "$last"')
-
-        def ask():
-            raise lt.LocaltunnelError('there is none')
-        with self.assertRaisesRegex(lt.LocaltunnelError, 'there is none'):
-            self.run_there('echo "password?"; exec cat', ask=ask)
+        with self.assertRaisesRegex(lt.LocaltunnelError, 'on a terminal, or log in as root'):
+            self.run_there('echo "password?"; exec cat', password='')
 
     def test_where_ssh_fails_its_own_words_are_the_reason(self):
         self.ssh('printf "Welcome \\\\033[2J\\n%s: Permission denied (publickey).\\n" ana >&2; '
@@ -11243,7 +11251,7 @@ class SshTest(FolderTest):
 
     def test_without_ssh_it_says_what_to_install(self):
         os.environ['PATH'] = self.folder
-        with self.assertRaisesRegex(lt.LocaltunnelError, "can't start ssh .*install OpenSSH"):
+        with self.assertRaisesRegex(lt.LocaltunnelError, "can't run ssh .*install the client"):
             self.run_there()
 
     def test_a_python_that_is_too_old_or_not_there_is_told(self):
@@ -14322,9 +14330,9 @@ class DeployTest(CommandTest):
         self.program('systemctl', FAKE_SYSTEMCTL.format(self.system))
         self.program('journalctl', f'#!/bin/sh\nexec cat {self.system}/log')
         for name in 'systemd-sysusers', 'userdel', 'ss':
-            self.program(name, '#!/bin/sh')
+            self.program(name, '#!/bin/sh\n')
         self.program('chgrp', f'#!/bin/sh\necho "$@" >>{self.system}/grouped')
-        self.program('id', '#!/bin/sh\necho 0')
+        self.program('id', '#!/bin/sh\necho ${USER_ID-0}')
         self.addCleanup(self.take_away)
         source = open_and_read(SCRIPT).replace(b"\nSYSTEM = '/' ", b"\nSYSTEM = '%s/' "
                                                % self.system.encode())
@@ -14334,8 +14342,10 @@ class DeployTest(CommandTest):
         self.ssh()
 
     def program(self, name, text):
+        """Make one, which notes how it was called."""
         os.makedirs(self.path('bin'), exist_ok=True)
-        os.chmod(self.write(f'bin/{name}', text), 0o755)
+        os.chmod(self.write(f'bin/{name}', text.replace(
+            '#!/bin/sh\n', f'#!/bin/sh\necho "{name} $*" >>{self.path("ran")}\n', 1)), 0o755)
 
     def ssh(self):
         """Let `ssh` go to that machine."""
@@ -14369,7 +14379,11 @@ class DeployTest(CommandTest):
         lock = open_and_read(os.path.join(state, 'lock'))
         self.done()
         self.assertEqual(open_and_read(os.path.join(state, 'lock')), lock)      # nothing to do
-        self.done('--contact', 'ana@example.com')
+        self.write('ours.py', open_and_read(self.script).decode().replace(
+            'TimeoutStopSec=45', 'TimeoutStopSec=46', 1))
+        self.assertIn('  for what is new in its unit: systemctl restart localtunnel',
+                      self.done('--contact', 'ana@example.com'))
+        self.assertNotIn(b'systemctl disable', open_and_read(self.path('ran')))
         self.assertNotEqual(open_and_read(os.path.join(state, 'lock')), lock)
         self.assertEqual(fetch(client.url()), (200, b'app /'))
         wrong = self.deploy('--domain', '0.0.0.0', '--bind', '127.0.0.1', '--port', self.ports[0],
@@ -14385,6 +14399,10 @@ class DeployTest(CommandTest):
         self.assertTrue(os.path.exists(os.path.join(state, 'token')))
         self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
         self.assertFalse(os.path.exists(state))
+        shown = '\n'.join(self.done('--dry-run') + self.done('--dry-run', '--remove', '--purge'))
+        for line in set(open_and_read(self.path('ran')).decode().splitlines()):
+            if line.startswith(('systemctl', 'systemd', 'ss ', 'journalctl', 'chgrp', 'userdel')):
+                self.assertIn(line.partition(' --since')[0], shown)
 
     def test_a_token_is_on_no_command_line_and_what_is_compiled_is_kept(self):
         script = open_and_read(self.path('bin', 'ssh')).decode()
@@ -14404,6 +14422,21 @@ class DeployTest(CommandTest):
         self.assertIn(b'\0-m\0localtunnel\0',         # the successor starts from there, too
                       open_and_read(f'/proc/{int(after)}/cmdline'))
 
+    def test_without_root_it_is_told_how_to_become_it(self):
+        os.environ['USER_ID'] = '1000'
+        for has, why in ((False, 'it lacks sudo; log in as root'),
+                         (True, 'sudo on ana@example.com asks for a password; type it on a term')):
+            self.program('ssh', FAKE_SSH.format(
+                f'PATH={self.path("bin")}{":$PATH" if has else ""}; exec /bin/sh -c "$last"'))
+            if has:
+                self.program('sudo', '#!/bin/sh\nexit 1')
+            else:
+                for name in 'sh', 'mktemp', 'head', 'tail', 'rm':
+                    os.symlink(shutil.which(name, path='/usr/bin:/bin'), self.path('bin', name))
+            program = self.deploy('--domain', 't.example.com')
+            self.assertEqual(program.ends(), 1)
+            program.says(why)
+
     def test_a_dry_run_goes_nowhere_and_shows_all(self):
         self.program('ssh', FAKE_SSH.format(f'echo gone >{self.path("gone")}'))
         program = self.deploy('--domain', 't.example.com', '--dry-run')
@@ -14413,6 +14446,9 @@ class DeployTest(CommandTest):
         for part in ('-- ana@example.com', '\ndomain = t.example.com', 'systemctl enable',
                      'ProtectSystem=strict', 'sudo -n "$@"'):
             self.assertIn(part, said)
+        program = self.deploy('--dry-run')
+        self.assertEqual(program.ends(), 0)
+        self.assertEqual(program.lines['out'][0], 'ssh -G -- ana@example.com   # for the domain')
 
 
 class RealSshTest(DeployTest):
@@ -14443,6 +14479,7 @@ class RealSshTest(DeployTest):
         self.host = 'vps'
 
     test_a_dry_run_goes_nowhere_and_shows_all = None
+    test_without_root_it_is_told_how_to_become_it = None
     test_one_command_makes_a_server_another_one_upgrades_it_and_a_third_takes_it_away = None
     test_a_token_is_on_no_command_line_and_what_is_compiled_is_kept = None
 
