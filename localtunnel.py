@@ -5734,15 +5734,20 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
     return connection
 
 
+TLS_RECORD = 16 * KIB + 256     # at most, with what encryption adds
+
+
 def share_tls_buffer(buffer: memoryview) -> None:
     """Let asyncio's TLS read all sockets of this process, which has one event loop, into BUFFER.
 
     Each connection has its own 256 KiB otherwise, since Python 3.11, though what is in them is
     decrypted before the read returns; and with 32 KiB an upload takes half as much CPU time again.
     """
+    room = buffer[TLS_RECORD:]      # so the clear text of one read, and of a record begun, fits too
+
     def get_buffer(self: Any, sizehint: int) -> memoryview:
-        self._ssl_buffer_view = buffer      # of which buffer_updated takes what was read
-        return buffer
+        self._ssl_buffer_view = room        # of which buffer_updated takes what was read
+        return room
     protocol: Any = asyncio.sslproto.SSLProtocol
     if hasattr(protocol, 'get_buffer'):     # before, it keeps nothing
         protocol.max_size, protocol.get_buffer = 1, get_buffer
