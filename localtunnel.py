@@ -9843,9 +9843,9 @@ TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps beh
 LEFT_OVER = 60.0                # of this age, a file that is being written is one of a crash
 MAX_PATTERNS = 20               # of a client: they stand in its lease
 KEPT_STATUSES = 200, 202, 204
-KEPT_STATUS = 202              # Accepted: it is not done yet
+KEPT_STATUS = 202               # Accepted: it is not done yet
 TRY_AGAIN = {0, 408, 425, 429, *range(500, 600)}        # 0: there was no answer
-ONLY_ASK = 'GET', 'HEAD', 'OPTIONS', 'TRACE'
+ONLY_ASK = b'GET', b'HEAD', b'OPTIONS', b'TRACE'
 _KEEP = re.compile('([A-Z]{1,20}|[*]) (?=[/*])([!-)+->@-~]{0,200})([*]?)')
 _KEPT_FILE = re.compile('[0-9a-f]{20}[.][0-9]{1,6}[.][a-z0-9-]{1,63}[.][0-9a-f]{64}')
 
@@ -9896,7 +9896,7 @@ class Shelf:
 
     def read(self, kept: KeptRequest) -> bytes:
         """The request as it goes to the client."""
-        with open(self.path(kept.file), 'rb') as f:
+        with open_file(self.path(kept.file)) as f:
             return f.read()
 
     def begin_try(self, kept: KeptRequest) -> bytes:
@@ -9915,7 +9915,7 @@ class Shelf:
     def look(self) -> dict[str, KeptRequest]:
         """All that is there, by id and in order; what a crash left half written goes."""
         found = {}
-        for entry in os.scandir(self.folder):
+        for entry in tuple(os.scandir(self.folder)):
             with contextlib.suppress(FileNotFoundError):        # another process was quicker
                 state = entry.stat()
                 if _KEPT_FILE.fullmatch(entry.name):
@@ -9937,17 +9937,17 @@ class Shelf:
 
 class Keep(NamedTuple):
     """What a client wants to be kept."""
-    patterns: Sequence[tuple[str, str, bool]]       # method, path, and whether more may follow
+    patterns: Sequence[tuple[bytes, bytes, bool]]   # method, path, and whether more may follow
     status: int                                     # which its senders are told
     gates: Sequence[Gate]                           # that let them pass
 
     def fits(self, request: Request) -> bool:
         """True if REQUEST is one of those, however the app reads its path."""
-        method, path = request.method.decode(), request.target.partition(b'?')[0].decode('latin-1')
-        return method not in ONLY_ASK and any(
-            wanted in ('*', method) and (path == begin or more and path.startswith(begin)
-                                         and not leads_out(path[len(begin):].encode('latin-1')))
-            for wanted, begin, more in self.patterns)
+        path = request.target.partition(b'?')[0]
+        return request.method not in ONLY_ASK and any(
+            method in (b'*', request.method) and (path == begin or (
+                more and path.startswith(begin) and not leads_out(path[len(begin):])))
+            for method, begin, more in self.patterns)
 
 
 def read_keep(said: Any, gates: Sequence[Gate] = ()) -> Keep:
@@ -9959,11 +9959,11 @@ def read_keep(said: Any, gates: Sequence[Gate] = ()) -> Keep:
         raise ValueError(f'up to {MAX_PATTERNS} patterns, and a status of 200, 202 or 204')
     for text in patterns:
         match = _KEEP.fullmatch(text)
-        if not match or match.group(1) in ONLY_ASK:
+        if not match or match.group(1).encode() in ONLY_ASK:
             raise ValueError(f"{printable(text)!r:.100} is not a method and a path, such as 'POST "
                              "/hooks/*'; a * is any method, or any end, and GET never waits")
         method, path, more = match.groups()
-        found.append((method, path, bool(more)))
+        found.append((method.encode(), path.encode(), bool(more)))
     return Keep(found, status, gates)
 
 
