@@ -17819,10 +17819,10 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
             sock.close()
     port = sockets[0].getsockname()[1]
     args.entrance = entrance(args, port, server.tls)
+    if hasattr(signal, 'SIGHUP'):       # before anybody can know that it listens
+        runtime.loop.add_signal_handler(signal.SIGHUP, args.sources.reload)
     announce(args, log, port, server.tls, made)
     log.flush()
-    if hasattr(signal, 'SIGHUP'):
-        runtime.loop.add_signal_handler(signal.SIGHUP, args.sources.reload)
     await first_of(stop.wait(), *(annex.run(args, server) for annex in ANNEXES))
     log.note('finishing open requests; Ctrl-C again stops now')
     if stop.is_set():
