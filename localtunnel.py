@@ -7082,8 +7082,8 @@ class Node(Others):
         """Remember whose leases CHANGES end."""
         for name, lease in changes.items():
             if lease is None:
-                over = self._over.setdefault(name, {})
-                over[self._leases.by_name[name].owner] = int(time.time())
+                over, ended = self._over.setdefault(name, {}), self._leases.by_name[name]
+                over[ended.owner] = max(int(time.time()), began(ended))    # clocks may differ
                 if len(over) > MAX_OVER:
                     del over[min(over, key=lambda owner: over[owner])]
         while len(self._over) > MAX_LEASES_IN_ALL:

@@ -5140,6 +5140,13 @@ class ClusterTest(FolderTest, WorldTest):
         self.assertEqual((await self.claims(self.ME, 1, mine, 1, release=True))[1], 'released')
         self.assertEqual((await self.claims(self.YOU, 1, second=2))[0], 101)
 
+    async def test_what_is_given_back_is_so_also_where_the_clock_is_late(self):
+        await self.cluster()
+        _, mine, _ = await self.claims(self.ME, 0, second=3600)
+        await self.claims(self.ME, 1, mine, 1, release=True)
+        self.assertEqual((await self.claims(self.YOU, 1, second=7200))[0], 101)
+        self.assertEqual((await self.claims(self.ME, 1, mine, 7201))[0], 409)
+
     async def test_a_lease_brings_no_more_names_than_an_owner_may_have(self):
         await self.cluster()
         leases = [(await self.claims(self.ME, 0, name=f'a{n}'))[1] for n in range(3)]
