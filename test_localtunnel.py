@@ -14723,8 +14723,9 @@ class BalancerTest(RecipeTest):
         self.runs('haproxy', '-db', '-f', self.write('haproxy.cfg', text))
         return nodes
 
-    def survives(self, text, again, options):
-        nodes = self.balances(text, options)
+    @contextlib.contextmanager
+    def visits(self, again):
+        """While tunnels, whose hosts it gives, are visited all the time; none may fail."""
         hosts = [self.opened(number) for number in range(6)]
         threads = [threading.Thread(target=self.visit_all, args=[hosts[n:] + hosts[:n], again])
                    for n in range(3)]
@@ -14732,6 +14733,17 @@ class BalancerTest(RecipeTest):
             thread.start()
         try:
             self.all_answer(hosts)
+            yield hosts
+            self.all_answer(hosts)
+        finally:
+            self.over.set()
+            for thread in threads:
+                thread.join()
+        self.assertEqual(self.failed, [])
+
+    def survives(self, text, again, options):
+        nodes = self.balances(text, options)
+        with self.visits(again) as hosts:
             nodes[0].process.kill()
             self.all_answer(hosts)
             self.sees('a is DOWN')
@@ -14739,12 +14751,6 @@ class BalancerTest(RecipeTest):
             self.sees('a is UP')
             nodes[1].process.terminate()
             self.assertEqual(nodes[1].ends(), 0)
-            self.all_answer(hosts)
-        finally:
-            self.over.set()
-            for thread in threads:
-                thread.join()
-        self.assertEqual(self.failed, [])
 
     def all_answer(self, hosts):
         self.answered.clear()
@@ -14761,6 +14767,25 @@ class BalancerTest(RecipeTest):
                            *self.servers(8080))
         self.survives(text, 0, [('--port', place, '--trust-proxy', '127.0.0.1')
                                 for place in self.places])
+
+    def test_haproxy_moves_on_where_a_server_hangs(self):
+        first = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
+                            *self.servers(8080))
+        admin = [self.free_port() for _ in 'ab']
+        for line in self.recipe('haproxy', ('timeout check 2s', 'timeout check 200ms'),
+                                number=3).splitlines():
+            start = re.match(' +[a-z-]+ [a-z]+', line).group()
+            first = re.sub(f'(?m)^{start}.*$', line, first) if start in first else first.replace(
+                '    option redispatch', f'{line}\n    option redispatch')
+        for place, port in zip(self.places, admin):
+            first = first.replace(f'{place} check', f'{place} check port {port}')
+        nodes = self.balances(first, [
+            ('--port', place, '--admin', port, '--trust-proxy', '127.0.0.1')
+            for place, port in zip(self.places, admin)])
+        with self.visits(again=0):
+            nodes[0].process.send_signal(signal.SIGSTOP)
+            self.addCleanup(nodes[0].process.send_signal, signal.SIGCONT)
+            self.sees('a is DOWN')
 
     def test_haproxy_leads_to_the_ports_of_raw_tcp(self):
         public, app = [self.free_port() for _ in 'ab'], self.app('hi')
@@ -14785,9 +14810,12 @@ class BalancerTest(RecipeTest):
         first = self.recipe('haproxy')
         text = first[:first.index('frontend web')] + self.recipe(
             'haproxy', *self.servers(443), number=1)
+        ports = [self.free_port() for _ in 'ab']
+        for place, port in zip(self.places, ports):
+            text = text.replace(f'{place} check', f'{place} check port {port}')
         self.survives(text, 1, [
-            ('--port', self.free_port(), '--tls-port', place, '--cert', self.path('crt'), '--key',
-             self.path('key')) for place in self.places])
+            ('--port', port, '--tls-port', place, '--cert', self.path('crt'), '--key',
+             self.path('key')) for place, port in zip(self.places, ports)])
 
 
 @unittest.skipUnless(POSIX, 'for systems with a shell')

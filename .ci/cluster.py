@@ -63,7 +63,8 @@ class Cluster:
 
     def __init__(self, folder, count, passes):
         self.folder, self.passes, self.processes = folder, passes, {}
-        self.front, self.plain, *self.ports = free_ports(3 + count)
+        self.front, self.plain, *ports = free_ports(4 + 2 * count)
+        self.ports, self.checked = ports[:count + 1], ports[count + 1:] if passes else ports
         self.environment = {
             **{k: v for k, v in os.environ.items() if not k.startswith('LOCALTUNNEL_')},
             'XDG_CONFIG_HOME': folder, 'PYTHONDONTWRITEBYTECODE': '1'}
@@ -96,7 +97,7 @@ class Cluster:
         port = str(self.ports[number])
         more = ['--port', port, '--trust-proxy', '127.0.0.1']
         if self.passes:
-            more = ['--port', str(*free_ports(1)), '--tls-port', port, '--cert',
+            more = ['--port', str(self.checked[number]), '--tls-port', port, '--cert',
                     self.path('cert.pem'), '--key', self.path('key.pem')]
         self.start(number, sys.executable, TOOL, 'server', '--domain', 't.localhost', '--bind',
                    '127.0.0.1', '--token', 't', '--cluster-key', self.path('cluster.key'),
@@ -111,12 +112,12 @@ class Cluster:
     def configuration(self):
         """README's, with the places of these."""
         with open(os.path.join(HERE, 'README.md'), encoding='utf-8') as f:
-            text, passing, _ = re.findall('```haproxy\n(.*?)```', f.read(), re.DOTALL)
+            text, passing, *_ = re.findall('```haproxy\n(.*?)```', f.read(), re.DOTALL)
         if self.passes:
             text = text[:text.index('frontend web')] + passing
         text = re.sub('    server [abc] .*\n', '', text) + ''.join(
-            f'    server n{number} 127.0.0.1:{port} check tcp-ut 3s\n'
-            for number, port in enumerate(self.ports))
+            f'    server n{number} 127.0.0.1:{port} check port {checked} tcp-ut 3s\n'
+            for number, (port, checked) in enumerate(zip(self.ports, self.checked)))
         for old, new in ((':80,[::]:80 v6only', f'127.0.0.1:{self.plain}'),
                          (':443,[::]:443 v6only', f'127.0.0.1:{self.front}'),
                          ('127.0.0.1:10000', self.path('peers')),
