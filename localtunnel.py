@@ -4549,6 +4549,8 @@ def explain(error: BaseException, where: str) -> str:
     """Return one sentence for why WHERE can't be reached."""
     if isinstance(error, (Overdue, asyncio.TimeoutError, TimeoutError)):
         return f'{where} does not answer'
+    if isinstance(error, (BadHttp, Incomplete)):
+        return f'{where} gave no proper answer: {error}'
     if isinstance(error, LocaltunnelError):
         return str(error)
     if isinstance(error, ConnectionRefusedError):
@@ -11775,19 +11777,20 @@ async def script_of(args: Args) -> bytes:
         known, app, client = args.as_client(args, runtime, Target('verify', text='verify'))
         app.close()
 
-        async def answer() -> tuple[int, bytes]:
+        async def answer() -> tuple[Response, bytes]:
             async with asking(client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
                               '/localtunnel.py') as (connection, response):
-                return response.status, await read_answer(connection, response, MAX_SCRIPT)
+                return response, await read_answer(connection, response, MAX_SCRIPT)
         try:
-            status, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
+            response, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
         except (Disconnected, BadHttp, OSError, asyncio.TimeoutError) as e:
             raise LocaltunnelError(explain(e, str(known.address))) from e
     finally:
         await runtime.close()
-    if status != 200 or len(script) > MAX_SCRIPT:
-        said = printable(script[:SHOWN].decode(errors='replace').strip())
-        raise LocaltunnelError(f'{known.address} hands out no script, but says: {said}')
+    if response.status != 200 or len(script) > MAX_SCRIPT:
+        said = response.find(b'location') or script[:SHOWN].decode(errors='replace')
+        raise LocaltunnelError(f'{known.address} hands out no script, but says {response.status}: '
+                               f'{printable(said[:SHOWN].strip())}')
     return script
 
 

@@ -9575,10 +9575,12 @@ class VerifyTest(FolderTest, LoopTest):
             self.assertTrue(all(map(str.isprintable, lines)))
 
     async def test_what_is_no_script_is_told_and_too_much_or_too_slow_is_not_waited_for(self):
-        self.assertRegex((await self.verify(b'a pipe\x1b', status='404 no'))[1],
-                         r'hands out no script, but says: a pipe\?\n$')
+        for status, said in (('404 no', r'hands out no script, but says 404: a pipe\?'),
+                             ('308 no\r\nLocation: https://b/', 'but says 308: https://b/'),
+                             ('200 \x1b', 'gave no proper answer: a malformed status line')):
+            self.assertRegex((await self.verify(b'a pipe\x1b', status=status))[1], f'{said}\n$')
         with self.constant(MAX_SCRIPT=1000, SHOWN=5):
-            self.assertRegex((await self.verify(b'x' * 2000))[1], ' but says: xxxxx\n$')
+            self.assertRegex((await self.verify(b'x' * 2000))[1], ' but says 200: xxxxx\n$')
         with self.constant(SCRIPT_WITHIN=0.02):
             code, said = await self.verify(self.ours, status='200 slow')
         self.assertEqual(code, 1)
