@@ -6523,12 +6523,13 @@ async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
 #
 # Windows that fit the path: what keeps a long one busy would only fill memory where it is short.
 #
-# A window doubles when a full one is drained within two round trips, since then the window itself
-# limits the speed; a small one grows fourfold where a round trip is long.  When draining takes more
-# than sixteen, the window halves, by promising less than was read; the first read after a silence
-# returns it to its first size.  So a long, fast path gets large windows, and a reader that stalls
-# keeps a small one.  Growth comes out of the budgets of the session and the process, and takes at
-# most a quarter of what is left, so others can always grow.
+# A window doubles when it is drained within two round trips, since then the window itself limits
+# the speed; a small one grows fourfold where a round trip is long.  Drained means three quarters:
+# the rest may not be promised yet.  When draining takes more than sixteen, the window halves, by
+# promising less than was read; the first read after a silence returns it to its first size.  So a
+# long, fast path gets large windows, and a reader that stalls keeps a small one.  Growth comes out
+# of the budgets of the session and the process, and takes at most a quarter of what is left, so
+# others can always grow.
 # ------------------------------------------------------------------------------------------------
 
 MAX_WINDOW = 16 * MIB           # of one stream: 1 Gbit/s over a path of 130 ms
@@ -6543,7 +6544,7 @@ class AdaptiveWindow(ReceiveWindow):
     def __init__(self, size: int, budget: Budget) -> None:
         super().__init__(size, budget)
         self._floor = size          # it never shrinks below this
-        self._drained = 0           # bytes that were read since `_since`: a full window is measured
+        self._drained = 0           # bytes that were read since `_since`
         self._since = self._last = -NEVER       # when that began, and the last read
 
     def consumed(self, n: int, now: float, round_trip: float) -> int:
@@ -6553,7 +6554,7 @@ class AdaptiveWindow(ReceiveWindow):
             self._shrink_to(self._floor)
             self._drained, self._since = self.read, now
         self._last = now
-        if self.read * 4 >= self.size and self._drained >= self.size:
+        if self.read * 4 >= self.size and self._drained * 4 >= self.size * 3:
             self._adapt(now - self._since, round_trip)
             self._drained, self._since = 0, now
         return super().consumed(0, now, round_trip)

@@ -4590,6 +4590,18 @@ class AdaptiveWindowTest(unittest.TestCase):
         self.assertEqual(self.drain(window, 5.0, 7.0), 400)
         self.assertEqual((window.size, self.budget.used), (400, 400))
 
+    def test_it_grows_with_each_round_trip_in_whatever_pieces_it_is_read(self):
+        for piece in 10000, 30000, 50000, 65536:
+            window, may, sizes = self.window(65536, lt.GIB), 65536, []
+            for turn in range(6):
+                arrived, may = may, 0
+                while arrived:
+                    n = min(arrived, piece)
+                    arrived -= n
+                    may += window.consumed(n, 1.02 * turn, 1.0)
+                sizes.append(window.size // lt.KIB)
+            self.assertEqual(sizes, [256, 1024, 2048, 4096, 8192, 16384], piece)
+
     def test_it_doubles_where_the_path_is_short(self):
         window = self.window()
         self.assertEqual(sum(window.consumed(n, 5.0, 0.01) for n in (50, 50)), 200)
@@ -16268,11 +16280,15 @@ class FrameTest(HostileTest):
         session = [m.session for m in self.server.tunnels.members() if not m.session.streams][-1]
         for member in self.server.tunnels.members():
             member.session.liveness.round_trip = 100.0  # a hostile peer delays its PONGs
+        first, kind = lt.INITIAL_CREDIT, 0
         for _ in range(1, 9):
             asked = await self.ask()
-            _, id, _ = await peer.until(lt.OPEN)
+            while kind & ~END != lt.OPEN:
+                kind, id, payload = await peer.frame()
+                if (kind, id) == (lt.CREDIT, 0):        # later ones begin with less
+                    first = lt.U32.unpack(payload)[0]
             peer.send(F(lt.DATA, id, b'HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\n'))
-            sent = credit = 60000
+            sent, kind = first * 9 // 10, 0
             peer.send(F(lt.DATA, id, b'x' * sent))
             await asked.reader.readexactly(sent)
             for _ in range(8):  # as long as the windows grow
