@@ -7095,7 +7095,8 @@ class Node(Others):
 
 def read_cluster_key(path: str, warn: Callable[[str], None]) -> bytes:
     """Return the key in the file at PATH.  Raises UsageError."""
-    cure = f'make one with: python3 localtunnel.py server --make-cluster-key > {path}'
+    cure = ('copy that of the other servers, or make the first with: (umask 077; python3 '
+            f'localtunnel.py server --make-cluster-key > {path})')
     try:
         key = read_secret(path, 'can take names on this cluster; make a new one', warn).strip()
     except OSError as e:
