@@ -14708,8 +14708,7 @@ def shown(args: Args, words: Sequence[str], python: str) -> str:
 
 
 COMMAND_PATIENCE = 120.0        # for the system's commands; systemd gives a server 90
-READY_WITHIN = 60.0             # for a successor to serve, and for what a server then writes
-READY_LOOK = 0.3
+READY_WITHIN, READY_LOOK = 60.0, 0.3    # for a successor to serve; between looks
 
 
 def system(*words: str) -> str:
@@ -14876,33 +14875,26 @@ DEPLOYED_WITHIN = 900.0         # people look for second factors; the parts have
 MOST_HEARD = 64 * KIB           # of the other machine; ours say a few lines
 
 
-def password_for(host: str) -> bytes:
-    """What the user types for sudo on HOST.  Raises LocaltunnelError."""
-    typed = ask(f'password for sudo on {host}: ')
-    if not typed:
-        raise LocaltunnelError(f'sudo on {host} asks for a password; type it on a terminal, or '
-                               'log in as root')
-    return typed.encode() + b'\n'
-
-
 def converse(process: Any, given: bytes, host: str) -> Iterator[str]:
     """What PROCESS on HOST prints, which reads GIVEN, and a password where it asks for one."""
+    def say(data: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):      # then it says why
+            process.stdin.write(data)
+    say(given)
     left = MOST_HEARD
-    with contextlib.suppress(BrokenPipeError):      # then it says why
-        process.stdin.write(given)
-    while True:
+    while left > 0:
         line = process.stdout.readline(left)
-        left -= len(line)
+        left -= len(line) or left
         text = printable(line.decode(errors='replace').rstrip())
-        if not line:
-            return
-        if text != QUESTION:
+        if text == QUESTION:
+            password = ask(f'password for sudo on {host}: ')
+            if not password:
+                raise LocaltunnelError(f'sudo on {host} asks for a password; type it on a '
+                                       'terminal, or log in as root')
+            say(f'{password}\n'.encode())
+            process.stdin.close()
+        elif text:
             yield text
-            continue
-        password = password_for(host)
-        with contextlib.suppress(BrokenPipeError):
-            process.stdin.write(password)
-        process.stdin.close()
 
 
 def over_ssh(host: str, script: str, given: bytes) -> Iterator[str]:
@@ -15049,13 +15041,11 @@ class SettingUp(Annex):
                        + shown(args, words, USUAL_PYTHON))
             return 0
         print_line(f'{args.host}:')
-        code = None
+        code = ''
         for line in over_ssh(args.host, script, source + options):
-            found = re.search('--join (lt1[a-z2-7]+)$', line)
-            if found:
-                code = found.group(1)
-            else:
-                print_line(f'  {line}')
+            told, _, code = line.partition('--join ')
+            if not code:
+                print_line(f'  {told}')
         return self.finish(args, code) if code else 0
 
     @staticmethod
