@@ -4,9 +4,9 @@
 
 Sixty tunnels, every third with a chosen name, are visited all the time: by GET, once more where the
 connection breaks before an answer and HAProxy can't repeat it.  Meanwhile a server is killed,
-returns, is told to end, returns, and a new one is added; first where HAProxy ends TLS, then where
-it passes TLS on.  Nothing may fail, no visitor may see a 404, no client may lose its name, and each
-name must answer within three seconds.  Standard library only; needs haproxy and openssl.
+returns, is told to end, returns, a new one is added, and HAProxy is reloaded; first where HAProxy
+ends TLS, then where it passes TLS on.  Nothing may fail, no visitor may see a 404, no client may
+lose its name, and each name must answer within three seconds.  Standard library only; needs haproxy and openssl.
 """
 
 import asyncio
@@ -79,7 +79,7 @@ class Cluster:
             f.write(subprocess.check_output([sys.executable, TOOL, 'server', '--make-cluster-key']))
         for number in range(count):
             self.node(number)
-        self.start('haproxy', 'haproxy', '-db', '-f', self.configuration())
+        self.balance('-f', self.configuration())
         until_open(self.front)
         self.start('clients', sys.executable, __file__, 'clients',
                    f'https://t.localhost:{self.front}', folder)
@@ -92,6 +92,14 @@ class Cluster:
         log = open(self.path(f'{name}.log'), 'ab')
         self.processes[name] = subprocess.Popen(
             words, stdin=subprocess.PIPE, stdout=log, stderr=log, env=self.environment)
+
+    def balance(self, *words):
+        self.start('haproxy', 'haproxy', '-db', *words)
+
+    def reload(self):
+        """Another HAProxy takes over; the old one goes on with the sessions."""
+        old = self.processes['old haproxy'] = self.processes['haproxy']
+        self.balance('-f', self.path('haproxy.cfg'), '-sf', str(old.pid))
 
     def node(self, number):
         port = str(self.ports[number])
@@ -219,7 +227,8 @@ async def prove(count, passes, folder):
                 ('nothing', lambda: None), ('killed', lambda: cluster.end(0, signal.SIGKILL)),
                 ('returned', lambda: cluster.node(0)),
                 ('told to end', lambda: cluster.end(1, signal.SIGTERM)),
-                ('returned', lambda: cluster.node(1)), ('added', lambda: cluster.node(count))):
+                ('returned', lambda: cluster.node(1)), ('added', lambda: cluster.node(count)),
+                ('reloaded', cluster.reload)):
             requests, failed, seconds = await load.through(event)
             good &= not failed and seconds < GOAL and not cluster.lost()
             print(f'| {count} | {"passed on" if passes else "ended"} | {name} | {requests} '
