@@ -14653,8 +14653,13 @@ docker run -d --restart unless-stopped -p 80:80 -p 443:443 -v localtunnel:/state
 
 def words_of(args: Args) -> list[str]:
     """The server's options among those that were typed, and those of a file that was named."""
-    own = '--config', '--dry-run', '--print', '--purge', '--remove'
-    return [word for word in args.typed if word.partition('=')[0] not in own]
+    own, words = ('--config', '--dry-run', '--print', '--purge', '--remove'), {}
+    for word in args.typed:
+        name = word.partition('=')[0]
+        repeats = isinstance(getattr(args, name[2:].replace('-', '_'), None), list)
+        if name not in own:
+            words[word if repeats else name] = word     # the last one wins
+    return [*words.values()]
 
 
 def in_file(words: Sequence[str]) -> str:

@@ -11126,6 +11126,11 @@ class InstallTest(FolderTest):
         args = server_args('--print', '--remove', '--purge', '--open')
         self.assertEqual(lt.words_of(args), ['--domain=t.example.com', '--open'])
 
+    def test_of_what_is_said_twice_the_last_counts_unless_both_do(self):
+        args = server_args('--rate', '5', '--token', '1', '--open', '--token=2', '--rate=6')
+        self.assertEqual(lt.words_of(args), ['--domain=t.example.com', '--rate=6', '--token=1',
+                                             '--open', '--token=2'])
+
     def test_what_an_installed_server_can_not_have_is_said(self):
         for words, why in ((['--domain', 'localhost'], 'add --domain'),
                            (['--purge'], '--purge goes with --remove'),
@@ -11148,7 +11153,8 @@ class InstallTest(FolderTest):
 
     def test_one_who_is_not_root_is_told_to_type_sudo(self):
         os.makedirs(self.path('run/systemd/system'))
-        with unittest.mock.patch.object(lt.os, 'access', lambda path, mode: False):
+        with unittest.mock.patch.object(lt.os, 'access', lambda path, mode: False), \
+                unittest.mock.patch.object(lt.sys, 'executable', lt.USUAL_PYTHON):
             for words in [], ['--remove']:
                 args = server_args(*words)
                 with self.assertRaisesRegex(lt.LocaltunnelError, 'takes root, so type sudo'):
