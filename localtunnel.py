@@ -14932,7 +14932,8 @@ def over_ssh(host: str, script: str, given: bytes) -> Iterator[str]:
         raise LocaltunnelError(f"can't reach {host}: {last or 'ssh does not say why'}; `ssh {host}`"
                                ' alone may say more')
     if code < 0:
-        raise LocaltunnelError(f'{host} was not done within {DEPLOYED_WITHIN:.0f} seconds')
+        raise LocaltunnelError(f'{host} was not done within {DEPLOYED_WITHIN:.0f} seconds, or ssh '
+                               'was killed; the same command again finishes what has begun')
     if code:
         raise LocaltunnelError(f'on {host}: {last}')
     if last:
@@ -15145,12 +15146,15 @@ class Ssh(Carrier):
         if self._task is None or self._task.done():
             self._up: asyncio.Future[LocaltunnelError | None] = self._runtime.loop.create_future()
             self._task = self._runtime.spawn(self._run())
-        patience = SSH_ASKS if self._asks else SSH_ANSWERS
+        patience, port = SSH_ASKS if self._asks else SSH_ANSWERS, self._port
         try:
             error = await asyncio.wait_for(self._up, patience)
         except asyncio.TimeoutError:
             await end_task(self._task)
             raise Disconnected(f'{self.name} gave no URL within {patience:.0f} s') from None
+        if error and self._port != port:
+            self._observer.note(str(error))
+            return await self._connect(timeout)     # for another one, at once
         if error:
             raise error
         self._asks = False
