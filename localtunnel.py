@@ -6986,6 +6986,14 @@ class Access(Annex):
 
 MAX_LEASE = 4 * KIB             # characters of one that a client keeps
 MAX_OVER = 4                    # owners who gave a name back, of each name: the last ones
+MAX_FREE = 1000                 # names remembered that were given back and that nobody has since
+NOBODYS = Lease('', '', 0)      # of one of these, beside its facts; it has ended long ago
+
+
+def pack_over(over: Mapping[str, int]) -> str:
+    """The fact that says who gave a name back, and when."""
+    last = sorted(over.items(), key=lambda item: item[1])[-MAX_OVER:]
+    return ' '.join(f'{owner}={when}' for owner, when in last)
 
 
 def began(lease: Lease) -> int:
@@ -7000,11 +7008,10 @@ class Node(Others):
         self._leases, self._tunnels = server.admission.leases, server.tunnels
         self._key = hmac.new(key, b'localtunnel/1 lease\0' + server.domain.encode(),
                              hashlib.sha256).digest()
-        self._over: dict[str, dict[str, int]] = {}      # by name, of those given back here
         server.tunnels.others = self
         server.admission.checks.append(self.check)
         server.limits.offers['sni'] = lambda said: ''        # it was asked to, see `check`
-        self._leases.keepers.append(self._watch)
+        self._leases.keepers.insert(0, self._remember)
 
     def may_know(self, name: str) -> bool:
         try:
@@ -7066,31 +7073,33 @@ class Node(Others):
 
     def _overs(self, name: str, *leases: Lease) -> dict[str, int]:
         """Who gave NAME back, and when, as far as is known here and to LEASES."""
-        words = ' '.join(lease.facts.get('over', '') for lease in leases).split()
-        over = dict(self._over.get(name, {}))
+        known = filter(None, (self._leases.by_name.get(name), *leases))
+        words = ' '.join(lease.facts.get('over', '') for lease in known).split()
+        over: dict[str, int] = {}
         for owner, _, when in (word.rpartition('=') for word in words):
             over[owner] = max(int(when), over.get(owner, 0))
         return over
 
     def _facts(self, name: str, *leases: Lease) -> dict[str, str]:
         """What LEASES of one owner of NAME say together; other facts are of one server alone."""
-        last = sorted(self._overs(name, *leases).items(), key=lambda item: item[1])[-MAX_OVER:]
-        over = ' '.join(f'{owner}={when}' for owner, when in last)
-        return {'since': str(min(map(began, leases))), **({'over': over} if over else {})}
+        facts, over = {'since': str(min(map(began, leases)))}, self._overs(name, *leases)
+        return {**facts, 'over': pack_over(over)} if over else facts
 
     def _signature(self, text: str) -> str:
         return hmac.new(self._key, text.encode(errors='replace'), hashlib.sha256).hexdigest()
 
-    async def _watch(self, changes: Changes) -> None:
-        """Remember whose leases CHANGES end."""
-        for name, lease in changes.items():
-            if lease is None:
-                over, ended = self._over.setdefault(name, {}), self._leases.by_name[name]
-                over[ended.owner] = max(int(time.time()), began(ended))    # clocks may differ
-                if len(over) > MAX_OVER:
-                    del over[min(over, key=lambda owner: over[owner])]
-        while len(self._over) > MAX_LEASES_IN_ALL:
-            del self._over[next(iter(self._over))]
+    async def _remember(self, changes: Changes) -> None:
+        """Add to CHANGES whose leases they end: a restart must not make an old one good again."""
+        book = self._leases
+        for name, lease in tuple(changes.items()):
+            over, ended = self._overs(name, *filter(None, [lease])), book.by_name.get(name)
+            if ended and lease is None and book.owner(name, time.time()):
+                over[ended.owner] = max(int(time.time()), began(ended))     # clocks may differ
+                lease = NOBODYS
+            if lease and over:
+                changes[name] = lease._replace(facts={**lease.facts, 'over': pack_over(over)})
+        free = [name for name, lease in book.by_name.items() if lease.owner == NOBODYS.owner]
+        changes.update((name, None) for name in free[:-MAX_FREE] if name not in changes)
 
 
 def read_cluster_key(path: str, warn: Callable[[str], None]) -> bytes:

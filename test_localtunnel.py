@@ -5159,6 +5159,28 @@ class ClusterTest(FolderTest, WorldTest):
         self.assertEqual((await self.claims(self.YOU, 1, second=7200))[0], 101)
         self.assertEqual((await self.claims(self.ME, 1, mine, 7201))[0], 409)
 
+    async def test_what_was_given_back_stays_so_when_the_server_starts_again(self):
+        await self.cluster()
+        _, mine, _ = await self.claims(self.ME, 0)
+        await self.claims(self.ME, 0, mine, 1, release=True)
+        for node in 2, 3:           # the second time the name is somebody's
+            book = self.server.admission.leases.by_name
+            self.leases = None
+            await self.new_server()
+            self.server.admission.leases.make({name: lt.unpack_lease(name, json.loads(
+                json.dumps(lt.pack_lease(lease)))) for name, lease in book.items()})
+            self.add_node()
+            self.assertEqual((await self.claims(self.YOU, node, second=node))[0], 101)
+            self.assertEqual((await self.claims(self.ME, node, mine, 4))[0], 409)
+
+    async def test_of_names_given_back_so_many_are_remembered(self):
+        await self.cluster()
+        with self.constant(MAX_FREE=2):
+            for n in range(4):
+                await self.claims(self.ME, 0, name=f'a{n}')
+                await self.claims(self.ME, 0, name=f'a{n}', release=True)
+        self.assertEqual(list(self.server.admission.leases.by_name), ['a1', 'a2', 'a3'])
+
     async def test_a_lease_brings_no_more_names_than_an_owner_may_have(self):
         await self.cluster()
         leases = [(await self.claims(self.ME, 0, name=f'a{n}'))[1] for n in range(3)]
