@@ -15061,11 +15061,8 @@ class SettingUp(Annex):
             told, _, code = line.partition('--join ')
             if not code:
                 print_line(f'  {told}')
-        return self.finish(args, code) if code else 0
-
-    @staticmethod
-    def finish(args: Args, code: str) -> int:
-        """Let this user's clients go to the server of CODE; see whether they can."""
+        if not code:
+            return 0
         address = read_code(code)[0]
         args.remember(code)
         wrong = 'doctor' in args.known and args.do(['doctor', '--server', address])

@@ -14450,7 +14450,9 @@ class DeployTest(CommandTest):
         self.assertTrue(os.path.exists(os.path.join(state, 'token')))
         self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
         self.assertFalse(os.path.exists(state))
-        shown = '\n'.join(self.done('--dry-run') + self.done('--dry-run', '--remove', '--purge'))
+        with unittest.mock.patch.object(lt, 'SYSTEM', self.system + '/'):
+            shown = '\n'.join(lt.shown(server_args(*words), [], lt.USUAL_PYTHON)
+                              for words in ([], ['--remove', '--purge']))
         for line in set(open_and_read(self.path('ran')).decode().splitlines()):
             if line.startswith(('systemctl', 'systemd', 'ss ', 'journalctl', 'chgrp', 'userdel')):
                 self.assertIn(line.partition(' --since')[0], shown)
@@ -14484,20 +14486,20 @@ class DeployTest(CommandTest):
             else:
                 for name in 'sh', 'mktemp', 'head', 'tail', 'rm':
                     os.symlink(shutil.which(name, path='/usr/bin:/bin'), self.path('bin', name))
-            program = self.deploy('--domain', 't.example.com')
+            program = self.start('deploy', self.host, '--domain', 't.example.com')
             self.assertEqual(program.ends(), 1)
             program.says(why)
 
     def test_a_dry_run_goes_nowhere_and_shows_all(self):
         self.program('ssh', FAKE_SSH.format(f'echo gone >{self.path("gone")}'))
-        program = self.deploy('--domain', 't.example.com', '--dry-run')
+        program = self.start('deploy', self.host, '--domain', 't.example.com', '--dry-run')
         self.assertEqual(program.ends(), 0)
         said = '\n'.join(program.lines['out'])
         self.assertFalse(os.path.exists(self.path('gone')))
         for part in ('-- ana@example.com', '\ndomain = t.example.com', 'systemctl enable',
                      'ProtectSystem=strict', 'sudo -n "$@"'):
             self.assertIn(part, said)
-        program = self.deploy('--dry-run')
+        program = self.start('deploy', self.host, '--dry-run')
         self.assertEqual(program.ends(), 0)
         self.assertEqual(program.lines['out'][0], 'ssh -G -- ana@example.com   # for the domain')
 
