@@ -14833,6 +14833,23 @@ class BalancerTest(RecipeTest):
             self.addCleanup(nodes[0].process.send_signal, signal.SIGCONT)
             self.sees('a is DOWN')
 
+    def test_haproxy_remembers_nothing_of_who_gets_no_session(self):
+        self.balances(self.recipe(
+            'haproxy', ('/etc/haproxy/t.example.com.pem', self.pem), *self.servers(8080),
+            ('global\n', f'global\n    stats socket {self.path("control")}\n')),
+            [('--port', place, '--trust-proxy', '127.0.0.1') for place in self.places])
+        host = self.opened(1)
+        with socket.create_connection(('127.0.0.1', self.ports[0]), PATIENCE) as sock:
+            sock.sendall(f'GET {lt.WELL_KNOWN} HTTP/1.1\r\nHost: other.t.localhost\r\nConnection: '
+                         f'Upgrade\r\nUpgrade: {lt.PROTOCOL}\r\n\r\n'.encode())
+            self.assertIn(b' 401 ', sock.recv(100))
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(self.path('control'))
+            sock.sendall(b'show table localtunnel\n')
+            table = sock.makefile().read()
+        self.assertRegex(table, f'key={re.escape(host)} .*server_id=[12]')
+        self.assertNotRegex(table, 'key=other.*server_id=[12]')
+
     def test_haproxy_leads_to_the_ports_of_raw_tcp(self):
         public, app = [self.free_port() for _ in 'ab'], self.app('hi')
         text = self.recipe('haproxy', ('/etc/haproxy/t.example.com.pem', self.pem),
