@@ -1594,11 +1594,12 @@ class Session:
 
     def forget(self, stream: Stream) -> None:
         """Drop STREAM, which is over both ways."""
+        outbox = self.outbox
         self.streams.pop(stream.id, None)
-        self.outbox.turns.pop(stream, None)
-        self.outbox.credits.pop(stream.id, None)
+        outbox.turns.pop(stream, None)
+        outbox.credits.pop(stream.id, None)
         if self.state == CLOSING and not self.streams:
-            self.outbox.schedule()      # it closes once all has left
+            outbox.schedule()       # it closes once all has left
 
     # Frames in.
 
@@ -6628,13 +6629,13 @@ class Unacknowledged(Outbox):
         return data
 
     def has_room(self) -> bool:
-        session, connection = self.session, self.session.connection
+        connection = self.session.connection
         if self.size >= BATCH or connection is None or connection.writing_paused:
             return False            # as in any session: to ask that costs a call for each frame
         if self.sent + self.size < self.limit or self.widen():
             return True
-        if session.liveness.asked_at == NEVER:
-            session.ping()
+        if self.session.liveness.asked_at == NEVER:
+            self.session.ping()
         return False
 
     def widen(self) -> bool:
@@ -10777,7 +10778,7 @@ class Postman:
             except Overdue as e:
                 raise Reply('421 4.4.2 this takes too long') from e
             line = connection.readline_nowait(MAX_MAIL_LINE)
-        if line.find(b'\r') != len(line) - 2:
+        if line == b'\n' or line.find(b'\r') != len(line) - 2:
             raise Reply('521 5.5.2 lines end with CR LF, and neither stands alone')
         return line
 

@@ -8203,7 +8203,7 @@ SMTP_TABLE = r"""
 
 # How a message may seem to end to somebody: published in 2023 as SMTP smuggling, and its kin.
 SMUGGLED_ENDS = ('\n.\n', '\n.\r\n', '\r.\r', '\r.\r\n', '\r\n.\n', '\r\n.\r', '\r.\n', '\n.\r',
-                 '\r\n\r.\r\n', '\r\r\n.\r\r\n', '\n\n.\n\n', '\0\n.\r\n')
+                 '\r\n\r.\r\n', '\r\n\n.\r\n', '\r\r\n.\r\r\n', '\n\n.\n\n', '\0\n.\r\n')
 HARMLESS_ENDS = '\r\n\0.\r\n', '\r\n..\r\n', '\r\n. \r\n', '\r\n.x\r\n'
 
 MIME = 'MIME-Version: 1.0\r\nContent-Type: '

@@ -276,7 +276,7 @@ def message_in(fed):
     raw, letter, postman = io.BytesIO(), lt.Letter('', False), object.__new__(lt.Postman)
     postman._connection = stream = lt.ByteStream(runtime)
     postman._server = types.SimpleNamespace(runtime=runtime)
-    postman._office = types.SimpleNamespace(disk=lt.Budget(1 << 20))
+    postman._office = types.SimpleNamespace(disk=lt.Budget(1 << 20), senders={})
     try:
         assert run_with(postman._read(letter, raw), stream, fed) == ''
     except (lt.Reply, lt.Disconnected) as e:
