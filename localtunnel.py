@@ -14881,6 +14881,8 @@ elif ! command -v sudo >/dev/null; then echo "it lacks sudo; log in as root"; ex
 elif sudo -n true >/dev/null 2>&1; then sudo -n "$@"
 else echo "{question}"; sudo -S -p "" "$@"
 fi"""
+WITH_THESE = '--config "$folder/server.ini"'
+WITH_THE_OLD = f'$([ -e {SYSTEM}{CONFIG} ] || echo --config "$folder/server.ini")'     # if any
 PYTHONS = USUAL_PYTHON, 'python3', *(f'python3.{minor}' for minor in range(14, 7, -1))
 QUESTION = 'password?'          # the line by which it asks for one, for sudo
 # A shared connection may be used, but none begun: it would keep the pipe of what is printed open.
@@ -14965,6 +14967,7 @@ def domain_of(host: str, acme: bool) -> str:
 
 
 INSTALL_EPILOG = """Options of the server follow; they are kept in /etc/localtunnel/server.ini.
+Again is an upgrade: without options it keeps those, with some it has these alone.
 
 examples:
   localtunnel.py install --domain t.example.com --acme you@example.com --print
@@ -14998,6 +15001,9 @@ class SettingUp(Annex):
     def install(self, args: Args) -> int:
         """Do what ARGS say; return the exit code."""
         words, here = words_of(args), os.path.realpath(sys.executable)
+        if not (words or args.remove or args.config) and os.path.exists(SYSTEM + CONFIG):
+            own = f'--config={SYSTEM}{CONFIG}'
+            return int(args.do(['install', own, *['--print'] * args.print]))
         python = USUAL_PYTHON if here == os.path.realpath(USUAL_PYTHON) else here
         if not args.remove:
             check(args, python)
@@ -15010,7 +15016,10 @@ class SettingUp(Annex):
             print_line('the server is gone' + '; its leases and token are still in '
                        f'{SYSTEM}{STATE}' * (not args.purge))
         else:
-            self.set_up(args, server_files(args, words, python), filled(PREPARE, python))
+            files = server_files(args, words, python)
+            if args.config == SYSTEM + CONFIG:
+                del files[CONFIG]       # it stays as it is, with its comments
+            self.set_up(args, files, filled(PREPARE, python))
         return 0
 
     @staticmethod
@@ -15039,6 +15048,7 @@ class SettingUp(Annex):
         """Do what ARGS say; return the exit code."""
         import shlex
         words, lines = words_of(args), [shlex.join([*SSH, '--', args.host])]
+        which = WITH_THESE if words else WITH_THE_OLD
         if is_loopback(args.domain) and not args.remove:
             args.domain = domain_of(args.host, bool(getattr(args, 'acme', None)))
             words.append(f'--domain={args.domain}')
@@ -15048,7 +15058,7 @@ class SettingUp(Annex):
             size=len(source), next=len(source) + 1, whole=len(source + options),
             pythons=' '.join(PYTHONS), question=QUESTION,
             words=' '.join(['--remove'] * args.remove + ['--purge'] * args.purge)
-            or '--config "$folder/server.ini"')
+            or which)
         if not args.remove:
             check(args, USUAL_PYTHON)
         if args.dry_run:
