@@ -390,7 +390,6 @@ def decode_reason(payload: bytes) -> tuple[int, str]:
     return REASON_CODE.unpack_from(payload)[0], printable(text)
 
 
-FULL = DATA << 24 | MAX_PAYLOAD         # the first half of a header: a part of something large
 CARRYING = frozenset((OPEN, DATA, OPEN | END, DATA | END))      # bytes, on a stream
 FRAMES_TOGETHER = 128           # of one session in one turn of the loop; then it is others' turn
 
@@ -400,39 +399,35 @@ class Decoder:
 
     Checks whatever one frame alone can show; the session judges what it means on its stream.
     """
-    __slots__ = ('received', 'behind', '_rest', '_stream', '_lacks')
+    __slots__ = ('received', 'behind', '_rest', '_lacks')
 
     def __init__(self) -> None:
         self.received = 0           # bytes, in all
         self.behind = False         # there may be whole frames left: feed(b'') gives them
         self._rest = b''            # what has come of the next frames
-        self._stream = 0            # whose the last full frame was
-        self._lacks = 0             # bytes of it that are still to come
+        self._lacks = 0             # bytes until it is a whole one, where that is known
 
     def feed(self, data: Buffer) -> list[Frame]:
         """Return the frames that DATA completes, at most FRAMES_TOGETHER.
 
-        Full ones of one stream are one here, as far as they have come: a reader that wakes for each
-        takes a tenth more CPU time in bulk.  Raises ProtocolError, after which it must not be fed.
+        Raises ProtocolError, after which it must not be fed.
         """
         frames: list[Frame] = []
+        n, self._lacks = self._lacks, 0
+        if 0 < n < len(data):       # completed apart, or all that is behind it would be copied
+            frames, data = self.feed(data[:n]), data[n:]
         self.received += len(data)
         if self._rest:
             data = self._rest + bytes(data)
         at, end = 0, len(data)
-        if self._lacks and data:
-            at = self._gather(data, 0, frames)
         while at + 8 <= end and len(frames) < FRAMES_TOGETHER:
             word, stream = FRAME_HEADER.unpack_from(data, at)
             length = word & 0xffffff
             if length > MAX_PAYLOAD:
                 raise ProtocolError(f'a frame of {length} bytes')
             begin = at + 8
-            if word == FULL and stream and begin < end:
-                self._stream, self._lacks = stream, length
-                at = self._gather(data, begin, frames)
-                continue
             if begin + length > end:
+                self._lacks = begin + length - end
                 break
             at = begin + length
             kind, payload = word >> 24, bytes(data[begin:at])
@@ -442,19 +437,6 @@ class Decoder:
         self._rest = bytes(data[at:]) if at < end else b''
         self.behind = len(frames) == FRAMES_TOGETHER
         return frames
-
-    def _gather(self, data: Buffer, at: int, frames: list[Frame]) -> int:
-        """Add to FRAMES the payloads of full ones, from AT on; return where they end."""
-        parts, header = [], FRAME_HEADER.pack(FULL, self._stream)
-        while True:
-            parts.append(data[at:at + self._lacks])
-            at += len(parts[-1])
-            self._lacks -= len(parts[-1])
-            if self._lacks or at + 8 >= len(data) or data[at:at + 8] != header:
-                break
-            at, self._lacks = at + 8, MAX_PAYLOAD
-        frames.append((DATA, self._stream, b''.join(parts)))
-        return at
 
     @staticmethod
     def _check(flagged: int, stream: int, payload: bytes) -> None:
