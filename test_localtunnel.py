@@ -14694,6 +14694,7 @@ class BalancerTest(RecipeTest):
                        check=True, capture_output=True)
         self.pem = self.write('pem', ''.join(
             open_and_read(self.path(name)).decode() for name in ('crt', 'key')))
+        self.tls = lt.client_tls(self.path('crt'))      # once: it reads all authorities
         key = self.write('cluster.key', self.command('server', '--make-cluster-key')[1])
         os.chmod(key, 0o600)
         self.options = ['--domain', 't.localhost', '--bind', '127.0.0.1', '--token', 't',
@@ -14727,7 +14728,7 @@ class BalancerTest(RecipeTest):
         """The status of a request."""
         name = host.partition(':')[0]
         connection = http.client.HTTPConnection(name)
-        connection.sock = lt.client_tls(self.path('crt')).wrap_socket(socket.create_connection(
+        connection.sock = self.tls.wrap_socket(socket.create_connection(
             ('127.0.0.1', self.ports[1]), 3 * PATIENCE), server_hostname=name)
         with contextlib.closing(connection):
             connection.request('GET', '/', headers={'Host': host})
