@@ -6,7 +6,8 @@ Sixty tunnels, every third with a chosen name, are visited all the time: by GET,
 connection breaks before an answer and HAProxy can't repeat it.  Meanwhile a server is killed,
 returns, is told to end, returns, a new one is added, and HAProxy is reloaded; first where HAProxy
 ends TLS, then where it passes TLS on.  Nothing may fail, no visitor may see a 404, no client may
-lose its name, and each name must answer within three seconds.  Standard library only; needs haproxy and openssl.
+lose its name, and each name must answer within three seconds.  Standard library only; needs
+haproxy and openssl.
 """
 
 import asyncio
