@@ -5130,15 +5130,14 @@ HOST_NAME = r'(?:[A-Za-z0-9_~:-]{1,63}[.])*[A-Za-z0-9_~:-]{1,63}[.]?'
 def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
     """(scheme, host, port, path with query) of a URL.  Raises UsageError."""
     usual = f'expected a URL like {schemes[0]}://HOST:PORT'
+    private = f'{usual}, without user and password'         # which are not repeated
     try:
         parts = urllib.parse.urlsplit(text)
-        host, port, wrong = parts.hostname, parts.port, ''
+        host, port = parts.hostname, parts.port
     except ValueError as e:
-        host, port, wrong = None, None, str(e)
-    if '@' in (text if wrong else parts.netloc):        # a password is not repeated
-        raise UsageError(f'{usual}, without user and password')
-    if wrong:
-        raise UsageError(f'{text} is not a URL: {wrong}')
+        raise UsageError(private if '@' in text else f'{text} is not a URL: {e}') from e
+    if '@' in parts.netloc:
+        raise UsageError(private)
     if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
             or not re.fullmatch(HOST_NAME, host) or re.search(r'[^\x21-\x7e]', text)):
         raise UsageError(f'{usual}, not {text}')
@@ -14262,10 +14261,11 @@ class Inspect(Annex):
             raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
         target = parse_target(args.to) if args.to else None
         there = [(str(e['id']), e) for e in recorded(path, False, self.warn)] if path else []
+        last, times = dict(there), collections.Counter(number for number, _ in there)
         remote = None if path else Remote(args.inspect, args.inspect_password)
         failed = False
-        for number, exchange in [(n, dict(there).get(n)) for n in numbers] or there:
-            if numbers and [n for n, _ in there].count(number) > 1:
+        for number, exchange in [(n, last.get(n)) for n in numbers] or there:
+            if numbers and times[number] > 1:
                 self.warn(f'{number}: several clients counted up to this; their last is sent')
             try:
                 if target:
@@ -17741,8 +17741,8 @@ def client_command(args: Args) -> int:
 
 def server_tokens(args: Args) -> tuple[Tokens, str]:
     """Return the tokens of a server, and the one that was made because none was given, or ''."""
-    given = args.token or [t for t in [os.environ.get('LOCALTUNNEL_TOKEN')] if t]
-    given = [check_token(token) for token in given]
+    given = args.token or [
+        check_token(token) for token in [os.environ.get('LOCALTUNNEL_TOKEN')] if token]
     local = is_loopback(args.domain) and is_loopback(args.bind)
     some = bool(given or getattr(args, 'token_file', None))
     if some or args.open or local:

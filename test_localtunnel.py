@@ -4750,23 +4750,24 @@ class ResumeTest(SessionTest):
         links = await self.send_both_ways(30000, lambda n: (2000 + n, 2000 + n))
         self.assertGreater(links, 10)
 
-    async def test_what_is_written_meanwhile_goes_out_when_it_is_back(self):
+    async def cut_off(self):
+        """Both ends of a stream, whose sessions have lost their connection."""
         self.here, self.there = self.new_sessions()
         await self.linked(10**6, 10**6)
-        mine, theirs = await self.streams()
+        ends = await self.streams()
         self.here.drop()
         self.there.drop()
+        return ends
+
+    async def test_what_is_written_meanwhile_goes_out_when_it_is_back(self):
+        mine, theirs = await self.cut_off()
         async with self.background(mine.write(b'meanwhile', end=True)):
             mine.runtime.loop.call_soon(lambda: None)
             await self.linked(10**6, 10**6)
             self.assertEqual([await theirs.read(), await theirs.read()], [b'meanwhile', b''])
 
     async def test_a_reset_while_it_was_away_arrives(self):
-        self.here, self.there = self.new_sessions()
-        await self.linked(10**6, 10**6)
-        mine, theirs = await self.streams()
-        self.here.drop()
-        self.there.drop()
+        mine, theirs = await self.cut_off()
         mine.reset(lt.CANCELLED, 'meanwhile')
         await self.linked(10**6, 10**6)
         with self.assertRaisesRegex(lt.StreamReset, 'meanwhile'):
