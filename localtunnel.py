@@ -4406,12 +4406,20 @@ def plain_page(error: HopFailed, accept: bytes) -> tuple[str, str, Sequence[str]
     return 'text/plain; charset=utf-8', f'{error.status} {phrase}: {printable(str(error))}\n', ()
 
 
-def own_error(error: HopFailed, accept: bytes, page: ErrorPage, extra: Sequence[str] = (),
-              method: bytes = b'GET') -> Own:
+def own_error(error: HopFailed, accept: bytes, page: ErrorPage, method: bytes = b'GET') -> Own:
     """What tells METHOD what went wrong, as PAGE puts it for ACCEPT."""
     form, text, more = page(error, accept)
     failed = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
-    return Own(error.status, form, [text.encode()], [*more, *failed, *extra], method)
+    return Own(error.status, form, [text.encode()], [*more, *failed, *error.extra], method)
+
+
+class Failures:
+    """What a visitor is told where something failed; the form of it is a seam."""
+    page: ErrorPage = staticmethod(plain_page)
+
+    def failed(self, error: HopFailed, request: Request) -> Own:
+        """What REQUEST gets, which came to an ERROR."""
+        return own_error(error, request.get(b'accept'), self.page, request.method)
 
 
 def parse_hostless(head: bytes) -> Request:
@@ -4424,13 +4432,12 @@ Page = Callable[[str], Tuple[str, Sequence[bytes]]]
 _ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
 
 
-class Pages(Dict[bytes, Page]):
+class Pages(Dict[bytes, Page], Failures):
     """What a server says itself: the pages of its own name, by path, and what went wrong."""
 
     def __init__(self) -> None:
         super().__init__()
         self.everywhere: dict[bytes, Page] = {}     # of any Host, and over http alike
-        self.error: ErrorPage = plain_page
 
     def find(self, request: Request, scheme: str) -> Own:
         """The page that REQUEST asks for, which came by SCHEME.  Raises HopFailed."""
@@ -4442,10 +4449,6 @@ class Pages(Dict[bytes, Page]):
         form, pieces = page(f'{scheme}://{request.host.decode()}')
         return Own(200, form, pieces, PAGE_HEADERS, request.method)
 
-    def failed(self, error: HopFailed, request: Request) -> Own:
-        """What REQUEST gets, which came to an ERROR."""
-        return own_error(error, request.get(b'accept'), self.error, error.extra, request.method)
-
     async def last_words(self, connection: Connection, error: BadHttp | Overdue,
                          head: bytes | None) -> None:
         """Tell a visitor, so that it arrives, what is wrong with HEAD, or what has come of one."""
@@ -4456,7 +4459,7 @@ class Pages(Dict[bytes, Page]):
             head, error = None, BadHttp(408, 'the request did not arrive in time')
         accept = _ACCEPT.search(head or here)
         own = self._hostless(head or b'') or own_error(
-            HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.error)
+            HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.page)
         with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
             await own.write(connection, 'Connection: close', date_line(int(time.time())))
             await connection.linger()
@@ -4611,13 +4614,8 @@ def any_page(error: HopFailed, accept: bytes,
     return plain_page(error, accept)
 
 
-class Words:
+class Words(Failures):
     """What people are told where a server or an app can't be reached, or says something strange."""
-    page: ErrorPage = staticmethod(any_page)
-
-    def failed(self, error: HopFailed, request: Request) -> Own:
-        """What REQUEST gets, which came to an ERROR."""
-        return own_error(error, request.get(b'accept'), self.page, method=request.method)
 
     def unreachable(self, error: BaseException, where: str) -> str:
         """Why WHERE can't be reached."""
@@ -9481,19 +9479,19 @@ class OperatorPage:
         self._server, self._metrics, self._health = server, metrics, health
 
     async def serve(self, connection: Connection) -> None:
-        request, close = None, ['Connection: close']
+        request = None
         try:
             head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
             request = parse_hostless(head or b'')
             form, page = await self._page(request)
-            answer = Own(200, form, [page], close, request.method)
+            answer = Own(200, form, [page], method=request.method)
         except (BadHttp, HopFailed, Refused) as e:
             answer = own_error(
                 HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', any_page,
-                close, request.method if request else b'GET')
+                request.method if request else b'GET')
         except (LocaltunnelError, OSError):
             return connection.close()       # the operator went away
-        connection.transport.write(answer.whole())
+        connection.transport.write(answer.whole('Connection: close'))
         await connection.linger()
 
     async def _page(self, request: Request) -> tuple[str, bytes]:
@@ -14523,7 +14521,7 @@ class ErrorPages(Annex):
 
     async def at_server(self, args: Args, server: Server) -> None:
         contact = getattr(args, 'contact', None) or ''
-        server.pages.error = functools.partial(
+        server.pages.page = functools.partial(
             any_page, page=functools.partial(error_page, contact=contact))
 
 
@@ -16806,7 +16804,7 @@ async def wired(runtime: Runtime, args: Args, target: Target, known: KnownServer
         stack.callback(app.close)
         client = make_client(app, args, known, key, trace)
         if server:
-            server.pages.error = app.words.page
+            server.pages.page = app.words.page
             if carrier:
                 carrier.carry(app, client, server)
         stack.push_async_callback(client.stop)

@@ -2340,7 +2340,7 @@ class WorldTest(LoopTest):
         self.sources = lt.Sources(self.server)
         lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
-        self.server.pages.error = lt.any_page
+        self.server.pages.page = lt.any_page
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
         self.listens = lt.Listening({})
@@ -4186,7 +4186,7 @@ class PageTest(unittest.TestCase):
 
     def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
         message = lt.own_error(lt.HopFailed(502, text), accept.encode(), lt.any_page,
-                               method=method.encode()).whole()
+                               method.encode()).whole()
         head, _, body = message.partition(b'\r\n\r\n')
         return head.decode(), body.decode()
 
@@ -10856,7 +10856,7 @@ class ErrorPageTest(WorldTest):
 
     async def world(self, *args, **options):
         await super().world(*args, **options)
-        self.server.pages.error = functools.partial(lt.any_page, page=lt.error_page)
+        self.server.pages.page = functools.partial(lt.any_page, page=lt.error_page)
 
     async def raw_client(self, name):
         """A Peer that is a client of NAME."""
