@@ -13510,7 +13510,7 @@ def page_policy(page: str) -> str:
 
 class Inspector:
     """One request to the inspector of a client, and its answer."""
-    live: set[Connection] = set()       # of all that are asked now
+    here: dict[Connection, bool] = {}   # of all: whether it waits for an answer; the first first
 
     def __init__(self, book: Exchanges, host: str, passwords: Sequence[str],
                  connection: Connection) -> None:
@@ -13525,16 +13525,20 @@ class Inspector:
         """Read it, answer it, and close the connection."""
         connection = self._connection
         connection.timeout = HEAD_TIMEOUT
-        self.live.add(connection)
+        self.here[connection] = False
+        if len(self.here) > MAX_INSPECTORS:     # who asks nothing makes room
+            silent = next(one for one, waits in self.here.items() if not waits)
+            del self.here[silent]
+            silent.close()
         try:
-            if len(self.live) <= MAX_INSPECTORS:
-                await self._serve()
-                await connection.linger()
+            await self._serve()
+            self.here[connection] = False
+            await connection.linger()
         except (LocaltunnelError, OSError):
             connection.abort()
         finally:
             connection.close()
-            self.live.discard(connection)
+            self.here.pop(connection, None)
 
     async def _serve(self) -> None:
         try:
@@ -13588,6 +13592,7 @@ class Inspector:
         self._body = await read_whole(body_reader(self._connection, request.length), most)
         if len(self._body) > most:
             raise BadHttp(413, f'the body has more than {most} bytes')
+        self.here[self._connection] = True
         path, _, query = request.target.decode('latin-1').partition('?')
         self._words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
         fitting = [(re.fullmatch(pattern, path), method, answer)

@@ -10455,6 +10455,19 @@ class LocalOnlyTest(InspectorTest):
         await self.inspect()
         self.assertEqual(json.loads(self.noted)['password'], '')
 
+    async def test_who_asks_nothing_makes_room_for_who_does(self):
+        await self.inspected()
+        with self.constant(MAX_INSPECTORS=3):
+            idle = [await self.inspector_peer() for _ in range(3)]
+            self.assertEqual((await self.ask('/api/status'))[0], 200)
+            self.assertEqual(await idle[0].reader.read(), b'')
+            for peer in idle:       # these stay, as pages do
+                peer = await self.inspector_peer()
+                peer.ask('/api/events')
+                await peer.reader.readuntil(b':\n\n')
+            peer = await self.inspector_peer()
+            self.assertEqual(await peer.reader.read(), b'')
+
     async def test_elsewhere_it_needs_a_password_and_says_how_to_do_without(self):
         await self.world()
         app = await self.app()
