@@ -13919,19 +13919,19 @@ def is_exchange(value: Any) -> bool:
 MAX_RECORDED = 64 * MIB         # of a line: the largest request of --inspect-body, in base64
 
 
-def lines_of(path: str, follow: bool) -> Iterator[str]:
+def lines_of(path: str, follow: bool) -> Iterator[bytearray]:
     """Return the lines of the file PATH, and with FOLLOW those that are still written.
 
     Of a line that is too long only the beginning is returned.
     """
-    rest = ''
-    with open(path, encoding='utf-8', errors='replace') as f:
+    line = bytearray()
+    with open(path, 'rb') as f:
         while True:
             piece = f.readline(MIB)
-            rest += piece if len(rest) < MAX_RECORDED else ''
-            if piece.endswith('\n') or rest and not piece and not follow:
-                yield rest
-                rest = ''
+            line += piece if len(line) < MAX_RECORDED else b''
+            if piece.endswith(b'\n') or line and not piece and not follow:
+                yield line
+                line = bytearray()
             elif not piece and not follow:
                 return
             elif not piece:
@@ -13942,14 +13942,14 @@ def recorded(path: str, follow: bool, warn: Callable[[str], None]) -> Iterator[d
     """Return the exchanges in the file PATH.  Raises UsageError."""
     torn = 0
     try:
-        for line in filter(str.strip, lines_of(path, follow)):
+        for line in lines_of(path, follow):
             exchange: Any = None
             with contextlib.suppress(ValueError, RecursionError):
                 exchange = json.loads(line) if len(line) < MAX_RECORDED else None
             if is_exchange(exchange):
                 yield exchange
             else:
-                torn += 1
+                torn += not line.isspace()
     except OSError as e:
         raise UsageError(f"can't read {path}: {e.strerror}") from e
     if torn:
