@@ -14399,6 +14399,7 @@ def meant_target(typed: str, found: dict[str, str], note: Callable[[str], Any]) 
 
 def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     """WORDS after `client`."""
+    import difflib
     rest, found = translated(with_code(words, note), CLIENT_WORDS, note)
     if rest[1:] and rest[0] in FIRST_WORDS and not rest[1].startswith('-'):
         first = rest.pop(0)
@@ -14411,7 +14412,8 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
             rest[i + 1:i + 3] = [' '.join(rest[i + 1:i + 3])]
     typed = rest.pop(0) if rest and not rest[0].startswith('-') else ''
     target = meant_target(typed, found, note)
-    if not target and not any(word.startswith('--co') for word in rest):       # --config
+    if not (target or any(difflib.get_close_matches(word.partition('=')[0], ['--config'])
+                          for word in rest)):
         note('say what is to get a URL, such as the port of your app')
         target = '8000'
     elif rest and not rest[0].startswith('-'):
@@ -17874,7 +17876,7 @@ def command(words: Sequence[str]) -> int:
         args.checks = lambda: [check for annex in ANNEXES for check in annex.checks(args)]
         code = int((commands.get(args.command) or args.run)(args))
     except KeyboardInterrupt:
-        pass
+        code = 0 if args.command in commands else SIGNALLED + signal.SIGINT
     except LocaltunnelError as e:
         mistyped = not getattr(args, 'config', None) and (
             isinstance(e, UsageError) or getattr(e, 'code', '') == 'bad_name')

@@ -10801,6 +10801,7 @@ class ElsewhereTest(FolderTest):
         ('client 8000 --basic-auth=a:b --open', 'client 8000 --auth a:b'),
         ('client --share', 'client 8000 --share'),
         ('client --confg a.ini', 'client --config a.ini'),
+        ('client --cnfig=a.ini web', 'client --config=a.ini web'),
         ('client 80 --keep POST /a --keep PUT /b', "client 80 --keep 'POST /a' --keep 'PUT /b'"),
         ('client 8000 pytest -x a', 'client 8000 -- pytest -x a'),
         ('8000 pytest -- a', 'client 8000 -- pytest -- a'),
@@ -13525,6 +13526,12 @@ class ExitCodeTest(CommandTest):
             client.says('NOT PUBLIC|trying again')
             self.assertEqual(client.interrupt(), 0)
             self.assertNotIn('Traceback', '\n'.join(client.lines['err']))
+
+    def test_ctrl_c_is_130_for_a_command_that_has_something_to_do(self):
+        for function, *words in (('over_ssh', 'deploy', 'vps', '--domain', 't.example.com'),
+                                 ('need_root', 'install', '--remove')):
+            with unittest.mock.patch.object(lt, function, side_effect=KeyboardInterrupt):
+                self.assertEqual(self.command(*words)[::2], (130, ''))
 
     def test_version_and_help_are_0(self):
         for words in (['--version'], ['--help'], ['client', '--help'], ['server', '--help']):
