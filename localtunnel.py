@@ -138,9 +138,9 @@ import urllib.parse
 import warnings
 import weakref
 import zlib
-from typing import (Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine, Dict,
-                    Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn, Optional,
-                    Sequence, TextIO, Tuple, TypeVar, Union)
+from typing import (IO, Any, AsyncIterator, Awaitable, BinaryIO, Callable, Container, Coroutine,
+                    Dict, Generator, Iterable, Iterator, List, Mapping, NamedTuple, NoReturn,
+                    Optional, Sequence, TextIO, Tuple, TypeVar, Union)
 
 __version__ = '1.0'
 
@@ -5566,14 +5566,20 @@ def read_date(text: str) -> float:
         raise ValueError(f'{text!r} is not a date') from e
 
 
-def server_context(cert: str, key: str) -> ssl.SSLContext:
-    """What shows the certificate in the file CERT.  Raises UsageError."""
+def server_context() -> ssl.SSLContext:
+    """What shows no certificate yet."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_alpn_protocols(['http/1.1'])
+    return context
+
+
+def certified(cert: str, key: str, opened: Callable[[str], IO[Any]] = open) -> ssl.SSLContext:
+    """What shows the certificate in the file CERT; both can be OPENED.  Raises UsageError."""
+    context = server_context()
     try:
         for path in cert, key:
-            open(path, 'rb').close()        # OpenSSL does not say which one is missing
+            opened(path).close()        # OpenSSL does not say which one is missing
         context.load_cert_chain(cert, key)
     except ssl.SSLError as e:
         why = ('they do not belong together' if e.reason == 'KEY_VALUES_MISMATCH' else
@@ -5637,24 +5643,25 @@ def believer(shown: bytes = b'') -> ssl.SSLContext:
     return client
 
 
-def validity(facts: Any) -> tuple[float, float, list[str]]:
-    """(since, until, names) of the FACTS of a certificate, as Python reads them."""
+Validity = Tuple[float, float, List[str]]       # since, until (in Unix seconds), for which names
+UNKNOWN: Validity = (0.0, 0.0, [])
+
+
+def validity(facts: Any) -> Validity:
+    """That of a certificate, from its FACTS as Python reads them."""
     return (ssl.cert_time_to_seconds(facts['notBefore']),
             ssl.cert_time_to_seconds(facts['notAfter']),
             [name.lower() if kind == 'DNS' else str(ipaddress.ip_address(name.strip()))
              for kind, name in facts.get('subjectAltName', ()) if kind in ('DNS', 'IP Address')])
 
 
-def validity_of(server: ssl.SSLContext) -> tuple[float, float, list[str]] | None:
-    """From when, until when and for which names the certificate is valid that SERVER shows.
-
-    None where it is not one for servers.
-    """
+def validity_of(server: ssl.SSLContext) -> Validity:
+    """That of the certificate that SERVER shows; UNKNOWN where it is not one for servers."""
     try:
         shown: Any = shake_hands(believer(), server).getpeercert(binary_form=True)
         return validity(shake_hands(believer(shown), server).getpeercert())
     except ssl.SSLError:
-        return None
+        return UNKNOWN
 
 
 OTHER_NAME = 62, 64             # verify_code of OpenSSL: for another host, for another address
@@ -5736,14 +5743,27 @@ def share_tls_buffer(buffer: memoryview) -> None:
         protocol.max_size, protocol.get_buffer = 1, get_buffer
 
 
-class Tls:
-    """How a server speaks TLS."""
+class Tls(Source):
+    """How a server speaks TLS: `context` hands each connection over to what was loaded last."""
+    what = 'certificate'
 
-    def __init__(self, context: ssl.SSLContext, port: int = 0, pin: str = '') -> None:
-        self.context = context
+    def __init__(self, port: int = 0, pin: str = '') -> None:
         self.port, self.pin = port, pin     # where; the SHA256 of what only clients are shown
-        # From when, until when (in Unix seconds) and for which names it holds, where that is known.
-        self.validity: tuple[float, float, list[str]] | None = None
+        self.context, self.validity = server_context(), UNKNOWN
+        self.context.sni_callback = self._choose
+        self._current: ssl.SSLContext | None = None
+
+    def load(self, cert: str, key: str, opened: Callable[[str], IO[Any]] = open) -> None:
+        """Show what is in these files from now on.  Raises UsageError, and the old one stays."""
+        self._current = certified(cert, key, opened)
+        self.validity = validity_of(self._current)
+
+    def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
+        """Called in each handshake, with the NAME that the visitor asks for."""
+        if self._current is None:
+            return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
+        connection.context = self._current
+        return None
 
     def shows(self, host: str) -> bool:
         """Return True if visitors of HOST are shown a certificate for it: http sends them there."""
@@ -8229,24 +8249,15 @@ class OutgoingProxy(Annex):
 # TLS at a server, with a certificate that it is given, or one of its own that clients alone know.
 # ------------------------------------------------------------------------------------------------
 
-class Certificate(Tls, Source):
-    """What a server shows, read again when its files change.
-
-    A fresh context is built and checked before `context` hands connections over to it.
-    """
-    what = 'certificate'
+class Certificate(Tls):
+    """The one in two files, read again when they change."""
 
     def __init__(self, cert: str, key: str, port: int = 0, pin: str = '') -> None:
         """Raises UsageError."""
+        super().__init__(port, pin)
         self._files = cert, key
         self._seen = stamp_of(cert, key)
-        self._current = server_context(*self._files)
-        super().__init__(self._current, port, pin)
-        self.validity = validity_of(self._current)
-        self.context.sni_callback = self._choose
-
-    def _choose(self, connection: Any, name: Any, context: Any) -> None:
-        connection.context = self._current
+        self.load(cert, key)
 
     def changed(self) -> bool:
         return stamp_of(*self._files) not in ([], self._seen)
@@ -8254,10 +8265,9 @@ class Certificate(Tls, Source):
     def reload(self) -> str | None:
         self._seen = stamp_of(*self._files)
         try:
-            self._current = server_context(*self._files)
+            self.load(*self._files, open_file)      # a pipe has nothing more, and may never end
         except UsageError as e:
             return f'{e}; the old certificate stays'
-        self.validity = validity_of(self._current)
         return None
 
 
@@ -8620,38 +8630,24 @@ class Authority:
 
 # The certificate that is shown.
 
-class AcmeTls(Tls, Source):
+class AcmeTls(Tls):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
-    what = 'certificate'
 
     def __init__(self, path: str, port: int = 0) -> None:
         """PATH is the file with key and chain, one so that they always belong together."""
-        super().__init__(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), port)
-        self.path, self.kept = path, True
+        super().__init__(port)
+        self.path = path
         self.look_now = asyncio.Event()         # SIGHUP came
-        self._current: ssl.SSLContext | None = None
-        self.context.sni_callback = self._choose
-
-    def load(self, path: str) -> None:
-        """Show what is in PATH from now on.  Raises UsageError."""
-        self._current = server_context(path, path)
-        self.validity = validity_of(self._current)
 
     def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
-        if self._current is None or name and not covers(self.life[2], name):
+        if name and not covers(self.validity[2], name):
             return ssl.ALERT_DESCRIPTION_UNRECOGNIZED_NAME
-        connection.context = self._current
-        return None
-
-    @property
-    def life(self) -> tuple[float, float, list[str]]:
-        """From when, until when, and for which names it holds."""
-        return self.validity or (0.0, 0.0, [])
+        return super()._choose(connection, name, context)
 
     @property
     def names(self) -> list[str]:
         """Those for which it holds, now."""
-        return self.life[2] if time.time() < self.life[1] else []
+        return self.validity[2] if time.time() < self.validity[1] else []
 
     def shows(self, host: str) -> bool:
         return covers(self.names, host)
@@ -8906,7 +8902,7 @@ class Keeper:
         """When a certificate for NAMES is to be had, in Unix seconds."""
         if not self._has(names):
             return 0.0
-        begins, ends, _ = self._tls.life
+        begins, ends, _ = self._tls.validity
         if time.time() > self._asked + LOOK:
             self._asked = time.time()
             with contextlib.suppress(Exception):        # it says nothing, or is asked again
@@ -8935,7 +8931,7 @@ class Keeper:
             self._outside.hide()
         fresh = self._tls.path + '.new'
         write_secret(fresh, pem)
-        self._tls.load(fresh)       # raises where it is none, and the old one stays
+        self._tls.load(fresh, fresh)       # raises where it is none, and the old one stays
         os.replace(fresh, self._tls.path)
         self._window = self._asked = 0.0
         if not self._has(names):
@@ -8979,7 +8975,7 @@ class Keeper:
         server.counters['certificate_failures'] += 1
         self._complain(names[-1], setback)
         if self._args.notify:
-            begins, ends, _ = self._tls.life
+            begins, ends, _ = self._tls.validity
             await self._notify(self._args.notify, {
                 'event': 'certificate', 'domain': self._all[0], 'problem': printable(setback.why),
                 'expires': ends, 'urgent': now > ends - (ends - begins) / 4})
@@ -9013,7 +9009,7 @@ class Keeper:
 
     async def _tell(self, delegated: bool) -> None:
         """Say how far up the ladder this server is, and what the next rung needs."""
-        domain, (_, ends, names) = self._all[0], self._tls.life
+        domain, (_, ends, names) = self._all[0], self._tls.validity
         until = time.strftime('until %Y-%m-%d', time.gmtime(ends))
         if len(self._all) == 1:
             text = f'https works for {domain} and its one tunnel {until}'
@@ -9078,7 +9074,7 @@ class Acme(Annex):
         args.sources.all.append(tls)
         try:
             if os.path.exists(path):
-                tls.load(path)
+                tls.load(path, path)
         except UsageError as e:
             server.log.note(f'warning: {e}; we get another one')
         for sock in sockets:
@@ -9389,7 +9385,7 @@ class Metrics(Observer):
             yield metric('localtunnel_round_trip_seconds', 'gauge',
                          'To a client and back, as measured last: the median.',
                          round(trips[len(trips) // 2], 6))
-        if server.tls and server.tls.validity:
+        if server.tls and server.tls.validity[1]:
             yield metric('localtunnel_certificate_expires_seconds', 'gauge',
                          'When the certificate ends, in Unix time.', server.tls.validity[1])
 
@@ -10789,7 +10785,7 @@ class Postman:
     def _tls(self) -> ssl.SSLContext | None:
         """With what this connection may be encrypted, where it is not yet."""
         tls = self._server.tls
-        return tls.context if tls and tls.validity and not self._connection.secure else None
+        return tls.context if tls and tls.validity[1] and not self._connection.secure else None
 
     def _greet(self, verb: str, name: str) -> str:
         if not HELO.fullmatch(name):

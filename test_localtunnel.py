@@ -3909,10 +3909,9 @@ class GiveUpTest(FolderTest, WorldTest):
 
     async def test_a_certificate_that_can_not_be_trusted_ends_it_with_the_cure(self):
         files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        theirs.load_cert_chain(*files)
         await self.world()
-        self.server.tls = lt.Tls(theirs)
+        self.server.tls = lt.Tls()
+        self.server.tls.load(*files)
         port = await self.listen(tls=True)
         trusting, unsure = lt.client_tls(files[0]), lt.client_tls(check=False)
         for site, tls, words, pin in (
@@ -4301,7 +4300,7 @@ class TlsBufferTest(FolderTest, LoopTest):
             self.loop.create_connection(lambda: lt.Connection(self.runtime), sock=left,
                                         ssl=lt.client_tls(files[0]), server_hostname='localhost'),
             self.loop.connect_accepted_socket(lambda: lt.Connection(self.runtime), right,
-                                              ssl=lt.server_context(*files)))
+                                              ssl=lt.certified(*files)))
         return [connection for _, connection in ends]
 
     async def test_connections_that_share_their_buffer_get_each_its_own_bytes(self):
@@ -5242,13 +5241,13 @@ class ClusterTest(FolderTest, WorldTest):
                  'ec_paramgen_curve:P-256', '-nodes', '-subj', '/CN=x', '-addext',
                  f'subjectAltName=DNS:{host},DNS:*.{host}', '-out', files[0], '-keyout', files[1]],
                 check=True, capture_output=True)
-            contexts[host] = lt.server_context(*files)
+            contexts[host] = lt.certified(*files)
 
         def choose(shown, name, _):
             heard.append(name)
             shown.context = contexts.get(name, contexts['t.localhost'])
-        contexts['t.localhost'].sni_callback = choose
-        self.server.tls = lt.Tls(contexts['t.localhost'])
+        self.server.tls = lt.Tls()
+        self.server.tls.context.sni_callback = choose
         self.trusted = lt.client_tls()
         for host in hosts:
             self.trusted.load_verify_locations(self.path(host + '.crt'))
@@ -6122,8 +6121,23 @@ class ValidityTest(FolderTest):
                          ['2026-11-22', '2126-10-29'])
         self.assertEqual(names, ['localhost', '*.localhost', '127.0.0.1'])
 
+    @unittest.skipUnless(POSIX, 'needs named pipes')
+    def test_a_pipe_in_its_place_is_not_waited_for_but_will_do_at_the_start(self):
+        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        shown = lt.Certificate(*files)
+        os.unlink(files[0])
+        os.mkfifo(files[0])
+        self.assertTrue(shown.changed())
+        self.assertRegex(shown.reload(), "^can't read .*cert.pem: it must be a regular .* stays")
+        self.assertEqual(shown.validity[2][0], 'localhost')
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with open(writing, 'w') as f:
+            f.write(CERTIFICATE)
+        self.assertEqual(lt.Certificate(f'/dev/fd/{reading}', files[1]).validity, shown.validity)
+
     def test_it_is_unknown_where_no_certificate_is_shown(self):
-        self.assertIsNone(lt.validity_of(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)))
+        self.assertEqual(lt.validity_of(lt.server_context()), lt.UNKNOWN)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -6492,8 +6506,8 @@ class MadeUp:
         self.says, self.asked, self.folder, self.days = {}, [], folder, 90
 
     async def listen(self, test):
-        context = lt.server_context(test.write('ca.pem', CERTIFICATE),
-                                    test.write('ca.key', PRIVATE_KEY))
+        context = lt.certified(test.write('ca.pem', CERTIFICATE),
+                               test.write('ca.key', PRIVATE_KEY))
         port = (await test.serves(self.serve, functools.partial(
             asyncio.start_server, ssl=context)))[1]
         self.url = f'https://localhost:{port}'
@@ -6959,7 +6973,7 @@ class MetricsTest(FolderTest, WorldTest):
 
     async def test_the_questions_in_readme_are_about_metrics_that_are_there(self):
         await self.observed()
-        self.server.tls = lt.Tls(None)
+        self.server.tls = lt.Tls()
         self.server.tls.validity = 0.0, 1.0, []
         await self.hello('wrong')
         await self.visit(await self.client(await self.app(), token='letmein'))
@@ -7060,7 +7074,7 @@ class OperatorTest(FolderTest, WorldTest):
     async def test_a_balancer_may_ask_by_any_host_and_disturbs_nobody(self):
         await self.world(domain='t.example.com', rate=0.001)
         await lt.Operator().at_server(lt.Args(admin=None), self.server)
-        self.server.tls = lt.Tls(None, 443)         # plain http is sent to https
+        self.server.tls = lt.Tls(443)         # plain http is sent to https
         self.assertEqual((await self.hello(name='shop'))[1], 101)
         self.log.told.clear()
         for host, minor in (('', 0), ('127.0.0.1', 0), ('203.0.113.9:80', 1), ('[::1]', 1),
@@ -11048,7 +11062,7 @@ class ErrorPageTest(WorldTest):
 
     async def test_a_redirect_is_not_a_failure(self):
         await self.world()
-        self.server.tls = lt.Tls(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), 443)
+        self.server.tls = lt.Tls(443)
         self.assertTrue(self.server.tls.shows('any'))
         status, fields, _ = await self.at_name('any')
         self.assertEqual((status, fields['localtunnel-failed']), (308, None))
@@ -16419,7 +16433,7 @@ class HelloTest(HostileTest):
 
     async def test_a_session_in_clear_is_refused_where_there_is_a_certificate(self):
         await self.world()
-        self.server.tls = lt.Tls(None, 443)
+        self.server.tls = lt.Tls(443)
         self.assertEqual((await self.hello())[1], 101)      # this machine may
         with unittest.mock.patch('localtunnel.is_loopback', lambda _: False):
             _, status, told = await self.hello()
