@@ -6012,6 +6012,15 @@ class Leases:
                if fact}
         return {name: lease._replace(facts=now)} if lease and now != lease.facts else {}
 
+    def check_fact(self, word: str, read: Callable[[str], Any], warn: Callable[[str], Any]) -> None:
+        """Leave the fact WORD out where READ raises ValueError, and WARN: people mend files."""
+        for name, lease in tuple(self.by_name.items()):
+            try:
+                read(lease.facts.get(word, '0'))
+            except ValueError:
+                self.make(self.note(name, **{word: ''}))
+                warn(f'warning: the fact {word} in the lease of {name} is damaged, and left out')
+
     def free(self, name: str) -> Changes:
         """Return the change that takes NAME back from its owner; none where nobody has it."""
         return {name: None} if name in self.by_name else {}
@@ -6997,6 +7006,12 @@ def pack_over(over: Mapping[str, int]) -> str:
     return ' '.join(f'{owner}={when}' for owner, when in last)
 
 
+def read_over(fact: str) -> list[tuple[str, int]]:
+    """What such a fact says.  Raises ValueError."""
+    words = (word.rpartition('=') for word in fact.split())
+    return [(owner, int(when)) for owner, _, when in words]
+
+
 def began(lease: Lease) -> int:
     """When the owner of LEASE had the name first."""
     return int(lease.facts.get('since', lease.used))
@@ -7013,6 +7028,8 @@ class Node(Others):
         server.admission.checks.append(self.check)
         server.limits.offers['sni'] = lambda said: ''        # it was asked to, see `check`
         self._leases.keepers.insert(0, self._remember)
+        self._leases.check_fact('since', int, server.log.note)
+        self._leases.check_fact('over', read_over, server.log.note)
 
     def may_know(self, name: str) -> bool:
         try:
@@ -7075,10 +7092,9 @@ class Node(Others):
     def _overs(self, name: str, *leases: Lease) -> dict[str, int]:
         """Who gave NAME back, and when, as far as is known here and to LEASES."""
         known = filter(None, (self._leases.by_name.get(name), *leases))
-        words = ' '.join(lease.facts.get('over', '') for lease in known).split()
         over: dict[str, int] = {}
-        for owner, _, when in (word.rpartition('=') for word in words):
-            over[owner] = max(int(when), over.get(owner, 0))
+        for owner, when in read_over(' '.join(lease.facts.get('over', '') for lease in known)):
+            over[owner] = max(when, over.get(owner, 0))
         return over
 
     def _facts(self, name: str, *leases: Lease) -> dict[str, str]:
@@ -10348,6 +10364,7 @@ class Keeping(Annex):
                 shelf.touch()
                 self._queues = Queues(server, shelf, args.keep * MIB)
                 await self._queues.look()
+                leases.check_fact('expired', int, server.log.note)
                 await self._queues.learn(leases.by_name)
                 leases.keepers.append(self._queues.learn)
                 server.limits.offers['keep'] = self._queues.offer

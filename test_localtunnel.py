@@ -4392,6 +4392,22 @@ class LeaseTest(unittest.TestCase):
         self.claim('app', 'you', self.TOKEN, 6 + lt.DAY)
         self.assertEqual(self.book.by_name['app'].facts, {})
 
+    def test_a_damaged_fact_is_left_out_with_a_sentence_and_the_others_stay(self):
+        facts, said = {'since': '7', 'over': 'ana=5', 'keep': 'x'}, []
+        for word, read, damaged in (('since', int, 'soon'), ('since', int, ''),
+                                    ('over', lt.read_over, 'ana=5 bob'),
+                                    ('over', lt.read_over, 'ana=')):
+            with self.subTest(word, damaged=damaged):
+                self.book.make({'app': lt.Lease('me', self.TOKEN, 5, {**facts, word: damaged}),
+                                'whole': lt.Lease('me', self.TOKEN, 5, facts),
+                                'old': lt.Lease('me', self.TOKEN, 5)})
+                self.book.check_fact(word, read, said.append)
+                self.assertEqual(self.book.by_name['app'].facts, {
+                    name: fact for name, fact in facts.items() if name != word})
+                self.assertEqual(self.book.by_name['whole'].facts, facts)
+                self.assertRegex(said.pop(), f'^warning: the fact {word} in the lease of app is')
+                self.assertEqual(said, [])
+
 
 # ------------------------------------------------------------------------------------------------
 # 24. Limits
@@ -5066,6 +5082,14 @@ class ClusterTest(FolderTest, WorldTest):
         self.assertEqual((await self.claims(self.ME, 1, lease, 9))[0], 101)
         self.assertEqual((await self.claims(self.YOU, 1, second=10))[:2], (409, 'name_taken'))
         self.assertEqual((await self.claims(self.YOU, 1, lease, 11))[:2], (409, 'name_taken'))
+
+    async def test_a_damaged_date_in_the_file_does_no_harm(self):
+        await self.world()
+        self.nodes, damaged = [], {'since': 'soon', 'over': 'x'}
+        self.leases.make({'shop': lt.Lease(self.ME, '', 10 ** 9, damaged)})
+        self.add_node()
+        self.assertRegex(self.log.text(), '(?s)since in the lease of shop .* over in the lease')
+        self.assertEqual((await self.claims(self.YOU, 0))[:2], (409, 'name_taken'))
 
     async def test_the_older_lease_holds_wherever_it_was_made(self):
         await self.cluster()
