@@ -10524,6 +10524,7 @@ class LocalOnlyTest(InspectorTest):
             hashlib.sha256(script).digest()).decode())
         self.assertEqual((policy['default-src'], policy['frame-ancestors'], policy['connect-src']),
                          ("'none'", "'none'", "'self'"))
+        self.assertEqual((policy['style-src'], policy['img-src']), ("'unsafe-inline'", 'data:'))
         self.assertEqual(fields['x-content-type-options'], 'nosniff')
         self.assertEqual(fields['cache-control'], 'no-store')
 
@@ -15383,6 +15384,31 @@ class InspectorPageTest(unittest.TestCase):
             tab.click(f'Copy as {name}')
             tab.shows(f'{name} copied', '#toast')
             self.assertNotIn('\x1b', tab.js('navigator.clipboard.readText()'))
+
+    def test_a_preview_has_styles_and_names_nothing_that_a_browser_would_connect_to(self):
+        tab = self.open()
+        self.assertEqual(tab.js(r"""(box => { box.innerHTML = '<p style="color: red">';
+            return box.firstChild.style.color; })(document.createElement('div'))"""), 'red')
+        for markup, left in (
+                ('<style>p { color: red }</style><p style="margin: 0">hi',
+                 '<style>p { color: red }</style></head><body><p style="margin: 0">hi</p>'),
+                ('x<link rel=preconnect href=//a><iframe src=//a></iframe><object data=//a>',
+                 '</head><body>x'),
+                ('<div><template shadowrootmode=open><link rel=preconnect></template>',
+                 '</head><body><div></div>'),
+                ('<select><link rel=preconnect><option>x', '</head><body><select>'),
+                ('<a href=//a>x</a><svg><a href=//a xlink:href=//a>',
+                 '</head><body><a>x</a><svg><a></a></svg>'),
+                ('<svg><style><p title="</style><link rel=preconnect>">', '')):
+            with self.subTest(markup):
+                shown = tab.js(f'harmless({json.dumps(markup)})')
+                self.assertIn(left, shown)
+                self.assertNotRegex(shown, '<(link|iframe|object)|//a')
+        number = self.visit('/', 'POST', '<p style="color: red">', Content_Type='text/html')
+        tab.js(f'location.hash = {number}')
+        tab.shows('Preview')
+        tab.js('document.querySelectorAll("article summary").forEach(one => one.click())')
+        tab.until('document.querySelector("article iframe").srcdoc.includes("color: red")')
 
     def test_a_busy_tunnel_is_shown_beside_a_page_that_stopped_reading(self):
         dead = socket.create_connection(('127.0.0.1', int(self.place.rpartition(':')[2])))
