@@ -6482,17 +6482,6 @@ def read_records(packet: bytes, kind: int) -> list[bytes]:
             for this, _, begin, end in walk_records(packet, at + 4, answers) if this == kind]
 
 
-def caa_terms(records: Iterable[bytes], name: str) -> tuple[str, list[str]]:
-    """(tag, values) of those of the CAA RECORDS that say who may issue for NAME (RFC 8659).
-
-    Without a value, anyone may.  Raises IndexError.
-    """
-    said = [(data[2:2 + data[1]].lower(), data[2 + data[1]:].decode('latin-1'))
-            for data in records]
-    tag = b'issuewild' if '*' in name and any(t == b'issuewild' for t, _ in said) else b'issue'
-    return tag.decode(), [value for this, value in said if this == tag]
-
-
 async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes] | None:
     """The data of the records of KIND at NAME, [] for none; None where RESOLVER does not say."""
     loop = asyncio.get_running_loop()
@@ -6517,6 +6506,25 @@ async def ask_dns(resolver: tuple[str, int], name: str, kind: int) -> list[bytes
         return None if error not in (NO_ERROR, NO_SUCH_NAME) else read_records(answer, kind)
     except (OSError, struct.error, IndexError, ValueError):
         return None
+
+
+async def caa_terms(resolver: tuple[str, int], domain: str,
+                    hosts: Sequence[str]) -> list[tuple[str, str, str, list[str]]]:
+    """(where, host, tag, values) of the CAA records that say who may issue for HOSTS (RFC 8659).
+
+    They are at DOMAIN, or above; nothing stands here of a host for which anyone may.
+    """
+    where, said = domain, []        # type: str, list[tuple[str, str]]
+    while where and not said:
+        found = await ask_dns(resolver, where, TYPE_CAA) or ()
+        texts = [(data.decode('latin-1'), 2 + data[1]) for data in found if len(data) > 2]
+        said = [(text[2:end].lower(), text[end:]) for text, end in texts]
+        where = where if said else where.partition('.')[2]
+    terms = []
+    for host in hosts:
+        tag = 'issuewild' if '*' in host and 'issuewild' in dict(said) else 'issue'
+        terms.append((where, host, tag, [value for this, value in said if this == tag]))
+    return [term for term in terms if term[-1]]
 
 
 async def addresses_in_dns(resolver: tuple[str, int], host: str) -> list[str]:
@@ -8792,16 +8800,12 @@ class Outside:
 
     async def check_caa(self, authority: Authority, names: Sequence[str], method: str) -> None:
         """Raises AcmeError where CAA records forbid what is to be asked (RFC 8659, RFC 8657)."""
-        name, records = self._domain, []        # type: str, list[bytes]
-        while name and not records and not is_address(self._domain):
-            found = await ask_dns(self._resolver, name, TYPE_CAA) or []
-            records = [data for data in found if len(data) > 2]
-            name = name if records else name.partition('.')[2]
-        for wanted in names:
-            tag, values = caa_terms(records, wanted)
-            if values and not any(allows(value, authority, method) for value in values):
-                raise AcmeError(f'CAA records of {name} do not let {authority.url} issue for '
-                                f'{wanted} ({tag} {", ".join(values)!r}); change them, or choose '
+        if is_address(self._domain):
+            return
+        for where, name, tag, values in await caa_terms(self._resolver, self._domain, names):
+            if not any(allows(value, authority, method) for value in values):
+                raise AcmeError(f'CAA records of {where} do not let {authority.url} issue for '
+                                f'{name} ({tag} {", ".join(values)!r}); change them, or choose '
                                 'another --acme-directory')
 
 
@@ -8830,6 +8834,7 @@ class Keeper:
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
         self._setbacks: dict[str, Setback] = {}     # by the last of the names wanted
         self._failed: list[float] = []              # when proofs failed
+        self._issuers: list[str] = []               # as CAA records name who was asked, for doctor
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
         self._said: dict[str, str] = {}             # to the operator last, by what it is about
         self._path = os.path.join(args.state, 'acme.json')      # what survives a restart
@@ -8837,6 +8842,7 @@ class Keeper:
                 self._path, encoding='ascii') as f:
             kept, latest = json.load(f), time.time() + LONGEST_WAIT
             self._failed = [float(at) for at in kept['failed']]
+            self._issuers = list(map(str, kept.get('issuers', ())))
             self._setbacks = {name: Setback(int(times), str(why), min(float(again), latest))
                               for name, (times, why, again) in kept['setbacks'].items()
                               if name in self._all}
@@ -8962,6 +8968,7 @@ class Keeper:
                 f'certificate: asking {authority.url} for {" and ".join(names)}')
             try:
                 await authority.enter(self._args.acme, self._args.acme_eab or '')
+                self._issuers = list(map(str, authority.meta.get('caaIdentities') or ()))
                 await self._outside.check_caa(authority, names, method)
                 return await authority.obtain(names, method, self._profile(authority), replaces)
             except AcmeError as e:
@@ -8999,7 +9006,8 @@ class Keeper:
     def _save(self) -> None:
         with contextlib.suppress(OSError):      # without it, we only ask once more than we might
             write_secret(self._path, json.dumps(
-                {'failed': self._failed, 'setbacks': self._setbacks}).encode())
+                {'failed': self._failed, 'setbacks': self._setbacks,
+                 'issuers': self._issuers}).encode())
 
     async def _notify(self, url: str, facts: dict[str, Any]) -> None:
         tls = ssl.create_default_context() if url.startswith('https:') else None
@@ -10995,6 +11003,7 @@ FEW_DESCRIPTORS = 4096          # each request that is under way takes two
 ENDS_SOON = 14 * DAY            # of a certificate, or a third of its life: renewal has failed
 MOST_ADDRESSES = 8              # of a name, which are tried
 ISSUER = 'letsencrypt.org'      # as CAA records name the authority that --acme asks by default
+ASKED = 'acme.json'             # in the state folder: its `issuers` are the names of the one asked
 # What a server says of itself, by any Host: who visits DOMAIN can tell whether it arrives here.
 ITSELF = '/.well-known/localtunnel/server'
 SAID = re.compile(rb'localtunnel ([!-~]{1,20}) [0-9a-f]{32}')   # its version, and a random number
@@ -11181,13 +11190,13 @@ class Ground:
         return f'the server may have {most} open'
 
     async def dns_port(self) -> str:
-        port = self._args.dns_port
-        for address in self._here:
+        port, hosts = self._args.dns_port, self._args.dns_bind or self._here
+        for address in hosts:
             if not await ask_dns((address, port), self._delegated, TYPE_SOA):
                 who = who_listens(address, port) or 'nobody who answers DNS'
                 raise Finding(f'{who} has port {port} of {address}',
                               "end what is there, and see the server's log")
-        return f'this server answers at port {port} of {", ".join(self._here)}'
+        return f'this server answers at port {port} of {", ".join(hosts)}'
 
     # The domain, as the world sees it.
 
@@ -11253,17 +11262,20 @@ class Ground:
 
     async def caa(self) -> str:
         """The authority may issue for the domain, and for names below it."""
-        name, records = self.domain, []        # type: str, list[bytes]
-        while name and not records:
-            records = await ask_dns(self._resolver, name, TYPE_CAA) or []
-            name = name if records else name.partition('.')[2]
-        for host in self.domain, f'*.{self.domain}':
-            tag, values = caa_terms(records, host)
-            if values and ISSUER not in [value.partition(';')[0].strip() for value in values]:
-                raise Finding(f'CAA records of {name} do not let {ISSUER} issue for {host}',
-                              f'add a DNS record: name {name}, type CAA, value 0 {tag} "{ISSUER}"; '
-                              'or give the server another --acme-directory')
-        return f'{ISSUER} may issue for all of it'
+        issuers = [ISSUER]
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open_file(
+                os.path.join(self._folder, ASKED)) as f:
+            issuers = list(map(str, json.load(f)['issuers']))
+        if not issuers:
+            raise Finding('not looked at: the authority has not said yet by which name CAA records '
+                          'know it', ok=None)
+        both = self.domain, f'*.{self.domain}'
+        for where, host, tag, values in await caa_terms(self._resolver, self.domain, both):
+            if not {value.partition(';')[0].strip() for value in values} & {*issuers}:
+                raise Finding(f'CAA records of {where} do not let {issuers[0]} issue for {host}',
+                              f'add a DNS record: name {where}, type CAA, value 0 {tag} '
+                              f'"{issuers[0]}"; or give the server another --acme-directory')
+        return f'{issuers[0]} may issue for all of it'
 
     async def certificate(self) -> str:
         tls = client_tls(getattr(self._args, 'ca', None))
@@ -11629,6 +11641,8 @@ class Doctor(Annex):
                help='its port for https (%(default)s)')
         option('--dns-port', type=port_number, metavar='PORT', default=DNS_PORT,
                help='its port for DNS (%(default)s)')
+        option('--dns-bind', action='append', metavar='ADDRESS',
+               help='its address for DNS (those of this machine; repeatable)')
         option('--resolver', type=place_of_resolver, metavar='ADDRESS[:PORT]',
                help="whom to ask what the world sees (the system's)")
         parser.set_defaults(run=self.doctor)

@@ -6654,8 +6654,10 @@ class MadeUpTest(AcmeTest):
 
     async def test_a_profile_is_one_that_is_offered(self):
         ca = self.authority
-        ca.says['/'] = 200, ca.directory(profiles={'classic': '', 'shortlived': ''})
+        ca.says['/'] = 200, ca.directory(profiles={'classic': '', 'shortlived': ''},
+                                         caaIdentities=['ca.example'])
         await (await self.keeper())._look()
+        self.assertEqual((await self.keeper())._issuers, ['ca.example'])        # for doctor
         self.assertEqual(ca.wishes()[0]['profile'], 'shortlived')       # as it is for addresses
         os.unlink(self.path('acme-certificate.pem'))
         await (await self.keeper('--acme-profile', 'tiny'))._look()
@@ -9464,6 +9466,8 @@ class DoctorOfServersTest(Doctored):
                             self.dns_port)
         closed = CommandTest.free_port()
         await self.look('dns_port', 'nobody who answers DNS has port', '--dns-port', closed)
+        await self.look('dns_port', 'of 127.0.0.3; end', '--dns-port', self.dns_port,
+                        '--dns-bind', '127.0.0.1', '--dns-bind', '127.0.0.3')
 
     async def test_who_may_issue(self):
         await self.with_acme()
@@ -9477,6 +9481,17 @@ class DoctorOfServersTest(Doctored):
                 ('certificate', [caa(b'issue', b'letsencrypt.org; x=y')], 'has none yet; see its')):
             self.records['example.com', lt.TYPE_CAA] = records
             await self.look(check, text, '--dns-port', self.dns_port)
+        self.write('acme.json', '{"issuers": ["ca.example", "other.example"]}')
+        for records, text in (([caa(b'issue', b'letsencrypt.org')], 'let ca.example issue .*0 issue'
+                               ' "ca.example"'),
+                              ([caa(b'Issue', b'other.example')], '')):
+            self.records['example.com', lt.TYPE_CAA] = records
+            await self.look('caa' if text else 'certificate', text or 'has none yet', '--dns-port',
+                            self.dns_port)
+        self.assertIn('ca.example may issue for all of it', str(self.said))
+        self.write('acme.json', '{"issuers": []}')
+        await self.look('certificate', 'has none yet', '--dns-port', self.dns_port)
+        self.assertIn('has not said yet by which name', str(self.said))
 
     async def test_the_certificate(self):
         self.DOMAIN = 'localhost'
