@@ -4702,16 +4702,18 @@ class Words(Failures):
 MOST_IN_A_FILE = 16 * MIB       # of one that is read whole: 100,000 tokens or networks have less
 
 
-def open_file(path: str) -> BinaryIO:
-    """Open the file at PATH to read all of it, and never wait.  Raises OSError: also for a pipe."""
+def open_file(path: str, most: float = MOST_IN_A_FILE) -> BinaryIO:
+    """Open the file at PATH to read it, and never wait.
+
+    Raises OSError: also for a pipe, and where there are more than MOST bytes.
+    """
     wait_not = getattr(os, 'O_NONBLOCK', 0)
     file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | wait_not))
     state = os.fstat(file.fileno())
-    if stat.S_ISREG(state.st_mode) and state.st_size <= MOST_IN_A_FILE:
+    if stat.S_ISREG(state.st_mode) and state.st_size <= most:
         return file
     file.close()
-    raise OSError(errno.EINVAL, f'it must be a regular file of at most {MOST_IN_A_FILE // MIB} MiB',
-                  path)
+    raise OSError(errno.EINVAL, f'it must be a regular file of at most {most / MIB:.0f} MiB', path)
 
 
 def write_secret(path: str, data: bytes, like: os.stat_result | None = None) -> None:
@@ -7721,19 +7723,14 @@ class Site:
         return self._all or not (HIDDEN.search(below) or KEY_FILES.search(below))
 
     def open(self, path: str) -> BinaryIO | None:
-        """The regular file PATH, where what was opened may be seen.
-
-        None for anything else; opening a FIFO must not wait for a writer.
-        """
+        """The regular file PATH, where what was opened may be seen; None for anything else."""
         try:
-            f = open(path, 'rb', opener=lambda name, flags: os.open(
-                name, flags | getattr(os, 'O_NONBLOCK', 0)))
+            f = open_file(path, NEVER)
         except (OSError, ValueError):
             return None
-        real, status = os.path.realpath(path), os.fstat(f.fileno())
+        real = os.path.realpath(path)
         with contextlib.suppress(OSError):      # it is gone
-            if (self.shows(real) and stat.S_ISREG(status.st_mode)
-                    and os.path.samestat(status, os.stat(real))):
+            if self.shows(real) and os.path.samestat(os.fstat(f.fileno()), os.stat(real)):
                 return f
         f.close()
         return None
@@ -7799,31 +7796,37 @@ def part_of(fields: Any, size: int, validators: Sequence[str]) -> tuple[int, int
     return int(first), min(size, int(last) + 1 if last else size)
 
 
-def send_file(handler: Any, f: BinaryIO) -> BinaryIO | None:
-    """Send the head for F; what is then to be copied, of which HANDLER has `left` bytes to send."""
-    status, fields = os.fstat(f.fileno()), handler.headers
-    size, modified = status.st_size, handler.date_time_string(status.st_mtime)
-    etag, first = f'"{status.st_mtime_ns:x}-{size:x}"', 0
-    code, handler.left = precondition(fields, etag, int(status.st_mtime)), size
-    part = part_of(fields, size, (etag, modified)) if (
-        code == 200 and handler.command == 'GET') else None
-    if part:
-        first, handler.left = part[0], part[1] - part[0]
-        code = 206 if handler.left > 0 else 416
+def send_head(handler: Any, code: int, left: int, fields: Mapping[str, str]) -> None:
+    """Send the head of an answer with FIELDS, after which HANDLER has LEFT bytes to send."""
+    handler.left = left
     handler.send_response(code)
-    if code in (412, 416):
-        handler.left = 0
-    elif code != 304:
-        handler.send_header('Content-Type', handler.guess_type(f.name))
-    if part:
-        handler.send_header('Content-Range', f'bytes {first}-{part[1] - 1}/{size}' if
-                            code == 206 else f'bytes */{size}')
-    if code != 304:
-        handler.send_header('Content-Length', str(handler.left))
-    for name, value in (('ETag', etag), ('Last-Modified', modified), ('Accept-Ranges', 'bytes')):
+    for name, value in fields.items():
         handler.send_header(name, value)
     handler.end_headers()
-    if code in (200, 206):
+
+
+def send_file(handler: Any, f: BinaryIO) -> BinaryIO | None:
+    """Send the head for F; return it where some of it is to follow."""
+    status, asked, fields = os.fstat(f.fileno()), handler.headers, {}
+    size, modified = status.st_size, handler.date_time_string(status.st_mtime)
+    etag = f'"{status.st_mtime_ns:x}-{size:x}"'
+    code = precondition(asked, etag, int(status.st_mtime))
+    part = part_of(asked, size, (etag, modified)) if (
+        code == 200 and handler.command == 'GET') else None
+    first, end = part or (0, size)
+    if part:
+        code = 206 if end > first else 416
+    follows = code in (200, 206)
+    left = end - first if follows else 0
+    if follows:
+        fields['Content-Type'] = handler.guess_type(f.name)
+    if part:
+        fields['Content-Range'] = f'bytes {first}-{end - 1}/{size}' if left else f'bytes */{size}'
+    if code != 304:
+        fields['Content-Length'] = str(left)
+    send_head(handler, code, left, {**fields, 'ETag': etag, 'Last-Modified': modified,
+                                    'Accept-Ranges': 'bytes'})
+    if follows:
         f.seek(first)
         return f
     f.close()
@@ -7840,11 +7843,7 @@ def listing(names: Iterable[str], path: str) -> bytes:
 
 def send_whole(handler: Any, code: int, page: bytes, **fields: str) -> BinaryIO:
     """Send the head of an answer that is made here, PAGE, with FIELDS; return what follows it."""
-    handler.left = len(page)
-    handler.send_response(code)
-    for name, value in {**fields, 'Content_Length': str(len(page))}.items():
-        handler.send_header(name.replace('_', '-'), value)
-    handler.end_headers()
+    send_head(handler, code, len(page), {**fields, 'Content-Length': str(len(page))})
     return io.BytesIO(page)
 
 
@@ -7876,7 +7875,7 @@ def folder_handler(site: Site) -> Any:
                 if not (page or site.spa):
                     with contextlib.suppress(OSError):      # it can't be read
                         return send_whole(self, 200, listing(site.names(found), path),
-                                          Content_Type=HTML)
+                                          **{'Content-Type': HTML})
             f = site.open(page) if page else None
             if f is None and site.stands_in(path, self.headers.get('Accept', '*/*')):
                 f = site.open(os.path.join(site.root, 'index.html'))
@@ -14577,11 +14576,10 @@ class ErrorPages(Annex):
 # and the shell's lines that both can show.
 # ------------------------------------------------------------------------------------------------
 
-SYSTEM = '/'            # below it all is installed
-FOLDER, STATE = 'usr/local/lib/localtunnel', 'var/lib/localtunnel'
-PROGRAM = f'{FOLDER}/localtunnel.py'
-CONFIG, USER_FILE = 'etc/localtunnel/server.ini', 'etc/sysusers.d/localtunnel.conf'
-SOCKET, SERVICE = (f'etc/systemd/system/localtunnel.{kind}' for kind in ('socket', 'service'))
+FOLDER, STATE = '/usr/local/lib/localtunnel', '/var/lib/localtunnel'
+PROGRAM, CONFIG = f'{FOLDER}/localtunnel.py', '/etc/localtunnel/server.ini'
+USER_FILE, SYSTEMD = '/etc/sysusers.d/localtunnel.conf', '/run/systemd/system'
+SOCKET, SERVICE = (f'/etc/systemd/system/localtunnel.{kind}' for kind in ('socket', 'service'))
 USUAL_PYTHON = '/usr/bin/python3'
 
 SOCKET_UNIT = """[Unit]
@@ -14595,7 +14593,11 @@ Backlog=1024
 [Install]
 WantedBy=sockets.target
 """
-SERVICE_UNIT = """[Unit]
+HARDENED = ('LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp '
+            'ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs '
+            'ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces '
+            'RestrictRealtime RestrictSUIDSGID').replace(' ', '=yes\n')
+SERVICE_UNIT = f"""[Unit]
 Description=localtunnel server
 Wants=network-online.target
 After=network-online.target localtunnel.socket
@@ -14604,8 +14606,8 @@ Requires=localtunnel.socket
 [Service]
 Type=notify
 NotifyAccess=all
-WorkingDirectory={folder}
-ExecStart={python} -m localtunnel server --config {config}
+WorkingDirectory={FOLDER}
+ExecStart={{python}} -m localtunnel server --config {CONFIG}
 ExecReload=/bin/kill -USR2 $MAINPID
 Restart=always
 RestartSec=2
@@ -14627,33 +14629,29 @@ SystemCallArchitectures=native
 SystemCallErrorNumber=EPERM
 SystemCallFilter=@system-service
 SystemCallFilter=~@privileged
-{hardened}
+{HARDENED}=yes
 
 [Install]
 WantedBy=multi-user.target
 """
-HARDENED = ('LockPersonality MemoryDenyWriteExecute NoNewPrivileges PrivateDevices PrivateTmp '
-            'ProtectClock ProtectControlGroups ProtectHome ProtectHostname ProtectKernelLogs '
-            'ProtectKernelModules ProtectKernelTunables RemoveIPC RestrictNamespaces '
-            'RestrictRealtime RestrictSUIDSGID').split()
 
 IS_ACTIVE, LISTENERS = 'systemctl is-active localtunnel.service', 'ss -Hlntup'
 # Python keeps what it has compiled beside the program, where the server may not write: with that it
 # needs half of the memory.
-PREPARE = """systemd-sysusers {user_file}
-chgrp localtunnel {config}
-{python} -m py_compile {program}
+PREPARE = f"""systemd-sysusers {USER_FILE}
+chgrp localtunnel {CONFIG}
+{{python}} -m py_compile {PROGRAM}
 systemctl daemon-reload"""
 START = 'systemctl enable --now localtunnel.socket localtunnel.service'
 STOP = START.replace('enable', 'disable')
 HAND_OVER = 'systemctl reload localtunnel.service'
 UNIT_LOG = 'journalctl -u localtunnel.service -u localtunnel.socket -o cat --since=@'
-REMOVAL = f"""[ ! -e {{service}} ] || {STOP}
-rm -rf {{folder}} {{socket}} {{service}} {{config}} {{user_file}}
-rmdir "$(dirname {{config}})" 2>/dev/null || true       # files of your own stay
+REMOVAL = f"""[ ! -e {SERVICE} ] || {STOP}
+rm -rf {FOLDER} {SOCKET} {SERVICE} {CONFIG} {USER_FILE}
+rmdir {os.path.dirname(CONFIG)} 2>/dev/null || true       # files of your own stay
 systemctl daemon-reload"""
-PURGE_TOO = """
-rm -rf {state}
+PURGE_TOO = f"""
+rm -rf {STATE}
 userdel localtunnel || true"""
 WHAT_IS_DONE = f"""{{files}}
 # All that it runs, first to look:
@@ -14672,13 +14670,13 @@ WHAT_IS_DONE = f"""{{files}}
 # Without systemd all this is for you to do. With OpenRC, once there is a user localtunnel
 # (adduser -S -H localtunnel), as /etc/init.d/localtunnel:
 #!/sbin/openrc-run
-export STATE_DIRECTORY={{state}}
-command={{python}} command_args="-m localtunnel server --config {{config}}" directory={{folder}}
+export STATE_DIRECTORY={STATE}
+command={{python}} command_args="-m localtunnel server --config {CONFIG}" directory={FOLDER}
 command_background=yes
 command_user=localtunnel capabilities=^cap_net_bind_service
 pidfile=/run/localtunnel.pid error_log=/var/log/localtunnel.log
 depend() {{{{ need net; }}}}
-start_pre() {{{{ checkpath -d -m 700 -o localtunnel {{state}}; }}}}
+start_pre() {{{{ checkpath -d -m 700 -o localtunnel {STATE}; }}}}
 
 # With Docker:
 docker run -d --restart unless-stopped -p 80:80 -p 443:443 -v localtunnel:/state \\
@@ -14715,14 +14713,6 @@ def ports_of(args: Args) -> list[int]:
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
-def filled(text: str, python: str = '', **more: str) -> str:
-    """TEXT with its {paths}, and MORE."""
-    return text.format(
-        python=python, folder=SYSTEM + FOLDER, program=SYSTEM + PROGRAM, state=SYSTEM + STATE,
-        config=SYSTEM + CONFIG, user_file=SYSTEM + USER_FILE, socket=SYSTEM + SOCKET,
-        service=SYSTEM + SERVICE, **more)
-
-
 def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, bytes]:
     """All files of a server with the options WORDS, which mean ARGS."""
     any_host = ['0.0.0.0', '[::]'][:1 + os.path.exists('/proc/net/if_inet6')]
@@ -14732,8 +14722,7 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         USER_FILE: 'u localtunnel - "localtunnel server"\n',
         CONFIG: '# After a change: systemctl reload localtunnel\n' + in_file(words),
         SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
-        SERVICE: filled(SERVICE_UNIT, python, hardened='\n'.join(
-            f'{name}=yes' for name in HARDENED))}
+        SERVICE: SERVICE_UNIT.format(python=python)}
     return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
 
 
@@ -14741,10 +14730,10 @@ def shown(args: Args, words: Sequence[str], python: str) -> str:
     """What `install` does as root, and what is to be done without systemd."""
     import shlex
     if args.remove:
-        return filled(REMOVAL + PURGE_TOO * args.purge)
+        return REMOVAL + PURGE_TOO * args.purge
     files = {**server_files(args, words, python), PROGRAM: b'(this file)\n'}
-    return filled(WHAT_IS_DONE, python, words=shlex.join(words), files='\n'.join(
-        f'# {SYSTEM}{name}\n{text.decode()}' for name, text in files.items()))
+    return WHAT_IS_DONE.format(python=python, words=shlex.join(words), files='\n'.join(
+        f'# {path}\n{text.decode()}' for path, text in files.items()))
 
 
 COMMAND_PATIENCE = 120.0        # for the system's commands; systemd gives a server 90
@@ -14793,11 +14782,10 @@ def state_of(port: int, kind: str) -> str:
 
 def need_root() -> None:
     """Raises LocaltunnelError where nothing can be installed."""
-    folder = SYSTEM + 'run/systemd/system'
-    if not os.path.isdir(folder):
+    if not os.path.isdir(SYSTEMD):
         raise LocaltunnelError('systemd does not run here; `install --print` ends with what to do '
                                'instead, with OpenRC or Docker')
-    if not os.access(folder, os.W_OK):
+    if not os.access(SYSTEMD, os.W_OK):
         raise LocaltunnelError('this takes root, so type sudo before it')
 
 
@@ -14807,7 +14795,7 @@ def look(args: Args, running: bool) -> str:
     facts = [(name.group(1).decode(errors='replace') if name else sys.platform) + ' with systemd',
              f'Python {sys.version.split()[0]}', 'sudo' if 'SUDO_UID' in os.environ else 'root',
              ' and '.join(outward_addresses()) or 'no address that others reach']
-    ours = contents(SYSTEM + SOCKET) if running else b''
+    ours = contents(SOCKET) if running else b''
     for port in ports_of(args):
         state = 'ours' if b':%d\n' % port in ours else state_of(port, 'tcp')
         if state.startswith('used'):
@@ -14836,7 +14824,7 @@ def check(args: Args, python: str) -> None:
              'Python'),
             (is_loopback(args.domain),
              'add --domain DOMAIN: a name that leads to the server, or its address'),
-            (args.state, f'an installed server keeps its state in /{STATE}; leave out --state'),
+            (args.state, f'an installed server keeps its state in {STATE}; leave out --state'),
             (args.bind and not is_address(args.bind),
              f'--bind takes an address here, not {args.bind!r}'),
             *((option in ITS_FILES and not re.match(whole, path),
@@ -14849,19 +14837,18 @@ def check(args: Args, python: str) -> None:
 
 def write_files(files: dict[str, bytes]) -> dict[str, bytes]:
     """Write those FILES that differ from what is there; return that."""
-    before = {name: contents(SYSTEM + name) for name in files}
-    changed = {name: text for name, text in before.items() if text != files[name]}
-    for name in changed:
-        path = SYSTEM + name
+    before = {path: contents(path) for path in files}
+    changed = {path: text for path, text in before.items() if text != files[path]}
+    for path in changed:
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        write_secret(path, files[name])
-        os.chmod(path, 0o640 if name == CONFIG else 0o644)
+        write_secret(path, files[path])
+        os.chmod(path, 0o640 if path == CONFIG else 0o644)
     return changed
 
 
 def start(running: bool, changed: Container[str]) -> None:
     """Let the server run as its files say, of which some have CHANGED.  Raises LocaltunnelError."""
-    served, log = f'{SYSTEM}{STATE}/{SERVED}', f'{UNIT_LOG}{time.time():.0f}'
+    served, log = f'{STATE}/{SERVED}', f'{UNIT_LOG}{time.time():.0f}'
     before, deadline, why = stamp_of(served), time.monotonic() + READY_WITHIN, ''
     try:
         if running and SOCKET in changed:
@@ -14879,9 +14866,9 @@ def start(running: bool, changed: Container[str]) -> None:
 
 def code_for(args: Args) -> str:
     """The code for the server, which runs with the options ARGS."""
-    served, token = Served(SYSTEM + STATE), (args.token or [''])[0]
+    served, token = Served(STATE), (args.token or [''])[0]
     if not (args.token or getattr(args, 'token_file', None)):
-        token = contents(f'{SYSTEM}{STATE}/token').decode('ascii', 'replace').strip()
+        token = contents(f'{STATE}/token').decode('ascii', 'replace').strip()
     return make_code(served.address, '' if served.open else token, served.pin)
 
 
@@ -14907,7 +14894,7 @@ elif sudo -n true >/dev/null 2>&1; then sudo -n "$@"
 else echo "{question}"; sudo -S -p "" "$@"
 fi"""
 WITH_THESE = '--config "$folder/server.ini"'
-WITH_THE_OLD = f'$([ -e {SYSTEM}{CONFIG} ] || echo --config "$folder/server.ini")'     # if any
+WITH_THE_OLD = f'$([ -e {CONFIG} ] || echo --config "$folder/server.ini")'     # if any
 PYTHONS = USUAL_PYTHON, 'python3', *(f'python3.{minor}' for minor in range(14, 7, -1))
 QUESTION = 'password?'          # the line by which it asks for one, for sudo
 # A shared connection may be used, but none begun: it would keep the pipe of what is printed open.
@@ -15026,9 +15013,8 @@ class SettingUp(Annex):
     def install(self, args: Args) -> int:
         """Do what ARGS say; return the exit code."""
         words, here = words_of(args), os.path.realpath(sys.executable)
-        if not (words or args.remove or args.config) and os.path.exists(SYSTEM + CONFIG):
-            own = f'--config={SYSTEM}{CONFIG}'
-            return int(args.do(['install', own, *['--print'] * args.print]))
+        if not (words or args.remove or args.config) and os.path.exists(CONFIG):
+            return int(args.do(['install', f'--config={CONFIG}', *['--print'] * args.print]))
         python = USUAL_PYTHON if here == os.path.realpath(USUAL_PYTHON) else here
         if not args.remove:
             check(args, python)
@@ -15039,12 +15025,12 @@ class SettingUp(Annex):
         if args.remove:
             system(shown(args, words, python))
             print_line('the server is gone' + '; its leases and token are still in '
-                       f'{SYSTEM}{STATE}' * (not args.purge))
+                       f'{STATE}' * (not args.purge))
         else:
             files = server_files(args, words, python)
-            if args.config == SYSTEM + CONFIG:
+            if args.config == CONFIG:
                 del files[CONFIG]       # it stays as it is, with its comments
-            self.set_up(args, files, filled(PREPARE, python))
+            self.set_up(args, files, PREPARE.format(python=python))
         return 0
 
     @staticmethod

@@ -11144,7 +11144,7 @@ class InstallTest(FolderTest):
 
     def setUp(self):
         super().setUp()
-        patch = unittest.mock.patch.object(lt, 'SYSTEM', self.folder + '/')
+        patch = unittest.mock.patch.multiple(lt, SYSTEMD=self.path('run'), CONFIG=self.path('ini'))
         patch.start()
         self.addCleanup(patch.stop)
 
@@ -11227,7 +11227,7 @@ class InstallTest(FolderTest):
         self.assertIn('\ndocker run -d ', shown)
 
     def test_one_who_is_not_root_is_told_to_type_sudo(self):
-        os.makedirs(self.path('run/systemd/system'))
+        os.mkdir(lt.SYSTEMD)
         with unittest.mock.patch.object(lt.os, 'access', lambda path, mode: False), \
                 unittest.mock.patch.object(lt.sys, 'executable', lt.USUAL_PYTHON):
             for words in [], ['--remove']:
@@ -11259,14 +11259,15 @@ class InstallTest(FolderTest):
             self.assertIn('port 53, for DNS, is ' + ('free' if free else 'used by named'), found)
 
     def test_only_what_differs_is_written_and_all_of_it_can_be_put_back(self):
-        old = {'etc/a': b'1', lt.CONFIG: b'2', 'etc/c': b'3'}
-        self.assertEqual(lt.write_files(old), {'etc/a': b'', lt.CONFIG: b'', 'etc/c': b''})
+        a, c = self.path('etc/a'), self.path('etc/c')
+        old = {a: b'1', lt.CONFIG: b'2', c: b'3'}
+        self.assertEqual(lt.write_files(old), {a: b'', lt.CONFIG: b'', c: b''})
         changed = lt.write_files({**old, lt.CONFIG: b'new'})
         self.assertEqual(changed, {lt.CONFIG: b'2'})
         lt.write_files(changed)
-        self.assertEqual(open_and_read(self.path(lt.CONFIG)), b'2')
+        self.assertEqual(open_and_read(lt.CONFIG), b'2')
         if POSIX:
-            self.assertEqual([os.stat(self.path(name)).st_mode & 0o777 for name in old],
+            self.assertEqual([os.stat(path).st_mode & 0o777 for path in old],
                              [0o644, 0o640, 0o644])
 
     def test_systemd_finds_nothing_wrong_with_the_units_and_little_that_is_exposed(self):
@@ -14445,8 +14446,8 @@ class DeployTest(CommandTest):
         self.program('chgrp', f'#!/bin/sh\necho "$@" >>{self.system}/grouped')
         self.program('id', '#!/bin/sh\necho ${USER_ID-0}')
         self.addCleanup(self.take_away)
-        source = open_and_read(SCRIPT).replace(b"\nSYSTEM = '/' ", b"\nSYSTEM = '%s/' "
-                                               % self.system.encode())
+        source = re.sub(rb"'(?=/(run|[a-z/.]+/localtunnel))", b"'" + self.system.encode(),
+                        open_and_read(SCRIPT))
         self.script = self.write('ours.py', source.decode())
         self.host = 'ana@example.com'
         self.ports = [self.free_port() for _ in 'ab']
@@ -14473,7 +14474,7 @@ class DeployTest(CommandTest):
         """What it prints, with the server's options."""
         program = self.deploy('--domain', '0.0.0.0', '--bind', '127.0.0.1', '--port',
                               self.ports[0], '--tls-port', self.ports[1], *words)
-        self.assertEqual((program.ends(), program.lines['err']), (0, []))
+        self.assertEqual((program.ends(), program.lines['err']), (0, []), program.lines)
         return program.lines['out']
 
     def test_one_command_makes_a_server_another_one_upgrades_it_and_a_third_takes_it_away(self):
@@ -14487,8 +14488,7 @@ class DeployTest(CommandTest):
         self.assertIn(token, kept)
         client = self.start('client', self.app().port)
         self.assertEqual(fetch(client.url()), (200, b'app /'))
-        lock, config = open_and_read(os.path.join(state, 'lock')), os.path.join(
-            self.system, lt.CONFIG)
+        lock, config = open_and_read(os.path.join(state, 'lock')), self.system + lt.CONFIG
         with open(config, 'a', encoding='ascii') as f:
             f.write('# by hand\n')
         options = open_and_read(config)
@@ -14515,10 +14515,10 @@ class DeployTest(CommandTest):
         self.assertTrue(os.path.exists(os.path.join(state, 'token')))
         self.assertEqual(self.deploy('--remove', '--purge').ends(), 0)
         self.assertFalse(os.path.exists(state))
-        with unittest.mock.patch.object(lt, 'SYSTEM', self.system + '/'):
-            shown = '\n'.join(lt.shown(server_args(*words), [], lt.USUAL_PYTHON)
-                              for words in ([], ['--remove', '--purge']))
-        for line in set(open_and_read(self.path('ran')).decode().splitlines()):
+        shown = '\n'.join(lt.shown(server_args(*words), [], lt.USUAL_PYTHON)
+                          for words in ([], ['--remove', '--purge']))
+        ran = open_and_read(self.path('ran')).decode().replace(self.system, '')
+        for line in set(ran.splitlines()):
             if line.startswith(('systemctl', 'systemd', 'ss ', 'journalctl', 'chgrp', 'userdel')):
                 self.assertIn(line.partition(' --since')[0], shown)
 
@@ -14528,11 +14528,11 @@ class DeployTest(CommandTest):
         self.done('--token', 'letmein')
         self.assertIn(b'install --config "$folder/server.ini"', open_and_read(self.path('ps')))
         self.assertNotIn(b'letmein', open_and_read(self.path('ps')))
-        path = os.path.join(self.system, lt.CONFIG)
+        path = self.system + lt.CONFIG
         self.assertIn(b'\ntoken = letmein\n', open_and_read(path))
         self.assertEqual(os.stat(path).st_mode & 0o777, 0o640)
         lock = open_and_read(os.path.join(self.system, 'var/lib/localtunnel/lock'))
-        kept, = os.listdir(os.path.join(self.system, lt.FOLDER, '__pycache__'))
+        kept, = os.listdir(f'{self.system}{lt.FOLDER}/__pycache__')
         self.assertRegex(kept, r'^localtunnel\.cpython-\d+\.pyc$')
         self.done('--token', 'letmein', '--rate', '9')
         after = open_and_read(os.path.join(self.system, 'var/lib/localtunnel/lock'))
