@@ -15783,31 +15783,28 @@ def event_line(event: str, **values: Any) -> str:
     return json.dumps({'event': event, 'time': rfc3339(time.time()), **values})
 
 
-# What is always known of a tunnel; all else has a row of its own in the banner.
+# What is always known of a tunnel: its server, and where that was taken from; whether the URL works
+# elsewhere, and needs a password; the networks that may come.  All else has a row in the banner.
 ABOUT = 'target', 'server', 'source', 'public', 'protected', 'allow'
 
 
 class Terminal(ClientObserver):
     """Tells a user what a client does."""
 
-    def __init__(self, target: str, server: str, public: bool, later: Callable[..., Any], *,
-                 source: str = '', protected: bool = False, allow: Sequence[str] = (),
-                 as_json: bool = False, quiet: bool = False,
-                 first: Callable[[], None] = lambda: None, name: str = '',
-                 keys: Actions | None = None) -> None:
-        """SOURCE is where SERVER was taken from.  PROTECTED: visitors need a password; ALLOW are
-        the networks from which they may come.  FIRST is called when the tunnel is up for the first
-        time.  NAME tells it from others on the same terminal, whose KEYS they share.
+    def __init__(self, args: Args, about: Mapping[str, Any], later: Callable[..., Any],
+                 first: Callable[[], None] = lambda: None, keys: Actions | None = None) -> None:
+        """ABOUT has what is known of the tunnel, see ABOUT; nothing where it is about several.
+
+        FIRST is called when the tunnel is up for the first time.  KEYS are those of others, too.
         """
-        self._name = name
-        self._about: dict[str, Any] = {
-            'target': target, 'server': server, 'source': source, 'public': public,
-            'protected': protected, 'allow': list(allow)}
-        self._first, self._json, self._quiet = first, as_json, quiet
+        self._name = args.tunnel        # it tells this one from others on the same terminal
+        self._about, self._first = {**about}, first
+        self._json, self._quiet = args.json, args.quiet
         self._tty = is_terminal(sys.stdout)
         self._coloured = [] if is_plain() else list(filter(is_terminal, (sys.stdout, sys.stderr)))
-        self._lines = Lines(sys.stdout if as_json or self._tty else sys.stderr, later,
-                            self._missing if as_json else dropped_lines)
+        self._lines = Lines(
+            sys.stdout if self._json or self._tty else sys.stderr, later,
+            (lambda count: event_line('dropped', lines=count)) if self._json else dropped_lines)
         self.flush = self._lines.flush
         self._url = ''
         self.keys = {} if keys is None else keys        # what the keys of the terminal do
@@ -15885,8 +15882,9 @@ class Terminal(ClientObserver):
         """
         if self._json or self._quiet or not Keys.possible():
             return None
-        if self._about['target']:
-            self.keys.update({'c': ('copies the URL', self._copy), 'o': ('opens it', self._open)})
+        if self._about:
+            self.keys.update({'c': ('copies the URL', self._copy),
+                              'o': ('opens it', lambda: open_in_browser(self._url))})
         self.keys.update({'q': ('quits', leave), '?': ('says so', self.help)})
         keys = Keys(runtime, self.keys)
         if at_once:
@@ -15906,9 +15904,6 @@ class Terminal(ClientObserver):
         """Ask the terminal to put the URL on the clipboard (OSC 52)."""
         code = base64.b64encode(self._url.encode()).decode()
         put(sys.stdout, f'\x1b]52;c;{code}\x07  copied, if your terminal allows it\n')
-
-    def _open(self) -> None:
-        open_in_browser(self._url)
 
     # What happens.
 
@@ -15975,36 +15970,27 @@ class Terminal(ClientObserver):
             self.times.append(seconds)
             if self._tty and status < 500 and not self._crowd.lets(time.monotonic()):
                 return
-            colour = ''
-            if seconds >= SLOW and status != 101 and exchange.method != 'TCP':      # meant to last
-                colour = '31' if seconds >= TOO_SLOW else '33'
+            lasts = status == 101 or exchange.method == 'TCP'       # as it is meant to
+            colour = '' if lasts or seconds < SLOW else '33' if seconds < TOO_SLOW else '31'
             self._line(exchange, str(status or 'gone'), duration(seconds), in_bytes(exchange.size),
                        colour)
 
     def _line(self, exchange: Record, status: str, took: str, size: str = '',
               colour: str = '') -> None:
         """Write a line for EXCHANGE; TOOK says for how long it ran."""
-        path, why = printable(exchange.target), exchange.why
-        begin = f'{clock()[11:]} #{exchange.number} '
-        if self._name:
-            begin = f'{begin:<14}{self._name:<8} ' if self._tty else f'{begin}{self._name} '
-        if self._tty:
-            return self._row(begin, status, exchange.method, path, took, size, colour, why)
-        self._lines.add(f'{begin}{status} {exchange.method} {path} {took}'
-                        + (f' {size}' if size else '') + (f' {printable(why)}' if why else ''))
-
-    def _row(self, begin: str, status: str, method: str, path: str, took: str, size: str,
-             colour: str, why: str) -> None:
-        """Write a line in columns, and WHY below it."""
-        begin, method = f'{begin:<14}', f'{method:<6}'
+        begin, name = f'{clock()[11:]} #{exchange.number} ', self._name
+        method, path, why = exchange.method, printable(exchange.target), printable(exchange.why)
+        if not self._tty:
+            words = name, status, method, path, took, size, why
+            return self._lines.add(begin + ' '.join(filter(None, words)))
+        begin, method = f'{begin:<14}' + (f'{name:<8} ' if name else ''), f'{method:<6}'
         room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
-        shade = STATUS_COLOURS.get(status[0], '2')
-        took = ' ' * (8 - len(took)) + (self._paint(colour, took) if colour else took)
-        below = textwrap.fill(printable(why), columns(), initial_indent='\n' + ' ' * 14,
+        status = self._paint(STATUS_COLOURS.get(status[0], '2'), status) + ' ' * (5 - len(status))
+        took = ' ' * (8 - len(took)) + self._paint(colour, took)
+        below = textwrap.fill(why, columns(), initial_indent='\n' + ' ' * 14,
                               subsequent_indent=' ' * 14)
-        self._lines.add(f'{begin}{self._paint(shade, status)}{" " * (5 - len(status))}{method} '
-                        f'{path} {took} {size:>7}'.rstrip() + below)        # in one piece
+        self._lines.add(f'{begin}{status}{method} {path} {took} {size:>7}'.rstrip() + below)
 
     def thinned(self, now: float) -> None:
         """Say how many requests had no line, if it is time to."""
@@ -16033,12 +16019,8 @@ class Terminal(ClientObserver):
 
     def _paint(self, code: str, text: str, stream: TextIO | None = None) -> str:
         """Return TEXT, in colour if STREAM, by default stdout, is a terminal that shows it."""
-        coloured = (stream or sys.stdout) in self._coloured
+        coloured = code and (stream or sys.stdout) in self._coloured
         return f'\x1b[{code}m{text}\x1b[0m' if coloured else text
-
-    @staticmethod
-    def _missing(count: int) -> str:
-        return event_line('dropped', lines=count)
 
     def _event(self, event: str, **values: Any) -> None:
         if self._json:
@@ -16164,7 +16146,7 @@ class ServerLog(Observer):
             self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
                             f'{round(seconds * 1000)}ms {exchange.size}B{whose}'
-                            + (in_text({'error': why}) if why else ''))
+                            + in_text({'error': why}))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -16804,12 +16786,12 @@ def terminal_of(runtime: Runtime, args: Args, target: Target, first: Callable[[]
     FIRST is called when it is there; else that server is remembered.
     """
     carrier, here = find_carrier(args), not known.source
-    return Terminal(
-        target.text, carrier.name if carrier else str(known.address), bool(carrier) or not here,
-        runtime.loop.call_later, source='carrier' if carrier else known.source,
-        protected=bool(getattr(args, 'auth', None)),
-        allow=[str(net) for net in getattr(args, 'allow', ())], as_json=args.json, quiet=args.quiet,
-        first=first or (lambda: None if here else keep_server(known)), name=args.tunnel, keys=keys)
+    server, source = (carrier.name, 'carrier') if carrier else (str(known.address), known.source)
+    about = {'target': target.text, 'server': server, 'source': source, 'public': source != '',
+             'protected': bool(getattr(args, 'auth', None)),
+             'allow': [str(net) for net in getattr(args, 'allow', ())]}
+    return Terminal(args, about, runtime.loop.call_later,
+                    first or (lambda: None if here else keep_server(known)), keys)
 
 
 Watching = TypeVar('Watching', bound=ClientObserver)
@@ -17422,7 +17404,7 @@ class Sections:
     def __init__(self, runtime: Runtime, args: Args) -> None:
         later = runtime.loop.call_later
         self._runtime, self._args, self._key = runtime, args, load_key(LOG.warning)
-        self.terminal = Terminal('', '', False, later, as_json=args.json, quiet=args.quiet)
+        self.terminal = Terminal(args, {}, later)
         self._frames = Lines(sys.stderr, later)
         self._seen: Any = ()            # what the inspector of all of them keeps
         self._inspector = ''            # its URL

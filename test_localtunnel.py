@@ -11555,6 +11555,14 @@ def quick_script():
                   'exec(code)', f.name)
 
 
+def terminal_of(keys=None, **words):
+    """What tells the user of a public tunnel; WORDS are of what was typed, or known of it."""
+    args = argparse.Namespace(**{word: words.pop(word, '') for word in ('tunnel', 'json', 'quiet')})
+    about = {'target': 'localhost:8000', 'server': 'https://t.example', 'source': '',
+             'public': True, 'protected': False, 'allow': []}
+    return lt.Terminal(args, {**about, **words}, lambda *_: None, keys=keys)
+
+
 class Program:
     """The real script as a process; what it says is kept, line by line, and can be waited for."""
 
@@ -11828,7 +11836,7 @@ class SlowReaderTest(CommandTest):
 
     def test_a_program_that_reads_json_is_told_what_is_missing(self):
         with unittest.mock.patch.object(sys, 'stdout', self.unread()[1]):
-            terminal = lt.Terminal('8000', 'https://a.example', True, lambda *_: None, as_json=True)
+            terminal = terminal_of(json=True)
         missing = json.loads(terminal._lines._dropped(7))
         self.assertEqual((missing['event'], missing['lines']), ('dropped', 7))
 
@@ -12039,14 +12047,14 @@ class Screen(io.StringIO):
 
 class ScreenTest(unittest.TestCase):
 
-    def terminal(self, stream=Screen, columns=80, **words):
+    def terminal(self, stream=Screen, columns=80, keys=None, **words):
         """A client's terminal whose two streams are one STREAM in memory."""
         self.out = stream()
         for patch in (unittest.mock.patch.multiple(sys, stdout=self.out, stderr=self.out),
                       unittest.mock.patch.dict(os.environ, COLUMNS=str(columns), TERM='xterm')):
             patch.start()
             self.addCleanup(patch.stop)
-        return lt.Terminal('localhost:8000', 'https://t.example', True, lambda *_: None, **words)
+        return terminal_of(keys, **words)
 
     def shown(self, terminal):
         """What was written, without colours."""
@@ -12126,7 +12134,7 @@ class ScreenTest(unittest.TestCase):
 
     def test_of_several_tunnels_each_line_says_whose_it_is(self):
         keys = {}
-        terminal = self.terminal(columns=100, name='web', keys=keys, source='--server')
+        terminal = self.terminal(columns=100, tunnel='web', keys=keys, source='--server')
         terminal.watched('http://127.0.0.1:4040')
         terminal.ready('https://a.example', '', .0234)
         terminal.exchange(self.record(), 0.012)
@@ -12200,7 +12208,7 @@ class ScreenTest(unittest.TestCase):
         self.assertRegex(lines[2], 'connected again.* now at https://x.t.example')
 
     def test_json_has_a_time_in_each_event_and_nothing_else_on_stdout(self):
-        terminal = self.terminal(io.StringIO, as_json=True, source='--server', allow=['::1/128'])
+        terminal = self.terminal(io.StringIO, json=True, source='--server', allow=['::1/128'])
         with unittest.mock.patch.object(sys, 'stderr', None):
             terminal.ready('https://x.t.example', 'ana', 0.01)
             terminal.note('a note', event='special', reason='r')
@@ -16662,7 +16670,7 @@ class ServerTest(HostileTest):
             await client.running
         out = [str(caught.exception)]
         with self.constant(put=lambda _, text, *dropped: out.append(text)):
-            terminal = lt.Terminal('8000', 'x', True, lambda *_: None)
+            terminal = terminal_of()
             for name, *args in self.log.told:
                 getattr(terminal, name)(*args)
                 terminal.flush()
@@ -17965,13 +17973,14 @@ class HouseTest(WorldTest):
                     large[node.name] = size
         self.assertEqual(set(large), TOO_LARGE, f'(methods, attributes, lines): {large}')
 
-    def test_no_name_is_used_before_it_is_defined(self):
+    def test_no_name_is_used_before_it_is_defined_or_defined_twice(self):
         where = {}
         for statement in self.tree.body:
             one = Room('')
             one.add(statement)
             for name in one.names:
-                where.setdefault(name, statement.lineno)
+                self.assertNotIn(name, where, f'line {statement.lineno} means something else')
+                where[name] = statement.lineno
         wrong = [f'line {line}: {name} of line {where[name]}' for room in self.rooms
                  for line, name in room.uses() if where.get(name, 0) > line]
         self.assertEqual(wrong, [])
