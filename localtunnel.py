@@ -14723,14 +14723,14 @@ def server_files(args: Args, words: Sequence[str], python: str) -> dict[str, byt
         CONFIG: '# After a change: systemctl reload localtunnel\n' + in_file(words),
         SOCKET: SOCKET_UNIT.format(ports='\n'.join(ports)),
         SERVICE: SERVICE_UNIT.format(python=python)}
-    return {PROGRAM: original(), **{name: text.encode() for name, text in texts.items()}}
+    return {PROGRAM: original(), **{path: text.encode() for path, text in texts.items()}}
 
 
 def shown(args: Args, words: Sequence[str], python: str) -> str:
     """What `install` does as root, and what is to be done without systemd."""
     import shlex
     if args.remove:
-        return REMOVAL + PURGE_TOO * args.purge
+        return REMOVAL + (PURGE_TOO if args.purge else '')
     files = {**server_files(args, words, python), PROGRAM: b'(this file)\n'}
     return WHAT_IS_DONE.format(python=python, words=shlex.join(words), files='\n'.join(
         f'# {path}\n{text.decode()}' for path, text in files.items()))
