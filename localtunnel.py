@@ -4058,6 +4058,15 @@ async def first_to_answer(hosts: Sequence[str], timeout: float,
     raise min(failures, key=lambda e: isinstance(e, ConnectionRefusedError))    # it says least
 
 
+async def connect(runtime: Runtime, host: str, port: int, tls: ssl.SSLContext | None = None,
+                  name: str = '', sock: socket.socket | None = None) -> Connection:
+    """A connection to PORT of HOST, or over SOCK; with TLS, to the server called NAME."""
+    where: dict[str, Any] = {'sock': sock} if sock else {'host': host, 'port': port}
+    _, connection = await runtime.loop.create_connection(
+        lambda: Connection(runtime), ssl=tls, server_hostname=name if tls else None, **where)
+    return connection
+
+
 Dial = Callable[[Target], Awaitable[Connection]]
 
 
@@ -4085,9 +4094,7 @@ class Upstreams:
 
     async def _by_host(self, target: Target) -> Connection:
         async def dial(host: str) -> Connection:
-            _, connection = await self._runtime.loop.create_connection(
-                lambda: Connection(self._runtime), host, target.port, ssl=self._tls,
-                server_hostname=target.host if self._tls else None)
+            connection = await connect(self._runtime, host, target.port, self._tls, target.host)
             if self._hosts[0] != host:
                 self._hosts.reverse()
             return connection
@@ -5338,6 +5345,13 @@ async def read_answer(connection: Connection, response: Response, most: int = MA
     return await read_whole(body_reader(connection, response.body_length(b'GET')), most)
 
 
+async def ask_whole(dial: Awaitable[Connection], host: str, path: str, *lines: str,
+                    most: int = MAX_HEAD, **how: Any) -> tuple[Response, bytes]:
+    """The response to what `asking` asks, and its body, or more than MOST bytes of it."""
+    async with asking(dial, host, path, *lines, **how) as answer:
+        return answer[1], await read_answer(*answer, most)
+
+
 class Served:
     """Where the server is reached that runs, or ran, with a state folder, and its token files."""
 
@@ -5548,7 +5562,6 @@ def dial_inside(runtime: Runtime, serve: Callable[[Connection], Coroutine[Any, A
 # ------------------------------------------------------------------------------------------------
 
 URL_CHARACTERS = "%/?:@!$&'()*+,;=-._~[]"      # those that stand for themselves, RFC 3986
-OPENSSL_PATIENCE = 20.0         # seconds for the openssl program; what is asked takes milliseconds
 
 
 def covers(names: Sequence[str], host: str) -> bool:
@@ -5559,13 +5572,32 @@ def covers(names: Sequence[str], host: str) -> bool:
     return host in names or '*.' + host.partition('.')[2] in names
 
 
-def read_date(text: str) -> float:
+def read_date(text: Any) -> float:
     """Return the Unix seconds of a date in a header field (RFC 9110 5.6.7).  Raises ValueError."""
     import email.utils
     try:
-        return email.utils.parsedate_to_datetime(text).timestamp()
+        return float(email.utils.mktime_tz(email.utils.parsedate_tz(text)))
     except (TypeError, IndexError, OverflowError) as e:
         raise ValueError(f'{text!r} is not a date') from e
+
+
+OPENSSL_PATIENCE = 20.0         # seconds for the openssl program; what is asked takes milliseconds
+CURVE = '-pkeyopt', 'ec_paramgen_curve:P-256'       # of the keys that it makes
+
+
+def openssl(*words: str, given: bytes = b'') -> bytes:
+    """What the openssl program makes of GIVEN.  Raises LocaltunnelError."""
+    import subprocess
+    try:
+        done = subprocess.run(['openssl', *words], input=given, capture_output=True,
+                              timeout=OPENSSL_PATIENCE)
+    except (OSError, subprocess.SubprocessError) as e:
+        raise LocaltunnelError(f"the openssl program can't be run ({plainly(e)}); install it, or "
+                               'see why: it makes the keys and signatures') from e
+    if done.returncode:
+        why = (done.stderr.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
+        raise LocaltunnelError(f'openssl {words[0]} failed: {why}')
+    return done.stdout
 
 
 def server_context() -> ssl.SSLContext:
@@ -5693,12 +5725,8 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
         tls.set_alpn_protocols([PROTOCOL, 'http/1.1'])
 
     async def dial(host: str) -> Connection:
-        where: dict[str, Any] = ({'sock': await address.route(host, address.port)} if address.route
-                                 else {'host': host, 'port': address.port})
-        _, connection = await runtime.loop.create_connection(
-            lambda: Connection(runtime), ssl=tls, **where,
-            server_hostname=(address.sni or address.site) if tls else None)
-        return connection
+        sock = await address.route(host, address.port) if address.route else None
+        return await connect(runtime, host, address.port, tls, address.sni or address.site, sock)
     reach = functools.partial(first_to_answer, addresses(address.site), timeout, dial)
     try:
         connection = await reach()
@@ -7761,12 +7789,10 @@ class Site:
 
 def precondition(fields: Any, etag: str, modified: float) -> int:
     """304 or 412 where FIELDS ask not to send a file MODIFIED then, else 200 (RFC 9110 13)."""
-    import email.utils
-
     def since(name: str) -> float:
         """When the date in the field NAME was."""
-        with contextlib.suppress(TypeError, ValueError, OverflowError):
-            return email.utils.mktime_tz(email.utils.parsedate_tz(fields[name]))
+        with contextlib.suppress(ValueError):
+            return read_date(fields[name])
         return NEVER if name == 'If-Unmodified-Since' else -NEVER       # no date
 
     def named(name: str) -> bool:
@@ -8296,23 +8322,20 @@ class Certificate(Tls):
 
 def self_signed(folder: str, domain: str) -> tuple[str, str, str] | None:
     """Return (certificate, key, SHA256) for sessions, from openssl in FOLDER; None without it."""
-    import subprocess
     import tempfile
     cert, key = os.path.join(folder, 'self-signed.pem'), os.path.join(folder, 'self-signed.key')
     if not (os.path.exists(cert) and os.path.exists(key)):
         try:
             with tempfile.TemporaryDirectory(dir=folder) as private:
                 made = os.path.join(private, 'key'), os.path.join(private, 'cert')
-                subprocess.run(['openssl', 'req', '-x509', '-nodes', '-days', '3650', '-newkey',
-                                'ec', '-pkeyopt', 'ec_paramgen_curve:P-256', '-subj',
-                                f'/CN={domain}'[:64], '-keyout', made[0], '-out', made[1]],
-                               check=True, capture_output=True, timeout=OPENSSL_PATIENCE)
+                openssl('req', '-x509', '-nodes', '-days', '3650', '-newkey', 'ec', *CURVE, '-subj',
+                        f'/CN={domain}'[:64], '-keyout', made[0], '-out', made[1])
                 os.chmod(made[0], 0o600)
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(cert)     # first: a crash leaves no certificate to another key
                 os.replace(made[0], key)
                 os.replace(made[1], cert)
-        except (OSError, subprocess.SubprocessError):
+        except (OSError, LocaltunnelError):
             return None
     try:
         with open(cert, encoding='ascii') as f:
@@ -8370,7 +8393,6 @@ class Certificates(Annex):
 
 # The openssl program: keys, signatures, requests for certificates.
 
-CURVE = '-pkeyopt', 'ec_paramgen_curve:P-256'
 # The whole of its configuration: the system's may be missing, and old ones know no -addext.
 REQUEST = '[req]\ndistinguished_name=none\nreq_extensions=more\n[none]\n[more]\nsubjectAltName='
 # In a certificate, what comes before the key of its authority and its own number, and their sizes.
@@ -8386,33 +8408,24 @@ class AcmeError(LocaltunnelError):
         self.code, self.wait = code, wait
 
 
-async def openssl(*words: str, given: bytes = b'') -> bytes:
-    """What the openssl program makes of GIVEN.  Raises AcmeError."""
-    import subprocess
-    try:
-        done = await asyncio.get_running_loop().run_in_executor(None, lambda: subprocess.run(
-            ['openssl', *words], input=given, capture_output=True, timeout=OPENSSL_PATIENCE))
-    except (OSError, subprocess.SubprocessError) as e:
-        raise AcmeError(f"the openssl program can't be run ({plainly(e)}); install it, or see why: "
-                        'it makes the keys and signatures') from e
-    if done.returncode:
-        why = (done.stderr.decode(errors='replace').strip().splitlines() or ['no reason'])[0]
-        raise AcmeError(f'openssl {words[0]} failed: {why}')
-    return done.stdout
+async def made_of(given: bytes, *words: str) -> bytes:
+    """What the openssl program makes of GIVEN.  Raises LocaltunnelError."""
+    return await asyncio.get_running_loop().run_in_executor(
+        None, functools.partial(openssl, *words, given=given))
 
 
 async def make_request(folder: str, names: Sequence[str]) -> tuple[bytes, bytes]:
     """A new P-256 key (PEM), and a request (DER) for a certificate of it for NAMES, without a CN.
 
-    The key is in FOLDER meanwhile, for this user alone.  Raises AcmeError and OSError.
+    The key is in FOLDER meanwhile, for this user alone.  Raises LocaltunnelError and OSError.
     """
     import tempfile
     said = ','.join(f'{"IP" if is_address(name) else "DNS"}:{name}' for name in names)
     with tempfile.TemporaryDirectory(dir=folder) as private:
         config, key = (os.path.join(private, name) for name in ('config', 'key'))
         write_secret(config, f'{REQUEST}{said}\n'.encode())
-        request = await openssl('req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj', '/',
-                                '-config', config, '-keyout', key, '-outform', 'DER')
+        request = await made_of(b'', 'req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj',
+                                '/', '-config', config, '-keyout', key, '-outform', 'DER')
         with open(key, 'rb') as f:
             return f.read(), request
 
@@ -8455,20 +8468,6 @@ POLL_FIRST, POLL_MOST = 0.5, 30.0       # seconds between looks at an order
 LONGEST_WAIT = 7 * DAY          # that it may ask for: no limit of Let's Encrypt takes longer
 
 
-async def _fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str, form: str,
-                 to: str) -> tuple[Response, bytes]:
-    scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
-
-    async def dial() -> Connection:
-        return (await runtime.loop.create_connection(
-            lambda: Connection(runtime), to or host, port, ssl=tls,
-            server_hostname=host if tls else None))[1]
-    async with asking(dial(), authority(scheme, host, port), path or '/',
-                      *[f'Content-Type: {form}'] * bool(form), body=body.encode(),
-                      within=ACME_PATIENCE) as (connection, response):
-        return response, await read_answer(connection, response, ACME_LARGEST)
-
-
 async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: str = '',
                 form: str = '', to: str = '') -> tuple[Response, bytes]:
     """What URL answers, and its body; a BODY of type FORM is posted.  TO is dialled for its host.
@@ -8476,7 +8475,11 @@ async def fetch(runtime: Runtime, url: str, tls: ssl.SSLContext | None, body: st
     With TLS only https is spoken, else only http.  Raises AcmeError.
     """
     try:
-        return await asyncio.wait_for(_fetch(runtime, url, tls, body, form, to), ACME_PATIENCE)
+        scheme, host, port, path = split_url(url, ('https' if tls else 'http',))
+        return await asyncio.wait_for(ask_whole(
+            connect(runtime, to or host, port, tls, host), authority(scheme, host, port),
+            path or '/', *[f'Content-Type: {form}'] * bool(form), body=body.encode(),
+            within=ACME_PATIENCE, most=ACME_LARGEST), ACME_PATIENCE)
     except (OSError, asyncio.TimeoutError, LocaltunnelError) as e:
         raise AcmeError(explain(e, url)) from e
 
@@ -8539,8 +8542,8 @@ class Authority:
         """Open the account, or find it; EXTERNAL is KID:HMAC of one that we have in another way."""
         await self.learn()
         if not os.path.exists(self._key):
-            write_secret(self._key, await openssl('genpkey', '-algorithm', 'EC', *CURVE))
-        point = (await openssl('pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
+            write_secret(self._key, await made_of(b'', 'genpkey', '-algorithm', 'EC', *CURVE))
+        point = (await made_of(b'', 'pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
         self._jwk = {'crv': 'P-256', 'kty': 'EC', 'x': base64url(point[:32]),
                      'y': base64url(point[32:])}        # in the order that a thumbprint wants
         wish: dict[str, Any] = {'termsOfServiceAgreed': True, 'contact': [f'mailto:{mail}']}
@@ -8573,8 +8576,8 @@ class Authority:
                 self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
             head = base64json({'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who})
-            signature = raw_signature(await openssl(
-                'dgst', '-sha256', '-sign', self._key, given=f'{head}.{body}'.encode()))
+            signature = raw_signature(await made_of(
+                f'{head}.{body}'.encode(), 'dgst', '-sha256', '-sign', self._key))
             response, said = await fetch(
                 self._runtime, url, self._tls, json.dumps(
                     {'protected': head, 'payload': body, 'signature': base64url(signature)}),
@@ -11139,20 +11142,12 @@ class Ground:
 
     # Its ports.
 
-    async def _dial(self, address: str, port: int, tls: ssl.SSLContext | None) -> Connection:
-        """Come to PORT of ADDRESS as a visitor of the domain."""
-        _, connection = await self._runtime.loop.create_connection(
-            lambda: Connection(self._runtime), address, port, ssl=tls,
-            server_hostname=self.domain if tls else None)
-        return connection
-
     async def _who_is(self, address: str, port: int, tls: bool) -> bytes | None:
         """What a server says of itself at PORT of ADDRESS; b'' for others, None for nobody."""
         try:
-            async with asking(self._dial(address, port, believer() if tls else None),
-                              bracketed(self.domain), ITSELF) as answer:
-                said = await read_answer(*answer)
-                return said if SAID.fullmatch(said) else b''
+            dial = connect(self._runtime, address, port, believer() if tls else None, self.domain)
+            _, said = await ask_whole(dial, bracketed(self.domain), ITSELF)
+            return said if SAID.fullmatch(said) else b''
         except (ssl.SSLError, LocaltunnelError):
             return b''
         except (OSError, asyncio.TimeoutError):
@@ -11282,9 +11277,10 @@ class Ground:
         with contextlib.suppress(OSError):      # it has no names
             tls.load_verify_locations(os.path.join(self._folder, 'self-signed.pem'))
         try:
-            async with asking(self._dial(self._here[0], self._args.tls_port, tls),
-                              bracketed(self.domain), ITSELF) as (connection, _):
-                facts = connection.transport.get_extra_info('peercert')
+            dial = connect(self._runtime, self._here[0], self._args.tls_port, tls, self.domain)
+            connection = await asyncio.wait_for(dial, REACHED_WITHIN)
+            facts = connection.transport.get_extra_info('peercert')
+            connection.abort()
         except (OSError, asyncio.TimeoutError) as e:
             fault, _, cure = tls_fault(
                 e, self.domain, 'get one from a public authority').partition('; ')
@@ -11453,9 +11449,8 @@ class Way:
                 f'{(until - time.time()) / DAY:.0f} days left')
 
     async def http(self) -> str:
-        async with asking(self.client.dial(REACHED_WITHIN), self.where.partition('://')[2],
-                          ITSELF) as (connection, response):
-            said = await read_answer(connection, response)
+        response, said = await ask_whole(self.client.dial(REACHED_WITHIN),
+                                         self.where.partition('://')[2], ITSELF)
         self._response, self.front = response, front_of(response)
         who, where = self.front[0], response.find(b'location')[:MAX_TEXT]
         if SAID.fullmatch(said) or response.has(b'localtunnel-failed'):
@@ -11794,13 +11789,10 @@ async def script_of(args: Args) -> bytes:
     try:
         known, app, client = args.as_client(args, runtime, Target('verify', text='verify'))
         app.close()
-
-        async def answer() -> tuple[Response, bytes]:
-            async with asking(client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
-                              '/localtunnel.py') as (connection, response):
-                return response, await read_answer(connection, response, MAX_SCRIPT)
         try:
-            response, script = await asyncio.wait_for(answer(), SCRIPT_WITHIN)
+            response, script = await asyncio.wait_for(ask_whole(
+                client.dial(REACHED_WITHIN), str(known.address).partition('://')[2],
+                '/localtunnel.py', most=MAX_SCRIPT), SCRIPT_WITHIN)
         except (Disconnected, BadHttp, OSError, asyncio.TimeoutError) as e:
             raise LocaltunnelError(explain(e, str(known.address))) from e
     finally:

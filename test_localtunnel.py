@@ -4290,6 +4290,16 @@ class TlsFilesTest(FolderTest):
             lt.client_tls(self.path('missing.pem'))
 
 
+class DateTest(unittest.TestCase):
+
+    def test_a_date_is_one_of_a_zone_and_what_is_none_raises_value_error(self):
+        for zone in 'GMT', '-0000', '+0000':
+            self.assertEqual(lt.read_date(f'Fri, 02 Jan 1970 00:00:00 {zone}'), lt.DAY)
+        for text in None, '', ',', 'x', '12:00', 'Fri, 02 Jan 99999999999 00:00:00 GMT':
+            with self.subTest(text), self.assertRaises(ValueError):
+                lt.read_date(text)
+
+
 class TlsBufferTest(FolderTest, LoopTest):
 
     async def pair(self):
