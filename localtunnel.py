@@ -4499,13 +4499,10 @@ class Pages(Dict[bytes, Page], Failures):
     async def refuse(connection: Connection, why: Refused) -> None:
         """Tell a client WHY it gets no session."""
         reason = {'error': why.code, 'message': str(why), 'final': why.final}
-        more = ['Connection: close']
-        if why.status == 429:
-            more.append(f'Retry-After: {RETRY_AFTER}')
-        if why.status == 426:
-            more = ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']
+        more = {429: ['Connection: close', f'Retry-After: {RETRY_AFTER}'],
+                426: ['Connection: close, Upgrade', f'Upgrade: {PROTOCOL}']}
         await Own(why.status, 'application/json', [json.dumps(reason).encode() + b'\n']).write(
-            connection, *more)
+            connection, *more.get(why.status, ['Connection: close']))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -8173,31 +8170,21 @@ class Strangers:
             nonlocal rest, left
             if left > 0 and not self._hinted:
                 text, left = rest + piece, left - len(piece)
-                self._look(text)
-                self.bare_word(exchange.request, text)
+                self.look(exchange.request, text)
                 rest = text[-LONGEST_WORDS:]
         return look
 
-    def _look(self, text: bytes) -> None:
-        if WANTS_TLS.search(text):
-            return self._hint(speaks_tls(self._app.target.text))
-        for words, server in STRANGERS.items():
-            if words in text:
-                return self._refused_by(server)
-
-    def bare_word(self, request: Request, said: bytes) -> None:
-        """Next refuses what its pages load with a word, which is all that a WebSocket gets."""
+    def look(self, request: Request, said: bytes) -> None:
+        """Give the hint if the app refused REQUEST, to which it SAID this."""
+        server = next((server for words, server in STRANGERS.items() if words in said), '')
         if said == b'Unauthorized' and b'/_next/' in request.target:
-            self._refused_by('Next')
-
-    def _refused_by(self, server: str) -> None:
-        self._hint(f'{server} refused the name of this tunnel; start the client with --host-header '
-                   'rewrite, or allow the name in the settings of your app')
-
-    def _hint(self, text: str) -> None:
-        if not self._hinted:
+            server = 'Next'     # a word for what its pages load is all that even a WebSocket gets
+        hint = speaks_tls(self._app.target.text) if WANTS_TLS.search(said) else server and (
+            f'{server} refused the name of this tunnel; start the client with --host-header '
+            'rewrite, or allow the name in the settings of your app')
+        if hint and not self._hinted:
             self._hinted = True
-            self._app.observer.hint(text)
+            self._app.observer.hint(hint)
 
 
 def host_to_send(text: str) -> str:
@@ -8223,7 +8210,7 @@ class HostHeader(Annex):
         if args.host_header is None:
             strangers = Strangers(app)
             app.response_taps.append(strangers.tap)
-            app.strange.append(strangers.bare_word)
+            app.strange.append(strangers.look)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12854,8 +12841,11 @@ MOST_NUMBER = 1e15              # bytes and times are less; NaN and infinity are
 def fits(value: Any, shape: Any) -> bool:
     """Return True if JSON of a stranger, VALUE, has SHAPE.
 
-    That is a type, a dict of shapes, or a list of one shape for all members, or of one for each.
+    That is a type, a dict of shapes, a list of one shape for all members or of one for each, or a
+    tuple of shapes of which one must do.
     """
+    if isinstance(shape, tuple):
+        return any(fits(value, one) for one in shape)
     if isinstance(shape, dict):
         return isinstance(value, dict) and shape.keys() <= value.keys() and all(
             fits(value[key], inside) for key, inside in shape.items())
@@ -13578,7 +13568,7 @@ class Inspector:
                 await self._answer()
         except (BadHttp, HopFailed) as e:
             await self._write(e.status, 'application/json', json.dumps({'error': str(e)}),
-                              *(e.extra if isinstance(e, HopFailed) else ()))
+                              *getattr(e, 'extra', ()))
 
     def _check(self) -> None:
         """Raise HopFailed unless it comes from this machine, and from no other site's page."""
@@ -13623,19 +13613,16 @@ class Inspector:
         self.here[self._connection] = True
         path, _, query = request.target.decode('latin-1').partition('?')
         self._words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
-        fitting = [(re.fullmatch(pattern, path), method, answer)
-                   for method, pattern, answer in self.CALLS if re.fullmatch(pattern, path)]
-        for match, method, answer in fitting:
-            if method == request.method.decode() and match:
-                value = await answer(self, *match.groups())
-                if value is not None:
-                    await self._write(200, 'application/json', json.dumps(value))
-                return
-        if fitting:
-            allowed = [method for _, method, _ in fitting]
-            raise HopFailed(405, f'{path} takes {" and ".join(allowed)}',
-                            'Allow: ' + ', '.join(allowed))
-        raise HopFailed(404, 'there is nothing here; the API is described in README')
+        calls = next((self.CALLS[one] for one in self.CALLS if re.fullmatch(one, path)), {})
+        if not calls:
+            raise HopFailed(404, 'there is nothing here; the API is described in README')
+        answer = calls.get(request.method.decode())
+        if not answer:
+            raise HopFailed(405, f'{path} takes {" and ".join(calls)}',
+                            f'Allow: {", ".join(calls)}')
+        value = await answer(self, *re.findall('[0-9]+', path))
+        if value is not None:
+            await self._write(200, 'application/json', json.dumps(value))
 
     async def _write(self, status: int, form: str, text: str, *extra: str) -> None:
         """Answer with TEXT; the fields see to it that no other site gets it, in any guise."""
@@ -13741,12 +13728,10 @@ class Inspector:
                 if connection.transport.get_write_buffer_size() > EVENTS_UNREAD:
                     return connection.abort()
                 await asyncio.sleep(EVENTS_TOGETHER + EVENTS_APART * len(lines))
-                try:
+                with contextlib.suppress(asyncio.TimeoutError):
                     await asyncio.wait_for(news.wait(), EVENTS_SILENT)
-                except asyncio.TimeoutError:
-                    lines = [':\n\n']
-                    continue
-                noted, gone, lines, missed = [*due.values()], missed, [], 0
+                noted, gone, missed = [*due.values()], missed, 0
+                lines = [] if noted else [':\n\n']
                 due.clear()
                 news.clear()
                 for kept in noted:
@@ -13797,11 +13782,11 @@ class Inspector:
             raise BadHttp(400, f'it was not sent: {stream.error}')
         return {'id': stream.made.number, 'left_out': edited.left_out}
 
-    CALLS: Sequence[tuple[str, str, Callable[..., Awaitable[Any]]]] = (
-        ('GET', '/', _page), ('GET', '/api/exchanges', _list), ('DELETE', '/api/exchanges', _clear),
-        ('GET', '/api/exchanges/([0-9]{1,15})', _one), ('GET', '/api/events', _events),
-        ('POST', '/api/exchanges/([0-9]{1,15})/replay', _replay), ('GET', '/api/har', _har),
-        ('GET', '/api/status', _status))
+    CALLS: Mapping[str, Mapping[str, Callable[..., Awaitable[Any]]]] = {
+        '/': {'GET': _page}, '/api/exchanges': {'GET': _list, 'DELETE': _clear},
+        '/api/exchanges/([0-9]{1,15})': {'GET': _one}, '/api/events': {'GET': _events},
+        '/api/exchanges/([0-9]{1,15})/replay': {'POST': _replay}, '/api/har': {'GET': _har},
+        '/api/status': {'GET': _status}}
 
 
 async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket], note: str,
@@ -13840,11 +13825,6 @@ async def listen_on(book: Exchanges, host: str, sockets: Sequence[socket.socket]
 FOLLOW_LOOK = 0.2               # seconds between looks at the end of a file (logs --follow)
 
 
-def private(path: str, flags: int) -> int:
-    """For open: nobody else may read what is made."""
-    return os.open(path, flags, 0o600)
-
-
 class Recorder:
     """Appends exchanges to a file, a line each, in a thread: a slow disk holds nothing up.
 
@@ -13855,7 +13835,7 @@ class Recorder:
         """Of what passes at APP; SHOW secrets or mask them.  Raises UsageError."""
         self._path, self._show, self._app = path, show, app
         try:
-            self._file = open(path, 'a+b', 0, opener=private)
+            self._file = open(path, 'a+b', 0, opener=functools.partial(os.open, mode=0o600))
             if os.name == 'posix' and stat.S_ISREG(os.fstat(self._file.fileno()).st_mode):
                 os.fchmod(self._file.fileno(), 0o600)
             # A line that a crash has cut short must not spoil the next one.
@@ -13931,7 +13911,7 @@ SIDE = {'line': str, 'headers': FIELDS, 'trailers': FIELDS, 'body': str, 'encodi
 SUMMARY = {'id': int, 'kind': str, 'at': str, 'method': str, 'target': str, 'status': int,
            'ms': NUMBER, 'request_bytes': int, 'response_bytes': int, 'error': str, 'failed': str}
 EXCHANGE = {**SUMMARY,
-            'request': (dict, NOTHING), 'response': (dict, NOTHING), 'messages': [{'text': str}],
+            'request': (SIDE, NOTHING), 'response': (SIDE, NOTHING), 'messages': [{'text': str}],
             'timing': {'first_byte_ms': (*NUMBER, NOTHING), 'end_ms': (*NUMBER, NOTHING)}}
 NOTE = {'host': str, 'port': int, 'password': str}      # of a client, where its inspector is
 
@@ -13940,8 +13920,7 @@ NO_INSPECTOR = 'this is not the inspector of a client'
 
 def is_exchange(value: Any) -> bool:
     """Return True if VALUE is what Kept.details returns."""
-    return isinstance(value, dict) and fits({'messages': [], **value}, EXCHANGE) and all(
-        side is None or fits(side, SIDE) for side in (value['request'], value['response']))
+    return isinstance(value, dict) and fits({'messages': [], **value}, EXCHANGE)
 
 
 MAX_RECORDED = 64 * MIB         # of a line: the largest request of --inspect-body, in base64
@@ -14244,11 +14223,12 @@ class Inspect(Annex):
                 print_line(piece)
             return 0
         shown = None
-        for shown in exchanges:
-            print_line(json.dumps(shown) if args.json else shown_line(shown))
-            for line in () if args.json or not (one or args.body) else shown_sides(
-                    shown, bool(one)):
-                print_line(line)
+        with contextlib.suppress(*[KeyboardInterrupt] * args.follow):       # which is its end
+            for shown in exchanges:
+                print_line(json.dumps(shown) if args.json else shown_line(shown))
+                if (one or args.body) and not args.json:
+                    for line in shown_sides(shown, bool(one)):
+                        print_line(line)
         if shown is None and not args.json:
             self.warn(f'no exchange fits {" ".join(args.words)}' if args.words else
                       'no exchange is there yet')
