@@ -5660,20 +5660,6 @@ def shake_hands(client: ssl.SSLContext, server: ssl.SSLContext) -> ssl.SSLObject
     return near
 
 
-def believer(shown: bytes = b'') -> ssl.SSLContext:
-    """A client that trusts the certificate SHOWN (DER) alone, at any time; or anybody, without.
-
-    Python reads no certificate to us but one that a client has checked.
-    """
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
-    if shown:
-        client.load_verify_locations(cadata=shown)
-        client.verify_mode = ssl.CERT_REQUIRED
-        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
-    return client
-
-
 Validity = Tuple[float, float, List[str]]       # since, until (in Unix seconds), for which names
 UNKNOWN: Validity = (0.0, 0.0, [])
 
@@ -5688,9 +5674,14 @@ def validity(facts: Any) -> Validity:
 
 def validity_of(server: ssl.SSLContext) -> Validity:
     """That of the certificate that SERVER shows; UNKNOWN where it is not one for servers."""
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
     try:
-        shown: Any = shake_hands(believer(), server).getpeercert(binary_form=True)
-        return validity(shake_hands(believer(shown), server).getpeercert())
+        shown: Any = shake_hands(client, server).getpeercert(binary_form=True)
+        client.load_verify_locations(cadata=shown)      # Python reads to us only what was checked
+        client.verify_mode = ssl.CERT_REQUIRED
+        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+        return validity(shake_hands(client, server).getpeercert())
     except ssl.SSLError:
         return UNKNOWN
 
@@ -6476,6 +6467,19 @@ def way_to(address: str) -> str:
 def outward_addresses() -> list[str]:
     """This machine's own addresses on its ways out; a resolver of its own may hold loopback's."""
     return [address for address in map(way_to, ('192.0.2.1', '2001:db8::1')) if address]
+
+
+def public_address() -> str:
+    """One of them that all the world reaches; '' without one."""
+    return next((address for address in outward_addresses()
+                 if ipaddress.ip_address(address).is_global), '')
+
+
+def record_here(name: str) -> str:
+    """The record that leads NAME to this machine, as DNS providers ask for it."""
+    here = public_address()
+    return (f'name {name}, type {"AAAA" if ":" in here else "A"}, value '
+            + (here or 'the public address of this machine'))
 
 
 def system_resolver() -> tuple[str, int] | None:
@@ -8395,8 +8399,8 @@ class AcmeError(LocaltunnelError):
         self.code, self.wait = code, wait
 
 
-async def made_of(given: bytes, *words: str) -> bytes:
-    """What the openssl program makes of GIVEN.  Raises LocaltunnelError."""
+async def by_openssl(*words: str, given: bytes = b'') -> bytes:
+    """The same as `openssl`, in a thread."""
     return await asyncio.get_running_loop().run_in_executor(
         None, functools.partial(openssl, *words, given=given))
 
@@ -8411,8 +8415,8 @@ async def make_request(folder: str, names: Sequence[str]) -> tuple[bytes, bytes]
     with tempfile.TemporaryDirectory(dir=folder) as private:
         config, key = (os.path.join(private, name) for name in ('config', 'key'))
         write_secret(config, f'{REQUEST}{said}\n'.encode())
-        request = await made_of(b'', 'req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj',
-                                '/', '-config', config, '-keyout', key, '-outform', 'DER')
+        request = await by_openssl('req', '-new', '-newkey', 'ec', *CURVE, '-nodes', '-subj', '/',
+                                   '-config', config, '-keyout', key, '-outform', 'DER')
         with open(key, 'rb') as f:
             return f.read(), request
 
@@ -8481,13 +8485,12 @@ def seconds_of(response: Response) -> float:
     return min(max(0.0, seconds), LONGEST_WAIT)
 
 
-def read_problem(document: Any, status: int = 0) -> tuple[str, str]:
-    """(type, sentence) of what an authority complains of (RFC 7807, RFC 8555 6.7)."""
+def read_problem(document: Any, otherwise: str) -> tuple[str, str]:
+    """(type, sentence, or OTHERWISE) of a complaint of an authority (RFC 7807, RFC 8555 6.7)."""
     problem = document if isinstance(document, dict) else {}
     parts = problem.get('subproblems') or [problem]
     said = '; '.join(str(part.get('detail') or '') for part in parts if isinstance(part, dict))
-    return (str(problem.get('type', '')).rpartition(':')[2],
-            printable(said[:MAX_TEXT] or f'it answers {status}'))
+    return str(problem.get('type', '')).rpartition(':')[2], printable(said[:MAX_TEXT] or otherwise)
 
 
 def read_time(text: str) -> float:
@@ -8525,14 +8528,14 @@ class Authority:
         self._directory = json.loads(said)
         self.meta = self._directory.get('meta') or {}
 
-    async def enter(self, mail: str, external: str = '') -> None:
+    async def enter(self, mail: str, external: str) -> None:
         """Open the account, or find it; EXTERNAL is KID:HMAC of one that we have in another way."""
         await self.learn()
         if not os.path.exists(self._key):
-            write_secret(self._key, await made_of(b'', 'genpkey', '-algorithm', 'EC', *CURVE))
-        point = (await made_of(b'', 'pkey', '-in', self._key, '-pubout', '-outform', 'DER'))[-64:]
-        self._jwk = {'crv': 'P-256', 'kty': 'EC', 'x': base64url(point[:32]),
-                     'y': base64url(point[32:])}        # in the order that a thumbprint wants
+            write_secret(self._key, await by_openssl('genpkey', '-algorithm', 'EC', *CURVE))
+        public = await by_openssl('pkey', '-in', self._key, '-pubout', '-outform', 'DER')
+        self._jwk = {'crv': 'P-256', 'kty': 'EC', 'x': base64url(public[-64:-32]),
+                     'y': base64url(public[-32:])}      # in the order that a thumbprint wants
         wish: dict[str, Any] = {'termsOfServiceAgreed': True, 'contact': [f'mailto:{mail}']}
         if external:
             wish['externalAccountBinding'] = self._binding(external)
@@ -8563,17 +8566,16 @@ class Authority:
                 self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
             head = base64json({'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who})
-            signature = raw_signature(await made_of(
-                f'{head}.{body}'.encode(), 'dgst', '-sha256', '-sign', self._key))
-            response, said = await fetch(
-                self._runtime, url, self._tls, json.dumps(
-                    {'protected': head, 'payload': body, 'signature': base64url(signature)}),
+            der = await by_openssl('dgst', '-sha256', '-sign', self._key,
+                                   given=f'{head}.{body}'.encode())
+            response, said = await fetch(self._runtime, url, self._tls, json.dumps(
+                {'protected': head, 'payload': body, 'signature': base64url(raw_signature(der))}),
                 'application/jose+json')
             self._nonce = response.find(b'replay-nonce')
             document = json.loads(said) if 'json' in response.find(b'content-type') else said
             if 200 <= response.status < 300:
                 return response, document
-            code, why = read_problem(document, response.status)
+            code, why = read_problem(document, f'it answers {response.status}')
             if code != 'badNonce':
                 break
         raise AcmeError(f'{self.url} says: {why}', code, seconds_of(response))
@@ -8586,9 +8588,9 @@ class Authority:
             if document['status'] == wanted:
                 return dict(document)
             if document['status'] not in ('pending', 'processing', 'ready'):
-                errors = [part.get('error') for part in (
-                    document, *document.get('challenges', ())) if part.get('error')]
-                why = read_problem(errors[0])[1] if errors else f'it is {document["status"]}'
+                parts = document, *document.get('challenges', ())
+                error = next((part['error'] for part in parts if part.get('error')), None)
+                _, why = read_problem(error, f'it is {document["status"]}')
                 raise AcmeError(f'{self.url} did not accept the proof: {why}', NOT_PROVED)
             await asyncio.sleep(min(max(seconds_of(response), pause), POLL_MOST))
             pause = min(pause * 1.5, POLL_MOST)
@@ -8722,23 +8724,21 @@ class Outside:
             if path.startswith(CHALLENGES.encode()):
                 del self._server.pages.everywhere[path]
 
-    async def record(self, prefix: str, kind: str, value: str) -> str:
-        """A record below PREFIX and the domain, as DNS providers ask for it."""
+    async def _in_zone(self, prefix: str = '') -> str:
+        """The name of PREFIX and the domain, as the DNS provider of its zone asks for it."""
         zone = self._domain
         while zone.count('.') > 1 and not await ask_dns(self._resolver, zone, TYPE_SOA):
             zone = zone.partition('.')[2]
-        name = f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
-        return f'name {name}, type {kind}, value {value}'
+        return f'{prefix}{self._domain}.'[:-len(zone) - 1].rstrip('.') or '@'
 
     async def missing(self) -> str:
         """What keeps the questions for _acme-challenge from us, and the cure."""
-        record = await self.record('_acme-challenge.', 'NS', f'{self._domain}.')
         found = await ask_dns(self._resolver, self._zone.name, TYPE_NS)
-        if found is None:
-            return (f'questions for {self._zone.name} get an answer: let them through to port 53 '
-                    f'of this machine, by UDP and TCP, and check this DNS record: {record}')
-        return ('you change the DNS record that leads elsewhere: ' if found else
-                'you add a DNS record: ') + record
+        why = ('you add a DNS record' if found == [] else 'you change the DNS record that leads '
+               'elsewhere' if found else f'questions for {self._zone.name} get an answer: let them '
+               'through to port 53 of this machine, by UDP and TCP, and check this DNS record')
+        name = await self._in_zone('_acme-challenge.')
+        return f'{why}: name {name}, type NS, value {self._domain}.'
 
     async def is_delegated(self) -> bool:
         """Return True if who asks for _acme-challenge is answered by this server."""
@@ -8760,10 +8760,8 @@ class Outside:
             return [self._domain]
         found = await addresses_in_dns(self._resolver, self._domain)
         if not found:
-            here = next((found for found in outward_addresses() if ipaddress.ip_address(
-                found).is_global), 'the public address of this machine')
             raise AcmeError(f'{self._domain} has no address; add a DNS record: '
-                            + await self.record('', 'AAAA' if ':' in here else 'A', here))
+                            + record_here(await self._in_zone()))
         return found
 
     async def reach(self) -> None:
@@ -8979,7 +8977,7 @@ class Keeper:
     async def _fail(self, names: Sequence[str], error: Exception) -> None:
         """Note that ERROR kept us from a certificate for NAMES."""
         now, times, server = time.time(), self._setback(names).times + 1, self._server
-        wait = max(BACKOFF[min(times, len(BACKOFF)) - 1], getattr(error, 'wait', 0.0))
+        wait = max(BACKOFF[:times][-1], getattr(error, 'wait', 0.0))
         setback = self._setbacks[names[-1]] = Setback(times, words_for(error), now + wait)
         if getattr(error, 'code', '') == NOT_PROVED:
             self._failed.append(now)
@@ -11081,7 +11079,6 @@ class Ground:
         self._ports = (args.port or (8080 if local else 80), False), (args.tls_port, True)
         outward, bound = [] if local else outward_addresses(), getattr(args, 'bind', None)
         self._here = [bound.strip('[]')] if bound else outward or ['127.0.0.1']
-        self._public = [here for here in outward if ipaddress.ip_address(here).is_global]
         self._who = ''                              # the program that is the server, if it runs
         self._found: dict[str, list[str]] = {}      # addresses, by the names that were looked up
         self._delegated = f'_acme-challenge.{self.domain}'
@@ -11132,8 +11129,9 @@ class Ground:
     async def _who_is(self, address: str, port: int, tls: bool) -> bytes | None:
         """What a server says of itself at PORT of ADDRESS; b'' for others, None for nobody."""
         try:
-            dial = connect(self._runtime, address, port, believer() if tls else None, self.domain)
-            _, said = await ask_whole(dial, bracketed(self.domain), ITSELF)
+            way = client_tls(check=False) if tls else None
+            _, said = await ask_whole(connect(self._runtime, address, port, way, self.domain),
+                                      bracketed(self.domain), ITSELF)
             return said if SAID.fullmatch(said) else b''
         except (ssl.SSLError, LocaltunnelError):
             return b''
@@ -11191,24 +11189,23 @@ class Ground:
             return ''
         if self._itself and said != 4 * [None]:
             return 'where another server answers (behind a router, try it from outside)'
-        return f'and this machine has the address {self._public[0]}' if self._public else ''
+        return public_address() and f'and this machine has the address {public_address()}'
 
     async def dns(self) -> str:
         """DNS leads the domain, and the names below it, here."""
         records: dict[str, str] = {}        # which lead there, by address
-        here = (self._public or ['the public address of this machine'])[0]
-        cure = f'add a DNS record: name {{}}, type {"AAAA" if ":" in here else "A"}, value {here}'
         for record in self.domain, f'*.{self.domain}':
             host = record.replace('*', secrets.token_hex(8))
             found = (await addresses_in_dns(self._resolver, host))[:MOST_ADDRESSES]
             self._found[host] = found
             if not found:
-                raise Finding(f'DNS has no address for {record}', cure.format(record))
+                raise Finding(f'DNS has no address for {record}',
+                              f'add a DNS record: {record_here(record)}')
             records = {**dict.fromkeys(found, record), **records}
         for address, why in zip(records, await asyncio.gather(*map(self._elsewhere, records))):
             if why:
                 raise Finding(f'DNS leads {records[address]} to {address}, {why}',
-                              cure.format(records[address]))
+                              f'add a DNS record: {record_here(records[address])}')
         return f'{self.domain} and the names below it are {", ".join(records)}'
 
     async def zone(self) -> str:
@@ -11410,9 +11407,8 @@ class Way:
         for place in self._places:
             began = time.monotonic()
             try:
-                transport, _ = await asyncio.wait_for(self.runtime.loop.create_connection(
-                    asyncio.Protocol, place, address.port), REACHED_WITHIN)
-                transport.close()
+                dial = connect(self.runtime, place, address.port)
+                (await asyncio.wait_for(dial, REACHED_WITHIN)).abort()
                 good.append(f'{place} answers in {milliseconds(began)}')
             except (OSError, asyncio.TimeoutError) as e:
                 bad.append(explain(e, f'port {address.port} of {place}'))
