@@ -16636,19 +16636,22 @@ async def first_of(*work: Awaitable[Any]) -> Any:
             await end_task(task)
 
 
-def equip(server: Server) -> None:
-    """Give SERVER what annexes have for any."""
+def make_server(runtime: Runtime, domain: str, leases: Leases, log: Observer, only: bool,
+                limits: tuple[int, float] = (MAX_TUNNELS, 0.0), **options: Any) -> Server:
+    """A server as annexes want any; ONLY: it has one http tunnel.  OPTIONS: see Server."""
+    server = Server(runtime, domain, leases, Limits(runtime, *limits), Doors(runtime), Pages(),
+                    Onward(domain), log, **options)
+    if only:
+        server.tunnels.only = OnlyOne(server)
     for annex in ANNEXES:
         annex.at_any_server(server)
+    return server
 
 
 async def start_local_server(runtime: Runtime, target: Target) -> tuple[Server, KnownServer]:
     """Start a server on loopback for this process alone, on the first free port."""
-    server = Server(runtime, 'localhost', Leases(Tokens(open=True)), Limits(runtime),
-                    Doors(runtime), Pages(), Onward('localhost'), Observer(),
-                    drain=LINGER, budget=process_budget())
-    server.tunnels.only = OnlyOne(server)
-    equip(server)
+    server = make_server(runtime, 'localhost', Leases(Tokens(open=True)), Observer(), only=True,
+                         drain=LINGER, budget=process_budget())
     for port in range(FIRST_LOCAL_PORT, 65536):
         if port == target.port and target.local:
             continue
@@ -16925,8 +16928,9 @@ class Life(ClientObserver):
             app, self._client, _ = await stack.enter_async_context(
                 wired(runtime, args, self._target, known, self._key, lambda known: self))
             self.exchanges = app.seen
+            watched = functools.partial(LOG.info, 'what passes can be seen at %s')
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
-                await annex.beside(args, app, self.watched)     # else nobody asked for a page
+                await annex.beside(args, app, watched)      # else nobody asked for a page
             self._client.backoff.once = True
             with contextlib.suppress(asyncio.CancelledError):       # of _stop
                 await first_of(self._client.run(), self._stop)
@@ -16969,10 +16973,6 @@ class Life(ClientObserver):
 
     def also(self, name: str, text: str) -> None:
         LOG.info('%s', text)
-
-    def watched(self, url: str) -> None:
-        """What passes can be seen at URL."""
-        LOG.info('what passes can be seen at %s', url)
 
 
 class tunnel:
@@ -17658,11 +17658,13 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     if known is None and not carrier:
         say_not_public(args, args.target)
     frames = Lines(sys.stderr, runtime.loop.call_later)
+    observe = functools.partial(terminal_of, runtime, args, target, None, None)
     with contextlib.ExitStack() as last:
         last.callback(frames.flush)
-        async with wired(runtime, args, target, known, key,
-                         functools.partial(terminal_of, runtime, args, target, None, None),
-                         trace=frames.frame if args.verbose else None) as (app, client, terminal):
+        async with wired(
+                runtime, args, target, known, key, observe,
+                trace=frames.frame if args.verbose else None) as (app, client, terminal), (
+                contextlib.AsyncExitStack()) as stack:
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel
                 await annex.beside(args, app, terminal.watched)
@@ -17671,14 +17673,11 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                 last.callback(keys.close)       # only then: a second Ctrl-C is not echoed either
             if not (args.json or args.quiet):
                 last.callback(Pulse(runtime, lambda: [(app, client, terminal)]).close)
-            probe = [] if args.release else [runtime.spawn(look_at(app))]
-            try:
-                code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
-                return code if args.after else None
-            finally:
-                await beside.end()
-                for task in probe:
-                    await end_task(task)
+            if not args.release:
+                stack.push_async_callback(end_task, runtime.spawn(look_at(app)))
+            stack.push_async_callback(beside.end)
+            code: int | None = await first_of(client.run(), stop.wait(), beside.run(client))
+    return code if args.after else None
 
 
 def client_command(args: Args) -> int:
@@ -17775,19 +17774,15 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
     log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
-    server = Server(runtime, args.domain, Leases(tokens),
-                    Limits(runtime, args.max_tunnels, args.rate), Doors(runtime), Pages(),
-                    Onward(args.domain), log, hold=args.hold, drain=args.drain,
-                    budget=args.buffer * MIB or process_budget(),
-                    trace=log.frame if args.verbose else None)
-    if is_address(args.domain):
-        server.tunnels.only = OnlyOne(server)
+    server = make_server(runtime, args.domain, Leases(tokens), log, is_address(args.domain),
+                         (args.max_tunnels, args.rate), hold=args.hold, drain=args.drain,
+                         budget=args.buffer * MIB or process_budget(),
+                         trace=log.frame if args.verbose else None)
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)
     args.sources = Sources(server)
     if args.config:
         args.sources.all.append(ServerFile(args, server))
-    equip(server)
     if args.trust_proxy:
         server.visitors.front = Front(args.trust_proxy)
     for annex in ANNEXES:

@@ -2330,15 +2330,11 @@ class WorldTest(LoopTest):
         options = {'hold': 0.0, 'drain': 0.0, **options}
         host, ports = options.pop('host', ''), options.pop('tcp_ports', ())
         trusted, only = options.pop('trusted', ()), options.pop('only', False)
-        limits = lt.Limits(self.runtime, options.pop('max_tunnels', lt.MAX_TUNNELS),
-                           options.pop('rate', 0.0))
+        limits = options.pop('max_tunnels', lt.MAX_TUNNELS), options.pop('rate', 0.0)
         self.leases = self.leases or lt.Leases(self.tokens)     # of the server before
-        self.server = lt.Server(self.runtime, domain, self.leases, limits,
-                                lt.Doors(self.runtime), lt.Pages(), lt.Onward(domain), self.log,
-                                **options)
-        self.server.tunnels.only = lt.OnlyOne(self.server) if only else None
+        self.server = lt.make_server(
+            self.runtime, domain, self.leases, self.log, only, limits, **options)
         self.sources = lt.Sources(self.server)
-        lt.equip(self.server)
         self.server.visitors.front = lt.Front(trusted)
         self.server.pages.page = lt.any_page
         if self.token_file:
