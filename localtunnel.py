@@ -15016,7 +15016,7 @@ class SettingUp(Annex):
             if not running:
                 raise
             write_files(before)
-            asked(f'{prepare}\n{START}')        # it may have had to stop
+            asked('\n'.join([prepare, *[STOP] * (SOCKET in before), START]))     # its ports, too
             raise LocaltunnelError(f'{e}; the old one goes on') from e
         if running and SERVICE in before and SOCKET not in before:
             print_line('for what is new in its unit: systemctl restart localtunnel')

@@ -11276,6 +11276,19 @@ class InstallTest(FolderTest):
             self.assertEqual([os.stat(path).st_mode & 0o777 for path in old],
                              [0o644, 0o640, 0o644])
 
+    def test_where_other_ports_fail_those_of_before_are_opened_again(self):
+        ran = []
+        for name, closed in ('socket', True), ('service', False):
+            with unittest.mock.patch.multiple(
+                    lt, SOCKET=self.path('socket'), look=lambda *_: '', print_line=lambda _: None,
+                    asked=lambda text: ran.append(text) or 'active', system=ran.append,
+                    start=unittest.mock.Mock(side_effect=lt.LocaltunnelError('it fails'))), \
+                    unittest.mock.patch('os.umask'):
+                with self.assertRaisesRegex(lt.LocaltunnelError, '^it fails; the old one goes on$'):
+                    lt.SettingUp.set_up(None, {self.path(name): b'new'}, 'prepare')
+            self.assertEqual(ran[-1].split('\n'),
+                             ['prepare', *[lt.STOP] * closed, lt.START])
+
     def test_systemd_finds_nothing_wrong_with_the_units_and_little_that_is_exposed(self):
         if not shutil.which('systemd-analyze') or not os.path.exists('/usr/bin/python3'):
             missing(self, 'systemd')
