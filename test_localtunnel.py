@@ -2240,6 +2240,20 @@ class FolderTest(unittest.TestCase):
             f.write(text)
         return self.path(name)
 
+    def cert_and_key(self, certificate=None):
+        """The files of CERTIFICATE, or of this one, and its key."""
+        return (self.write('cert.pem', certificate or CERTIFICATE),
+                self.write('key.pem', PRIVATE_KEY))
+
+    def certify(self, host):
+        """The files of a new certificate for HOST and the names below it, and its key."""
+        files = self.path(host + '.crt'), self.path(host + '.key')
+        subprocess.run(
+            ['openssl', 'req', '-x509', '-newkey', 'ec', *lt.CURVE, '-nodes', '-subj', '/CN=x',
+             '-addext', f'subjectAltName=DNS:{host},DNS:*.{host}', '-out', files[0], '-keyout',
+             files[1]], check=True, capture_output=True)
+        return files
+
 
 # ------------------------------------------------------------------------------------------------
 # 8. Exchange
@@ -3797,10 +3811,8 @@ class TargetTest(FolderTest, WorldTest):
 
     async def secure_app(self):
         """The URL of an app with TLS."""
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(*files)
-        app = await self.app(start=functools.partial(asyncio.start_server, ssl=context))
+        app = await self.app(start=functools.partial(
+            asyncio.start_server, ssl=lt.certified(*self.cert_and_key())))
         return f'https://localhost:{app.address[1]}'
 
     async def test_an_app_may_have_tls_of_its_own(self):
@@ -3904,7 +3916,7 @@ class GiveUpTest(FolderTest, WorldTest):
     """Before its first welcome a client ends at what will not pass by itself."""
 
     async def test_a_certificate_that_can_not_be_trusted_ends_it_with_the_cure(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         await self.world()
         self.server.tls = lt.Tls()
         self.server.tls.load(*files)
@@ -4300,7 +4312,7 @@ class TlsBufferTest(FolderTest, LoopTest):
 
     async def pair(self):
         """Both ends of a connection with TLS."""
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         left, right = self.sockets()
         ends = await asyncio.gather(
             self.loop.create_connection(lambda: lt.Connection(self.runtime), sock=left,
@@ -5265,13 +5277,7 @@ class ClusterTest(FolderTest, WorldTest):
         await self.cluster(domain='t.localhost')
         contexts, heard = {}, []
         for host in hosts:
-            files = [self.path(host + end) for end in ('.crt', '.key')]
-            subprocess.run(
-                ['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
-                 'ec_paramgen_curve:P-256', '-nodes', '-subj', '/CN=x', '-addext',
-                 f'subjectAltName=DNS:{host},DNS:*.{host}', '-out', files[0], '-keyout', files[1]],
-                check=True, capture_output=True)
-            contexts[host] = lt.certified(*files)
+            contexts[host] = lt.certified(*self.certify(host))
 
         def choose(shown, name, _):
             heard.append(name)
@@ -6107,8 +6113,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 
     async def test_with_tls_inside(self):
         await self.world(domain='t.example')
-        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                                 self.write('key.pem', PRIVATE_KEY))
+        self.server.tls = lt.Certificate(*self.cert_and_key())
         port, app = await self.listen(tls=True), await self.app()
         os.environ['HTTPS_PROXY'] = 'http://' + await self.proxy()
         client = await self.client(app, site='https://t.example', port=port,
@@ -6145,15 +6150,14 @@ class OutgoingProxyTest(FolderTest, WorldTest):
 class ValidityTest(FolderTest):
 
     def test_dates_and_names_are_those_of_what_is_shown_though_no_authority_signed_it(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        since, until, names = lt.Certificate(*files).validity
+        since, until, names = lt.Certificate(*self.cert_and_key()).validity
         self.assertEqual([time.strftime('%Y-%m-%d', time.gmtime(t)) for t in (since, until)],
                          ['2026-11-22', '2126-10-29'])
         self.assertEqual(names, ['localhost', '*.localhost', '127.0.0.1'])
 
     @unittest.skipUnless(POSIX, 'needs named pipes')
     def test_a_pipe_in_its_place_is_not_waited_for_but_will_do_at_the_start(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         shown = lt.Certificate(*files)
         os.unlink(files[0])
         os.mkfifo(files[0])
@@ -6177,8 +6181,10 @@ class ValidityTest(FolderTest):
 class Nameservers:
     """The DNS of the world at one port: RECORDS by (name, type), FAULTS the codes of errors.
 
-    What is asked below a name of DELEGATED is passed on to the port that it leads to.
+    What is asked below a name of DELEGATED is passed on to the port that it leads to.  Without any
+    records it is silent, if it may be so.
     """
+    may_be_silent = False
 
     def __init__(self):
         self.records, self.faults, self.delegated, self.tasks = {}, {}, {}, set()
@@ -6197,8 +6203,11 @@ class Nameservers:
                 task = asyncio.ensure_future(self.pass_on(packet, port, sender, transport))
                 self.tasks.add(task)
                 return task.add_done_callback(self.tasks.discard)
-        answers = self.records.get((name, kind), ())
-        transport.sendto(packet[:2] + struct.pack(
+        below = '*.' + name.partition('.')[2]
+        answers = self.records.get((name, kind)) or self.records.get((below, kind), ())
+        if self.may_be_silent and not self.records:
+            return None
+        return transport.sendto(packet[:2] + struct.pack(
             '>HHHHH', 0x8180 | self.faults.get(name, 0), 1, len(answers), 0, 0) + packet[12:at + 4]
             + b''.join(b'\xc0\x0c' + lt.DNS_RECORD.pack(kind, 1, 1, len(data)) + data
                        for data in answers), sender)
@@ -8493,8 +8502,7 @@ class SmtpTest(MailTest):
 
     async def test_TLS_begins_anew_and_what_came_before_it_in_clear_is_dropped(self):
         await self.mail_world()
-        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                         self.write('key.pem', PRIVATE_KEY))
+        self.server.tls = lt.Certificate(*self.cert_and_key())
         sender = await self.sender()
         self.assertIn('STARTTLS', await sender.says('EHLO x'))
         self.assertEqual((await sender.says('MAIL FROM:<>', 'STARTTLS now'))[:3], '501')
@@ -8513,8 +8521,7 @@ class SmtpTest(MailTest):
 
     async def test_a_handshake_that_fails_harms_nobody(self):
         await self.mail_world()
-        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                         self.write('key.pem', PRIVATE_KEY))
+        self.server.tls = lt.Certificate(*self.cert_and_key())
         for junk in b'EHLO x\r\n' * 9, b'', None:
             with self.constant(HANDSHAKE_TIMEOUT=0.05):
                 sender = await self.sender()
@@ -8812,8 +8819,7 @@ class RealSenderTest(MailTest):
 
     async def test_smtplib(self):
         await self.mail_world()
-        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                         self.write('key.pem', PRIVATE_KEY))
+        self.server.tls = lt.Certificate(*self.cert_and_key())
 
         def send():
             with smtplib.SMTP('127.0.0.1', self.mail_port, timeout=PATIENCE) as sender:
@@ -8841,8 +8847,7 @@ class RealSenderTest(MailTest):
         path = os.environ['PATH'] + ':/usr/sbin'
         source = shutil.which('smtp-source', path=path) or missing(self, 'smtp-source')
         await self.mail_world()
-        self.server.tls = lt.Certificate(self.write('cert.pem', CERTIFICATE),
-                                         self.write('key.pem', PRIVATE_KEY))
+        self.server.tls = lt.Certificate(*self.cert_and_key())
         where = f'127.0.0.1:{self.mail_port}'
         for words in ([source, '-m', '40', '-s', '8', '-l', '200000', '-f', 'a@b.example', '-t',
                        'a@app.localhost', where],
@@ -8953,8 +8958,7 @@ class GroundTest(FolderTest, WorldTest):
                 self.assertRegex(await ground._elsewhere('9.9.9.9'), why)
 
     async def test_a_server_is_known_by_what_it_says_by_any_host_and_nobody_logs_it(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        self.server.tls = lt.Certificate(*files, port=443)      # plain http is sent to https
+        self.server.tls = lt.Certificate(*self.cert_and_key(), port=443)    # which http goes to
         secure, other = await self.listen(tls=True), (await self.app()).address[1]
         async with self.background(lt.Doctor().run(self.args, self.server)):
             await eventually(lambda: self.server.pages.everywhere, 'no page')
@@ -8967,8 +8971,7 @@ class GroundTest(FolderTest, WorldTest):
         self.assertNotIn('GET', self.log.text())     # of visitors alone
 
     async def test_the_certificate_is_looked_at_where_the_server_listens(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
-        self.server.tls = lt.Certificate(*files, port=443)
+        self.server.tls = lt.Certificate(*self.cert_and_key(), port=443)
         self.args.bind, self.args.tls_port = '127.0.0.1', await self.listen(tls=True)
         with unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.2']):
             self.assertIn('certificate of t.example.com is not signed', await self.look())
@@ -9050,12 +9053,11 @@ class Doctored(FolderTest, WorldTest):
         patch.start()
         self.addCleanup(patch.stop)
 
-    async def secure(self, certificate=''):
+    async def secure(self, certificate=None):
         """The address of the server with TLS."""
-        self.ca = self.write('cert.pem', certificate or CERTIFICATE)
-        self.server.tls = lt.Certificate(self.ca, self.write('key.pem', PRIVATE_KEY), port=1)
-        self.tls_port = await self.listen(tls=True)
-        self.server.tls.port = self.tls_port
+        self.ca, key = self.cert_and_key(certificate)
+        self.server.tls = lt.Certificate(self.ca, key, port=1)
+        self.server.tls.port = self.tls_port = await self.listen(tls=True)
         return f'https://localhost:{self.tls_port}'
 
 
@@ -9333,29 +9335,14 @@ class DoctorOfServersTest(Doctored):
         self.server.pages.everywhere[lt.ITSELF.encode()] = lambda _: (
             'text/plain', [b'localtunnel 1.0 ' + 32 * b'0'])
 
-    def answer(self, packet):
-        """What a resolver says."""
-        labels, end = lt.read_labels(packet, lt.DNS_HEADER.size)
-        name, kind = b'.'.join(labels).decode(), packet[end] << 8 | packet[end + 1]
-        found = self.records.get((name, kind)) or self.records.get(
-            ('*.' + name.partition('.')[2], kind), [])
-        return (packet[:2] + struct.pack('>5H', 0x8180, 1, len(found), 0, 0)
-                + packet[lt.DNS_HEADER.size:end + 4] + b''.join(
-                    b'\xc0\x0c' + lt.DNS_RECORD.pack(kind, 1, 1, len(data)) + data
-                    for data in found))
-
     async def look(self, check, text, *words):
         """The first thing that is wrong, with the ports of this test."""
-        def got(data, sender, transport):
-            if self.records:
-                transport.sendto(self.answer(data), sender)
-        transport, _ = await self.loop.create_datagram_endpoint(
-            lambda: lt.Datagrams(got), ('127.0.0.1', 0))
-        self.stack.callback(transport.close)
-        self.resolver = transport.get_extra_info('sockname')[1]
+        dns = Nameservers()
+        dns.records, dns.may_be_silent = self.records, True
+        resolver = f'127.0.0.1:{await dns.listen(self, 0)}'
         await self.finds(check, text, '--domain', self.DOMAIN, '--port', self.port, '--tls-port',
                          getattr(self, 'tls_port', None) or CommandTest.free_port(),
-                         '--resolver', f'127.0.0.1:{self.resolver}', *words)
+                         '--resolver', resolver, *words)
 
     async def with_acme(self):
         """A server whose certificate comes by ACME, and who answers DNS."""
@@ -13720,7 +13707,7 @@ class HttpsTest(CommandTest):
 
     def secure_server(self):
         """The port of a server that shows CERTIFICATE."""
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         # While it holds requests for clients that may come, one that came back is told from a 404.
         relay = self.start('server', '--state', self.path('tls'), '--port', 0, '--tls-port', 0,
                            '--cert', files[0], '--key', files[1], '--hold', 600)
@@ -14020,7 +14007,7 @@ class OnePasteTest(CommandTest):
                 relay.interrupt()
 
     def test_a_pin_in_it_is_kept_and_another_certificate_refused_with_the_cure(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
                            '--key', files[1])
         port = int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
@@ -14035,7 +14022,7 @@ class OnePasteTest(CommandTest):
         client.says('does not match the pin')
 
     def test_a_pin_in_it_yields_to_an_authority_and_one_that_is_typed_does_not(self):
-        files = self.write('cert.pem', CERTIFICATE), self.write('key.pem', PRIVATE_KEY)
+        files = self.cert_and_key()
         relay = self.start('server', '--port', 0, '--tls-port', 0, '--cert', files[0],
                            '--key', files[1])
         site = f'https://localhost:{relay.says("listening on ports [0-9]+ and ([0-9]+)").group(1)}'
@@ -14790,14 +14777,9 @@ class BalancerTest(RecipeTest):
         super().setUp()
         if not shutil.which('openssl'):
             missing(self, 'openssl')
-        subprocess.run(['openssl', 'req', '-x509', '-newkey', 'ec', '-pkeyopt',
-                        'ec_paramgen_curve:P-256', '-nodes', '-subj', '/CN=x', '-addext',
-                        'subjectAltName=DNS:t.localhost,DNS:*.t.localhost', '-out',
-                        self.path('crt'), '-keyout', self.path('key')],
-                       check=True, capture_output=True)
-        self.pem = self.write('pem', ''.join(
-            open_and_read(self.path(name)).decode() for name in ('crt', 'key')))
-        self.tls = lt.client_tls(self.path('crt'))      # once: it reads all authorities
+        self.ca, key = self.certify('t.localhost')
+        self.pem = self.write('pem', (open_and_read(self.ca) + open_and_read(key)).decode())
+        self.tls = lt.client_tls(self.ca)       # once: it reads all authorities
         key = self.write('cluster.key', self.command('server', '--make-cluster-key')[1])
         os.chmod(key, 0o600)
         self.options = ['--domain', 't.localhost', '--bind', '127.0.0.1', '--token', 't',
@@ -14820,7 +14802,7 @@ class BalancerTest(RecipeTest):
     def opened(self, number):
         """The host of a tunnel of this NUMBER; half of them have chosen names."""
         os.mkdir(self.path(f'site{number}'))
-        tunnel = lt.tunnel(self.path(f'site{number}'), token='t', ca=self.path('crt'),
+        tunnel = lt.tunnel(self.path(f'site{number}'), token='t', ca=self.ca,
                            server=f'https://t.localhost:{self.ports[1]}',
                            name=f'app{number}' if number % 2 else None)
         tunnel.start()
@@ -14935,7 +14917,7 @@ class BalancerTest(RecipeTest):
         self.balances(text, [('--port', place, '--trust-proxy', '127.0.0.1', '--tcp-ports', port)
                              for place, port in zip(self.places, public)])
         tunnel = lt.tunnel(app.port, server=f'https://t.localhost:{self.ports[1]}', token='t',
-                           ca=self.path('crt'), tcp=True)
+                           ca=self.ca, tcp=True)
         tunnel.start()
         self.addCleanup(tunnel.close)
         port = int(tunnel.url.rpartition(':')[2])
