@@ -1331,6 +1331,7 @@ class Outbox:
         self.sent = 0               # bytes of all that left
         self.confirmed = 0          # of these, have arrived there
         self.ask_at = NEVER         # of `sent`, at which a PING asks for the count, see Resume
+        self.keep: Callable[[bytes], None] | None = None        # is given what leaves, see Resume
         self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
         self.resets: dict[int, bytes] = {}      # payloads, by stream
         self.pong = False           # True: a PONG is due, one for all PINGs that came together
@@ -1445,6 +1446,8 @@ class Outbox:
         self._frames.clear()
         self.size = self.waiting = 0
         self.sent += len(data)
+        if data and self.keep:
+            self.keep(data)
         return data
 
     def _merge(self) -> None:
@@ -6667,14 +6670,7 @@ class Unacknowledged(Outbox):
         self.limit = self._may_keep         # of `sent`, counted from `kept_from`
         self.ask_at = ACKNOWLEDGE_EVERY
         self._kept: collections.deque[bytes] = collections.deque()
-
-    def take(self) -> bytes:
-        data = Outbox.take(self)        # often, and super() costs more
-        if data:
-            self._kept.append(data)
-        if self.sent > self.limit + 2 * BATCH:      # the other side alone can cause so much
-            self.session.runtime.loop.call_soon(self.session.end, UNHEEDED)
-        return data
+        self.keep = self._kept.append
 
     def has_room(self) -> bool:
         connection = self.session.connection
@@ -6685,6 +6681,11 @@ class Unacknowledged(Outbox):
         if self.session.liveness.asked_at == NEVER:
             self.session.ping()
         return False
+
+    def _merge(self) -> None:
+        super()._merge()
+        if self.sent > self.limit + 2 * BATCH:      # what the other side causes asks for no room
+            self.session.runtime.loop.call_soon(self.session.end, UNHEEDED)
 
     def widen(self) -> bool:
         """Raise the limit by one step; return whether that was possible."""
@@ -15947,16 +15948,17 @@ class Terminal(ClientObserver):
               colour: str = '') -> None:
         """Write a line for EXCHANGE; TOOK says for how long it ran."""
         begin, name = f'{clock()[11:]} #{exchange.number} ', self._name
-        method, path, why = exchange.method, printable(exchange.target), printable(exchange.why)
+        method, path, why = exchange.method, printable(exchange.target), exchange.why
         if not self._tty:
-            words = name, status, method, path, took, size, why
-            return self._lines.add(begin + ' '.join(filter(None, words)))
+            begin += f'{name} ' if name else ''
+            return self._lines.add(f'{begin}{status} {method} {path} {took} {size}'.rstrip()
+                                   + (f' {printable(why)}' if why else ''))
         begin, method = f'{begin:<14}' + (f'{name:<8} ' if name else ''), f'{method:<6}'
         room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
         status = self._paint(STATUS_COLOURS.get(status[0], '2'), status) + ' ' * (5 - len(status))
         took = ' ' * (8 - len(took)) + self._paint(colour, took)
-        below = textwrap.fill(why, columns(), initial_indent='\n' + ' ' * 14,
+        below = textwrap.fill(printable(why), columns(), initial_indent='\n' + ' ' * 14,
                               subsequent_indent=' ' * 14)
         self._lines.add(f'{begin}{status}{method} {path} {took} {size:>7}'.rstrip() + below)
 
@@ -16114,7 +16116,7 @@ class ServerLog(Observer):
             self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
                             f'{round(seconds * 1000)}ms {exchange.size}B{whose}'
-                            + in_text({'error': why}))
+                            + (in_text({'error': why}) if why else ''))
 
 
 # ------------------------------------------------------------------------------------------------
