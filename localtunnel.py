@@ -12736,11 +12736,10 @@ class Filter:
             name, colon, value = word.partition(':')
             if not colon or name not in WORDS:
                 self.texts.append(word)
-                continue
-            pattern, example = WORDS[name]
-            if not re.fullmatch(pattern, value):
-                raise BadHttp(400, f'{name} takes {example}, not {value!r}')
-            self._words.append((name, value))
+            elif re.fullmatch(WORDS[name][0], value):
+                self._words.append((name, value))
+            else:
+                raise BadHttp(400, f'{name} takes {WORDS[name][1]}, not {value!r}')
 
     @staticmethod
     def _fits(exchange: dict[str, Any], name: str, value: str) -> bool:
@@ -13992,31 +13991,39 @@ class Remote:
                     found.append((os.path.getmtime(path), path, said))
         return [item[1:] for item in sorted(found, key=lambda item: -item[0])]
 
-    def open(self, method: str, path: str, value: Any = None) -> Any:
-        """Return the response to a request, as http.client has it.  Raises LocaltunnelError."""
+    def open(self, method: str, path: str, value: Any = None, whole: bool = True) -> Any:
+        """Return (status, body) of the answer; unless WHOLE the body is what its lines come from.
+
+        Raises LocaltunnelError.
+        """
         import http.client
         connection = http.client.HTTPConnection(*self._place, timeout=2 * REPLAY_WAIT)
         code = base64.b64encode(f':{self._password}'.encode()).decode()
         try:
             connection.request(method, path, value and json.dumps(value), {
                 'Localtunnel-Inspector': 'shell', 'Authorization': f'Basic {code}'})
-            return connection.getresponse()
+            response = connection.getresponse()
+            return response.status, response.read() if whole else response
         except (OSError, http.client.HTTPException) as e:
             raise LocaltunnelError(f'no inspector answers on {self._place[0]}, '
-                                   f'port {self._place[1]}: '
-                                   f'{printable(str(e))}') from e
+                                   f'port {self._place[1]}: {printable(str(e))}') from e
+
+    @staticmethod
+    def told(data: bytes, shape: Any, status: int = 200) -> Any:
+        """Return the JSON of SHAPE that DATA is, with STATUS.  Raises LocaltunnelError."""
+        try:
+            answer = json.loads(data)
+            if status < 400 and fits(answer, shape):
+                return answer
+            why = str(answer['error'])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            why = NO_INSPECTOR
+        raise LocaltunnelError(printable(why[:MAX_TEXT]))
 
     def ask(self, method: str, path: str, shape: Any, value: Any = None) -> Any:
         """Return the JSON of SHAPE that the API answers.  Raises LocaltunnelError."""
-        with self.open(method, path, value) as response:
-            try:
-                answer = json.loads(response.read())
-                if response.status < 400 and fits(answer, shape):
-                    return answer
-                why = str(answer['error'])
-            except (OSError, ValueError, KeyError, TypeError, RecursionError):
-                why = NO_INSPECTOR
-        raise LocaltunnelError(printable(why[:MAX_TEXT]))
+        status, data = self.open(method, path, value)
+        return self.told(data, shape, status)
 
     def one(self, number: int | str, query: str = '') -> Any:
         """Return the exchange NUMBER.  Raises LocaltunnelError."""
@@ -14028,11 +14035,11 @@ class Remote:
     def exchanges(self, words: str, details: bool, follow: bool) -> Iterator[dict[str, Any]]:
         """Return the exchanges that fit WORDS, with DETAILS or as in a list."""
         query, seen = '?q=' + urllib.parse.quote(words), set()
-        events = self.open('GET', '/api/events' + query) if follow else ()
+        events = self.open('GET', '/api/events' + query, whole=False)[1] if follow else ()
         found = self.ask('GET', '/api/exchanges' + query, {'exchanges': [SUMMARY]})['exchanges']
         with contextlib.suppress(OSError):          # the client has ended
             for exchange in itertools.chain(found, (
-                    json.loads(line[6:]) for line in events if line.startswith(b'data: {'))):
+                    self.told(line[6:], SUMMARY) for line in events if line[:7] == b'data: {')):
                 if not (follow and exchange.get('pending')) and exchange['id'] not in seen:
                     seen.add(exchange['id'])
                     yield self.one(exchange['id']) if details else exchange
@@ -14268,12 +14275,13 @@ class Inspect(Annex):
         if path and not args.to:
             raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
         target = parse_target(args.to) if args.to else None
-        there = [(str(e['id']), e) for e in recorded(path, False, self.warn)] if path else []
-        last, times = dict(there), collections.Counter(number for number, _ in there)
+        there = ((str(e['id']), e) for e in (recorded(path, False, self.warn) if path else ()))
+        found = [item for item in there if item[0] in numbers] if numbers else []
+        last, times = dict(found), collections.Counter(number for number, _ in found)
         remote = None if path else Remote(args.inspect, args.inspect_password)
         failed = False
         for number, exchange in [(n, last.get(n)) for n in numbers] or there:
-            if numbers and times[number] > 1:
+            if times[number] > 1:
                 self.warn(f'{number}: several clients counted up to this; their last is sent')
             try:
                 if target:

@@ -13291,11 +13291,42 @@ class LogsAndReplayTest(CommandTest):
             self.assertEqual((code, err.count('\n')), (2, 1), words)
 
     def test_another_program_at_that_port_is_not_taken_for_an_inspector(self):
-        for said in '[]', '{"exchanges": 5}', '{"exchanges": [{"id": 1}], "id": 1}', 'null':
-            port = self.app(said).port
-            for words in ['logs'], ['logs', '1'], ['logs', '--har'], ['replay', '1']:
-                code, _, err = self.command(*words, '--inspect', port)
+        def answer(remote, method, path, value=None, whole=True):
+            listed = b'{"exchanges": []}' if follow else said
+            return 200, listed if whole else [b'data: ' + said]
+        port, commands = self.app().port, (['logs'], ['logs', '1'], ['logs', '--har'],
+                                           ['replay', '1'], ['logs', '--follow'])
+        for said in (None, b'[]', b'{"exchanges": 5}', b'{"exchanges": [{"id": 1}], "id": 1}',
+                     b'null', b'{"id": []}', b'{x'):
+            for words in commands:
+                follow = '--follow' in words and said and said[:1] == b'{'
+                with contextlib.ExitStack() as stack:
+                    if said:
+                        stack.enter_context(unittest.mock.patch.object(lt.Remote, 'open', answer))
+                    code, _, err = self.command(*words, '--inspect', port)
                 self.assertEqual((code, err.count('\n')), (1, 1), (said, words))
+
+    def test_an_inspector_that_ends_inside_an_answer_is_not_there(self):
+        with socket.create_server(('127.0.0.1', 0)) as door:
+            def answer():
+                with door.accept()[0] as sock:
+                    sock.recv(65536)
+                    sock.sendall(b'HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{')
+            thread = threading.Thread(target=answer)
+            thread.start()
+            code, _, err = self.command('logs', '--inspect', door.getsockname()[1])
+            thread.join()
+        self.assertEqual((code, err.count('no inspector answers')), (1, 1))
+
+    def test_a_file_is_sent_as_it_is_read(self):
+        def recorded(*_):
+            for number in 1, 2, 3:
+                yield {'id': number}
+                self.assertEqual(len(sent), number)
+        sent = []
+        with unittest.mock.patch.object(lt, 'recorded', recorded), unittest.mock.patch.object(
+                lt.Inspect, '_send_to', lambda *args: sent.append(args)):
+            self.assertEqual(self.command('replay', self.write('file', ''), '--to', 1)[0], 0)
 
     def test_a_file_that_a_stranger_made_harms_nobody(self):
         side = {'line': 'GET / HTTP/1.1', 'headers': [], 'trailers': [], 'body': '',
