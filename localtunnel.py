@@ -5947,11 +5947,6 @@ LEASE_LOOK = 60                 # seconds between searches for leases that have 
 LEASE_SECONDS = 365 * DAY       # a chosen name on an open server, after its last use
 
 
-def is_stranger(asked: Candidate) -> bool:
-    """Return True for one without a token, who can make up owners, but not addresses."""
-    return not asked.grant.digest and not is_loopback(asked.visitor.address)
-
-
 class Leases:
     """Which chosen name (or tcp:PORT) belongs to whom: a book, as old as the process.
 
@@ -6012,14 +6007,14 @@ class Leases:
         stays = self.owner(name, now) == owner
         if known and stays and known.token == token and now - known.used < DAY:
             return {}       # a date within the last day is new enough
+        if not stays:
+            self.check_limits(owner, token, now)
         if not known and len(self.by_name) >= MAX_LEASES_IN_ALL:
             if now >= self._look_at:        # all are looked at: not for each who asks
                 self._look_at = now + LEASE_LOOK
                 ended = [n for n in self.by_name if not self.owner(n, now)]
             if len(self.by_name) - len(ended) >= MAX_LEASES_IN_ALL:
                 raise Refused(503, 'full', f'all {MAX_LEASES_IN_ALL} names of the server are taken')
-        if not stays:
-            self.check_limits(owner, token, now)
         facts = known.facts if known and stays else {}
         return {**dict.fromkeys(ended), name: Lease(owner, token, int(now), facts)}
 
@@ -6048,25 +6043,27 @@ class Leases:
 
     # For clients.
 
-    def check_new(self, owner: str, asked: Candidate) -> None:
-        """Raises Refused where OWNER, who is ASKED, may have no other name."""
+    def check_stranger(self, asked: Candidate) -> str:
+        """Where ASKED is counted, without a token: owners can be made up, but not addresses.
+
+        Raises Refused where it has taken enough new names.
+        """
         address = asked.visitor.address
-        if is_stranger(asked) and self._strangers[subnet_of(address)] >= MAX_LEASES:
+        subnet = '' if asked.grant.digest or is_loopback(address) else subnet_of(address)
+        if subnet and self._strangers[subnet] >= MAX_LEASES:
             raise Refused(429, 'too_many_names', f'{address} has taken {MAX_LEASES} '
                           'new names today; take one of those, or come again tomorrow')
-        self.check_limits(owner, asked.grant.digest, time.time())
+        return subnet
 
     async def lease(self, name: str, owner: str, asked: Candidate) -> None:
         """Lease NAME to OWNER, who is ASKED.  Raises Refused and Disconnected."""
         now = time.time()
-        new = self.owner(name, now) != owner
-        if new:
-            self.check_new(owner, asked)
+        subnet = self.check_stranger(asked) if self.owner(name, now) != owner else ''
         await self.save(self.claim(name, owner, asked.grant.digest, now))
-        if new and is_stranger(asked):
+        if subnet:
             if not self._strangers:
                 asyncio.get_running_loop().call_later(DAY, self._strangers.clear)
-            self._strangers[subnet_of(asked.visitor.address)] += 1
+            self._strangers[subnet] += 1
         asked.visitor.connection.check()      # it may have left meanwhile
 
     async def give(self, asked: Candidate, notes: Mapping[str, str]) -> None:
@@ -7155,8 +7152,9 @@ class Node(Others):
                 lease = NOBODYS
             if lease and over:
                 changes[name] = lease._replace(facts={**lease.facts, 'over': pack_over(over)})
-        free = [name for name, lease in book.by_name.items() if lease.owner == NOBODYS.owner]
-        changes.update((name, None) for name in free[:-MAX_FREE] if name not in changes)
+        if any(lease and lease.owner == NOBODYS.owner for lease in changes.values()):
+            free = [name for name, lease in book.by_name.items() if lease.owner == NOBODYS.owner]
+            changes.update((name, None) for name in free[:-MAX_FREE] if name not in changes)
 
 
 def read_cluster_key(path: str, warn: Callable[[str], None]) -> bytes:
@@ -7617,7 +7615,8 @@ class TcpPorts(Kind):
             if port in may and leases.owner(f'tcp:{port}', now) in (None, owner):
                 yield port
         if not hello.port:
-            leases.check_new(owner, asked)      # before somebody loses a port for it
+            leases.check_stranger(asked)        # before somebody loses a port for it
+            leases.check_limits(owner, asked.grant.digest, now)
             yield from (port for _, port, _ in ports if port in may)
 
     def _close(self, tunnel: Tunnel) -> None:

@@ -2959,6 +2959,12 @@ class AdmissionTest(WorldTest):
             _, status, told = await self.hello(name='n3', proof='44' * 32)
         self.assertEqual((status, told['error']), (503, 'full'))
 
+    async def test_a_new_lease_looks_through_the_book_once(self):
+        await self.world()
+        with unittest.mock.patch.object(self.leases, 'check_limits') as look:
+            self.assertEqual((await self.hello(name='one'))[1], 101)
+        look.assert_called_once()
+
     async def test_a_client_that_is_refused_by_a_limit_leaves_no_lease_behind(self):
         await self.world(max_tunnels=1)
         self.assertEqual((await self.hello(name='one'))[1], 101)
@@ -5206,6 +5212,16 @@ class ClusterTest(FolderTest, WorldTest):
                 await self.claims(self.ME, 0, name=f'a{n}')
                 await self.claims(self.ME, 0, name=f'a{n}', release=True)
         self.assertEqual(list(self.server.admission.leases.by_name), ['a1', 'a2', 'a3'])
+
+    async def test_only_who_gives_a_name_back_has_the_whole_book_looked_at(self):
+        class Book(dict):
+            items = unittest.mock.Mock(side_effect=lambda: {}.items())
+        await self.cluster()
+        self.server.admission.leases.by_name = Book()
+        await self.claims(self.ME, 1)
+        self.assertFalse(Book.items.called)
+        await self.claims(self.ME, 1, release=True)
+        self.assertTrue(Book.items.called)
 
     async def test_a_lease_brings_no_more_names_than_an_owner_may_have(self):
         await self.cluster()
