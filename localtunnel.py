@@ -4850,6 +4850,59 @@ def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
         write_secret(path, b''.join(lines) + new, like)
 
 
+DISK_WITHIN = 5.0               # seconds, before who waits for a disk is told that it hangs
+
+
+class Disk:
+    """What waits for a disk, in a thread: one thing after the other.
+
+    One that hangs holds up nobody for long, and the end of the process not at all.
+    """
+
+    def __init__(self) -> None:
+        # What is to be done; the first is under way, and while there is one, there is a thread.
+        self._jobs: collections.deque[tuple[concurrent.futures.Future[Any], Callable[[], Any]]] = (
+            collections.deque())
+        self._lock = threading.Lock()
+        self._overdue: concurrent.futures.Future[Any] | None = None     # at what it hangs
+
+    @property
+    def busy(self) -> bool:
+        """True while something is not done."""
+        return bool(self._jobs)
+
+    def later(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
+        """Have WORK done in its turn, whether anybody waits for that or not."""
+        job: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        with self._lock:
+            self._jobs.append((job, functools.partial(work, *args)))
+            if len(self._jobs) == 1:
+                threading.Thread(target=self._run, daemon=True).start()
+        return job
+
+    def _run(self) -> None:
+        while True:
+            job, work = self._jobs[0]
+            if job.set_running_or_notify_cancel():
+                try:
+                    job.set_result(work())
+                except Exception as e:
+                    job.set_exception(e)
+            with self._lock:
+                self._jobs.popleft()
+                if not self._jobs:
+                    return
+
+    async def do(self, work: Callable[..., Any], *args: Any) -> Any:
+        """What WORK returns.  Raises OSError also where the disk hangs; what was begun goes on."""
+        if not self._overdue or self._overdue.done():
+            job = self.later(work, *args)
+            with contextlib.suppress(asyncio.TimeoutError):     # which cancels what has not begun
+                return await asyncio.wait_for(asyncio.wrap_future(job), DISK_WITHIN)
+            self._overdue = self._overdue if job.done() else job
+        raise OSError(errno.EIO, 'the disk does not answer')
+
+
 LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'
 
 
@@ -6835,7 +6888,6 @@ class Resume(Annex):
 LEASES = 'leases.json'          # {"leases": {NAME: LEASE}}; each line of the journal {NAME: LEASE}
 JOURNAL = '.journal'            # what is added to the name for the changes since
 JOURNAL_LINES = 1000            # of changed leases, at least, before all are written anew
-LEASE_WRITTEN = 5.0             # for a changed lease to be on disk, before it is a 503
 
 
 def pack_lease(lease: Lease | None) -> dict[str, Any] | None:
@@ -6865,7 +6917,7 @@ class Journal:
         """Give LEASES what is there.  Raises UsageError for a damaged file, and OSError."""
         self._leases, self._path = leases, path
         self._lines = 0             # of the journal
-        self._writing: asyncio.Future[None] | None = None       # the last change
+        self._disk = Disk()
         try:
             leases.make({name: unpack_lease(name, lease) for name, lease in self._read()})
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as e:
@@ -6886,15 +6938,11 @@ class Journal:
                     self._lines += 1
 
     async def keep(self, changes: Changes) -> None:
-        """Write CHANGES, in a thread, which can wait for a disk.  Raises Refused."""
+        """Write CHANGES.  Raises Refused."""
         try:
-            if self._writing and not self._writing.done():
-                raise asyncio.TimeoutError
-            self._writing = asyncio.get_running_loop().run_in_executor(None, self.write, changes)
-            await asyncio.wait_for(asyncio.shield(self._writing), LEASE_WRITTEN)
-        except (OSError, asyncio.TimeoutError) as e:
-            why = getattr(e, 'strerror', None) or 'its disk does not answer'
-            raise Refused(503, 'state', f"the server can't save its leases: {why}") from e
+            await self._disk.do(self.write, changes)
+        except OSError as e:
+            raise Refused(503, 'state', f"the server can't save its leases: {e.strerror}") from e
 
     def write(self, changes: Changes) -> None:
         """Write CHANGES.  Raises OSError, and then they must not be made."""
@@ -9824,8 +9872,7 @@ class Blocking(Annex):
 #   ID.0.NAME.OWNER.*.new    ID.0.NAME.OWNER    ID.1.NAME.OWNER ...           gone
 #   it is written            it is kept         its first try begins ...      it was answered
 #
-# The disk may hang, so only one thread waits for it, which does one thing after the other.  Who
-# changes the folder from outside (a command, a server that hands over) touches the file `look`,
+# Who changes the folder from outside (a command, a server that hands over) touches the file `look`,
 # too; then the server that runs looks again, and tries all at once.
 # ------------------------------------------------------------------------------------------------
 
@@ -9837,7 +9884,6 @@ DISK_BLOCK = 4 * KIB            # as much as a small file takes there
 KEPT_FOR = 3 * DAY              # as long as most senders would try
 TOLD_WITHIN = 1.0               # seconds for a client to show that it is there: Slack waits 3
 JUST_HEARD = 0.1                # or to be so without: it may have frozen since it was heard
-KEPT_WITHIN = 5.0               # for the disk, before a 503
 ANSWERED_WITHIN = 300.0         # by the app: someone may have stopped it at a breakpoint
 LONGEST_PAUSE = 300.0           # between tries; the first takes a second, each later one twice that
 TRIES_IN_FRONT = 10             # a quarter of an hour; then a request steps behind the others
@@ -9982,17 +10028,7 @@ class Queues(Detour):
         self._not_before: dict[str, float] = {}     # when the next try is due, by name
         self._tries: dict[str, asyncio.Task[None]] = {}     # under way, by name
         self._closed = False        # another server delivers from now on
-        self._thread = concurrent.futures.ThreadPoolExecutor(1)
-        self._overdue: concurrent.futures.Future[Any] | None = None     # at what it hangs
-
-    async def _disk(self, work: Callable[..., Any], *args: Any) -> Any:
-        """What WORK returns, which waits for the disk.  Raises OSError, also where that hangs."""
-        if not self._overdue or self._overdue.done():
-            job = self._thread.submit(work, *args)
-            with contextlib.suppress(asyncio.TimeoutError):     # which cancels what has not begun
-                return await asyncio.wait_for(asyncio.wrap_future(job), KEPT_WITHIN)
-            self._overdue = self._overdue if job.done() else job
-        raise OSError(errno.EIO, 'the disk does not answer')
+        self._disk = Disk()
 
     # What is wanted stands in leases, and how many requests have expired.
 
@@ -10121,7 +10157,7 @@ class Queues(Detour):
         self._add(kept)
         kept.there = False
         try:
-            await self._disk(self._shelf.put, kept, message)
+            await self._disk.do(self._shelf.put, kept, message)
             kept.there = True
         except OSError as e:
             self._drop(kept)
@@ -10132,7 +10168,8 @@ class Queues(Detour):
             self._drop(kept)        # the name has changed hands meanwhile
             raise self._server.tunnels.away(key)
         if self._closed:
-            self._thread.submit(self._shelf.touch)
+            with contextlib.suppress(OSError):
+                await self._disk.do(self._shelf.touch)
         log.note('request kept', event='kept', name=key, id=kept.id)
 
     def _add(self, kept: KeptRequest) -> None:
@@ -10146,14 +10183,14 @@ class Queues(Detour):
     def _drop(self, kept: KeptRequest) -> None:
         """Be done with KEPT; the disk is, once what was begun before is done there."""
         self._leave(kept)
-        self._thread.submit(self._shelf.drop, kept)     # what it can't delete comes back
+        self._disk.later(self._shelf.drop, kept)     # what it can't delete comes back
 
     # A request goes.
 
     async def look(self) -> None:
         """See what is on the shelf, which others may have changed; what is too old goes."""
         known = {id: kept for queue in self._queues.values() for id, kept in queue.items()}
-        found = await self._disk(self._shelf.look)
+        found = await self._disk.do(self._shelf.look)
         for id, kept in known.items():
             new = found.pop(id, None)
             if new is None and kept.there:
@@ -10176,7 +10213,7 @@ class Queues(Detour):
         try:
             while True:
                 with contextlib.suppress(OSError):
-                    changed = await self._disk(self._shelf.touched)
+                    changed = await self._disk.do(self._shelf.touched)
                     if changed != touched:
                         self._not_before.clear()
                     if changed != touched or now() > look_at:
@@ -10190,9 +10227,10 @@ class Queues(Detour):
                 await asyncio.sleep(SWEEP)
         finally:
             self._closed, deadline = True, now() + LINGER
-            while self._tries and now() < deadline:     # what is tried has a moment to be answered
+            # What is tried has a moment to be answered, and what was answered to leave the disk.
+            while (self._tries or self._disk.busy) and now() < deadline:
                 with contextlib.suppress(asyncio.CancelledError):   # again and again, see end_task
-                    await asyncio.wait(self._tries.values(), timeout=DRAIN_LOOK)
+                    await asyncio.sleep(DRAIN_LOOK)
             for task in self._tries.values():
                 task.cancel()
 
@@ -10220,7 +10258,7 @@ class Queues(Detour):
         kept.tries += 1
         mark = f'Localtunnel-Kept: {kept.id}; at={rfc3339(kept.at)}; try={kept.tries}'.encode()
         try:
-            message = await self._disk(self._shelf.begin_try, kept)
+            message = await self._disk.do(self._shelf.begin_try, kept)
             if kept.id not in self._queues[kept.name]:      # the name has changed hands
                 return None
             tunnel = server.tunnels.get(kept.name)
@@ -12133,8 +12171,8 @@ class Invitations(Annex):
                 await asyncio.sleep(SEEN_EVERY)
                 await self.note_seen(args.state, server, seen)
         except OSError as e:
-            server.log.note(f"warning: can't write {e.filename} ({e.strerror}), so `invite` knows "
-                            'no more from now on')
+            server.log.note(f"warning: can't write into {args.state} ({e.strerror}), so `invite` "
+                            'knows no more from now on')
         await super().run(args, server)
 
     @staticmethod
@@ -12151,8 +12189,7 @@ class Invitations(Annex):
             seen.update(new)
             for digest in [digest for digest in seen if not tokens.holds('', digest, 0)]:
                 del seen[digest]
-            await server.runtime.loop.run_in_executor(
-                None, write_secret, os.path.join(folder, SEEN), json.dumps(seen).encode())
+            await Disk().do(write_secret, os.path.join(folder, SEEN), json.dumps(seen).encode())
 
 
 # ------------------------------------------------------------------------------------------------

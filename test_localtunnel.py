@@ -28,7 +28,7 @@ Contents
    17 Header lines            what passes, and what is added (in Server, A)
    18 Own pages               what waits for a reader, and for how long
    19 Plain words             what TLS complains of; for the rest see App, Client
-   20 Files                   what is kept on disk (in Kept leases, Command line)
+   20 Files                   disks that hang; what is on them: in Kept leases, Command line
    21 Annex                   what a code has in it; for the rest see D
    22 TLS                     what both ends check (in Client, Command line)
    23 Tokens and leases       what a token allows, and whom a name belongs to
@@ -3272,7 +3272,7 @@ class SlowDiskTest(WorldTest):
 
     async def test_one_that_hangs_keeps_out_only_who_leases(self):
         await self.world()
-        with self.constant(LEASE_WRITTEN=0.02):
+        with self.constant(DISK_WITHIN=0.02):
             for name in 'a', 'b':       # for the second nobody waits again
                 _, status, told = await self.hello(name=name)
                 self.assertEqual((status, told['error']), (503, 'state'))
@@ -4236,6 +4236,34 @@ class PlainWordsTest(unittest.TestCase):
 # ------------------------------------------------------------------------------------------------
 # 20. Files
 # ------------------------------------------------------------------------------------------------
+
+class DiskTest(LoopTest):
+    """Threads that wait for disks."""
+
+    async def test_one_thing_is_done_after_the_other_and_each_says_what_came_of_it(self):
+        disk, done = lt.Disk(), []
+        waits = [disk.do(done.append, n) for n in range(9)]
+        with self.assertRaisesRegex(OSError, 'nowhere'):
+            await asyncio.gather(*waits, disk.do(os.stat, '/nowhere'))
+        await eventually(lambda: not disk.busy)
+        self.assertEqual((done, await disk.do(sorted, [2, 1])), ([*range(9)], [1, 2]))
+
+    async def test_one_that_hangs_holds_up_neither_who_asks_nor_the_end_of_the_process(self):
+        disk, goes_on, done, begun = lt.Disk(), threading.Event(), [], []
+        self.stack.callback(goes_on.set)
+
+        def hangs():
+            begun.append(threading.current_thread())
+            goes_on.wait(PATIENCE)
+        with self.constant(DISK_WITHIN=0.02):
+            for work in (hangs, *[lambda: done.append('in vain')] * 3):
+                with self.assertRaisesRegex(OSError, 'does not answer'):
+                    await disk.do(work)
+        disk.later(done.append, 'at last')
+        self.assertTrue(disk.busy and begun[0].daemon)
+        goes_on.set()
+        await eventually(lambda: not disk.busy)
+        self.assertEqual(done, ['at last'])
 
 
 # ------------------------------------------------------------------------------------------------
@@ -7947,7 +7975,7 @@ class KeepTest(FolderTest, WorldTest):
         for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503):
             with unittest.mock.patch.object(os, 'fsync', side_effect=OSError(number, 'no')):
                 self.assertEqual((await self.hook())[0], status)
-        with self.hanging() as begun, self.constant(KEPT_WITHIN=0.02):
+        with self.hanging() as begun, self.constant(DISK_WITHIN=0.02):
             with unittest.mock.patch.object(self.queues._shelf, 'put',
                                             side_effect=self.queues._shelf.put) as put:
                 answers = await asyncio.gather(*(self.hook() for _ in range(5)))
@@ -7956,7 +7984,7 @@ class KeepTest(FolderTest, WorldTest):
             await self.loop.run_in_executor(None, min, 1, 2)        # others have threads
             self.assertEqual((len(begun), self.queues.waiting('app')), (1, 0))
         await eventually(lambda: self.files() == ['look'])
-        await eventually(self.queues._overdue.done)
+        await eventually(self.queues._disk._overdue.done)
         self.assertEqual((self.queues._used, (await self.hook())[0]), (0, 202))
 
     @contextlib.contextmanager
