@@ -13912,17 +13912,14 @@ class Recorder:
             done, why = 0, str(e.strerror)
         if done == len(line):
             self._torn, self._written = False, self._written + 1
-        else:
-            self._torn = self._torn or done > 0
-            with contextlib.suppress(RuntimeError):     # the loop has ended
-                self._app.runtime.loop.call_soon_threadsafe(self._warn, why)
-
-    def _warn(self, why: str) -> None:
-        """Say once that the file takes no more; how much is missing is said at the end."""
-        if not self._warned:
+            return
+        self._torn = self._torn or done > 0
+        if not self._warned:            # how much is missing is said at the end
             self._warned = True
-            self._app.observer.note(f"warning: can't record in {self._path}: {why}; exchanges are "
-                                    'missing there')
+            with contextlib.suppress(RuntimeError):     # the loop has ended
+                self._app.runtime.loop.call_soon_threadsafe(
+                    self._app.observer.note, f"warning: can't record in {self._path}: {why}; "
+                    'exchanges are missing there')
 
     async def _until_the_end(self) -> None:
         """Write what is left, if the disk takes it soon, and say what is missing."""

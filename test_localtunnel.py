@@ -10245,18 +10245,21 @@ def frame(opcode, payload, mask=b'', final=True, compressed=False):
 class MessageTest(InspectorTest):
     """The messages inside WebSockets and event streams."""
 
+    def reader(self, deflated=False):
+        """What reads frames of an exchange."""
+        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
+        watched = lt.Watched(lt.Exchanges(app.runtime, 1), app, '', '')
+        return lt.Frames(lt.Kept(watched, lt.Record(1, 0.0), 1), 'app', deflated)
+
     def read(self, data, deflated=False):
         """The messages that are read in DATA, (kind, text, size), however it comes."""
         found = []
         for pieces, _ in three_ways(data)[:2]:
-            app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
-            book = lt.Exchanges(app.runtime, 1)
-            kept = lt.Kept(lt.Watched(book, app, '', ''), lt.Record(1, 0.0), 1)
-            reader = lt.Frames(kept, 'app', deflated)
+            reader = self.reader(deflated)
             for piece in pieces:
                 reader.feed(piece)
-            found.append([(m['kind'], m['text'], m['size']) for m in kept.messages])
-            self.assertGreaterEqual(reader.count, len(kept.messages))
+            found.append([(m['kind'], m['text'], m['size']) for m in reader.kept.messages])
+            self.assertGreaterEqual(reader.count, len(reader.kept.messages))
         self.assertEqual(found[0], found[1])
         return found[0]
 
@@ -10299,9 +10302,7 @@ class MessageTest(InspectorTest):
                             compressed=dice.random() < .5) + data, True)
 
     def test_a_flood_of_tiny_frames_is_not_read(self):
-        app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
-        kept = lt.Kept(lt.Watched(lt.Exchanges(app.runtime, 1), app, '', ''), lt.Record(1, 0.0), 1)
-        reader = lt.Frames(kept, 'visitor', False)
+        reader = self.reader()
         for _ in range(100):
             reader.feed(frame(1, b'x') * 100)
         reader.feed(frame(1, b'') * 30000)
@@ -10740,6 +10741,13 @@ class ReplayTest(InspectorTest):
 # What a client leaves on disk.
 # ------------------------------------------------------------------------------------------------
 
+SIDE = {'line': 'GET / HTTP/1.1', 'headers': [], 'trailers': [], 'body': '', 'encoding': 'utf-8',
+        'truncated': False}
+EXCHANGE = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
+            'ms': 1.5, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
+            'request': SIDE, 'response': None, 'timing': {'first_byte_ms': None, 'end_ms': 1.5}}
+
+
 class HarTest(InspectorTest):
 
     async def test_an_archive_has_what_programs_ask_of_one(self):
@@ -10842,18 +10850,15 @@ class RecorderTest(FolderTest, InspectorTest):
         for line in '', '[]', 'null', '7', '{}', '{"id": 1}', 'x', '[' * 5000:
             self.write('record', line + '\n')
             self.assertEqual([*lt.recorded(self.path('record'), False, str)], [])
-        side = {'line': '', 'headers': [], 'trailers': [], 'body': '', 'encoding': 'utf-8',
-                'truncated': False}
-        right = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
-                 'ms': 1.5, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
-                 'request': side, 'response': None,
-                 'timing': {'first_byte_ms': None, 'end_ms': 1.5}}
-        self.assertTrue(lt.is_exchange(right))
-        for wrong in ({'id': 'x'}, {'target': None}, {'request': []}, {'timing': None},
-                      {'request': {**side, 'headers': [['a']]}},
-                      {'request': {**side, 'headers': [['a', 1]]}}, {'response': {}},
-                      {'timing': {}}, {'ms': float('nan')}, {'messages': [{}]}):
-            self.assertFalse(lt.is_exchange({**right, **wrong}), wrong)
+        self.assertTrue(lt.is_exchange(EXCHANGE))
+        for wrong in (
+                {'id': 'x'}, {'id': 10 ** 4000}, {'target': None}, {'request': []}, {'request': 0},
+                {'request': {**SIDE, 'headers': [['a']]}}, {'response': {}},
+                {'request': {**SIDE, 'headers': [['a', 1]]}}, {'ms': math.nan}, {'ms': math.inf},
+                {'ms': 10 ** 4000}, {'timing': None}, {'timing': {}}, {'timing': 1},
+                {'timing': {'first_byte_ms': 'x', 'end_ms': 1}}, {'messages': 1},
+                {'messages': [1]}, {'messages': [{}]}):
+            self.assertFalse(lt.is_exchange({**EXCHANGE, **wrong}), wrong)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -13373,22 +13378,9 @@ class LogsAndReplayTest(CommandTest):
             self.assertEqual(self.command('replay', self.write('file', ''), '--to', 1)[0], 0)
 
     def test_a_file_that_a_stranger_made_harms_nobody(self):
-        side = {'line': 'GET / HTTP/1.1', 'headers': [], 'trailers': [], 'body': '',
-                'encoding': 'utf-8', 'truncated': True}
-        right = {'id': 1, 'kind': 'http', 'at': '', 'method': 'GET', 'target': '/', 'status': 200,
-                 'ms': 1, 'request_bytes': 0, 'response_bytes': 0, 'error': '', 'failed': '',
-                 'request': side, 'response': None,
-                 'timing': {'first_byte_ms': None, 'end_ms': 1}, 'messages': []}
-        self.assertTrue(lt.is_exchange(right))
-        for wrong in (
-                {'ms': math.nan}, {'ms': math.inf}, {'ms': 10 ** 4000}, {'id': 10 ** 4000},
-                {'timing': {}}, {'timing': {'first_byte_ms': 'x', 'end_ms': 1}}, {'timing': 1},
-                {'messages': 1}, {'messages': [1]}, {'messages': [{}]},
-                {'response': {}}, {'request': 0}, {'request': {**side, 'headers': [['a']]}}):
-            self.assertFalse(lt.is_exchange({**right, **wrong}), wrong)
         for value in '9' * 5000, '\u00b2':
-            side['headers'] = [['Content-Length', value]]
-            self.write('file', json.dumps(right))
+            side = {**SIDE, 'headers': [['Content-Length', value]], 'truncated': True}
+            self.write('file', json.dumps({**EXCHANGE, 'request': side}))
             code, _, err = self.command('replay', self.path('file'), '--to', 1)
             self.assertEqual((code, err.count('\n')), (1, 1))
 
