@@ -5682,8 +5682,10 @@ MACOS_AUTHORITIES = '/etc/ssl/cert.pem'     # python.org's Python has none until
 
 def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
     """Return a context that checks a server by the system's authorities and the file CA, or not."""
-    context = ssl.create_default_context()
-    if not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
+    context = ssl.create_default_context() if check else ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if not check:               # to read all authorities takes tens of milliseconds
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    elif not context.cert_store_stats()['x509_ca'] and os.path.exists(MACOS_AUTHORITIES):
         context.load_verify_locations(MACOS_AUTHORITIES)
     if ca:
         try:
@@ -5691,8 +5693,6 @@ def client_tls(ca: str | None = None, check: bool = True) -> ssl.SSLContext:
         except OSError as e:
             why = 'no certificate in PEM form' if isinstance(e, ssl.SSLError) else e.strerror
             raise UsageError(f"can't use {ca}: {why}") from e
-    if not check:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     return context
 
 
@@ -5730,8 +5730,7 @@ def validity(facts: Any) -> Validity:
 
 def validity_of(server: ssl.SSLContext) -> Validity:
     """That of the certificate that SERVER shows; UNKNOWN where it is not one for servers."""
-    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE
+    client = client_tls(check=False)
     try:
         shown: Any = shake_hands(client, server).getpeercert(binary_form=True)
         client.load_verify_locations(cadata=shown)      # Python reads to us only what was checked
@@ -8802,22 +8801,17 @@ class Outside:
         finally:
             self.hide()
 
-    async def _addresses(self) -> list[str]:
-        """Where visitors of the domain go.  Raises AcmeError, and Disconnected."""
-        if is_address(self._domain):
-            return [self._domain]
-        found = await addresses_in_dns(self._resolver, self._domain)
+    async def reach(self) -> None:
+        """Raises AcmeError unless who visits the domain over http arrives here; or Disconnected."""
+        token, place = secrets.token_urlsafe(16), authority('http', self._domain, self._port)
+        found = ([self._domain] if is_address(self._domain) else
+                 await addresses_in_dns(self._resolver, self._domain))
         if not found:
             raise AcmeError(f'{self._domain} has no address; add a DNS record: '
                             + record_here(await self._in_zone()))
-        return found
-
-    async def reach(self) -> None:
-        """Raises AcmeError unless who visits the domain over http arrives here."""
-        token, place = secrets.token_urlsafe(16), authority('http', self._domain, self._port)
         self.show(token, token)
         try:
-            for address in await self._addresses():
+            for address in found:
                 try:
                     _, said = await fetch(self._server.runtime,
                                           f'http://{place}{CHALLENGES}{token}', None, to=address)
@@ -8873,14 +8867,13 @@ class Keeper:
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
         self._said: dict[str, str] = {}             # to the operator last, by what it is about
         self._path = os.path.join(args.state, 'acme.json')      # what survives a restart
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError), open(
-                self._path, encoding='ascii') as f:
+        with contextlib.suppress(Exception), open_file(self._path) as f:     # else as at first
             kept, latest = json.load(f), time.time() + LONGEST_WAIT
-            self._failed = [float(at) for at in kept['failed']]
             self._issuers = list(map(str, kept.get('issuers', ())))
-            self._setbacks = {name: Setback(int(times), str(why), min(float(again), latest))
-                              for name, (times, why, again) in kept['setbacks'].items()
-                              if name in self._all}
+            self._failed = list(map(float, kept['failed']))
+            self._setbacks = {
+                name: Setback(max(0, int(times)), str(why), min(float(again), latest))
+                for name, (times, why, again) in kept['setbacks'].items() if name in self._all}
 
     # What is to be done, and when.
 
@@ -9033,10 +9026,7 @@ class Keeper:
         server.counters['certificate_failures'] += 1
         self._complain(names[-1], setback)
         if self._args.notify:
-            begins, ends, _ = self._tls.validity
-            await self._notify(self._args.notify, {
-                'event': 'certificate', 'domain': self._all[0], 'problem': printable(setback.why),
-                'expires': ends, 'urgent': now > ends - (ends - begins) / 4})
+            await self._notify(self._args.notify, setback.why)
 
     def _save(self) -> None:
         with contextlib.suppress(OSError):      # without it, we only ask once more than we might
@@ -9044,11 +9034,15 @@ class Keeper:
                 {'failed': self._failed, 'setbacks': self._setbacks,
                  'issuers': self._issuers}).encode())
 
-    async def _notify(self, url: str, facts: dict[str, Any]) -> None:
-        tls = ssl.create_default_context() if url.startswith('https:') else None
+    async def _notify(self, url: str, why: str) -> None:
+        """Tell URL that there is no certificate, and WHY."""
+        begins, ends, _ = self._tls.validity
+        facts = {'event': 'certificate', 'domain': self._all[0], 'problem': printable(why),
+                 'expires': ends, 'urgent': time.time() > ends - (ends - begins) / 4}
         try:
-            response, _ = await fetch(self._server.runtime, url, tls, json.dumps(facts),
-                                      'application/json')
+            response, _ = await fetch(
+                self._server.runtime, url, client_tls() if url.startswith('https:') else None,
+                json.dumps(facts), 'application/json')
             if response.status >= 300:
                 raise AcmeError(f'{url} answers {response.status}')
         except AcmeError as e:
@@ -11279,8 +11273,7 @@ class Ground:
     async def caa(self) -> str:
         """The authority may issue for the domain, and for names below it."""
         issuers = [ISSUER]
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError), open_file(
-                os.path.join(self._folder, ASKED)) as f:
+        with contextlib.suppress(Exception), open_file(os.path.join(self._folder, ASKED)) as f:
             issuers = list(map(str, json.load(f)['issuers']))
         if not issuers:
             raise Finding('not looked at: the authority has not said yet by which name CAA records '

@@ -6946,9 +6946,14 @@ class OutsideTest(AcmeTest):
         with unittest.mock.patch.object(lt, 'write_secret', write_some):
             await keeper._look()
         self.assertRegex(self.notes()[-1], "can't write the disk: No space left on device; trying")
+        for damaged in ('[' * 100000, '{"failed": [], "setbacks": {"127.0.0.1": [1e999, "", 0]}}',
+                        '{"failed": [], "setbacks": 5}'):
+            self.write('acme.json', damaged)
+            self.assertEqual((await self.keeper())._setbacks, {})
         self.write('acme.json', json.dumps({
-            'failed': [1e300, 5], 'setbacks': {'127.0.0.1': [9, 'it rained', 1e300]}}))
+            'failed': [1e300, 5], 'setbacks': {'127.0.0.1': [-9, 'it rained', 1e300]}}))
         keeper = await self.keeper()
+        self.assertEqual(keeper._setbacks['127.0.0.1'].times, 0)
         with unittest.mock.patch.object(lt, 'time', Later(8 * lt.DAY)):
             await keeper._look()
         self.assertRegex(self.notes()[-1], 'https works for 127.0.0.1')
