@@ -3298,7 +3298,8 @@ class Server:
                 await self.give(visitor, exchange, self.pages.find(request, visitor.scheme))
         except HopFailed as e:
             exchange.why = str(e)
-            await self.give(visitor, exchange, self.pages.failed(e, request))
+            await self.give(visitor, exchange, self.pages.failed(
+                e, request.get(b'accept'), request.method))
         finally:
             if not everywhere:      # balancers ask every second or two
                 self.counters[exchange.status] += 1
@@ -3534,7 +3535,8 @@ class App:
             try:
                 await self._forward(stream, exchange)
             except HopFailed as e:
-                own = self.words.failed(e, exchange.request)
+                request = exchange.request
+                own = self.words.failed(e, request.get(b'accept'), request.method)
                 exchange.status, exchange.why, exchange.answer = e.status, str(e), Count(own.size)
                 await stream.write(own.whole(), end=True)
         except (LocaltunnelError, OSError) as e:
@@ -4406,30 +4408,51 @@ class Own:
             await write_own(connection, self.whole(*more))
 
 
-# How an error is said to who accepts what: content type, text, and header lines.
-ErrorPage = Callable[[HopFailed, bytes], Tuple[str, str, Sequence[str]]]
+HTML = 'text/html; charset=utf-8'
+PAGE = """<!doctype html>
+<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<meta name="color-scheme" content="light dark"><title>{title}</title>
+<style>
+:root {{ --ink: #1d2433; --dim: #5a6475; --line: #d9dee7; --paper: #fff; --ground: #f4f6f9;
+--good: #1a7f4b; --bad: #c4314b }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ebf1; --dim: #a2acbd; --line: #3a4252;
+--paper: #1d222c; --ground: #13161d; --good: #4cc38a; --bad: #ff7a90 }} }}
+* {{ box-sizing: border-box }}
+body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
+background: var(--ground) }}
+main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
+background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
+overflow-wrap: anywhere }}
+h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
+pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; white-space: pre-wrap }}
+code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
+</style>
+<main><h1>{title}</h1>{text}</main></html>
+"""
 
 
-def plain_page(error: HopFailed, accept: bytes) -> tuple[str, str, Sequence[str]]:
-    """What ERROR says, in a line."""
-    phrase = http.HTTPStatus(error.status).phrase
-    return 'text/plain; charset=utf-8', f'{error.status} {phrase}: {printable(str(error))}\n', ()
-
-
-def own_error(error: HopFailed, accept: bytes, page: ErrorPage, method: bytes = b'GET') -> Own:
-    """What tells METHOD what went wrong, as PAGE puts it for ACCEPT."""
-    form, text, more = page(error, accept)
-    failed = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
-    return Own(error.status, form, [text.encode()], [*more, *failed, *error.extra], method)
+def simple_page(error: HopFailed) -> str:
+    """The page that says what ERROR says, and no more."""
+    title = f'{error.status} {http.HTTPStatus(error.status).phrase}'
+    return PAGE.format(title=title, text=f'<p>{html.escape(printable(str(error)))}</p>')
 
 
 class Failures:
-    """What a visitor is told where something failed; the form of it is a seam."""
-    page: ErrorPage = staticmethod(plain_page)
+    """What is said where something failed; `page`, for browsers, is a seam."""
+    page: Callable[[HopFailed], str] = staticmethod(simple_page)
 
-    def failed(self, error: HopFailed, request: Request) -> Own:
-        """What REQUEST gets, which came to an ERROR."""
-        return own_error(error, request.get(b'accept'), self.page, request.method)
+    def failed(self, error: HopFailed, accept: bytes = b'', method: bytes = b'GET') -> Own:
+        """What METHOD is told of ERROR, in the form that ACCEPT prefers."""
+        phrase, said = http.HTTPStatus(error.status).phrase, printable(str(error))
+        more: Sequence[str] = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
+        if b'text/html' in accept:
+            form, text, more = HTML, self.page(error), [*PAGE_HEADERS, *more]
+        elif b'json' in accept:
+            form, text = 'application/json', json.dumps(
+                {'error': phrase, 'status': error.status, 'message': said}) + '\n'
+        else:
+            form, text = 'text/plain; charset=utf-8', f'{error.status} {phrase}: {said}\n'
+        return Own(error.status, form, [text.encode()], [*more, *error.extra], method)
 
 
 def parse_hostless(head: bytes) -> Request:
@@ -4468,8 +4491,8 @@ class Pages(Dict[bytes, Page], Failures):
                 return
             head, error = None, BadHttp(408, 'the request did not arrive in time')
         accept = _ACCEPT.search(head or here)
-        own = self._hostless(head or b'') or own_error(
-            HopFailed(error.status, str(error)), accept.group(1) if accept else b'', self.page)
+        own = self._hostless(head or b'') or self.failed(
+            HopFailed(error.status, str(error)), accept.group(1) if accept else b'')
         with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
             await own.write(connection, 'Connection: close', date_line(int(time.time())))
             await connection.linger()
@@ -4484,7 +4507,7 @@ class Pages(Dict[bytes, Page], Failures):
         except BadHttp:
             return None
         except HopFailed as e:
-            return self.failed(e, request)
+            return self.failed(e, request.get(b'accept'), request.method)
 
     @staticmethod
     def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
@@ -4511,8 +4534,7 @@ class Pages(Dict[bytes, Page], Failures):
 # ------------------------------------------------------------------------------------------------
 # 19. Plain words
 #
-# What went wrong on the way to a server or an app, in one sentence with its cure; and how that is
-# shown to people and programs.
+# What went wrong on the way to a server or an app, in one sentence with its cure.
 # ------------------------------------------------------------------------------------------------
 
 # Where trying again can't help: words in what TLS complains of, and a sentence about {0}, with a
@@ -4578,47 +4600,6 @@ def not_http(said: bytes, where: str) -> str:
 
 
 PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflare's
-
-
-HTML = 'text/html; charset=utf-8'
-PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<meta name="color-scheme" content="light dark"><title>{title}</title>
-<style>
-:root {{ --ink: #1d2433; --dim: #5a6475; --line: #d9dee7; --paper: #fff; --ground: #f4f6f9;
---good: #1a7f4b; --bad: #c4314b }}
-@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ebf1; --dim: #a2acbd; --line: #3a4252;
---paper: #1d222c; --ground: #13161d; --good: #4cc38a; --bad: #ff7a90 }} }}
-* {{ box-sizing: border-box }}
-body {{ font: 16px/1.6 system-ui, sans-serif; margin: 0; padding: 8vh 1em; color: var(--ink);
-background: var(--ground) }}
-main {{ max-width: 42em; margin: auto; padding: 1.75em clamp(1.25em, 5vw, 2.5em);
-background: var(--paper); border: 1px solid var(--line); border-radius: 14px;
-overflow-wrap: anywhere }}
-h1 {{ font-size: 1.5em; line-height: 1.25; margin: 0 0 .75em }}
-pre {{ background: var(--ground); padding: .8em 1em; border-radius: 8px; white-space: pre-wrap }}
-code, pre {{ font: .9em/1.6 ui-monospace, monospace }}
-</style>
-<main><h1>{title}</h1>{text}</main></html>
-"""
-
-
-def simple_page(error: HopFailed) -> str:
-    """The page that says what ERROR says, and no more."""
-    title = f'{error.status} {http.HTTPStatus(error.status).phrase}'
-    return PAGE.format(title=title, text=f'<p>{html.escape(printable(str(error)))}</p>')
-
-
-def any_page(error: HopFailed, accept: bytes,
-             page: Callable[[HopFailed], str] = simple_page) -> tuple[str, str, Sequence[str]]:
-    """What ERROR says in the form that ACCEPT prefers; browsers get PAGE."""
-    if b'text/html' in accept:
-        return HTML, page(error), PAGE_HEADERS
-    if b'json' in accept:
-        said = {'error': http.HTTPStatus(error.status).phrase, 'status': error.status,
-                'message': printable(str(error))}
-        return 'application/json', json.dumps(said) + '\n', ()
-    return plain_page(error, accept)
 
 
 class Words(Failures):
@@ -8039,7 +8020,7 @@ async def echo(connection: Connection) -> None:
                                     hop='app')
                 status, delay = wished(request.target)
             except HopFailed as e:
-                await own_error(e, request.get(b'accept'), any_page).write(
+                await Failures().failed(e, request.get(b'accept')).write(
                     connection, 'Connection: close')
                 break
             await asyncio.sleep(delay)
@@ -9535,8 +9516,8 @@ class OperatorPage:
             form, page = await self._page(request)
             answer = Own(200, form, [page], method=request.method)
         except (BadHttp, HopFailed, Refused) as e:
-            answer = own_error(
-                HopFailed(e.status, str(e)), request.get(b'accept') if request else b'', any_page,
+            answer = Failures().failed(
+                HopFailed(e.status, str(e)), request.get(b'accept') if request else b'',
                 request.method if request else b'GET')
         except (LocaltunnelError, OSError):
             return connection.close()       # the operator went away
@@ -14563,12 +14544,11 @@ class ErrorPages(Annex):
     """The pages of both ends."""
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
-        app.words.page = functools.partial(any_page, page=error_page)
+        app.words.page = error_page
 
     async def at_server(self, args: Args, server: Server) -> None:
         contact = getattr(args, 'contact', None) or ''
-        server.pages.page = functools.partial(
-            any_page, page=functools.partial(error_page, contact=contact))
+        server.pages.page = functools.partial(error_page, contact=contact)
 
 
 # ------------------------------------------------------------------------------------------------

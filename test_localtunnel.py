@@ -2350,7 +2350,6 @@ class WorldTest(LoopTest):
             self.runtime, domain, self.leases, self.log, only, limits, **options)
         self.sources = lt.Sources(self.server)
         self.server.visitors.front = lt.Front(trusted)
-        self.server.pages.page = lt.any_page
         if self.token_file:
             self.sources.all.append(lt.TokenFiles(self.tokens, self.token_file))
         self.listens = lt.Listening({})
@@ -4198,8 +4197,8 @@ class OwnPageTest(LoopTest):
 class PageTest(unittest.TestCase):
 
     def page(self, accept, text='it <b>broke</b> & "so"', method='GET'):
-        message = lt.own_error(lt.HopFailed(502, text), accept.encode(), lt.any_page,
-                               method.encode()).whole()
+        message = lt.Failures().failed(lt.HopFailed(502, text), accept.encode(),
+                                       method.encode()).whole()
         head, _, body = message.partition(b'\r\n\r\n')
         return head.decode(), body.decode()
 
@@ -10971,7 +10970,7 @@ class ErrorPageTest(WorldTest):
 
     async def world(self, *args, **options):
         await super().world(*args, **options)
-        self.server.pages.page = functools.partial(lt.any_page, page=lt.error_page)
+        self.server.pages.page = lt.error_page
 
     async def raw_client(self, name):
         """A Peer that is a client of NAME."""
