@@ -4852,6 +4852,11 @@ class Disk:
         """True while something is not done."""
         return bool(self._jobs)
 
+    @property
+    def hangs(self) -> bool:
+        """True while something takes longer than anybody waits for it."""
+        return self._overdue is not None and not self._overdue.done()
+
     def later(self, work: Callable[..., Any], *args: Any) -> concurrent.futures.Future[Any]:
         """Have WORK done in its turn, whether anybody waits for that or not."""
         job: concurrent.futures.Future[Any] = concurrent.futures.Future()
@@ -4876,7 +4881,7 @@ class Disk:
 
     async def do(self, work: Callable[..., Any], *args: Any) -> Any:
         """What WORK returns.  Raises OSError also where the disk hangs; what was begun goes on."""
-        if not self._overdue or self._overdue.done():
+        if not self.hangs:
             job = self.later(work, *args)
             with contextlib.suppress(asyncio.TimeoutError):     # which cancels what has not begun
                 return await asyncio.wait_for(asyncio.wrap_future(job), DISK_WITHIN)
@@ -10414,7 +10419,7 @@ APP_WITHIN = 300.0              # for the app to answer: senders wait for 600
 POSTED_TOGETHER = 20            # to one name: development servers hold 5 connections in line
 MAIL_PIECE = 64 * KIB           # of a file in memory, and to the app at a time
 MAIL_TURN = 1000                # lines read in a turn of the loop, a millisecond
-MAIL_HELD = 4 * MAIL_PIECE      # of memory: both files, and what is unread
+MAIL_HELD = 5 * MAIL_PIECE      # of memory: both files, what is unread, and what is not written
 MAIL_ON_DISK = 1 * GIB          # of all messages under way; their forms may take twice as much
 TO_POSTMASTER = 4 * KIB         # of a message to postmaster@DOMAIN, in the log
 # A message beyond these is not decoded: there are some that would take hours, or all memory.
@@ -10544,8 +10549,16 @@ def read_mail(raw: BinaryIO) -> Iterator[tuple[str, bytes, str, str]]:
         yield name, value.encode(errors='replace'), '', ''
 
 
-def compose(boundary: str, sender: str, to: str, raw: BinaryIO, form: BinaryIO) -> None:
-    """Write the form for the message in RAW (RFC 7578); what can't be read is there as it came."""
+def temporary_file() -> Any:
+    """A file without a name, in memory while it is small."""
+    import tempfile
+    return tempfile.SpooledTemporaryFile(MAIL_PIECE)
+
+
+def compose(boundary: str, sender: str, to: str, raw: BinaryIO) -> Any:
+    """The form for the message in RAW (RFC 7578); what can't be read is there as it came."""
+    form = temporary_file()
+
     def write(name: str, value: bytes, file: str, kind: str) -> None:
         line_end = '\r\n' * (form.tell() > 0)      # of the value before
         if file:
@@ -10568,6 +10581,8 @@ def compose(boundary: str, sender: str, to: str, raw: BinaryIO, form: BinaryIO) 
     write('body-mime', b'', 'message.eml', 'message/rfc822')
     shutil.copyfileobj(raw, form)
     form.write(f'\r\n--{boundary}--\r\n'.encode())
+    form.flush()
+    return form
 
 
 class Reply(LocaltunnelError):
@@ -10595,17 +10610,11 @@ class Letter:
         self.spooled = 0                        # bytes of the message that are on disk
 
 
-def temporary_file() -> Any:
-    """A file without a name, in memory while it is small."""
-    import tempfile
-    return tempfile.SpooledTemporaryFile(MAIL_PIECE)
-
-
 class PostOffice:
     """Takes mail for the tunnels of a server whose clients want it."""
 
     def __init__(self, server: Server) -> None:
-        self.server, self.disk = server, Budget(MAIL_ON_DISK)
+        self.server, self.disk, self.room = server, Disk(), Budget(MAIL_ON_DISK)
         self.senders: dict[str, int] = collections.Counter()    # connections, by subnet
         self._decoding = asyncio.Semaphore(DECODED_TOGETHER)
         self._turns: Any = weakref.WeakValueDictionary()        # of deliveries, by name
@@ -10645,26 +10654,28 @@ class PostOffice:
     async def _post(self, letter: Letter, raw: BinaryIO, visitor: Visitor) -> Response:
         (path, as_is), boundary, to = letter.wish, secrets.token_hex(16), ', '.join(letter.to)
         kind, body = 'message/rfc822', raw
-        with temporary_file() as form:
-            if not as_is:
-                kind, body = f'multipart/form-data; boundary={boundary}', form
-                async with self._decoding:
-                    await self.server.runtime.loop.run_in_executor(
-                        None, compose, boundary, letter.sender, to, raw, form)
-            head = [f'POST {path} HTTP/1.1', f'Host: {letter.name}.{self.server.domain}',
-                    f'User-Agent: localtunnel/{__version__}', f'Content-Type: {kind}',
-                    f'Content-Length: {body.tell()}', f'Localtunnel-Mail-From: {letter.sender}',
-                    f'Localtunnel-Mail-To: {to}', '']
-            body.seek(0)
+        if not as_is:
+            kind = f'multipart/form-data; boundary={boundary}'
+            async with self._decoding:
+                body = await asyncio.wrap_future(
+                    Disk().later(compose, boundary, letter.sender, to, raw))
+        head = [f'POST {path} HTTP/1.1', f'Host: {letter.name}.{self.server.domain}',
+                f'User-Agent: localtunnel/{__version__}', f'Content-Type: {kind}',
+                f'Content-Length: {body.tell()}', f'Localtunnel-Mail-From: {letter.sender}',
+                f'Localtunnel-Mail-To: {to}', '']
+        body.seek(0)
 
-            def message() -> Iterator[bytes]:
-                visitor.connection.check()      # who is gone will come again
-                if self.wish_of(letter.name) != letter.wish:    # another client is there by now
-                    raise HopFailed(503, f'{letter.name} has changed; try again later')
-                yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
-                yield from iter(lambda: body.read(MAIL_PIECE), b'')
+        def message() -> Iterator[bytes]:
+            visitor.connection.check()      # who is gone will come again
+            if self.wish_of(letter.name) != letter.wish:    # another client is there by now
+                raise HopFailed(503, f'{letter.name} has changed; try again later')
+            yield '\r\n'.join(head).encode() + visitor.x_forwarded + b'\r\n'
+            yield from iter(lambda: body.read(MAIL_PIECE), b'')
+        try:
             async with self._turns.setdefault(letter.name, asyncio.Semaphore(POSTED_TOGETHER)):
                 return await ask_app(self.server, letter.name, visitor, message())
+        finally:
+            self.disk.later(body.close)
 
 
 async def begin_tls(connection: Connection, context: ssl.SSLContext) -> None:
@@ -10785,7 +10796,8 @@ class Postman:
 
     async def _read(self, letter: Letter, raw: BinaryIO) -> str:
         """Read the message of LETTER into RAW; return why it can't be taken, or ''."""
-        began, size, why = self._server.runtime.now(), 0, ''
+        began, size, why, office = self._server.runtime.now(), 0, '', self._office
+        lines, held = [self._trace(letter)], 0      # and their bytes
         for line_number in itertools.count(1):
             line = await self._line(began, size)
             if line == b'.\r\n':
@@ -10797,11 +10809,16 @@ class Postman:
                 raise Reply('521' + TOO_LARGE[3:])
             if size > MAX_MAIL:
                 why = TOO_LARGE
-            elif self._office.disk.take(len(line)):
-                letter.spooled += len(line)
-                raw.write(line[line[:1] == b'.':])
+            elif office.room.take(len(line)):
+                letter.spooled, held = letter.spooled + len(line), held + len(line)
+                lines.append(line[line[:1] == b'.':])
             else:
                 why = TOO_MUCH
+            if held > MAIL_PIECE:
+                await office.disk.do(raw.writelines, lines)
+                lines, held = [], 0
+        await office.disk.do(raw.writelines, lines)
+        await office.disk.do(raw.flush)
         return why
 
     # Commands.
@@ -10883,30 +10900,31 @@ class Postman:
         letter, budget = self._letter, self._server.admission.budget
         if not letter or not letter.to:
             return '554 5.5.1 no valid recipients' if letter else '503 5.5.1 MAIL first'
-        if not budget.take(MAIL_HELD, leave=budget.limit // 2):     # half is for tunnels
+        if self._office.disk.hangs or not budget.take(
+                MAIL_HELD, leave=budget.limit // 2):        # half is for tunnels
             return TOO_MUCH
         self._server.visitors.listening += 2        # files take descriptors, too
+        raw = temporary_file()
         try:
             await self._connection.write(b'354 go ahead, and end with a dot on its own line\r\n')
-            with temporary_file() as raw:
-                raw.write(self._trace(letter))
-                why = await self._read(letter, raw)
-                if why:
-                    return why
-                self._commands = self._wrong = 0
-                if letter.name:
-                    return await self._office.deliver(letter, raw, self._visitor)
-                raw.seek(0)
-                text = ' '.join(raw.read(TO_POSTMASTER).decode(errors='replace').split())
-                self._server.log.note('mail for the postmaster', event='postmaster', mail=text)
-                return f'250 2.0.0 delivered, as {letter.id}'
+            why = await self._read(letter, raw)
+            if why:
+                return why
+            self._commands = self._wrong = 0
+            if letter.name:
+                return await self._office.deliver(letter, raw, self._visitor)
+            raw.seek(0)
+            text = ' '.join(raw.read(TO_POSTMASTER).decode(errors='replace').split())
+            self._server.log.note('mail for the postmaster', event='postmaster', mail=text)
+            return f'250 2.0.0 delivered, as {letter.id}'
         except OSError as e:
-            raise Reply('421 4.3.1 there is no room on the disk') from e
+            raise Reply('421 4.3.1 there is no room on the disk, or it hangs') from e
         finally:
+            self._office.disk.later(raw.close)
             self._letter = None
             self._server.visitors.listening -= 2
             budget.give(MAIL_HELD)
-            self._office.disk.give(letter.spooled)
+            self._office.room.give(letter.spooled)
 
 
 def note_of_wish(wish: Any) -> str:

@@ -7988,7 +7988,7 @@ class KeepTest(FolderTest, WorldTest):
             await self.loop.run_in_executor(None, min, 1, 2)        # others have threads
             self.assertEqual((len(begun), self.queues.waiting('app')), (1, 0))
         await eventually(lambda: self.files() == ['look'])
-        await eventually(self.queues._disk._overdue.done)
+        await eventually(lambda: not self.queues._disk.hangs)
         self.assertEqual((self.queues._used, (await self.hook())[0]), (0, 202))
 
     @contextlib.contextmanager
@@ -8542,6 +8542,28 @@ class SmtpTest(MailTest):
         self.assertEqual((await (await self.sender()).sends('hello'))[:9], '452 4.3.1')
         self.assertEqual(self.server.visitors.listening, 0)
 
+    async def test_a_disk_that_hangs_holds_up_nobody(self):
+        await self.mail_world()
+        goes_on, threads = threading.Event(), set()
+
+        class File(io.BytesIO):
+            def writelines(self, lines):
+                threads.add(threading.current_thread())
+                goes_on.wait(PATIENCE)
+                super().writelines(lines)
+        self.stack.callback(goes_on.set)
+        with unittest.mock.patch.object(lt, 'temporary_file', File):
+            with self.constant(DISK_WITHIN=0.02):
+                self.assertEqual((await (await self.sender()).sends('a'))[:9], '421 4.3.1')
+            reply = await (await self.sender()).begins('a@app.localhost')
+            self.assertEqual(reply[:9], '452 4.3.1')        # there is nothing to wait for
+            goes_on.set()
+            while not reply.startswith('354'):
+                sender = await self.sender()
+                reply = await sender.begins('a@app.localhost')
+            self.assertEqual((await sender.says('b\r\n.'))[:3], '250')
+        self.assertNotIn(threading.main_thread(), threads)
+
     async def test_a_server_that_ends_says_so(self):
         await self.mail_world()
         sender = await self.sender()
@@ -8625,7 +8647,7 @@ class DeliveryTest(MailTest):
         def slow(*args):
             begun.set()
             goes_on.wait(PATIENCE)
-            compose(*args)
+            return compose(*args)
         with unittest.mock.patch.object(lt, 'compose', slow):
             sender = await self.sender()
             await sender.begins('a@app.localhost')
