@@ -8681,10 +8681,13 @@ class Authority:
 class AcmeTls(Tls):
     """Shows what there is to those whom it is for, and nobody a stand-in."""
 
-    def __init__(self, path: str, port: int = 0) -> None:
-        """PATH is the file with key and chain, one so that they always belong together."""
+    def __init__(self, path: str, port: int, trust: ssl.SSLContext) -> None:
+        """PATH is the file with key and chain, one so that they always belong together.
+
+        TRUST is for the authorities.
+        """
         super().__init__(port)
-        self.path = path
+        self.path, self.trust = path, trust
         self.look_now = asyncio.Event()         # SIGHUP came
 
     def _choose(self, connection: Any, name: str | None, context: Any) -> int | None:
@@ -8842,9 +8845,8 @@ class Keeper:
     def __init__(self, args: Args, server: Server, tls: AcmeTls, names: NameServer) -> None:
         self._args, self._server, self._tls, self._names = args, server, tls, names
         self._outside = Outside(args, server, names.zone)
-        trust = client_tls(args.acme_ca)
         self._authorities = [
-            Authority(server.runtime, url, trust, args.state, self._outside.show)
+            Authority(server.runtime, url, tls.trust, args.state, self._outside.show)
             for url in args.acme_directory or [LETS_ENCRYPT]]
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
         self._setbacks: dict[str, Setback] = {}     # by the last of the names wanted
@@ -9106,10 +9108,10 @@ class Acme(Annex):
         if not (args.resolver or system_resolver() or is_address(args.domain)):
             raise UsageError('--acme needs --resolver ADDRESS here, since this system has no '
                              'resolv.conf that names one')
-        client_tls(args.acme_ca)        # or say at once why not
+        trust = client_tls(args.acme_ca)
         sockets = args.listening.at(args.bind, args.tls_port)
         path = os.path.join(args.state, 'acme-certificate.pem')
-        server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1])
+        server.tls = tls = AcmeTls(path, sockets[0].getsockname()[1], trust)
         args.sources.all.append(tls)
         try:
             if os.path.exists(path):

@@ -6832,15 +6832,6 @@ class OutsideTest(AcmeTest):
         with self.assertRaisesRegex(lt.Disconnected, 'the resolver 127.0.0.1:.* does not answer'):
             await outside.reach()
 
-    async def test_the_look_at_the_ground_asks_the_same_resolver(self):
-        place = '127.0.0.1', self.resolver
-        self.assertEqual(await lt.addresses_in_dns(place, 't.example'), ['127.0.0.1'])
-        self.assertEqual(await lt.addresses_in_dns(place, 'x.t.example'), [])
-        self.dns.faults['t.example'] = 2
-        self.dns.records.clear()
-        with self.assertRaises(lt.Disconnected):
-            await lt.addresses_in_dns(place, 't.example')
-
     async def test_caa_records_let_us_or_not(self):
         outside = (await self.keeper(domain='t.example'))._outside
         authority = lt.Authority(self.runtime, 'https://ca.example/', None, '', None)
@@ -6955,6 +6946,17 @@ class OutsideTest(AcmeTest):
         self.assertEqual(keeper._setbacks['127.0.0.1'].times, 0)
         with unittest.mock.patch.object(lt, 'time', Later(8 * lt.DAY)):
             await keeper._look()
+        self.assertRegex(self.notes()[-1], 'https works for 127.0.0.1')
+
+    @unittest.skipUnless(POSIX, 'needs /dev/fd')
+    async def test_the_file_of_its_authority_is_read_once_and_may_be_a_pipe(self):
+        await self.world(domain='127.0.0.1', only=True)
+        reading, writing = os.pipe()
+        self.addCleanup(os.close, reading)
+        with open(writing, 'w') as f:
+            f.write(CERTIFICATE)
+        self.directory = (await MadeUp(self.folder).listen(self)).url + '/'
+        await (await self.keeper('--acme-ca', f'/dev/fd/{reading}'))._look()
         self.assertRegex(self.notes()[-1], 'https works for 127.0.0.1')
 
     async def test_without_the_openssl_program_it_is_named(self):
