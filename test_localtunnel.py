@@ -2232,6 +2232,14 @@ class FolderTest(unittest.TestCase):
         patch.start()
         self.addCleanup(patch.stop)
 
+    @staticmethod
+    def command(*words):
+        """(exit code, stdout, stderr) of what ends by itself, in this process."""
+        with contextlib.redirect_stdout(io.StringIO()) as out, \
+                contextlib.redirect_stderr(io.StringIO()) as err:
+            code = lt.main([*map(str, words)])
+        return code, out.getvalue(), err.getvalue()
+
     def path(self, *names):
         return os.path.join(self.folder, *names)
 
@@ -9767,10 +9775,9 @@ class InvitationTest(FolderTest):
 
     def invite(self, *words, code=0):
         """What is said, by which it ends with CODE."""
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            with contextlib.redirect_stderr(io.StringIO()) as err:
-                self.assertEqual(lt.main(['invite', '--state', self.folder, *words]), code)
-        return (err if code else out).getvalue()
+        ended, shown, said = self.command('invite', '--state', self.folder, *words)
+        self.assertEqual(ended, code)
+        return said if code else shown
 
     def joins(self, said):
         """(address, token, pin) of the code that is SAID."""
@@ -10938,10 +10945,9 @@ class ElsewhereTest(FolderTest):
         ('invite list', 'invite --list'))
 
     def said(self, *words):
-        with contextlib.redirect_stderr(io.StringIO()) as told:
-            self.assertEqual(lt.main(words), 2)
-        self.assertEqual(told.getvalue().count('\n'), 1)
-        return told.getvalue()
+        code, _, said = self.command(*words)
+        self.assertEqual((code, said.count('\n')), (2, 1))
+        return said
 
     def test_what_others_call_it_is_answered_with_the_whole_command(self):
         program = 'py' if os.name == 'nt' else 'python3'
@@ -11851,14 +11857,6 @@ class CommandTest(FolderTest):
         app = LocalApp(*args)
         self.addCleanup(app.close)
         return app
-
-    @staticmethod
-    def command(*words):
-        """(exit code, stdout, stderr) of what ends by itself, in this process."""
-        with contextlib.redirect_stdout(io.StringIO()) as out, \
-                contextlib.redirect_stderr(io.StringIO()) as err:
-            code = lt.main([*map(str, words)])
-        return code, out.getvalue(), err.getvalue()
 
     def another_user(self):
         """Whoever starts now has another key."""
@@ -12994,9 +12992,9 @@ class TunnelFileTest(FolderTest):
     def test_what_is_for_one_tunnel_goes_without_a_file(self):
         path = self.write('ini', '[a]\ntarget = 1\n')
         for words in ['--release'], ['--join'], ['--', 'ls']:
-            with contextlib.redirect_stderr(io.StringIO()) as err:
-                self.assertEqual(lt.main(['client', '--config', path, *words]), 2)
-            self.assertIn('--config opens several tunnels, so it goes with none of', err.getvalue())
+            code, _, said = self.command('client', '--config', path, *words)
+            self.assertEqual(code, 2)
+            self.assertIn('--config opens several tunnels, so it goes with none of', said)
 
 
 class SectionsTest(WorldTest, FolderTest):
@@ -13563,10 +13561,13 @@ class ExitCodeTest(CommandTest):
         self.assertEqual(program.lines['out'], [])
 
     def ended_here(self, code, *args, word=''):
-        """The same in this process, which is sooner."""
-        ended, shown, said = self.command(*args)
-        self.assertEqual((ended, shown), (code, ''))
-        self.assertRegex(said, word)
+        """The same in this process, which is sooner; returns what it says."""
+        with self.subTest(args):
+            ended, shown, said = self.command(*args)
+            self.assertEqual((ended, shown), (code, ''))
+            self.assertRegex(said, word)
+            self.assertNotIn('rrno', said)      # the number of an error
+            return said
 
     def test_what_can_not_be_typed_is_2(self):
         self.ended(2, '8000', word='did you mean: python3 localtunnel.py client 8000')
@@ -13594,17 +13595,14 @@ class ExitCodeTest(CommandTest):
                 (['client', '1', '--token', '', *to], 'token is empty'),
                 (['server', '--bind', ''], 'bind is empty'),
                 (['server', '--domain', 'x..de'], 'host name such as')):
-            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
-                self.assertEqual(lt.main(words), 2)
-            self.assertIn(said, told.getvalue())
+            self.ended_here(2, *words, word=said)
 
     def test_a_password_in_a_url_is_not_repeated(self):
         for url in ('http://u:PW@h', 'http://u:PW@h:99999', 'http://u:PW/@h', 'http://:PW@h',
                     'ftp://u:PW@h', 'http://u:PW@[h', 'u:PW@h:x'):
-            with self.subTest(url), contextlib.redirect_stderr(io.StringIO()) as told:
-                self.assertEqual(lt.main(['client', 'echo', '--server', url]), 2)
-            self.assertIn('without user and password', told.getvalue())
-            self.assertNotIn('PW', told.getvalue())
+            said = self.ended_here(2, 'client', 'echo', '--server', url,
+                                   word='without user and password')
+            self.assertNotIn('PW', said)
 
     def test_a_file_that_can_not_be_read_is_named_without_a_number(self):
         to, wrong = ['--server', 'https://a.example'], self.write('wrong.pem', 'wrong')
@@ -13615,10 +13613,7 @@ class ExitCodeTest(CommandTest):
                 (['client', '1', '--ca', self.folder, *to], 'Is a directory'),
                 (['client', '1', '--ca', wrong, *to], 'no certificate in PEM form'),
                 (['server', '--state', wrong], '--state')):
-            with self.subTest(words), contextlib.redirect_stderr(io.StringIO()) as told:
-                self.assertEqual(lt.main(words), 2)
-                self.assertIn(said, told.getvalue())
-                self.assertNotIn('rrno', told.getvalue())
+            self.ended_here(2, *words, word=said)
         for make, words, said in (
                 (lt.Certificate, (wrong, 'none'), 'read none: No such file'),
                 (lt.Certificate, (wrong, wrong), 'two files in PEM form'),
@@ -13628,11 +13623,9 @@ class ExitCodeTest(CommandTest):
 
     def test_a_proxy_that_is_none_is_1(self):
         for proxy in 'http://[bad', 'http://a:99999', 'socks5://a', 'http://':
-            with self.subTest(proxy), unittest.mock.patch.dict(os.environ, ALL_PROXY=proxy):
-                with contextlib.redirect_stderr(io.StringIO()) as told:
-                    self.assertEqual(
-                        lt.main(['client', '1', '--server', 'https://a.example', '--once']), 1)
-                self.assertIn('http://HOST:PORT', told.getvalue())
+            with unittest.mock.patch.dict(os.environ, ALL_PROXY=proxy):
+                self.ended_here(1, 'client', 1, '--server', 'https://a.example', '--once',
+                                word='http://HOST:PORT')
 
     def test_a_name_that_is_refused_is_3(self):
         self.ended(3, 'client', 1, '--server', 'localhost:1', '--name', 'www', word='reserved')
