@@ -16289,7 +16289,7 @@ class Parser(argparse.ArgumentParser):
         end = words.index('--', 2) if words[:1] == ['client'] and '--' in words[2:] else len(words)
         if words[end:] == ['--']:
             raise UsageError('what follows -- is a command to run beside the tunnel; name one')
-        args = super().parse_args(words[:end])
+        args, unknown = self.parse_known_args(words[:end])
         for name, value in vars(args).items():
             if value == '' or (isinstance(value, list) and '' in value):
                 raise UsageError(f'{name.replace("_", "-")} is empty; is a variable unset?')
@@ -16298,8 +16298,9 @@ class Parser(argparse.ArgumentParser):
             if not args.target:
                 self.commands['client'].error('the following arguments are required: TARGET')
             args.target, *rest = args.target
-            if rest:
-                self.error(f'unrecognized arguments: {" ".join(rest)}')
+            unknown = rest + unknown
+        if unknown:
+            self.commands[args.command].error("can't tell what this means: " + ' '.join(unknown))
         return args
 
     def error(self, message: str) -> NoReturn:
@@ -16312,7 +16313,6 @@ class Parser(argparse.ArgumentParser):
                                   'as 10.0.0.0/8, not')
         message = message.replace('invalid port_range value:', 'it takes A-B, not')
         message = re.sub('one of the arguments (.*) is required', r'it takes one of \1', message)
-        message = message.replace('unrecognized arguments:', "can't tell what this means:")
         message = re.sub(r"COMMAND: invalid choice: '(.*)' \(choose from (.*)\)",
                          lambda m: f'there is no {m[1]} here, but {m[2]}'.replace("'", ''), message)
         raise UsageError(f'{re.sub("^argument ", "", message)}; see {self.prog} --help')
