@@ -8547,7 +8547,8 @@ class Authority:
         self.url = url
         self.account = ''                       # our URL there, once we are known
         self.meta: dict[str, Any] = {}          # what it says of itself
-        self._runtime, self._tls, self._folder, self._publish = runtime, tls, folder, publish
+        self._fetch = functools.partial(fetch, runtime, tls=tls)
+        self._folder, self._publish = folder, publish
         self._directory: dict[str, Any] = {}    # its URLs, once it was read
         self._key = os.path.join(folder, 'acme-account.key')
         self._jwk: dict[str, str] = {}          # the account's public key
@@ -8555,7 +8556,7 @@ class Authority:
 
     async def learn(self) -> None:
         """Read the directory."""
-        response, said = await fetch(self._runtime, self.url, self._tls)
+        response, said = await self._fetch(self.url)
         if response.status != 200:
             raise AcmeError(f'{self.url} answers {response.status}', wait=seconds_of(response))
         self._directory = json.loads(said)
@@ -8595,15 +8596,14 @@ class Authority:
         body = '' if payload is None else base64json(payload)
         for _ in range(NONCE_TRIES):
             if not self._nonce:
-                response, _ = await fetch(self._runtime, self._directory['newNonce'], self._tls)
+                response, _ = await self._fetch(self._directory['newNonce'])
                 self._nonce = response.find(b'replay-nonce')
             who = {'kid': self.account} if self.account else {'jwk': self._jwk}
             head = base64json({'alg': 'ES256', 'nonce': self._nonce, 'url': url, **who})
             der = await by_openssl('dgst', '-sha256', '-sign', self._key,
                                    given=f'{head}.{body}'.encode())
-            response, said = await fetch(self._runtime, url, self._tls, json.dumps(
-                {'protected': head, 'payload': body, 'signature': base64url(raw_signature(der))}),
-                'application/jose+json')
+            response, said = await self._fetch(url, form='application/jose+json', body=json.dumps(
+                {'protected': head, 'payload': body, 'signature': base64url(raw_signature(der))}))
             self._nonce = response.find(b'replay-nonce')
             document = json.loads(said) if 'json' in response.find(b'content-type') else said
             if 200 <= response.status < 300:
@@ -8670,8 +8670,7 @@ class Authority:
     async def window(self, certificate: str) -> tuple[float, float]:
         """From when until when it wants CERTIFICATE, a renewal id, to be renewed, if it says so."""
         await self.learn()
-        _, said = await fetch(
-            self._runtime, f'{self._directory["renewalInfo"]}/{certificate}', self._tls)
+        _, said = await self._fetch(f'{self._directory["renewalInfo"]}/{certificate}')
         found = json.loads(said)['suggestedWindow']
         return read_time(found['start']), read_time(found['end'])
 
