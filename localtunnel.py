@@ -13637,7 +13637,7 @@ class Inspector:
             raise BadHttp(413, f'the body has more than {most} bytes')
         self.here[self._connection] = True
         path, _, query = request.target.decode('latin-1').partition('?')
-        self._words = dict(urllib.parse.parse_qsl(query, max_num_fields=MAX_WORDS))
+        self._words = dict(urllib.parse.parse_qsl(query))
         calls = next((self.CALLS[one] for one in self.CALLS if re.fullmatch(one, path)), {})
         if not calls:
             raise HopFailed(404, 'there is nothing here; the API is described in README')

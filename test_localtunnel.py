@@ -10633,6 +10633,7 @@ class LocalOnlyTest(InspectorTest):
         peer.ask('/api/exchanges/1/replay', f'Content-Length: {size}', 'POST', body=bytes(size))
         self.assertEqual((await peer.answer())[0], 413)
         self.assertEqual((await self.ask('/api/status', body=b'x'))[0], 413)
+        self.assertEqual((await self.ask('/api/status?' + 'a=b&' * 3000))[0], 200)
 
 
 class ReplayTest(InspectorTest):
