@@ -4441,7 +4441,7 @@ class Failures:
     """What is said where something failed; `page`, for browsers, is a seam."""
     page: Callable[[HopFailed], str] = staticmethod(simple_page)
 
-    def failed(self, error: HopFailed, accept: bytes = b'', method: bytes = b'GET') -> Own:
+    def failed(self, error: HopFailed, accept: bytes, method: bytes = b'GET') -> Own:
         """What METHOD is told of ERROR, in the form that ACCEPT prefers."""
         phrase, said = http.HTTPStatus(error.status).phrase, printable(str(error))
         more: Sequence[str] = [f'Localtunnel-Failed: {error.hop}'] * (error.status >= 400)
@@ -13150,19 +13150,18 @@ function arrive(x) {
   due ||= setTimeout(settle, 100);
 }
 let events, listed;             // what tells of new ones; the query that filled the list
-let early;                      // what came while that was asked for
 function listen() {
+  const early = [];             // the last that came, perhaps while the list was asked for
   const query = `?q=${encodeURIComponent($('#filter').value)}`, load = async () => {
-    const mine = early = [], old = x => list.get(x.id)?.exchange;
-    const {exchanges} = await call(`exchanges${query}`).finally(
-      () => early === mine && (early = null));
+    early.length = 0;
+    const old = x => list.get(x.id)?.exchange, {exchanges} = await call(`exchanges${query}`);
     if (!events.url.endsWith(query)) return;    // more has been typed
     if (listed === query && exchanges.some(x => old(x)?.at === x.at))   // of the same client
       return exchanges.filter(x => json(old(x)) !== json(x)).forEach(arrive);
     for (const one of [list, coming]) one.clear();
     $('#list').replaceChildren();
     exchanges.forEach(put);
-    mine.forEach(arrive);
+    early.forEach(arrive);
     listed = query;
     choose();
   };
@@ -13170,7 +13169,7 @@ function listen() {
   events = new EventSource(`/api/events${query}`);
   events.onmessage = e => {
     const x = JSON.parse(e.data);
-    early?.push(x);
+    if (early.push(x) > KEPT) early.shift();
     arrive(x);
   };
   events.onopen = load;
@@ -13542,15 +13541,6 @@ REPLAY_MOST = 3600.0            # for all of a replay: an endless answer has an 
 EDIT_ROOM = 256 * KIB           # of JSON around the body of an edited replay
 
 
-def page_policy() -> str:
-    """Return the Content-Security-Policy by which nothing runs but the script of the page."""
-    script = INSPECTOR_PAGE.partition('<script>')[2].partition('</script>')[0]
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return (f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
-            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
-            "frame-ancestors 'none'")
-
-
 class Inspector:
     """One request to the inspector of a client, and its answer."""
     here: dict[Connection, bool] = {}   # of all: whether it waits for an answer; the first first
@@ -13665,8 +13655,13 @@ class Inspector:
 
     async def _page(self) -> None:
         """GET /: for people.  Nobody may frame it: a click there must be meant."""
-        await self._write(200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY',
-                          'Content-Security-Policy: ' + page_policy())
+        script = INSPECTOR_PAGE.partition('<script>')[2].partition('</script>')[0]
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        await self._write(
+            200, HTML, INSPECTOR_PAGE, 'X-Frame-Options: DENY', "Content-Security-Policy: "
+            f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; "
+            "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+            "frame-ancestors 'none'")
 
     async def _chosen(self) -> list[Kept]:
         """Return what the query asks for, oldest first; it takes its time."""
