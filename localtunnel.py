@@ -286,6 +286,7 @@ class StreamReset(LocaltunnelError):
 class BadHttp(LocaltunnelError):
     """A message that is malformed or ambiguous; `status` is what its sender is told."""
     head = b''                      # of a response, where that was read
+    early = False                   # of a body: before anything of its message went on
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -1806,10 +1807,11 @@ _TOKEN = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = rb'[\t\x20-\x7e\x80-\xff]*'
 _LINES = rb'\r\n((?s:.*))\r\n'     # of the header, which _FIELDS reads
 _FIELDS = re.compile(rb'(?:' + _TOKEN + rb':' + _VALUE + rb'\r\n)*')
-_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([!"\x24-\x7e\x80-\xff]+) HTTP/1\.([01])' + _LINES)
-_RESPONSE = re.compile(rb'HTTP/1\.([01]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)' + _LINES)
+_REQUEST = re.compile(rb'(' + _TOKEN + rb') ([!"\x24-\x7e\x80-\xff]+) HTTP/1\.([0-9])' + _LINES)
+_RESPONSE = re.compile(rb'HTTP/1\.([0-9]) ([1-9][0-9][0-9])((?: ' + _VALUE + rb')?)' + _LINES)
 _REQUEST_LINE = re.compile(rb'(' + _TOKEN + rb') ([^ \t\r\n]+) HTTP/([0-9]\.[0-9])\r\n')
-_FIRST_LINE = re.compile(rb'(?:HTTP/1\.[01] [^\r\n]*|[^\r\n]* HTTP/1\.[01])\r\n')
+_FIRST_LINE = re.compile(rb'(?:HTTP/1\.[0-9] [^\r\n]*|[^\r\n]* HTTP/1\.[0-9])\r\n')
+_MORE_CODINGS = re.compile(rb'(?:(?!chunked[ \t]*,)' + _TOKEN + rb'[ \t]*,[ \t]*)+chunked')
 _CHUNK_LINE = re.compile(rb'([0-9A-Fa-f]{1,15})(?:[ \t]*;' + _VALUE + rb')?\r\n')
 _BARE_LF = re.compile(rb'(?:^|[^\r])\n')
 _HOST = re.compile(rb'([a-z0-9._~-]+|\[[0-9a-f:.]+\])(?::[0-9]{0,5})?')
@@ -1858,8 +1860,8 @@ class Head:
 
     `block` holds the header lines, each with its CR LF.  `fields` holds the values of known fields
     in lower case; repeated ones are joined with a comma (RFC 9110 5.3).  `connection` holds the
-    words of Connection, `minor` the 1 or 0 of the version; `keep_alive` says that the sender wants
-    to use the connection again.
+    words of Connection, `minor` the last digit of the version: more than 1 is read as 1 (RFC 9110
+    2.5); `keep_alive` says that the sender wants to use the connection again.
     """
     __slots__ = ('minor', 'block', 'fields', 'connection', 'keep_alive', '_lower', '_onward')
     bodiless = False                # of a response: one with its status has no body and no length
@@ -1884,7 +1886,7 @@ class Head:
             if len(self.connection) > 1:
                 self.connection = [word.strip() for word in self.connection]
         self.keep_alive = b'close' not in self.connection and (
-            minor == b'1' or b'keep-alive' in self.connection)
+            minor != b'0' or b'keep-alive' in self.connection)
 
     def get(self, name: bytes) -> bytes:
         """Return the value of a known field as it came; b'' if there is none."""
@@ -1950,12 +1952,14 @@ class Head:
     def _body_length(self, otherwise: int) -> int:
         """The length of the body: bytes, CHUNKED, or OTHERWISE where nothing is said of it.
 
-        Raises BadHttp (RFC 9112 6.3).
+        Raises BadHttp (RFC 9112 6.1, 6.3).
         """
         fields = self.fields
         if b'transfer-encoding' in fields:
-            if fields[b'transfer-encoding'] != b'chunked':
-                raise BadHttp(400, 'a Transfer-Encoding other than a single chunked')
+            codings = fields[b'transfer-encoding']
+            if codings != b'chunked':
+                raise BadHttp(501 if _MORE_CODINGS.fullmatch(codings) else 400,
+                              'a Transfer-Encoding other than a single chunked')
             if b'content-length' in fields:
                 raise BadHttp(400, 'both Transfer-Encoding and Content-Length')
             if self.minor == b'0':
@@ -1990,9 +1994,9 @@ class RequestLines(Head):
         match = _HOST.fullmatch(self.host)
         if match:
             self.host_name = match.group(1).decode().rstrip('.')
-        elif minor == b'1' or b'host' in self.fields:
+        elif minor != b'0' or b'host' in self.fields:
             raise BadHttp(400, 'Host is missing, malformed or repeated')
-        if b'upgrade' in self.connection and minor == b'1':
+        if b'upgrade' in self.connection and minor != b'0':
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
         self.length = self._body_length(0)
 
@@ -2020,9 +2024,10 @@ class Request(RequestLines):
         match = _ABSOLUTE.fullmatch(self.target)
         if not match or match.group(1).lower() not in (b'http', b'https'):
             raise BadHttp(400, 'the request target is neither a path nor an http URL')
-        if match.group(2).lower() != self.host:     # HTTP/1.0 may name it in the target alone
-            named = _HOST.fullmatch(match.group(2).lower())
-            if self.host or not named:
+        usual = rb':(?:80)?$' if match.group(1).lower() == b'http' else rb':(?:443)?$'
+        named = _HOST.fullmatch(match.group(2).lower())
+        if not named or re.sub(usual, b'', named.group()) != re.sub(usual, b'', self.host):
+            if self.host or not named:      # HTTP/1.0 may name it in the target alone
                 raise BadHttp(400, 'the request target and Host name different hosts')
             self.host, self.host_name = named.group(), named.group(1).decode().rstrip('.')
         self.target = match.group(3)
@@ -2075,7 +2080,7 @@ def parse_request(head: bytes) -> Request:
             raise BadHttp(414, f'a request line of more than {MAX_LINE} bytes')
         return Request(*match.groups())
     line = _REQUEST_LINE.match(head)
-    if line and line.group(3) not in (b'1.0', b'1.1'):
+    if line and line.group(3)[:1] != b'1':
         raise BadHttp(505, 'only HTTP/1.1 and HTTP/1.0 are spoken here')
     if line and b'#' in line.group(2):
         raise BadHttp(400, 'a request target with a fragment (#)')
@@ -2300,7 +2305,7 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
     """
     limits = (RESPONSE_HEAD, RESPONSE_FIELDS) if inside else (RESPONSE_HEAD - KIB,
                                                               RESPONSE_FIELDS - 16)
-    for _ in range(MAX_INTERIM):
+    for _ in range(MAX_INTERIM + inside):       # inside: what the other end says of too many
         head = await read_head(source, HEAD_TIMEOUT, timeout, *limits)
         if head is None:
             raise Incomplete('the connection ended without a response')
@@ -2327,7 +2332,11 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
     """
     out, size = [head], len(head)
     while not body.finished:
-        piece = body.take()
+        try:
+            piece = body.take()
+        except BadHttp as e:
+            e.early = out[:1] == [head]
+            raise
         if piece:
             for tap in taps:
                 tap(piece)
@@ -2562,7 +2571,7 @@ class Exchange(Record):
             return self._upgrade(response, block, taps, near_taps)
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
-        chunked = length < 0 and self.request.minor == b'1'
+        chunked = length < 0 and self.request.minor != b'0'
         head, whole = encode_response(response, block, chunked), whole_body(body)
         if whole is None:
             return copy_message(head, body, self.near, chunked, end, taps)
@@ -3361,7 +3370,7 @@ class Server:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
         lines = self.onward.of_request(visitor, request, name)
-        interim = exchange.near if request.minor == b'1' else None
+        interim = exchange.near if request.minor != b'0' else None
         while True:
             stream, ours = (self.tunnels.open_stream(name, visitor, lines)
                             or await self.tunnels.waits.for_stream(name, visitor, lines))
@@ -3374,7 +3383,7 @@ class Server:
                 length = response.body_length(request.method)
                 exchange.keep = (request.keep_alive and exchange.body.finished
                                  and self.tunnels.state < LEAVING and response.status != 101
-                                 and (length >= 0 or request.minor == b'1'))
+                                 and (length >= 0 or request.minor != b'0'))
                 lines_back = self.onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
@@ -3574,7 +3583,8 @@ class App:
                 whole = True
                 return self.upstreams.give(upstream) if exchange.keep else upstream.close()
             except (Disconnected, BadHttp) as e:
-                if stream.error is not None or exchange.status:
+                if stream.error is not None or exchange.status and not (
+                        isinstance(e, BadHttp) and e.early):
                     raise       # the response has begun, or nobody waits for it
                 if reused is None or not upstream.silent or isinstance(e, Overdue):
                     said = b'' if response else getattr(e, 'head', b'') or upstream.peek()
@@ -4322,7 +4332,7 @@ class Onward:
     def of_own(exchange: Exchange) -> list[str]:
         """Return the header lines of this hop for a response of ours; `exchange.keep` is known."""
         now = date_line(int(time.time()))
-        if exchange.keep and exchange.request.minor == b'1':
+        if exchange.keep and exchange.request.minor != b'0':
             return [now]
         return ['Connection: keep-alive' if exchange.keep else 'Connection: close', now]
 
