@@ -12536,10 +12536,9 @@ class Kept:
                 body.trailers = last
         record.began, record.answered, record.status = began, answered, status
         record.whole, record.answer, record.why = whole, answer, why
-        kept = Kept(self.watched, record, 0)
-        kept.at, kept.seconds, kept.failed, kept.edited = (
-            self.at, self.seconds, self.failed, self.edited)
-        kept.response, kept.sent, kept.received = response, sent, received
+        kept = copy.copy(self)
+        kept.past, kept.record, kept.response = (), record, response
+        kept.sent, kept.received = sent, received
         return kept
 
     @property
@@ -12909,22 +12908,21 @@ class Edited:
                 raise BadHttp(400, f'a replay takes {", ".join(EDITS)}, not {name[:MAX_TEXT]!r} of '
                               'this kind; headers are a list of [name, value]')
         request = exchange['request']
-        was = exchange['method'], exchange['target'], body_of(request)
+        was = {**exchange, **request}
+        now = {**was, **({'encoding': 'utf-8'} if 'body' in edits else {}), **edits}
+        new = edits.get('set_headers', [])
+        names = {name.lower() for name, _ in new}
         self.left_out: list[str] = []       # what is masked, and not known here
         self._secrets = {(name.lower(), hidden(name, value)): value
                          for name, value in request['headers'] + request['trailers']}
-        self.method = edits.get('method', exchange['method'])
-        self.target = self._target(edits.get('target', exchange['target']), exchange['target'])
-        self.body = body_of({**request, 'encoding': 'utf-8', **edits}
-                            if edits.keys() & {'body', 'encoding'} else request)
-        self.trailers = self._known(edits.get('trailers', request['trailers']))
-        new = edits.get('set_headers', [])
-        names = {name.lower() for name, _ in new}
-        self.headers = self._known([
-            [name, value] for name, value in edits.get('headers', request['headers'])
-            if name.lower() not in names]) + new
-        self._host = [[name, value] for name, value in request['headers'] if name.lower() == 'host']
-        self.changed = (self.method, self.target, self.body) != was
+        self.method, self.body = now['method'], body_of(now)
+        self.target = self._target(now['target'], was['target'])
+        self.headers = self._known([field for field in now['headers']
+                                    if field[0].lower() not in names]) + new
+        self.trailers = self._known(now['trailers'])
+        self._host = [field for field in request['headers'] if field[0].lower() == 'host']
+        self.changed = (self.method, self.target, self.body) != (
+            was['method'], was['target'], body_of(was))
 
     def _known(self, fields: list[list[str]]) -> list[list[str]]:
         """Return FIELDS with what their masks hide, or without those of which nothing is known."""
