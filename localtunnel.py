@@ -7578,9 +7578,8 @@ class TcpPorts(Kind):
         self._server, self._listening, self._host, self._ports = server, listening, host, ports
         self._inherited = {port: listening.take(host, port)     # until their clients are back
                            for port in tuple(listening.inherited) if port in ports}
-        self._at: dict[int, Tunnel] = {}        # who has which port
-        self._bound: dict[Tunnel, Sequence[socket.socket]] = {}     # and not yet listened on
-        self._doors: dict[Tunnel, list[asyncio.AbstractServer]] = {}
+        # Who has which port; its sockets that nobody comes in by yet, and its doors.
+        self._at: dict[int, tuple[Tunnel, Sockets, list[asyncio.AbstractServer]]] = {}
         server.admission.kinds['tcp'] = self
         server.runtime.swept.add(self)
         server.tunnels.on_forget.append(self._close)
@@ -7600,9 +7599,10 @@ class TcpPorts(Kind):
         return await admission.leases.save(admission.leases.free(key))
 
     async def open(self, tunnel: Tunnel) -> None:
-        for sock in self._bound.pop(tunnel, ()):
-            door = await self._server.doors.open(sock, functools.partial(self._serve, tunnel))
-            self._doors.setdefault(tunnel, []).append(door)
+        _, bound, doors = self._at[port_of(tunnel)]
+        while bound:
+            doors.append(await self._server.doors.open(
+                bound.pop(), functools.partial(self._serve, tunnel)))
 
     def _allowed(self, asked: Candidate) -> list[int]:
         return [port for port in self._ports if port in asked.grant.ports]
@@ -7620,10 +7620,10 @@ class TcpPorts(Kind):
         server, hello = self._server, asked.hello
         owner = asked.owner if hello.port else asked.prover
         for port in self._candidates(asked, owner):
-            old = self._at.get(port)
-            if old and old.members:
-                continue
-            if old:
+            if port in self._at:
+                old = self._at[port][0]
+                if old.members:
+                    continue
                 self._close(old)
             try:
                 sockets = (self._inherited.pop(port, None)
@@ -7636,8 +7636,8 @@ class TcpPorts(Kind):
                 for sock in sockets:
                     sock.close()
                 raise
-            asked.tunnel.url, self._at[port] = f'tcp://{server.domain}:{port}', asked.tunnel
-            self._bound[asked.tunnel] = sockets
+            asked.tunnel.url = f'tcp://{server.domain}:{port}'
+            self._at[port] = asked.tunnel, sockets, []
             server.visitors.listening += len(sockets)
             return
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another port'
@@ -7664,14 +7664,13 @@ class TcpPorts(Kind):
 
     def _close(self, tunnel: Tunnel) -> None:
         """TUNNEL has no port any more, if it had one."""
-        for door in self._doors.pop(tunnel, []):
-            self._server.doors.close_one(door)
-            self._server.visitors.listening -= 1
-        for sock in self._bound.pop(tunnel, ()):        # its client was refused at the last moment
-            sock.close()
-            self._server.visitors.listening -= 1
         if tunnel.kind == 'tcp' and tunnel.url:
-            del self._at[port_of(tunnel)]
+            _, bound, doors = self._at.pop(port_of(tunnel))
+            for sock in bound:          # its client was refused at the last moment
+                sock.close()
+            for door in doors:
+                self._server.doors.close_one(door)
+            self._server.visitors.listening -= len(bound) + len(doors)
             tunnel.url = ''
 
     async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
@@ -9255,6 +9254,8 @@ BUSIEST = 10                    # users with metrics of their own: each label is
 BOUNDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
 Sample = Tuple[str, float]      # what follows the name of a metric, and its value
+# Name, kind, what it is, and its samples; or its only value, None for one that is not known.
+Metric = Tuple[str, str, str, Union[Sequence[Sample], float, None]]
 
 
 def labels(**values: str) -> str:
@@ -9264,8 +9265,10 @@ def labels(**values: str) -> str:
     return '{' + ','.join(f'{name}="{value}"' for name, value in escaped.items()) + '}'
 
 
-def metric(name: str, kind: str, text: str, samples: Iterable[Sample] | float) -> str:
-    """Return one metric in Prometheus' text format; TEXT says what it is."""
+def metric(name: str, kind: str, text: str, samples: Sequence[Sample] | float | None) -> str:
+    """Return a Metric in Prometheus' text format; '' for one that is not known."""
+    if samples is None:
+        return ''
     if isinstance(samples, (int, float)):
         samples = [('', samples)]
     return ''.join([f'# HELP {name} {text}\n# TYPE {name} {kind}\n',
@@ -9408,95 +9411,85 @@ class Metrics(Observer):
 
     def text(self) -> str:
         """All of it."""
-        return ''.join([*self._gauges(), *self._counters(), *self._users(), *self._times(),
-                        *self._process()])
+        return ''.join(itertools.starmap(metric, (
+            *self._gauges(), *self._totals(), *self._users(), *self._times(), *self._process())))
 
-    def _gauges(self) -> Iterator[str]:
+    def _gauges(self) -> Iterable[Metric]:
         server, tunnels = self._server, self._server.tunnels
         members = tunnels.members()
         about = labels(version=__version__, python=sys.version.split()[0])
-        for name, text, samples in (
-                ('build_info', 'What runs here.', [(about, 1)]),
-                ('tunnels', 'Tunnels that are served.', sum(bool(t.members) for t in tunnels)),
-                ('sessions', 'Clients that serve them.', len(members)),
-                ('streams', 'Requests, upgrades and TCP connections that are under way.',
-                 sum(len(member.session.streams) for member in members)),
-                ('visitors', 'Connections of visitors.', len(server.visitors)),
-                ('held_requests', 'Requests that wait for a client, or for room at one.',
-                 sum(map(len, tunnels.waits.of.values()))),
-                ('window_bytes', 'Memory that is promised to data in transit.',
-                 server.admission.budget.used),
-                ('event_loop_lag_seconds', 'How late the event loop was when it looked last.',
-                 round(server.runtime.lag, 6))):
-            yield metric('localtunnel_' + name, 'gauge', text, samples)
         trips = sorted(t for t in (member.session.liveness.round_trip for member in members)
                        if t != ROUND_TRIP)
-        if trips:
-            yield metric('localtunnel_round_trip_seconds', 'gauge',
-                         'To a client and back, as measured last: the median.',
-                         round(trips[len(trips) // 2], 6))
-        if server.tls and server.tls.validity[1]:
-            yield metric('localtunnel_certificate_expires_seconds', 'gauge',
-                         'When the certificate ends, in Unix time.', server.tls.validity[1])
+        return [('localtunnel_' + name, 'gauge', text, value) for name, text, value in (
+            ('build_info', 'What runs here.', [(about, 1)]),
+            ('tunnels', 'Tunnels that are served.', sum(bool(t.members) for t in tunnels)),
+            ('sessions', 'Clients that serve them.', len(members)),
+            ('streams', 'Requests, upgrades and TCP connections that are under way.',
+             sum(len(member.session.streams) for member in members)),
+            ('visitors', 'Connections of visitors.', len(server.visitors)),
+            ('held_requests', 'Requests that wait for a client, or for room at one.',
+             sum(map(len, tunnels.waits.of.values()))),
+            ('window_bytes', 'Memory that is promised to data in transit.',
+             server.admission.budget.used),
+            ('event_loop_lag_seconds', 'How late the event loop was when it looked last.',
+             round(server.runtime.lag, 6)),
+            ('round_trip_seconds', 'To a client and back, as measured last: the median.',
+             round(trips[len(trips) // 2], 6) if trips else None),
+            ('certificate_expires_seconds', 'When the certificate ends, in Unix time.',
+             server.tls and server.tls.validity[1] or None))]
 
-    def _counters(self) -> Iterator[str]:
+    def _totals(self) -> Iterable[Metric]:
         server = self._server
         counted = sorted({**server.counters, 'wrong_tokens': server.limits.wrong_tokens}.items(),
                          key=str)
-        yield metric('localtunnel_requests_total', 'counter',
-                     'Requests by the status of the answer; 0 if the visitor did not wait for it.',
-                     [(labels(status=str(key)), n) for key, n in counted if isinstance(key, int)])
-        yield metric('localtunnel_events_total', 'counter',
-                     'Clients refused, by the reason; wrong tokens; failed TLS handshakes; files '
-                     'read again, or in vain.',
-                     [(labels(event=key), n) for key, n in counted if isinstance(key, str)])
+        return [('localtunnel_requests_total', 'counter',
+                 'Requests by the status of the answer; 0 if the visitor did not wait for it.',
+                 [(labels(status=str(key)), n) for key, n in counted if isinstance(key, int)]),
+                ('localtunnel_events_total', 'counter',
+                 'Clients refused, by the reason; wrong tokens; failed TLS handshakes; files '
+                 'read again, or in vain.',
+                 [(labels(event=key), n) for key, n in counted if isinstance(key, str)])]
 
-    def _users(self) -> Iterator[str]:
+    def _users(self) -> Iterable[Metric]:
         """Traffic: of all, and of the busiest users."""
         users = {key: carried for key, carried in self.accounts.now().items()
                  if isinstance(key, str)}
 
-        def size(carried: Traffic) -> int:
-            return carried.received + carried.sent
-
         def busiest(most: Callable[[Traffic], int]) -> list[tuple[str, Traffic]]:
-            ranked = sorted(users.items(), key=lambda item: -most(item[1]))
-            return [(user or '-', carried) for user, carried in ranked[:BUSIEST]]
-        yield metric('localtunnel_bytes_total', 'counter',
-                     'Bytes that came from clients (in) and went to them (out).',
-                     [(labels(direction='in'), sum(c.received for c in users.values())),
-                      (labels(direction='out'), sum(c.sent for c in users.values()))])
-        yield metric('localtunnel_user_requests_total', 'counter',
-                     f'Requests, and TCP connections, that a user had; of the {BUSIEST} with most.',
-                     [(labels(user=user), carried.requests)
-                      for user, carried in busiest(lambda carried: carried.requests)])
-        yield metric('localtunnel_user_bytes_total', 'counter',
-                     f'Bytes from the clients of a user, and to them; of the {BUSIEST} with most.',
-                     [(labels(user=user, direction=direction), n)
-                      for user, carried in busiest(size)
-                      for direction, n in (('in', carried.received), ('out', carried.sent))])
+            return sorted(users.items(), key=lambda item: -most(item[1]))[:BUSIEST]
+        return [('localtunnel_bytes_total', 'counter',
+                 'Bytes that came from clients (in) and went to them (out).',
+                 [(labels(direction='in'), sum(c.received for c in users.values())),
+                  (labels(direction='out'), sum(c.sent for c in users.values()))]),
+                ('localtunnel_user_requests_total', 'counter',
+                 f'Requests, and TCP connections, that a user had; of the {BUSIEST} with most.',
+                 [(labels(user=user or '-'), c.requests)
+                  for user, c in busiest(lambda c: c.requests)]),
+                ('localtunnel_user_bytes_total', 'counter',
+                 f'Bytes from the clients of a user, and to them; of the {BUSIEST} with most.',
+                 [(labels(user=user or '-', direction=direction), n)
+                  for user, c in busiest(lambda c: c.received + c.sent)
+                  for direction, n in (('in', c.received), ('out', c.sent))])]
 
-    def _times(self) -> Iterator[str]:
+    def _times(self) -> Iterable[Metric]:
         """How long apps take, and all; only a client could tell the way to its app from the app."""
-        yield metric('localtunnel_first_byte_seconds', 'histogram',
-                     "From the end of a request's head until the app's answer begins: the app's "
-                     'time, the round trip to its client, and any wait for a client.',
-                     self._first_byte.samples())
-        yield metric('localtunnel_request_duration_seconds', 'histogram',
-                     "From the end of a request's head to the end of the app's answer, however "
-                     'slowly the visitor reads it; without upgrades.', self._whole.samples())
+        return [('localtunnel_first_byte_seconds', 'histogram',
+                 "From the end of a request's head until the app's answer begins: the app's "
+                 'time, the round trip to its client, and any wait for a client.',
+                 self._first_byte.samples()),
+                ('localtunnel_request_duration_seconds', 'histogram',
+                 "From the end of a request's head to the end of the app's answer, however "
+                 'slowly the visitor reads it; without upgrades.', self._whole.samples())]
 
-    def _process(self) -> Iterator[str]:
-        """The metrics that every exporter has; those that the system does not tell are left out."""
-        for name, kind, text, value in (
-                ('start_time_seconds', 'gauge', 'When the process started, in Unix time.',
-                 round(self._started, 2)),
-                ('cpu_seconds_total', 'counter', 'Processor time.', round(time.process_time(), 2)),
-                ('resident_memory_bytes', 'gauge', 'Resident memory.', resident_memory()),
-                ('open_fds', 'gauge', 'Open file descriptors.', open_files()),
-                ('max_fds', 'gauge', 'Most open file descriptors.', descriptor_limit())):
-            if value is not None:
-                yield metric('process_' + name, kind, text, value)
+    def _process(self) -> Iterable[Metric]:
+        """The metrics that every exporter has."""
+        return [('process_' + name, kind, text, value) for name, kind, text, value in (
+            ('start_time_seconds', 'gauge', 'When the process started, in Unix time.',
+             round(self._started, 2)),
+            ('cpu_seconds_total', 'counter', 'Processor time.', round(time.process_time(), 2)),
+            ('resident_memory_bytes', 'gauge', 'Resident memory.', resident_memory()),
+            ('open_fds', 'gauge', 'Open file descriptors.', open_files()),
+            ('max_fds', 'gauge', 'Most open file descriptors.', descriptor_limit()))]
 
 
 async def end_tunnels(server: Server, name: str, lease: bool, why: str) -> bool:
