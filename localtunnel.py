@@ -4961,22 +4961,20 @@ def bind(host: str, port: int) -> list[socket.socket]:
     """Return sockets listening on PORT of HOST, '' for all IPv4 and IPv6.  Raises OSError."""
     hosts = {'': ['0.0.0.0', '::'], 'localhost': ['127.0.0.1', '::1']}.get(host, [host])
     bound: list[socket.socket] = []
-    try:
+    with contextlib.ExitStack() as failed:
         for address in hosts:
             family = socket.AF_INET6 if ':' in address else socket.AF_INET
             try:
-                bound.append(socket.create_server((address, port), family=family, backlog=BACKLOG))
+                sock = socket.create_server((address, port), family=family, backlog=BACKLOG)
             except OSError as e:
                 last = not bound and address == hosts[-1]
                 if last or e.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
                     raise
                 continue        # this machine has no IPv6, or no IPv6 address
-            port = bound[-1].getsockname()[1]
-        return bound
-    except OSError:
-        for sock in bound:
-            sock.close()
-        raise
+            bound.append(failed.enter_context(sock))
+            port = sock.getsockname()[1]
+        failed.pop_all()
+    return bound
 
 
 FIRST_PASSED = 3            # SD_LISTEN_FDS_START
@@ -5020,18 +5018,14 @@ class Listening:
         try:
             return self.take(host, port)
         except OSError as e:
-            cure = 'choose another port with --port, --tls-port, --admin or --mail-port'
-            if e.errno == errno.EACCES:
-                cure = ('ports below 1024 need privileges; run as root, grant it with setcap or '
-                        f'systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {cure}')
-            elif e.errno in (errno.EADDRNOTAVAIL, socket.EAI_NONAME):
-                cure = 'this machine does not have that address; give --bind one that it has'
-            elif e.errno == errno.EADDRINUSE:
-                cure = f'another program is listening there; stop it, or {cure}'
-            else:
-                cure = f'{e.strerror}; {cure}'
+            other = 'choose another port with --port, --tls-port, --admin or --mail-port'
+            nowhere = 'this machine does not have that address; give --bind one that it has'
+            cure = {errno.EACCES: 'ports below 1024 need privileges; run as root, grant it with '
+                    f'setcap or systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {other}',
+                    errno.EADDRNOTAVAIL: nowhere, socket.EAI_NONAME: nowhere, errno.EADDRINUSE:
+                    f'another program is listening there; stop it, or {other}'}
             raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
-                                   f'{cure}') from e
+                                   + cure.get(e.errno or 0, f'{e.strerror}; {other}')) from e
 
     def all(self) -> Sockets:
         """Those that are open, for a successor."""
@@ -5461,7 +5455,10 @@ def original() -> bytes:
 
 
 async def ask_stream(stream: Stream, message: Iterable[bytes]) -> Response:
-    """What an app answers on STREAM to a MESSAGE in pieces.  Raises LocaltunnelError."""
+    """What an app answers on STREAM to a MESSAGE in pieces.  Raises LocaltunnelError.
+
+    What its client says in its stead counts for nothing.
+    """
     with contextlib.suppress(StreamReset):      # by an app that has answered already
         for piece in message:
             await stream.write(piece)
@@ -5470,6 +5467,8 @@ async def ask_stream(stream: Stream, message: Iterable[bytes]) -> Response:
     with contextlib.suppress(LocaltunnelError, asyncio.TimeoutError):   # its body is for nobody
         body = body_reader(stream, response.body_length(b'POST'))
         await asyncio.wait_for(read_whole(body, MAX_HEAD), LINGER)
+    if response.has(b'localtunnel-failed'):
+        raise HopFailed(502, 'the app does not answer; try again later')
     return response
 
 
@@ -6887,9 +6886,8 @@ JOURNAL_LINES = 1000            # of changed leases, at least, before all are wr
 
 def pack_lease(lease: Lease | None) -> dict[str, Any] | None:
     """LEASE as it stands in a file."""
-    if lease is None:
-        return None
-    return {key: value for key, value in lease._asdict().items() if value or key != 'facts'}
+    return lease and {word: value for word, value in lease._asdict().items()
+                      if value or word != 'facts'}
 
 
 def unpack_lease(name: str, lease: Any) -> Lease | None:
@@ -7363,18 +7361,16 @@ class Held(Waits):
             await self._room(key, visitor, deadline)
 
     async def _client(self, key: str, visitor: Visitor) -> None:
-        unheard = self._is_unheard(key)
-        deadline = self._now() + (min(UNHEARD, self.tunnels.hold) if unheard else self.tunnels.hold)
+        deadline = self._now() + min(
+            self.tunnels.hold, UNHEARD if self._is_unheard(key) else NEVER)
         while True:         # it may be lost again at once
             tunnel = self.tunnels.get(key)
             if tunnel and tunnel.pick():
                 return
-            if self._now() >= deadline or not self.expects(key, tunnel, visitor):
-                break
-            if not await self.wait(key, visitor, deadline - self._now()):
-                break
-        raise (no_tunnel(f'there is no tunnel of the name {key}') if self._is_unheard(key) else
-               self.tunnels.away(key))
+            if not (self.expects(key, tunnel, visitor)
+                    and await self.wait(key, visitor, deadline - self._now())):
+                raise (no_tunnel(f'there is no tunnel of the name {key}')
+                       if self._is_unheard(key) else self.tunnels.away(key))
 
     def _is_unheard(self, key: str) -> bool:
         others = self.tunnels.others
@@ -9349,18 +9345,13 @@ class Health:
             await asyncio.sleep(ARRIVES)
 
 
-class Traffic:
-    """What sessions have carried: requests, and bytes from their clients and to them."""
-    __slots__ = ('requests', 'received', 'sent')
+Traffic = Dict[str, int]        # what sessions have carried
 
-    def __init__(self) -> None:
-        self.requests = self.received = self.sent = 0
 
-    def add(self, session: Session) -> None:
-        """Add what SESSION has carried until now; each stream is a request."""
-        self.requests += session.last_id
-        self.received += session.decoder.received
-        self.sent += session.outbox.sent
+def traffic_of(session: Session) -> Traffic:
+    """Requests until now, which are streams, and bytes from the client and to it."""
+    return {'requests': session.last_id, 'received': session.decoder.received,
+            'sent': session.outbox.sent}
 
 
 class Accounts:
@@ -9368,7 +9359,7 @@ class Accounts:
 
     def __init__(self, tunnels: Tunnels) -> None:
         self.open: dict[Member, Tunnel] = {}        # those whose sessions are not over
-        self.over: dict[Any, Traffic] = collections.defaultdict(Traffic)    # of the others
+        self.over: dict[Any, Traffic] = collections.defaultdict(collections.Counter)    # others
         tunnels.watchers.append(self._changed)
         tunnels.on_forget.append(lambda tunnel: self.over.pop(tunnel, None))
 
@@ -9377,15 +9368,16 @@ class Accounts:
         if member.session.state == OVER:
             del self.open[member]
             for key in tunnel, member.grant.user:
-                self.over[key].add(member.session)
+                self.over[key].update(traffic_of(member.session))       # which a Counter adds
 
     def now(self) -> dict[Any, Traffic]:
         """What was carried until now, by Tunnel, and by the names of users."""
-        found = collections.defaultdict(Traffic, {
-            key: copy.copy(carried) for key, carried in self.over.items()})
+        found: dict[Any, Traffic] = collections.defaultdict(collections.Counter)
+        for key, carried in self.over.items():
+            found[key].update(carried)
         for member, tunnel in self.open.items():
             for key in tunnel, member.grant.user:
-                found[key].add(member.session)
+                found[key].update(traffic_of(member.session))
         return found
 
 
@@ -9459,17 +9451,17 @@ class Metrics(Observer):
             return sorted(users.items(), key=lambda item: -most(item[1]))[:BUSIEST]
         return [('localtunnel_bytes_total', 'counter',
                  'Bytes that came from clients (in) and went to them (out).',
-                 [(labels(direction='in'), sum(c.received for c in users.values())),
-                  (labels(direction='out'), sum(c.sent for c in users.values()))]),
+                 [(labels(direction='in'), sum(c['received'] for c in users.values())),
+                  (labels(direction='out'), sum(c['sent'] for c in users.values()))]),
                 ('localtunnel_user_requests_total', 'counter',
                  f'Requests, and TCP connections, that a user had; of the {BUSIEST} with most.',
-                 [(labels(user=user or '-'), c.requests)
-                  for user, c in busiest(lambda c: c.requests)]),
+                 [(labels(user=user or '-'), c['requests'])
+                  for user, c in busiest(lambda c: c['requests'])]),
                 ('localtunnel_user_bytes_total', 'counter',
                  f'Bytes from the clients of a user, and to them; of the {BUSIEST} with most.',
                  [(labels(user=user or '-', direction=direction), n)
-                  for user, c in busiest(lambda c: c.received + c.sent)
-                  for direction, n in (('in', c.received), ('out', c.sent))])]
+                  for user, c in busiest(lambda c: c['received'] + c['sent'])
+                  for direction, n in (('in', c['received']), ('out', c['sent']))])]
 
     def _times(self) -> Iterable[Metric]:
         """How long apps take, and all; only a client could tell the way to its app from the app."""
@@ -9574,8 +9566,8 @@ class OperatorPage:
             return rfc3339(zero + moment) if moment > -NEVER else None      # not since the start
         return {'name': tunnel.name, 'kind': tunnel.kind, 'url': tunnel.url, 'user': tunnel.user,
                 'since': when(tunnel.since), 'last_seen': when(seen),
-                'requests': carried.requests, 'bytes_in': carried.received,
-                'bytes_out': carried.sent, 'held': len(held),
+                'requests': carried['requests'], 'bytes_in': carried['received'],
+                'bytes_out': carried['sent'], 'held': len(held),
                 'kept': detour.waiting(tunnel.key) if detour else 0,
                 'sessions': [
                     {'user': member.grant.user, 'client': member.session.facts['client'],
@@ -10250,9 +10242,8 @@ class Queues(Detour):
             stream = member.session.open_stream() if member else None
             if stream:
                 head, _, body = message.partition(b'\r\n\r\n')
-                response = await asyncio.wait_for(ask_stream(
-                    stream, [b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)]), ANSWERED_WITHIN)
-                status = 0 if response.has(b'localtunnel-failed') else response.status
+                status = (await asyncio.wait_for(ask_stream(stream, [
+                    b'%b\r\n%b\r\n\r\n%b' % (head, mark, body)]), ANSWERED_WITHIN)).status
         except FileNotFoundError:       # taken out by hand
             return None
         except (LocaltunnelError, asyncio.TimeoutError):
@@ -10642,9 +10633,7 @@ class PostOffice:
         try:
             response = await asyncio.wait_for(self._post(letter, raw, visitor), APP_WITHIN)
             status = response.status
-            if response.has(b'localtunnel-failed'):     # nobody behind the client has answered
-                status, record.why = 502, 'the app does not answer; try again later'
-            elif status // 100 != 2:
+            if status // 100 != 2:
                 record.why = f'the app says {status}'
         except HopFailed as e:
             status, record.why = e.status, str(e)
@@ -11898,11 +11887,20 @@ def parse_grant(line: str) -> Grant | None:
     if len(words) < 2 or '=' in words[0]:
         raise ValueError('it must be: USER TOKEN [names=...] [ports=...] [tunnels=...] '
                          '[expires=...]')
-    if not words[1].startswith(HASHED):
-        return make_grant(words[0], digest_of(check_token(words[1])), words[2:])
-    if not re.fullmatch('[0-9a-f]{64}', words[1][len(HASHED):]):
+    hashed = words[1].startswith(HASHED)
+    digest = words[1][len(HASHED):] if hashed else digest_of(check_token(words[1]))
+    if not re.fullmatch('[0-9a-f]{64}', digest):
         raise ValueError(f'after {HASHED} 64 hexadecimal digits must follow')
-    return make_grant(words[0], words[1][len(HASHED):], words[2:])
+    return make_grant(words[0], digest, words[2:])
+
+
+def grants_in(path: str) -> Iterator[tuple[bytes, Grant | None]]:
+    """The lines of the token file at PATH, and what they allow.  Raises OSError and ValueError."""
+    for number, line in enumerate(whole_lines(path), 1):
+        try:
+            yield line, parse_grant(line.decode('utf-8-sig'))
+        except (ValueError, UsageError, OverflowError) as e:
+            raise ValueError(f'line {number}: {e}') from e
 
 
 class TokenFiles(Source):
@@ -11921,29 +11919,19 @@ class TokenFiles(Source):
         grants = list(self._given)
         self._stamps = [stamp_of(path) for path in self.paths]
         for path in self.paths:
-            if path != self._members or os.path.exists(path):
-                try:
-                    grants += self._read(path)
-                except FileNotFoundError:
-                    return f'there is no token file {path}; make an empty one, and invite fills it'
-                except (OSError, ValueError, OverflowError) as e:
-                    return f"can't use the token file {path}: {plainly(e)}"
+            try:
+                if path != self._members:
+                    os.stat(path)       # it must be there
+                grants += [grant for _, grant in grants_in(path) if grant]
+            except FileNotFoundError:
+                return f'there is no token file {path}; make an empty one, and invite fills it'
+            except (OSError, ValueError) as e:
+                return f"can't use the token file {path}: {plainly(e)}"
         self._tokens.take(grants)
         return None
 
     def changed(self) -> bool:
         return [stamp_of(path) for path in self.paths] != self._stamps
-
-    @staticmethod
-    def _read(path: str) -> Iterator[Grant]:
-        with io.TextIOWrapper(open_file(path), 'utf-8-sig') as f:
-            for number, line in enumerate(f, 1):
-                try:
-                    grant = parse_grant(line)
-                except (ValueError, UsageError) as e:
-                    raise ValueError(f'line {number}: {e}') from e
-                if grant:
-                    yield grant
 
 
 class Revoker:
@@ -11983,24 +11971,16 @@ USER = re.compile('[A-Za-z0-9][A-Za-z0-9._@+-]{0,63}')
 SHOWN_DIGITS = 8                # of a token's hash: enough to tell those of one server apart
 
 
-def grants_in(path: str) -> Iterator[tuple[bytes, Grant | None]]:
-    """The lines of the token file at PATH, and what they allow.  Raises OSError and UsageError."""
-    for number, line in enumerate(whole_lines(path), 1):
-        try:
-            yield line, parse_grant(line.decode('utf-8-sig'))
-        except (ValueError, UsageError) as e:
-            raise UsageError(f"can't use {path}, nor can a server: line {number}: {e}") from e
-
-
 class Invited(Served):
     """Those who have tokens of the server that runs, or ran, with a state folder."""
 
-    def __iter__(self) -> Iterator[tuple[str, Grant]]:
-        """All lines with tokens, and what they allow."""
+    def __iter__(self) -> Iterator[tuple[str, bytes, Grant]]:
+        """(file, line, what it allows) of all tokens.  Raises OSError and UsageError."""
         for path in self.files:
-            for line, grant in grants_in(path):
-                if grant:
-                    yield line.decode('utf-8-sig'), grant
+            try:
+                yield from [(path, line, grant) for line, grant in grants_in(path) if grant]
+            except ValueError as e:     # no server reads a file with a mistake
+                raise UsageError(f"can't use {path}, nor can a server: {e}") from e
 
     def add(self, user: str, rules: Sequence[str]) -> str:
         """Give USER one more token, which allows what RULES say; return its code."""
@@ -12014,16 +11994,15 @@ class Invited(Served):
             parse_grant(new)
         except ValueError as e:
             raise UsageError(str(e).replace('after USER TOKEN', 'after USER')) from e
-        list(grants_in(self.files[0]))      # no server reads a file with a mistake
+        list(self)
         rewrite(self.files[0], (), new.strip().encode() + b'\n')
         return make_code(self.address, token, self.pin)
 
-    def remove(self, fits: Callable[[Grant], bool]) -> None:
-        """Take the tokens out that one FITS."""
-        for path in self.files:
-            gone = {line for line, grant in grants_in(path) if grant and fits(grant)}
-            if gone:
-                rewrite(path, gone)
+    @staticmethod
+    def remove(gone: Sequence[tuple[str, bytes, Grant]]) -> None:
+        """Take those out that are to be GONE."""
+        for path in {path for path, _, _ in gone}:
+            rewrite(path, {line for file, line, _ in gone if file == path})
 
 
 def table_of(invited: Invited, seen: dict[str, float]) -> Iterator[str]:
@@ -12031,8 +12010,9 @@ def table_of(invited: Invited, seen: dict[str, float]) -> Iterator[str]:
     def day(seconds: float, form: str) -> str:
         return time.strftime(form, time.localtime(seconds)) if seconds else '-'
     yield f'{"USER":20} {"TOKEN":8}  {"SINCE":10}  {"LAST SEEN":16}  RULES'
-    for line, grant in invited:
-        rules = [word for word in line.split('#')[0].split()[2:] if not word.startswith('since=')]
+    for _, line, grant in invited:
+        rules = [word for word in line.decode('utf-8-sig').split('#')[0].split()[2:]
+                 if not word.startswith('since=')]
         yield (f'{printable(grant.user):20} {grant.digest[:SHOWN_DIGITS]}  '
                f'{day(grant.since, "%Y-%m-%d"):10}  '
                f'{day(seen.get(grant.digest, 0), "%Y-%m-%d %H:%M"):16}  '
@@ -12110,14 +12090,14 @@ class Invitations(Annex):
     @staticmethod
     def revoke(invited: Invited, who: str) -> str:
         """Take the tokens of the user WHO away, or the one of this name; return what to say."""
-        grants = [grant for _, grant in invited]
-        users = [grant for grant in grants if grant.user == who]
-        gone = users or [grant for grant in grants if grant.digest[:SHOWN_DIGITS] == who]
+        tokens = list(invited)
+        gone = ([token for token in tokens if token[2].user == who]
+                or [token for token in tokens if token[2].digest[:SHOWN_DIGITS] == who])
         if not gone:
             raise LocaltunnelError(f'{who!r} has no token; see invite --list')
-        user, digests = gone[0].user, {grant.digest for grant in gone}
-        invited.remove(lambda grant: grant.user == user and grant.digest in digests)
-        left = sum(grant.user == user for grant in grants) - len(gone)
+        invited.remove(gone)
+        user = gone[0][2].user
+        left = sum(grant.user == user for _, _, grant in tokens) - len(gone)
         return (f'{user} has {left or "no"} token{"s" * (left > 1)} '
                 f'{"left" if left else "any more"} ({left + len(gone)} before); tunnels of what is '
                 'gone end within seconds')
@@ -12129,7 +12109,7 @@ class Invitations(Annex):
         if invited.open:
             raise LocaltunnelError(f'{address} lets anyone in, so this is enough: python3 '
                                    f'localtunnel.py client 8000 --server {address}')
-        again = any(grant.user == user for _, grant in invited)
+        again = any(grant.user == user for _, _, grant in invited)
         join = f'client 8000 --join {invited.add(user, rules)}'
         time.sleep(READ_AGAIN)      # what is said works when it is said
         lines = [f'{user} is a member already; this is one more token, for another machine'] * again

@@ -7100,10 +7100,10 @@ class MetricsTest(FolderTest, WorldTest):
     async def test_only_the_busiest_users_have_metrics_and_their_names_are_escaped(self):
         await self.observed()
         for n in range(lt.BUSIEST):
-            self.metrics.accounts.over[f'user{n}'].requests = n
-            self.metrics.accounts.over[f'user{n}'].sent = 100 - n
-        self.metrics.accounts.over['a"b\\c'].requests = 1000
-        self.metrics.accounts.over[''].received = 1000
+            self.metrics.accounts.over[f'user{n}']['requests'] = n
+            self.metrics.accounts.over[f'user{n}']['sent'] = 100 - n
+        self.metrics.accounts.over['a"b\\c']['requests'] = 1000
+        self.metrics.accounts.over['']['received'] = 1000
         found = self.samples()
         self.assertEqual(found[r'localtunnel_user_requests_total{user="a\"b\\c"}'], 1000)
         self.assertEqual(found['localtunnel_user_bytes_total{user="-",direction="in"}'], 1000)
@@ -9876,7 +9876,7 @@ class InvitationTest(FolderTest):
             thread.start()
         for thread in threads:
             thread.join()
-        self.assertEqual(sorted(grant.user for _, grant in members), users)
+        self.assertEqual(sorted(grant.user for _, _, grant in members), users)
 
     def test_what_can_not_be_meant_is_2_and_changes_nothing(self):
         for words, said in (
