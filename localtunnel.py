@@ -11268,7 +11268,7 @@ class Ground:
         with contextlib.suppress(Exception), open_file(os.path.join(self._folder, ASKED)) as f:
             issuers = list(map(str, json.load(f)['issuers']))
         if not issuers:
-            raise Finding('not looked at: the authority has not said yet by which name CAA records '
+            raise Finding('not looked at: the authority does not say by which name CAA records '
                           'know it', ok=None)
         both = self.domain, f'*.{self.domain}'
         for where, host, tag, values in await caa_terms(self._resolver, self.domain, both):
