@@ -6120,6 +6120,28 @@ class BasePathTest(WorldTest):
 # 37. Outgoing proxy
 # ------------------------------------------------------------------------------------------------
 
+def same(data):
+    return data
+
+
+async def join(near, far, up=same, down=same):
+    """Pass on what comes to two ends, (reader, writer), as UP and DOWN make it, until one ends."""
+    async def pump(reader, writer, change):
+        with contextlib.suppress(ConnectionError):
+            data = await reader.read(1 << 20)
+            while data:
+                writer.write(change(data))
+                await writer.drain()
+                data = await reader.read(1 << 20)
+    ways = [asyncio.ensure_future(way) for way in (
+        pump(near[0], far[1], up), pump(far[0], near[1], down))]
+    try:
+        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for way in ways:
+            await lt.end_task(way)
+
+
 class OutgoingProxyTest(FolderTest, WorldTest):
     """The way to the server leads through an HTTP proxy, by CONNECT."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05}
@@ -6140,19 +6162,7 @@ class OutgoingProxyTest(FolderTest, WorldTest):
                 there = await asyncio.open_connection('127.0.0.1', head.split()[1].split(b':')[1])
                 writer.write(b'HTTP/1.1 200 Go on\r\n\r\n')
                 with contextlib.closing(there[1]):
-                    await first_of_both(pump(reader, there[1]), pump(there[0], writer))
-
-        async def pump(reader, writer):
-            with contextlib.suppress(ConnectionError):
-                data = await reader.read(65536)
-                while data:
-                    writer.write(data)
-                    await writer.drain()
-                    data = await reader.read(65536)
-
-        async def first_of_both(*ways):
-            await asyncio.wait([asyncio.ensure_future(way) for way in ways],
-                               return_when=asyncio.FIRST_COMPLETED)
+                    await join((reader, writer), there)
         return '127.0.0.1:%d' % (await self.serves(serve))[1]
 
     async def test_a_session_goes_through_it_with_its_login(self):
@@ -9142,10 +9152,6 @@ class Doctored(FolderTest, WorldTest):
         return f'https://localhost:{self.tls_port}'
 
 
-def same(data):
-    return data
-
-
 class DoctorTest(Doctored):
     """Beside a client: what is wrong on the way to a server, and with what passes."""
 
@@ -9156,13 +9162,6 @@ class DoctorTest(Doctored):
         He ANSWERS some heads himself, and answers to what has HOLD in its head are held back; what
         is in SESSIONS only where asked.
         """
-        async def pump(reader, writer, change):
-            with contextlib.suppress(ConnectionError):
-                data = await reader.read(1 << 20)
-                while data:
-                    writer.write(change(data))
-                    data = await reader.read(1 << 20)
-
         async def serve(reader, writer):
             with contextlib.closing(writer), contextlib.suppress(EOFError, ConnectionError):
                 head = await reader.readuntil(b'\r\n\r\n')
@@ -9177,13 +9176,7 @@ class DoctorTest(Doctored):
                     there[1].write(ways[0](head))
                     if hold in head:
                         return await reader.read(1)     # until nobody waits any more
-                    ways = [asyncio.ensure_future(way) for way in (
-                        pump(reader, there[1], ways[0]), pump(there[0], writer, ways[1]))]
-                    try:
-                        await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-                    finally:
-                        for way in ways:
-                            await lt.end_task(way)
+                    return await join((reader, writer), there, *ways)
         start = functools.partial(asyncio.start_server, limit=1 << 18)
         return 'http://127.0.0.1:%d' % (await self.serves(serve, start))[1]
 
