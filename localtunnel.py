@@ -4615,9 +4615,7 @@ PROXY_FAILED = {502, 503, 504, *range(520, 528), 530}   # from 520 on: Cloudflar
 class Words(Failures):
     """What people are told where a server or an app can't be reached, or says something strange."""
 
-    def unreachable(self, error: BaseException, where: str) -> str:
-        """Why WHERE can't be reached."""
-        return explain(error, where)
+    unreachable = staticmethod(explain)
 
     def no_app(self, target: Target, error: BaseException) -> HopFailed:
         """The same of an app."""
@@ -14842,14 +14840,6 @@ def start(running: bool, changed: Container[str]) -> None:
         time.sleep(READY_LOOK)
 
 
-def code_for(args: Args) -> str:
-    """The code for the server, which runs with the options ARGS."""
-    served, token = Served(STATE), (args.token or [''])[0]
-    if not (args.token or getattr(args, 'token_file', None)):
-        token = contents(f'{STATE}/token').decode('ascii', 'replace').strip()
-    return make_code(served.address, '' if served.open else token, served.pin)
-
-
 # On another machine.
 
 # What a shell does there: it takes this file and the options of the server (there may be secrets in
@@ -15031,7 +15021,11 @@ class SettingUp(Annex):
         if running and SERVICE in before and SOCKET not in before:
             print_line('for what is new in its unit: systemctl restart localtunnel')
         print_line('the server runs; its log: journalctl -u localtunnel')
-        print_line(f'to connect: python3 localtunnel.py client 8000 --join {code_for(args)}')
+        served, token = Served(STATE), (args.token or [''])[0]
+        if not (args.token or getattr(args, 'token_file', None)):
+            token = contents(f'{STATE}/token').decode('ascii', 'replace').strip()
+        code = make_code(served.address, '' if served.open else token, served.pin)
+        print_line(f'to connect: python3 localtunnel.py client 8000 --join {code}')
 
     def deploy(self, args: Args) -> int:
         """Do what ARGS say; return the exit code."""
@@ -15720,25 +15714,22 @@ class Crowd:
     def __init__(self, most: int, seconds: float) -> None:
         self._most, self._seconds = most, seconds
         self._until = -NEVER        # when the next ones are let through
-        self._came = 0              # until then
+        self._room = 0              # for so many, until then
+        self.held = 0               # back, and not told of
 
     def lets(self, now: float) -> bool:
         """Return True if there is room for one more line."""
         if now >= self._until and not self.held:
-            self._until, self._came = now + self._seconds, 0
-        self._came += 1
-        return self._came <= self._most
-
-    @property
-    def held(self) -> int:
-        """How many are held back."""
-        return max(0, self._came - self._most)
+            self._until, self._room = now + self._seconds, self._most
+        self.held += not self._room
+        self._room = max(0, self._room - 1)
+        return not self.held
 
     def missing(self, now: float) -> int:
         """Return how many were held back, once it is time to tell of them; then they are told."""
         missing = self.held if now >= self._until else 0
         if missing:
-            self._until, self._came = -NEVER, 0
+            self._until, self.held = -NEVER, 0
         return missing
 
 
