@@ -15313,13 +15313,15 @@ ERASE_LINE = '\r\x1b[J'
 
 
 MAX_UNWRITTEN = 1 * MIB         # of log and events unread: beyond it, lines are dropped
+LINES_TOGETHER = 0.05           # log lines of a busy tunnel are written together
 
 
 class Writer:
     """Writes in a thread of its own, so that a reader that stalls holds nothing up.
 
-    Once too much is unread, lines are dropped until the reader has caught up, and then counted.  On
-    a terminal there may be one line that changes, below all that is written.
+    Once too much is unread, lines are dropped until the reader has caught up, and then counted.
+    After each write it rests, and what can wait is written together.  On a terminal there may be
+    one line that changes, below all that is written.
     """
 
     def __init__(self) -> None:
@@ -15329,27 +15331,31 @@ class Writer:
         self._unwritten = self._dropped = 0         # characters; lines
         self._last = ''             # the line that changes
         self._stands = ''           # what stands there now where the next line goes
-        self._changed = threading.Condition()
+        self._writes = self._rests = False
+        self._lock = threading.RLock()      # taken again where a garbage collection has a complaint
+        self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, daemon=True).start()
 
-    def put(self, stream: TextIO, text: str, dropped: Callable[[int], str]) -> None:
-        """Write TEXT soon, or let DROPPED say how many lines are missing."""
-        with self._changed:
-            if self._dropped or self._unwritten > MAX_UNWRITTEN:
+    def put(self, stream: TextIO, text: str, dropped: Callable[[int], str] = dropped_lines,
+            line: bool = False) -> None:
+        """Write TEXT at once, or soon if it is a LINE; or let DROPPED say how many are missing."""
+        text += '\n' * line
+        with self._lock:
+            if text and (self._dropped or self._unwritten > MAX_UNWRITTEN):
                 if not self._dropped:
                     self._queue.append((stream, dropped))
                 self._dropped += text.count('\n')
             elif text:
                 self._queue.append((stream, text))
                 self._unwritten += len(text)
-            self._changed.notify_all()
+            if not (line and self._rests):
+                self._changed.notify_all()
 
     def change(self, stream: TextIO, text: str) -> None:
         """Let TEXT be the line that changes; '' for none."""
         with self._changed:
             self._last = text
             self._queue.append((stream, ''))
-            self._unwritten += 1
             self._changed.notify_all()
 
     def soiled(self) -> None:
@@ -15363,27 +15369,39 @@ class Writer:
             stream.flush()
             self._stands = last
 
+    def _taken(self) -> tuple[TextIO, str]:
+        """What is next: a stream, and all that goes there before something for another one."""
+        stream, texts = self._queue[0][0], []
+        while self._queue and self._queue[0][0] is stream:
+            _, text = self._queue.popleft()
+            if not isinstance(text, str):
+                text, self._dropped = text(self._dropped) + '\n', 0
+                self._unwritten += len(text)
+            texts.append(text)
+        return stream, ''.join(texts)
+
     def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._queue)
-                stream, text = self._queue.popleft()
-                if not isinstance(text, str):
-                    text, self._dropped = text(self._dropped) + '\n', 0
-                    self._unwritten += len(text)
+                self._writes, (stream, text) = True, self._taken()
             try:
                 self._write(stream, text)
             except (OSError, ValueError):       # the reader went away, or the disk is full
                 self.failed = True
             with self._changed:
-                self._unwritten -= len(text) or 1       # '' is for the line that changes
+                self._unwritten -= len(text)
+                self._writes, self._rests = False, True
                 self._changed.notify_all()
+                self._changed.wait(LINES_TOGETHER)
+                self._rests = False
 
     def finish(self, timeout: float) -> bool:
         """Wait until all is written; return True if it was."""
         with self._changed:
-            return self._changed.wait_for(lambda: not (self._unwritten or self._dropped),
-                                          timeout) and not self.failed
+            self._changed.notify_all()
+            return self._changed.wait_for(
+                lambda: not (self._queue or self._writes), timeout) and not self.failed
 
 
 WRITERS: dict[tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
@@ -15401,16 +15419,26 @@ def writer_of(stream: TextIO) -> Writer | None:
     return WRITERS[file]
 
 
-def put(stream: TextIO | None, text: str, dropped: Callable[[int], str] = dropped_lines) -> None:
-    """Write TEXT soon; ignore a reader that went away or was never there."""
+def put(stream: TextIO | None, text: str) -> None:
+    """Write TEXT at once; ignore a reader that went away or was never there."""
     if stream is None:
         return
     with contextlib.suppress(ValueError):       # it was closed
         writer = writer_of(stream)
         if writer:
-            writer.put(stream, text, dropped)
+            writer.put(stream, text)
         else:
             stream.write(text)
+
+
+def lines_to(stream: TextIO | None,
+             dropped: Callable[[int], str] = dropped_lines) -> Callable[[str], None]:
+    """What writes a line to STREAM, and those of a busy moment together."""
+    if stream is None or stream.closed:
+        return lambda text: None
+    writer = writer_of(stream)
+    return functools.partial(writer.put, stream, dropped=dropped, line=True) if writer else (
+        functools.partial(print, file=stream))
 
 
 def finish_writing() -> bool:
@@ -15495,6 +15523,16 @@ def say(text: str) -> None:
     put(sys.stderr, at_words(text, sys.stderr) + '\n')
 
 
+def frame_lines() -> Trace:
+    """What writes a line to stderr for each frame of the protocol (--verbose)."""
+    add = lines_to(sys.stderr)
+
+    def frame(direction: str, kind: int, stream: int, size: int) -> None:
+        name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
+        add(f'{direction} {name} #{stream} {size}')
+    return frame
+
+
 LOG = logging.getLogger('localtunnel')      # warnings; and in a program all that users would read
 
 
@@ -15551,42 +15589,6 @@ def cut_in_middle(text: str, room: int) -> str:
 def counted(number: int, what: str) -> str:
     """Return NUMBER and WHAT, with an s where there is not one."""
     return f'{number:,} {what}' + ('s' if number != 1 else '')
-
-
-LINES_TOGETHER = 0.05           # log lines of a busy tunnel are written together
-
-
-class Lines:
-    """Lines for one stream; those of the same moment leave in one write."""
-
-    def __init__(self, stream: TextIO, later: Callable[..., Any],
-                 dropped: Callable[[int], str] = dropped_lines) -> None:
-        """LATER is called as later(seconds, function); DROPPED says how many lines are missing."""
-        self._stream, self._later, self._dropped = stream, later, dropped
-        self._lines: list[str] = []
-        self._waiting = False       # for the next write; until then lines are kept
-
-    def add(self, text: str) -> None:
-        """Add a line; the first after a silence is written at once."""
-        self._lines.append(text)
-        if not self._waiting:
-            self._write()
-
-    def _write(self) -> None:
-        self._waiting = bool(self._lines)
-        if self._lines:
-            self.flush()
-            self._later(LINES_TOGETHER, self._write)
-
-    def flush(self) -> None:
-        """Write what is queued."""
-        put(self._stream, '\n'.join([*self._lines, '']), self._dropped)
-        self._lines.clear()
-
-    def frame(self, direction: str, kind: int, stream: int, size: int) -> None:
-        """Add a line for a frame of the protocol (--verbose)."""
-        name = KIND_NAMES[kind & ~END] + (' END' if kind & END else '')
-        self.add(f'{direction} {name} #{stream} {size}')
 
 
 # ------------------------------------------------------------------------------------------------
@@ -15714,8 +15716,8 @@ class Crowd:
     def __init__(self, most: int, seconds: float) -> None:
         self._most, self._seconds = most, seconds
         self._until = -NEVER        # when the next ones are let through
-        self._room = 0              # for so many, until then
-        self.held = 0               # back, and not told of
+        self._room = 0              # for lines, until then
+        self.held = 0               # lines held back, and not told of
 
     def lets(self, now: float) -> bool:
         """Return True if there is room for one more line."""
@@ -15760,21 +15762,21 @@ ABOUT = 'target', 'server', 'source', 'public', 'protected', 'allow'
 class Terminal(ClientObserver):
     """Tells a user what a client does."""
 
-    def __init__(self, args: Args, about: Mapping[str, Any], later: Callable[..., Any],
+    def __init__(self, args: Args, about: Mapping[str, Any],
                  first: Callable[[], None] = lambda: None, keys: Actions | None = None) -> None:
         """ABOUT has what is known of the tunnel, see ABOUT; nothing where it is about several.
 
         FIRST is called when the tunnel is up for the first time.  KEYS are those of others, too.
         """
         self._name = args.tunnel        # it tells this one from others on the same terminal
+        self._whose = f'{args.tunnel}: ' if args.tunnel else ''     # what stands before a line
         self._about, self._first = {**about}, first
         self._json, self._quiet = args.json, args.quiet
         self._tty = is_terminal(sys.stdout)
         self._coloured = [] if is_plain() else list(filter(is_terminal, (sys.stdout, sys.stderr)))
-        self._lines = Lines(
-            sys.stdout if self._json or self._tty else sys.stderr, later,
+        self._add = lines_to(
+            sys.stdout if self._json or self._tty else sys.stderr,
             (lambda count: event_line('dropped', lines=count)) if self._json else dropped_lines)
-        self.flush = self._lines.flush
         self._url = ''
         self.keys = {} if keys is None else keys        # what the keys of the terminal do
         self._errors = 0
@@ -15783,11 +15785,6 @@ class Terminal(ClientObserver):
         self._lost: tuple[float, str, float] | None = None
         self._crowd = Crowd(MOST_ROWS, 1.0)
         self.times: collections.deque[float] = collections.deque(maxlen=TIMES)     # took requests
-
-    @property
-    def _whose(self) -> str:
-        """What stands before a line."""
-        return f'{self._name}: ' if self._name else ''
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
         self._event(event, message=text, **facts)
@@ -15951,7 +15948,7 @@ class Terminal(ClientObserver):
         method, path, why = exchange.method, printable(exchange.target), exchange.why
         if not self._tty:
             begin += f'{name} ' if name else ''
-            return self._lines.add(f'{begin}{status} {method} {path} {took} {size}'.rstrip()
+            return self._add(f'{begin}{status} {method} {path} {took} {size}'.rstrip()
                                    + (f' {printable(why)}' if why else ''))
         begin, method = f'{begin:<14}' + (f'{name:<8} ' if name else ''), f'{method:<6}'
         room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
@@ -15960,13 +15957,13 @@ class Terminal(ClientObserver):
         took = ' ' * (8 - len(took)) + self._paint(colour, took)
         below = textwrap.fill(printable(why), columns(), initial_indent='\n' + ' ' * 14,
                               subsequent_indent=' ' * 14)
-        self._lines.add(f'{begin}{status}{method} {path} {took} {size:>7}'.rstrip() + below)
+        self._add(f'{begin}{status}{method} {path} {took} {size:>7}'.rstrip() + below)
 
     def thinned(self, now: float) -> None:
         """Say how many requests had no line, if it is time to."""
         missing = self._crowd.missing(now)
         if missing:
-            self._lines.add(self._paint('2', f'... {missing:,} more'))
+            self._add(self._paint('2', f'... {missing:,} more'))
 
     def ended(self, requests: int, received: int, sent: int, why: str = '', code: int = 0) -> None:
         """The client has ended: sum up, where a person reads it.
@@ -15981,11 +15978,10 @@ class Terminal(ClientObserver):
         self.thinned(NEVER)
         if self._tty and self._since and not (self._json or self._quiet):
             took = duration(time.monotonic() - self._since)
-            self._lines.add(at_words(
+            self._add(at_words(
                 f'{self._whose}ended after {took}: {counted(requests, "request")}, '
                 f'{counted(self._errors, "error")}, {in_bytes(received)} in, {in_bytes(sent)} out',
                 sys.stdout))
-        self.flush()
 
     def _paint(self, code: str, text: str, stream: TextIO | None = None) -> str:
         """Return TEXT, in colour if STREAM, by default stdout, is a terminal that shows it."""
@@ -15995,7 +15991,7 @@ class Terminal(ClientObserver):
     def _event(self, event: str, **values: Any) -> None:
         if self._json:
             whose = {'tunnel': self._name} if self._name else {}
-            self._lines.add(event_line(event, **whose, **values))
+            self._add(event_line(event, **whose, **values))
 
 
 def progress(record: Record) -> str:
@@ -16070,9 +16066,8 @@ class ServerLog(Observer):
 
     def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
         self._json, self._later = as_json, later
-        self._lines = Lines(sys.stderr, later, lambda count: self._entry(
+        self._add = lines_to(sys.stderr, lambda count: self._entry(
             dropped_lines(count), 'dropped', {'lines': count} if as_json else {}))
-        self.frame = self._lines.frame
         self._crowd = Crowd(REFUSALS, REFUSALS_WITHIN)      # of clients that are refused
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
@@ -16081,7 +16076,7 @@ class ServerLog(Observer):
             if self._crowd.held == 1:
                 self._later(REFUSALS_WITHIN, self._tell_refused)
             return
-        self._lines.add(self._entry(text, event, facts))
+        self._add(self._entry(text, event, facts))
 
     def _tell_refused(self, now: float = NEVER) -> None:
         more = self._crowd.missing(now)
@@ -16090,9 +16085,9 @@ class ServerLog(Observer):
                       **({'count': more} if self._json else {}))
 
     def flush(self) -> None:
-        """Write what is queued, and what was counted."""
+        """Write what waits, and what was counted."""
         self._tell_refused()
-        self._lines.flush()
+        put(sys.stderr, '')
 
     def _entry(self, text: str, event: str, facts: Facts) -> str:
         if self._json:
@@ -16104,7 +16099,7 @@ class ServerLog(Observer):
         path, host, why = exchange.target.partition('?')[0], exchange.host, exchange.why
         if self._json:
             error = {'error': why} if why else {}
-            self._lines.add(event_line(
+            self._add(event_line(
                 'request', visitor=exchange.visitor, method=exchange.method, host=host, path=path,
                 status=exchange.status, ms=round(seconds * 1000, 1), bytes=exchange.size,
                 **exchange.facts, **error))
@@ -16113,7 +16108,7 @@ class ServerLog(Observer):
             client = facts['client']
             whose = (f' user={facts["user"] or "-"} client={client} version={facts["version"]}'
                      if client else '')
-            self._lines.add(f'{clock()} {exchange.visitor} {exchange.method} {host}'
+            self._add(f'{clock()} {exchange.visitor} {exchange.method} {host}'
                             f'{printable(path)} {exchange.status or "gone"} '
                             f'{round(seconds * 1000)}ms {exchange.size}B{whose}'
                             + (in_text({'error': why}) if why else ''))
@@ -16737,13 +16732,12 @@ async def look_at(app: App) -> None:
         app.observer.hint(f'{e}; visitors get a page that says so until your app is up')
 
 
-def make_client(app: App, args: Args, server: KnownServer, key: bytes,
-                trace: Trace | None = None, **wish: Any) -> Client:
+def make_client(app: App, args: Args, server: KnownServer, key: bytes, **wish: Any) -> Client:
     """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
     target, address = app.target, server.address
     serve = functools.partial(app.runtime.begin, app.kinds[target.kind])
     begin = functools.partial(address.session, app.runtime, Budget(2 * SESSION_BUDGET), serve,
-                              trace, address.window)
+                              frame_lines() if args.verbose else None, address.window)
     return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
                   Backoff(app.runtime.now(), args.once), begin, app.observer, app.words,
                   token=server.token, kind=target.kind, port=target.public_port, name=args.name,
@@ -16752,8 +16746,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes,
                      for word, said in annex.hello(args, key).items()})
 
 
-def terminal_of(runtime: Runtime, args: Args, target: Target, first: Callable[[], None] | None,
-                keys: Actions | None, known: KnownServer) -> Terminal:
+def terminal_of(args: Args, target: Target, known: KnownServer,
+                first: Callable[[], None] | None = None, keys: Actions | None = None) -> Terminal:
     """Who tells the user of the tunnel that ARGS mean, which leads from the server KNOWN.
 
     FIRST is called when it is there; else that server is remembered.
@@ -16763,8 +16757,7 @@ def terminal_of(runtime: Runtime, args: Args, target: Target, first: Callable[[]
     about = {'target': target.text, 'server': server, 'source': source, 'public': source != '',
              'protected': bool(getattr(args, 'auth', None)),
              'allow': [str(net) for net in getattr(args, 'allow', ())]}
-    return Terminal(args, about, runtime.loop.call_later,
-                    first or (lambda: None if here else keep_server(known)), keys)
+    return Terminal(args, about, first or (lambda: None if here else keep_server(known)), keys)
 
 
 Watching = TypeVar('Watching', bound=ClientObserver)
@@ -16772,8 +16765,8 @@ Watching = TypeVar('Watching', bound=ClientObserver)
 
 @contextlib.asynccontextmanager
 async def wired(runtime: Runtime, args: Args, target: Target, known: KnownServer | None, key: bytes,
-                observe: Callable[[KnownServer], Watching], seen: Any = (),
-                trace: Trace | None = None) -> AsyncIterator[tuple[App, Client, Watching]]:
+                observe: Callable[[KnownServer], Watching], seen: Any = ()
+                ) -> AsyncIterator[tuple[App, Client, Watching]]:
     """The app at TARGET, a client of the server KNOWN, or of one in this process, and who watches.
 
     OBSERVE makes the latter.  SEEN is what is kept of other apps, where this one joins them.
@@ -16787,7 +16780,7 @@ async def wired(runtime: Runtime, args: Args, target: Target, known: KnownServer
         observer = observe(known)
         app = make_app(runtime, args, target, known, observer, seen)
         stack.callback(app.close)
-        client = make_client(app, args, known, key, trace)
+        client = make_client(app, args, known, key)
         if server:
             server.pages.page = app.words.page
             if carrier:
@@ -17372,10 +17365,8 @@ class Sections:
     """All tunnels of the file, in one process: what ends one does not end the others."""
 
     def __init__(self, runtime: Runtime, args: Args) -> None:
-        later = runtime.loop.call_later
         self._runtime, self._args, self._key = runtime, args, load_key(LOG.warning)
-        self.terminal = Terminal(args, {}, later)
-        self._frames = Lines(sys.stderr, later)
+        self.terminal = Terminal(args, {})
         self._seen: Any = ()            # what the inspector of all of them keeps
         self._inspector = ''            # its URL
         self._turn = asyncio.Lock()     # for who changes what runs
@@ -17393,13 +17384,12 @@ class Sections:
 
     async def _open(self, section: Section) -> None:
         """Wire it.  Raises LocaltunnelError."""
-        (args, target, known, fault), trace = section.plan, self._frames.frame
-        observe = functools.partial(terminal_of, self._runtime, args, target, section.relieve,
-                                    self.terminal.keys)
+        args, target, known, fault = section.plan
+        observe = functools.partial(
+            terminal_of, args, target, first=section.relieve, keys=self.terminal.keys)
         try:
             section.wired = await section.stack.enter_async_context(wired(
-                self._runtime, args, target, known, self._key, observe, self._seen,
-                trace if args.verbose else None))
+                self._runtime, args, target, known, self._key, observe, self._seen))
         except UsageError as e:
             raise fault(str(e)) from e
         self._seen = section.wired[0].seen
@@ -17464,8 +17454,6 @@ class Sections:
             section.stop.set()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        self.terminal.flush()
-        self._frames.flush()
         return next(filter(None, (section.code for section in self._sections.values())), 0)
 
 
@@ -17659,14 +17647,10 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
     beside, key, carrier = Beside(runtime, args.after), load_key(LOG.warning), find_carrier(args)
     if known is None and not carrier:
         say_not_public(args, args.target)
-    frames = Lines(sys.stderr, runtime.loop.call_later)
-    observe = functools.partial(terminal_of, runtime, args, target, None, None)
+    observe = functools.partial(terminal_of, args, target)
     with contextlib.ExitStack() as last:
-        last.callback(frames.flush)
-        async with wired(
-                runtime, args, target, known, key, observe,
-                trace=frames.frame if args.verbose else None) as (app, client, terminal), (
-                contextlib.AsyncExitStack()) as stack:
+        async with wired(runtime, args, target, known, key, observe) as (
+                app, client, terminal), contextlib.AsyncExitStack() as stack:
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel
                 await annex.beside(args, app, terminal.watched)
@@ -17779,7 +17763,7 @@ async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
     server = make_server(runtime, args.domain, Leases(tokens), log, is_address(args.domain),
                          (args.max_tunnels, args.rate), hold=args.hold, drain=args.drain,
                          budget=args.buffer * MIB or process_budget(),
-                         trace=log.frame if args.verbose else None)
+                         trace=frame_lines() if args.verbose else None)
     args.listening = Listening(inherited_sockets())
     sockets = args.listening.at(args.bind, args.port)
     args.sources = Sources(server)

@@ -11644,7 +11644,7 @@ def terminal_of(keys=None, **words):
     args = argparse.Namespace(**{word: words.pop(word, '') for word in ('tunnel', 'json', 'quiet')})
     about = {'target': 'localhost:8000', 'server': 'https://t.example', 'source': '',
              'public': True, 'protected': False, 'allow': []}
-    return lt.Terminal(args, {**about, **words}, lambda *_: None, keys=keys)
+    return lt.Terminal(args, {**about, **words}, keys=keys)
 
 
 class Program:
@@ -11893,28 +11893,23 @@ class SlowReaderTest(CommandTest):
         return reading, writing
 
     def test_lines_that_nobody_reads_are_dropped_and_counted(self):
-        for as_json in (False, True):
-            log = lt.ServerLog(lambda *_: None, as_json)
-            reader, log._lines._stream = self.unread()
+        for make, as_json in ((lambda: lt.ServerLog(None, False), False),
+                              (lambda: lt.ServerLog(None, True), True),
+                              (lambda: terminal_of(json=True, quiet=True), True)):
+            reader, stream = self.unread()
+            with unittest.mock.patch.multiple(sys, stdout=stream, stderr=stream):
+                log = make()
             for _ in range(3 * lt.MAX_UNWRITTEN // 1000):
-                log.note('x' * 1000)
-                log.flush()             # it never waits
+                log.note('x' * 1000)        # it never waits
             read, missing = 0, None
             while missing is None:
                 line = reader.readline()
                 read += 'xxx' in line
-                missing = re.search(r'\.\.\. (\d+) lines dropped: the reader', line)
+                missing = re.search(r'(?:\.\.\. |"lines": )(\d+)', line)
             self.assertEqual(read + int(missing.group(1)), 3 * lt.MAX_UNWRITTEN // 1000)
-            self.assertEqual('"message"' in line, as_json)
+            self.assertEqual('"event": "dropped"' in line, as_json)
             log.note('and it goes on')
-            log.flush()
             self.assertIn('and it goes on', reader.readline())
-
-    def test_a_program_that_reads_json_is_told_what_is_missing(self):
-        with unittest.mock.patch.object(sys, 'stdout', self.unread()[1]):
-            terminal = terminal_of(json=True)
-        missing = json.loads(terminal._lines._dropped(7))
-        self.assertEqual((missing['event'], missing['lines']), ('dropped', 7))
 
     @unittest.skipUnless(POSIX, 'this system has no SIGTERM')
     def test_a_reader_who_stalls_stops_neither_end(self):
@@ -12132,9 +12127,8 @@ class ScreenTest(unittest.TestCase):
             self.addCleanup(patch.stop)
         return terminal_of(keys, **words)
 
-    def shown(self, terminal):
+    def shown(self):
         """What was written, without colours."""
-        terminal.flush()
         return re.sub('\x1b\\[[0-9;]*m', '', self.out.getvalue())
 
     @staticmethod
@@ -12149,7 +12143,7 @@ class ScreenTest(unittest.TestCase):
             for number, target in ((1, '/'), (23, '/a?b=c'), (456, '/x' * 500)):
                 terminal.pending(self.record(number, target, 0), 0)
                 terminal.exchange(self.record(number, target), 3.959)
-            lines = self.shown(terminal).splitlines()
+            lines = self.shown().splitlines()
             self.assertLess(max(map(len, lines)), columns)
             self.assertEqual({line.index('GET') for line in lines}, {19})
             self.assertEqual(len({line.find('pending') for line in lines[:3:2]}), 1)
@@ -12162,7 +12156,7 @@ class ScreenTest(unittest.TestCase):
             terminal.exchange(self.record(number), 0.01)
         terminal.exchange(self.record(99, status=502, why='no app'), 0.01)
         terminal.thinned(lt.NEVER)
-        lines = self.shown(terminal).splitlines()
+        lines = self.shown().splitlines()
         self.assertEqual(len(lines), lt.MOST_ROWS + 3)
         self.assertEqual([line.split()[1] for line in lines[-3:]], ['#99', 'app', '30'])
 
@@ -12215,7 +12209,7 @@ class ScreenTest(unittest.TestCase):
         terminal.ready('https://a.example', '', .0234)
         terminal.exchange(self.record(), 0.012)
         terminal.ended(1, 2, 3, 'it broke', 1)
-        shown = self.shown(terminal)
+        shown = self.shown()
         self.assertEqual(shown.splitlines()[:2], [
             '  web         https://a.example -> localhost:8000',
             '              server https://t.example, 23ms away, visitors anyone with the URL'])
@@ -12228,7 +12222,7 @@ class ScreenTest(unittest.TestCase):
             terminal = self.terminal(columns=columns, source='remembered', protected=True,
                                      allow=['192.0.2.0/24', '2001:db8::/32'])
             terminal.ready('https://brave-otter-k3v7q2m4tzhad5wx6rnp.t.example', 'ana', .0234)
-            shown = self.shown(terminal)
+            shown = self.shown()
             self.assertLess(max(map(len, shown.splitlines())), columns)
             words = ' '.join(shown.split())
             for part in ('rnp.t.example -> localhost:8000 server https://t.example (remembered; '
@@ -12242,16 +12236,16 @@ class ScreenTest(unittest.TestCase):
             terminal.watched('http://127.0.0.1:4040')
             terminal.ready('http://x', '', 0)
             terminal.keys['i'][1]()
-        self.assertIn('\n  inspector http://127.0.0.1:4040\n', self.shown(terminal))
+        self.assertIn('\n  inspector http://127.0.0.1:4040\n', self.shown())
         opened.assert_called_once_with('http://127.0.0.1:4040')
 
     def test_what_an_annex_knows_has_a_row_and_once_it_is_up_a_line(self):
         terminal = self.terminal()
         terminal.also('moon', 'it is full')
         terminal.ready('http://x', '', 0)
-        self.assertIn('\n  moon      it is full\n', self.shown(terminal))
+        self.assertIn('\n  moon      it is full\n', self.shown())
         terminal.also('moon', 'it wanes')
-        self.assertIn('it wanes\n', self.shown(terminal))
+        self.assertIn('it wanes\n', self.shown())
 
     def test_a_browser_is_opened_for_the_web_and_where_it_has_a_window(self):
         self.terminal()
@@ -12269,7 +12263,7 @@ class ScreenTest(unittest.TestCase):
         terminal.ready('http://x', '', 0)
         terminal.exchange(self.record(status=502, why='nothing there'), 0.1)
         terminal.ended(3112, 999, 4_100_000)
-        self.assertRegex(self.shown(terminal), r'\nended after 0ms: 3,112 requests, 1 error, '
+        self.assertRegex(self.shown(), r'\nended after 0ms: 3,112 requests, 1 error, '
                          r'999B in, 4\.1MB out\n$')
 
     def test_a_pipe_has_a_line_for_each_state_and_not_for_each_attempt(self):
@@ -12278,7 +12272,7 @@ class ScreenTest(unittest.TestCase):
             terminal.lost(why, 1)
         terminal.back('https://x.t.example')
         terminal.lost('it broke', 0)
-        lines = self.shown(terminal).splitlines()
+        lines = self.shown().splitlines()
         self.assertEqual(lines[:2] + lines[3:], ['it broke; trying again', 'nobody; trying again',
                                                  'it broke; trying again'])
         self.assertRegex(lines[2], 'connected again.* now at https://x.t.example')
@@ -12295,7 +12289,7 @@ class ScreenTest(unittest.TestCase):
             terminal.lost('broke', 4)
             terminal.back('https://x.t.example')
             terminal.ended(1, 1, 1)
-        events = [json.loads(line) for line in self.shown(terminal).splitlines()]
+        events = [json.loads(line) for line in self.shown().splitlines()]
         self.assertEqual([event['event'] for event in events],
                          ['open', 'special', 'hint', 'pending', 'exchange', 'lost', 'back'])
         for event in events:
@@ -12353,7 +12347,7 @@ class ScreenTest(unittest.TestCase):
             with unittest.mock.patch.dict(os.environ, {name: value}):
                 self.assertFalse(lt.change_line('wait'))
                 terminal.lost('it broke', 1)
-                self.assertIn('it broke; trying again', self.shown(terminal))
+                self.assertIn('it broke; trying again', self.shown())
 
 
 class EndEventTest(unittest.TestCase):
@@ -13011,7 +13005,6 @@ class SectionsTest(WorldTest, FolderTest):
         self.stack.push_async_callback(self.sections.end)
 
     def events(self, event, **facts):
-        self.sections.terminal.flush()
         events = [json.loads(line) for line in self.out.getvalue().splitlines()]
         return [e for e in events if e['event'] == event and facts.items() <= e.items()]
 
@@ -14474,13 +14467,11 @@ class LogFormatTest(CommandTest):
 class ThinLogTest(unittest.TestCase):
 
     def log(self, as_json=False):
-        """A server's log, what it wrote, and what it does later."""
-        written, later = [], []
-        write = unittest.mock.patch.object(
-            lt, 'put', lambda stream, text, *dropped: written.append(text))
-        write.start()
-        self.addCleanup(write.stop)
-        return lt.ServerLog(lambda seconds, do: later.append(do), as_json), written, later
+        """A server's log, what gives the lines that it wrote, and what it does later."""
+        later = []
+        with contextlib.redirect_stderr(io.StringIO()) as written:
+            log = lt.ServerLog(lambda seconds, do: later.append(do), as_json)
+        return log, lambda: written.getvalue().splitlines(), later
 
     def test_a_flood_of_refusals_is_counted(self):
         log, written, later = self.log()
@@ -14488,26 +14479,25 @@ class ThinLogTest(unittest.TestCase):
             log.note('client refused', event='refused', client='192.0.2.1', reason='token')
         self.assertEqual(len([do for do in later if do == log._tell_refused]), 1)
         log.flush()
-        lines = ''.join(written).splitlines()
+        lines = written()
         self.assertEqual(len(lines), lt.REFUSALS + 1)
         self.assertIn('client refused client=192.0.2.1 reason=token', lines[0])
         self.assertIn('... and 3,112 more refused', lines[-1])
         log.note('client refused', event='refused')
-        log.flush()
-        self.assertIn('client refused', written[-1])
+        self.assertIn('client refused', written()[-1])
 
     def test_a_program_gets_their_number(self):
         log, written, _ = self.log(as_json=True)
         for _ in range(lt.REFUSALS + 7):
             log.note('client refused', event='refused')
         log.flush()
-        last = json.loads(written[-1].splitlines()[-1])
+        last = json.loads(written()[-1])
         self.assertEqual((last['event'], last['count']), ('more_refused', 7))
 
     def test_facts_are_printable_and_can_be_told_apart(self):
         log, written, _ = self.log()
         log.note('tunnel closed', reason='a "b"\x1b[31m\n', user='', name='x')
-        self.assertTrue(written[0].endswith('tunnel closed reason="a \\"b\\"?[31m?" name=x\n'))
+        self.assertTrue(written()[0].endswith('tunnel closed reason="a \\"b\\"?[31m?" name=x'))
 
 
 # What systemd does with the units of `install`, as far as `install` asks for it; {0} is the system.
@@ -16761,11 +16751,11 @@ class ServerTest(HostileTest):
         with self.assertRaises(lt.Refused) as caught:
             await client.running
         out = [str(caught.exception)]
-        with self.constant(put=lambda _, text, *dropped: out.append(text)):
+        with contextlib.redirect_stdout(io.StringIO()) as told, contextlib.redirect_stderr(told):
             terminal = terminal_of()
             for name, *args in self.log.told:
                 getattr(terminal, name)(*args)
-                terminal.flush()
+        out.append(told.getvalue())
         self.assertFalse([c for c in ''.join(out) if not c.isprintable() and c != '\n'], out)
 
     async def test_each_violation_has_its_goodbye(self):
