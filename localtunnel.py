@@ -14007,6 +14007,8 @@ class Remote:
         except (OSError, http.client.HTTPException) as e:
             raise LocaltunnelError(f'no inspector answers on {self._place[0]}, '
                                    f'port {self._place[1]}: {printable(str(e))}') from e
+        finally:
+            connection.close()
 
     @staticmethod
     def told(data: bytes, shape: Any, status: int = 200) -> Any:
