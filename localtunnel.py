@@ -4912,7 +4912,7 @@ def lock_folder(folder: str) -> int:
     A successor inherits the descriptor, and the lock with it.  Raises UsageError.
     """
     given = os.environ.pop(LOCK_VARIABLE, '')
-    handle = int(given) if given else os.open(
+    handle = int(given) if given.isdigit() else os.open(
         os.path.join(folder, 'lock'), os.O_RDWR | os.O_CREAT | getattr(os, 'O_NOFOLLOW', 0), 0o600)
     os.set_inheritable(handle, False)
     try:
@@ -7138,10 +7138,8 @@ class Node(Others):
         if here and here.owner == owner:
             await book.save(book.note(name, **self._facts(name, *filter(None, (here, brought)))))
         elif brought and (not here or self._comes_before(name, brought, here)):
-            changes = book.claim(name, owner, token, now)
-            leased = changes[name] or brought
-            changes[name] = leased._replace(facts=self._facts(name, brought))
-            await book.save(changes)
+            await book.save({**book.claim(name, owner, token, now), name: Lease(
+                owner, token, int(now), self._facts(name, brought))})
             self._tunnels.end(name, f'the name {name} belongs to a client that had it before')
 
     def _read(self, lease: str, name: str, owner: str, now: float) -> Lease | None:
@@ -7157,9 +7155,9 @@ class Node(Others):
     def _comes_before(self, name: str, brought: Lease, here: Lease) -> bool:
         """True if the lease BROUGHT of NAME holds, and not the one HERE, of another owner."""
         over = self._overs(name, brought, here)
-        if self._is_void(brought, over) or self._is_void(here, over):
-            return not self._is_void(brought, over)
-        return (began(brought), brought.owner) < (began(here), here.owner)
+        return not self._is_void(brought, over) and (
+            self._is_void(here, over)
+            or (began(brought), brought.owner) < (began(here), here.owner))
 
     @staticmethod
     def _is_void(lease: Lease, over: dict[str, int]) -> bool:
@@ -7301,16 +7299,11 @@ class Held(Waits):
         """
         moves = now - session.lost_at > self.tunnels.hold and tunnel.pick() is not None
         overdue = now - session.liveness.heard > UNANSWERED
-        if not (moves or overdue):
-            return
-        for stream in [*session.streams.values(), *session.outbox.turns]:
+        for stream in [*session.streams.values(), *session.outbox.turns] * (moves or overdue):
             exchange = stream.visitor and stream.visitor.exchange
-            if not exchange or exchange.status:
-                continue
-            goes = moves and exchange.repeatable
-            if goes or overdue:
+            if exchange and not exchange.status and (overdue or exchange.repeatable):
                 stream.reset(CANCELLED, 'nobody waits for it any more', SessionLost(
-                    'its client did not come back') if goes else Overdue(
+                    'its client did not come back') if moves and exchange.repeatable else Overdue(
                     'its client was silent for too long'))
 
     def may_wait(self, key: str) -> bool:
@@ -10862,13 +10855,12 @@ class Postman:
             return '501 5.1.3 mail is for somebody'
         if len(letter.to) >= MAX_RECIPIENTS:
             return '452 4.5.3 too many recipients; send the message again for the others'
-        wish = None
         if to.lower() in ('postmaster', f'postmaster@{self._domain}'):
-            name = ''
-        elif parent != self._domain:
-            return f'550 5.7.1 this server takes mail for NAME.{self._domain}, and relays none'
-        else:
+            name, wish = '', None
+        elif parent == self._domain:
             wish = self._office.wish_of(name)
+        else:
+            return f'550 5.7.1 this server takes mail for NAME.{self._domain}, and relays none'
         if letter.to and letter.name != name:
             return '452 4.5.3 one name at a time; send the message again for the others'
         letter.name, letter.wish = name, wish
