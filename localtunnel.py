@@ -6707,9 +6707,7 @@ class Unacknowledged(Outbox):
     def __init__(self, session: Session, trace: Trace | None) -> None:
         super().__init__(session, trace)
         self.kept_from = 0          # of `sent`: from this byte on all is kept
-        self._free = min(KEPT_AT_FIRST, KEPT_FOR_RESUME)    # bytes that need no budget
-        self._may_keep = self._free         # bytes that may be kept: these, and steps of budget
-        self.limit = self._may_keep         # of `sent`, counted from `kept_from`
+        self.limit = KEPT_AT_FIRST  # of `sent`: up to this byte it may be kept
         self.ask_at = ACKNOWLEDGE_EVERY
         self._kept: collections.deque[bytes] = collections.deque()
         self.keep = self._kept.append
@@ -6731,24 +6729,25 @@ class Unacknowledged(Outbox):
 
     def widen(self) -> bool:
         """Raise the limit by one step; return whether that was possible."""
-        if self._may_keep >= KEPT_FOR_RESUME or not self.session.budget.take(
+        if self.limit - self.kept_from >= KEPT_FOR_RESUME or not self.session.budget.take(
                 KEPT_AT_FIRST, leave=3 * KEPT_AT_FIRST):
             return False
-        self._may_keep += KEPT_AT_FIRST
         self.limit += KEPT_AT_FIRST
         return True
 
     def confirm(self, n: int) -> None:
         super().confirm(n)
+        may_keep = self.limit - self.kept_from
         while self._kept and self.kept_from + len(self._kept[0]) <= n:
             self.kept_from += len(self._kept.popleft())
-        if self._may_keep > self._free > self.sent - self.kept_from:
+        self.limit = self.kept_from + may_keep
+        if may_keep > KEPT_AT_FIRST > self.sent - self.kept_from:
             self._give_back()
-        self.limit = self.kept_from + self._may_keep
 
     def _give_back(self) -> None:
-        self.session.budget.give(self._may_keep - self._free)
-        self._may_keep = self._free
+        free = self.kept_from + KEPT_AT_FIRST
+        self.session.budget.give(self.limit - free)
+        self.limit = free
 
     def after(self, n: int) -> bytes:
         """Return what follows byte N."""

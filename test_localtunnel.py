@@ -4888,18 +4888,19 @@ class ResumeTest(SessionTest):
         self.assertIsInstance(session.error, lt.ProtocolError)
 
     async def test_writers_wait_while_too_much_is_kept(self):
-        with self.constant(KEPT_FOR_RESUME=100000, ACKNOWLEDGE_EVERY=10**9):
-            session, peer = await self.against_raw()
-            streams = [session.open_stream() for _ in range(20)]
-            async with contextlib.AsyncExitStack() as stack:
-                for stream in streams:
-                    stack.callback(stream.close)
-                    await stack.enter_async_context(self.background(stream.write(bytes(60000))))
-                await eventually(lambda: session.outbox.turns)
-                self.assertLess(session.outbox.sent, 100000 + 2 * lt.BATCH)
-                while session.outbox.turns:
-                    peer.send(F(lt.PONG, 0, U64(session.outbox.sent)))
-                    await peer.reader.read(65536)
+        self.stack.enter_context(self.constant(KEPT_FOR_RESUME=100000, KEPT_AT_FIRST=100000,
+                                               ACKNOWLEDGE_EVERY=10**9))
+        session, peer = await self.against_raw()
+        streams = [session.open_stream() for _ in range(20)]
+        async with contextlib.AsyncExitStack() as stack:
+            for stream in streams:
+                stack.callback(stream.close)
+                await stack.enter_async_context(self.background(stream.write(bytes(60000))))
+            await eventually(lambda: session.outbox.turns)
+            self.assertLess(session.outbox.sent, 100000 + 2 * lt.BATCH)
+            while session.outbox.turns:
+                peer.send(F(lt.PONG, 0, U64(session.outbox.sent)))
+                await peer.reader.read(65536)
 
     async def test_a_pong_tells_what_need_not_be_kept(self):
         session, peer = await self.against_raw()
@@ -16360,15 +16361,16 @@ class FrameTest(HostileTest):
         await self.others_are_served()
 
     async def test_pings_that_acknowledge_nothing_are_not_kept_for_ever(self):
+        self.stack.enter_context(self.constant(
+            KEPT_FOR_RESUME=20000, KEPT_AT_FIRST=20000, BATCH=1000))
         await self.world()
         await self.good()
-        with self.constant(KEPT_FOR_RESUME=20000, BATCH=1000):
-            peer = await self.victim()
-            for _ in range(4000):  # one answer each, and none is ever acknowledged
-                peer.send(F(lt.PING, 0, U64(0)))
-                if not await peer.frame():
-                    break
-            kept = [m.session.outbox for m in self.server.tunnels.members()]
+        peer = await self.victim()
+        for _ in range(4000):       # one answer each, and none is ever acknowledged
+            peer.send(F(lt.PING, 0, U64(0)))
+            if not await peer.frame():
+                break
+        kept = [m.session.outbox for m in self.server.tunnels.members()]
         self.assertLess(max(each.sent - each.kept_from for each in kept), 45000)
         await self.others_are_served()
 
