@@ -15319,9 +15319,9 @@ class Writer:
 
     def __init__(self) -> None:
         self.failed = False
-        self._queue: collections.deque[tuple[TextIO, str | Callable[[int], str]]] = (
-            collections.deque())
+        self._queue: collections.deque[tuple[TextIO, str]] = collections.deque()
         self._unwritten = self._dropped = 0         # characters; lines
+        self._tells: tuple[TextIO, Callable[[int], str]]        # where, and how, of the latter
         self._last = ''             # the line that changes
         self._stands = ''           # what stands there now where the next line goes
         self._writes = self._rests = False
@@ -15335,9 +15335,8 @@ class Writer:
         text += '\n' * line
         with self._lock:
             if text and (self._dropped or self._unwritten > MAX_UNWRITTEN):
-                if not self._dropped:
-                    self._queue.append((stream, dropped))
                 self._dropped += text.count('\n')
+                self._tells = stream, dropped
             elif text:
                 self._queue.append((stream, text))
                 self._unwritten += len(text)
@@ -15364,19 +15363,20 @@ class Writer:
 
     def _taken(self) -> tuple[TextIO, str]:
         """What is next: a stream, and all that goes there before something for another one."""
+        if not self._queue:         # all that was not dropped has been written
+            stream, dropped = self._tells
+            text, self._dropped = dropped(self._dropped) + '\n', 0
+            self._unwritten += len(text)
+            return stream, text
         stream, texts = self._queue[0][0], []
         while self._queue and self._queue[0][0] is stream:
-            _, text = self._queue.popleft()
-            if not isinstance(text, str):
-                text, self._dropped = text(self._dropped) + '\n', 0
-                self._unwritten += len(text)
-            texts.append(text)
+            texts.append(self._queue.popleft()[1])
         return stream, ''.join(texts)
 
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue)
+                self._changed.wait_for(lambda: self._queue or self._dropped)
                 self._writes, (stream, text) = True, self._taken()
             try:
                 self._write(stream, text)
@@ -15394,7 +15394,8 @@ class Writer:
         with self._changed:
             self._changed.notify_all()
             return self._changed.wait_for(
-                lambda: not (self._queue or self._writes), timeout) and not self.failed
+                lambda: not (self._queue or self._dropped or self._writes), timeout
+                ) and not self.failed
 
 
 WRITERS: dict[tuple[int, int], Writer] = {}     # by file, so that stdout and stderr stay in order
@@ -16057,21 +16058,19 @@ class ServerLog(Observer):
     Both carry the same facts: in text they follow the sentence as NAME=VALUE.
     """
 
-    def __init__(self, later: Callable[..., Any], as_json: bool) -> None:
-        self._json, self._later = as_json, later
+    def __init__(self, as_json: bool) -> None:
+        self._json = as_json
         self._add = lines_to(sys.stderr, lambda count: self._entry(
             dropped_lines(count), 'dropped', {'lines': count} if as_json else {}))
         self._crowd = Crowd(REFUSALS, REFUSALS_WITHIN)      # of clients that are refused
 
     def note(self, text: str, event: str = 'note', **facts: Any) -> None:
-        now = time.monotonic()
-        if event == 'refused' and not self._crowd.lets(now):    # they may come by the thousand
-            if self._crowd.held == 1:
-                self._later(REFUSALS_WITHIN, self._tell_refused)
-            return
-        self._add(self._entry(text, event, facts))
+        # Those who are refused may come by the thousand.
+        if event != 'refused' or self._crowd.lets(time.monotonic()):
+            self._add(self._entry(text, event, facts))
 
-    def _tell_refused(self, now: float = NEVER) -> None:
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Say how many were refused without a line, if it is time to."""
         more = self._crowd.missing(now)
         if more:
             self.note(f'... and {more:,} more refused', event='more_refused',
@@ -16079,7 +16078,7 @@ class ServerLog(Observer):
 
     def flush(self) -> None:
         """Write what waits, and what was counted."""
-        self._tell_refused()
+        self.sweep(NEVER, False)
         put(sys.stderr, '')
 
     def _entry(self, text: str, event: str, facts: Facts) -> str:
@@ -17752,7 +17751,8 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
 async def run_server(runtime: Runtime, stop: asyncio.Event, args: Args,
                      tokens: Tokens, made: str) -> None:
     """Serve until STOP is set, or a successor does."""
-    log = ServerLog(runtime.loop.call_later, args.log_format == 'json')
+    log = ServerLog(args.log_format == 'json')
+    runtime.swept.add(log)
     server = make_server(runtime, args.domain, Leases(tokens), log, is_address(args.domain),
                          (args.max_tunnels, args.rate), hold=args.hold, drain=args.drain,
                          budget=args.buffer * MIB or process_budget(),

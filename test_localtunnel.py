@@ -11894,8 +11894,8 @@ class SlowReaderTest(CommandTest):
         return reading, writing
 
     def test_lines_that_nobody_reads_are_dropped_and_counted(self):
-        for make, as_json in ((lambda: lt.ServerLog(None, False), False),
-                              (lambda: lt.ServerLog(None, True), True),
+        for make, as_json in ((lambda: lt.ServerLog(False), False),
+                              (lambda: lt.ServerLog(True), True),
                               (lambda: terminal_of(json=True, quiet=True), True)):
             reader, stream = self.unread()
             with unittest.mock.patch.multiple(sys, stdout=stream, stderr=stream):
@@ -14468,18 +14468,17 @@ class LogFormatTest(CommandTest):
 class ThinLogTest(unittest.TestCase):
 
     def log(self, as_json=False):
-        """A server's log, what gives the lines that it wrote, and what it does later."""
-        later = []
+        """A server's log, and what gives the lines that it wrote."""
         with contextlib.redirect_stderr(io.StringIO()) as written:
-            log = lt.ServerLog(lambda seconds, do: later.append(do), as_json)
-        return log, lambda: written.getvalue().splitlines(), later
+            return lt.ServerLog(as_json), lambda: written.getvalue().splitlines()
 
     def test_a_flood_of_refusals_is_counted(self):
-        log, written, later = self.log()
+        log, written = self.log()
         for _ in range(lt.REFUSALS + 3112):
             log.note('client refused', event='refused', client='192.0.2.1', reason='token')
-        self.assertEqual(len([do for do in later if do == log._tell_refused]), 1)
-        log.flush()
+        log.sweep(time.monotonic(), False)
+        self.assertEqual(len(written()), lt.REFUSALS)
+        log.sweep(time.monotonic() + lt.REFUSALS_WITHIN, False)
         lines = written()
         self.assertEqual(len(lines), lt.REFUSALS + 1)
         self.assertIn('client refused client=192.0.2.1 reason=token', lines[0])
@@ -14488,7 +14487,7 @@ class ThinLogTest(unittest.TestCase):
         self.assertIn('client refused', written()[-1])
 
     def test_a_program_gets_their_number(self):
-        log, written, _ = self.log(as_json=True)
+        log, written = self.log(as_json=True)
         for _ in range(lt.REFUSALS + 7):
             log.note('client refused', event='refused')
         log.flush()
@@ -14496,7 +14495,7 @@ class ThinLogTest(unittest.TestCase):
         self.assertEqual((last['event'], last['count']), ('more_refused', 7))
 
     def test_facts_are_printable_and_can_be_told_apart(self):
-        log, written, _ = self.log()
+        log, written = self.log()
         log.note('tunnel closed', reason='a "b"\x1b[31m\n', user='', name='x')
         self.assertTrue(written()[0].endswith('tunnel closed reason="a \\"b\\"?[31m?" name=x'))
 
@@ -17942,7 +17941,7 @@ class HouseTest(WorldTest):
             await self.world()
             self.log = terminal_of()
             visitor = await self.visitor(await self.client(await self.app()))
-            self.server.log = lt.ServerLog(lambda *_: None, False)
+            self.server.log = lt.ServerLog(False)
         calls = collections.Counter()
 
         def count(frame, event, _):
