@@ -6853,8 +6853,7 @@ class Resume(Annex):
         if hello.attempt < member.hello.attempt:
             raise Refused(409, 'stale', 'this client has already connected again in the meantime')
         session, (id, received) = member.session, hello.resume
-        if not isinstance(session, Resumable):
-            return None
+        assert isinstance(session, Resumable)       # as all are here
         theirs = received if same(session.id, id) else None
         if not session.can_resume(theirs or 0) or (theirs is None and session.decoder.received):
             return None
@@ -12926,10 +12925,10 @@ class Edited:
         every = [[self.method, self.target], *fields, *self.trailers]
         if any(re.search('[\r\n]', ''.join(pair)) or ':' in pair[0] for pair in every):
             raise BadHttp(400, 'a line break where none may be, or a colon in the name of a field')
+        line = [f'{self.method} {self.target} HTTP/1.1']
         try:
-            head, last = (''.join(f'{name}: {value}\r\n' for name, value in pairs).encode('latin-1')
-                          + b'\r\n' for pairs in (fields, self.trailers))
-            head = f'{self.method} {self.target} HTTP/1.1\r\n'.encode('latin-1') + head
+            head, last = ('\r\n'.join([*map(': '.join, part), '', '']).encode('latin-1')
+                          for part in ([line, *fields], self.trailers))
         except UnicodeEncodeError as e:
             raise BadHttp(400, 'method, target and header fields take Latin-1 only') from e
         if (not _FIELDS.fullmatch(last[:-2])
