@@ -14037,24 +14037,19 @@ class Remote:
                     yield self.one(exchange['id']) if details else exchange
 
 
-class Sent(ClientObserver):
-    """Learns what became of the one request that is sent to an app."""
-
-    def exchange(self, exchange: Record, seconds: float) -> None:
-        self.record, self.seconds = exchange, seconds
-
-
-async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) -> Sent:
-    """Send MESSAGE to TARGET; return what became of it.
+async def send_to(target: Target, tls: ssl.SSLContext | None, message: bytes) -> dict[str, Any]:
+    """Send MESSAGE to TARGET; return what became of it, as a list shows that.
 
     It goes the way of all requests of a client, so it is connected, timed and explained alike.
     """
-    runtime, sent = Runtime(asyncio.get_running_loop()), Sent()
-    app = App(runtime, target, Upstreams(runtime, target, tls), sent, Words())
+    runtime = Runtime(asyncio.get_running_loop())
+    app = App(runtime, target, Upstreams(runtime, target, tls), ClientObserver(), Words())
+    book = Exchanges(runtime, 0)
+    Watched(book, app, '', '')
     await app.serve(Replay(runtime, message))       # type: ignore[arg-type]
     app.close()
     await runtime.close()
-    return sent
+    return book.kept[0].summary()
 
 
 def shown_line(exchange: dict[str, Any]) -> str:
@@ -14301,12 +14296,10 @@ class Inspect(Annex):
             edited.target = target.path + edited.target
         sent = asyncio.run(send_to(target, tls_to(target, check=not target.local),
                                    edited.message(exchange['id'])))
-        if sent.record.why:
-            raise LocaltunnelError(sent.record.why)
-        print_line(shown_line({
-            **exchange, 'target': masked(edited.target), 'method': edited.method,
-            'status': sent.record.status, 'ms': round(sent.seconds * 1e3, 1),
-            'response_bytes': sent.record.size, 'at': rfc3339(time.time()), 'error': ''}))
+        if sent['error']:
+            raise LocaltunnelError(sent['error'])
+        print_line(shown_line({**sent, **{name: exchange.get(name)
+                                          for name in ('id', 'tunnel', 'replay_of')}}))
 
 
 # ------------------------------------------------------------------------------------------------
