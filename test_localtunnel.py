@@ -17937,7 +17937,7 @@ class HouseTest(WorldTest):
         cls.rooms = read_rooms(cls.source, cls.tree)
 
     async def test_a_request_makes_few_calls_at_both_ends_together(self):
-        with contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(out):
             await self.world()
             self.log = terminal_of()
             visitor = await self.visitor(await self.client(await self.app()))
