@@ -7717,6 +7717,13 @@ class KeepTest(FolderTest, WorldTest):
         self.clients.remove(client)
         return client
 
+    async def app_away(self, answer=OK, **options):
+        """A world with an app whose client has been there, and has gone."""
+        await self.world()
+        app = await self.app(answer)
+        await self.away(app, **options)
+        return app
+
     async def hook(self, path='/hooks/github', host='app.localhost', body=HOOK, fields=''):
         return await self.visit(host, path, f'Content-Length: {len(body)}\n{fields}'.strip(),
                                 method='POST', body=body)
@@ -7731,9 +7738,7 @@ class KeepTest(FolderTest, WorldTest):
             await self.client(1, keep_status=204)
 
     async def test_a_webhook_waits_for_its_client_and_comes_as_it_was(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         secret = hmac.new(b'key', HOOK, 'sha256').hexdigest()
         status, fields, body = await self.hook(
             fields=f'X-Hub-Signature-256: sha256={secret}\nLocaltunnel-Kept: mine\nx-ODD: a  b')
@@ -7810,7 +7815,6 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual(len(self.ids()), 1)        # its owner is another one
 
     async def test_one_after_the_other_in_the_order_of_arrival(self):
-        await self.world()
         first, go, seen = asyncio.Event(), asyncio.Event(), []
 
         async def answer(head, reader, writer):
@@ -7819,8 +7823,7 @@ class KeepTest(FolderTest, WorldTest):
             await go.wait()
             writer.write(OK)
             return True
-        app = await self.app(answer)
-        await self.away(app)
+        app = await self.app_away(answer)
         for n in range(5):
             self.assertEqual((await self.hook(f'/hooks/{n}', body=b''))[0], 202)
         await self.wants(app)
@@ -7836,7 +7839,6 @@ class KeepTest(FolderTest, WorldTest):
                                                                        b'/hooks/last'])
 
     async def test_what_the_app_can_not_take_yet_is_tried_again_and_all_else_is_final(self):
-        await self.world()
         answers = {f'/hooks/{n}': (b'HTTP/1.1 %d x\r\nContent-Length: 0\r\n\r\n' % n, tries)
                    for n, tries in ((200, 1), (204, 1), (301, 1), (400, 1), (404, 1), (410, 1),
                                     (501, 2), (500, 2), (408, 2), (425, 2), (429, 2), (503, 2))}
@@ -7848,8 +7850,7 @@ class KeepTest(FolderTest, WorldTest):
             path = head.split()[1].decode()
             tried[path].append(re.search(rb'Kept: (.*); at=(.*); try=(.)', head).groups())
             writer.write(OK if len(tried[path]) == 2 else answers[path][0])
-        app = await self.app(answer)
-        await self.away(app)
+        app = await self.app_away(answer)
         for path in answers:
             await self.hook(path, body=b'')
         ids = self.ids()
@@ -7876,14 +7877,12 @@ class KeepTest(FolderTest, WorldTest):
             await self.delivered(await self.app(where=('127.0.0.1', port)), 1)
 
     async def test_it_waits_longer_and_longer_until_the_client_starts_anew(self):
-        await self.world()
         tried = []
 
         async def answer(head, reader, writer):
             tried.append(self.runtime.now())
             writer.write(b'HTTP/1.1 500 x\r\nContent-Length: 0\r\n\r\n')
-        app = await self.app(answer)
-        await self.away(app)
+        app = await self.app_away(answer)
         await self.hook(body=b'')
         for n in range(4):
             client = await self.wants(app)
@@ -7895,9 +7894,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual((await self.hook(body=b''))[0], 202)      # and at once
 
     async def test_after_ten_tries_the_others_go_first(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         for path in '/hooks/old', '/hooks/new':
             await self.hook(path, body=b'')
         old, shelf = self.files()[0], self.queues._shelf
@@ -7937,9 +7934,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual(((await self.hook())[0], self.ids()), (403, []))
 
     async def test_a_body_of_any_framing_is_the_same(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         body = os.urandom(lt.MAX_KEPT)
         peer = await self.visitor('app.localhost')
         peer.ask('/hooks/x', 'Transfer-Encoding: chunked', 'POST')
@@ -8028,9 +8023,7 @@ class KeepTest(FolderTest, WorldTest):
             goes_on.set()
 
     async def test_a_name_that_changes_hands_while_the_disk_writes_keeps_nothing(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         with self.hanging() as begun:
             asked = self.meanwhile(self.hook())
             await eventually(lambda: begun)
@@ -8041,9 +8034,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual((await self.hook('/hooks/new'))[0], 200)
 
     async def test_a_name_that_changes_hands_while_a_try_begins_gets_nothing(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         await self.hook()
         with self.hanging() as begun:
             client = await self.wants(app)
@@ -8082,7 +8073,6 @@ class KeepTest(FolderTest, WorldTest):
             self.assertNotIn(threading.main_thread(), threads)
 
     async def test_an_app_that_never_ends_its_answer_holds_up_nothing(self):
-        await self.world()
 
         async def answer(head, reader, writer):
             if b'/hooks/silent ' in head and b'try=1' in head:
@@ -8091,8 +8081,7 @@ class KeepTest(FolderTest, WorldTest):
             while not writer.is_closing():
                 writer.write(b'x')
                 await asyncio.sleep(0.001)
-        app = await self.app(answer)
-        await self.away(app)
+        app = await self.app_away(answer)
         for path in 'silent', 'drips', 'last':
             await self.hook(f'/hooks/{path}', body=b'')
         with self.constant(ANSWERED_WITHIN=0.3, LINGER=0.1, LONGEST_PAUSE=0):
@@ -8102,9 +8091,7 @@ class KeepTest(FolderTest, WorldTest):
                          [b'/hooks/silent', b'/hooks/drips', b'/hooks/last'])
 
     async def test_a_client_that_comes_and_goes_has_all_in_order(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         for n in range(10):
             await self.hook(f'/hooks/{n}', body=b'')
         while self.ids():
@@ -8118,9 +8105,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual(len(set(seen)), len(seen))     # a repeated one is marked
 
     async def test_what_is_taken_out_by_hand_does_not_hold_up_the_rest(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         for n in range(2):
             await self.hook(f'/hooks/{n}', body=b'')
         os.unlink(self.queues._shelf.path(self.files()[0]))
@@ -8129,9 +8114,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual(app.requests[0].split()[1], b'/hooks/1')
 
     async def test_a_disk_that_fails_at_a_try_loses_nothing(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         await self.hook(body=b'')
         with unittest.mock.patch.object(os, 'rename', side_effect=OSError(errno.EIO, 'no')):
             await self.wants(app)
@@ -8150,9 +8133,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.delivered(app, 1)
 
     async def test_another_owner_never_has_what_came_for_the_first(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         for leave in 'release', 'lapse':
             await self.hook()
             if leave == 'release':
@@ -8168,9 +8149,7 @@ class KeepTest(FolderTest, WorldTest):
         self.assertEqual({head.split()[1] for head in app.requests}, {b'/hooks/new'})
 
     async def test_what_is_too_old_goes_and_the_client_is_told_when_it_starts(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app)
+        app = await self.app_away()
         for _ in range(3):
             await self.hook()
         with self.constant(KEPT_FOR=0):
@@ -8195,9 +8174,7 @@ class KeepTest(FolderTest, WorldTest):
         await self.leaves(client)
 
     async def test_clients_that_share_a_name_have_each_once(self):
-        await self.world()
-        app = await self.app()
-        await self.away(app, share=True)
+        app = await self.app_away(share=True)
         for n in range(20):
             await self.hook(f'/hooks/{n}', body=b'')
         for _ in range(3):
@@ -8242,7 +8219,6 @@ class KeepTest(FolderTest, WorldTest):
                          'POST /a*b', 'post /x', 'POST /x?y', 'POST /' + 'x' * 300, 'POST /\x1b'))):
             with self.subTest(said=said):
                 self.assertEqual((await self.hello(wants={'keep': said}))[1], 400)
-
 
 
 # ------------------------------------------------------------------------------------------------
