@@ -4759,86 +4759,6 @@ def stamp_of(*paths: str) -> list[tuple[int, int, int]]:
         return []
 
 
-class Source:
-    """What a server reads from files, and again when they change; after an error the old holds."""
-    what = ''           # it is, for the log
-
-    def changed(self) -> bool:
-        """Return True if there is something to read again."""
-        return False
-
-    def reload(self) -> str | None:
-        """Read it again, and see that it holds; return what is wrong, if anything is."""
-        return None
-
-
-class Sources:
-    """Those of a server: looked at now and then, and read again on SIGHUP."""
-
-    def __init__(self, server: Server) -> None:
-        self.all: list[Source] = []
-        self._server = server
-        server.runtime.swept.add(self)
-
-    def sweep(self, now: float, woke_up: bool) -> None:
-        """Read again what has changed."""
-        self.reload(changed_only=True)
-
-    def reload(self, changed_only: bool = False) -> None:
-        """Read all again, or what of it has changed."""
-        for source in self.all:
-            if not changed_only or source.changed():
-                error = source.reload()
-                self._server.counters['reload_errors' if error else 'reloads'] += 1
-                self._server.log.note(f'error: {error}' if error else f'{source.what} read again')
-
-
-LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
-LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
-
-
-@contextlib.contextmanager
-def alone_in(folder: str) -> Iterator[None]:
-    """Change what is in FOLDER while no other command does.  Raises OSError."""
-    if sys.platform == 'win32':
-        return (yield)          # a folder can't be locked there
-    import fcntl
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        for _ in range(LOCK_LOOKS):
-            with contextlib.suppress(BlockingIOError):
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            time.sleep(LOCK_LOOK)
-        else:
-            raise LocaltunnelError(f'another program is changing {folder}; try again')
-        yield
-    finally:
-        os.close(handle)
-
-
-def whole_lines(path: str) -> list[bytes]:
-    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
-    lines: list[bytes] = []
-    with contextlib.suppress(FileNotFoundError), open_file(path) as f:
-        lines = f.readlines()
-    if lines and not lines[-1].endswith((b'\n', b'\r')):
-        lines[-1] += b'\n'
-    return lines
-
-
-def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
-    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
-
-    A link stays one, and the file keeps its owner and mode.
-    """
-    path = os.path.realpath(path)
-    with alone_in(os.path.dirname(path)):
-        like = os.stat(path) if os.path.exists(path) else None
-        lines = [line for line in whole_lines(path) if line not in gone]
-        write_secret(path, b''.join(lines) + new, like)
-
-
 DISK_WITHIN = 5.0               # seconds, before who waits for a disk is told that it hangs
 
 
@@ -4895,6 +4815,97 @@ class Disk:
                 return await asyncio.wait_for(asyncio.wrap_future(job), DISK_WITHIN)
             self._overdue = self._overdue if job.done() else job
         raise OSError(errno.EIO, 'the disk does not answer')
+
+
+class Source:
+    """What a server reads from files, and again when they change; after an error the old holds."""
+    what = ''           # it is, for the log
+
+    def changed(self) -> bool:
+        """Return True if there is something to read again."""
+        return False
+
+    def reload(self) -> str | None:
+        """Read it again, and see that it holds; return what is wrong, if anything is."""
+        return None
+
+
+class Sources:
+    """Those of a server: looked at now and then, and read again on SIGHUP."""
+
+    def __init__(self, server: Server) -> None:
+        self.all: list[Source] = []
+        self._server, self._disk = server, Disk()
+        self._looks = False         # whether one has changed
+        server.runtime.swept.add(self)
+
+    def sweep(self, now: float, woke_up: bool) -> None:
+        """Read again what has changed."""
+        if self.all and not self._looks:
+            self._looks = True
+            self._server.runtime.spawn(self._look())
+
+    async def _look(self) -> None:
+        with contextlib.suppress(OSError):      # the disk hangs
+            for source in await self._disk.do(lambda: [s for s in self.all if s.changed()]):
+                self._read(source)
+        self._looks = False
+
+    def reload(self) -> None:
+        """Read all again."""
+        for source in self.all:
+            self._read(source)
+
+    def _read(self, source: Source) -> None:
+        error = source.reload()
+        self._server.counters['reload_errors' if error else 'reloads'] += 1
+        self._server.log.note(f'error: {error}' if error else f'{source.what} read again')
+
+
+LAST_LINES = 1.0                # at the end, for a slow reader to take what was written
+LOCK_LOOK, LOCK_LOOKS = 0.05, 200        # between tries to be the only one who changes a file
+
+
+@contextlib.contextmanager
+def alone_in(folder: str) -> Iterator[None]:
+    """Change what is in FOLDER while no other command does.  Raises OSError."""
+    if sys.platform == 'win32':
+        return (yield)          # a folder can't be locked there
+    import fcntl
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        for _ in range(LOCK_LOOKS):
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            time.sleep(LOCK_LOOK)
+        else:
+            raise LocaltunnelError(f'another program is changing {folder}; try again')
+        yield
+    finally:
+        os.close(handle)
+
+
+def whole_lines(path: str) -> list[bytes]:
+    """The lines of the file at PATH with their ends; none where it is missing.  Raises OSError."""
+    lines: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError), open_file(path) as f:
+        lines = f.readlines()
+    if lines and not lines[-1].endswith((b'\n', b'\r')):
+        lines[-1] += b'\n'
+    return lines
+
+
+def rewrite(path: str, gone: Container[bytes], new: bytes = b'') -> None:
+    """Take the lines that are GONE out of the file at PATH, and add NEW.  Raises OSError.
+
+    A link stays one, and the file keeps its owner and mode.
+    """
+    path = os.path.realpath(path)
+    with alone_in(os.path.dirname(path)):
+        like = os.stat(path) if os.path.exists(path) else None
+        lines = [line for line in whole_lines(path) if line not in gone]
+        write_secret(path, b''.join(lines) + new, like)
 
 
 LOCK_VARIABLE = 'LOCALTUNNEL_LOCK_FD'

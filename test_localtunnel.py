@@ -7316,6 +7316,21 @@ class BlockListTest(FolderTest, WorldTest):
         self.assertEqual((await self.hello('two', name='demo'))[1], 409)
         self.assertEqual((await self.hello('one', name='demo'))[1], 101)
 
+    async def test_a_disk_that_hangs_holds_up_no_request(self):
+        await self.barred_world()
+        client = await self.client(await self.app(), token='one')
+        threads, goes_on = set(), threading.Event()
+        self.stack.callback(goes_on.set)
+
+        def hangs(*args):
+            threads.add(threading.current_thread())
+            goes_on.wait(PATIENCE)
+            raise OSError(errno.EIO, 'no')
+        with unittest.mock.patch.object(os, 'stat', hangs):
+            await eventually(lambda: threads)
+            self.assertEqual((await self.visit(client))[0], 200)
+            self.assertNotIn(threading.main_thread(), threads)
+
     async def test_a_blocked_user_loses_every_tunnel_and_others_keep_theirs(self):
         await self.barred_world()
         app = await self.app()
