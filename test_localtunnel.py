@@ -12255,7 +12255,7 @@ class ScreenTest(unittest.TestCase):
         terminal.ready('http://x', '', 0)
         terminal.exchange(self.record(status=502, why='nothing there'), 0.1)
         terminal.ended(3112, 999, 4_100_000)
-        self.assertRegex(self.shown(), r'\nended after 0ms: 3,112 requests, 1 error, '
+        self.assertRegex(self.shown(), r'\nended after [0-9]+ms: 3,112 requests, 1 error, '
                          r'999B in, 4\.1MB out\n$')
 
     def test_a_pipe_has_a_line_for_each_state_and_not_for_each_attempt(self):
