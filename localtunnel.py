@@ -3636,32 +3636,31 @@ PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
 class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
-    def __init__(self, runtime: Runtime, address: ServerAddress, label: str, key: bytes,
+    def __init__(self, app: App, address: ServerAddress, key: bytes, token: str,
                  dial: Callable[[float], Awaitable[Connection]], backoff: Backoff,
-                 begin: Callable[[], Session], observer: ClientObserver, words: Words, *,
-                 token: str = '', **wish: Any) -> None:
-        """DIAL connects to the server at ADDRESS within SECONDS; BEGIN makes a session.
+                 begin: Callable[[], Session], **wish: Any) -> None:
+        """DIAL connects to the server at ADDRESS within SECONDS; BEGIN makes a session for APP.
 
-        The name comes from KEY and LABEL, see Target; WISH is what the server is asked for beside
-        it, see Hello.
+        The name comes from KEY and from where APP leads, see Target, unless WISH has one, which is
+        what the server is asked for, see Hello.
         """
-        self.runtime, self.address = runtime, address
+        self.runtime, self.address = app.runtime, address
         self.url = ''               # once the server has said it
         self.welcomed = asyncio.Event()
         self.backoff = backoff      # when it tries again
-        self.dial, self._observer, self._words, self._token = dial, observer, words, token
-        self._begin = begin
+        self.dial, self._begin, self._token = dial, begin, token
+        self._observer, self._words = app.observer, app.words
         self._sessions: list[Session] = []          # the current one is the last, the others drain
         self._session: Session | None = None        # the current one, perhaps not connected
         self._changed = asyncio.Event()             # it has lost its connection, or is to end
         self._carried = 0, 0                        # bytes in and out, of sessions that are over
-        wish = {'kind': 'http', 'name': None, 'port': 0, 'share': False, 'release': False,
-                'started': time.time(), **wish}
-        chosen, long = wish['name'] or wish['port'], key.startswith(LONG_NAMES)
-        proof = make_proof(key, address.site, wish['kind'], f'={chosen}' if chosen else label)
+        kind, port = app.target.kind, app.target.public_port
+        chosen, long = wish['name'] or port, key.startswith(LONG_NAMES)
+        proof = make_proof(key, address.site, kind, f'={chosen}' if chosen else app.target.label)
         self.name = wish['name'] or derive_name(address.site, proof, long)
-        self._hello = {**wish, 'proof': proof.hex(), 'long': long, 'attempt': 0,
-                       'instance': secrets.token_hex(16), 'version': __version__}
+        self._hello = {**wish, 'kind': kind, 'port': port, 'proof': proof.hex(), 'long': long,
+                       'attempt': 0, 'instance': secrets.token_hex(16), 'started': time.time(),
+                       'version': __version__}
 
     @property
     def carried(self) -> tuple[int, int]:
@@ -4594,9 +4593,20 @@ WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking pla
                        rb'|HTTP request to an HTTPS server|host and port requires TLS')
 
 
+def by_tls(where: str) -> str:
+    """Return the cure for speaking without TLS to WHERE."""
+    return f'use https://{where.partition("://")[2] or where}'
+
+
 def speaks_tls(where: str) -> str:
     """Return a sentence with the cure for speaking without TLS to WHERE."""
-    return f'{where} speaks TLS: use https://{where.partition("://")[2] or where}'
+    return f'{where} speaks TLS: {by_tls(where)}'
+
+
+def unanswered(where: str, perhaps_tls: bool) -> str:
+    """Return a sentence for the silence of WHERE, which PERHAPS wants TLS."""
+    return f'{where} closed the connection without an answer' + (
+        f'; if it speaks TLS, {by_tls(where)}' if perhaps_tls else '')
 
 
 def not_http(said: bytes, where: str) -> str:
@@ -4636,9 +4646,7 @@ class Words(Failures):
             fault = 'too large' if error.status == 431 else 'malformed'
             return HopFailed(502, f'the answer of {where} is {fault}: {error}', hop='app',
                              cure='ask your app directly, with curl -v')
-        cure = (f'; if it speaks TLS, use https://{where}'
-                if silent and target.scheme == 'http' else '')
-        return HopFailed(502, f'{where} closed the connection without an answer{cure}', hop='app',
+        return HopFailed(502, unanswered(where, silent and target.scheme == 'http'), hop='app',
                          cure='see the log of your app')
 
     def no_answer(self, address: ServerAddress, said: bytes, error: Exception) -> LocaltunnelError:
@@ -4647,9 +4655,7 @@ class Words(Failures):
         if strange or isinstance(error, BadHttp):
             return Refused(502, 'no_upgrade',
                            strange or f'{address} is not a localtunnel server: {error}')
-        scheme, _, host = str(address).partition('://')
-        return Disconnected(f'{address} closed the connection without an answer' + (
-            f'; if it speaks TLS, use https://{host}' if scheme == 'http' else ''))
+        return Disconnected(unanswered(str(address), address.scheme == 'http'))
 
     async def refusal(self, connection: Connection, response: Response, address: ServerAddress,
                       release: bool) -> Refused:
@@ -16727,18 +16733,16 @@ async def look_at(app: App) -> None:
         app.observer.hint(f'{e}; visitors get a page that says so until your app is up')
 
 
-def make_client(app: App, args: Args, server: KnownServer, key: bytes, **wish: Any) -> Client:
-    """A client of SERVER that serves from APP.  WISH is what it is to ask for beside ARGS."""
-    target, address = app.target, server.address
-    serve = functools.partial(app.runtime.begin, app.kinds[target.kind])
-    begin = functools.partial(address.session, app.runtime, Budget(2 * SESSION_BUDGET), serve,
+def make_client(app: App, args: Args, server: KnownServer, key: bytes) -> Client:
+    """A client of SERVER that serves from APP."""
+    runtime, address = app.runtime, server.address
+    serve = functools.partial(runtime.begin, app.kinds[app.target.kind])
+    begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET), serve,
                               frame_lines() if args.verbose else None, address.window)
-    return Client(app.runtime, address, target.label, key, Dialer(server, app).dial,
-                  Backoff(app.runtime.now(), args.once), begin, app.observer, app.words,
-                  token=server.token, kind=target.kind, port=target.public_port, name=args.name,
-                  share=args.share, release=args.release, wants=address.wants, **wish,
-                  **{word: said for annex in ANNEXES
-                     for word, said in annex.hello(args, key).items()})
+    more = {word: said for annex in ANNEXES for word, said in annex.hello(args, key).items()}
+    return Client(app, address, key, server.token, Dialer(server, app).dial,
+                  Backoff(runtime.now(), args.once), begin, name=args.name, share=args.share,
+                  release=args.release, wants=address.wants, **more)
 
 
 def terminal_of(args: Args, target: Target, known: KnownServer,
