@@ -2132,10 +2132,11 @@ class Body:
     nothing may be taken again.  `busy` is True if it took long and more may be here.
     """
     __slots__ = ('stream', 'left', 'taken', 'finished', 'busy')
+    whole: bytes | None = None      # all of it, where it came in one piece: see WholeBody
     trailers = b''
 
     def __init__(self, stream: ByteStream, left: float) -> None:
-        self.stream, self.left, self.taken, self.finished = stream, left, 0, not left
+        self.stream, self.left, self.taken, self.finished = stream, left, 0, False
         self.busy = False
 
     def take(self) -> bytes:
@@ -2220,28 +2221,39 @@ class ChunkedBody(Body):
         raise Incomplete('the last chunk is missing')
 
 
-NO_BODY = Body(None, 0)         # type: ignore[arg-type]  # nothing is read from it, so all share it
+class WholeBody(Body):
+    """A small body that came with its head, or none at all: nothing is taken from it."""
+    __slots__ = ('whole',)
+    finished = True
+    left = 0
+
+    def __init__(self, whole: bytes) -> None:
+        self.whole, self.taken = whole, len(whole)
+
+
+NO_BODY = WholeBody(b'')
 
 
 def body_reader(stream: ByteStream, length: int) -> Body:
-    """Return the reader for a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM."""
-    return NO_BODY if not length else ChunkedBody(stream) if length == CHUNKED else Body(
-        stream, NEVER if length == UNTIL_CLOSE else length)
+    """Return the reader for a body of LENGTH (bytes, CHUNKED or UNTIL_CLOSE) from STREAM.
 
-
-def whole_body(body: Body) -> bytes | None:
-    """Return all of BODY if it is small and all here; else None, taking nothing."""
-    if body.left > SMALL_BODY or not body.finished and body.left > body.stream.unread:
-        return None             # as it is of chunks, whose number nobody knows yet
-    whole = b''
-    while not body.finished:
-        whole += body.take()
-    return whole
+    A small one that is all here is taken at once.
+    """
+    if not length:
+        return NO_BODY
+    if length < 0:
+        return ChunkedBody(stream) if length == CHUNKED else Body(stream, NEVER)
+    if length > SMALL_BODY or length > stream.unread:
+        return Body(stream, length)
+    whole = stream.read_nowait(length)
+    while len(whole) < length:
+        whole += stream.read_nowait(length - len(whole))
+    return WholeBody(whole)
 
 
 async def read_whole(body: Body, most: int) -> bytes:
     """Return all of BODY, or more than MOST bytes of it.  Raises LocaltunnelError."""
-    whole = bytearray()
+    whole = bytearray(body.whole or b'')
     while not body.finished and len(whole) <= most:
         piece = body.take()
         whole += piece
@@ -2484,7 +2496,7 @@ class Count:
 
 class Exchange(Record):
     """One request and its response."""
-    __slots__ = ('near', 'far', 'request', 'body', 'whole', 'answer', 'keep', 'fault', 'sending')
+    __slots__ = ('near', 'far', 'request', 'body', 'answer', 'keep', 'fault', 'sending')
 
     def __init__(self, near: ByteStream, request: Request, number: int = 0,
                  visitor: str = '') -> None:
@@ -2495,8 +2507,6 @@ class Exchange(Record):
         self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
         self.request, self.body = request, body_reader(near, request.length)
-        # The body, where it is small and all here; None where it has to be streamed.
-        self.whole = b'' if self.body.finished else whole_body(self.body)
         # What the visitor gets, once that has begun: a body, or what is counted of it.
         self.answer: Body | Count | None = None
         self.keep = False           # True if the socket at this end may carry another request
@@ -2526,7 +2536,7 @@ class Exchange(Record):
     @property
     def repeatable(self) -> bool:
         """True if the request may be sent again while no response has begun."""
-        return self.whole is not None and self.request.method in IDEMPOTENT
+        return self.body.whole is not None and self.request.method in IDEMPOTENT
 
     def send(self, far: ByteStream, block: bytes, end: bool,
              taps: Iterable[Tap] = ()) -> Awaitable[None]:
@@ -2536,8 +2546,9 @@ class Exchange(Record):
         """
         self.far = far
         head = encode_request(self.request, block, type(self.body) is ChunkedBody)
-        if self.whole is not None:
-            return far.write(head + self.whole, end)
+        whole = self.body.whole
+        if whole is not None:
+            return far.write(head + whole, end)
         self.sending = self.near.runtime.spawn(self._stream_body(head, end, taps))
         return asyncio.sleep(0)
 
@@ -2572,7 +2583,7 @@ class Exchange(Record):
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor != b'0'
-        head, whole = encode_response(response, block, chunked), whole_body(body)
+        head, whole = encode_response(response, block, chunked), body.whole
         if whole is None:
             return copy_message(head, body, self.near, chunked, end, taps)
         for tap in taps if whole else ():
@@ -3279,6 +3290,7 @@ class Server:
                         await connection.linger()
                     break
                 visitor.exchange = head = None
+                del exchange        # and the bodies with it: the next request may be long in coming
                 self.visitors.active(visitor)
                 idle = KEEP_ALIVE
                 if connection.unread:     # pipelined
@@ -3317,7 +3329,7 @@ class Server:
     async def give(self, visitor: Visitor, exchange: Exchange, own: Own) -> None:
         """Answer the request with OWN, a response of ours."""
         request, exchange.status, exchange.answer = exchange.request, own.status, Count(own.size)
-        exchange.keep = (request.keep_alive and exchange.whole == b'' and not visitor.refusal
+        exchange.keep = (request.keep_alive and exchange.body is NO_BODY and not visitor.refusal
                          and self.tunnels.state < LEAVING)
         await own.write(visitor.connection, *self.onward.of_own(exchange))
 
@@ -3484,7 +3496,7 @@ class App:
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
         # Asked about each request, and each response; what one returns is shown the body (of a
-        # request: unless that is `whole`), and what comes after an upgrade.
+        # request: unless that is whole), and what comes after an upgrade.
         self.request_taps: list[Callable[[Exchange], Tap | None]] = []
         self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
         # Told what the app says to a request without a response.
@@ -3607,7 +3619,7 @@ class App:
             block = rewrite.of_response(request, block)
         length = response.body_length(request.method)
         exchange.keep = (response.keep_alive and length != UNTIL_CLOSE and response.status != 101
-                         and exchange.whole == b''      # else some of it may lie there unread
+                         and exchange.body is NO_BODY       # else some of it may lie there unread
                          and not logs_in(request, response))
         if response.status == 101:
             self.tell_pending(exchange, 101)
@@ -10075,10 +10087,10 @@ class Queues(Detour):
             try:
                 return await server.forward(visitor, exchange, key)
             except HopFailed as e:
-                if e.hop != 'client' or exchange.whole is None:
+                if e.hop != 'client' or exchange.body.whole is None:
                     raise
                 tries = 1           # the client went meanwhile: the app may have it, or not
-        held = 0 if exchange.whole is not None else length if length >= 0 else MAX_KEPT
+        held = 0 if exchange.body.finished else length if length >= 0 else MAX_KEPT
         if held and not budget.take(held, leave=budget.used):
             raise HopFailed(503, 'the server has no memory left for this request', 'Retry-After: 1')
         try:
@@ -10111,7 +10123,7 @@ class Queues(Detour):
     @staticmethod
     async def _message(exchange: Exchange, lines: bytes) -> bytes:
         """The request, once it is all here, with header LINES as it goes to a client."""
-        body = exchange.whole
+        body = exchange.body.whole
         if body is None:
             try:
                 body = await asyncio.wait_for(read_whole(exchange.body, MAX_KEPT), UPLOAD_IDLE)
@@ -12484,17 +12496,18 @@ class Kept:
         record, response = self.record, self.response
         if not isinstance(record, Exchange):
             return
-        request, body, answer, whole = record.request, record.body, record.answer, record.whole
+        request, body, answer = record.request, record.body, record.answer
         if response is None or self.readers or not isinstance(answer, Body):
             record.near = record.far = self.book.nowhere        # they hold much more
             for of_stream in (body, answer):
-                if isinstance(of_stream, Body) and of_stream is not NO_BODY:
+                if isinstance(of_stream, Body) and of_stream.whole is None:
                     of_stream.stream = self.book.nowhere
             return
         self.past = (
             request.method, request.target, request.minor, request.block,
             response.minor, response.status, response.reason, response.block,
-            record.began, record.answered, record.status, record.why, whole, bytes(self.sent),
+            record.began, record.answered, record.status, record.why,
+            bytes(self.sent) if body.whole is None else body.whole,
             body.taken, body.finished, body.trailers, self.received,
             answer.taken, answer.finished, answer.trailers)
         self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
@@ -12502,18 +12515,19 @@ class Kept:
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
         (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
-         began, answered, status, why, whole, sent, taken, finished, trailers,
+         began, answered, status, why, sent, taken, finished, trailers,
          received, answer_taken, answer_finished, answer_trailers) = self.past
         record = Exchange(self.book.nowhere, Request(method, target, minor, block), self.number)
         response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
         answer = body_reader(self.book.nowhere, response.body_length(method))
         for body, *state in ((record.body, taken, finished, trailers),
                              (answer, answer_taken, answer_finished, answer_trailers)):
-            body.taken, body.finished, last = state
-            if isinstance(body, ChunkedBody):
-                body.trailers = last
+            if body is not NO_BODY:
+                body.taken, body.finished, last = state
+                if isinstance(body, ChunkedBody):
+                    body.trailers = last
         record.began, record.answered, record.status = began, answered, status
-        record.whole, record.answer, record.why = whole, answer, why
+        record.answer, record.why = answer, why
         kept = copy.copy(self)
         kept.past, kept.record, kept.response = (), record, response
         kept.sent, kept.received = sent, received
@@ -12565,7 +12579,7 @@ class Kept:
                     'encoding': encoding, 'truncated': not whole}
         details['request'] = request = side(
             f'{record.method} {summary["target"]} HTTP/1.1', record.request, record.body,
-            bytes(self.sent) if record.whole is None else record.whole)
+            bytes(self.sent) if record.body.whole is None else record.body.whole)
         details['edited'] = self.edited
         details['signature'] = about_signature(request['headers'], self.edited, time.time())
         if response is not None:
@@ -12646,8 +12660,7 @@ class Exchanges:
                 self.seen += 1
                 return None
             self._room -= 1
-        if exchange.whole:
-            size += len(exchange.whole)
+        size += len(exchange.body.whole or b'')
         kept = self._keep(watched, exchange, size)
         if type(near) is Replay:
             near.made, kept.edited = kept, near.edited
