@@ -3284,7 +3284,16 @@ class Server:
                     taken = await self._begin_session(visitor, request)
                     break
                 visitor.exchange = exchange = Exchange(connection, request, 0, visitor.address)
-                await self._answer(visitor, exchange)
+                try:
+                    await self._answer(visitor, exchange)
+                except HopFailed as e:
+                    exchange.why = str(e)
+                    await self.give(visitor, exchange, self.pages.failed(
+                        e, request.get(b'accept'), request.method))
+                finally:
+                    if request.target not in self.pages.everywhere:     # for balancers: they ask
+                        self.counters[exchange.status] += 1             # every second or two
+                        self.log.exchange(exchange, self.runtime.now() - exchange.began)
                 if not exchange.keep:
                     if not exchange.body.finished or connection.unread:
                         await connection.linger()
@@ -3304,27 +3313,15 @@ class Server:
             if not taken:
                 connection.close()
 
-    async def _answer(self, visitor: Visitor, exchange: Exchange) -> None:
-        """Answer one request; a step that can't go on raises HopFailed, which says why."""
+    def _answer(self, visitor: Visitor, exchange: Exchange) -> Awaitable[None]:
+        """What answers the request, to be awaited; it, too, raises HopFailed."""
         request = exchange.request
-        everywhere = request.target in self.pages.everywhere    # ours at any Host, as for balancers
-        try:
-            name = '' if everywhere else self._route(visitor, request)
-            detour = self.tunnels.detours.get(name)
-            if detour:
-                await detour.take(visitor, exchange, name)
-            elif name:
-                await self.forward(visitor, exchange, name)
-            else:
-                await self.give(visitor, exchange, self.pages.find(request, visitor.scheme))
-        except HopFailed as e:
-            exchange.why = str(e)
-            await self.give(visitor, exchange, self.pages.failed(
-                e, request.get(b'accept'), request.method))
-        finally:
-            if not everywhere:      # balancers ask every second or two
-                self.counters[exchange.status] += 1
-                self.log.exchange(exchange, self.runtime.now() - exchange.began)
+        name = '' if request.target in self.pages.everywhere else self._route(visitor, request)
+        if name in self.tunnels.detours:
+            return self.tunnels.detours[name].take(visitor, exchange, name)
+        if name:
+            return self.forward(visitor, exchange, name)
+        return self.give(visitor, exchange, self.pages.find(request, visitor.scheme))
 
     async def give(self, visitor: Visitor, exchange: Exchange, own: Own) -> None:
         """Answer the request with OWN, a response of ours."""
