@@ -2745,6 +2745,10 @@ class Member:
     def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
         self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
 
+    def load(self) -> tuple[bool, int]:
+        """How busy it is, to be compared; one that owes a PONG may have fallen asleep."""
+        return self.session.liveness.asked_at != NEVER, len(self.session.streams)
+
 
 class Tunnel:
     """One name, and the clients that serve it; or that did, until some time ago."""
@@ -2763,14 +2767,12 @@ class Tunnel:
         self.allowance = (0.0, 0.0)     # see Limits: requests that may come at once, since when
 
     def pick(self) -> Member | None:
-        """Return the member for the next request: the least busy one that is there, or None.
-
-        One that owes a PONG may have fallen asleep, so it comes last.
-        """
-        there = [member for member in self.members if member.session.usable]
-        return there[0] if len(there) == 1 else min(
-            there, key=lambda m: (m.session.liveness.asked_at != NEVER, len(m.session.streams)),
-            default=None)
+        """Return the member for the next request: the least busy one that is there, or None."""
+        picked = None
+        for member in self.members:
+            if member.session.usable and (picked is None or member.load() < picked.load()):
+                picked = member
+        return picked
 
     def beside(self, new: Hello) -> list[Member]:
         """Return the members that can't serve together with NEW."""
