@@ -2841,7 +2841,7 @@ class Tunnels:
         # Seams.
         self.only: OnlyOne | None = None        # there is a place for one http tunnel
         self.waits = Waits(self)                # what requests do that can't be served now
-        self.bars: Bars | None = None           # whom the operator keeps out
+        self.bars: Bars | None = None           # whom the operator keeps out, while that is anybody
         self.detours: dict[str, Detour] = {}    # who has the requests of a tunnel, by key
         self.others: Others | None = None       # other servers behind one balancer
         self.on_forget: list[Callable[[Tunnel], object]] = []       # told of tunnels that go
@@ -3975,10 +3975,7 @@ class Detour:
 
 
 class Bars:
-    """Whom the operator keeps out, in a file; false while that is nobody."""
-
-    def __len__(self) -> int:
-        raise NotImplementedError
+    """Whom the operator keeps out, in a file."""
 
     def check_visitor(self, name: str, address: str) -> None:
         """Raises HopFailed where nobody may visit NAME from ADDRESS; '' is the server itself."""
@@ -9694,7 +9691,6 @@ class BlockList(Bars, Source):
             raise UsageError(f"can't read the block list {path}: {e.strerror}") from e
         if error:
             server.log.note(f'error: {error}')
-        server.tunnels.bars = self
         server.admission.checks.append(self.check_client)
 
     def __len__(self) -> int:
@@ -9718,6 +9714,7 @@ class BlockList(Bars, Source):
         reasons = {key: reason for key, _, reason in filter(None, lines.values())}
         self._lines, self._reasons = lines, {**self._reasons, **reasons} if wrong else reasons
         self._widths = {(key[0], key[1]) for key in self._reasons if len(key) == 3}
+        self._server.tunnels.bars = self if self._reasons else None
         return (f'a mistake in the block list {self._path}, {wrong[0]}. The other lines hold, and '
                 'all who were blocked stay so until it is mended') if wrong else None
 

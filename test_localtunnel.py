@@ -7434,7 +7434,7 @@ class BlockListTest(FolderTest, WorldTest):
         with open(self.path('new'), 'wb') as f:
             f.write(b'\xef\xbb\xbf# list\r\n\r\n  name:a  #caf\xe9\r\nname:b')
         os.replace(self.path('new'), self.path('blocked'))
-        await eventually(lambda: len(self.server.tunnels.bars) == 2)
+        await eventually(lambda: len(self.server.tunnels.bars or ()) == 2)
         self.assertNotIn('mistake', self.log.text())
 
 
