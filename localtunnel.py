@@ -4237,6 +4237,7 @@ class Doors:
 
     def __init__(self, runtime: Runtime) -> None:
         self._runtime = runtime
+        self.together = ACCEPTED_TOGETHER       # a seam: less where descriptors are few
         self.guarded: list[GuardedDoor] = []    # a seam: where visitors take their time to come in
         # A seam: who is told that the server ends, while all doors are still open.
         self.before_close: list[Callable[[], Awaitable[None]]] = []
@@ -4252,7 +4253,7 @@ class Doors:
                    stays: bool = False) -> asyncio.AbstractServer:
         """Let SERVE have each connection to SOCK; if it STAYS, while the server drains, too."""
         make = functools.partial(Connection, self._runtime, serve)
-        door = await self._runtime.loop.create_server(make, sock=sock, backlog=ACCEPTED_TOGETHER)
+        door = await self._runtime.loop.create_server(make, sock=sock, backlog=self.together)
         sock.listen(BACKLOG)        # asyncio accepts as many in one turn as its backlog says
         (self._staying if stays else self._plain).add(door)
         return door
@@ -7487,6 +7488,7 @@ class SharedSite(Annex):
 
 SPARE_DESCRIPTORS = 128         # for sessions, when visitors have taken all others; or half of few
 MAX_CONNECTIONS_OF_ADDRESS = 512        # of visitors: one address can't take a tunnel's streams
+PER_ACCEPTED = 32               # descriptors: as many more come in before the first is looked at
 OTHER_DESCRIPTORS = 64          # files, and what is accepted before others close; of few: a third
 
 
@@ -7547,7 +7549,9 @@ class Crowds(Annex):
     """Limits of visitors' connections."""
 
     def at_any_server(self, server: Server) -> None:
-        server.visitors = Bounded(server.runtime, descriptor_limit())
+        limit = descriptor_limit()
+        server.visitors = Bounded(server.runtime, limit)
+        server.doors.together = max(1, min(ACCEPTED_TOGETHER, limit // PER_ACCEPTED))
 
 
 # ------------------------------------------------------------------------------------------------
@@ -15548,10 +15552,20 @@ def frame_lines() -> Trace:
 LOG = logging.getLogger('localtunnel')      # warnings; and in a program all that users would read
 
 
+@functools.lru_cache(maxsize=1)
+def complain_of_files(minute: int) -> None:
+    """Say that files can't be opened, once in a MINUTE: asyncio tries again without end."""
+    say('error: too many files are open, so nobody can come in for now; raise the limit of open '
+        'files (ulimit -n)')
+
+
 class Complaints(logging.Handler):
     """Writes what is logged here, and by asyncio, which by itself would wait for the reader."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+            return complain_of_files(int(time.monotonic() // 60))
         say(f'{record.levelname.lower()}: {self.format(record)}')
 
 

@@ -11944,6 +11944,17 @@ class SlowReaderTest(CommandTest):
                 lt.Complaints().emit(record)
         self.assertEqual(reader.readline(), 'error: a task failed\n')
 
+    def test_that_files_run_out_is_said_once_in_a_sentence(self):
+        reader, writing = self.unread()
+        lt.complain_of_files.cache_clear()
+        with unittest.mock.patch.object(sys, 'stderr', writing):
+            for number in errno.EMFILE, errno.ENFILE, errno.EIO:
+                error = OSError(number, 'x')
+                lt.Complaints().emit(logging.LogRecord(
+                    'asyncio', logging.ERROR, '', 0, 'it failed', (), (OSError, error, None)))
+        self.assertIn('too many files are open', reader.readline())
+        self.assertEqual(reader.readline(), 'error: it failed\n')
+
 
 class LineForPeopleTest(unittest.TestCase):
 
@@ -13206,6 +13217,23 @@ class FreshMachineTest(CommandTest):
 
 
 class TwoProcessesTest(CommandTest):
+
+    @unittest.skipUnless(POSIX, 'this system has no such limit')
+    def test_a_crowd_leaves_descriptors_to_a_server_that_has_few(self):
+        import resource
+        for limit in 64, 128:
+            relay = self.start('server', '--port', 0, preexec_fn=functools.partial(
+                resource.setrlimit, resource.RLIMIT_NOFILE, (limit, limit)))
+            address, crowd = ('127.0.0.1', relay.port()), []
+            with contextlib.ExitStack() as stack:
+                for _ in range(400):
+                    crowd.append(stack.enter_context(socket.socket()))
+                    crowd[-1].setblocking(False)
+                    crowd[-1].connect_ex(address)
+                status, _ = fetch(f'http://x.localhost:{address[1]}')
+                self.assertIn(status, (404, 503))
+            relay.end()
+            self.assertNotIn('error: ', ' '.join(relay.lines['err']))
 
     def test_any_number_of_clients_share_one_port(self):
         address = self.server()
