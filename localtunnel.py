@@ -15342,7 +15342,8 @@ class Writer:
     def __init__(self) -> None:
         self.failed = False
         self._queue: collections.deque[tuple[TextIO, str]] = collections.deque()
-        self._unwritten = self._dropped = 0         # characters; lines
+        self._put = self._written = 0       # characters; each is counted by one thread
+        self._dropped = 0           # lines
         self._tells: tuple[TextIO, Callable[[int], str]]        # where, and how, of the latter
         self._last = ''             # the line that changes
         self._stands = ''           # what stands there now where the next line goes
@@ -15351,18 +15352,19 @@ class Writer:
         self._changed = threading.Condition(self._lock)
         threading.Thread(target=self._run, daemon=True).start()
 
-    def put(self, stream: TextIO, text: str, dropped: Callable[[int], str] = dropped_lines,
-            line: bool = False) -> None:
+    def put(self, stream: TextIO, line: bool, dropped: Callable[[int], str], text: str) -> None:
         """Write TEXT at once, or soon if it is a LINE; or let DROPPED say how many are missing."""
-        text += '\n' * line
-        with self._lock:
-            if text and (self._dropped or self._unwritten > MAX_UNWRITTEN):
+        if line:
+            text += '\n'
+        if self._dropped or self._put - self._written > MAX_UNWRITTEN:
+            with self._lock:
                 self._dropped += text.count('\n')
                 self._tells = stream, dropped
-            elif text:
-                self._queue.append((stream, text))
-                self._unwritten += len(text)
-            if not (line and self._rests):
+        else:       # without the lock, since each request comes here
+            self._queue.append((stream, text))
+            self._put += len(text)
+        if not (line and self._rests):
+            with self._lock:
                 self._changed.notify_all()
 
     def change(self, stream: TextIO, text: str) -> None:
@@ -15388,7 +15390,7 @@ class Writer:
         if not self._queue:         # all that was not dropped has been written
             stream, dropped = self._tells
             text, self._dropped = dropped(self._dropped) + '\n', 0
-            self._unwritten += len(text)
+            self._put += len(text)
             return stream, text
         stream, texts = self._queue[0][0], []
         while self._queue and self._queue[0][0] is stream:
@@ -15405,7 +15407,7 @@ class Writer:
             except (OSError, ValueError):       # the reader went away, or the disk is full
                 self.failed = True
             with self._changed:
-                self._unwritten -= len(text)
+                self._written += len(text)
                 self._writes, self._rests = False, True
                 self._changed.notify_all()
                 self._changed.wait(LINES_TOGETHER)
@@ -15442,7 +15444,7 @@ def put(stream: TextIO | None, text: str) -> None:
     with contextlib.suppress(ValueError):       # it was closed
         writer = writer_of(stream)
         if writer:
-            writer.put(stream, text)
+            writer.put(stream, False, dropped_lines, text)
         else:
             stream.write(text)
 
@@ -15453,7 +15455,7 @@ def lines_to(stream: TextIO | None,
     if stream is None or stream.closed:
         return lambda text: None
     writer = writer_of(stream)
-    return functools.partial(writer.put, stream, dropped=dropped, line=True) if writer else (
+    return functools.partial(writer.put, stream, True, dropped) if writer else (
         functools.partial(print, file=stream))
 
 

@@ -12323,9 +12323,9 @@ class ScreenTest(unittest.TestCase):
     def test_other_lines_come_above_the_one_that_changes(self):
         writer, stream = lt.Writer(), io.StringIO()
         writer.change(stream, 'wait')
-        writer.put(stream, 'a line\n', lt.dropped_lines)
+        writer.put(stream, False, lt.dropped_lines, 'a line\n')
         writer.change(stream, 'wait more')
-        writer.put(stream, 'the end\n', lt.dropped_lines)
+        writer.put(stream, False, lt.dropped_lines, 'the end\n')
         writer.change(stream, '')
         self.assertTrue(writer.finish(PATIENCE))
         screen = ['']
