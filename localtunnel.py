@@ -2224,6 +2224,7 @@ class ChunkedBody(Body):
 class WholeBody(Body):
     """A small body that came with its head, or none at all: nothing is taken from it."""
     __slots__ = ('whole',)
+    whole: bytes
     finished = True
     left = 0
 
@@ -2494,9 +2495,12 @@ class Count:
         self.taken += len(data)
 
 
+Watch = Callable[['Exchange'], Optional[Tap]]       # returns what is to be shown what passes
+
+
 class Exchange(Record):
     """One request and its response."""
-    __slots__ = ('near', 'far', 'request', 'body', 'answer', 'keep', 'fault', 'sending')
+    __slots__ = ('near', 'far', 'request', 'body', 'response', 'answer', 'keep', 'fault', 'sending')
 
     def __init__(self, near: ByteStream, request: Request, number: int = 0,
                  visitor: str = '') -> None:
@@ -2509,6 +2513,7 @@ class Exchange(Record):
         self.request, self.body = request, body_reader(near, request.length)
         # What the visitor gets, once that has begun: a body, or what is counted of it.
         self.answer: Body | Count | None = None
+        self.response: Response | None = None   # of the app, once it is passed on
         self.keep = False           # True if the socket at this end may carry another request
         self.fault: BadHttp | None = None       # what is malformed in the body of the request
         self.sending: asyncio.Task[None] | None = None      # while the request is streamed
@@ -2571,24 +2576,25 @@ class Exchange(Record):
             self.near.timeout = UPLOAD_IDLE
 
     def respond(self, response: Response, length: int, block: bytes, end: bool,
-                taps: Iterable[Tap] = (), near_taps: Iterable[Tap] = ()) -> Awaitable[None]:
+                watch: Iterable[Watch] = (), near_taps: Iterable[Tap] = ()) -> Awaitable[None]:
         """Pass RESPONSE back with the header lines in BLOCK, and its body of LENGTH.
 
-        To be awaited.  END: nothing follows it.  TAPS are shown the body, or what comes after an
-        upgrade; then NEAR_TAPS are shown what comes the other way.
+        To be awaited.  END: nothing follows it.  What WATCH returns is shown the body, unless that
+        is whole, or what comes after an upgrade; then NEAR_TAPS what comes the other way.
         """
-        self.answered = self.near.runtime.now()
+        self.answered, self.response = self.near.runtime.now(), response
         if response.status == 101:
-            return self._upgrade(response, block, taps, near_taps)
+            return self._upgrade(response, block, self._asked(watch), near_taps)
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor != b'0'
         head, whole = encode_response(response, block, chunked), body.whole
         if whole is None:
-            return copy_message(head, body, self.near, chunked, end, taps)
-        for tap in taps if whole else ():
-            tap(whole)
+            return copy_message(head, body, self.near, chunked, end, self._asked(watch))
         return self.near.write(head + whole, end)
+
+    def _asked(self, watch: Iterable[Watch]) -> list[Tap]:
+        return [*filter(None, [ask(self) for ask in watch])]
 
     async def _upgrade(self, response: Response, block: bytes, taps: Iterable[Tap],
                        near_taps: Iterable[Tap]) -> None:
@@ -3494,10 +3500,11 @@ class App:
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
-        # Asked about each request, and each response; what one returns is shown the body (of a
-        # request: unless that is whole), and what comes after an upgrade.
-        self.request_taps: list[Callable[[Exchange], Tap | None]] = []
-        self.response_taps: list[Callable[[Exchange, Response], Tap | None]] = []
+        # Asked about each request, and each response with a body to stream or an upgrade; what one
+        # returns is shown the body (of a request: unless that is whole), and what comes after an
+        # upgrade.
+        self.request_taps: list[Watch] = []
+        self.response_taps: list[Watch] = []
         # Told what the app says to a request without a response.
         self.strange: list[Callable[[Request, bytes], None]] = []
         runtime.swept.add(self)
@@ -3625,12 +3632,7 @@ class App:
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
-        taps: list[Tap] = []
-        for ask in self.response_taps:
-            tap = ask(exchange, response)
-            if tap is not None:
-                taps.append(tap)
-        return exchange.respond(response, length, block, True, taps, request_taps)
+        return exchange.respond(response, length, block, True, self.response_taps, request_taps)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -3906,7 +3908,9 @@ class Observers:
     """Tells several observers what it is told, one after the other."""
 
     def __init__(self, *observers: Observer) -> None:
-        self._observers = observers
+        self._observers: list[Observer] = []
+        for one in observers:       # several are told no slower for having come one by one
+            self._observers += one._observers if isinstance(one, Observers) else [one]
 
     def exchange(self, exchange: Record, seconds: float) -> None:
         """As an Observer is told; for each request, the general way would take thrice as long."""
@@ -8208,21 +8212,27 @@ STRANGERS = {b'Blocked request. This host': 'Vite', b'Invalid Host header': 'web
              b'Origin checking failed': 'Django', b'Blocked host': 'Rails',
              b'Unauthorized request from': 'Next', b'403 : Forbidden': 'Jupyter',
              b'Cross origin websockets not allowed': 'Jupyter or another Tornado app'}
-STRANGER_IN_200 = b'19'     # the Content-Length of `Invalid Host header`: some say it with a 200
+REFUSED = 400, 403
+STRANGER_IN_200 = 19        # the length of `Invalid Host header`: some say it with a 200
 LONGEST_WORDS = 64          # of them all, at most
 
 
-class Strangers:
+class Strangers(ClientObserver):
     """Finds words by which an app refuses this tunnel, and gives the user a hint, once."""
 
     def __init__(self, app: App) -> None:
         self._app = app
         self._hinted = False
 
-    def tap(self, exchange: Exchange, response: Response) -> Tap | None:
-        """What is to be shown the body of RESPONSE, where that may hold such words."""
-        if response.status not in (400, 403) and (
-                response.fields.get(b'content-length') != STRANGER_IN_200 or self._hinted):
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        if (exchange.status in REFUSED or exchange.size == STRANGER_IN_200) and isinstance(
+                exchange, Exchange) and isinstance(exchange.answer, WholeBody):
+            self.look(exchange.request, exchange.answer.whole)
+
+    def tap(self, exchange: Exchange) -> Tap | None:
+        """What is to be shown the body of a response, where that may hold such words."""
+        if exchange.status not in REFUSED and (
+                not isinstance(exchange.answer, Body) or exchange.answer.left != STRANGER_IN_200):
             return None
         rest, left = b'', MAX_PAYLOAD
 
@@ -8271,6 +8281,8 @@ class HostHeader(Annex):
             strangers = Strangers(app)
             app.response_taps.append(strangers.tap)
             app.strange.append(strangers.look)
+            observers: Any = Observers(app.observer, strangers)
+            app.observer = observers
 
 
 # ------------------------------------------------------------------------------------------------
@@ -12287,7 +12299,7 @@ class Reader:
                 'from': self.sender, 'kind': kind, 'text': text, 'size': size,
                 'truncated': len(payload) > KEPT_MESSAGE, 'ms': round(seconds * 1e3, 1)}]
             self.kept.hold(len(text) + KIB)
-            self.kept.book.tell(self.kept)
+            self.kept.watched.book.tell(self.kept)
 
 
 class Events(Reader):
@@ -12443,13 +12455,12 @@ PACKED = Record(0, 0.0)         # what stands for the record of an exchange that
 class Kept:
     """One exchange: the record that the tunnel keeps anyway, and what passed.
 
-    Once it has ended, only what can be shown is kept, in `past`: hundreds of exchanges as they were
+    Once it has ended, only what can be shown is kept of most, in `past`: hundreds as they were
     would keep the objects of the next ones in memory that is never warm, and cost a sixth of the
     speed.  An attribute of the class is so until it is set: most never are.
     """
     past: tuple[Any, ...] = ()
-    response: Response | None = None    # its head, once it is here
-    sent: bytes | bytearray = b''       # of the bodies; a request's only if it was streamed
+    sent: bytes | bytearray = b''       # of the bodies, where they came piece by piece
     received = b''                      # most are one piece, which this need not copy
     readers: Sequence[Reader] = ()      # of both ways, after an upgrade and in an event stream
     messages: Sequence[dict[str, Any]] = ()
@@ -12457,25 +12468,26 @@ class Kept:
     seconds: float | None = None        # that it took, once it has ended
     failed = ''                         # which hop did: app, client, relay
 
-    def __init__(self, watched: Watched, record: Record, held: int) -> None:
-        self.watched, self.book = watched, watched.book
-        self.record, self.number = record, record.number
-        self.held = held                # bytes of memory; 0 once it is no longer in the book
-        self.at = time.time()
+    def __init__(self, watched: Watched, record: Record, seconds: float) -> None:
+        """It has run for SECONDS."""
+        self.watched, self.record, self.number = watched, record, record.number
+        self.held = KEPT_OBJECTS        # bytes of memory; 0 once it is no longer in the book
+        self.at = time.time() - seconds
 
     def hold(self, size: int) -> None:
         """Count SIZE bytes of memory."""
         if self.held:
             self.held += size
-            self.book.used += size
-            if self.book.used > KEPT_BYTES:
-                self.book.shrink()
+            book = self.watched.book
+            book.used += size
+            if book.used > KEPT_BYTES:
+                book.shrink()
 
     def sends(self, piece: bytes) -> None:
         """Keep a PIECE of the request's body, or see what comes after an upgrade; this is a tap."""
         if self.readers:
             return self.readers[0].feed(piece)
-        room = self.book.most - len(self.sent)
+        room = self.watched.book.most - len(self.sent)
         if room > 0 and self.held:
             if not self.sent:
                 self.sent = bytearray()
@@ -12493,44 +12505,36 @@ class Kept:
 
     def pack(self) -> None:
         """Keep only what can be shown, if this is an exchange as most are."""
-        record, response = self.record, self.response
+        record = self.record
         if not isinstance(record, Exchange):
             return
-        request, body, answer = record.request, record.body, record.answer
-        if response is None or self.readers or not isinstance(answer, Body):
-            record.near = record.far = self.book.nowhere        # they hold much more
+        request, response, body, answer = (
+            record.request, record.response, record.body, record.answer)
+        if response is None or type(body) is not WholeBody or type(answer) is not WholeBody:
+            record.near = record.far = self.watched.book.nowhere        # they hold much more
             for of_stream in (body, answer):
                 if isinstance(of_stream, Body) and of_stream.whole is None:
-                    of_stream.stream = self.book.nowhere
-            return
+                    of_stream.stream = self.watched.book.nowhere
+            return self.hold(2 * len(request.block) + len(body.whole or b'')
+                             + (2 * len(response.block) if response else 0))
         self.past = (
-            request.method, request.target, request.minor, request.block,
+            request.method, record.target, request.minor, request.block,
             response.minor, response.status, response.reason, response.block,
-            record.began, record.answered, record.status, record.why,
-            bytes(self.sent) if body.whole is None else body.whole,
-            body.taken, body.finished, body.trailers, self.received,
-            answer.taken, answer.finished, answer.trailers)
-        self.record, self.response, self.sent, self.received = PACKED, None, b'', b''
+            record.began, record.answered, record.status, record.why, body, answer)
+        self.record = PACKED
+        self.hold(len(request.block) + len(response.block) + body.taken + answer.taken)
 
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
         (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
-         began, answered, status, why, sent, taken, finished, trailers,
-         received, answer_taken, answer_finished, answer_trailers) = self.past
-        record = Exchange(self.book.nowhere, Request(method, target, minor, block), self.number)
-        response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
-        answer = body_reader(self.book.nowhere, response.body_length(method))
-        for body, *state in ((record.body, taken, finished, trailers),
-                             (answer, answer_taken, answer_finished, answer_trailers)):
-            if body is not NO_BODY:
-                body.taken, body.finished, last = state
-                if isinstance(body, ChunkedBody):
-                    body.trailers = last
-        record.began, record.answered, record.status = began, answered, status
-        record.answer, record.why = answer, why
+         began, answered, status, why, body, answer) = self.past
+        request = Request(method, target.encode('latin-1'), minor, block)
+        record = Exchange(self.watched.book.nowhere, request, self.number)
+        record.response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
+        record.began, record.answered, record.status, record.why = began, answered, status, why
+        record.body, record.answer = body, answer
         kept = copy.copy(self)
-        kept.past, kept.record, kept.response = (), record, response
-        kept.sent, kept.received = sent, received
+        kept.past, kept.record = (), record
         return kept
 
     @property
@@ -12549,7 +12553,7 @@ class Kept:
             visitor = record.request.get(b'x-forwarded-for').decode('latin-1').partition(',')[0]
             origin = record.request.fields.get(b'localtunnel-replay', b'')
         seconds = time.monotonic() - record.began if self.seconds is None else self.seconds
-        upgraded = self.response is not None and self.response.status == 101
+        upgraded = record.status == 101
         return {
             'id': record.number, 'tunnel': self.watched.name, 'kind': self.kind,
             'at': rfc3339(self.at), 'visitor': visitor,
@@ -12564,11 +12568,12 @@ class Kept:
         """Return all that is known of it, with secrets if they are to be SHOWn."""
         if self.past:
             return self.unpacked().details(show)
-        record, response, summary = self.record, self.response, self.summary(show)
+        record, summary = self.record, self.summary(show)
         details = {**summary, 'request': None, 'response': None, 'timing': {
             'first_byte_ms': None, 'end_ms': None if summary['pending'] else summary['ms']}}
         if not isinstance(record, Exchange):
             return details
+        response = record.response
 
         def side(line: str, head: Head, body: Any, kept: bytes) -> dict[str, Any]:
             whole = isinstance(body, Body) and body.finished and body.taken == len(kept)
@@ -12584,7 +12589,8 @@ class Kept:
         details['signature'] = about_signature(request['headers'], self.edited, time.time())
         if response is not None:
             line = f'HTTP/1.1 {response.status}{response.reason.decode("latin-1")}'
-            details['response'] = side(line, response, record.answer, self.received)
+            details['response'] = side(line, response, record.answer,
+                                       getattr(record.answer, 'whole', None) or self.received)
             if record.answered:
                 first = round((record.answered - record.began) * 1e3, 1)
                 details['timing']['first_byte_ms'] = first
@@ -12609,14 +12615,64 @@ class Watched(ClientObserver):
         self.url = ''               # once it is there
         book.tunnels = [*(one for one in book.tunnels if not one.app.closed), self]
         app.seen = book
-        app.request_taps.append(functools.partial(book.begun, self))
-        app.response_taps.append(book.responded)
+        app.request_taps.append(self.begun)
+        app.response_taps.append(self.responded)
         observers: Any = Observers(app.observer, self)
         app.observer = observers
-        self.exchange = functools.partial(book.ended, self)     # type: ignore[method-assign]
 
     def ready(self, url: str, user: str, round_trip: float) -> None:
         self.url = url
+
+    def begun(self, exchange: Exchange) -> Tap | None:
+        """Return what keeps the body of the request; most are kept once they have ended."""
+        book, near = self.book, exchange.near
+        if not (book.listeners or exchange.body.whole is None or exchange.request.upgrade
+                or type(near) is Replay):
+            return None
+        kept = book.open[exchange] = book.keep(self, exchange, 0.0, always=type(near) is Replay)
+        if kept is None:
+            return None
+        if type(near) is Replay:
+            near.made, kept.edited = kept, near.edited
+        book.tell(kept)
+        return kept.sends
+
+    def responded(self, exchange: Exchange) -> Tap | None:
+        """Return what keeps the body of the response, which comes piece by piece."""
+        book, response = self.book, exchange.response
+        assert response is not None
+        if exchange not in book.open:
+            book.open[exchange] = book.keep(self, exchange, exchange.answered - exchange.began)
+        kept = book.open[exchange]
+        if kept is None:
+            return None
+        if response.status == 101:
+            deflated = b'permessage-deflate' in response.block
+            kept.readers = [Frames(kept, sender, deflated) if kept.kind == 'websocket' else
+                            Reader(kept, sender) for sender in ('visitor', 'app')]
+        elif b'content-length' not in response.fields and response.find(
+                b'content-type').lower().startswith('text/event-stream'):
+            kept.readers = Reader(kept, 'visitor'), Events(kept, 'app')
+        book.tell(kept)
+        return kept.readers[1].feed if response.status == 101 else kept.receives
+
+    def exchange(self, exchange: Record, seconds: float) -> None:
+        book = self.book
+        book.took.append(seconds)
+        if exchange.why or exchange.status >= 500:
+            book.errors += 1
+        if exchange in book.open:
+            kept = book.open.pop(exchange)
+        else:
+            kept = book.keep(self, exchange, seconds)
+        if kept is None:
+            return
+        kept.seconds = seconds
+        if exchange.why:
+            kept.failed = failed_hop(exchange)
+        kept.pack()
+        if book.listeners:
+            book.tell(kept)
 
     def about(self) -> dict[str, str]:
         """Return what the API says of it."""
@@ -12631,14 +12687,15 @@ class Exchanges:
         """MOST bytes are kept of a request's body."""
         self.runtime, self.most = runtime, most
         self.tunnels: list[Watched] = []
-        self.kept: collections.deque[Kept] = collections.deque()        # the oldest first
-        self.open: dict[Record, Kept | None] = {}       # those that run; None: only counted
+        self.kept: collections.deque[Kept] = collections.deque()        # as they came here
+        # Those that run, where they are kept already; None: they are only counted.
+        self.open: dict[Record, Kept | None] = {}
         self._room = KEPT_BURST     # for how many there is, until others are only counted
         self.seen = self.used = 0               # exchanges so far; bytes of memory for those kept
         # By second: [Unix time, requests, errors, median, slowest]; and the one that runs.
         self.pace: collections.deque[list[float]] = collections.deque(maxlen=PACE_SECONDS)
-        self._second = self._errors = 0
-        self._took: list[float] = []
+        self._second = self.errors = 0
+        self.took: list[float] = []
         self.nowhere = ByteStream(runtime)      # where the streams were of those that ended
         # A seam.  They are told of an exchange that has begun, come further, or ended.
         self.listeners: list[Callable[[Kept], None]] = []
@@ -12649,91 +12706,59 @@ class Exchanges:
         for listener in self.listeners:
             listener(kept)
 
-    # What it is told.
-
-    def begun(self, watched: Watched, exchange: Exchange) -> Tap | None:
-        """Keep EXCHANGE, which is WATCHED; return what keeps the body of its request."""
-        size, near = 2 * len(exchange.request.block), exchange.near
-        if not self.listeners and type(near) is not Replay:
-            if self._room < 1:      # of thousands a second most would be gone at once
-                self.open[exchange] = None
-                self.seen += 1
-                return None
-            self._room -= 1
-        size += len(exchange.body.whole or b'')
-        kept = self._keep(watched, exchange, size)
-        if type(near) is Replay:
-            near.made, kept.edited = kept, near.edited
-        if self.listeners:
-            self.tell(kept)
-        return kept.sends
-
-    def responded(self, exchange: Exchange, response: Response) -> Tap | None:
-        """Keep RESPONSE; return what keeps its body."""
-        kept = self.open[exchange]
-        if kept is None:
-            return None
-        kept.response, kept.received = response, b''
-        if len(response.block) > KEPT_OBJECTS // 4:
-            kept.hold(2 * len(response.block))
-        if response.status == 101:
-            deflated = b'permessage-deflate' in response.block
-            kept.readers = [Frames(kept, sender, deflated) if kept.kind == 'websocket' else
-                            Reader(kept, sender) for sender in ('visitor', 'app')]
-        elif b'content-length' not in response.fields and response.find(
-                b'content-type').lower().startswith('text/event-stream'):
-            kept.readers = Reader(kept, 'visitor'), Events(kept, 'app')
-        if self.listeners:
-            self.tell(kept)
-        return kept.readers[1].feed if response.status == 101 else kept.receives
-
-    def ended(self, watched: Watched, exchange: Record, seconds: float) -> None:
-        """EXCHANGE has ended, after SECONDS."""
-        self._took.append(seconds)
-        if exchange.why or exchange.status >= 500:
-            self._errors += 1
-        if exchange not in self.open:       # it had no request, or is not HTTP
-            self._keep(watched, exchange, 0)
-        kept = self.open.pop(exchange)
-        if kept is None:
-            return
-        kept.seconds = seconds
-        if exchange.why:
-            kept.failed = failed_hop(exchange)
-        kept.pack()
-        if self.listeners:
-            self.tell(kept)
-
     def sweep(self, now: float, woke_up: bool) -> None:
         """Make room for others, and close the second that is over; twice a second is enough."""
         self._room = min(KEPT_BURST, self._room + KEPT_RATE * SWEEP)
         second = int(time.time())
-        if self._took and second != self._second:
-            took = sorted(self._took)
-            self.pace.append([self._second, len(took), self._errors,
+        if self.took and second != self._second:
+            took = sorted(self.took)
+            self.pace.append([self._second, len(took), self.errors,
                               round(took[len(took) // 2] * 1e3, 1), round(took[-1] * 1e3, 1)])
-            self._errors, self._took = 0, []
+            self.errors, self.took = 0, []
         self._second = second
 
     # What is kept.
 
     def __len__(self) -> int:
-        return len(self.kept)
+        return len(self.all())
 
     def __getitem__(self, at: Any) -> Any:
-        kept = list(self.kept)[at]
+        kept = self.all()[at]
         return [one.as_object() for one in kept] if isinstance(at, slice) else kept.as_object()
 
-    def _keep(self, watched: Watched, record: Record, size: int) -> Kept:
-        """Keep what comes of RECORD; SIZE bytes are there."""
-        size += KEPT_OBJECTS
-        kept = self.open[record] = Kept(watched, record, size)
-        self.kept.append(kept)
+    def _running(self) -> list[tuple[Watched, Record]]:
+        """Those that run, of which nothing is kept yet."""
+        return [(one, record) for one in self.tunnels for record in tuple(one.app.under_way)
+                if record not in self.open]
+
+    def all(self) -> list[Kept]:
+        """Return those that are kept, and those that run, the oldest first."""
+        now = time.monotonic()
+        return sorted([*self.kept, *(Kept(one, record, now - record.began)
+                                     for one, record in self._running())],
+                      key=operator.attrgetter('number'))
+
+    def keep(self, watched: Watched, record: Record, seconds: float,
+             always: bool = False) -> Kept | None:
+        """Keep what comes of RECORD, which has run for SECONDS; None where it is only counted."""
         self.seen += 1
-        self.used += size
-        if len(self.kept) > KEPT_EXCHANGES or self.used > KEPT_BYTES:
+        if not (self.listeners or always):
+            if self._room < 1:      # of thousands a second most would be gone at once
+                return None
+            self._room -= 1
+        kept = Kept(watched, record, seconds)
+        self.kept.append(kept)
+        self.used += KEPT_OBJECTS
+        if len(self.kept) > KEPT_EXCHANGES:
             self.shrink()
         return kept
+
+    def forget(self) -> None:
+        """Let go of all; those that run are not listed any more."""
+        self.shrink(0)
+        for _, record in self._running():
+            self.seen += 1
+            self.open[record] = None
 
     def shrink(self, most: int | None = None) -> None:
         """Let go of the oldest, until there is room, or no more than MOST are left."""
@@ -13671,7 +13696,7 @@ class Inspector:
                 raise BadHttp(400, f'{name} takes a number, not {self._words[name]!r}')
         after, most = (int(self._words.get(name, other))
                        for name, other in (('after', 0), ('limit', KEPT_EXCHANGES)))
-        for kept in tuple(self._book.kept):
+        for kept in self._book.all():
             if len(found) < most and kept.number > after and chosen.fits(
                     kept.summary(), kept.details):
                 found.append(kept)
@@ -13686,12 +13711,12 @@ class Inspector:
 
     async def _clear(self) -> None:
         """DELETE /api/exchanges: those that run go on, and are not listed any more."""
-        self._book.shrink(0)
+        self._book.forget()
         await write_own(self._connection, b'HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n')
 
     def _find(self, number: str) -> Kept:
         """Return what is kept of exchange NUMBER.  Raises HopFailed."""
-        for kept in self._book.kept:
+        for kept in self._book.all():
             if kept.number == int(number):
                 return kept
         raise HopFailed(404, f'exchange {number} is not kept, or never was')
@@ -13714,7 +13739,8 @@ class Inspector:
                    if not tunnel.app.closed] or [book.tunnels[-1].about()]
         return {**tunnels[0], 'tunnels': tunnels,
                 'requests_per_second': sum(n for at, n, *_ in book.pace if at >= since) / PACE_NOW,
-                'open': len(book.open), 'seen': book.seen, 'kept': len(book.kept),
+                'open': sum(len(tunnel.app.under_way) for tunnel in book.tunnels),
+                'seen': book.seen, 'kept': len(book.kept),
                 'median_ms': round(took[len(took) // 2] * 1e3, 1) if took else None,
                 'kept_bytes': book.used, 'dropped': book.seen - len(book.kept),
                 'pace': list(book.pace), 'version': __version__}

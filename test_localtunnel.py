@@ -3567,8 +3567,8 @@ class TapTest(WorldTest):
         visitor, self.seen = (await self.through(answer))[1], []
         app = self.clients[-1].app
         app.request_taps.append(lambda exchange: self.tap('request', exchange.body.whole))
-        app.response_taps.append(lambda exchange, response: self.tap('response', response.status))
-        app.response_taps.append(lambda exchange, response: None)
+        app.response_taps.append(lambda exchange: self.tap('response', exchange.response.status))
+        app.response_taps.append(lambda exchange: None)
         return visitor
 
     def tap(self, *what):
@@ -3581,14 +3581,23 @@ class TapTest(WorldTest):
     async def test_a_small_request_is_whole_and_a_streamed_one_comes_in_pieces(self):
         visitor = await self.tapped(OK)
         await visitor.get(method='POST', fields='Content-Length: 5', body=b'small')
-        self.assertEqual(self.seen, [('request', b'small'), ('response', 200),
-                                     ('response', b'hello')])
+        self.assertEqual(self.seen, [('request', b'small')])
+        records = [told[1] for told in self.log.told if told[0] == 'exchange']
+        self.assertEqual([(one.response.status, one.answer.whole) for one in records],
+                         [(200, b'hello')] * len(records))
         self.seen.clear()
         large = pattern(300000)
         await visitor.get(method='POST', fields='Content-Length: 300000', body=large)
         self.assertIn(('request', None), self.seen)
         self.assertEqual(self.pieces('request'), large)
-        self.assertEqual(self.pieces('response'), b'hello')
+        self.assertEqual(self.pieces('response'), b'')
+
+    async def test_a_large_response_comes_in_pieces(self):
+        large = pattern(300000)
+        visitor = await self.tapped(ok(large))
+        await visitor.get()
+        self.assertEqual(self.seen[:2], [('request', b''), ('response', 200)])
+        self.assertEqual(self.pieces('response'), large)
 
     async def test_after_an_upgrade_each_way_has_its_tap(self):
         async def app(head, reader, writer):
@@ -10021,17 +10030,33 @@ class KeptTest(InspectorTest):
                 await visitor.get(f'/{number}', 'Transfer-Encoding: chunked', 'PUT',
                                   body=b'3\r\nabc\r\n0\r\nC: end\r\n\r\n')
             await eventually(lambda: len(compared) == 7)
-        for was_packed, after, before in compared:
-            self.assertTrue(was_packed)
+        for _, after, before in compared:
             self.assertEqual(after, before)
+        self.assertEqual({was_packed for was_packed, *_ in compared}, {True, False})
         self.assertEqual({len(after['request']['trailers']) for _, after, _ in compared}, {0, 1})
+
+    async def test_one_that_runs_is_listed_and_can_be_let_go_of(self):
+        async def app(head, reader, writer):
+            await reader.read()
+        visitor, running = await self.inspected(app), self.clients[-1].app.under_way
+        visitor.ask('/slow')
+        await eventually(lambda: running)
+        one, = (await self.api('exchanges'))['exchanges']
+        self.assertEqual((one['target'], one['status'], one['pending']), ('/slow', 0, True))
+        self.assertEqual((await self.api('exchanges/1'))['request']['line'], 'GET /slow HTTP/1.1')
+        self.assertEqual((await self.api('status'))['open'], 1)
+        await self.ask('/api/exchanges', 'DELETE')
+        self.assertEqual(await self.listed(), [])
+        visitor.reset()
+        await eventually(lambda: not running)
+        self.assertEqual(await self.api('exchanges'), {'exchanges': [], 'dropped': 1})
 
     async def test_under_load_most_are_only_counted_unless_somebody_waits_for_them(self):
         with self.constant(KEPT_BURST=3.0, KEPT_RATE=0.0):
             visitor = await self.inspected()
             for _ in range(5):
                 self.assertEqual((await visitor.get())[2], b'hello')
-            await eventually(lambda: not self.book.open)
+            await eventually(lambda: not self.clients[-1].app.under_way)
             answer = await self.api('exchanges')
             self.assertEqual([one['id'] for one in answer['exchanges']], [1, 2, 3])
             self.assertEqual(answer['dropped'], 2)
@@ -10068,7 +10093,7 @@ class KeptTest(InspectorTest):
         visitor.ask('/', 'Transfer-Encoding: chunked', 'POST',
                     body=b'3\r\nabc\r\n0\r\nX-A: 1\r\n\r\n')
         await visitor.reader.readuntil(b'X-B: 2\r\n\r\n')
-        await eventually(lambda: not self.book.open)
+        await eventually(lambda: not self.clients[-1].app.under_way)
         details = await self.api('exchanges/1')
         self.assertEqual(details['request']['trailers'], [['X-A', '1']])
         self.assertEqual(details['response']['trailers'], [['X-B', '2']])
@@ -10111,7 +10136,7 @@ class KeptTest(InspectorTest):
         visitor.ask('/wait')
         await waiting.wait()
         visitor.reset()
-        await eventually(lambda: not self.book.open)
+        await eventually(lambda: not self.clients[-1].app.under_way)
         shown = (await self.api('exchanges'))['exchanges']
         self.assertEqual([one['failed'] for one in shown], ['app', 'app', ''])
         self.assertTrue(all(one['error'] for one in shown))
@@ -10270,7 +10295,7 @@ class MessageTest(InspectorTest):
         """What reads frames of an exchange."""
         app = lt.App(unittest.mock.Mock(), lt.parse_target('1'), None, self.log, lt.Words())
         watched = lt.Watched(lt.Exchanges(app.runtime, 1), app, '', '')
-        return lt.Frames(lt.Kept(watched, lt.Record(1, 0.0), 1), 'app', deflated)
+        return lt.Frames(lt.Kept(watched, lt.Record(1, 0.0), 0.0), 'app', deflated)
 
     def read(self, data, deflated=False):
         """The messages that are read in DATA, (kind, text, size), however it comes."""
@@ -10459,14 +10484,18 @@ class LiveTest(InspectorTest):
         await self.inspected()
         head = lt.parse_request(b'GET /x HTTP/1.1\r\nHost: a\r\nX: ' + b'y' * 400 + b'\r\n\r\n')
         answer = lt.parse_response(b'HTTP/1.1 200 OK\r\nX: ' + b'y' * 400 + b'\r\n\r\n')
-        stream = lt.ByteStream(self.runtime)
+        stream, watched = lt.ByteStream(self.runtime), self.book.tunnels[0]
 
         def pass_by(first, last):
             for number in range(first, last):
                 exchange = lt.Exchange(stream, head, number)
-                self.book.begun(self.book.tunnels[0], exchange)
-                self.book.responded(exchange, answer)(bytes(1000))
-                self.book.tunnels[0].exchange(exchange, 0.01)
+                watched.begun(exchange)
+                exchange.response = answer
+                if number % 2:
+                    exchange.answer = lt.WholeBody(bytes(1000))
+                else:
+                    watched.responded(exchange)(bytes(1000))
+                watched.exchange(exchange, 0.01)
             gc.collect()
             return tracemalloc.get_traced_memory()[0]
         tracemalloc.start()
@@ -10491,7 +10520,7 @@ class LiveTest(InspectorTest):
             visitor.send(piece)
             await visitor.writer.drain()
         await visitor.answer()
-        kept = self.book.kept[0].unpacked()
+        kept = self.book.kept[0]
         self.assertEqual((kept.record.sent, len(kept.sent)), (40 << 20, 1 << 20))
         self.assertLess(self.book.used, 2 << 20)
 
@@ -10728,7 +10757,7 @@ class ReplayTest(InspectorTest):
         with self.constant(REPLAY_WAIT=0.01, REPLAY_MOST=0.05):
             self.assertEqual((await self.api('exchanges/1/replay', 'POST'))['id'], 2)
             await ended.wait()
-        await eventually(lambda: not self.book.open)
+        await eventually(lambda: not self.clients[-1].app.under_way)
         self.assertIn('an hour', (await self.api('exchanges/2'))['error'])
 
     def signature(self, field, value, *more, edited=False, now=1000.0):
