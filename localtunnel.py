@@ -15863,7 +15863,7 @@ class Terminal(ClientObserver):
         facts = ', '.join(f'{name} {value}' for name, value in rows.items()
                           if not self._name or name != 'inspector')
         if self._quiet or not self._tty:
-            put(sys.stdout, self._name + ' ' * bool(self._name) + url + '\n')
+            put(sys.stdout, f'{self._name} {url}\n'.lstrip())
             if not self._quiet:
                 say(f'{self._whose}{leads} ({facts})')
             return
@@ -15942,11 +15942,12 @@ class Terminal(ClientObserver):
                 **{name: text for name, text in about.items() if name not in ABOUT}}
 
     def lost(self, why: str, seconds: float) -> None:
-        why_before, now = self._lost[1] if self._lost else '', time.monotonic()
-        self._lost = self._lost[0] if self._lost else now, why, now + seconds
-        if why != why_before:
+        now = time.monotonic()
+        since, before, _ = self._lost or (now, '', now)
+        self._lost = since, why, now + seconds
+        if why != before:
             self._event('lost', reason=why, retry=round(seconds, 1))
-        if not change_line(self.waits(now)) and why != why_before:
+        if not change_line(self.waits(now)) and why != before:
             say(self._paint('33', self._whose + why, sys.stderr) + '; trying again')
 
     def waits(self, now: float) -> str:
@@ -16003,7 +16004,7 @@ class Terminal(ClientObserver):
         if not self._tty:
             begin += f'{name} ' if name else ''
             return self._add(f'{begin}{status} {method} {path} {took} {size}'.rstrip()
-                                   + (f' {printable(why)}' if why else ''))
+                             + (f' {printable(why)}' if why else ''))
         begin, method = f'{begin:<14}' + (f'{name:<8} ' if name else ''), f'{method:<6}'
         room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
