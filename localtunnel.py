@@ -4601,6 +4601,11 @@ def explain(error: BaseException, where: str) -> str:
     return f"can't reach {where}: {plainly(error)}"
 
 
+def no_files_left(error: BaseException | None) -> bool:
+    """Return True if ERROR is that no more files, and connections, may be open."""
+    return isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE)
+
+
 # What servers say in a 400 to a request without TLS: nginx, Apache, Go, Tomcat.
 WANTS_TLS = re.compile(rb'plain HTTP request was sent to HTTPS port|speaking plain HTTP to an SSL'
                        rb'|HTTP request to an HTTPS server|host and port requires TLS')
@@ -4642,6 +4647,10 @@ class Words(Failures):
 
     def no_app(self, target: Target, error: BaseException) -> HopFailed:
         """The same of an app."""
+        if no_files_left(error):
+            return HopFailed(503, 'the client has too many files and connections open; try again '
+                             'soon', f'Retry-After: {RETRY_AFTER}', hop='client',
+                             cure='raise the limit of open files (ulimit -n) and start it anew')
         status = 504 if isinstance(error, asyncio.TimeoutError) else 502
         cure = (f'start your app on port {target.port}, or check the port'
                 if target.local and target.port else 'start your app, or check its address')
@@ -15591,8 +15600,7 @@ class Complaints(logging.Handler):
     """Writes what is logged here, and by asyncio, which by itself would wait for the reader."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        error = record.exc_info[1] if record.exc_info else None
-        if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        if record.exc_info and no_files_left(record.exc_info[1]):
             return complain_of_files(int(time.monotonic() // 60))
         say(f'{record.levelname.lower()}: {self.format(record)}')
 
@@ -17718,6 +17726,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def client_command(args: Args) -> int:
+    descriptor_limit()          # macOS begins with 256, and each request takes one
     if args.config:
         if args.after or args.release or args.join is ASK:
             raise UsageError('--config opens several tunnels, so it goes with none of -- COMMAND, '

@@ -3653,6 +3653,15 @@ class PendingTest(WorldTest):
 
 class UpstreamTest(WorldTest):
 
+    async def test_a_client_whose_files_run_out_says_that_it_is_no_fault_of_the_app(self):
+        _, visitor = await self.through()
+        with unittest.mock.patch.object(self.clients[0].app.upstreams, 'dial',
+                                        side_effect=OSError(errno.EMFILE, 'x')):
+            status, fields, body = await visitor.get()
+        self.assertEqual((status, fields['localtunnel-failed']), (503, 'client'))
+        self.assertIn(b'too many files', body)
+        self.assertEqual((await visitor.get())[0], 200)
+
     async def test_connections_to_the_app_are_used_again(self):
         app, visitor = await self.through()
         for _ in range(5):
