@@ -12115,12 +12115,9 @@ class Invitations(Annex):
         folder = state_folder(args.state)
         invited = Invited(folder)
         try:
-            if args.list:
-                print_line('\n'.join(table_of(invited, read_seen(folder))))
-            elif args.revoke:
-                print_line(self.revoke(invited, args.revoke))
-            else:
-                print_line(self.welcome(invited, args.user, args.rules))
+            print_line('\n'.join(table_of(invited, read_seen(folder))) if args.list else
+                       self.revoke(invited, args.revoke) if args.revoke else
+                       self.welcome(invited, args.user, args.rules))
         except OSError as e:
             raise LocaltunnelError(f"can't use {e.filename or folder}: {e.strerror}") from e
         return 0
