@@ -12061,7 +12061,8 @@ def read_seen(folder: str) -> dict[str, float]:
     """Return when the server of FOLDER saw which token; a file that is damaged says nothing."""
     try:
         with open(os.path.join(folder, SEEN), encoding='ascii') as f:
-            return {str(digest): float(seconds) for digest, seconds in json.load(f).items()}
+            return {str(digest): float(seconds) for digest, seconds in json.load(f).items()
+                    if time.localtime(seconds)}     # which raises where it is none
     except (OSError, ValueError, TypeError, AttributeError, OverflowError):
         return {}
 

@@ -9841,8 +9841,9 @@ class InvitationTest(FolderTest):
         self.assertRegex(ana, f'^ana +{digest[:8]}  ' r'20\d\d-\d\d-\d\d  '
                               '(1970-12-31|1971-01-01) .{5}  names=a$')
         self.assertNotIn('secret', header + ben)
-        self.write('seen.json', '[damaged')
-        self.assertEqual(self.invite('--list').splitlines()[2].split()[3], '-')
+        for text in ('[damaged', *(f'{{"{digest}": {n}}}' for n in ('1e300', 'NaN', '""'))):
+            self.write('seen.json', text)
+            self.assertEqual(self.invite('--list').splitlines()[2].split()[3], '-')
 
     def test_one_of_two_tokens_is_revoked_by_its_name_in_the_list(self):
         lost, kept = (self.joins(self.invite('ana'))[1] for _ in range(2))
