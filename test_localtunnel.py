@@ -8406,6 +8406,11 @@ class MailTest(FolderTest, WorldTest):
         self.assertEqual((await peer.reply())[:4], '220 ')
         return peer
 
+    async def mail_sender(self, *args, **options):
+        """A world where app.localhost takes mail, and a Sender in it."""
+        await self.mail_world(*args, **options)
+        return await self.sender()
+
     def posted(self, n=-1):
         """The head of a request that the app had, and its body."""
         head, _, body = self.taking.requests[n].partition(b'\r\n\r\n')
@@ -8445,8 +8450,7 @@ class SmtpTest(MailTest):
         self.assertEqual(self.taking.requests, [])
 
     async def test_commands_may_come_together(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         sender.send(b'EHLO x\r\nMAIL FROM:<a@b.example>\r\nRCPT TO:<x@app.localhost>\r\nDATA\r\n')
         self.assertEqual([(await sender.reply())[:3] for _ in range(4)], 3 * ['250'] + ['354'])
         sender.send(b'\r\nhello\r\n.\r\nMAIL FROM:<>\r\nQUIT\r\n')
@@ -8470,8 +8474,7 @@ class SmtpTest(MailTest):
         self.assertEqual(len(self.taking.requests), len(HARMLESS_ENDS))
 
     async def test_a_message_may_come_byte_by_byte(self):
-        await self.mail_world(raw=True)
-        sender = await self.sender()
+        sender = await self.mail_sender(raw=True)
         await sender.begins('a@app.localhost')
         message = b'Subject: a\r\n\r\n..\r\n...b\r\n.c\r\n\r\n'
         for byte in message + b'.\r\n':
@@ -8496,8 +8499,7 @@ class SmtpTest(MailTest):
                     self.assertEqual((await sender.says('NOOP'))[:3], '250')
 
     async def test_recipients_wrong_commands_and_all_commands_have_a_bound(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         to = 'RCPT TO:<a@app.localhost>'
         self.assertEqual((await sender.says('EHLO x', 'MAIL FROM:<>', *100 * [to]))[:3], '250')
         self.assertEqual((await sender.says(to))[:9], '452 4.5.3')
@@ -8533,8 +8535,7 @@ class SmtpTest(MailTest):
             self.assertEqual((await sender.reply())[:9], '421 4.4.2')
 
     async def test_a_large_message_has_more_time(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         await sender.begins('a@app.localhost')
         connection, = (visitor.connection for visitor in self.server.visitors)
         with self.constant(SENDER_IDLE=0, MAIL_PACE=10 / PATIENCE):
@@ -8544,8 +8545,7 @@ class SmtpTest(MailTest):
             self.assertEqual((await sender.reply())[:3], '250')
 
     async def test_who_does_not_read_the_replies_is_let_go(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         connection, = (visitor.connection for visitor in self.server.visitors)
         connection.pause_writing()
         self.assertEqual(connection.timeout, lt.SENDER_IDLE)
@@ -8596,8 +8596,7 @@ class SmtpTest(MailTest):
         self.assertNotIn(threading.main_thread(), threads)
 
     async def test_a_server_that_ends_says_so(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         self.server.tunnels.state = lt.LEAVING
         self.assertEqual((await sender.says('NOOP'))[:9], '421 4.3.2')
 
@@ -8639,8 +8638,7 @@ class DeliveryTest(MailTest):
     """What the app gets, and what its answer means."""
 
     async def test_the_answer_of_the_app_is_the_one_of_the_sender(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         for status, reply in ((200, '250 2.0.0'), (204, '250'), (302, '451'), (400, '550 5.7.1'),
                               (401, '550'), (404, '550 5.1.1'), (408, '451'), (410, '550'),
                               (422, '550'), (425, '451'), (429, '451'), (500, '451'), (503, '451')):
@@ -8653,8 +8651,7 @@ class DeliveryTest(MailTest):
     async def test_without_an_answer_the_sender_comes_again(self):
         async def never(head, reader, writer):
             await reader.read()
-        await self.mail_world(never)
-        sender = await self.sender()
+        sender = await self.mail_sender(never)
         with self.subTest('it takes too long'), self.constant(APP_WITHIN=0.05):
             self.assertEqual((await sender.sends('hello'))[:3], '451')
         self.taking.answer = b'gibberish\r\n\r\n'
@@ -8703,8 +8700,7 @@ class DeliveryTest(MailTest):
                 'EHLO x', 'MAIL FROM:<>', f'RCPT TO:<a@{name}.localhost>'))[:3], '451')
 
     async def test_a_client_that_has_changed_its_mind_gets_none(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         await sender.begins('a@app.localhost')
         await self.leaves(self.clients.pop())
         await self.client(self.taking, name='app', mail='/other')
@@ -8712,8 +8708,7 @@ class DeliveryTest(MailTest):
         self.assertEqual(self.taking.requests, [])
 
     async def test_the_form_has_the_fields_of_Mailgun(self):
-        await self.mail_world(auth=['ana:secret'])
-        sender = await self.sender()
+        sender = await self.mail_sender(auth=['ana:secret'])
         await sender.sends(
             'From: =?utf-8?q?=C3=84na?= <ana@b.example>\r\nSubject: =?iso-8859-1?b?5A==?= b\r\n\r\n'
             'yes\r\n\r\nOn Monday you wrote:\r\n> no?\r\n-- \r\nAna',
@@ -8762,8 +8757,7 @@ class DeliveryTest(MailTest):
         self.assertTrue(body.endswith(b'\r\nSubject: \xff\r\n\r\n\xfe\0\r\n'))
 
     async def test_odd_messages_arrive(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         rows = re.findall(r'(?m)^ +(\S.*?) +\|(.*)\| *(.*)$', ODD_MESSAGES)
         self.assertEqual(len(rows), len(ODD_MESSAGES.strip().splitlines()))
         for name, message, text in rows:
@@ -8777,8 +8771,7 @@ class DeliveryTest(MailTest):
                 self.assertTrue(form['body-mime'][2].endswith(message + b'\r\n'))
 
     async def test_what_was_made_to_break_a_parser_arrives_as_it_came(self):
-        await self.mail_world()
-        sender = await self.sender()
+        sender = await self.mail_sender()
         many = MIME + 'multipart/mixed; boundary=x\r\n\r\n'
         nested = ''.join(f'Content-Type: multipart/mixed; boundary=x{n}\r\n\r\n--x{n}\r\n'
                          for n in range(2000))
