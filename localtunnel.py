@@ -4719,8 +4719,9 @@ class Words(Failures):
 # ------------------------------------------------------------------------------------------------
 # 20. Files
 #
-# What is kept on disk: where, for whose eyes, and how a file changes so that a crash leaves the old
-# one or the new one.  And what a server leaves to the next: its lock, and the sockets that listen.
+# What is kept on disk: where, for whose eyes, who waits for it, and how a file changes so that a
+# crash leaves the old one or the new one.  And what a server leaves to the next: its lock, and the
+# sockets that listen.
 # ------------------------------------------------------------------------------------------------
 
 MOST_IN_A_FILE = 16 * MIB       # of one that is read whole: 100,000 tokens or networks have less
@@ -4841,7 +4842,8 @@ class Disk:
             job = self.later(work, *args)
             with contextlib.suppress(asyncio.TimeoutError):     # which cancels what has not begun
                 return await asyncio.wait_for(asyncio.wrap_future(job), DISK_WITHIN)
-            self._overdue = self._overdue if job.done() else job
+            if not job.done():
+                self._overdue = job
         raise OSError(errno.EIO, 'the disk does not answer')
 
 
