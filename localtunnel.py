@@ -210,7 +210,7 @@ MAX_LINE = 16 * KIB             # a request line: RFC 9112 asks for at least 8,0
 MAX_CHUNK_LINE = 4 * KIB        # a chunk's size with its extensions, which nobody uses
 MAX_INTERIM = 1000              # 1xx before the final response: some send 102 every few seconds
 SMALL_BODY = 16 * KIB           # sent in one frame with its head, and kept to be sent again
-DISCARDED = 1 * MIB             # read and dropped after an early response, so that it arrives
+DISCARDED = 1 * MIB             # read of an app that closed, so that its last words arrive
 
 # Visitors, and the app.
 HEAD_TIMEOUT = 30.0             # for a whole request head: slow-header attacks end here
@@ -219,6 +219,7 @@ BODY_IDLE = 3600.0              # without a byte of a body in either direction
 UPLOAD_IDLE = 60.0              # the same of a request without a response; at first HEAD_TIMEOUT
 HALF_CLOSED = 2.0               # without a byte of a response after the visitor's FIN: it is gone
 LINGER = 2.0                    # for a response to arrive before its connection is closed
+LINGER_MOST = 30.0              # the same while a visitor still sends a body, as in nginx
 RESPONSE_TIMEOUT = 3600.0       # for the app to begin its response: some take long to compute
 
 # Tunnels and their names.
@@ -559,7 +560,7 @@ class ReceiveWindow:
 #   reset()        RST                       RESET with its reason      is lost
 #   abort()        RST                                                  is lost
 #   close()        FIN                       RESET, if it still runs    leaves first
-#   linger()       FIN; for LINGER seconds what it sends is dropped     leaves first
+#   linger()       FIN; for some seconds what it sends is dropped       leaves first
 # ------------------------------------------------------------------------------------------------
 
 class Waiter:
@@ -1071,19 +1072,19 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self._close_by = self.runtime.now() + CLOSE_TIMEOUT
             self.transport.close()
 
-    async def linger(self) -> None:
-        """Close so that a response reaches a peer that is still sending.
+    async def linger(self, most: float = 0.0) -> None:
+        """Close so that a response reaches a peer that is still sending, for MOST seconds.
 
         Closing at once would answer what it sends with RST, which destroys what is in flight.
         """
         with contextlib.suppress(LocaltunnelError, OSError):    # it is gone, or too slow
             if self.transport.can_write_eof():
                 self.transport.write_eof()
-            deadline, discarded = self.runtime.now() + LINGER, 0
-            while discarded < DISCARDED and self.runtime.now() < deadline:
-                if not self.unread and not await self.wait_for_data(deadline - self.runtime.now()):
-                    break
-                discarded += len(self.read_nowait(READ_SIZE))
+            deadline = self.runtime.now() + max(LINGER, most)
+            left = LINGER
+            while left > 0 and (self.unread or await self.wait_for_data(min(LINGER, left))):
+                self.read_nowait(READ_SIZE)
+                left = deadline - self.runtime.now()
         self.close()
 
 
@@ -3304,7 +3305,7 @@ class Server:
                         self.log.exchange(exchange, self.runtime.now() - exchange.began)
                 if not exchange.keep:
                     if not exchange.body.finished or connection.unread:
-                        await connection.linger()
+                        await connection.linger(LINGER_MOST)
                     break
                 visitor.exchange = head = None
                 del exchange        # and the bodies with it: the next request may be long in coming

@@ -955,8 +955,13 @@ class ConnectionTest(OneWay, LoopTest):
 
     async def test_lingering_has_an_end_though_the_other_side_never_stops(self):
         left, right = await self.connections()
-        async with self.background(right.write(bytes(40 * lt.MIB))):
-            await left.linger()
+
+        async def never_stop():
+            while True:
+                await right.write(bytes(lt.MIB))
+        with self.constant(LINGER=0.02):
+            async with self.background(never_stop()):
+                await left.linger()
         self.assertTrue(left.transport.is_closing())
 
     async def test_a_reset_that_arrives_while_nobody_reads_is_noticed(self):
@@ -3483,6 +3488,8 @@ class ExchangeTest(WorldTest):
             visitor.ask(method='POST', fields='Content-Length: 99999999', body=bytes(500000))
             status, fields, body = await visitor.answer()
             self.assertEqual((status, fields['connection'], body == page), (413, 'close', True))
+            visitor.send(bytes(8 * lt.MIB))     # as one who reads once all is sent
+            await visitor.writer.drain()
             await self.end_of_the_world()
 
     async def test_an_upgrade_becomes_raw_bytes_both_ways_with_both_ends(self):
