@@ -16000,21 +16000,22 @@ class Terminal(ClientObserver):
             self.times.append(seconds)
             if self._tty and status < 500 and not self._crowd.lets(time.monotonic()):
                 return
-            lasts = status == 101 or exchange.method == 'TCP'       # as it is meant to
-            colour = '' if lasts or seconds < SLOW else '33' if seconds < TOO_SLOW else '31'
+            slow = seconds >= SLOW and status != 101 and exchange.method != 'TCP'   # which may last
+            colour = '' if not slow else '33' if seconds < TOO_SLOW else '31'
             self._line(exchange, str(status or 'gone'), duration(seconds), in_bytes(exchange.size),
                        colour)
 
     def _line(self, exchange: Record, status: str, took: str, size: str = '',
               colour: str = '') -> None:
         """Write a line for EXCHANGE; TOOK says for how long it ran."""
-        begin, name = f'{clock()[11:]} #{exchange.number} ', self._name
+        at, number, name = clock()[11:], exchange.number, self._name
         method, path, why = exchange.method, printable(exchange.target), exchange.why
         if not self._tty:
-            begin += f'{name} ' if name else ''
-            return self._add(f'{begin}{status} {method} {path} {took} {size}'.rstrip()
-                             + (f' {printable(why)}' if why else ''))
-        begin, method = f'{begin:<14}' + (f'{name:<8} ' if name else ''), f'{method:<6}'
+            whose, why = f'{name} ' if name else '', f' {printable(why)}' if why else ''
+            return self._add(
+                f'{at} #{number} {whose}{status} {method} {path} {took} {size}'.rstrip() + why)
+        begin, method = f'{at} #{number} ', f'{method:<6}'
+        begin = f'{begin:<14}' + (f'{name:<8} ' if name else '')
         room = max(PATHS[0], columns() - len(begin) - len(method) - 23)
         path = f'{cut_in_middle(path, room):<{min(room, PATHS[1])}}'
         status = self._paint(STATUS_COLOURS.get(status[0], '2'), status) + ' ' * (5 - len(status))
