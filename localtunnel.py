@@ -16487,7 +16487,7 @@ def make_key() -> bytes:
     return LONG_NAMES + secrets.token_bytes(24)
 
 
-def load_key(warn: Callable[[str], None]) -> bytes:
+def load_key() -> bytes:
     """Return the user's 32-byte key, from LOCALTUNNEL_KEY or the configuration folder, or new."""
     given = os.environ.get('LOCALTUNNEL_KEY')
     if given:
@@ -16508,10 +16508,10 @@ def load_key(warn: Callable[[str], None]) -> bytes:
                 os.unlink(made)
             else:
                 os.replace(made, path)
-        key = read_secret(path, 'has your names; remove it to get new ones', warn)
+        key = read_secret(path, 'has your names; remove it to get new ones', LOG.warning)
     except OSError as e:
-        warn(f"can't keep a key at {path} ({e.strerror}), so your name lasts only for this run; "
-             'where there is no disk, set LOCALTUNNEL_KEY')
+        LOG.warning("can't keep a key at %s (%s), so your name lasts only for this run; where "
+                    'there is no disk, set LOCALTUNNEL_KEY', path, e.strerror)
         return make_key()
     if len(key) != 32:
         raise UsageError(f'{path} is damaged (a key is 32 bytes); restore it, or delete it to '
@@ -16921,7 +16921,7 @@ class Life(ClientObserver):
         """Begin.  Raises UsageError."""
         self._known = known_server(self._args)
         check_client_options(self._args, self._target, self._known)
-        self._key = load_key(LOG.warning)
+        self._key = load_key()
         for future in (self.begun, self.over):
             future.set_running_or_notify_cancel()       # who waits in a loop can't cancel it
         self._loop = asyncio.new_event_loop()
@@ -16960,7 +16960,7 @@ class Life(ClientObserver):
 
     def _run(self) -> None:
         try:
-            self._loop.run_until_complete(self._serve(self._known))
+            self._loop.run_until_complete(self._serve())
         except LocaltunnelError as e:
             self.error = e.again()
             if self.begun.done():       # else start raises it
@@ -16976,13 +16976,13 @@ class Life(ClientObserver):
                 if not future.done():
                     future.set_result(None)
 
-    async def _serve(self, known: KnownServer | None) -> None:
+    async def _serve(self) -> None:
         """Be a tunnel until it is to end.  Raises what ends it before."""
         args, runtime = self._args, Runtime(self._loop)
         async with contextlib.AsyncExitStack() as stack:
             stack.push_async_callback(runtime.close)
             app, self._client, _ = await stack.enter_async_context(
-                wired(runtime, args, self._target, known, self._key, lambda known: self))
+                wired(runtime, args, self._target, self._known, self._key, lambda _: self))
             self.exchanges = app.seen
             watched = functools.partial(LOG.info, 'what passes can be seen at %s')
             for annex in ANNEXES if getattr(args, 'inspect', None) else ():
@@ -17426,7 +17426,7 @@ class Sections:
     """All tunnels of the file, in one process: what ends one does not end the others."""
 
     def __init__(self, runtime: Runtime, args: Args) -> None:
-        self._runtime, self._args, self._key = runtime, args, load_key(LOG.warning)
+        self._runtime, self._args, self._key = runtime, args, load_key()
         self.terminal = Terminal(args, {})
         self._seen: Any = ()            # what the inspector of all of them keeps
         self._inspector = ''            # its URL
@@ -17705,7 +17705,7 @@ def say_not_public(args: Args, what: str) -> None:
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
-    beside, key, carrier = Beside(runtime, args.after), load_key(LOG.warning), find_carrier(args)
+    beside, key, carrier = Beside(runtime, args.after), load_key(), find_carrier(args)
     if known is None and not carrier:
         say_not_public(args, args.target)
     observe = functools.partial(terminal_of, args, target)

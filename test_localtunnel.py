@@ -12444,8 +12444,10 @@ class HelpTest(unittest.TestCase):
 class KeyTest(FolderTest):
 
     def load(self):
-        self.warnings = []
-        return lt.load_key(self.warnings.append)
+        with unittest.mock.patch.object(lt.LOG, 'warning') as warning:
+            key = lt.load_key()
+        self.warnings = warning.call_args_list
+        return key
 
     def test_a_key_is_made_once(self):
         key = self.load()
