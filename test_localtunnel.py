@@ -11949,7 +11949,8 @@ class SlowReaderTest(CommandTest):
         self.reserved.close()
         for words in (('server', '--port', port),
                       ('client', 'echo', '--server', f'localhost:{port}', '--verbose')):
-            process = subprocess.Popen([sys.executable, SCRIPT, *map(str, words)], **unread)
+            process = subprocess.Popen([sys.executable, *quick_script(), *map(str, words)],
+                                       **unread)
             self.addCleanup(process.communicate)
             self.addCleanup(process.kill)
             processes.append(process)
@@ -11971,17 +11972,17 @@ class SlowReaderTest(CommandTest):
                             (['client', '1', '--server', f'localhost:{self.unused_port()}',
                               '--once'], 1)):
             with open('/dev/full', 'w') as full, self.subTest(words):
-                done = subprocess.run([sys.executable, SCRIPT, *words], stdout=full, stderr=full,
-                                      timeout=3 * PATIENCE)
+                done = subprocess.run([sys.executable, *quick_script(), *words], stdout=full,
+                                      stderr=full, timeout=3 * PATIENCE)
                 self.assertEqual(done.returncode, code)
 
     def test_what_asyncio_complains_of_waits_for_nobody(self):
         reader, writing = self.unread()
         with unittest.mock.patch.object(sys, 'stderr', writing):
-            record = logging.LogRecord('asyncio', logging.ERROR, '', 0, 'a task failed', (), None)
-            for _ in range(2 * lt.MAX_UNWRITTEN // 14):
+            record = logging.LogRecord('asyncio', logging.ERROR, '', 0, 'failed' * 999, (), None)
+            for _ in range(2 * lt.MAX_UNWRITTEN // 5994):
                 lt.Complaints().emit(record)
-        self.assertEqual(reader.readline(), 'error: a task failed\n')
+        self.assertEqual(reader.readline(), f'error: {"failed" * 999}\n')
 
     def test_that_files_run_out_is_said_once_in_a_sentence(self):
         reader, writing = self.unread()
@@ -14648,7 +14649,7 @@ class DeployTest(CommandTest):
         self.assertNotIn(b'systemctl disable', open_and_read(self.path('ran')))
         after = open_and_read(os.path.join(state, 'lock'))
         self.assertNotEqual(after, lock)
-        self.assertIn(b'\0-m\0localtunnel\0',         # the successor starts from what is compiled, too
+        self.assertIn(b'\0-m\0localtunnel\0',         # the successor starts from there, too
                       open_and_read(f'/proc/{int(after)}/cmdline'))
         self.assertEqual(fetch(client.url()), (200, b'app /'))
         wrong = self.deploy('--domain', '0.0.0.0', '--bind', '127.0.0.1', '--port', self.ports[0],
