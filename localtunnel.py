@@ -2282,6 +2282,20 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
 
 # The thin shell.
 
+def head_here(stream: ByteStream, limit: int, fields: int, start: int = 0) -> bytes | None:
+    """The next head of STREAM, if it is all here; START is where its end is looked for.
+
+    It has at most LIMIT bytes.  Raises BadHttp where it has more than these header FIELDS.
+    """
+    data = stream.peek()
+    at = data.find(b'\r\n\r\n', start, limit)
+    if at < 0:
+        return None
+    if at > 4 * fields and data.count(b'\n', 0, at) > fields:      # each takes 4 bytes at least
+        raise BadHttp(431, f'more than {fields} header fields')
+    return stream.read_nowait(at + 4)
+
+
 async def read_head(stream: ByteStream, timeout: float, idle: float,
                     limit: int = OUTER_HEAD, fields: int = OUTER_FIELDS) -> bytes | None:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
@@ -2291,9 +2305,9 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
     """
     if not stream.unread and not await stream.wait_for_data(idle):
         return None
-    data, seen = stream.peek(), 0
-    at, deadline = data.find(b'\r\n\r\n', 0, limit), NEVER
-    while at < 0:
+    seen, deadline, head = 0, NEVER, head_here(stream, limit, fields)
+    while head is None:
+        data = stream.peek()
         check_partial_head(data, seen, limit)
         if not seen:
             stream.widen(limit)
@@ -2303,11 +2317,8 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
             if b'\r\n'.startswith(data):       # an empty line, or what has come of one
                 return None
             raise Incomplete('the connection ended inside a message head')
-        data = stream.peek()
-        at = data.find(b'\r\n\r\n', max(0, seen - 3), limit)
-    if at > 4 * fields and data.count(b'\n', 0, at) > fields:      # each takes 4 bytes at least
-        raise BadHttp(431, f'more than {fields} header fields')
-    return stream.read_nowait(at + 4)
+        head = head_here(stream, limit, fields, max(0, seen - 3))
+    return head
 
 
 async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float,
@@ -2317,10 +2328,13 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
     INSIDE a tunnel it may be larger, since the other end has added to it.  Raises what read_head
     raises, and Incomplete where SOURCE ends without an answer.
     """
-    limits = (RESPONSE_HEAD, RESPONSE_FIELDS) if inside else (RESPONSE_HEAD - KIB,
-                                                              RESPONSE_FIELDS - 16)
+    limit, fields = (RESPONSE_HEAD, RESPONSE_FIELDS) if inside else (RESPONSE_HEAD - KIB,
+                                                                     RESPONSE_FIELDS - 16)
     for _ in range(MAX_INTERIM + inside):       # inside: what the other end says of too many
-        head = await read_head(source, HEAD_TIMEOUT, timeout, *limits)
+        head = None
+        if source.unread or await source.wait_for_data(timeout):
+            head = head_here(source, limit, fields) or (    # which most are, in one coroutine less
+                await read_head(source, HEAD_TIMEOUT, timeout, limit, fields))
         if head is None:
             raise Incomplete('the connection ended without a response')
         try:
@@ -3555,7 +3569,8 @@ class App:
         number = next(self.runtime.numbers)
         exchange: Exchange | None = None
         try:
-            head = await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS)
+            head = head_here(stream, MAX_HEAD, MAX_FIELDS) or (
+                await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS))
             if head is None:
                 raise Incomplete('a stream without a request')
             exchange = Exchange(stream, parse_request(head), number)
