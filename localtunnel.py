@@ -15409,8 +15409,9 @@ class Writer:
             text += '\n'
         if self._dropped or self._put - self._written > MAX_UNWRITTEN:
             with self._lock:
+                if not self._dropped:       # as what is missed first would be said
+                    self._tells = stream, dropped
                 self._dropped += text.count('\n')
-                self._tells = stream, dropped
         else:       # without the lock, since each request comes here
             self._queue.append((stream, text))
             self._put += len(text)
@@ -15441,7 +15442,7 @@ class Writer:
         if not self._queue:         # all that was not dropped has been written
             stream, dropped = self._tells
             text, self._dropped = dropped(self._dropped) + '\n', 0
-            self._put += len(text)
+            self._written -= len(text)      # nobody has put it
             return stream, text
         stream, texts = self._queue[0][0], []
         while self._queue and self._queue[0][0] is stream:
@@ -15507,7 +15508,7 @@ def lines_to(stream: TextIO | None,
         return lambda text: None
     writer = writer_of(stream)
     return functools.partial(writer.put, stream, True, dropped) if writer else (
-        functools.partial(print, file=stream))
+        lambda text: put(stream, text + '\n'))
 
 
 def finish_writing() -> bool:

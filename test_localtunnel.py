@@ -11932,15 +11932,24 @@ class SlowReaderTest(CommandTest):
                 log = make()
             for _ in range(3 * lt.MAX_UNWRITTEN // 1000):
                 log.note('x' * 1000)        # it never waits
+            lt.put(stream, 'another line\n')
             read, missing = 0, None
             while missing is None:
                 line = reader.readline()
                 read += 'xxx' in line
                 missing = re.search(r'(?:\.\.\. |"lines": )(\d+)', line)
-            self.assertEqual(read + int(missing.group(1)), 3 * lt.MAX_UNWRITTEN // 1000)
+            self.assertEqual(read + int(missing.group(1)), 3 * lt.MAX_UNWRITTEN // 1000 + 1)
             self.assertEqual('"event": "dropped"' in line, as_json)
             log.note('and it goes on')
             self.assertIn('and it goes on', reader.readline())
+
+    def test_lines_to_a_stream_in_memory_end_when_that_is_closed(self):
+        stream = io.StringIO()
+        add = lt.lines_to(stream)
+        add('a line')
+        self.assertEqual(stream.getvalue(), 'a line\n')
+        stream.close()
+        add('nobody reads it')
 
     @unittest.skipUnless(POSIX, 'this system has no SIGTERM')
     def test_a_reader_who_stalls_stops_neither_end(self):
