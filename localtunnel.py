@@ -15399,8 +15399,7 @@ class Writer:
         self._last = ''             # the line that changes
         self._stands = ''           # what stands there now where the next line goes
         self._writes = self._rests = False
-        self._lock = threading.RLock()      # taken again where a garbage collection has a complaint
-        self._changed = threading.Condition(self._lock)
+        self._changed = threading.Condition()
         threading.Thread(target=self._run, daemon=True).start()
 
     def put(self, stream: TextIO, line: bool, dropped: Callable[[int], str], text: str) -> None:
@@ -15408,7 +15407,7 @@ class Writer:
         if line:
             text += '\n'
         if self._dropped or self._put - self._written > MAX_UNWRITTEN:
-            with self._lock:
+            with self._changed:
                 if not self._dropped:       # as what is missed first would be said
                     self._tells = stream, dropped
                 self._dropped += text.count('\n')
@@ -15416,7 +15415,7 @@ class Writer:
             self._queue.append((stream, text))
             self._put += len(text)
         if not (line and self._rests):
-            with self._lock:
+            with self._changed:
                 self._changed.notify_all()
 
     def change(self, stream: TextIO, text: str) -> None:
