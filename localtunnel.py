@@ -3296,7 +3296,9 @@ class Server:
         head: bytes | None = None
         try:
             while True:
-                head = await read_head(connection, HEAD_TIMEOUT, idle)
+                if connection.unread or await connection.wait_for_data(idle):
+                    head = head_here(connection, OUTER_HEAD, OUTER_FIELDS) or (
+                        await read_head(connection, HEAD_TIMEOUT, idle))
                 if head is None:
                     break
                 request = parse_request(head)
