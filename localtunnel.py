@@ -17823,11 +17823,10 @@ def announce(args: Args, log: ServerLog, port: int, tls: Tls | None, made: str) 
     ports = f'ports {port} and {tls.port}' if tls and tls.port else f'port {port}'
     log.note(f'listening on {ports}; tunnels will appear at '
              + visitors.replace(args.domain, name))
-    token = made or (args.token or [''])[0]
-    if made and not is_terminal(sys.stderr):
+    seen = is_terminal(sys.stderr)      # else what is written may be kept, and read by others
+    token = (made or (args.token or [''])[0]) if seen else ''
+    if made and not seen:
         log.note(f'clients need the token in {os.path.join(args.state, "token")}')
-    if not is_terminal(sys.stderr):     # what is written there may be kept, and read by others
-        token = ''
     way = (f'--join {make_code(server_address(clients), token, pin)}' if token or pin else
            f'--server {clients}')
     log.note(f'to connect: python3 localtunnel.py client 8000 {way}')
