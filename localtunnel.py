@@ -5910,7 +5910,7 @@ class Tls(Source):
                           'for a code, for --join')
 
 
-MAX_HANDSHAKES = 64             # of TLS at a time; beyond that the slow ones are cut off
+HANDSHAKES = 4                  # times as many of TLS are under way as are accepted together
 CROWDED_HANDSHAKE = 1.0         # for a visitor's TLS handshake while too many are under way
 
 
@@ -5928,11 +5928,11 @@ class TlsDoor(GuardedDoor):
         await end_task(self._accepting)
 
     async def _accept(self) -> None:
-        """Accept connections, at most MAX_HANDSHAKES at a time."""
-        runtime, shaking = self._server.runtime, self.busy
+        """Accept connections; of too many handshakes the slow ones are cut off."""
+        runtime, shaking, fails = self._server.runtime, self.busy, False
         self._sock.setblocking(False)
         while True:
-            while len(shaking) >= MAX_HANDSHAKES:       # cut off those older than a second
+            while len(shaking) >= HANDSHAKES * self._server.doors.together:     # a second is slow
                 for old, since in tuple(shaking.items()):
                     if runtime.now() - since >= CROWDED_HANDSHAKE:
                         with contextlib.suppress(OSError):
@@ -5940,8 +5940,12 @@ class TlsDoor(GuardedDoor):
                 await asyncio.sleep(DRAIN_LOOK)
             try:
                 accepted, _ = await runtime.loop.sock_accept(self._sock)
+                fails = False
             except OSError as e:
-                self._server.log.note(f"can't accept connections: {e}")
+                if not fails:
+                    self._server.log.note(f"error: can't accept connections: {plainly(e)}; trying "
+                                          'again')
+                fails = True
                 await asyncio.sleep(SWEEP)
                 continue
             shaking[accepted] = runtime.now()

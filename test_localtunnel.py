@@ -17258,6 +17258,30 @@ class TlsTest(HostileTest):
             answer = await peer.get()
         self.assertEqual(answer[0], 200)
 
+    async def test_where_descriptors_are_few_handshakes_take_few(self):
+        await self.secure_world()
+        self.server.doors.together = 1
+        door = self.server.doors.guarded[-1]
+        half = [await self.visitor('', self.tls_port) for _ in range(4 * lt.HANDSHAKES)]
+        await eventually(lambda: len(door.busy) >= lt.HANDSHAKES)
+        for _ in half:
+            await asyncio.sleep(0)
+        self.assertEqual(len(door.busy), lt.HANDSHAKES)
+
+    async def test_that_nobody_can_be_accepted_is_said_once(self):
+        notes, tries = [], []
+
+        async def accept(sock):
+            tries.append(sock)
+            raise OSError(errno.EMFILE, 'no more')
+        await self.secure_world()
+        self.server.log.note = lambda text, **_: notes.append(text)
+        with self.constant(SWEEP=0.001), unittest.mock.patch.object(
+                asyncio.get_running_loop(), 'sock_accept', accept):
+            await self.visitor('', self.tls_port)       # the last to be let in
+            await eventually(lambda: len(tries) > 5)
+        self.assertEqual(notes, ["error: can't accept connections: no more; trying again"])
+
     async def test_a_certificate_is_swapped_and_no_connection_drops(self):
         await self.secure_world()
         old = await self.ask('good.localhost', port=self.tls_port, ssl=self.ssl)
