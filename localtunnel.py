@@ -2599,16 +2599,17 @@ class Exchange(Record):
         """
         self.answered, self.response = self.near.runtime.now(), response
         if response.status == 101:
-            return self._upgrade(response, block, self._asked(watch), near_taps)
+            return self._upgrade(response, block, self.taps(watch), near_taps)
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
         chunked = length < 0 and self.request.minor != b'0'
         head, whole = encode_response(response, block, chunked), body.whole
         if whole is None:
-            return copy_message(head, body, self.near, chunked, end, self._asked(watch))
+            return copy_message(head, body, self.near, chunked, end, self.taps(watch))
         return self.near.write(head + whole, end)
 
-    def _asked(self, watch: Iterable[Watch]) -> list[Tap]:
+    def taps(self, watch: Iterable[Watch]) -> list[Tap]:
+        """Return what WATCH wants to be shown what passes."""
         return [*filter(None, [ask(self) for ask in watch])]
 
     async def _upgrade(self, response: Response, block: bytes, taps: Iterable[Tap],
@@ -3517,9 +3518,10 @@ class App:
         self.kinds: dict[str, Callable[[Stream], Coroutine[Any, Any, None]]] = {'http': self.serve}
         # Each in turn changes the header lines of requests and responses.
         self.rewrites: list[Rewrite] = []
-        # Asked about each request, and each response with a body to stream or an upgrade; what one
-        # returns is shown the body (of a request: unless that is whole), and what comes after an
-        # upgrade.
+        # Asked about requests and responses with a body to stream, or an upgrade; what one returns
+        # is shown the body, and what comes after an upgrade.  While somebody is `watching`, they
+        # are asked about every request.
+        self.watching: Sequence[Any] = ()
         self.request_taps: list[Watch] = []
         self.response_taps: list[Watch] = []
         # Told what the app says to a request without a response.
@@ -3596,12 +3598,10 @@ class App:
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
         """Send the request to the app, and again if an idle connection had been closed."""
-        taps: list[Tap] = []
-        for ask in self.request_taps:       # thrice as quick as to comprehend them
-            tap = ask(exchange)
-            if tap is not None:
-                taps.append(tap)
+        taps: Sequence[Tap] = ()
         request, lines = exchange.request, exchange.request.onward()
+        if exchange.body.whole is None or request.upgrade or self.watching:
+            taps = exchange.taps(self.request_taps)
         if self.rewrites:       # they may change it, and it may be shared
             exchange.request = request = copy.copy(request)
         for rewrite in self.rewrites:
@@ -12421,13 +12421,11 @@ class Frames(Reader):
 
 class Replay(ByteStream):
     """A stream with one request that was sent before; nobody reads the response."""
-    made: Kept | None = None            # the exchange that it became
     on_lost: Callable[[], None] | None = None
 
-    def __init__(self, runtime: Runtime, message: bytes, edited: bool = False) -> None:
-        """MESSAGE is the whole request, as it was or EDITED."""
+    def __init__(self, runtime: Runtime, message: bytes) -> None:
+        """MESSAGE is the whole request."""
         super().__init__(runtime)
-        self.edited = edited
         self.feed_data(message)
         self.feed_eof()
 
@@ -12551,19 +12549,19 @@ class Kept:
         self.past = (
             request.method, record.target, request.minor, request.block,
             response.minor, response.status, response.reason, response.block,
-            record.began, record.answered, record.status, record.why, body, answer)
+            record.began, record.answered, record.status, record.why, body.whole, answer.whole)
         self.record = PACKED
         self.hold(len(request.block) + len(response.block) + body.taken + answer.taken)
 
     def unpacked(self) -> Kept:
         """Return it as it was when it ended."""
         (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
-         began, answered, status, why, body, answer) = self.past
+         began, answered, status, why, whole, reply) = self.past
         request = Request(method, target.encode('latin-1'), minor, block)
         record = Exchange(self.watched.book.nowhere, request, self.number)
         record.response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
         record.began, record.answered, record.status, record.why = began, answered, status, why
-        record.body, record.answer = body, answer
+        record.body, record.answer = WholeBody(whole), WholeBody(reply)
         kept = copy.copy(self)
         kept.past, kept.record = (), record
         return kept
@@ -12645,7 +12643,7 @@ class Watched(ClientObserver):
         self.book, self.app, self.server, self.name = book, app, server, name
         self.url = ''               # once it is there
         book.tunnels = [*(one for one in book.tunnels if not one.app.closed), self]
-        app.seen = book
+        app.seen, app.watching = book, book.listeners
         app.request_taps.append(self.begun)
         app.response_taps.append(self.responded)
         observers: Any = Observers(app.observer, self)
@@ -12656,15 +12654,10 @@ class Watched(ClientObserver):
 
     def begun(self, exchange: Exchange) -> Tap | None:
         """Return what keeps the body of the request; most are kept once they have ended."""
-        book, near = self.book, exchange.near
-        if not (book.listeners or exchange.body.whole is None or exchange.request.upgrade
-                or type(near) is Replay):
-            return None
-        kept = book.open[exchange] = book.keep(self, exchange, 0.0, always=type(near) is Replay)
+        book = self.book
+        kept = book.open[exchange] = book.keep(self, exchange, 0.0)
         if kept is None:
             return None
-        if type(near) is Replay:
-            near.made, kept.edited = kept, near.edited
         book.tell(kept)
         return kept.sends
 
@@ -12734,7 +12727,7 @@ class Exchanges:
 
     def tell(self, kept: Kept) -> None:
         """Tell the listeners of KEPT."""
-        for listener in self.listeners:
+        for listener in tuple(self.listeners):
             listener(kept)
 
     def sweep(self, now: float, woke_up: bool) -> None:
@@ -12769,11 +12762,10 @@ class Exchanges:
                                      for one, record in self._running())],
                       key=operator.attrgetter('number'))
 
-    def keep(self, watched: Watched, record: Record, seconds: float,
-             always: bool = False) -> Kept | None:
+    def keep(self, watched: Watched, record: Record, seconds: float) -> Kept | None:
         """Keep what comes of RECORD, which has run for SECONDS; None where it is only counted."""
         self.seen += 1
-        if not (self.listeners or always):
+        if not self.listeners:
             if self._room < 1:      # of thousands a second most would be gone at once
                 return None
             self._room -= 1
@@ -13847,16 +13839,27 @@ class Inspector:
         if not isinstance(edits, dict):
             raise BadHttp(400, 'the body is not a JSON object')
         edited, runtime = Edited(exchange, edits), self._connection.runtime
-        stream = Replay(runtime, edited.message(exchange['id']), edited.changed)
+        stream, made = Replay(runtime, edited.message(exchange['id'])), []
+
+        def begins(again: Kept) -> None:
+            if isinstance(again.record, Exchange) and again.record.near is stream:
+                self._book.listeners.remove(begins)
+                made.append(again.number)
+                again.edited = edited.changed
+        self._book.listeners.append(begins)
         # As if it came through the tunnel: by the same way to the app, and kept like others.
         sending = runtime.spawn(kept.watched.app.serve(stream))  # type: ignore[arg-type]
         overdue = runtime.loop.call_later(REPLAY_MOST, stream.reset, CANCELLED,
                                           'a replay does not take longer than an hour')
         sending.add_done_callback(lambda task: overdue.cancel())
-        await asyncio.wait({sending}, timeout=REPLAY_WAIT)
-        if stream.made is None:
+        try:
+            await asyncio.wait({sending}, timeout=REPLAY_WAIT)
+        finally:
+            if not made:
+                self._book.listeners.remove(begins)
+        if not made:
             raise BadHttp(400, f'it was not sent: {stream.error}')
-        return {'id': stream.made.number, 'left_out': edited.left_out}
+        return {'id': made[0], 'left_out': edited.left_out}
 
     CALLS: Mapping[str, Mapping[str, Callable[..., Awaitable[Any]]]] = {
         '/': {'GET': _page}, '/api/exchanges': {'GET': _list, 'DELETE': _clear},
