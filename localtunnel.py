@@ -3058,6 +3058,13 @@ class Admission:
         self.window: type[ReceiveWindow] = ReceiveWindow        # the windows of its streams
         # Lets one back to the session that it had; None for all others.
         self.returning: Callable[[Candidate], Admitted | None] = lambda asked: None
+        leases.in_use = self._in_use
+        tunnels.watchers.append(lambda tunnel, _: leases.renew(tunnel.name, time.time()))
+
+    def _in_use(self, name: str) -> bool:
+        """Return True if somebody serves NAME, by a tunnel of any kind."""
+        tunnels = map(self._tunnels.get, (name, *(f'{kind}:{name}' for kind in self.kinds)))
+        return any(tunnel.members for tunnel in tunnels if tunnel)
 
     async def admit(self, visitor: Visitor, request: Request, facts: Facts,
                     url: Callable[[str], str]) -> Admitted | None:
@@ -6065,6 +6072,7 @@ class Leases:
     def __init__(self, tokens: Tokens) -> None:
         # A seam: who keeps changes, before they are made.  Raises Refused where that fails.
         self.keepers: list[Callable[[Changes], Awaitable[None]]] = []
+        self.in_use: Callable[[str], bool] = lambda name: False     # a seam: is NAME served
         self.by_name: dict[str, Lease] = {}     # to look at; `make` alone changes it
         self.tokens = tokens
         self._strangers: dict[str, int] = collections.Counter()     # their new leases, by subnet
@@ -6086,8 +6094,18 @@ class Leases:
             else:
                 self.by_name.pop(name, None)
 
+    def renew(self, name: str, now: float) -> None:
+        """Let the lease of NAME not end while it is in use: for a year, or the clock has jumped.
+
+        To the day before, so that the next claim is kept on disk.
+        """
+        lease = self.by_name.get(name)
+        if lease and now - lease.used >= LEASE_SECONDS and self.in_use(name):
+            self.make({name: lease._replace(used=int(now) - DAY)})
+
     def owner(self, name: str, now: float) -> str | None:
         """Return the owner of NAME, or None."""
+        self.renew(name, now)
         lease = self.by_name.get(name)
         return lease.owner if lease and self.holds(lease, now) else None
 

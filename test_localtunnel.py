@@ -2922,6 +2922,18 @@ class AdmissionTest(WorldTest):
         self.assertEqual((await self.refused(name='app', key=bytes(32))).code, 'name_taken')
         self.assertTrue((await self.client(2, name='app')).url)
 
+    async def test_a_name_in_use_stays_with_its_owner_though_the_clock_jumps_by_years(self):
+        await self.world()
+        client = await self.client(1, name='app')
+        for jumps in 1, 2:
+            with unittest.mock.patch('time.time',
+                                     return_value=time.time() + 2 * jumps * lt.LEASE_SECONDS):
+                if jumps == 2:
+                    await self.leaves(client)
+                    self.server.tunnels._table.clear()      # as some minutes later
+                self.assertEqual((await self.refused(name='app', key=bytes(32))).code,
+                                 'name_taken')
+
     async def test_a_name_given_back_by_its_owner_is_free(self):
         await self.world()
         first = await self.client(1, name='app')
