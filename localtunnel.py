@@ -2517,11 +2517,11 @@ class Exchange(Record):
     """One request and its response."""
     __slots__ = ('near', 'far', 'request', 'body', 'response', 'answer', 'keep', 'fault', 'sending')
 
-    def __init__(self, near: ByteStream, request: Request, number: int = 0,
+    def __init__(self, near: ByteStream, request: Request, began: float, number: int = 0,
                  visitor: str = '') -> None:
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
         # What Record sets, once more: a call for each request would cost more than these lines.
-        self.number, self.visitor, self.began = number, visitor, near.runtime.now()
+        self.number, self.visitor, self.began = number, visitor, began
         self.target = request.target.decode('latin-1')
         self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
@@ -3316,7 +3316,8 @@ class Server:
                         request.target == WELL_KNOWN.encode()):
                     taken = await self._begin_session(visitor, request)
                     break
-                visitor.exchange = exchange = Exchange(connection, request, 0, visitor.address)
+                visitor.exchange = exchange = Exchange(
+                    connection, request, self.runtime.now(), 0, visitor.address)
                 try:
                     await self._answer(visitor, exchange)
                 except HopFailed as e:
@@ -3584,7 +3585,7 @@ class App:
                 await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS))
             if head is None:
                 raise Incomplete('a stream without a request')
-            exchange = Exchange(stream, parse_request(head), number)
+            exchange = Exchange(stream, parse_request(head), began, number)
             self.under_way[exchange] = False
             try:
                 await self._forward(stream, exchange)
@@ -3600,7 +3601,8 @@ class App:
             stream.close()
             record = exchange or Record(number, began)
             self.under_way.pop(record, None)
-            record.why = why or record.why
+            if why:
+                record.why = why
             self.observer.exchange(record, self.runtime.now() - began)
 
     async def _forward(self, stream: Stream, exchange: Exchange) -> None:
@@ -3611,8 +3613,8 @@ class App:
             taps = exchange.taps(self.request_taps)
         if self.rewrites:       # they may change it, and it may be shared
             exchange.request = request = copy.copy(request)
-        for rewrite in self.rewrites:
-            lines = rewrite.of_request(request, lines)
+            for rewrite in self.rewrites:
+                lines = rewrite.of_request(request, lines)
         reused = self.upstreams.take() if exchange.repeatable and not request.upgrade else None
         while True:
             upstream = reused or await self.connect()
@@ -12576,9 +12578,9 @@ class Kept:
         (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
          began, answered, status, why, whole, reply) = self.past
         request = Request(method, target.encode('latin-1'), minor, block)
-        record = Exchange(self.watched.book.nowhere, request, self.number)
+        record = Exchange(self.watched.book.nowhere, request, began, self.number)
         record.response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
-        record.began, record.answered, record.status, record.why = began, answered, status, why
+        record.answered, record.status, record.why = answered, status, why
         record.body, record.answer = WholeBody(whole), WholeBody(reply)
         kept = copy.copy(self)
         kept.past, kept.record = (), record

@@ -10513,7 +10513,7 @@ class LiveTest(InspectorTest):
 
         def pass_by(first, last):
             for number in range(first, last):
-                exchange = lt.Exchange(stream, head, number)
+                exchange = lt.Exchange(stream, head, 0.0, number)
                 watched.begun(exchange)
                 exchange.response = answer
                 if number % 2:
@@ -12250,7 +12250,7 @@ class ScreenTest(unittest.TestCase):
         near = unittest.mock.Mock(runtime=unittest.mock.Mock(now=lambda: 0.0))
         for length, shown in ((1000, '#7 [###.......] 30% of 1.0kB'), (lt.UNTIL_CLOSE, '#7 300B')):
             exchange = lt.Exchange(near, lt.parse_request(
-                b'GET /big HTTP/1.1\r\nHost: a\r\n\r\n'), 7)
+                b'GET /big HTTP/1.1\r\nHost: a\r\n\r\n'), 0.0, 7)
             exchange.answer = lt.body_reader(stream, length)
             exchange.answer.take()
             self.assertTrue(self.pulse([exchange])[0].startswith(shown + ', '))
