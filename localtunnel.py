@@ -8938,13 +8938,13 @@ class Keeper:
         self._all = [args.domain] + [f'*.{args.domain}'] * (not is_address(args.domain))
         self._setbacks: dict[str, Setback] = {}     # by the last of the names wanted
         self._failed: list[float] = []              # when proofs failed
-        self._issuers: list[str] = []               # as CAA records name who was asked, for doctor
+        self._issuers: Any = None                   # as CAA records name who was asked, for doctor
         self._window, self._asked = 0.0, 0.0        # when to renew, as was said when we asked
         self._said: dict[str, str] = {}             # to the operator last, by what it is about
         self._path = os.path.join(args.state, 'acme.json')      # what survives a restart
         with contextlib.suppress(Exception), open_file(self._path) as f:     # else as at first
             kept, latest = json.load(f), time.time() + LONGEST_WAIT
-            self._issuers = list(map(str, kept.get('issuers', ())))
+            self._issuers = kept.get('issuers')
             self._failed = list(map(float, kept['failed']))
             self._setbacks = {
                 name: Setback(max(0, int(times)), str(why), min(float(again), latest))
@@ -14025,12 +14025,16 @@ MAX_RECORDED = 64 * MIB         # of a line: the largest request of --inspect-bo
 def lines_of(path: str, follow: bool) -> Iterator[bytearray]:
     """Return the lines of the file PATH, and with FOLLOW those that are still written.
 
-    Of a line that is too long only the beginning is returned.
+    Without it, what is added meanwhile is left out: a replay may be recorded there.  Of a line that
+    is too long only the beginning is returned.
     """
     line = bytearray()
     with open(path, 'rb') as f:
+        status = os.fstat(f.fileno())
+        left = NEVER if follow or not stat.S_ISREG(status.st_mode) else status.st_size
         while True:
-            piece = f.readline(MIB)
+            piece = f.readline(MIB) if left > 0 else b''
+            left -= len(piece)
             line += piece if len(line) < MAX_RECORDED else b''
             if piece.endswith(b'\n') or line and not piece and not follow:
                 yield line

@@ -7003,7 +7003,7 @@ class OutsideTest(AcmeTest):
         self.write('acme.json', json.dumps({
             'failed': [1e300, 5], 'setbacks': {'127.0.0.1': [-9, 'it rained', 1e300]}}))
         keeper = await self.keeper()
-        self.assertEqual(keeper._setbacks['127.0.0.1'].times, 0)
+        self.assertEqual((keeper._setbacks['127.0.0.1'].times, keeper._issuers), (0, None))
         with unittest.mock.patch.object(lt, 'time', Later(8 * lt.DAY)):
             await keeper._look()
         self.assertRegex(self.notes()[-1], 'https works for 127.0.0.1')
@@ -9581,9 +9581,11 @@ class DoctorOfServersTest(Doctored):
             await self.look('caa' if text else 'certificate', text or 'has none yet', '--dns-port',
                             self.dns_port)
         self.assertIn('ca.example may issue for all of it', str(self.said))
-        self.write('acme.json', '{"issuers": []}')
-        await self.look('certificate', 'has none yet', '--dns-port', self.dns_port)
-        self.assertIn('does not say by which name', str(self.said))
+        for issuers, text in ('[]', 'does not say by which name'), ('null', f'{lt.ISSUER} may issue'):
+            self.write('acme.json', f'{{"issuers": {issuers}}}')        # null: nobody was asked yet
+            self.records['example.com', lt.TYPE_CAA] = []
+            await self.look('certificate', 'has none yet', '--dns-port', self.dns_port)
+            self.assertIn(text, str(self.said))
 
     async def test_the_certificate(self):
         self.DOMAIN = 'localhost'
@@ -13492,6 +13494,15 @@ class LogsAndReplayTest(CommandTest):
             told = []
             self.assertEqual([*lt.recorded(self.path('file'), False, told.append)], [])
         self.assertIn('left out 3 lines', told[0])
+
+    def test_a_file_that_grows_by_its_replay_has_an_end(self):
+        self.write('file', json.dumps(EXCHANGE) + '\n')
+        found = []
+        for exchange in lt.recorded(self.path('file'), False, found.append):
+            found.append(exchange)
+            with open(self.path('file'), 'a') as f:
+                f.write(json.dumps(EXCHANGE) + '\n')
+            self.assertEqual(len(found), 1)
 
     def test_a_body_that_is_not_text_does_not_fill_the_terminal(self):
         _, url = self.running()
