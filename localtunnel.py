@@ -4893,20 +4893,18 @@ class Sources:
     def __init__(self, server: Server) -> None:
         self.all: list[Source] = []
         self._server, self._disk = server, Disk()
-        self._looks = False         # whether one has changed
+        self._looking: asyncio.Task[None] | None = None     # whether one has changed
         server.runtime.swept.add(self)
 
     def sweep(self, now: float, woke_up: bool) -> None:
         """Read again what has changed."""
-        if self.all and not self._looks:
-            self._looks = True
-            self._server.runtime.spawn(self._look())
+        if self.all and (self._looking is None or self._looking.done()):
+            self._looking = self._server.runtime.spawn(self._look())
 
     async def _look(self) -> None:
         with contextlib.suppress(OSError):      # the disk hangs
             for source in await self._disk.do(lambda: [s for s in self.all if s.changed()]):
                 self._read(source)
-        self._looks = False
 
     def reload(self) -> None:
         """Read all again."""

@@ -7371,6 +7371,17 @@ class BlockListTest(FolderTest, WorldTest):
             self.assertEqual((await self.visit(client))[0], 200)
             self.assertNotIn(threading.main_thread(), threads)
 
+    async def test_it_is_read_again_although_another_source_has_failed(self):
+        await self.barred_world()
+        other = lt.Source()
+        other.changed = functools.partial(next, itertools.chain([True], itertools.repeat(False)))
+        other.reload = unittest.mock.Mock(side_effect=ValueError('on purpose'))
+        self.sources.all.insert(0, other)
+        await eventually(lambda: self.faults)
+        await self.block('name:demo\n')
+        self.assertIn('on purpose', str(self.faults.pop()['exception']))
+        self.sources.all.remove(other)
+
     async def test_a_blocked_user_loses_every_tunnel_and_others_keep_theirs(self):
         await self.barred_world()
         app = await self.app()
@@ -9581,7 +9592,8 @@ class DoctorOfServersTest(Doctored):
             await self.look('caa' if text else 'certificate', text or 'has none yet', '--dns-port',
                             self.dns_port)
         self.assertIn('ca.example may issue for all of it', str(self.said))
-        for issuers, text in ('[]', 'does not say by which name'), ('null', f'{lt.ISSUER} may issue'):
+        for issuers, text in (('[]', 'does not say by which name'),
+                              ('null', f'{lt.ISSUER} may issue')):
             self.write('acme.json', f'{{"issuers": {issuers}}}')        # null: nobody was asked yet
             self.records['example.com', lt.TYPE_CAA] = []
             await self.look('certificate', 'has none yet', '--dns-port', self.dns_port)
