@@ -4845,14 +4845,15 @@ class Disk:
         """Have WORK done in its turn, whether anybody waits for that or not."""
         job: concurrent.futures.Future[Any] = concurrent.futures.Future()
         with self._lock:
-            self._jobs.append((job, functools.partial(work, *args)))
-            if len(self._jobs) == 1:
+            if not self._jobs:      # first: where no thread can be had, nothing waits for one
                 threading.Thread(target=self._run, daemon=True).start()
+            self._jobs.append((job, functools.partial(work, *args)))
         return job
 
     def _run(self) -> None:
         while True:
-            job, work = self._jobs[0]
+            with self._lock:
+                job, work = self._jobs[0]
             if job.set_running_or_notify_cancel():
                 try:
                     job.set_result(work())

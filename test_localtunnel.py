@@ -4296,6 +4296,14 @@ class DiskTest(LoopTest):
         await eventually(lambda: not disk.busy)
         self.assertEqual((done, await disk.do(sorted, [2, 1])), ([*range(9)], [1, 2]))
 
+    async def test_a_thread_that_could_not_be_had_is_asked_for_again(self):
+        disk = lt.Disk()
+        with unittest.mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no')):
+            with self.assertRaises(RuntimeError):
+                await disk.do(sorted, [2, 1])
+        with self.constant(DISK_WITHIN=0.5):
+            self.assertEqual(await disk.do(sorted, [2, 1]), [1, 2])
+
     async def test_one_that_hangs_holds_up_neither_who_asks_nor_the_end_of_the_process(self):
         disk, goes_on, done, begun = lt.Disk(), threading.Event(), [], []
         self.stack.callback(goes_on.set)
