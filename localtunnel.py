@@ -5374,11 +5374,9 @@ def descriptor_limit() -> int:
         return MAX_DESCRIPTORS          # Windows
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
-    try:
+    with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, most), hard))
-    except (ValueError, OSError):
-        return soft
-    return max(soft, most)
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]        # macOS may grant less, and say yes
 
 
 # A code is all that a client needs to come to a server, for --join: a word that a double click

@@ -4326,6 +4326,22 @@ class DiskTest(LoopTest):
 # 21. Annex
 # ------------------------------------------------------------------------------------------------
 
+class DescriptorLimitTest(unittest.TestCase):
+
+    def test_it_is_what_the_system_grants_and_not_what_was_asked_for(self):
+        for granted, refused in ((10240, ()), (256, OSError)):
+            limits = [256]
+
+            def setrlimit(_, wanted):
+                if refused:
+                    raise refused
+                limits[0] = min(wanted[0], granted)
+            system = types.SimpleNamespace(RLIMIT_NOFILE=0, RLIM_INFINITY=-1, setrlimit=setrlimit,
+                                           getrlimit=lambda _: (limits[0], -1))
+            with unittest.mock.patch.dict(sys.modules, resource=system):
+                self.assertEqual(lt.descriptor_limit(), granted)
+
+
 class CodeTest(unittest.TestCase):
     """What --join takes."""
 
