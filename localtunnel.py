@@ -5783,7 +5783,8 @@ def validity(facts: Any) -> Validity:
     return (ssl.cert_time_to_seconds(facts['notBefore']),
             ssl.cert_time_to_seconds(facts['notAfter']),
             [name.lower() if kind == 'DNS' else str(ipaddress.ip_address(name.strip()))
-             for kind, name in facts.get('subjectAltName', ()) if kind in ('DNS', 'IP Address')])
+             for kind, name in facts.get('subjectAltName', ())
+             if kind == 'DNS' or kind == 'IP Address' and is_address(name.strip())])
 
 
 def validity_of(server: ssl.SSLContext) -> Validity:

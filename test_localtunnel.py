@@ -4404,6 +4404,16 @@ class TlsFilesTest(FolderTest):
             lt.client_tls(self.path('missing.pem'))
 
 
+    @unittest.skipUnless(shutil.which('openssl'), 'needs openssl')
+    def test_of_a_certificate_an_address_that_is_none_is_left_out(self):
+        cert, key = self.path('cert.pem'), self.path('key.pem')
+        config = self.write('config', '[req]\ndistinguished_name=none\n[none]\n[more]\n'
+                            'subjectAltName=DER:30:0d:87:05:01:02:03:04:05:87:04:7f:00:00:01')
+        lt.openssl('req', '-x509', '-newkey', 'ec', *lt.CURVE, '-nodes', '-subj', '/CN=x',
+                   '-extensions', 'more', '-config', config, '-keyout', key, '-out', cert)
+        self.assertEqual(lt.validity_of(lt.certified(cert, key))[2], ['127.0.0.1'])
+
+
 class DateTest(unittest.TestCase):
 
     def test_a_date_is_one_of_a_zone_and_what_is_none_raises_value_error(self):
