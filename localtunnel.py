@@ -4370,10 +4370,9 @@ class Onward:
     @staticmethod
     def of_own(exchange: Exchange) -> list[str]:
         """Return the header lines of this hop for a response of ours; `exchange.keep` is known."""
-        now = date_line(int(time.time()))
         if exchange.keep and exchange.request.minor != b'0':
-            return [now]
-        return ['Connection: keep-alive' if exchange.keep else 'Connection: close', now]
+            return []
+        return ['Connection: keep-alive' if exchange.keep else 'Connection: close']
 
     def of_response(self, exchange: Exchange, response: Response) -> bytes:
         """Return the header lines of RESPONSE to pass on; `exchange.keep` is known."""
@@ -4443,7 +4442,7 @@ class Own:
         return '\r\n'.join([
             f'HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}',
             f'Content-Type: {self._form}', *length, 'Cache-Control: no-store', *self._extra, *more,
-            '', '']).encode()
+            date_line(int(time.time())), '', '']).encode()
 
     def whole(self, *more: str) -> bytes:
         """Return all of it."""
@@ -4543,7 +4542,7 @@ class Pages(Dict[bytes, Page], Failures):
         own = self._hostless(head or b'') or self.failed(
             HopFailed(error.status, str(error)), accept.group(1) if accept else b'')
         with contextlib.suppress(LocaltunnelError, OSError):    # the visitor did not wait
-            await own.write(connection, 'Connection: close', date_line(int(time.time())))
+            await own.write(connection, 'Connection: close')
             await connection.linger()
 
     def _hostless(self, head: bytes) -> Own | None:
@@ -13714,7 +13713,8 @@ class Inspector:
         """Write the head of an answer that comes piece by piece."""
         await self._connection.write('\r\n'.join([
             'HTTP/1.1 200 OK', f'Content-Type: {form}', 'Cache-Control: no-store',
-            'Connection: close', 'X-Content-Type-Options: nosniff', *extra, '', '']).encode())
+            'Connection: close', 'X-Content-Type-Options: nosniff', *extra,
+            date_line(int(time.time())), '', '']).encode())
 
     # The answers, by method and path in CALLS; README has the contract.
 

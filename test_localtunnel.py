@@ -3222,6 +3222,7 @@ class AdmissionTest(WorldTest):
         status, fields, body = await self.visit(
             'localhost', lt.WELL_KNOWN, 'Connection: Upgrade\nUpgrade: localtunnel/2')
         self.assertEqual((status, fields['upgrade']), (426, 'localtunnel/1'))
+        self.assertIn('date', fields)
         self.assertIn('/localtunnel.py', json.loads(body)['message'])
 
     async def test_without_the_upgrade_the_path_belongs_to_the_app(self):
