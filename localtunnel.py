@@ -4508,6 +4508,13 @@ def parse_hostless(head: bytes) -> Request:
     return parse_request(head.replace(b' HTTP/1.1\r\n', b' HTTP/1.0\r\n', 1))
 
 
+def no_room(name: str) -> HopFailed:
+    """Why one more request can't pass the tunnel of NAME."""
+    return HopFailed(503, f'{name} has too many requests at once; try again soon',
+                     f'Retry-After: {RETRY_AFTER}', hop='client',
+                     cure='let requests end sooner, or start more clients with --share')
+
+
 # One of a server: its type and its bytes in pieces, for who reached it at an address.
 Page = Callable[[str], Tuple[str, Sequence[bytes]]]
 _ACCEPT = re.compile(rb'(?im)^accept:([^\r\n]*)')
@@ -4560,6 +4567,8 @@ class Pages(Dict[bytes, Page], Failures):
     @staticmethod
     def no_answer(name: str, error: LocaltunnelError) -> HopFailed:
         """Why there is none from the client of NAME, which failed with ERROR."""
+        if isinstance(error, StreamReset) and error.code == OVERLOADED:
+            return no_room(name)
         if isinstance(error, StreamReset):
             return HopFailed(502, f'the tunnel failed: {error}', hop='client',
                              cure='see what the client says')
@@ -7456,9 +7465,7 @@ class Held(Waits):
     async def _room(self, key: str, visitor: Visitor, deadline: float) -> None:
         """Wait a moment for others to end.  Raises HopFailed after DEADLINE."""
         if self._now() >= deadline or not self.may_wait(key):
-            raise HopFailed(503, f'{key} has too many requests at once; try again soon',
-                            f'Retry-After: {RETRY_AFTER}', hop='client',
-                            cure='let requests end sooner, or start more clients with --share')
+            raise no_room(key)
         await self.wait(key, visitor, ROOM_LOOK)
 
 

@@ -16512,6 +16512,16 @@ class FrameTest(HostileTest):
         self.assertLess(max(each.sent - each.kept_from for each in kept), 45000)
         await self.others_are_served()
 
+    async def test_one_without_room_for_a_request_says_so_and_visitors_may_try_again(self):
+        await self.world()
+        peer = await self.victim()
+        asked = await self.ask()
+        await peer.until(lt.OPEN)
+        peer.send(F(lt.RESET, 1, WORDS(lt.OVERLOADED, 'too many streams')))
+        status, fields, body = await asked.answer()
+        self.assertEqual((status, 'retry-after' in fields), (503, True))
+        self.assertIn(b'too many requests at once', body)
+
     async def test_a_reset_that_claims_a_lost_session_does_not_make_a_request_go_for_ever(self):
         await self.world()
         peer = await self.victim()
