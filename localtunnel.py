@@ -12502,17 +12502,11 @@ def about_signature(headers: Iterable[Sequence[str]], edited: bool, now: float) 
     return ''
 
 
-PACKED = Record(0, 0.0)         # what stands for the record of an exchange that was packed
-
-
 class Kept:
     """One exchange: the record that the tunnel keeps anyway, and what passed.
 
-    Once it has ended, only what can be shown is kept of most, in `past`: hundreds as they were
-    would keep the objects of the next ones in memory that is never warm, and cost a sixth of the
-    speed.  An attribute of the class is so until it is set: most never are.
+    An attribute of the class is so until it is set: most never are.
     """
-    past: tuple[Any, ...] = ()
     sent: bytes | bytearray = b''       # of the bodies, where they came piece by piece
     received = b''                      # most are one piece, which this need not copy
     readers: Sequence[Reader] = ()      # of both ways, after an upgrade and in an event stream
@@ -12556,39 +12550,23 @@ class Kept:
             self.received += piece[:room]
             self.hold(min(room, len(piece)))
 
-    def pack(self) -> None:
-        """Keep only what can be shown, if this is an exchange as most are."""
-        record = self.record
-        if not isinstance(record, Exchange):
-            return
-        request, response, body, answer = (
-            record.request, record.response, record.body, record.answer)
-        if response is None or type(body) is not WholeBody or type(answer) is not WholeBody:
-            record.near = record.far = self.watched.book.nowhere        # they hold much more
-            for of_stream in (body, answer):
-                if isinstance(of_stream, Body) and of_stream.whole is None:
-                    of_stream.stream = self.watched.book.nowhere
-            return self.hold(2 * len(request.block) + len(body.whole or b'')
-                             + (2 * len(response.block) if response else 0))
-        self.past = (
-            request.method, record.target, request.minor, request.block,
-            response.minor, response.status, response.reason, response.block,
-            record.began, record.answered, record.status, record.why, body.whole, answer.whole)
-        self.record = PACKED
-        self.hold(len(request.block) + len(response.block) + body.taken + answer.taken)
-
-    def unpacked(self) -> Kept:
-        """Return it as it was when it ended."""
-        (method, target, minor, block, answer_minor, answer_status, reason, answer_block,
-         began, answered, status, why, whole, reply) = self.past
-        request = Request(method, target.encode('latin-1'), minor, block)
-        record = Exchange(self.watched.book.nowhere, request, began, self.number)
-        record.response = Response(answer_minor, b'%d' % answer_status, reason, answer_block)
-        record.answered, record.status, record.why = answered, status, why
-        record.body, record.answer = WholeBody(whole), WholeBody(reply)
-        kept = copy.copy(self)
-        kept.past, kept.record = (), record
-        return kept
+    def end(self, seconds: float) -> None:
+        """It has ended, after SECONDS: let go of its streams, which hold much more."""
+        record, nowhere = self.record, self.watched.book.nowhere
+        self.seconds = seconds
+        if record.why:
+            self.failed = failed_hop(record)
+        if isinstance(record, Exchange):
+            record.near = record.far = nowhere
+            response, size = record.response, 2 * len(record.request.block)
+            if response:
+                size += 2 * len(response.block)
+            for body in record.body, record.answer:
+                if isinstance(body, WholeBody):
+                    size += body.taken
+                elif isinstance(body, Body):
+                    body.stream = nowhere
+            self.hold(size)
 
     @property
     def kind(self) -> str:
@@ -12599,8 +12577,6 @@ class Kept:
 
     def summary(self, show: bool = False) -> dict[str, Any]:
         """Return what a list shows of it, with secrets if they are to be SHOWn."""
-        if self.past:
-            return self.unpacked().summary(show)
         record, visitor, origin = self.record, self.record.visitor, b''
         if isinstance(record, Exchange):
             visitor = record.request.get(b'x-forwarded-for').decode('latin-1').partition(',')[0]
@@ -12619,8 +12595,6 @@ class Kept:
 
     def details(self, show: bool = False) -> dict[str, Any]:
         """Return all that is known of it, with secrets if they are to be SHOWn."""
-        if self.past:
-            return self.unpacked().details(show)
         record, summary = self.record, self.summary(show)
         details = {**summary, 'request': None, 'response': None, 'timing': {
             'first_byte_ms': None, 'end_ms': None if summary['pending'] else summary['ms']}}
@@ -12715,10 +12689,7 @@ class Watched(ClientObserver):
             kept = book.keep(self, exchange, seconds)
         if kept is None:
             return
-        kept.seconds = seconds
-        if exchange.why:
-            kept.failed = failed_hop(exchange)
-        kept.pack()
+        kept.end(seconds)
         if book.listeners:
             book.tell(kept)
 
