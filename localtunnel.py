@@ -7794,8 +7794,9 @@ class RawTcp(Annex):
             return None
         if '/' in text or text == 'echo' or text.startswith('unix:'):
             raise UsageError(f'raw TCP leads to PORT or HOST:PORT, not to {text!r}')
-        if args.name or getattr(args, 'auth', None):
-            raise UsageError('--name and --auth are for HTTP, not for --tcp')
+        for option in 'name', 'auth':
+            if getattr(args, option, None):
+                raise UsageError(f'--{option} is for HTTP, not for --tcp')
         app = parse_target(text)
         return Target('tcp', app.host, app.port, kind='tcp', public_port=args.tcp_port or 0)
 
@@ -14263,18 +14264,18 @@ class Inspect(Annex):
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
         logs = add('logs', help='show what a client has seen, or what FILE has of it',
-                   epilog=LOGS_EPILOG)
-        logs.add_argument('words', nargs='*', metavar='[FILE] [FILTER ...]',
-                          help='a file of --record; the number of an exchange, to see it whole; '
+                   usage='%(prog)s [OPTION ...] [FILE] [FILTER ...]', epilog=LOGS_EPILOG)
+        logs.add_argument('words', nargs='*', metavar='FILTER',
+                          help='a FILE of --record; the number of an exchange, to see it whole; '
                                'method:post status:5xx slow:>500 or any text')
         logs.add_argument('--json', action='store_true', help='one JSON object a line')
         logs.add_argument('--follow', '-f', action='store_true', help='go on with what comes')
         logs.add_argument('--body', action='store_true', help='with the bodies')
         logs.add_argument('--har', action='store_true', help='as an HTTP Archive (HAR 1.2)')
         replay = add('replay', help='send requests that were seen to the app again',
-                     epilog=REPLAY_EPILOG)
-        replay.add_argument('words', nargs='+', metavar='[FILE] ID ...',
-                            help='numbers as in the log; with a FILE of --record, by default all')
+                     usage='%(prog)s [OPTION ...] [FILE] ID ...', epilog=REPLAY_EPILOG)
+        replay.add_argument('words', nargs='+', metavar='ID',
+                            help='numbers as in the log; after a FILE of --record, by default all')
         replay.add_argument('--set-header', type=field_of, action='append', default=[],
                             metavar="'NAME: VALUE'", help='with this field (repeatable)')
         replay.add_argument('--to', metavar='TARGET', help='send them to another app')
@@ -14292,6 +14293,8 @@ class Inspect(Annex):
 
     def logs(self, args: Args) -> int:
         """Print exchanges."""
+        if args.har and args.follow:
+            raise UsageError('--har makes one document, which ends; leave --follow out')
         path = args.words.pop(0) if args.words and os.path.isfile(args.words[0]) else ''
         missing = next((word for word in args.words if re.fullmatch(MEANS_A_FILE, word)), '')
         if missing:
@@ -14502,7 +14505,7 @@ def client_words(words: Sequence[str], note: Callable[[str], Any]) -> list[str]:
     target = meant_target(typed, found, note)
     if not (target or any(difflib.get_close_matches(word.partition('=')[0], ['--config'])
                           for word in rest)):
-        note('say what is to get a URL, such as the port of your app')
+        note('say what is to get a URL, such as the port of your app, or --help')
         target = '8000'
     elif rest and not rest[0].startswith('-'):
         note('say -- before a command')

@@ -13444,6 +13444,7 @@ class LogsAndReplayTest(CommandTest):
         one = json.loads(self.command('logs', '--json', '/a')[1])
         self.assertEqual(one['request']['line'], 'GET /a?token=*** HTTP/1.1')
         self.assertEqual(len(json.loads(self.command('logs', '--har')[1])['log']['entries']), 2)
+        self.assertEqual(self.command('logs', '--har', '--follow')[0], 2)
         self.assertEqual(self.command('logs', 'status:x')[0], 2)
         for word in 'none.jsonl', './none', '../none', '~/none':
             code, _, err = self.command('logs', word)
@@ -13721,6 +13722,7 @@ class ExitCodeTest(CommandTest):
         for words, said in (
                 (['client', 'unix:/x', '--tcp', *to], 'raw TCP leads to'),
                 (['client', 'echo', '--tcp', *to], 'raw TCP leads to'),
+                (['client', '1', '--tcp', '--auth', 'a:b', *to], '--auth is for HTTP'),
                 (['client', '[::1', *to], 'in brackets'),
                 (['client', 'http://localhost:0', *to], 'expected a URL'),
                 (['client', '1', '--server', 'localhost:0'], 'expected a URL'),
