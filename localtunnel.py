@@ -950,7 +950,9 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
             self.runtime.begin(self.serve, self)
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        if self.receiver is None and not self._paused and self._readable.waiting is None:
+        # With TLS all that has come has to fit: asyncio reads once more where the connection ends.
+        if self.receiver is None and not (self.secure or self._paused) and (
+                self._readable.waiting is None):
             return self.runtime.buffer[:max(1, READ_AHEAD + 1 - self.unread)]
         return self.runtime.buffer
 

@@ -4438,6 +4438,31 @@ class TlsBufferTest(FolderTest, LoopTest):
                                               ssl=lt.certified(*files)))
         return [connection for _, connection in ends]
 
+    async def test_what_came_before_the_end_is_read_whole_though_nobody_waited_for_it(self):
+        files, sent = self.cert_and_key(), pattern(lt.MIB)
+
+        def say(sock):
+            sock.setblocking(True)
+            with lt.certified(*files).wrap_socket(sock, server_side=True) as s:
+                s.sendall(sent)         # and it closes without a goodbye, as some apps do
+        for _ in range(5):
+            left, right = self.sockets()
+            saying = self.loop.run_in_executor(None, say, left)
+            _, mine = await self.loop.create_connection(
+                lambda: lt.Connection(self.runtime), sock=right, ssl=lt.client_tls(files[0]),
+                server_hostname='localhost')
+            got, body = b'', lt.Body(mine, lt.MIB)
+            while not body.finished:
+                got += body.take() or b''
+                for _ in range(3):      # the reader is busy
+                    await asyncio.sleep(0)
+                if not (mine.unread or body.finished):
+                    self.assertTrue(await mine.wait_for_data())
+            self.assertEqual(got, sent)
+            await saying
+            mine.close()
+            await eventually(lambda: mine.error)
+
     async def test_connections_that_share_their_buffer_get_each_its_own_bytes(self):
         protocol = asyncio.sslproto.SSLProtocol
         kept = {name: getattr(protocol, name) for name in ('max_size', 'get_buffer')
