@@ -12478,6 +12478,24 @@ class ScreenTest(unittest.TestCase):
                 screen[-1] = '' if part == lt.ERASE_LINE else screen[-1] + part
         self.assertEqual(screen, ['a line', 'the end', ''])
 
+    def test_lines_of_a_busy_moment_are_written_together_and_all_else_at_once(self):
+        writes = []
+        stream = types.SimpleNamespace(write=writes.append, flush=lambda: None)
+        with unittest.mock.patch.object(lt, 'LINES_TOGETHER', 9 * PATIENCE):
+            writer = lt.Writer()
+            add = functools.partial(writer.put, stream, True, lt.dropped_lines)
+            add('at once')
+            with writer._changed:
+                self.assertTrue(writer._changed.wait_for(lambda: writer._rests, PATIENCE))
+            add('one')
+            add('two')
+            with writer._changed:       # nobody has called it, and it has called nobody
+                self.assertEqual((len(writer._changed._waiters), writes), (1, ['at once\n']))
+            writer.put(stream, False, lt.dropped_lines, 'now\n')
+            with writer._changed:
+                self.assertTrue(writer._changed.wait_for(lambda: len(writes) == 2, PATIENCE))
+        self.assertEqual(writes[1], 'one\ntwo\nnow\n')
+
     def test_the_cursor_waits_at_the_start_of_the_line_that_changes(self):
         writer, stream = lt.Writer(), io.StringIO()
         for text in 'wait', '':
