@@ -10774,6 +10774,15 @@ class ReplayTest(InspectorTest):
         first, again = await self.replayed()
         self.assertEqual(again, first.replace(b'\r\n\r\n', b'\r\nLocaltunnel-Replay: 1\r\n\r\n', 1))
 
+    async def test_behind_a_base_path_it_goes_where_the_request_went(self):
+        await self.world()
+        app = await self.app()
+        client = await self.client(f'http://localhost:{app.address[1]}/base')
+        await self.inspect()
+        await (await self.visitor(client)).get('/x')
+        await self.api('exchanges/1/replay', 'POST')
+        self.assertEqual([request.split()[1] for request in app.requests], [b'/base/x'] * 2)
+
     async def test_a_large_one_comes_whole(self):
         body = pattern(900000)
         first, again = await self.replayed(body=body)
