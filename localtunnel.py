@@ -5797,17 +5797,31 @@ def validity(facts: Any) -> Validity:
              if kind == 'DNS' or kind == 'IP Address' and is_address(name.strip())])
 
 
+def shown_by(server: ssl.SSLContext) -> tuple[bytes, Any]:
+    """The certificate that SERVER shows, and its facts as Python reads them.  Raises SSLError."""
+    client = client_tls(check=False)
+    shown: Any = shake_hands(client, server).getpeercert(binary_form=True)
+    client.load_verify_locations(cadata=shown)      # Python reads to us only what was checked
+    client.verify_mode = ssl.CERT_REQUIRED
+    client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
+    return shown, shake_hands(client, server).getpeercert()
+
+
 def validity_of(server: ssl.SSLContext) -> Validity:
     """That of the certificate that SERVER shows; UNKNOWN where it is not one for servers."""
-    client = client_tls(check=False)
     try:
-        shown: Any = shake_hands(client, server).getpeercert(binary_form=True)
-        client.load_verify_locations(cadata=shown)      # Python reads to us only what was checked
-        client.verify_mode = ssl.CERT_REQUIRED
-        client.verify_flags |= PARTIAL_CHAIN | NO_CHECK_TIME
-        return validity(shake_hands(client, server).getpeercert())
+        return validity(shown_by(server)[1])
     except ssl.SSLError:
         return UNKNOWN
+
+
+def pin_of(server: ssl.SSLContext) -> str:
+    """The SHA256 of the certificate that SERVER shows, if that is of nobody but itself."""
+    with contextlib.suppress(ssl.SSLError):
+        shown, facts = shown_by(server)
+        if facts['issuer'] == facts['subject']:
+            return digest_of(shown)
+    return ''
 
 
 OTHER_NAME = 62, 64             # verify_code of OpenSSL: for another host, for another address
@@ -12206,8 +12220,8 @@ class Invitations(Annex):
             lines += ['or this, without a file:',
                       f'  curl -fsSL {address}/localtunnel.py | python3 - {join}']
         else:
-            lines += ['Give them localtunnel.py, too: without a certificate of an authority the '
-                      'server can only hand it out over http, where others could change it.']
+            lines += ['Give them localtunnel.py, too: without a certificate of an authority nobody '
+                      'can tell that what the server hands out was not changed on the way.']
         return '\n'.join(lines)
 
     def at_any_server(self, server: Server) -> None:
@@ -17813,11 +17827,12 @@ def server_tokens(args: Args) -> tuple[Tokens, str]:
 
 
 def entrance(args: Args, port: int, tls: Tls | None) -> tuple[str, str]:
-    """Return where clients come in: its URL, and the pin if its certificate is our own."""
+    """Return where clients come in: its URL, and a pin if no authority signed what it shows."""
     if args.trust_proxy:
         return f'https://{args.domain}', ''
     if tls and tls.port:
-        return 'https://' + authority('https', args.domain, tls.port), tls.pin
+        where = authority('https', args.domain, tls.port)
+        return f'https://{where}', tls.pin or pin_of(tls.context)
     return 'http://' + authority('http', args.domain, port), ''
 
 

@@ -14290,7 +14290,9 @@ class OnePasteTest(CommandTest):
         port = int(relay.says(r'listening on ports \d+ and (\d+)').group(1))
         address = lt.server_address(f'https://localhost:{port}')
         pin = lt.digest_of(ssl.PEM_cert_to_DER_cert(CERTIFICATE))
-        for words in ('--join', lt.make_code(address, '', pin)), ():
+        code = relay.says('to connect: .* --join (.*)').group(1)
+        self.assertEqual(code, lt.make_code(address, '', pin))     # nobody else has signed it
+        for words in ('--join', code), ():
             client = self.start('client', 1, *words)
             self.assertTrue(client.url().endswith(f'localhost:{port}'))
             client.interrupt()
