@@ -7402,7 +7402,9 @@ class Held(Waits):
         """
         moves = now - session.lost_at > self.tunnels.hold and tunnel.pick() is not None
         overdue = now - session.liveness.heard > UNANSWERED
-        for stream in [*session.streams.values(), *session.outbox.turns] * (moves or overdue):
+        if not (moves or overdue):
+            return
+        for stream in [*session.streams.values(), *session.outbox.turns]:
             exchange = stream.visitor and stream.visitor.exchange
             if exchange and not exchange.status and (overdue or exchange.repeatable):
                 stream.reset(CANCELLED, 'nobody waits for it any more', SessionLost(
@@ -11016,11 +11018,11 @@ class Postman:
         except OSError as e:
             raise Reply('421 4.3.1 there is no room on the disk, or it hangs') from e
         finally:
-            self._office.disk.later(raw.close)
             self._letter = None
             self._server.visitors.listening -= 2
             budget.give(MAIL_HELD)
             self._office.room.give(letter.spooled)
+            self._office.disk.later(raw.close)
 
 
 def note_of_wish(wish: Any) -> str:
