@@ -14284,7 +14284,7 @@ class Inspect(Annex):
         logs = add('logs', help='show what a client has seen, or what FILE has of it',
                    usage='%(prog)s [OPTION ...] [FILE] [FILTER ...]', epilog=LOGS_EPILOG)
         logs.add_argument('words', nargs='*', metavar='FILTER',
-                          help='a FILE of --record; the number of an exchange, to see it whole; '
+                          help='a FILE of --record; numbers of exchanges, to see them whole; '
                                'method:post status:5xx slow:>500 or any text')
         logs.add_argument('--json', action='store_true', help='one JSON object a line')
         logs.add_argument('--follow', '-f', action='store_true', help='go on with what comes')
@@ -14337,15 +14337,15 @@ class Inspect(Annex):
         return 0
 
     def _numbered(self, path: str, args: Args) -> list[dict[str, Any]]:
-        """Return the exchange whose number is all that ARGS say, if there is one."""
-        number = args.words[0].lstrip('#') if len(args.words) == 1 and not args.follow else ''
-        if not re.fullmatch('[0-9]{1,15}', number):
+        """Return the exchanges whose numbers are all that ARGS say, if there are such."""
+        numbers = [word.lstrip('#') for word in args.words]
+        if args.follow or not re.fullmatch('[0-9]{1,15}( [0-9]{1,15})*', ' '.join(numbers)):
             return []
         if path:
-            return [e for e in recorded(path, False, self.warn) if e['id'] == int(number)]
+            return [e for e in recorded(path, False, self.warn) if str(e['id']) in numbers]
         remote = Remote(args.inspect, args.inspect_password)
         with contextlib.suppress(LocaltunnelError):     # it is text to look for
-            return [remote.one(number)]
+            return [remote.one(number) for number in numbers]
         return []
 
     def _fitting(self, path: str, args: Args) -> Iterator[dict[str, Any]]:

@@ -13491,6 +13491,8 @@ class LogsAndReplayTest(CommandTest):
         for number in 2, '#2':
             out = self.command('logs', number)[1]
             self.assertRegex(out, r'(?s)^2 POST .*  > POST /b HTTP/1.1\n  > .*\n  >\n  > <')
+        out = self.command('logs', 1, 2)[1]
+        self.assertRegex(out, r'(?s)^1 GET .*  > GET /a.*\n2 POST .*  > POST /b')
         self.assertEqual(self.command('logs', '999888777'),
                          (0, '', 'localtunnel.py: no exchange fits 999888777\n'))
         one = json.loads(self.command('logs', '--json', '/a')[1])
