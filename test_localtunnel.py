@@ -136,6 +136,7 @@ import types
 import unittest
 import unittest.mock
 import urllib.parse
+import weakref
 import zlib
 
 import localtunnel as lt
@@ -3413,6 +3414,19 @@ class ExchangeTest(WorldTest):
                     self.assertEqual((got['connection'], await visitor.reader.read()),
                                      ('close', b''))
                 await self.end_of_the_world()
+
+    async def test_a_connection_that_is_idle_holds_nothing_of_its_last_request(self):
+        _, visitor = await self.through()
+        seen = weakref.WeakSet()
+
+        class Exchange(lt.Exchange):
+            def __init__(self, *what):
+                super().__init__(*what)
+                seen.add(self)
+        with unittest.mock.patch.object(lt, 'Exchange', Exchange):
+            self.assertEqual((await visitor.get())[0], 200)
+        self.log.told.clear()
+        await eventually(lambda: not [one for one in seen if isinstance(one.near, lt.Connection)])
 
     async def test_trailers_pass(self):
         _, visitor = await self.through(FRAMED['chunked'])
