@@ -10378,7 +10378,7 @@ class Keeps(ClientObserver):
             words = [f'{n} webhook{"s" * (n != 1)} {what}' for n, what in (
                 (kept, 'waited for you'), (expired, 'expired')) if n > 0]
             if words or self._first:
-                self._observer.also('kept', '; '.join(words) or 'nothing has waited')
+                self._observer.also('kept', '; '.join(words) or 'nothing while you were away')
         elif self._first:
             self._observer.hint('this server keeps no requests, so --keep has no effect; its '
                                 'operator can start it with --keep MIB')
@@ -11060,7 +11060,7 @@ class Mail(Annex):
         if app.target.kind != 'http' or not MAIL_PATH.fullmatch(path):
             raise UsageError('--mail takes a path of an http app, such as --mail /inbox')
         address.wants['mail'] = [path, args.mail_raw]
-        app.observer.also('mail', f"to anything@ the URL's host is posted to {path}")
+        app.observer.also('mail', f"to any address at the URL's host is posted to {path}")
 
     async def at_server(self, args: Args, server: Server) -> None:
         if not args.mail:
@@ -15610,10 +15610,10 @@ def at_words(text: str, stream: TextIO | None) -> str:
         return text
     lines: list[str] = []
     for line in text.splitlines():
-        prose, python, command = line.partition('python3 ')
+        prose, *command = re.split('(?=python3 |chmod )', line, maxsplit=1)
         lines += textwrap.wrap(prose, columns(), subsequent_indent='  ', break_long_words=False,
-                               break_on_hyphens=False, drop_whitespace=not python) or ['']
-        lines[-1] += python + command
+                               break_on_hyphens=False, drop_whitespace=not command) or ['']
+        lines[-1] += ''.join(command)
     return '\n'.join(lines)
 
 
