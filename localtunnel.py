@@ -16381,7 +16381,8 @@ class Parser(argparse.ArgumentParser):
         message = message.replace('invalid network value:', 'it takes an address or a network such '
                                   'as 10.0.0.0/8, not')
         message = message.replace('invalid port_range value:', 'it takes A-B, not')
-        message = re.sub('one of the arguments (.*) is required', r'it takes one of \1', message)
+        message = re.sub('one of the arguments (.*) is required', lambda match:
+                         'it takes one of ' + match.group(1).replace(' ', ', '), message)
         message = re.sub(r"COMMAND: invalid choice: '(.*)' \(choose from (.*)\)",
                          lambda m: f'there is no {m[1]} here, but {m[2]}'.replace("'", ''), message)
         raise UsageError(f'{re.sub("^argument ", "", message)}; see {self.prog} --help')
