@@ -18420,9 +18420,11 @@ class AnnexTest(FolderTest):
         for rooms in (*around, sum(around, []), python):
             with self.subTest(', '.join(room.title for room in rooms)):
                 module = self.cut(*rooms)
-                with unittest.mock.patch.object(module, 'put') as put:
+                new = unittest.mock.DEFAULT
+                with unittest.mock.patch.multiple(module, put=new, lines_to=new) as silent:
                     self.assertEqual(module.main(['--version']), 0)
-                    self.assertRegex(put.call_args[0][1], f'^localtunnel {lt.__version__}\n')
+                    said = silent['put'].call_args[0][1]
+                    self.assertRegex(said, f'^localtunnel {lt.__version__}\n')
                     self.assertEqual(asyncio.run(
                         self.carries(module, CommandTest.free_port())), b'hello')
 
