@@ -9919,7 +9919,7 @@ class InvitationTest(FolderTest):
             with self.subTest((address, pin)):
                 said = self.invite('ana')
                 self.assertEqual('curl -fsSL https://' in said, offered)
-                self.assertEqual('http alone' in said or 'over http' in said, not offered)
+                self.assertEqual('Give them localtunnel.py, too' in said, not offered)
                 self.assertEqual(self.joins(said)[::2], (address, pin))
 
     def test_revoked_is_only_who_is_named_and_other_lines_stay_as_they_are(self):
