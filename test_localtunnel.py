@@ -2449,6 +2449,21 @@ class WorldTest(LoopTest):
         status, fields, body = await peer.answer()
         return peer, status, json.loads(fields['localtunnel-welcome'] if status == 101 else body)
 
+    @contextlib.asynccontextmanager
+    async def hung_disk(self):
+        """Who looks at a file hangs, and is not the main thread."""
+        threads, goes_on = set(), threading.Event()
+        self.stack.callback(goes_on.set)
+
+        def hangs(*args):
+            threads.add(threading.current_thread())
+            goes_on.wait(PATIENCE)
+            raise OSError(errno.EIO, 'no')
+        with unittest.mock.patch.object(os, 'stat', hangs):
+            await eventually(lambda: threads)
+            yield
+            self.assertNotIn(threading.main_thread(), threads)
+
     async def through(self, answer=OK, **options):
         """(app, visitor) of a world with one tunnel."""
         await self.world()
@@ -7433,17 +7448,8 @@ class BlockListTest(FolderTest, WorldTest):
     async def test_a_disk_that_hangs_holds_up_no_request(self):
         await self.barred_world()
         client = await self.client(await self.app(), token='one')
-        threads, goes_on = set(), threading.Event()
-        self.stack.callback(goes_on.set)
-
-        def hangs(*args):
-            threads.add(threading.current_thread())
-            goes_on.wait(PATIENCE)
-            raise OSError(errno.EIO, 'no')
-        with unittest.mock.patch.object(os, 'stat', hangs):
-            await eventually(lambda: threads)
+        async with self.hung_disk():
             self.assertEqual((await self.visit(client))[0], 200)
-            self.assertNotIn(threading.main_thread(), threads)
 
     async def test_it_is_read_again_although_another_source_has_failed(self):
         await self.barred_world()
@@ -8200,17 +8206,8 @@ class KeepTest(FolderTest, WorldTest):
     async def test_no_disk_holds_up_the_server(self):
         await self.world()
         await self.away(1)
-        threads, goes_on = [], threading.Event()
-        self.stack.callback(goes_on.set)
-
-        def hangs(*args):
-            threads.append(threading.current_thread())
-            goes_on.wait(PATIENCE)
-            raise OSError(errno.EIO, 'no')
-        with unittest.mock.patch.object(os, 'stat', hangs):
-            await eventually(lambda: threads)
+        async with self.hung_disk():
             self.assertEqual((await self.visit('app.localhost', '/x'))[0], 503)
-            self.assertNotIn(threading.main_thread(), threads)
 
     async def test_an_app_that_never_ends_its_answer_holds_up_nothing(self):
 
