@@ -14126,7 +14126,7 @@ class Remote:
         status, data = self.open(method, path, value)
         return self.told(data, shape, status)
 
-    def one(self, number: int | str, query: str = '') -> Any:
+    def one(self, number: int, query: str = '') -> Any:
         """Return the exchange NUMBER.  Raises LocaltunnelError."""
         found = self.ask('GET', f'/api/exchanges/{number}{query}', SUMMARY)
         if not is_exchange(found):
@@ -14197,6 +14197,12 @@ def field_of(text: str) -> list[str]:
     if not colon or not name.strip():
         raise argparse.ArgumentTypeError(f"{text!r} is not 'NAME: VALUE'")
     return [name.strip(), value.strip()]
+
+
+def numbers_of(words: Sequence[str]) -> list[int]:
+    """The numbers of exchanges that WORDS are; none where one of them is something else."""
+    found = [re.fullmatch('#*([0-9]{1,15})', word) for word in words]
+    return [int(match.group(1)) for match in found if match] if all(found) else []
 
 
 MEANS_A_FILE = r'.*[.]jsonl|[.~]{1,2}/.*|[A-Za-z]:\\\\.*'        # /x may be the path of a request
@@ -14338,11 +14344,11 @@ class Inspect(Annex):
 
     def _numbered(self, path: str, args: Args) -> list[dict[str, Any]]:
         """Return the exchanges whose numbers are all that ARGS say, if there are such."""
-        numbers = [word.lstrip('#') for word in args.words]
-        if args.follow or not re.fullmatch('[0-9]{1,15}( [0-9]{1,15})*', ' '.join(numbers)):
+        numbers = numbers_of(args.words)
+        if args.follow or not numbers:
             return []
         if path:
-            return [e for e in recorded(path, False, self.warn) if str(e['id']) in numbers]
+            return [e for e in recorded(path, False, self.warn) if e['id'] in numbers]
         remote = Remote(args.inspect, args.inspect_password)
         with contextlib.suppress(LocaltunnelError):     # it is text to look for
             return [remote.one(number) for number in numbers]
@@ -14363,17 +14369,17 @@ class Inspect(Annex):
 
     def replay(self, args: Args) -> int:
         """Send requests again; return 1 if one could not be sent."""
-        path = '' if args.words[0].lstrip('#').isdigit() else args.words.pop(0)
+        path = '' if numbers_of(args.words[:1]) else args.words.pop(0)
         if path and not os.path.exists(path):
             raise UsageError(f'replay takes numbers, as in the log; {path} is neither one nor a '
                              'file')
-        numbers = [word.lstrip('#') for word in args.words]
-        if not all(map(str.isdigit, numbers)):
+        numbers = numbers_of(args.words)
+        if args.words and not numbers:
             raise UsageError('replay takes numbers, as in the log, after the file')
         if path and not args.to:
             raise UsageError('replay of a file needs --to TARGET, such as --to 8000')
         target = parse_target(args.to) if args.to else None
-        there = ((str(e['id']), e) for e in (recorded(path, False, self.warn) if path else ()))
+        there = ((e['id'], e) for e in (recorded(path, False, self.warn) if path else ()))
         found = [item for item in there if item[0] in numbers] if numbers else []
         last, times = dict(found), collections.Counter(number for number, _ in found)
         remote = None if path else Remote(args.inspect, args.inspect_password)

@@ -13500,7 +13500,7 @@ class LogsAndReplayTest(CommandTest):
         out = self.command('logs', '--body', '/b')[1]
         self.assertIn('  > <?[31mbody>\n', out)
         self.assertNotIn('  > Host:', out)
-        for number in 2, '#2':
+        for number in 2, '#2', '002':
             out = self.command('logs', number)[1]
             self.assertRegex(out, r'(?s)^2 POST .*  > POST /b HTTP/1.1\n  > .*\n  >\n  > <')
         out = self.command('logs', 1, 2)[1]
@@ -13538,8 +13538,10 @@ class LogsAndReplayTest(CommandTest):
         self.assertEqual(len(self.command('logs', self.path('record'))[1].splitlines()), 4)
         self.assertEqual(len(json.loads(self.command('logs', '--har', self.path('record'))[1])
                              ['log']['entries']), 4)
-        self.assertIn('  > GET /a?token=*** HTTP', self.command('logs', self.path('record'), 1)[1])
-        code, out, err = self.command('replay', self.path('record'), 1, '--to', other.port)
+        for number in 1, '#001':
+            self.assertIn('  > GET /a?token=*** HTTP',
+                          self.command('logs', self.path('record'), number)[1])
+        code, out, err = self.command('replay', self.path('record'), '001', '--to', other.port)
         self.assertEqual((code, out.split()[:4]), (0, ['1', 'GET', '/a', '200']))
         self.assertIn('without what the record masks: token, Cookie', err)
         self.assertEqual(self.command('replay', self.path('record'), '--to', other.port)[0], 0)
@@ -13554,7 +13556,7 @@ class LogsAndReplayTest(CommandTest):
         self.assertEqual((code, err.count('\n')), (1, 2), err)
         self.assertIn('does not speak TLS', err)
         for words in ((self.path('record'), 1), (self.path('record'), 'x', '--to', 1),
-                      (self.path('none'), '--to', 1), (1, '--to', 99999)):
+                      (self.path('none'), '--to', 1), (1, '--to', 99999), ('\u00b2',)):
             code, _, err = self.command('replay', *words)
             self.assertEqual((code, err.count('\n')), (2, 1), words)
 
