@@ -1852,9 +1852,10 @@ NOT_OF_APPS = HOP_BY_HOP.union((b'localtunnel-failed', b'localtunnel-kept', b'lo
 NOT_OF_INTERIM = NOT_OF_APPS.union((b'set-cookie', b'clear-site-data'))
 # A Connection that names one of these would take away what routing and framing rely on.
 NOT_NOMINATED = re.compile(rb'(?:host|content-length|transfer-encoding)$|x[-_]forwarded[-_]')
-# Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge.
-NO_TRAILER = re.compile(rb'(?:host|content-length|transfer-encoding|connection|via|authorization'
-                        rb'|cookie|set-cookie|' + UNTRUSTED + rb'):')
+# Routing, framing and trust never rely on trailers (RFC 9110 6.5.1), which apps may merge: these
+# are dropped.
+NO_TRAILER = re.compile(rb'(?im)^(?:host|content-length|transfer-encoding|connection|via'
+                        rb'|authorization|cookie|set-cookie|' + UNTRUSTED + rb'):.*\n')
 IDEMPOTENT = frozenset((b'GET', b'HEAD', b'OPTIONS', b'TRACE', b'PUT', b'DELETE'))
 
 
@@ -2162,9 +2163,9 @@ STEPS_TOGETHER = 512            # of one chunked body in a turn, three a chunk: 
 
 
 class ChunkedBody(Body):
-    """Chunks; their extensions are dropped, the trailers kept.
+    """Chunks; their extensions are dropped, the trailers kept but for those of NO_TRAILER.
 
-    Those that are here are taken together: where one ends means nothing, but costs much.
+    Chunks that are here are taken together: where one ends means nothing, but costs much.
     """
     __slots__ = ('trailers', '_state')
     LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
@@ -2209,12 +2210,15 @@ class ChunkedBody(Body):
                 raise BadHttp(400, 'a malformed chunk size')
             self.left = int(match.group(1), 16)
             return 'data' if self.left else 'trailer'
-        if line == b'\r\n':
-            return 'size' if self._state == 'data end' else 'end'
         if self._state == 'data end':
-            raise BadHttp(400, 'a chunk longer than its size')
-        if not _FIELDS.fullmatch(line) or NO_TRAILER.match(line.lower()):
-            raise BadHttp(400, 'a malformed trailer, or a field that must not be in one')
+            if line != b'\r\n':
+                raise BadHttp(400, 'a chunk longer than its size')
+            return 'size'
+        if line == b'\r\n':
+            self.trailers = NO_TRAILER.sub(b'', self.trailers)
+            return 'end'
+        if not _FIELDS.fullmatch(line):
+            raise BadHttp(400, 'a malformed trailer')
         self.trailers += line
         if len(self.trailers) > MAX_HEAD or self.trailers.count(b'\n') > OUTER_FIELDS:
             raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {OUTER_FIELDS} fields')
@@ -13023,8 +13027,7 @@ class Edited:
                           for part in ([line, *fields], self.trailers))
         except UnicodeEncodeError as e:
             raise BadHttp(400, 'method, target and header fields take Latin-1 only') from e
-        if (not _FIELDS.fullmatch(last[:-2])
-                or any(map(NO_TRAILER.match, last.lower().splitlines()))):
+        if not _FIELDS.fullmatch(last[:-2]) or NO_TRAILER.search(last):
             raise BadHttp(400, 'a trailer that HTTP does not allow')
         if parse_request(head).length != CHUNKED:
             return head + self.body
