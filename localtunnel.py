@@ -1864,17 +1864,18 @@ class Head:
 
     `block` holds the header lines, each with its CR LF.  `fields` holds the values of known fields
     in lower case; repeated ones are joined with a comma (RFC 9110 5.3).  `connection` holds the
-    words of Connection, `minor` the last digit of the version: more than 1 is read as 1 (RFC 9110
-    2.5); `keep_alive` says that the sender wants to use the connection again.
+    words of Connection.  `old` says that the sender speaks HTTP/1.0: no chunks, no 1xx, no Upgrade;
+    later ones than 1.1 are read as that (RFC 9110 2.5).  `keep_alive` says that it wants to use the
+    connection again.
     """
-    __slots__ = ('minor', 'block', 'fields', 'connection', 'keep_alive', '_lower', '_onward')
+    __slots__ = ('old', 'block', 'fields', 'connection', 'keep_alive', '_lower', '_onward')
     bodiless = False                # of a response: one with its status has no body and no length
 
     def __init__(self, minor: bytes, block: bytes) -> None:
         """Raises BadHttp."""
         if not _FIELDS.fullmatch(block):
             raise BadHttp(400, 'a malformed header field')
-        self.minor, self.block = minor, block
+        self.old, self.block = minor == b'0', block
         self._lower = b'\n' + block.lower()
         self._onward: dict[tuple[frozenset[bytes], bool], bytes] = {}       # what was asked for
         found = _KNOWN.findall(self._lower)
@@ -1890,7 +1891,7 @@ class Head:
             if len(self.connection) > 1:
                 self.connection = [word.strip() for word in self.connection]
         self.keep_alive = b'close' not in self.connection and (
-            minor != b'0' or b'keep-alive' in self.connection)
+            not self.old or b'keep-alive' in self.connection)
 
     def get(self, name: bytes) -> bytes:
         """Return the value of a known field as it came; b'' if there is none."""
@@ -1966,7 +1967,7 @@ class Head:
                               'a Transfer-Encoding other than a single chunked')
             if b'content-length' in fields:
                 raise BadHttp(400, 'both Transfer-Encoding and Content-Length')
-            if self.minor == b'0':
+            if self.old:
                 raise BadHttp(400, 'Transfer-Encoding in HTTP/1.0')
             return CHUNKED
         if b'content-length' not in fields:
@@ -1998,9 +1999,9 @@ class RequestLines(Head):
         match = _HOST.fullmatch(self.host)
         if match:
             self.host_name = match.group(1).decode().rstrip('.')
-        elif minor != b'0' or b'host' in self.fields:
+        elif not self.old or b'host' in self.fields:
             raise BadHttp(400, 'Host is missing, malformed or repeated')
-        if b'upgrade' in self.connection and minor != b'0':
+        if b'upgrade' in self.connection and not self.old:
             self.upgrade = _HTTP_AGAIN.sub(b'', self.get(b'upgrade')).strip(b', \t')
         self.length = self._body_length(0)
 
@@ -2015,9 +2016,9 @@ class Request(RequestLines):
     def __init__(self, method: bytes, target: bytes, minor: bytes, block: bytes) -> None:
         self.method, self.target = method, target
         known = request_lines(minor, block)
-        (self.minor, self.block, self.fields, self.connection, self.keep_alive, self._lower,
+        (self.old, self.block, self.fields, self.connection, self.keep_alive, self._lower,
          self._onward, self.host, self.host_name, self.upgrade, self.length) = (
-             minor, block, known.fields, known.connection, known.keep_alive, known._lower,
+             known.old, block, known.fields, known.connection, known.keep_alive, known._lower,
              known._onward, known.host, known.host_name, known.upgrade, known.length)
         if method == b'CONNECT' or target[:1] != b'/' and (target, method) != (b'*', b'OPTIONS'):
             self._check_target()
@@ -2608,7 +2609,7 @@ class Exchange(Record):
             return self._upgrade(response, block, self.taps(watch), near_taps)
         self.status = response.status
         self.answer = body = body_reader(self.far, length)
-        chunked = length < 0 and self.request.minor != b'0'
+        chunked = length < 0 and not self.request.old
         head, whole = encode_response(response, block, chunked), body.whole
         if whole is None:
             return copy_message(head, body, self.near, chunked, end, self.taps(watch))
@@ -3419,7 +3420,7 @@ class Server:
         """Pass the request through the tunnel of NAME, the response back; retry where harmless."""
         request = exchange.request
         lines = self.onward.of_request(visitor, request, name)
-        interim = exchange.near if request.minor != b'0' else None
+        interim = None if request.old else exchange.near
         while True:
             stream, ours = (self.tunnels.open_stream(name, visitor, lines)
                             or await self.tunnels.waits.for_stream(name, visitor, lines))
@@ -3432,7 +3433,7 @@ class Server:
                 length = response.body_length(request.method)
                 exchange.keep = (request.keep_alive and exchange.body.finished
                                  and self.tunnels.state < LEAVING and response.status != 101
-                                 and (length >= 0 or request.minor != b'0'))
+                                 and (length >= 0 or not request.old))
                 lines_back = self.onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
@@ -4355,9 +4356,9 @@ class Onward:
             b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
-        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b1.%b%b\r\n%b' % (
-            lines, visitor.x_forwarded, visitor.host or request.host, before, request.minor,
-            via(name, self._domain), more)
+        return b'%b%bX-Forwarded-Host: %b\r\nVia: %b%b%b\r\n%b' % (
+            lines, visitor.x_forwarded, visitor.host or request.host, before,
+            b'1.0' if request.old else b'1.1', via(name, self._domain), more)
 
     def check_via(self, request: Request, name: str) -> None:
         """Raises HopFailed where REQUEST has passed the tunnel of NAME before."""
@@ -4376,7 +4377,7 @@ class Onward:
     @staticmethod
     def of_own(exchange: Exchange) -> list[str]:
         """Return the header lines of this hop for a response of ours; `exchange.keep` is known."""
-        if exchange.keep and exchange.request.minor != b'0':
+        if exchange.keep and not exchange.request.old:
             return []
         return ['Connection: keep-alive' if exchange.keep else 'Connection: close']
 
@@ -4389,7 +4390,7 @@ class Onward:
             return block
         if not exchange.keep:
             block += b'Connection: close\r\n'
-        elif exchange.request.minor == b'0':
+        elif exchange.request.old:
             block += b'Connection: keep-alive\r\n'
         if b'date' not in response.fields:
             block += b'%b\r\n' % date_line(int(time.time())).encode()
