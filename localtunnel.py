@@ -1334,12 +1334,12 @@ class Outbox:
         self.size = 0               # bytes of the frames in order
         self.sent = 0               # bytes of all that left
         self.confirmed = 0          # of these, have arrived there
-        self.ask_at = NEVER         # of `sent`, at which a PING asks for the count, see Resume
+        self.ask_after = NEVER      # of `sent`: past this a PING asks for the count, see Resume
         self.keep: Callable[[bytes], None] | None = None        # is given what leaves, see Resume
         self.credits: dict[int, int] = {}       # what CREDIT will promise to each stream
         self.resets: dict[int, bytes] = {}      # payloads, by stream
         self.pong = False           # True: a PONG is due, one for all PINGs that came together
-        self.awaited = False        # a flush is due at the end of this turn of the loop
+        self.flush_due = False      # at the end of this turn of the loop
         self.waiting = 0            # frames since something left
         self._left_at = 0.0         # and when that was
         self._frames: list[Buffer] = []         # in order: headers and payloads
@@ -1393,8 +1393,8 @@ class Outbox:
         """Let the streams that wait write in turn, while there is room."""
         loop = self.session.runtime.loop
         if asyncio.current_task(loop) is not None:      # that one goes on first
-            if not self.awaited:
-                self.awaited = True
+            if not self.flush_due:
+                self.flush_due = True
                 loop.call_soon(self.flush, True)
             return
         for _ in range(len(self.turns)):
@@ -1409,20 +1409,20 @@ class Outbox:
         """Flush at the end of this turn of the loop, or at once where that is better."""
         self.waiting += 1
         session = self.session
-        if self.awaited:
+        if self.flush_due:
             if self.waiting >= BURST:
                 self.flush()
         elif len(session.streams) < BURST and session.runtime.now() - self._left_at > QUIET:
             self.flush()        # with more streams others will come, however long each takes
         else:
-            self.awaited = True
+            self.flush_due = True
             session.runtime.loop.call_soon(self.flush, True)
 
     def flush(self, turn_over: bool = False) -> None:
         """Let those whose turn it is write, and send all that is here."""
         session = self.session
         if turn_over:
-            self.awaited = False
+            self.flush_due = False
         while True:
             if self.turns:
                 self._call_up()
@@ -1435,7 +1435,7 @@ class Outbox:
                 break
             self._left_at = session.runtime.now()
             connection.transport.write(data)
-            if self.sent >= self.ask_at:
+            if self.sent >= self.ask_after:
                 session.ping()
             elif not self.turns:
                 break
@@ -1552,7 +1552,7 @@ class Session:
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
         self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
-        self._goodbye = NEVER       # bytes that we had to say in all; known when we close
+        self._all_sent = NEVER      # bytes that we had to say in all; known when we close
         runtime.swept.add(self)
 
     # Streams.
@@ -1595,8 +1595,8 @@ class Session:
     def _receive(self, data: Buffer) -> None:
         self.liveness.heard = self.runtime.now()
         decoder, outbox = self.decoder, self.outbox
-        behind, awaited = decoder.behind, outbox.awaited
-        outbox.awaited = True       # what this read causes leaves after it
+        behind, flush_due = decoder.behind, outbox.flush_due
+        outbox.flush_due = True     # what this read causes leaves after it
         try:
             try:
                 for kind, id, payload in decoder.feed(data):
@@ -1606,7 +1606,7 @@ class Session:
                         outbox.trace('<-', kind, id, len(payload))
                     self._dispatch(kind, id, payload)
             finally:
-                outbox.awaited = awaited
+                outbox.flush_due = flush_due
             if outbox.waiting or outbox.turns or self.state == CLOSING:
                 outbox.flush()
                 if len(outbox.resets) > MAX_RESETS:
@@ -1746,10 +1746,10 @@ class Session:
         """End the session, which is CLOSING, if nothing is left to do."""
         outbox = self.outbox
         if not (self.streams or outbox.turns or outbox.size):
-            if self._goodbye == NEVER:      # what crossed our GOAWAY arrives before this PONG
-                self._goodbye = outbox.sent
+            if self._all_sent == NEVER:     # what crossed our GOAWAY arrives before this PONG
+                self._all_sent = outbox.sent
                 self.ping()
-            elif outbox.confirmed >= self._goodbye:
+            elif outbox.confirmed >= self._all_sent:
                 self.end(Disconnected('the session ended'))
 
     def drain(self, code: int, text: str) -> None:
@@ -1781,7 +1781,7 @@ class Session:
         connection = self._let_go()
         if connection is not None:
             self.runtime.swept.add(connection)
-            if self.outbox.confirmed >= self._goodbye:      # all has arrived there
+            if self.outbox.confirmed >= self._all_sent:      # all has arrived there
                 connection.close()
             else:
                 self.runtime.spawn(connection.linger())
@@ -6818,7 +6818,7 @@ class Unacknowledged(Outbox):
         super().__init__(session, trace)
         self.kept_from = 0          # of `sent`: from this byte on all is kept
         self.limit = KEPT_AT_FIRST  # of `sent`: up to this byte it may be kept
-        self.ask_at = ACKNOWLEDGE_EVERY
+        self.ask_after = ACKNOWLEDGE_EVERY
         self._kept: collections.deque[bytes] = collections.deque()
         self.keep = self._kept.append
 
@@ -6915,7 +6915,7 @@ class Resumable(Session):
         super().attach(connection)
 
     def ping(self) -> None:
-        self.outbox.ask_at = self.outbox.sent + ACKNOWLEDGE_EVERY
+        self.outbox.ask_after = self.outbox.sent + ACKNOWLEDGE_EVERY
         super().ping()
 
     def drop(self, why: str = 'the session ended') -> None:

@@ -1088,7 +1088,7 @@ class OutboxTest(unittest.TestCase):
         session = unittest.mock.Mock(connection=None, state=lt.RUNNING)
         session.decoder.received = 9
         outbox = lt.Outbox(session, trace)
-        outbox.awaited = True
+        outbox.flush_due = True
         return outbox
 
     def test_what_leaves_is_credit_and_pong_then_the_frames_and_reset_last(self):
@@ -4858,7 +4858,7 @@ class UnacknowledgedTest(unittest.TestCase):
         self.budget = lt.Budget(limit)
         session = unittest.mock.Mock(connection=None, state=lt.RUNNING, budget=self.budget)
         kept = lt.Unacknowledged(session, None)
-        kept.awaited = True
+        kept.flush_due = True
         return kept
 
     def leave(self, kept, *sizes):
