@@ -4335,6 +4335,7 @@ def via(name: str, domain: str) -> bytes:
 
 
 MADE_ANEW = HOP_BY_HOP.union((b'via',))         # at each hop
+PASSING = 'GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS, TRACE'     # and what else apps know
 
 
 class Onward:
@@ -4353,7 +4354,7 @@ class Onward:
         lines = request.onward(MADE_ANEW.union((b'max-forwards',)) if counts else MADE_ANEW,
                                trusted=False)
         more = b'' if not counts else (
-            b'Max-Forwards: %d\r\n' % self._hops_left(request.fields[b'max-forwards']))
+            b'Max-Forwards: %d\r\n' % self._hops_left(request))
         if b'host' not in request.fields:
             more += b'Host: %b\r\n' % (request.host or self._domain.encode())
         return b'%b%bX-Forwarded-Host: %b\r\nVia: %b%b%b\r\n%b' % (
@@ -4368,11 +4369,16 @@ class Onward:
                             cure="give the client your app's own address, not a public one")
 
     @staticmethod
-    def _hops_left(value: bytes) -> int:
-        """Return the VALUE of Max-Forwards less one.  Raises HopFailed (RFC 9110 7.6.2)."""
-        if not value.isdigit() or len(value) > MAX_LENGTH_DIGITS or int(value) == 0:
-            raise HopFailed(501, 'Max-Forwards lets this request go no further')
-        return int(value) - 1
+    def _hops_left(request: Request) -> int:
+        """Return its Max-Forwards less one.  Raises HopFailed (RFC 9110 7.6.2, 9.3.7)."""
+        value = request.fields[b'max-forwards']
+        hops = int(value) if value.isdigit() and len(value) <= MAX_LENGTH_DIGITS else -1
+        why = 'Max-Forwards lets this request go no further'
+        if hops == 0 and request.method == b'OPTIONS':
+            raise HopFailed(200, why, 'Allow: ' + PASSING)
+        if hops <= 0:
+            raise HopFailed(501, why)
+        return hops - 1
 
     @staticmethod
     def of_own(exchange: Exchange) -> list[str]:

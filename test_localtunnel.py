@@ -2798,6 +2798,16 @@ class ForwardingTest(WorldTest):
         self.assertIn(b'Max-Forwards: 6\r\n', app.requests[0])
         self.assertEqual(len(app.requests), 1)
 
+    async def test_options_that_may_go_no_further_are_answered_and_a_malformed_count_is_not(self):
+        app, visitor = await self.through()
+        for given, path, status in ('0', '*', 200), ('00', '/', 200), ('0, 0', '/', 501):
+            visitor.ask(path, f'Max-Forwards: {given}', 'OPTIONS')
+            got, fields, _ = await visitor.answer()
+            self.assertEqual((got, fields['localtunnel-failed'] is None), (status, status == 200))
+            self.assertEqual('GET, HEAD, POST, ' in str(fields['allow']), status == 200)
+        self.assertEqual(app.requests, [])
+        self.assertEqual((await visitor.get('/', 'Max-Forwards: 0'))[0], 200)      # of no weight
+
     async def test_a_trace_that_is_malformed_is_not_counted_but_ends_the_connection(self):
         _, visitor = await self.through()
         visitor.ask(fields='Max-Forwards: 0\nConnection: host', method='TRACE')
