@@ -3525,6 +3525,7 @@ class App:
         self.runtime, self.target, self.observer, self.words = runtime, target, observer, words
         self.upstreams = upstreams
         self._timeout = timeout
+        self.closed = False                     # True once nobody comes any more
         self.exchanges = 0                      # so far
         self.under_way: dict[Record, bool] = {}     # the oldest first; True: told that it is slow
         # Seams.
@@ -3554,14 +3555,10 @@ class App:
 
     def close(self) -> None:
         """Nobody comes any more: close the connections that are idle."""
+        self.closed = True
         forget_heads()
         self.upstreams.close()
         self.runtime.swept -= {self, self.upstreams}
-
-    @property
-    def closed(self) -> bool:
-        """True once nobody comes any more."""
-        return self not in self.runtime.swept
 
     # What takes long.
 
