@@ -1273,7 +1273,7 @@ class Stream(ByteStream):
 
     def _get_window(self) -> ReceiveWindow:
         if self.window is None:
-            self.window = self.session.window(self._taken, self.session.budget)
+            self.window = self.session.new_window(self._taken, self.session.budget)
         return self.window
 
     def _promise(self, n: int) -> None:
@@ -1534,9 +1534,9 @@ class Session:
     lost_at = NEVER                 # when it lost a connection that another may replace, see Resume
 
     def __init__(self, runtime: Runtime, process: Budget | None = None,
-                 on_open: Callable[[Stream], None] | None = None,
-                 trace: Trace | None = None, window: type[ReceiveWindow] = ReceiveWindow) -> None:
-        """PROCESS is what all sessions have together."""
+                 trace: Trace | None = None, window: type[ReceiveWindow] = ReceiveWindow,
+                 on_open: Callable[[Stream], None] | None = None) -> None:
+        """PROCESS is what all sessions have together.  WINDOW makes those of streams."""
         self.runtime = runtime
         self.state = RUNNING        # see the table above
         self.error: LocaltunnelError | None = None          # why it is OVER
@@ -1545,7 +1545,7 @@ class Session:
         self.streams: dict[int, Stream] = {}    # those not over, by id
         self.last_id = 0            # of a stream, by either side: how many there have been
         self.budget = Budget(SESSION_BUDGET, process)       # of all windows
-        self.window = window        # makes those of streams
+        self.new_window = window
         self.decoder = Decoder()    # what was received, and how much
         self.outbox = Outbox(self, trace)       # what is to be sent, and how much was
         self.liveness = Liveness(on_open is not None, runtime.now())        # of the connection
@@ -3174,7 +3174,7 @@ class Admission:
         if hello.kind == 'http':
             tunnel.url = url(asked.name)
         self._make_way(asked)
-        session = self.session(self._runtime, self.budget, None, self._trace, self.window)
+        session = self.session(self._runtime, self.budget, self._trace, self.window)
         session.facts = asked.facts
         member = Member(session, hello, asked.grant, self.limits.holder(asked))
         self._tunnels.enter(tunnel, member)
@@ -16858,8 +16858,8 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes) -> Client
     """A client of SERVER that serves from APP."""
     runtime, address = app.runtime, server.address
     serve = functools.partial(runtime.begin, app.kinds[app.target.kind])
-    begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET), serve,
-                              frame_lines() if args.verbose else None, address.window)
+    begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET),
+                              frame_lines() if args.verbose else None, address.window, serve)
     more = {word: said for annex in ANNEXES for word, said in annex.hello(args, key).items()}
     return Client(app, address, key, server.token, Dialer(server, app).dial,
                   Backoff(runtime.now(), args.once), begin, name=args.name, share=args.share,

@@ -1189,7 +1189,7 @@ class SessionTest(LoopTest):
 
     def new_sessions(self):
         self.incoming = asyncio.Queue()
-        made = [self.kind(self.runtime, None, on_open, None, lt.AdaptiveWindow)
+        made = [self.kind(self.runtime, None, None, lt.AdaptiveWindow, on_open)
                 for on_open in (None, self.arrived)]
         for session in made:
             self.stack.push_async_callback(self.give_back, session)
