@@ -230,8 +230,6 @@ REMEMBERED = 600.0              # and for how long: until then one is offline, n
 HELD = 8.0                      # a request waits for its client (--hold): GitHub gives up at 10
 RETRY_AFTER = 5                 # what visitors of a tunnel that is offline are told
 DRAIN = 30.0                    # for open exchanges to finish when one side stops (--drain)
-FIRST_LOOK = 0.001              # until the first check whether everything has finished
-DRAIN_LOOK = 0.05               # between later ones
 
 # The clock.
 SWEEP = 0.5                     # between checks of the deadlines: they may be late by this much
@@ -254,6 +252,11 @@ class LocaltunnelError(Exception):
 def plainly(error: BaseException) -> str:
     """Return what ERROR says, without the number that Python gives it."""
     return getattr(error, 'strerror', None) or str(error)
+
+
+def printable(text: str) -> str:
+    """Return TEXT made safe for a terminal and a log: one line, no control characters."""
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
 class UsageError(LocaltunnelError):
@@ -374,11 +377,6 @@ MAX_PAYLOAD = 64 * KIB          # of a frame, a stream's turn to write: 50 ms at
 def encode_frame(kind: int, stream: int, payload: Buffer = b'') -> bytes:
     """Return one frame; KIND may carry END, PAYLOAD has at most MAX_PAYLOAD bytes."""
     return FRAME_HEADER.pack(kind << 24 | len(payload), stream) + payload
-
-
-def printable(text: str) -> str:
-    """Return TEXT made safe for a terminal and a log: one line, no control characters."""
-    return text if text.isprintable() else ''.join(c if c.isprintable() else '?' for c in text)
 
 
 def encode_reason(code: int, text: str) -> bytes:
@@ -624,8 +622,6 @@ class Waiter:
 
 READ_SIZE = 256 * KIB           # per read of a socket; larger ones gain nothing
 WOKE_UP = 5.0                   # the wall clock is this far ahead: the machine has slept
-
-
 IDLE_TASKS = 256                # kept for the next stream or connection
 
 
@@ -1101,6 +1097,9 @@ async def end_task(task: asyncio.Task[Any]) -> None:
         await asyncio.wait({task}, timeout=SWEEP)
 
 
+FIRST_LOOK, LOOK_AGAIN = 0.001, 0.05    # until the first look, and between later ones
+
+
 async def look_until(true: Callable[[], bool], seconds: float) -> bool:
     """Wait until TRUE() is, at most for SECONDS; looks often at first.  Returns whether it is."""
     deadline, pause = time.monotonic() + seconds, FIRST_LOOK
@@ -1108,7 +1107,7 @@ async def look_until(true: Callable[[], bool], seconds: float) -> bool:
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(pause)
-        pause = min(2 * pause, DRAIN_LOOK)
+        pause = min(2 * pause, LOOK_AGAIN)
     return True
 
 
@@ -5976,7 +5975,7 @@ class TlsDoor(GuardedDoor):
                     if runtime.now() - since >= CROWDED_HANDSHAKE:
                         with contextlib.suppress(OSError):
                             old.shutdown(socket.SHUT_RDWR)
-                await asyncio.sleep(DRAIN_LOOK)
+                await asyncio.sleep(LOOK_AGAIN)
             try:
                 accepted, _ = await runtime.loop.sock_accept(self._sock)
                 fails = False
@@ -10214,7 +10213,7 @@ class Queues(Detour):
             return ready()
         for session in there:
             session.ping()
-        return await look_until(ready, TOLD_WITHIN - DRAIN_LOOK)
+        return await look_until(ready, TOLD_WITHIN - LOOK_AGAIN)
 
     @staticmethod
     async def _message(exchange: Exchange, lines: bytes) -> bytes:
@@ -10320,7 +10319,7 @@ class Queues(Detour):
             # What is tried has a moment to be answered, and what was answered to leave the disk.
             while (self._tries or self._disk.busy) and now() < deadline:
                 with contextlib.suppress(asyncio.CancelledError):   # again and again, see end_task
-                    await asyncio.sleep(DRAIN_LOOK)
+                    await asyncio.sleep(LOOK_AGAIN)
             for task in self._tries.values():
                 task.cancel()
 

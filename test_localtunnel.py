@@ -2346,7 +2346,7 @@ OK = ok(b'hello')
 
 class WorldTest(LoopTest):
     """A server, clients, apps and visitors in this process, of whom nothing is left."""
-    CONSTANTS = {'SWEEP': 0.005, 'DRAIN_LOOK': 0.002}
+    CONSTANTS = {'SWEEP': 0.005, 'LOOK_AGAIN': 0.002}
 
     def setUp(self):
         super().setUp()
@@ -16497,7 +16497,7 @@ class HostileTest(FolderTest, WorldTest):
     """What attacks a server, whose sweeps are short, and the tunnel of somebody else there."""
     SECONDS = 6 * PATIENCE
     CONSTANTS = {'SWEEP': 0.01, 'LINGER': 0.2, 'HALF_CLOSED': 0.01, 'DRAIN': 0.2,
-                 'PONG_WITHIN': 1.0, 'WRONG_TOKEN': 0.01, 'DRAIN_LOOK': 0.002}
+                 'PONG_WITHIN': 1.0, 'WRONG_TOKEN': 0.01, 'LOOK_AGAIN': 0.002}
 
     async def nobody_is_left(self):
         """Visits may wait for a hostile client until the server ends."""
@@ -17577,7 +17577,7 @@ class Network(WorldTest):
     """Sessions and visitors have ports of their own: relays and faults meet the sessions only."""
     SECONDS = 2 * PATIENCE
     CONSTANTS = {'SWEEP': 0.005, 'BACKOFF_FIRST': 0.001, 'BACKOFF_SOON': 0.02, 'LINGER': 0.02,
-                 'HALF_CLOSED': 0.02, 'DRAIN_LOOK': 0.002}
+                 'HALF_CLOSED': 0.02, 'LOOK_AGAIN': 0.002}
 
     async def ready(self):
         self.gate = asyncio.Event()
