@@ -2654,7 +2654,7 @@ class Visitor:
 
     def __init__(self, connection: Connection, front: Front | None = None) -> None:
         self.connection = connection
-        self.peer = self.address = connection.peer
+        self.peer = self.address = connection.peer      # the second may be what a front says
         self.scheme = (front and front.scheme) or ('https' if connection.secure else 'http')
         self.host = b''             # what was the visitor's Host, if somebody in front says so
         self.front = front if front and front.vouches(self.peer) else None      # who speaks for it
@@ -2771,6 +2771,7 @@ class Member:
     __slots__ = ('session', 'hello', 'grant', 'holder')
 
     def __init__(self, session: Session, hello: Hello, grant: Grant, holder: str) -> None:
+        """HOLDER is whom it is counted for, see Limits."""
         self.session, self.hello, self.grant, self.holder = session, hello, grant, holder
 
     def load(self) -> tuple[bool, int]:
@@ -2994,8 +2995,8 @@ class Tunnels:
         return HopFailed(503, why, f'Retry-After: {RETRY_AFTER}', cure=cure,
                          hop='relay' if self.state == ENDING else 'client')
 
-    def here(self, tunnel: Tunnel) -> None:
-        """A client of TUNNEL is there: requests that wait for it go on."""
+    def connected(self, tunnel: Tunnel) -> None:
+        """A client of TUNNEL has a connection: requests that wait for it go on."""
         tunnel.ended = ''
         self.waits.wake(tunnel.key)
 
@@ -3078,7 +3079,7 @@ class Admission:
 
         FACTS are filled in as they become known.  URL gives that of a name.  Raises Refused.
         """
-        asked = await self._check(visitor, request, facts)
+        asked = await self._candidate(visitor, request, facts)
         goes_on = self.returning(asked)
         if goes_on:
             return goes_on
@@ -3095,7 +3096,7 @@ class Admission:
                 return None
             return await self._enter(asked, url)
 
-    async def _check(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
+    async def _candidate(self, visitor: Visitor, request: Request, facts: Facts) -> Candidate:
         """Who asks, and for what.  Raises Refused."""
         try:
             hello = Hello(request.get(b'localtunnel-hello'), self.limits.gates_of)
@@ -3112,7 +3113,7 @@ class Admission:
         if self._owner(asked) == asked.owner:
             there = self._find(asked).before(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.must_answer(ANSWER) for old in there))
-            visitor.connection.check()
+            visitor.connection.check()      # it may be gone by now
         asked.tunnel = self._find(asked)
         for check in self.checks:
             check(asked)
@@ -3244,8 +3245,8 @@ class Visitors:
 class Server:
     """The public end: visitors come in, and their requests go out through tunnels."""
 
-    def __init__(self, runtime: Runtime, domain: str, leases: Leases, limits: Limits, doors: Doors,
-                 pages: Pages, onward: Onward, log: Observer, *, hold: float = HELD,
+    def __init__(self, runtime: Runtime, domain: str, log: Observer, *, leases: Leases,
+                 limits: Limits, doors: Doors, pages: Pages, onward: Onward, hold: float = HELD,
                  drain: float = DRAIN, budget: int = LEAST_BUDGET,
                  trace: Trace | None = None) -> None:
         """BUDGET is of all sessions, in bytes."""
@@ -3482,7 +3483,7 @@ class Server:
             f'HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: {PROTOCOL}\r\n'
             f'Localtunnel-Welcome: {json.dumps(welcome)}\r\n\r\n'.encode())
         session.attach(connection)
-        self.tunnels.here(tunnel)
+        self.tunnels.connected(tunnel)
         audit(self.log, 'resumed' if goes_on else 'opened', session.facts, tunnel.url)
         return True
 
@@ -3679,7 +3680,7 @@ PUBLIC_URL = re.compile(r'(?:https?|tcp)://[A-Za-z0-9_.:\[\]-]{1,300}')
 class Client:
     """One tunnel, kept up for as long as `run` runs."""
 
-    def __init__(self, app: App, address: ServerAddress, key: bytes, token: str,
+    def __init__(self, app: App, address: ServerAddress, key: bytes, *, token: str,
                  dial: Callable[[float], Awaitable[Connection]], backoff: Backoff,
                  begin: Callable[[], Session], **wish: Any) -> None:
         """DIAL connects to the server at ADDRESS within SECONDS; BEGIN makes a session for APP.
@@ -16757,8 +16758,8 @@ async def first_of(*work: Awaitable[Any]) -> Any:
 def make_server(runtime: Runtime, domain: str, leases: Leases, log: Observer, only: bool,
                 limits: tuple[int, float] = (MAX_TUNNELS, 0.0), **options: Any) -> Server:
     """A server as annexes want any; ONLY: it has one http tunnel.  OPTIONS: see Server."""
-    server = Server(runtime, domain, leases, Limits(runtime, *limits), Doors(runtime), Pages(),
-                    Onward(domain), log, **options)
+    server = Server(runtime, domain, log, leases=leases, limits=Limits(runtime, *limits),
+                    doors=Doors(runtime), pages=Pages(), onward=Onward(domain), **options)
     if only:
         server.tunnels.only = OnlyOne(server)
     for annex in ANNEXES:
@@ -16860,9 +16861,9 @@ def make_client(app: App, args: Args, server: KnownServer, key: bytes) -> Client
     begin = functools.partial(address.session, runtime, Budget(2 * SESSION_BUDGET),
                               frame_lines() if args.verbose else None, address.window, serve)
     more = {word: said for annex in ANNEXES for word, said in annex.hello(args, key).items()}
-    return Client(app, address, key, server.token, Dialer(server, app).dial,
-                  Backoff(runtime.now(), args.once), begin, name=args.name, share=args.share,
-                  release=args.release, wants=address.wants, **more)
+    return Client(app, address, key, token=server.token, dial=Dialer(server, app).dial,
+                  backoff=Backoff(runtime.now(), args.once), begin=begin, name=args.name,
+                  share=args.share, release=args.release, wants=address.wants, **more)
 
 
 def terminal_of(args: Args, target: Target, known: KnownServer,
