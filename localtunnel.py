@@ -5397,6 +5397,19 @@ def descriptor_limit() -> int:
     return resource.getrlimit(resource.RLIMIT_NOFILE)[0]        # macOS may grant less, and say yes
 
 
+def with_this_limit() -> Callable[[], None] | None:
+    """What gives a child, as its `preexec_fn`, the limit of open files that there is now.
+
+    Programs that select() break on a descriptor above 1,023, which a low limit keeps from them.
+    """
+    try:
+        import resource
+    except ImportError:
+        return None                     # Windows
+    return functools.partial(resource.setrlimit, resource.RLIMIT_NOFILE,
+                             resource.getrlimit(resource.RLIMIT_NOFILE))
+
+
 # A code is all that a client needs to come to a server, for --join: a word that a double click
 # takes whole, and that no shell changes.  It is "lt1" and then, in base32, a byte of flags, the pin
 # (32 bytes) if there is one, HOST:PORT, a zero byte, the token, and some bytes of a hash of these.
@@ -17687,8 +17700,10 @@ class Beside:
     Standard input and output are its own, signals are for it, and its exit code is the client's.
     """
 
-    def __init__(self, runtime: Runtime, words: Sequence[str]) -> None:
-        self._words = words
+    def __init__(self, runtime: Runtime, words: Sequence[str],
+                 preexec: Callable[[], None] | None = None) -> None:
+        """PREEXEC is called in the new process."""
+        self._words, self._preexec = words, preexec
         self._process: asyncio.subprocess.Process | None = None
         self._signal = 0                    # the last one that came
         self._signalled = asyncio.Event()
@@ -17727,7 +17742,7 @@ class Beside:
         try:
             self._process = await asyncio.create_subprocess_exec(
                 shutil.which(program) or program, *words,
-                env={**os.environ, 'LOCALTUNNEL_URL': client.url})
+                env={**os.environ, 'LOCALTUNNEL_URL': client.url}, preexec_fn=self._preexec)
         except OSError as e:
             missing = isinstance(e, FileNotFoundError)
             say(f"localtunnel.py: can't run {printable(program)}: "
@@ -17764,7 +17779,8 @@ def say_not_public(args: Args, what: str) -> None:
 async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
-    beside, key, carrier = Beside(runtime, args.after), load_key(), find_carrier(args)
+    beside = Beside(runtime, args.after, args.preexec)
+    key, carrier = load_key(), find_carrier(args)
     if known is None and not carrier:
         say_not_public(args, args.target)
     observe = functools.partial(terminal_of, args, target)
@@ -17787,6 +17803,7 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
 
 
 def client_command(args: Args) -> int:
+    args.preexec = with_this_limit()
     descriptor_limit()          # macOS begins with 256, and each request takes one
     if args.config:
         if args.after or args.release or args.join is ASK:

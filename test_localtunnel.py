@@ -13987,6 +13987,14 @@ class BesideCommandTest(CommandTest):
         opened = json.loads(client.says('"open"').string)
         self.assertEqual(client.lines['out'], [f'{opened["url"]} --quiet'])
 
+    def test_it_may_open_as_many_files_as_the_client_might_at_its_start(self):
+        import resource
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        client = self.start('client', 'echo', '--server', self.server(), '--', 'sh', '-c',
+                            'ulimit -n', preexec_fn=functools.partial(
+                                resource.setrlimit, resource.RLIMIT_NOFILE, (200, hard)))
+        self.assertEqual((client.ends(), client.lines['out']), (0, ['200']))
+
     def test_ctrl_c_at_a_terminal_reaches_it_once(self):
         import fcntl
         import termios
