@@ -2302,11 +2302,11 @@ def head_here(stream: ByteStream, limit: int, fields: int, start: int = 0) -> by
     return stream.read_nowait(at + 4)
 
 
-async def read_head(stream: ByteStream, timeout: float, idle: float,
-                    limit: int = OUTER_HEAD, fields: int = OUTER_FIELDS) -> bytes | None:
+async def read_head(stream: ByteStream, idle: float, limit: int = OUTER_HEAD,
+                    fields: int = OUTER_FIELDS) -> bytes | None:
     """The next head of STREAM with its empty line, or None where the stream ends before it.
 
-    It may begin within IDLE seconds, and has TIMEOUT from its first byte on, LIMIT bytes, and
+    It may begin within IDLE seconds, and has HEAD_TIMEOUT from its first byte on, LIMIT bytes, and
     header FIELDS.  Raises BadHttp, Overdue, Incomplete, or what broke the stream.
     """
     if not stream.unread and not await stream.wait_for_data(idle):
@@ -2317,10 +2317,10 @@ async def read_head(stream: ByteStream, timeout: float, idle: float,
         check_partial_head(data, seen, limit)
         if not seen:
             stream.widen(limit)
-            deadline = stream.runtime.now() + timeout
+            deadline = stream.runtime.now() + HEAD_TIMEOUT
         seen = len(data)
         if not await stream.wait_for_data(max(0.0, deadline - stream.runtime.now())):
-            if b'\r\n'.startswith(data):       # an empty line, or what has come of one
+            if b'\r\n'.startswith(data):       # an empty line, or the part of it that is here
                 return None
             raise Incomplete('the connection ended inside a message head')
         head = head_here(stream, limit, fields, max(0, seen - 3))
@@ -2339,8 +2339,8 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
     for _ in range(MAX_INTERIM + inside):       # inside: what the other end says of too many
         head = None
         if source.unread or await source.wait_for_data(timeout):
-            head = head_here(source, limit, fields) or (    # which most are, in one coroutine less
-                await read_head(source, HEAD_TIMEOUT, timeout, limit, fields))
+            head = (head_here(source, limit, fields)        # as most are: one coroutine less
+                    or await read_head(source, timeout, limit, fields))
         if head is None:
             raise Incomplete('the connection ended without a response')
         try:
@@ -3312,8 +3312,8 @@ class Server:
         try:
             while True:
                 if connection.unread or await connection.wait_for_data(idle):
-                    head = head_here(connection, OUTER_HEAD, OUTER_FIELDS) or (
-                        await read_head(connection, HEAD_TIMEOUT, idle))
+                    head = (head_here(connection, OUTER_HEAD, OUTER_FIELDS)
+                            or await read_head(connection, idle))
                 if head is None:
                     break
                 request = parse_request(head)
@@ -3585,8 +3585,8 @@ class App:
         number = next(self.runtime.numbers)
         exchange: Exchange | None = None
         try:
-            head = head_here(stream, MAX_HEAD, MAX_FIELDS) or (
-                await read_head(stream, HEAD_TIMEOUT, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS))
+            head = (head_here(stream, MAX_HEAD, MAX_FIELDS)
+                    or await read_head(stream, HEAD_TIMEOUT, MAX_HEAD, MAX_FIELDS))
             if head is None:
                 raise Incomplete('a stream without a request')
             exchange = Exchange(stream, parse_request(head), began, number)
@@ -8136,7 +8136,7 @@ async def echo(connection: Connection) -> None:
     """
     try:
         while True:
-            head = await read_head(connection, HEAD_TIMEOUT, BODY_IDLE)
+            head = await read_head(connection, BODY_IDLE)
             if head is None:
                 break
             request = parse_request(head)
@@ -9639,7 +9639,7 @@ class OperatorPage:
     async def serve(self, connection: Connection) -> None:
         request = None
         try:
-            head = await read_head(connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            head = await read_head(connection, HEAD_TIMEOUT)
             request = parse_hostless(head or b'')
             form, page = await self._page(request)
             answer = Own(200, form, [page], method=request.method)
@@ -11477,7 +11477,7 @@ def rate(began: float) -> str:
 async def answer_ourselves(connection: Connection) -> None:
     """Be the app at the end of the tunnel, for one request: send its body back."""
     try:
-        head = await read_head(connection, CHECK_WITHIN, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
+        head = await read_head(connection, CHECK_WITHIN, MAX_HEAD, MAX_FIELDS)
         request = parse_request(head or b'')
         body = await read_whole(body_reader(connection, request.length), SAMPLE)
         if request.target == b'/websocket':
@@ -13656,7 +13656,7 @@ class Inspector:
 
     async def _serve(self) -> None:
         try:
-            head = await read_head(self._connection, HEAD_TIMEOUT, HEAD_TIMEOUT)
+            head = await read_head(self._connection, HEAD_TIMEOUT)
             if head is not None:
                 self._request = parse_request(head)
                 self._check()

@@ -1422,7 +1422,7 @@ class SessionStreamsTest(SessionTest):
             mine, theirs = await self.streams()
             head = b'HTTP/1.1 200 OK\r\n' + b'A: %b\r\n' % (b'x' * 20000) + b'\r\n'
             async with self.background(theirs.write(head)):
-                async with self.background(lt.read_head(mine, 1.0, 1.0)) as reading:
+                async with self.background(lt.read_head(mine, 1.0)) as reading:
                     await asyncio.wait({reading})
             self.assertEqual(reading.result(), head)
 
@@ -2054,11 +2054,10 @@ class ReadHeadTest(LoopTest):
             made.feed_data(data)
         return made
 
-    async def head(self, pieces, **timeouts):
+    async def head(self, pieces, idle=9.0):
         """What read_head says of PIECES that arrive one after the other, and the stream."""
         stream = self.stream()
-        async with self.background(lt.read_head(stream, **{'timeout': 9.0, 'idle': 9.0,
-                                                           **timeouts})) as task:
+        async with self.background(lt.read_head(stream, idle)) as task:
             for piece in pieces:
                 stream.feed_data(piece)
                 await asyncio.sleep(0)
@@ -2074,7 +2073,7 @@ class ReadHeadTest(LoopTest):
     async def test_one_empty_line_before_a_request_is_ignored(self):
         for pieces, _ in three_ways(b'\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n'):
             stream = self.stream()
-            async with self.background(lt.read_head(stream, 9.0, 9.0)) as task:
+            async with self.background(lt.read_head(stream, 9.0)) as task:
                 for piece in pieces:
                     stream.feed_data(piece)
                     await asyncio.sleep(0)
@@ -2084,7 +2083,7 @@ class ReadHeadTest(LoopTest):
         for data, error in ((b'', None), (b'GET', lt.Incomplete)):
             for pieces, _ in three_ways(data)[:2]:
                 stream = self.stream()
-                reading = asyncio.ensure_future(lt.read_head(stream, 9.0, 9.0))
+                reading = asyncio.ensure_future(lt.read_head(stream, 9.0))
                 for piece in pieces:
                     stream.feed_data(piece)
                     await asyncio.sleep(0)
@@ -2107,8 +2106,8 @@ class ReadHeadTest(LoopTest):
     async def test_a_head_must_begin_and_end_in_time(self):
         with self.assertRaises(lt.Overdue):
             await self.head([], idle=0.0)
-        with self.assertRaises(lt.Overdue):
-            await self.head([b'GET'], timeout=0.0)
+        with self.constant(HEAD_TIMEOUT=0.0), self.assertRaises(lt.Overdue):
+            await self.head([b'GET'])
 
     async def test_interim_answers_are_handed_on(self):
         source, (sink, other) = self.stream(), await self.connections()
@@ -2118,8 +2117,8 @@ class ReadHeadTest(LoopTest):
         answer = await lt.read_final(source, sink, 9.0)
         await sink.write_eof()
         self.assertEqual((answer.status, source.peek()), (200, b'body'))
-        self.assertEqual(await lt.read_head(other, 9.0, 9.0), b'HTTP/1.1 100 Continue\r\n\r\n')
-        self.assertEqual(await lt.read_head(other, 9.0, 9.0),
+        self.assertEqual(await lt.read_head(other, 9.0), b'HTTP/1.1 100 Continue\r\n\r\n')
+        self.assertEqual(await lt.read_head(other, 9.0),
                          b'HTTP/1.1 103 Early\r\nLink: a\r\n\r\n')
 
     async def test_interim_answers_have_an_end(self):
@@ -10696,7 +10695,7 @@ class LocalOnlyTest(InspectorTest):
                      lt.ClientObserver(), lt.Words())
         connection = await app.connect()        # as raw TCP would: nothing is forwarded
         await connection.write(b'GET /api/status HTTP/1.1\r\nHost: localhost\r\n\r\n')
-        self.assertIn(b' 403 ', await lt.read_head(connection, PATIENCE, PATIENCE))
+        self.assertIn(b' 403 ', await lt.read_head(connection, PATIENCE))
         connection.close()
         app.close()
 

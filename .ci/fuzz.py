@@ -158,7 +158,7 @@ def head_of(fed, parse):
     """What reading and parsing a head does: its start line and fields, a status, or a word."""
     stream = lt.ByteStream(runtime)
     try:
-        head = run_with(lt.read_head(stream, 60, 60), stream, fed)
+        head = run_with(lt.read_head(stream, 60), stream, fed)
         if head is None:
             return 'nothing'
         message = parse(head)
@@ -338,7 +338,7 @@ def chunks_eat():
 def head_eats():
     """A consumer: a head that never ends."""
     stream = lt.ByteStream(runtime)
-    reading = lt.read_head(stream, 60, 60)
+    reading = lt.read_head(stream, 60)
     while True:
         stream.feed_data((yield))
         try:
