@@ -2803,15 +2803,15 @@ class Tunnel:
                 picked = member
         return picked
 
-    def beside(self, new: Hello) -> list[Member]:
-        """Return the members that can't serve together with NEW."""
+    def replaced_by(self, new: Hello) -> list[Member]:
+        """Return the members that go where NEW comes: they can't serve beside it."""
         return [old for old in self.members if old.hello.instance == new.instance or not (
             old.hello.share and new.share
             and (old.hello.rules, old.hello.wants) == (new.rules, new.wants))]
 
-    def before(self, new: Hello) -> list[Member]:
-        """Return the members that NEW may not replace: they are there, and were started later."""
-        return [old for old in self.beside(new) if old.hello.started > new.started
+    def ahead_of(self, new: Hello) -> list[Member]:
+        """Return those of them that NEW may not replace: they are there, and were started later."""
+        return [old for old in self.replaced_by(new) if old.hello.started > new.started
                 and old.hello.instance != new.instance and old.session.connection is not None]
 
 
@@ -3111,7 +3111,7 @@ class Admission:
             self.limits.check_name(name, grant)
         asked = Candidate(visitor, grant, hello, name, facts)
         if self._owner(asked) == asked.owner:
-            there = self._find(asked).before(hello)     # one that does not answer goes
+            there = self._find(asked).ahead_of(hello)     # one that does not answer goes
             await asyncio.gather(*(old.session.must_answer(ANSWER) for old in there))
             visitor.connection.check()      # it may be gone by now
         asked.tunnel = self._find(asked)
@@ -3144,7 +3144,7 @@ class Admission:
         if hello.release:
             return              # it needs no place
         self.limits.check_place(asked, self._tunnels)
-        if tunnel.before(hello) and self._owner(asked) == asked.owner:
+        if tunnel.ahead_of(hello) and self._owner(asked) == asked.owner:
             raise Refused(409, 'superseded', f'a client of yours serves {tunnel.name}, and was '
                           'started later by its clock; end it, or set both clocks right',
                           final=True)
@@ -3185,7 +3185,7 @@ class Admission:
     def _make_way(self, asked: Candidate) -> None:
         """End the members that ASKED replaces."""
         tunnel, new = asked.tunnel, asked.hello
-        for old in tunnel.beside(new):
+        for old in tunnel.replaced_by(new):
             self._tunnels.remove(tunnel, old)
             if old.hello.instance == new.instance:
                 event, why = 'closed', 'the client came back without this session'
@@ -6372,7 +6372,7 @@ class Limits:
         if tunnels.only and hello.kind == 'http':
             tunnels.only.check(tunnel)
         served, holder = tunnels.served, self.holder(asked)
-        goes = tunnel.beside(hello)     # their places are free
+        goes = tunnel.replaced_by(hello)        # their places are free
         if len(tunnel.members) - len(goes) >= MAX_MEMBERS:
             raise Refused(429, 'too_many', f'{tunnel.name} already has {MAX_MEMBERS} clients; '
                           'stop one first')
