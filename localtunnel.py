@@ -14388,7 +14388,7 @@ class Inspect(Annex):
                 if chosen.fits(e, functools.partial(dict, e)))
 
     def replay(self, args: Args) -> int:
-        """Send requests again; return 1 if one could not be sent."""
+        """Send requests again; return 1 if one was not answered by the app."""
         path = '' if numbers_of(args.words[:1]) else args.words.pop(0)
         if path and not os.path.exists(path):
             raise UsageError(f'replay takes numbers, as in the log; {path} is neither one nor a '
@@ -14414,7 +14414,9 @@ class Inspect(Annex):
                 elif remote:
                     answer = remote.ask('POST', f'/api/exchanges/{number}/replay', {'id': int},
                                         {'set_headers': args.set_header})
-                    print_line(shown_line(remote.one(answer['id'])))
+                    again = remote.one(answer['id'])
+                    print_line(shown_line(again))
+                    failed = failed or again['error'] != ''
             except LocaltunnelError as e:
                 self.warn(f'{number}: {e}')
                 failed = True

@@ -13574,6 +13574,18 @@ class LogsAndReplayTest(CommandTest):
             code, _, err = self.command('replay', *words)
             self.assertEqual((code, err.count('\n')), (2, 1), words)
 
+    def test_a_replay_that_the_app_does_not_answer_ends_with_one_and_any_answer_with_zero(self):
+        _, url = self.running()
+        fetch(url)
+        self.local.close()
+        code, out, _ = self.command('replay', 1)
+        self.assertEqual((code, out.split()[:4]), (1, ['2', 'GET', '/', '502']))
+        self.assertIn('nothing is listening on', out)
+        url = self.start('client', 'echo', '--inspect', 0).url()
+        fetch(url, '/?status=502')
+        code, out, _ = self.command('replay', 1)
+        self.assertEqual((code, out.split()[:4]), (0, ['2', 'GET', '/?status=502', '502']))
+
     def test_another_program_at_that_port_is_not_taken_for_an_inspector(self):
         def answer(remote, method, path, value=None, whole=True):
             listed = b'{"exchanges": []}' if follow else said
