@@ -36,8 +36,9 @@ Words
               with the room Resume it outlives that, and goes on over another.
     stream    one conversation inside a session.  exchange: one request and its response.
     lease     the right of one owner to one name.
-    key       of a user: the secret from which names come; of a tunnel: its name, tcp:NAME for TCP.
-    site      the host by which a user names the server.  hop "relay", to programs: the server.
+    key       a user's: the secret from which names come.  A tunnel's: its name, or tcp:NAME.
+    site      the host by which a user names the server.
+    relay     the server, in what programs read.
     credit    how many bytes one side may still send on a stream.
 
 Rooms
@@ -154,9 +155,9 @@ STAMPED_SERVER = ''
 # ================================================================================================
 # I. THE TUNNEL
 #
-# All that it takes.  Where something may be added from outside there is a seam: an attribute that
-# does nothing, or little, until somebody fills it; its comment says with what.  What does more is
-# handed in, and stands at the beginning of part II:
+# All that a tunnel takes.  Where more can be added there is a seam: an attribute that does little
+# or nothing until it is filled; its comment says with what.  Larger parts are handed in, and stand
+# at the beginning of part II:
 #
 #   Observer, ClientObserver    are told what happens at a server, at a client   (room Seams)
 #   Target, Upstreams           where the app is, and the connections to it   (Places)
@@ -404,8 +405,8 @@ class Decoder:
     def __init__(self) -> None:
         self.received = 0           # bytes, in all
         self.behind = False         # there may be whole frames left: feed(b'') gives them
-        self._rest = b''            # what has come of the next frames
-        self._lacks = 0             # bytes until it is a whole one, where that is known
+        self._rest = b''            # what is here of the next frame, and of others behind it
+        self._lacks = 0             # bytes that are missing of that frame, where this is known
 
     def feed(self, data: Buffer) -> list[Frame]:
         """Return the frames that DATA completes, at most FRAMES_TOGETHER.
@@ -414,7 +415,7 @@ class Decoder:
         """
         frames: list[Frame] = []
         n, self._lacks = self._lacks, 0
-        if 0 < n < len(data):       # completed apart, or all that is behind it would be copied
+        if 0 < n < len(data):       # joined to all of DATA, it would cost a copy of that
             frames, data = self.feed(data[:n]), data[n:]
         self.received += len(data)
         if self._rest:
@@ -523,11 +524,14 @@ class ReceiveWindow:
         return credit
 
     def widen(self, size: int) -> int:
-        """Grow until a head of SIZE bytes fits: how many to promise.  MAX_HEAD needs no budget."""
+        """Grow until a head of SIZE bytes fits, and return how many bytes to promise.
+
+        Up to MAX_HEAD it grows even where the budget has nothing left.
+        """
         n = max(0, size - self.size)
         if not self.budget.take(n):
             n = max(0, MAX_HEAD - self.size)
-            self.budget.give(-n)
+            self.budget.give(-n)    # taken all the same
         self.size += n
         return n
 
@@ -914,7 +918,7 @@ class Connection(ByteStream, asyncio.BufferedProtocol):
         self.on_room: Callable[[], None] | None = None          # there is room to write again
         self.writing_paused = False         # more is written than the kernel takes
         self.secure = False         # it has TLS
-        self.silent = True          # no byte has arrived yet
+        self.silent = True          # no byte has arrived yet, or none since it was taken again
         self._close_by = NEVER      # when a close is forced; NEVER before close()
         self._pending = sys.maxsize     # bytes unsent when the close was last overdue
 
@@ -1245,7 +1249,7 @@ class Stream(ByteStream):
                 session.forget(self)
 
     def reset(self, code: int, text: str, error: LocaltunnelError | None = None) -> None:
-        """End both directions; who waits here is told ERROR, if it is not the same."""
+        """End both directions; a task that waits here is told ERROR, or else the same."""
         if self.error is None and not (self._end_sent and self.eof):
             if self.id:
                 self.session.outbox.reset(self.id, code, text)
@@ -1307,7 +1311,7 @@ class Stream(ByteStream):
         self.wake_writer()
 
     def over(self, error: LocaltunnelError) -> None:
-        """RESET, or the session ended.  A response that has come whole stays readable."""
+        """Handle RESET, or the session's end.  A response that is here whole can still be read."""
         self.session.forget(self)
         self.set_exception(error)
         if self.on_lost:
@@ -1316,7 +1320,7 @@ class Stream(ByteStream):
 
 MAX_RESETS = 2 * MAX_STREAMS    # unwritten; past it the peer never reads
 BATCH = 256 * KIB               # of frames in one write; more would only wait in the kernel
-QUIET = 0.0001                  # after this silence a frame of few streams need not wait for others
+QUIET = 0.0001                  # after this silence, with few streams, a frame waits for no other
 BURST = 8                       # frames that leave at once: the other side starts on them
 
 
@@ -1339,7 +1343,7 @@ class Outbox:
         self.resets: dict[int, bytes] = {}      # payloads, by stream
         self.pong = False           # True: a PONG is due, one for all PINGs that came together
         self.flush_due = False      # at the end of this turn of the loop
-        self.waiting = 0            # frames since something left
+        self.added = 0              # frames since something left
         self._left_at = 0.0         # and when that was
         self._frames: list[Buffer] = []         # in order: headers and payloads
 
@@ -1406,10 +1410,10 @@ class Outbox:
 
     def schedule(self) -> None:
         """Flush at the end of this turn of the loop, or at once where that is better."""
-        self.waiting += 1
+        self.added += 1
         session = self.session
         if self.flush_due:
-            if self.waiting >= BURST:
+            if self.added >= BURST:
                 self.flush()
         elif len(session.streams) < BURST and session.runtime.now() - self._left_at > QUIET:
             self.flush()        # with more streams others will come, however long each takes
@@ -1447,7 +1451,7 @@ class Outbox:
             self._merge()
         data = b''.join(self._frames)
         self._frames.clear()
-        self.size = self.waiting = 0
+        self.size = self.added = 0
         self.sent += len(data)
         if data and self.keep:
             self.keep(data)
@@ -1526,8 +1530,8 @@ class Liveness:
 class Session:
     """Streams over one connection.
 
-    Its owner passes in `on_open(stream)`, for a stream of the other side (so this is the client's),
-    and sets `on_change()`, for a connection lost, a GOAWAY heard, and the end.
+    A client passes in `on_open(stream)`, for the streams that its server opens.  Both sides set
+    `on_change()`, which is told of a lost connection, of a GOAWAY, and of the end.
     """
     facts = UNSERVED                # at a server: whose it is
     lost_at = NEVER                 # when it lost a connection that another may replace, see Resume
@@ -1550,7 +1554,7 @@ class Session:
         self.liveness = Liveness(on_open is not None, runtime.now())        # of the connection
         self.on_open = on_open      # None at the server's side, which opens the streams
         self.on_change: Callable[[], None] = lambda: None   # set once, by the owner
-        self._first_credit = INITIAL_CREDIT     # what new streams begin with, as was said last
+        self._first_credit = INITIAL_CREDIT     # of new streams, as the server said last
         self._all_sent = NEVER      # bytes that we had to say in all; known when we close
         runtime.swept.add(self)
 
@@ -1606,7 +1610,7 @@ class Session:
                     self._dispatch(kind, id, payload)
             finally:
                 outbox.flush_due = flush_due
-            if outbox.waiting or outbox.turns or self.state == CLOSING:
+            if outbox.added or outbox.turns or self.state == CLOSING:
                 outbox.flush()
                 if len(outbox.resets) > MAX_RESETS:
                     raise ProtocolError('replies pile up and are not read')
@@ -1651,7 +1655,7 @@ class Session:
             if self.goaway is None:
                 self.goaway = decode_reason(payload)
                 self.on_change()
-        elif id == 0:
+        elif id == 0:       # PING or PONG; the rest is DATA for a stream that is over
             self.outbox.confirm(U64.unpack(payload)[0])
             if kind == PONG:
                 self.liveness.answered(self.outbox.confirmed)
@@ -1826,9 +1830,9 @@ _KNOWN = re.compile(rb'\n(host|con(?:tent-length|nection)|transfer-encoding|te|u
                     rb'|x-forwarded-(?:for|proto|host)'
                     rb'|set-cookie|clear-site-data|max-forwards):'
                     rb'[ \t]*([^\r]*[^ \t\r]|)')
-# The fields that no visitor may send.  `_` stands for whatever CGI and its heirs take for `_`, a
-# hyphen or another sign, and `~` for the same without the hyphen: the app would see it as a second
-# field of that name.
+# The fields that no visitor may send.  Here `_` stands for each sign that CGI and its heirs turn
+# into `_`, as they do with the hyphen, and `~` for each but the hyphen: to the app it would be a
+# second field of that name.
 UNTRUSTED = (
     rb'x_(?:forwarded(?:_[^:]*)?|(?:cluster_)?client_ip|real_ip|rewrite_url'
     rb'|original_(?:host|ur[il]|forwarded_[^:]*))|f(?:orwarded(?:_for)?|(?:ast)?ly_client_ip)'
@@ -1845,7 +1849,7 @@ MAX_WORDS = 100             # of a field that is a list; even empty ones count
 HOP_BY_HOP = frozenset((b'connection', b'keep-alive', b'proxy-connection', b'te', b'upgrade',
                         b'transfer-encoding'))
 CONNECTION_OPTIONS = frozenset((b'close', b'keep-alive', b'upgrade', b'te'))
-# These, too, an app may not send on: only we say that a hop failed, and the like.
+# Nor may an app send these: only we say that a hop failed, and the like.
 NOT_OF_APPS = HOP_BY_HOP.union((b'localtunnel-failed', b'localtunnel-kept', b'localtunnel-replay',
                                 b'localtunnel-user'))
 NOT_OF_INTERIM = NOT_OF_APPS.union((b'set-cookie', b'clear-site-data'))
@@ -1876,7 +1880,7 @@ class Head:
             raise BadHttp(400, 'a malformed header field')
         self.old, self.block = minor == b'0', block
         self._lower = b'\n' + block.lower()
-        self._onward: dict[tuple[frozenset[bytes], bool], bytes] = {}       # what was asked for
+        self._onward: dict[tuple[frozenset[bytes], bool], bytes] = {}       # what onward() said
         found = _KNOWN.findall(self._lower)
         self.fields: dict[bytes, bytes] = dict(found)
         if len(self.fields) < len(found):
@@ -1977,10 +1981,10 @@ class Head:
         return int(value)
 
 
-# Who asks again mostly sends the same head, which is not parsed again (parse_request); or the same
-# lines behind another target, and those are not (request_lines).  Of the largest heads these take
-# 18 MiB at most, and for half a second.
-RECENT = 16                     # of each are known again, until the next sweep: see forget_heads
+# A visitor's next head is mostly the same as the last, or has the same lines below another target.
+# So whole heads are remembered (parse_request), and so are the lines of requests (request_lines).
+# With the largest heads this takes 18 MiB, for half a second.
+RECENT = 16                     # of each are remembered, until the next sweep: see forget_heads
 
 
 class RequestLines(Head):
@@ -2097,7 +2101,7 @@ def parse_request(head: bytes) -> Request:
 
 @functools.lru_cache(RECENT)
 def parse_response(head: bytes) -> Response:
-    """The same of a response."""
+    """Parse HEAD, of a response; equal ones may share it.  Raises BadHttp."""
     match = _RESPONSE.fullmatch(head)
     if not match:
         raise BadHttp(502, 'a malformed status line')
@@ -2105,7 +2109,7 @@ def parse_response(head: bytes) -> Response:
 
 
 def forget_heads() -> None:
-    """Know no head again; called at each sweep."""
+    """Forget all heads; called at each sweep."""
     for known in (parse_request, parse_response, request_lines):
         known.cache_clear()
 
