@@ -2908,27 +2908,27 @@ class Tunnels:
         if not tunnel.members:
             tunnel.since = self._runtime.now()
         tunnel.members.append(member)
-        session = member.session
         for tell in self.watchers:
             tell(tunnel, member)
+        member.session.on_change = functools.partial(self._changed, tunnel, member)
 
-        def changed() -> None:
-            if session.state == OVER:
-                for tell in self.watchers:
-                    tell(tunnel, member)
-            if member not in tunnel.members:
-                return          # it was replaced, or revoked
-            if session.state == OVER:
-                self.remove(tunnel, member)
-                audit(self.log, 'closed', session.facts, tunnel.url,
-                      session.goaway[1] if session.goaway else
-                      'the server is shutting down' if self.state == ENDING else
-                      str(session.error))
-            goodbye = session.goaway is not None and all(
-                other.session.goaway is not None for other in tunnel.members)
-            tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
-            tunnel.left_at = self._runtime.now()
-        session.on_change = changed
+    def _changed(self, tunnel: Tunnel, member: Member) -> None:
+        """MEMBER lost its connection, was told of a GOAWAY, or is OVER."""
+        session = member.session
+        over = session.state == OVER
+        for tell in self.watchers if over else ():
+            tell(tunnel, member)
+        if member not in tunnel.members:
+            return          # it was replaced, or revoked
+        if over:
+            self.remove(tunnel, member)
+            audit(self.log, 'closed', session.facts, tunnel.url,
+                  session.goaway[1] if session.goaway else
+                  'the server is shutting down' if self.state == ENDING else str(session.error))
+        goodbye = session.goaway is not None and all(
+            other.session.goaway is not None for other in tunnel.members)
+        tunnel.ended = f'the client of {tunnel.key} was stopped' if goodbye else ''
+        tunnel.left_at = self._runtime.now()
 
     def remove(self, tunnel: Tunnel, member: Member) -> None:
         """MEMBER does not serve TUNNEL any more."""
