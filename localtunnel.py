@@ -2491,7 +2491,7 @@ def is_address(host: str) -> bool:
 # ------------------------------------------------------------------------------------------------
 
 class Record:
-    """What observers are told of; this one: of a stream that ended before its request."""
+    """What observers are told of.  As it is, a stream that ended before its request."""
     __slots__ = ('number', 'visitor', 'method', 'target', 'status', 'why', 'began', 'answered')
     host = ''                           # whom the request is for
     sent = size = 0                     # bytes of the body of the request, and of the response
@@ -2530,13 +2530,13 @@ class Exchange(Record):
     def __init__(self, near: ByteStream, request: Request, began: float, number: int = 0,
                  visitor: str = '') -> None:
         """REQUEST came on NEAR, from VISITOR's address.  Raises BadHttp for a malformed length."""
-        # What Record sets, once more: a call for each request would cost more than these lines.
+        # What Record sets, too: to call that for each request costs more than these lines.
         self.number, self.visitor, self.began = number, visitor, began
         self.target = request.target.decode('latin-1')
         self.status, self.why, self.answered = 0, '', 0.0
         self.near, self.far = near, near        # `far` is known once the request goes on
         self.request, self.body = request, body_reader(near, request.length)
-        # What the visitor gets, once that has begun: a body, or what is counted of it.
+        # Of what the visitor gets, the body, or the count of its bytes; None until it begins.
         self.answer: Body | Count | None = None
         self.response: Response | None = None   # of the app, once it is passed on
         self.keep = False           # True if the socket at this end may carry another request
@@ -2604,8 +2604,8 @@ class Exchange(Record):
                 watch: Iterable[Watch] = (), near_taps: Iterable[Tap] = ()) -> Awaitable[None]:
         """Pass RESPONSE back with the header lines in BLOCK, and its body of LENGTH.
 
-        To be awaited.  END: nothing follows it.  What WATCH returns is shown the body, unless that
-        is whole, or what comes after an upgrade; then NEAR_TAPS what comes the other way.
+        Await the result.  With END nothing follows.  What WATCH returns is shown the body, unless
+        it is whole, or what comes after an upgrade, of which NEAR_TAPS are shown the other way.
         """
         self.answered, self.response = self.near.runtime.now(), response
         if response.status == 101:
@@ -2652,7 +2652,7 @@ class Exchange(Record):
 # ------------------------------------------------------------------------------------------------
 
 class Visitor:
-    """One visitor's connection, and the exchange that runs on it; a client comes as one, too."""
+    """One visitor's connection, and the exchange that runs on it.  A client, too, comes as one."""
     __slots__ = ('connection', 'peer', 'address', 'scheme', 'host', 'x_forwarded', 'front',
                  'refusal', 'stream', 'exchange', 'waiting')
 
@@ -2706,8 +2706,8 @@ class Visitor:
         return self.exchange.size if self.exchange else 0
 
     def _waited_enough(self, stream: Stream | None, taken: int) -> None:
-        upgraded = self.exchange is None or self.exchange.status == 101     # or raw TCP
-        if stream is not self.stream or (stream and upgraded):
+        raw = self.exchange is None or self.exchange.status == 101      # TCP, or upgraded
+        if stream is not self.stream or (stream and raw):
             return      # the exchange is over, or this is only a half close
         if self._taken() == taken and not self.connection.writing_paused:
             self._gone()
@@ -2784,7 +2784,7 @@ class Member:
 
 
 class Tunnel:
-    """One name, and the clients that serve it; or that did, until some time ago."""
+    """One name, and the clients that serve it, or that did a while ago."""
     __slots__ = ('name', 'kind', 'key', 'url', 'user', 'members', 'since', 'left_at', 'ended',
                  'allowance')
 
@@ -3328,7 +3328,7 @@ class Server:
                     taken = await self._begin_session(visitor, request)
                     break
                 visitor.exchange = exchange = Exchange(
-                    connection, request, self.runtime.now(), 0, visitor.address)
+                    connection, request, self.runtime.now(), visitor=visitor.address)
                 try:
                     await self._answer(visitor, exchange)
                 except HopFailed as e:
@@ -3359,7 +3359,7 @@ class Server:
                 connection.close()
 
     def _answer(self, visitor: Visitor, exchange: Exchange) -> Awaitable[None]:
-        """What answers the request, to be awaited; it, too, raises HopFailed."""
+        """Return what will answer the request, to be awaited.  Both raise HopFailed."""
         request = exchange.request
         name = '' if request.target in self.pages.everywhere else self._route(visitor, request)
         if name in self.tunnels.detours:
@@ -3432,7 +3432,7 @@ class Server:
             try:
                 await exchange.send(stream, ours, end=not request.upgrade)
                 response = await read_final(stream, interim, NEVER, inside=True)
-                if exchange.sending:
+                if exchange.sending:        # the app works on it: the rest may take its time
                     exchange.near.allow(BODY_IDLE)
                 length = response.body_length(request.method)
                 exchange.keep = (request.keep_alive and exchange.body.finished
@@ -3441,7 +3441,7 @@ class Server:
                 lines_back = self.onward.of_response(exchange, response)
                 return await exchange.respond(response, length, lines_back, end=False)
             except StreamReset as e:
-                if exchange.status or e.code == CANCELLED:
+                if exchange.status or e.code == CANCELLED:      # it can only be cut short
                     raise Disconnected(str(exchange.fault or e)) from e
                 if exchange.fault:
                     raise exchange.fault from e
@@ -3689,8 +3689,8 @@ class Client:
                  begin: Callable[[], Session], **wish: Any) -> None:
         """DIAL connects to the server at ADDRESS within SECONDS; BEGIN makes a session for APP.
 
-        The name comes from KEY and from where APP leads, see Target, unless WISH has one, which is
-        what the server is asked for, see Hello.
+        WISH is what the server is asked for, see Hello.  Where that has no name, the name comes
+        from KEY and from what APP leads to, see Target.
         """
         self.runtime, self.address = app.runtime, address
         self.url = ''               # once the server has said it
@@ -3732,7 +3732,7 @@ class Client:
             await asyncio.sleep(delay)
 
     async def _attempt(self) -> str | None:
-        """One connection, until another one is needed: why.  None where nothing is to be served."""
+        """Connect, and return why another connection is needed, once it is; None if none is."""
         try:
             if not await self._connect(self.backoff.patience(self.runtime.now())):
                 return None
@@ -3773,7 +3773,7 @@ class Client:
     async def _connect(self, timeout: float) -> bool:
         """Dial, ask, and go on with the old session or begin a new one.
 
-        False where nothing is to be served: the name was given back.
+        Return False if the name was given back, and nothing is to be served.
         """
         connection = await self.dial(timeout)
         began = self.runtime.now()

@@ -3449,8 +3449,8 @@ class ExchangeTest(WorldTest):
         seen = weakref.WeakSet()
 
         class Exchange(lt.Exchange):
-            def __init__(self, *what):
-                super().__init__(*what)
+            def __init__(self, *what, **more):
+                super().__init__(*what, **more)
                 seen.add(self)
         with unittest.mock.patch.object(lt, 'Exchange', Exchange):
             self.assertEqual((await visitor.get())[0], 200)
