@@ -158,6 +158,22 @@ async def eventually(true, what='it never became true'):
         await asyncio.sleep(0.001)
 
 
+class PortTest(unittest.TestCase):
+    """Its tests have ports that nobody takes from them."""
+
+    @classmethod
+    def free_port(cls, host='127.0.0.1'):
+        """A port for these tests alone: nobody answers there until one of them listens."""
+        family = socket.AF_INET6 if ':' in host else socket.AF_INET
+        with contextlib.ExitStack() as undo:
+            sock = undo.enter_context(socket.socket(family))
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind((host, 0))
+            if sys.platform == 'linux':     # where one who asks for this very port may share it
+                cls.addClassCleanup(undo.pop_all().close)
+            return sock.getsockname()[1]
+
+
 def in_a_loop(method):
     """Make a test of a coroutine."""
     @functools.wraps(method)
@@ -166,7 +182,7 @@ def in_a_loop(method):
     return test
 
 
-class LoopTest(unittest.TestCase):
+class LoopTest(PortTest):
     """Its coroutines are tests: each has a loop and a runtime, and leaves nothing there."""
     CONSTANTS, SECONDS = {'SWEEP': 0.005}, PATIENCE
 
@@ -2226,7 +2242,7 @@ class NameTest(unittest.TestCase):
                 lt.check_name(name)
 
 
-class FolderTest(unittest.TestCase):
+class FolderTest(PortTest):
     """Has a folder, which is also where configuration and state would be."""
 
     def setUp(self):
@@ -2452,6 +2468,12 @@ class WorldTest(LoopTest):
                  + (json.dumps(words) if raw is None else raw))
         status, fields, body = await peer.answer()
         return peer, status, json.loads(fields['localtunnel-welcome'] if status == 101 else body)
+
+    async def time_passes(self, seconds):
+        """SECONDS pass at once; who waited for as long has been told."""
+        now, last = self.runtime.now, self.runtime._mark
+        self.runtime.now = lambda: now() + seconds
+        await eventually(lambda: self.runtime._mark is not last)
 
     @contextlib.asynccontextmanager
     async def hung_disk(self):
@@ -3027,9 +3049,7 @@ class AdmissionTest(WorldTest):
         self.assertEqual(list(self.leases.by_name), ['one'])
 
     async def test_one_proof_has_a_tunnel_of_each_kind_and_the_operator_ends_both(self):
-        sock, = lt.bind('127.0.0.1', 0)
-        port = sock.getsockname()[1]
-        sock.close()
+        port = self.free_port()
         await self.world(tcp_ports=[port], host='127.0.0.1')
         for kind in 'http', 'tcp':
             self.assertEqual((await self.hello(kind=kind))[1], 101)
@@ -3097,10 +3117,7 @@ class AdmissionTest(WorldTest):
                          ('app', '', 'the operator says so'))
 
     async def test_a_port_that_nobody_uses_is_given_to_whoever_needs_one(self):
-        socks = [lt.bind('127.0.0.1', 0)[0] for _ in range(2)]
-        ports = [sock.getsockname()[1] for sock in socks]
-        for sock in socks:
-            sock.close()
+        ports = [self.free_port() for _ in range(2)]
         await self.world(tcp_ports=ports, host='127.0.0.1')
         given = []
         for n in range(3):
@@ -3115,8 +3132,7 @@ class AdmissionTest(WorldTest):
         self.assertEqual((await self.hello(kind='tcp', proof='55' * 32))[1], 409)
 
     async def test_who_may_have_no_port_takes_none_from_a_client_that_is_away(self):
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            port = sock.getsockname()[1]
+        port = self.free_port()
         await self.world(tcp_ports=[port], host='127.0.0.1')
         with self.constant(MAX_LEASES=1), unittest.mock.patch('localtunnel.is_loopback',
                                                               lambda _: False):
@@ -3274,8 +3290,7 @@ class SlowDiskTest(WorldTest):
         self.fails, self.written, self.go = fails, [], threading.Event()
         self.writing = threading.Event()
         self.stack.callback(self.go.set)
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            self.public = sock.getsockname()[1]
+        self.public = self.free_port()
         await super().world(tcp_ports=[self.public], host='127.0.0.1', **options)
         journal = lt.Journal(self.leases, os.path.join(os.devnull, 'leases.json'))
         journal.write = write
@@ -3328,7 +3343,7 @@ class SlowDiskTest(WorldTest):
 
     async def test_one_that_hangs_keeps_out_only_who_leases(self):
         await self.world()
-        with self.constant(DISK_WITHIN=0.02):
+        with self.constant(DISK_WITHIN=0.1):
             for name in 'a', 'b':       # for the second nobody waits again
                 _, status, told = await self.hello(name=name)
                 self.assertEqual((status, told['error']), (503, 'state'))
@@ -3821,11 +3836,8 @@ class UpstreamTest(WorldTest):
 
     async def test_with_nobody_there_the_answer_names_the_target(self):
         await self.world()
-        with socket.socket() as reserved:
-            reserved.bind(('127.0.0.1', 0))
-            port = reserved.getsockname()[1]
-            visitor = await self.visitor(await self.client(port))
-            status, _, body = await visitor.get()
+        port = self.free_port()
+        status, _, body = await self.visit(await self.client(port))
         self.assertEqual(status, 502)
         self.assertIn(f'localhost:{port}'.encode(), body)
 
@@ -4345,8 +4357,7 @@ class DiskTest(LoopTest):
         with unittest.mock.patch.object(threading.Thread, 'start', side_effect=RuntimeError('no')):
             with self.assertRaises(RuntimeError):
                 await disk.do(sorted, [2, 1])
-        with self.constant(DISK_WITHIN=0.5):
-            self.assertEqual(await disk.do(sorted, [2, 1]), [1, 2])
+        self.assertEqual(await disk.do(sorted, [2, 1]), [1, 2])
 
     async def test_one_that_hangs_holds_up_neither_who_asks_nor_the_end_of_the_process(self):
         disk, goes_on, done, begun = lt.Disk(), threading.Event(), [], []
@@ -4355,7 +4366,7 @@ class DiskTest(LoopTest):
         def hangs():
             begun.append(threading.current_thread())
             goes_on.wait(PATIENCE)
-        with self.constant(DISK_WITHIN=0.02):
+        with self.constant(DISK_WITHIN=0.1):
             for work in (hangs, *[lambda: done.append('in vain')] * 3):
                 with self.assertRaisesRegex(OSError, 'does not answer'):
                     await disk.do(work)
@@ -4695,8 +4706,7 @@ class NameServerTest(LoopTest):
 
     async def serving(self, host='127.0.0.1'):
         """A NameServer at HOST, and its address."""
-        with lt.bind(host, 0)[0] as sock:
-            place = host, sock.getsockname()[1]
+        place = host, self.free_port(host)
         names = lt.NameServer(self.runtime, lt.Zone('t.example'))
         names.zone.texts.add('a proof')
         self.stack.callback(names.close)
@@ -5568,8 +5578,7 @@ class RawTcpTest(WorldTest):
 
     async def raw_visitor(self, port):
         """A visitor of a raw TCP tunnel to PORT."""
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            public = sock.getsockname()[1]
+        public = self.free_port()
         await self.world(tcp_ports=[public], host='127.0.0.1')
         client = await self.client(port, tcp=True)
         self.assertEqual(client.url, f'tcp://localhost:{public}')
@@ -5648,11 +5657,9 @@ class RawTcpTest(WorldTest):
                 await self.end_of_the_world()
 
     async def test_with_nobody_there_the_visitor_is_cut_off_and_the_user_told(self):
-        with socket.socket() as reserved:
-            reserved.bind(('127.0.0.1', 0))
-            visitor = await self.raw_visitor(reserved.getsockname()[1])
-            with self.assertRaises(ConnectionResetError):
-                await visitor.reader.read()
+        visitor = await self.raw_visitor(self.free_port())
+        with self.assertRaises(ConnectionResetError):
+            await visitor.reader.read()
         await eventually(lambda: any(
             told[0] == 'exchange' and 'nothing is listening on localhost' in told[1].why
             for told in self.log.told))
@@ -6461,8 +6468,7 @@ class AcmeTest(FolderTest, WorldTest):
 
     async def ready(self):
         self.resolver = await self.dns.listen(self, self.resolver)
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            self.dns_port = sock.getsockname()[1]
+        self.dns_port = self.free_port()
 
     async def listen(self, port=0):
         sock, = lt.bind(self.where, port or self.http)
@@ -6533,9 +6539,7 @@ class PebbleTest(AcmeTest):
             return
         folder = tempfile.TemporaryDirectory()
         cls.addClassCleanup(folder.cleanup)
-        with contextlib.ExitStack() as taken:
-            cls.http, cls.resolver, port, other = (
-                taken.enter_context(lt.bind('127.0.0.1', 0)[0]).getsockname()[1] for _ in range(4))
+        cls.http, cls.resolver, port, other = (cls.free_port() for _ in range(4))
         names = {name: os.path.join(folder.name, name) for name in ('cert', 'key', 'json', 'log')}
         for name, text in (('cert', CERTIFICATE), ('key', PRIVATE_KEY), ('json', json.dumps({
                 'pebble': {'listenAddress': f'127.0.0.1:{port}', 'httpPort': cls.http,
@@ -7528,7 +7532,7 @@ class BlockListTest(FolderTest, WorldTest):
 
     @unittest.skipUnless(sys.platform == 'linux', 'others have no second address of loopback')
     async def test_a_visitor_of_raw_tcp_is_kept_out_too(self):
-        await self.barred_world(host='127.0.0.1', tcp_ports=(CommandTest.free_port(),))
+        await self.barred_world(host='127.0.0.1', tcp_ports=(self.free_port(),))
         client = await self.client(await self.app(), token='one', tcp=True, tcp_port=None)
         await self.block('127.0.0.2')
         port = int(client.url.rpartition(':')[2])
@@ -7539,7 +7543,7 @@ class BlockListTest(FolderTest, WorldTest):
                 self.assertRegex(await peer.reader.read(4), pattern)
 
     async def test_a_client_that_waited_for_the_disk_is_asked_about_again(self):
-        await self.barred_world(host='127.0.0.1', tcp_ports=(CommandTest.free_port(),))
+        await self.barred_world(host='127.0.0.1', tcp_ports=(self.free_port(),))
         lease = self.server.admission._lease
 
         async def slow(asked):
@@ -8026,9 +8030,7 @@ class KeepTest(FolderTest, WorldTest):
 
     async def test_an_app_that_is_down_has_it_later(self):
         await self.world()
-        sock, = lt.bind('127.0.0.1', 0)
-        port = sock.getsockname()[1]
-        sock.close()
+        port = self.free_port()
         await self.away(port)
         await self.hook()
         with self.constant(LONGEST_PAUSE=0):
@@ -8156,7 +8158,7 @@ class KeepTest(FolderTest, WorldTest):
         for number, status in (errno.ENOSPC, 507), (errno.EDQUOT, 507), (errno.EIO, 503):
             with unittest.mock.patch.object(os, 'fsync', side_effect=OSError(number, 'no')):
                 self.assertEqual((await self.hook())[0], status)
-        with self.hanging() as begun, self.constant(DISK_WITHIN=0.02):
+        with self.hanging() as begun, self.constant(DISK_WITHIN=0.1):
             with unittest.mock.patch.object(self.queues._shelf, 'put',
                                             side_effect=self.queues._shelf.put) as put:
                 answers = await asyncio.gather(*(self.hook() for _ in range(5)))
@@ -8702,7 +8704,7 @@ class SmtpTest(MailTest):
                 super().writelines(lines)
         self.stack.callback(goes_on.set)
         with unittest.mock.patch.object(lt, 'temporary_file', File):
-            with self.constant(DISK_WITHIN=0.02):
+            with self.constant(DISK_WITHIN=0.1):
                 self.assertEqual((await (await self.sender()).sends('a'))[:9], '421 4.3.1')
             reply = await (await self.sender()).begins('a@app.localhost')
             self.assertEqual(reply[:9], '452 4.3.1')        # there is nothing to wait for
@@ -9010,7 +9012,7 @@ class MxTest(MailTest):
         self.assertEqual((await self.look())[::2], (False, cure))
         self.assertEqual(await self.look('mx.example.net'), (
             False, 'an MX record leads mail to mx.example.net', cure))
-        port = CommandTest.free_port()
+        port = self.free_port()
         self.assertEqual((await self.look(port=port))[0], None)
         self.assertEqual((await self.look('t.example.com', port=port))[0], False)
         self.assertIn(f'taking mail on port {self.mail_port}; {cure}', self.log.text())
@@ -9179,7 +9181,7 @@ class GroundTest(FolderTest, WorldTest):
             self.assertEqual(await ground._who_is('127.0.0.1', self.port, False), itself)
             self.assertEqual(await ground._who_is('127.0.0.1', secure, True), itself)
             self.assertEqual(await ground._who_is('127.0.0.1', other, False), b'')
-            self.assertIsNone(await ground._who_is('127.0.0.1', CommandTest.free_port(), False))
+            self.assertIsNone(await ground._who_is('127.0.0.1', self.free_port(), False))
         self.assertNotIn('GET', self.log.text())     # of visitors alone
 
     async def test_the_certificate_is_looked_at_where_the_server_listens(self):
@@ -9343,10 +9345,10 @@ class DoctorTest(Doctored):
         await self.finds('dns', "can't find the host of https://t.example.com: .* spelled",
                          '--server', 't.example.com')
         await self.finds('connect', 'nothing is listening on port .*; start the server',
-                         '--server', f'127.0.0.1:{CommandTest.free_port()}')
+                         '--server', f'127.0.0.1:{self.free_port()}')
 
     async def test_a_proxy_does_not_lead_out(self):
-        os.environ['ALL_PROXY'] = f'http://127.0.0.1:{CommandTest.free_port()}'
+        os.environ['ALL_PROXY'] = f'http://127.0.0.1:{self.free_port()}'
         await self.finds('connect', 'the proxy 127.0.0.1 did not connect', '--server',
                          'http://t.example.com')
         self.assertIn('through the proxy of the environment', self.said[0]['text'])
@@ -9450,7 +9452,8 @@ class DoctorTest(Doctored):
                 ('headers', 'no more than 3 KiB', {'answers': refuses(b'X-Doctor', 5000)}),
                 ('headers', 'no more than 0 KiB', {'answers': refuses(b'X-Doctor')}),
                 ('visitor', 'answers 403 in its place', {'answers': refuses(b'GET / ')})):
-            with self.subTest(check), self.constant(STREAM_WITHIN=0.2):
+            with self.subTest(check), self.constant(
+                    STREAM_WITHIN=0.2 if check == 'streaming' else PATIENCE):
                 await self.finds(check, text, '--server', await self.between(
                     **changes, sessions=False))
 
@@ -9478,7 +9481,7 @@ class DoctorOfUrlsTest(Doctored):
 
     async def test_each_hop_is_named_with_what_to_look_at(self):
         await self.world()
-        client = await self.client(CommandTest.free_port())
+        client = await self.client(self.free_port())
         app = await self.app()
         works = await self.client(app, key=bytes(32))
         gone = await self.client(app, key=bytes([1] * 32))
@@ -9508,7 +9511,7 @@ class DoctorOfUrlsTest(Doctored):
         with self.assertRaisesRegex(lt.UsageError, 'expected a URL like'):
             await self.doctor('https:///hook')
         await self.finds('answer', 'nothing is listening',
-                         f'http://127.0.0.1:{CommandTest.free_port()}')
+                         f'http://127.0.0.1:{self.free_port()}')
         self.hosts()
         await self.finds('answer', "can't find the host", 'https://x.example')
 
@@ -9536,7 +9539,7 @@ class DoctorOfServersTest(Doctored):
         dns.records, dns.may_be_silent = self.records, True
         resolver = f'127.0.0.1:{await dns.listen(self, 0)}'
         await self.finds(check, text, '--domain', self.DOMAIN, '--port', self.port, '--tls-port',
-                         getattr(self, 'tls_port', None) or CommandTest.free_port(),
+                         getattr(self, 'tls_port', None) or self.free_port(),
                          '--resolver', resolver, *words)
 
     async def with_acme(self):
@@ -9545,7 +9548,7 @@ class DoctorOfServersTest(Doctored):
         await self.world(domain=self.DOMAIN)
         self.zone = lt.Zone(self.DOMAIN)
         names = lt.NameServer(self.runtime, self.zone)
-        self.dns_port = CommandTest.free_port()
+        self.dns_port = self.free_port()
         await names.listen('127.0.0.1', self.dns_port)
         self.stack.callback(names.close)
         self.records[f'_acme-challenge.{self.DOMAIN}', lt.TYPE_NS] = [lt.encode_name(self.DOMAIN)]
@@ -9592,7 +9595,7 @@ class DoctorOfServersTest(Doctored):
 
     async def test_another_server_has_a_port(self):
         await self.world(domain=self.DOMAIN)
-        self.tls_port = CommandTest.free_port()
+        self.tls_port = self.free_port()
 
         async def who_is(_, address, port, tls):
             return b'localtunnel 1.0 %032d' % tls
@@ -9601,7 +9604,7 @@ class DoctorOfServersTest(Doctored):
             await self.look('ports', f'program of {self.tls_port} .* has port .*; end it')
 
     async def test_no_server_runs_or_has_no_certificate_yet(self):
-        self.port = CommandTest.free_port()
+        self.port = self.free_port()
         await self.look('ports', 'no server answers .*; start it: .*--domain t.example.com')
         await self.world(domain=self.DOMAIN)
         self.tls_port = (await self.app()).address[1]
@@ -9652,7 +9655,7 @@ class DoctorOfServersTest(Doctored):
             await self.look('ns', 'no NS record leads .*; add a DNS record: name _acme-challenge.t.'
                             'example.com, type NS, value t.example.com[.]', '--dns-port',
                             self.dns_port)
-        closed = CommandTest.free_port()
+        closed = self.free_port()
         await self.look('dns_port', 'nobody who answers DNS has port', '--dns-port', closed)
         await self.look('dns_port', 'of 127.0.0.3; end', '--dns-port', self.dns_port,
                         '--dns-bind', '127.0.0.1', '--dns-bind', '127.0.0.3')
@@ -10371,8 +10374,7 @@ class KeptTest(InspectorTest):
         async def app(reader, writer):
             writer.write((await reader.readexactly(5)) * 3)
             writer.close()
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            public = sock.getsockname()[1]
+        public = self.free_port()
         await self.world(tcp_ports=[public], host='127.0.0.1')
         await self.client((await self.serves(app))[1], tcp=True)
         await self.inspect()
@@ -11159,12 +11161,6 @@ class ErrorPageTest(WorldTest):
         """A Peer that is a client of NAME."""
         return (await self.hello(name=name))[0]
 
-    async def nothing(self):
-        """A port on which nothing listens."""
-        sock, = lt.bind('127.0.0.1', 0)
-        with sock:
-            return sock.getsockname()[1]
-
     def shows(self, answer, status, hop, *words):
         """Check that ANSWER stops at HOP, and that WORDS are in its page."""
         got, fields, body = answer
@@ -11185,7 +11181,7 @@ class ErrorPageTest(WorldTest):
         async def waits(head, reader, writer):
             await reader.read()
         await self.world()
-        port = await self.nothing()
+        port = self.free_port()
         for name, target, status, words in (
                 ('down', port, 502, (
                     'The app does not answer', f'Nothing is listening on localhost:{port}.',
@@ -11195,7 +11191,8 @@ class ErrorPageTest(WorldTest):
                 ('shut', await self.app(b'close'), 502, ('does not speak HTTP',)),
                 ('socket', 'unix:/nowhere/app', 502, ('does not exist', 'Start your app'))):
             with self.subTest(name):
-                client = await self.client(target, name=name, timeout=0.05)
+                client = await self.client(target, name=name,
+                                           timeout=0.05 if name == 'slow' else PATIENCE)
                 answer = await self.visit(client, '/', self.BROWSER)
                 self.shows(answer, status, 'app', *words)
                 self.assertIsNone(answer[1]['retry-after'])
@@ -12015,20 +12012,6 @@ class CommandTest(FolderTest):
         """Whoever starts now has another key."""
         os.environ['LOCALTUNNEL_KEY'] = os.urandom(32).hex()
 
-    @staticmethod
-    def free_port():
-        """A port that another program can have."""
-        with socket.socket() as sock:
-            sock.bind(('127.0.0.1', 0))
-            return sock.getsockname()[1]
-
-    def unused_port(self):
-        """A port where nobody answers during the test."""
-        self.reserved = socket.socket()
-        self.addCleanup(self.reserved.close)
-        self.reserved.bind(('127.0.0.1', 0))
-        return self.reserved.getsockname()[1]
-
 
 @unittest.skipUnless(POSIX, 'this system has no pseudo-terminals')
 class SlowReaderTest(CommandTest):
@@ -12081,8 +12064,7 @@ class SlowReaderTest(CommandTest):
     @unittest.skipUnless(POSIX, 'this system has no SIGTERM')
     def test_a_reader_who_stalls_stops_neither_end(self):
         unread = {'stderr': subprocess.PIPE, 'stdout': subprocess.PIPE}
-        port, processes = self.unused_port(), []
-        self.reserved.close()
+        port, processes = self.free_port(), []
         for words in (('server', '--port', port),
                       ('client', 'echo', '--server', f'localhost:{port}', '--verbose')):
             process = subprocess.Popen([sys.executable, *quick_script(), *map(str, words)],
@@ -12105,7 +12087,7 @@ class SlowReaderTest(CommandTest):
     @unittest.skipUnless(os.path.exists('/dev/full'), 'this system has no /dev/full')
     def test_a_full_disk_changes_no_exit_code(self):
         for words, code in ((['--version'], 0), (['client', '--help'], 0), (['client'], 2),
-                            (['client', '1', '--server', f'localhost:{self.unused_port()}',
+                            (['client', '1', '--server', f'localhost:{self.free_port()}',
                               '--once'], 1)):
             with open('/dev/full', 'w') as full, self.subTest(words):
                 done = subprocess.run([sys.executable, *quick_script(), *words], stdout=full,
@@ -12268,7 +12250,7 @@ class TerminalTest(CommandTest):
         self.assertEqual((len(client.lines['out']), client.lines['err']), (1, []))
 
     def test_quiet_still_says_what_is_wrong(self):
-        client = self.start('client', 1, '--server', f'localhost:{self.unused_port()}', '--quiet')
+        client = self.start('client', 1, '--server', f'localhost:{self.free_port()}', '--quiet')
         client.says('nothing is listening')
 
 
@@ -12927,6 +12909,7 @@ class TunnelTest(FolderTest, WorldTest):
             f't = localtunnel.tunnel("echo", server="localhost:{self.port}").start()',
             cwd=os.path.dirname(SCRIPT), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.assertEqual(await program.communicate(), (b'', b''))
+        await eventually(lambda: self.log.events('closed'))
         self.assertEqual((await program.wait(), self.log.events('closed')[0]['reason']),
                          (0, 'the client is stopping'))
 
@@ -13381,13 +13364,12 @@ class FreshMachineTest(CommandTest):
             self.assertEqual(fetch(client.url(), Host=f'{host}:{port}')[0], status)
 
     def test_without_an_app_there_is_a_hint_and_a_page_until_it_is_up(self):
-        port = self.unused_port()
+        port = self.free_port()
         client = self.start('client', port)
         client.says(f'hint: nothing is listening on localhost:{port}')
         status, page = fetch(client.url(), Accept='text/html')
         self.assertEqual(status, 502)
         self.assertIn(f'localhost:{port}'.encode(), page)
-        self.reserved.close()
         self.app('now', port)
         self.assertEqual(fetch(client.url()), (200, b'now /'))
 
@@ -13538,7 +13520,7 @@ class LogsAndReplayTest(CommandTest):
         other = self.app('other')
         code, out, _ = self.command('replay', 1, '--to', other.port)
         self.assertEqual((code, out.split()[:4]), (0, ['1', 'GET', '/a?token=***', '200']))
-        code, _, err = self.command('replay', 1, '--to', self.unused_port())
+        code, _, err = self.command('replay', 1, '--to', self.free_port())
         self.assertEqual((code, err.count('\n')), (1, 1))
 
         place = client.says('inspector http://([0-9.:]*)').group(1)
@@ -13715,9 +13697,7 @@ class HandOverTest(CommandTest):
             os.kill(pid, signal.SIGKILL)
 
     def test_nobody_notices_that_another_process_serves(self):
-        tcp, = lt.bind('127.0.0.1', 0)
-        port = tcp.getsockname()[1]
-        tcp.close()
+        port = self.free_port()
         site = self.server('--tcp-ports', f'{port}-{port}', '--drain', '1')
         app, server = self.app('hi'), self.relay
         url = self.start('client', app.port, '--server', site, '--name', 'app').url()
@@ -13887,7 +13867,7 @@ class ExitCodeTest(CommandTest):
         self.assertEqual(second.url(), first.url())
 
     def test_once_and_nobody_there_is_1(self):
-        self.ended(1, 'client', 1, '--server', f'localhost:{self.unused_port()}', '--once',
+        self.ended(1, 'client', 1, '--server', f'localhost:{self.free_port()}', '--once',
                    word='nothing is listening')
 
     def test_a_port_that_is_taken_is_1_with_what_to_do(self):
@@ -13910,7 +13890,7 @@ class ExitCodeTest(CommandTest):
 
     def test_ctrl_c_is_0_whatever_it_is_doing(self):
         app = self.app()
-        for args in ((app.port,), (app.port, '--server', f'localhost:{self.unused_port()}')):
+        for args in ((app.port,), (app.port, '--server', f'localhost:{self.free_port()}')):
             client = self.start('client', *args)
             client.says('NOT PUBLIC|trying again')
             self.assertEqual(client.interrupt(), 0)
@@ -14139,7 +14119,7 @@ class PythonTest(CommandTest):
 
     def test_with_gives_a_url_while_it_lasts(self):
         app = self.app()
-        with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', self.unused_port()):
+        with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', self.free_port()):
             with lt.tunnel(app.port) as t:
                 self.assertEqual(fetch(t.url), (200, b'app /'))
         with self.assertRaises(ConnectionRefusedError):
@@ -14209,7 +14189,7 @@ class PythonTest(CommandTest):
         with self.assertRaises(lt.UsageError):
             lt.tunnel('nonsense')
         with self.assertRaisesRegex(lt.LocaltunnelError, 'nothing is listening'):
-            lt.tunnel(1, server=f'localhost:{self.unused_port()}').__enter__()
+            lt.tunnel(1, server=f'localhost:{self.free_port()}').__enter__()
         with self.assertRaisesRegex(lt.UsageError, 'empty'):
             lt.tunnel(1, server='').__enter__()
 
@@ -14218,7 +14198,7 @@ class PythonTest(CommandTest):
             raise ZeroDivisionError
 
     def test_the_local_server_never_takes_the_port_of_its_target(self):
-        port = self.unused_port()
+        port = self.free_port()
         with unittest.mock.patch.object(lt, 'FIRST_LOCAL_PORT', port), lt.tunnel(port) as t:
             self.assertEqual(fetch(t.url)[0], 502)
             self.assertGreater(int(t.url[17:]), port)
@@ -14634,7 +14614,7 @@ class DoctorCommandTest(CommandTest):
     """`doctor` as people and scripts run it."""
 
     def test_it_says_in_lines_of_json_what_is_wrong_and_ends_with_1(self):
-        doctor = self.start('doctor', '--server', f'localhost:{self.unused_port()}', '--json')
+        doctor = self.start('doctor', '--server', f'localhost:{self.free_port()}', '--json')
         self.assertEqual((doctor.ends(), doctor.lines['err']), (1, []))
         said = [json.loads(line) for line in doctor.lines['out']]
         self.assertEqual([set(one) for one in said], [{'check', 'ok', 'text', 'cure'}] * len(said))
@@ -14643,7 +14623,7 @@ class DoctorCommandTest(CommandTest):
         self.assertIn('nothing is listening', wrong['text'])
 
     def test_people_get_marks_and_what_to_mend_first(self):
-        doctor = self.start('doctor', f'http://localhost:{self.unused_port()}/')
+        doctor = self.start('doctor', f'http://localhost:{self.free_port()}/')
         doctor.says('^BAD answer  +nothing is listening', 'out')
         doctor.says('^Mend this first: answer: nothing is listening', 'out')
         self.assertEqual(doctor.ends(), 1)
@@ -16696,14 +16676,14 @@ class FrameTest(HostileTest):
 
     async def test_once_the_app_answers_a_body_may_take_its_time(self):
         await self.world()
-        with self.constant(HEAD_TIMEOUT=0.1):
+        with self.constant(HEAD_TIMEOUT=5.0):
             peer = await self.victim()
             asked = await self.visitor('evil.localhost')
             asked.ask(fields='Content-Length: 9', method='POST')
             _, id, _ = await peer.until(lt.OPEN)
             peer.send(F(lt.DATA, id, b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\na'))
             await asked.reader.readuntil(b'\r\n\r\na')
-            await asyncio.sleep(0.3)
+            await self.time_passes(6.0)
             asked.send(b'123456789')
             self.assertEqual((await peer.until(lt.DATA))[2], b'123456789')
             peer.send(F(lt.DATA | END, id, b'b'))
@@ -16871,8 +16851,7 @@ class HelloTest(HostileTest):
             resume = {'session': self.server.tunnels.members()[0].session.id, 'received': 0}
             self.assertEqual(await resumed(token, proof=proof * 32, resume=resume),
                              (101, goes_on))
-        with lt.bind('127.0.0.1', 0)[0] as sock:
-            port = sock.getsockname()[1]
+        port = self.free_port()
         lt.TcpPorts(self.server, self.listens, '127.0.0.1', [port, 1])
         tcp = {'kind': 'tcp', 'proof': '44' * 32, 'name': None, 'instance': '55' * 16}
         self.assertEqual(await resumed('B', **tcp), (101, None))
@@ -17191,7 +17170,7 @@ class HostileVisitorTest(HostileTest):
     async def test_a_thousand_slow_heads_delay_nobody_and_are_let_go(self):
         await self.world()
         await self.good()
-        with self.constant(HEAD_TIMEOUT=1.0, MAX_CONNECTIONS_OF_ADDRESS=9999):
+        with self.constant(MAX_CONNECTIONS_OF_ADDRESS=9999):
             slow = []
             for _ in range(1000 if lt.descriptor_limit() > 2200 else 300):
                 slow.append(await self.visitor(''))
@@ -17200,6 +17179,8 @@ class HostileVisitorTest(HostileTest):
             for peer in slow:
                 peer.send(b'E')
             await self.others_are_served()
+            for visit in self.server.visitors:      # as when the time for a head is over
+                visit.connection._readable.deadline = self.runtime.now()
             for peer in slow:
                 self.assertIn(b'408', await peer.reader.read())
                 peer.writer.close()
@@ -17334,8 +17315,7 @@ class HostileVisitorTest(HostileTest):
             self.assertEqual((await asked.answer())[0], status)
 
     async def test_whoever_waited_for_room_is_asked_by_the_rules_of_who_serves_then(self):
-        with socket.create_server(('127.0.0.1', 0)) as free:
-            ports = free.getsockname()[1],
+        ports = self.free_port(),
         await self.world(tcp_ports=ports, host='127.0.0.1')
         rules = lt.Access().hello(lt.Args(allow=['192.0.2.1'], auth=[]), b'')
         with self.constant(MAX_STREAMS=1, ROOM_WITHIN=PATIENCE, ROOM_LOOK=0.01):
@@ -17391,7 +17371,8 @@ class HostileVisitorTest(HostileTest):
         _, fields, _ = await self.visit('evil.t.example.com')
         self.assertEqual([cookie[:5] for cookie in fields.get_all('set-cookie')], ['kept='] * 6)
         self.assertEqual(fields.get_all('clear-site-data'), ['"cache", "storage"'])
-        answers = [await self.visit('evil.t.example.com') for _ in range(9)]
+        with unittest.mock.patch.object(self.runtime, 'now', return_value=self.runtime.now()):
+            answers = [await self.visit('evil.t.example.com') for _ in range(9)]
         self.assertEqual({a[0] for a in answers}, {200, 429})
         self.assertEqual(answers[-1][1]['retry-after'], '1')
 
@@ -17770,14 +17751,13 @@ class PathTest(Network):
         await self.comes()
         visitor = await self.begin('PUT /up', fields='Content-Length: 9999')
         await eventually(lambda: self.asked)
-        with self.constant(PING_AFTER=0.1, PONG_WITHIN=0.1, SILENT_SESSION=0.4):
-            broken, session = [], self.members()[0].session
-            change = session.on_change
-            session.on_change = lambda: (broken.append(1), change())
-            for _ in range(50):  # a byte now and then keeps the client from asking
-                visitor.send(b'x')
-                await asyncio.sleep(0.01)
-            self.assertEqual(broken, [])
+        broken, session = [], self.members()[0].session
+        change = session.on_change
+        session.on_change = lambda: (broken.append(1), change())
+        for _ in range(50):     # a byte now and then keeps the client from asking
+            visitor.send(b'x')
+            await self.time_passes(1.0)
+        self.assertEqual(broken, [])
 
 
 class GarbageTest(Network):
@@ -18463,7 +18443,7 @@ class AnnexTest(FolderTest):
                     said = silent['put'].call_args[0][1]
                     self.assertRegex(said, f'^localtunnel {lt.__version__}\n')
                     self.assertEqual(asyncio.run(
-                        self.carries(module, CommandTest.free_port())), b'hello')
+                        self.carries(module, self.free_port())), b'hello')
 
     def test_an_annex_brings_commands_of_its_own(self):
         class Greeter(lt.Annex):
