@@ -677,7 +677,7 @@ class Runtime:
     async def _work(self, box: list[Any]) -> None:
         waiter = Waiter(self.loop)
         while box:
-            await box.pop()(box.pop())
+            await box.pop()(box.pop())      # no name here, or it would hold them while it is idle
             if len(self._idle) < IDLE_TASKS:
                 self._idle.append((waiter, box))
                 while not box:
@@ -782,7 +782,7 @@ class ByteStream:
                 self.wanted()
             if self._readable is self.runtime.nobody:
                 self._readable = Waiter(self.runtime.loop)
-            waiter = self._readable     # awaited as a coroutine would, with one object less
+            waiter = self._readable     # what follows is `await waiter`, with one object less
             waiter.deadline = began + (self.timeout if timeout is None else timeout)
             waiter._asyncio_future_blocking = True
             yield waiter
@@ -1104,10 +1104,10 @@ async def end_task(task: asyncio.Task[Any]) -> None:
 FIRST_LOOK, LOOK_AGAIN = 0.001, 0.05    # until the first look, and between later ones
 
 
-async def look_until(true: Callable[[], bool], seconds: float) -> bool:
-    """Wait until TRUE() is, at most for SECONDS; looks often at first.  Returns whether it is."""
+async def look_until(met: Callable[[], bool], seconds: float) -> bool:
+    """Wait until MET(), at most for SECONDS, and return whether it is.  Looks often at first."""
     deadline, pause = time.monotonic() + seconds, FIRST_LOOK
-    while not true():
+    while not met():
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(pause)
@@ -1564,7 +1564,7 @@ class Session:
         """Return a new stream to the other side, or None if there are too many."""
         if self.error is not None or len(self.streams) >= MAX_STREAMS:
             return None
-        budget, used = self.budget, self.budget.used
+        budget, used = self.budget, self.budget.used    # half, or a quarter, stays for others
         size = (INITIAL_CREDIT if budget.take(INITIAL_CREDIT, leave=used) else
                 SMALL_CREDIT if budget.take(SMALL_CREDIT, leave=used // 3) else
                 LEAST_CREDIT if budget.take(LEAST_CREDIT) else 0)
@@ -3216,7 +3216,7 @@ class Visitors:
 
     def __init__(self, runtime: Runtime) -> None:
         self.front: Front | None = None         # a seam: who stands in front and brings them
-        self.listening = 0                      # other descriptors: sockets of TCP tunnels, files
+        self.reserved = 0                       # descriptors: sockets of TCP tunnels, files
         self.runtime = runtime
         self.here: dict[Visitor, None] = {}
 
@@ -7633,7 +7633,7 @@ class Bounded(Visitors):
 
     def _spare(self) -> int:
         """Return how many more descriptors there may be."""
-        return self.descriptors - len(self.runtime.transports) - self.listening
+        return self.descriptors - len(self.runtime.transports) - self.reserved
 
     def _no_room(self, visitor: Visitor) -> HopFailed | None:
         """Return why VISITOR can't stay: visitors must leave room for sessions."""
@@ -7756,7 +7756,7 @@ class TcpPorts(Kind):
                 raise
             asked.tunnel.url = f'tcp://{server.domain}:{port}'
             self._at[port] = asked.tunnel, sockets, []
-            server.visitors.listening += len(sockets)
+            server.visitors.reserved += len(sockets)
             return
         raise Refused(409, 'port_taken', f'port {hello.port} is taken; choose another port'
                       if hello.port else 'no port for raw TCP is free here; try again later')
@@ -7788,7 +7788,7 @@ class TcpPorts(Kind):
                 sock.close()
             for door in doors:
                 self._server.doors.close_one(door)
-            self._server.visitors.listening -= len(bound) + len(doors)
+            self._server.visitors.reserved -= len(bound) + len(doors)
             tunnel.url = ''
 
     async def _serve(self, tunnel: Tunnel, connection: Connection) -> None:
@@ -11026,7 +11026,7 @@ class Postman:
         if self._office.disk.hangs or not budget.take(
                 MAIL_HELD, leave=budget.limit // 2):        # half is for tunnels
             return TOO_MUCH
-        self._server.visitors.listening += 2        # files take descriptors, too
+        self._server.visitors.reserved += 2        # files take descriptors, too
         raw = temporary_file()
         try:
             await self._connection.write(b'354 go ahead, and end with a dot on its own line\r\n')
@@ -11044,7 +11044,7 @@ class Postman:
             raise Reply('421 4.3.1 there is no room on the disk, or it hangs') from e
         finally:
             self._letter = None
-            self._server.visitors.listening -= 2
+            self._server.visitors.reserved -= 2
             budget.give(MAIL_HELD)
             self._office.room.give(letter.spooled)
             self._office.disk.later(raw.close)

@@ -8692,7 +8692,7 @@ class SmtpTest(MailTest):
         self.assertEqual((await (await self.sender()).begins('a@app.localhost'))[:9], '452 4.3.1')
         budget.used -= budget.limit // 2
         self.assertEqual((await (await self.sender()).sends('hello'))[:9], '452 4.3.1')
-        self.assertEqual(self.server.visitors.listening, 0)
+        self.assertEqual(self.server.visitors.reserved, 0)
 
     async def test_a_disk_that_hangs_holds_up_nobody(self):
         await self.mail_world()
