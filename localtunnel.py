@@ -2991,7 +2991,7 @@ class Tunnels:
         elif tunnel is None:
             why, cure = f'the client of {key} is not connected', 'start it'
         elif tunnel.ended:
-            why, cure = tunnel.ended, 'start the client again; if it may not, it says why'
+            why, cure = tunnel.ended, 'start the client again; it says why if it may not'
         else:
             why, cure = f'the client of {key} is away; try again soon', (
                 'it comes back by itself when its machine is awake and online; if it has ended, '
@@ -4616,14 +4616,15 @@ TLS_FAULTS = {
                    'machine is wrong',
     'not yet valid': 'the certificate of {0} is not valid yet; check the clocks of both machines',
     'self.signed|local issuer': 'the certificate of {0} is not signed by an authority that this '
-                                'machine knows; name the authority with --ca FILE, or {1}',
+                                'machine knows; {1}',
     'CERTIFICATE_VERIFY_FAILED': "the certificate of {0} can't be trusted ({2}); {1}",
     'WRONG_VERSION_NUMBER|record layer': '{0} does not speak TLS on this port; if that is '
                                          'intended, use http:// instead of https://',
 }
 
 
-def tls_fault(error: BaseException, host: str, cure: str = 'use --insecure') -> str:
+def tls_fault(error: BaseException, host: str,
+              cure: str = 'name the authority with --ca FILE, or use --insecure') -> str:
     """Return one sentence for what is wrong with the TLS of HOST, '' if it may pass by itself."""
     reason = printable(str(getattr(error, 'verify_message', '') or error))
     sentences = (sentence for words, sentence in TLS_FAULTS.items()
@@ -5109,8 +5110,9 @@ class Listening:
             nowhere = 'this machine does not have that address; give --bind one that it has'
             cure = {errno.EACCES: 'ports below 1024 need privileges; run as root, grant it with '
                     f'setcap or systemd (AmbientCapabilities=CAP_NET_BIND_SERVICE), or {other}',
-                    errno.EADDRNOTAVAIL: nowhere, socket.EAI_NONAME: nowhere, errno.EADDRINUSE:
-                    f'another program is listening there; stop it, or {other}'}
+                    errno.EADDRINUSE: f'another program is listening there; stop it, or {other}',
+                    errno.EADDRNOTAVAIL: nowhere, socket.EAI_NONAME: nowhere,
+                    socket.EAI_AGAIN: nowhere}
             raise LocaltunnelError(f"can't listen on port {port} of {host or 'all addresses'}: "
                                    + cure.get(e.errno or 0, f'{e.strerror}; {other}')) from e
 
@@ -5882,8 +5884,8 @@ async def dial_server(runtime: Runtime, address: ServerAddress, tls: ssl.SSLCont
     try:
         connection = await reach()
     except ssl.SSLError as e:
-        fault = tls_fault(e, str(address), 'paste the command that the server printed, with --join '
-                          'or --pin')
+        fault = tls_fault(e, str(address), 'name the authority with --ca FILE, or paste the '
+                          'command that the server printed, with --join or --pin')
         if not fault:
             raise
         if tls and getattr(e, 'verify_code', 0) in OTHER_NAME:
@@ -7167,7 +7169,7 @@ class Access(Annex):
 
     def client_options(self, add: Add) -> None:
         add('--auth', action='append', default=[], metavar='USER:PASSWORD',
-            help='visitors must log in')
+            help='visitors must log in (repeatable)')
         add('--allow', type=network, action='append', default=[], metavar='CIDR',
             help='only these visitors may come (repeatable)')
 
@@ -11420,7 +11422,8 @@ class Ground:
             connection.abort()
         except (OSError, asyncio.TimeoutError) as e:
             fault, _, cure = tls_fault(
-                e, self.domain, 'get one from a public authority').partition('; ')
+                e, self.domain, 'name the authority to clients and to doctor, with --ca FILE, or '
+                'get one from a public authority').partition('; ')
             if fault or self._acme:
                 raise Finding(fault or 'this server has none yet',
                               cure or 'see its log: it says what is missing') from e
@@ -11825,7 +11828,7 @@ python3 localtunnel.py client 8000{join}</pre>
 <pre>curl -fsSL {address}/localtunnel.py | python3 - client 8000{join}</pre>
 {report}"""
 WHOM = '<p>This server is private, so it asks for a code. You get one from {operator}.</p>\n'
-REPORT = '<p>The sites here are of those who opened them. Report a harmful one to {operator}.</p>\n'
+REPORT = '<p>Each site here belongs to who opened it. Report a harmful one to {operator}.</p>\n'
 SECURITY_TEXT_HOLDS = 30 * DAY      # as RFC 9116 wants it, less than a year
 
 
@@ -11944,7 +11947,7 @@ class Verifying(Annex):
     """The command `verify`."""
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
-        parser = add('verify', epilog=VERIFY_EPILOG,
+        parser = add('verify', epilog=VERIFY_EPILOG, usage='%(prog)s URL [OPTION ...]',
                      help="compare a server's script with this file")
         parser.add_argument('server', metavar='URL', help='the server')
         parser.add_argument('--ca', metavar='FILE', help='also trust this authority')
@@ -12121,9 +12124,11 @@ class Invited(Served):
         if re.search('[^\x20-\x7e]|#', new):
             raise UsageError('a rule is of printable ASCII characters, without #')
         try:
-            parse_grant(new)
+            grant = parse_grant(new)
         except ValueError as e:
             raise UsageError(str(e).replace('after USER TOKEN', 'after USER')) from e
+        if grant and grant.expires <= time.time():
+            raise UsageError('this code would have expired already; give expires= a day to come')
         list(self)
         rewrite(self.files[0], (), new.strip().encode() + b'\n')
         return make_code(self.address, token, self.pin)
@@ -14129,7 +14134,8 @@ class Remote:
             return response.status, response.read() if whole else response
         except (OSError, http.client.HTTPException) as e:
             raise LocaltunnelError(f'no inspector answers on {self._place[0]}, '
-                                   f'port {self._place[1]}: {printable(str(e))}') from e
+                                   f'port {self._place[1]} ({printable(plainly(e))}); the '
+                                   'banner of a client says where its own is') from e
         finally:
             connection.close()
 
@@ -15092,10 +15098,12 @@ class SettingUp(Annex):
     """`install` and `deploy`."""
 
     def commands(self, add: Callable[..., argparse.ArgumentParser]) -> None:
-        for name, epilog, run, text in (
-                ('install', INSTALL_EPILOG, self.install, 'run the server by systemd'),
-                ('deploy', DEPLOY_EPILOG, self.deploy, 'do that on another machine, by ssh')):
-            parser = add(name, like='server', epilog=epilog, help=text)
+        for name, where, epilog, run, text in (
+                ('install', '', INSTALL_EPILOG, self.install, 'run the server by systemd'),
+                ('deploy', ' [USER@]HOST', DEPLOY_EPILOG, self.deploy,
+                 'do that on another machine, by ssh')):
+            parser = add(name, like='server', epilog=epilog, help=text,
+                         usage=f'%(prog)s{where} [OPTION ...]')
             parser.set_defaults(run=run)
             option = parser.add_argument_group(name).add_argument
             option('--remove', action='store_true', help='take the server away')

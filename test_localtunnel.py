@@ -9189,7 +9189,8 @@ class GroundTest(FolderTest, WorldTest):
         self.server.tls = lt.Certificate(*self.cert_and_key(), port=443)
         self.args.bind, self.args.tls_port = '127.0.0.1', await self.listen(tls=True)
         with unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.2']):
-            self.assertIn('certificate of t.example.com is not signed', await self.look())
+            self.assertRegex(await self.look(), 'certificate of t.example.com is not signed.* name '
+                             'the authority to clients and to doctor, with --ca')
 
     async def test_there_is_no_look_for_localhost(self):
         self.args.domain = 'localhost'
@@ -10006,6 +10007,7 @@ class InvitationTest(FolderTest):
                 (['a b'], 'a user has a name'), (['ana', 'names=a\nroot T'], 'printable ASCII'),
                 (['ana', 'names=a#'], 'without #'), (['ana', 'tunnels=x'], 'only names='),
                 (['ana', 'expires=2027-13-01'], 'month'), ([], 'one of USER'), ([''], 'empty'),
+                (['ana', 'expires=2020-01-31'], 'expired already'),
                 (['ana', '--list'], 'not allowed'), (['--revoke', 'ana', 'ben'], 'not allowed'),
                 (['ana', '--state', self.path('none')], 'no server has run')):
             with self.subTest(words):
@@ -13596,6 +13598,8 @@ class LogsAndReplayTest(CommandTest):
             code, _, err = self.command('logs', '--inspect', door.getsockname()[1])
             thread.join()
         self.assertEqual((code, err.count('no inspector answers')), (1, 1))
+        code, _, err = self.command('logs', '--inspect', self.free_port())
+        self.assertEqual((code, '[Errno' in err, err.count('; the banner of a')), (1, False, 1))
 
     def test_a_file_is_sent_as_it_is_read(self):
         def recorded(*_):
