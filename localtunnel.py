@@ -3184,6 +3184,8 @@ class Admission:
         self._tunnels.enter(tunnel, member)
         if hello.kind in self.kinds:
             await self.kinds[hello.kind].open(tunnel)
+            if session.error:       # meanwhile the operator has ended it, which is for good
+                raise Refused(401, 'token', str(session.error), final=True)
         return member, tunnel, False
 
     def _make_way(self, asked: Candidate) -> None:

@@ -5589,6 +5589,20 @@ class RawTcpTest(WorldTest):
         """The same, to APP(reader, writer)."""
         return await self.raw_visitor((await self.serves(app))[1])
 
+    async def test_a_client_that_is_ended_while_its_door_opens_is_told_so_and_let_go(self):
+        def watch(tunnel, member):
+            tunnels.watchers.remove(watch)
+            self.loop.call_soon(tunnels.revoke, tunnel, member, 'it is blocked')
+        await self.world(tcp_ports=[0], host='127.0.0.1')
+        tunnels = self.server.tunnels
+        tunnels.watchers.append(watch)
+        peer, status, told = await self.hello(kind='tcp')
+        self.assertEqual((status, told), (401, {
+            'error': 'token', 'message': 'it is blocked', 'final': True}))
+        self.assertEqual(await peer.reader.read(), b'')
+        self.assertEqual([line[1] for line in self.log.told if line[0] == 'note'],
+                         ['tunnel ended', 'tunnel refused'])
+
     async def test_the_observer_is_told_how_many_bytes_went_each_way(self):
         async def app(reader, writer):
             writer.write((await reader.readexactly(5)) * 3)
