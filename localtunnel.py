@@ -195,7 +195,7 @@ MAX_TEXT = 500                  # characters, or bytes, that the other side can 
 PING_AFTER = 8.0                # of silence, on the client: NAT tables forget after 30
 PONG_WITHIN = 6.0               # or the connection is given up
 ROUND_TRIP = 0.1                # to the other side and back, until it is measured
-ANSWER = 2.0                    # for a PONG, where another client of the owner wants the place
+ANSWER_WITHIN = 2.0             # for a PONG, where another client of the owner wants the place
 SILENT_SESSION = 20.0           # of silence, on the server: longer than the two together
 
 # Messages.
@@ -3116,7 +3116,7 @@ class Admission:
         asked = Candidate(visitor, grant, hello, name, facts)
         if self._owner(asked) == asked.owner:
             there = self._find(asked).ahead_of(hello)     # one that does not answer goes
-            await asyncio.gather(*(old.session.must_answer(ANSWER) for old in there))
+            await asyncio.gather(*(old.session.must_answer(ANSWER_WITHIN) for old in there))
             visitor.connection.check()      # it may be gone by now
         asked.tunnel = self._find(asked)
         for check in self.checks:
@@ -3744,14 +3744,18 @@ class Client:
             if e.code == 'sni' and not self.address.sni:        # a balancer there goes by it
                 self.address.sni = self.address.wants['sni'] = f'{self.name}.{self.address.site}'
                 return await self._attempt()
-            # A client that has just begun was not started earlier: a clock is wrong; try again.
-            ahead = e.code == 'superseded' and not self.url
-            if self.backoff.once or not ahead and (e.final or not (
-                    self.url or e.status == 503 or e.code == 'slow_down')):
+            if self.backoff.once or not self._may_pass(e):
                 raise
             return str(e)
         except (LocaltunnelError, OSError, asyncio.TimeoutError) as e:
             return self._words.unreachable(e, str(self.address))
+
+    def _may_pass(self, refused: Refused) -> bool:
+        """True if a later attempt may succeed."""
+        if refused.code == 'superseded' and not self.url:
+            return True     # what has just begun was not started earlier: a clock is wrong
+        return not refused.final and (
+            bool(self.url) or refused.status == 503 or refused.code == 'slow_down')
 
     async def _until_lost(self) -> str:
         """Wait until a new connection is needed; return why.  Raises Refused at a final goodbye."""

@@ -3216,7 +3216,7 @@ class AdmissionTest(WorldTest):
     async def test_one_that_was_started_later_and_is_dead_gives_way(self):
         await self.world()
         for answers, status in ((True, 409), (False, 101)):
-            with self.constant(ANSWER=PATIENCE if answers else 0.05):
+            with self.constant(ANSWER_WITHIN=PATIENCE if answers else 0.05):
                 dead, *_ = await self.hello(name='x', started=2e9)      # its clock is ahead
                 if answers:
                     self.meanwhile(dead.serve(OK))
@@ -3235,7 +3235,7 @@ class AdmissionTest(WorldTest):
     async def test_for_a_stranger_nobody_is_given_up(self):
         await self.world()
         await self.hello(name='x', started=2e9)
-        with self.constant(ANSWER=0.0):
+        with self.constant(ANSWER_WITHIN=0.0):
             _, status, _ = await self.hello(name='x', started=1e9, proof='44' * 32)
         self.assertEqual(status, 409)
         self.assertIsNotNone(self.server.tunnels.members()[0].session.connection)
