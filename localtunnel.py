@@ -8043,6 +8043,12 @@ def send_whole(handler: Any, code: int, page: bytes, **fields: str) -> BinaryIO:
     return io.BytesIO(page)
 
 
+def send_on(handler: Any, path: str, query: str) -> BinaryIO:
+    """Send a visitor of the folder PATH on to it with its slash, and to no other site."""
+    path = path.lstrip('/\\')       # two of either are a host to browsers
+    return send_whole(handler, 301, b'', Location=f'/{path}/{query}')
+
+
 def folder_handler(site: Site) -> Any:
     """A class that serves what may be seen of SITE."""
     import http.server
@@ -8067,7 +8073,7 @@ def folder_handler(site: Site) -> Any:
             if os.path.isdir(found):
                 page = site.index(found)
                 if not path.endswith('/') and (page or not site.spa):
-                    return send_whole(self, 301, b'', Location=f'/{path.lstrip("/")}/{mark}{query}')
+                    return send_on(self, path, mark + query)
                 if not (page or site.spa):
                     with contextlib.suppress(OSError):      # it can't be read
                         return send_whole(self, 200, listing(site.names(found), path),
@@ -8133,11 +8139,11 @@ def echoed(request: Request, head: bytes, body: bytes) -> tuple[str, bytes]:
     except UnicodeDecodeError:
         text, encoding = base64.b64encode(body).decode(), 'base64'
     path, _, query = request.target.decode('latin-1').partition('?')
-    fields = [line.split(':', 1) for line in request.block.decode('latin-1').splitlines()]
+    fields = [line.split(':', 1) for line in request.block.decode('latin-1').split('\r\n')[:-1]]
     return 'application/json', json.dumps({
         'method': request.method.decode(), 'target': request.target.decode('latin-1'),
         'path': path, 'query': urllib.parse.parse_qsl(query, keep_blank_values=True),
-        'headers': [[name, value.strip()] for name, value in fields],
+        'headers': [[name, value.strip(' \t')] for name, value in fields],
         'body': text, 'encoding': encoding}, indent=1).encode() + b'\n'
 
 
@@ -12645,7 +12651,7 @@ class Kept:
             'status': record.status, 'ms': round(seconds * 1e3, 1),
             'request_bytes': self.readers[0].size if upgraded else record.sent,
             'response_bytes': record.size, 'error': record.why, 'failed': self.failed,
-            'replay_of': int(origin) if origin.isdigit() else None,
+            'replay_of': int(origin) if origin.isdigit() and len(origin) < 16 else None,
             'pending': self.seconds is None}
 
     def details(self, show: bool = False) -> dict[str, Any]:

@@ -300,7 +300,8 @@ class Peer:
 
     def ask(self, path='/', fields='', method='GET', version='1.1', body=b''):
         """Send one request; FIELDS end their lines with LF."""
-        lines = [f'{method} {path} HTTP/{version}', f'Host: {self.host}', *fields.splitlines()]
+        lines = [f'{method} {path} HTTP/{version}', f'Host: {self.host}',
+                 *filter(None, fields.split('\n'))]
         self.send('\r\n'.join([*lines, '', '']).encode('latin-1'), body)
 
     async def answer(self, method='GET'):
@@ -3878,13 +3879,14 @@ class TargetTest(FolderTest, WorldTest):
         visitor = await self.visitor(await self.client('echo'))
         for body, encoding in (b'"\xc3\xa9"', 'utf-8'), (b'\xff\0', 'base64'):
             _, fields, page = await visitor.get(
-                '/a?b=1&c', f'accept: text/html, Application/JSON\nContent-Length: {len(body)}',
-                'POST', body=body)
+                '/a?b=1&c', 'accept: text/html, Application/JSON\nX:  \xc3\x85 \xc3\xa0\t\n'
+                f'Content-Length: {len(body)}', 'POST', body=body)
             said = json.loads(page)
             self.assertEqual(fields['content-type'], 'application/json')
             self.assertEqual([said[key] for key in ('method', 'target', 'path', 'query')],
                              ['POST', '/a?b=1&c', '/a', [['b', '1'], ['c', '']]])
             self.assertIn(['accept', 'text/html, Application/JSON'], said['headers'])
+            self.assertIn(['X', '\xc3\x85 \xc3\xa0'], said['headers'])      # bytes, not lines
             self.assertEqual((lt.body_of(said), said['encoding']), (body, encoding))
 
     async def test_the_query_chooses_the_status_and_delay_of_echo_and_never_a_fault(self):
@@ -5728,7 +5730,8 @@ class FolderFilesTest(FolderTest):
 
     def test_a_folder_without_its_slash_is_sent_there_and_nowhere_else(self):
         os.mkdir(self.path('site', 'a'))
-        for path, place in (('/a', '/a/'), ('/a?b=1', '/a/?b=1'), ('//a', '/a/')):
+        for path, place in (('/a', '/a/'), ('/a?b=1', '/a/?b=1'), ('//a', '/a/'),
+                            (r'/\a.example/..', '/a.example/../')):
             status, fields, _ = self.ask(path)
             self.assertEqual((status, fields['Location'], fields['Content-Length']),
                              (301, place, '0'))
@@ -10151,6 +10154,15 @@ class KeptTest(InspectorTest):
         self.assertEqual(details['timing']['end_ms'], one['ms'])
         self.assertLessEqual(0, details['timing']['first_byte_ms'])
         self.assertLessEqual(details['timing']['first_byte_ms'], one['ms'])
+
+    async def test_what_a_server_makes_up_is_no_mark_of_a_replay(self):
+        await self.inspected()
+        app = self.clients[-1].app
+        for mark in '9' * 15, '9' * 5000, 'x', '1, 2':
+            await app.serve(lt.Replay(app.runtime, 'GET / HTTP/1.1\r\nHost: a\r\nLocaltunnel-Replay'
+                                      f': {mark}\r\n\r\n'.encode()))
+        listed = (await self.api('exchanges'))['exchanges']
+        self.assertEqual([one['replay_of'] for one in listed], [10 ** 15 - 1, None, None, None])
 
     async def test_what_has_ended_lets_go_of_its_streams_and_loses_nothing(self):
         answers = [OK, b'HTTP/1.1 204 No Content\r\nX: \xe9\r\n\r\n', ok(pattern(70000)),
