@@ -14831,7 +14831,9 @@ def in_file(words: Sequence[str]) -> str:
 
 def ports_of(args: Args) -> list[int]:
     """The ports of a server with the options ARGS."""
-    secure = not args.trust_proxy or any(getattr(args, name, None) for name in ('cert', 'acme'))
+    # Without openssl it makes no certificate of its own; of another machine that is not known.
+    secure = any(getattr(args, name, None) for name in ('cert', 'acme')) or (
+        not args.trust_proxy and (args.command == 'deploy' or shutil.which('openssl')))
     return [80 if args.port is None else args.port, *([args.tls_port] if secure else [])]
 
 
@@ -14925,6 +14927,8 @@ def look(args: Args, running: bool) -> str:
                 f'port {port} is {state}; stop that, or let it pass requests on (README, "A proxy '
                 'in front"), or choose another one with --port and --tls-port')
         facts.append(f'port {port} is {state}')
+    if not args.trust_proxy and args.tls_port not in ports_of(args):
+        facts.append(f'port {args.tls_port} stays closed, since openssl is not installed')
     if getattr(args, 'acme', None) and not running:
         state = state_of(args.dns_port, 'udp')
         facts.append(f'port {args.dns_port}, for DNS, is {state}'

@@ -11414,9 +11414,20 @@ class InstallTest(FolderTest):
                 (False, ['--trust-proxy', '10.0.0.1', '--acme', 'a@example.com'],
                  ['0.0.0.0:80', '0.0.0.0:443'])):
             with self.subTest(words), unittest.mock.patch.object(
-                    lt.os.path, 'exists', lambda path: ipv6 if 'inet6' in path else exists(path)):
+                    lt.os.path, 'exists', lambda path: ipv6 if 'inet6' in path else exists(path)), \
+                    unittest.mock.patch.object(lt.shutil, 'which', str):
                 self.assertEqual([line[13:] for line in unit_lines(lt.SOCKET, *words)
                                   if line.startswith('ListenStream=')], ports)
+
+    def test_without_openssl_nobody_listens_for_tls_who_has_no_certificate(self):
+        args = lt.make_parser().parse_args
+        with unittest.mock.patch.object(lt.shutil, 'which', lambda name: None), \
+                unittest.mock.patch.object(lt, 'asked', lambda *words: ''):
+            for words, ports in ((['install'], [80]), (['deploy', 'vps'], [80, 443]),
+                                 (['install', '--cert', 'a', '--key', 'b'], [80, 443])):
+                self.assertEqual(lt.ports_of(args([*words, '--domain', 'a.example'])), ports)
+            self.assertIn('; port 443 stays closed, since openssl is not installed',
+                          lt.look(args(['install', '--domain', 'a.example']), False))
 
     def test_options_that_are_written_are_read_as_they_were_typed(self):
         words = ['--cert', "a 'b'#c", '--token', '1', '--token=2', '--acme=x@example.com',
