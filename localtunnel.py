@@ -290,8 +290,8 @@ class StreamReset(LocaltunnelError):
 
 class BadHttp(LocaltunnelError):
     """A message that is malformed or ambiguous; `status` is what its sender is told."""
-    head = b''                      # of a response, where that was read
-    early = False                   # of a body: before anything of its message went on
+    head = b''                      # that of a response, if this was read
+    early = False                   # True: found in a body, before anything of its message went on
 
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
@@ -705,7 +705,7 @@ class Runtime:
 
 
 Facts = Dict[str, Any]          # what a log tells beside its sentence, by the names for programs
-UNSERVED: Facts = {'name': '', 'user': '', 'client': '', 'version': ''}
+UNSERVED: Facts = {'name': '', 'user': '', 'client': '', 'version': ''}     # where no client is
 
 SMALL_PIECE = 16 * KIB          # smaller unread pieces, on average, are joined
 MANY_PIECES = 16                # unread on a stream: beyond this, small ones are joined
@@ -2584,7 +2584,7 @@ class Exchange(Record):
 
     async def _stream_body(self, head: bytes, end: bool, taps: Iterable[Tap]) -> None:
         far = self.far
-        if isinstance(self.near, Connection):       # a visitor's: the other end need not look
+        if isinstance(self.near, Connection):       # a visitor's: only this end sees who is slow
             self.near.timeout, taps = HEAD_TIMEOUT, [self._goes_on, *taps]
         try:
             await copy_message(head, self.body, far, type(self.body) is ChunkedBody, end, taps)
