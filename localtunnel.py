@@ -2156,8 +2156,8 @@ class Body:
         self.finished = not self.left
         return piece
 
-    def cut(self) -> None:
-        """Note that the stream has ended.  Raises Incomplete if the body has not."""
+    def stream_ended(self) -> None:
+        """Take the end of the stream for that of the body.  Raises Incomplete if it is not."""
         if self.left != NEVER:
             raise Incomplete(f'{self.left} bytes are missing')
         self.finished = True
@@ -2228,7 +2228,7 @@ class ChunkedBody(Body):
             raise BadHttp(431, f'trailers of more than {MAX_HEAD} bytes or {OUTER_FIELDS} fields')
         return 'trailer'
 
-    def cut(self) -> None:
+    def stream_ended(self) -> None:
         raise Incomplete('the last chunk is missing')
 
 
@@ -2270,7 +2270,7 @@ async def read_whole(body: Body, most: int) -> bytes:
         piece = body.take()
         whole += piece
         if not (piece or body.finished or await body.stream.wait_for_data()):
-            body.cut()
+            body.stream_ended()
     return bytes(whole)
 
 
@@ -2389,7 +2389,7 @@ async def copy_message(head: bytes, body: Body, sink: ByteStream, chunked: bool,
             if body.busy:
                 await asyncio.sleep(0)
         elif not (body.finished or await body.stream.wait_for_data()):
-            body.cut()
+            body.stream_ended()
     if chunked:
         out += [b'0\r\n', body.trailers, b'\r\n']
     if out or end:
@@ -3404,7 +3404,7 @@ class Server:
         return name
 
     def _absent(self, name: str, parent: str, host: str) -> str:
-        """The name at HOST of a tunnel that is not there now; '' for the server itself.
+        """The name at HOST of a tunnel that is away, or of the only one; '' for the server itself.
 
         Raises HopFailed.
         """

@@ -2010,13 +2010,13 @@ class BodyTest(unittest.TestCase):
             while body.take():
                 pass
             with self.assertRaises(lt.Incomplete):
-                body.cut()
+                body.stream_ended()
 
     def test_a_body_without_a_length_ends_with_the_stream(self):
         stream, body = self.reader(lt.UNTIL_CLOSE)
         stream.feed_data(b'all')
         self.assertEqual((body.take(), body.take(), body.finished), (b'all', b'', False))
-        body.cut()
+        body.stream_ended()
         self.assertEqual((body.finished, body.taken), (True, 3))
 
     def test_many_chunks_and_many_trailers_are_no_matter(self):
