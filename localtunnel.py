@@ -17,8 +17,8 @@ A visitor's request goes out through a session that the client opened from insid
     visitor --> server ===== session =====> client --> app         the request
     visitor <-- server <==== session ====== client <-- app         the response
 
-    request    visitor -> read_head -> Server._route -> open_stream -> Exchange.send => session
-               session => read_head -> App._forward -> connect -> Exchange.send -> app
+    request    visitor -> Server.serve -> Server.forward -> open_stream -> Exchange.send => session
+               session => App.serve -> App._forward -> connect -> Exchange.send -> app
     response   app -> read_final -> App._respond -> Exchange.respond => session
                session => read_final -> Exchange.respond -> visitor
     upgrade    after the heads, and raw TCP from the start: join(left, right)
@@ -36,6 +36,7 @@ Words
               with the room Resume it outlives that, and goes on over another.
     stream    one conversation inside a session.  exchange: one request and its response.
     lease     the right of one owner to one name.
+    hello     what a client says as it asks for a session.  welcome: what the server says to that.
     key       a user's: the secret from which names come.  A tunnel's: its name, or tcp:NAME.
     site      the host by which a user names the server.
     relay     the server, in what programs read.
@@ -1530,8 +1531,8 @@ class Liveness:
 class Session:
     """Streams over one connection.
 
-    A client passes in `on_open(stream)`, for the streams that its server opens.  Both sides set
-    `on_change()`, which is told of a lost connection, of a GOAWAY, and of the end.
+    A client passes in `on_open(stream)`, for the streams that its server opens: App.serve.  Both
+    sides set `on_change()`, which is told of a lost connection, of a GOAWAY, and of the end.
     """
     facts = UNSERVED                # at a server: whose it is
     lost_at = NEVER                 # when it lost a connection that another may replace, see Resume
@@ -2295,7 +2296,8 @@ def check_partial_head(data: bytes, seen: int, limit: int) -> None:
 def head_here(stream: ByteStream, limit: int, fields: int, start: int = 0) -> bytes | None:
     """The next head of STREAM, if it is all here; START is where its end is looked for.
 
-    It has at most LIMIT bytes.  Raises BadHttp where it has more than these header FIELDS.
+    It has at most LIMIT bytes.  Raises BadHttp where it has more than these header FIELDS.  Most
+    heads are all here: who asks this first, and read_head then, mostly spares a coroutine.
     """
     data = stream.peek()
     at = data.find(b'\r\n\r\n', start, limit)
@@ -2343,7 +2345,7 @@ async def read_final(source: ByteStream, sink: ByteStream | None, timeout: float
     for _ in range(MAX_INTERIM + inside):       # inside: what the other end says of too many
         head = None
         if source.unread or await source.wait_for_data(timeout):
-            head = (head_here(source, limit, fields)        # as most are: one coroutine less
+            head = (head_here(source, limit, fields)
                     or await read_head(source, timeout, limit, fields))
         if head is None:
             raise Incomplete('the connection ended without a response')
