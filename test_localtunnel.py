@@ -3599,6 +3599,17 @@ class ExchangeTest(WorldTest):
             method='POST', fields='Connection: Upgrade\nUpgrade: x\nContent-Length: 9')
         self.assertEqual(status, 502)
 
+    async def test_who_keeps_the_body_back_until_an_upgrade_is_told_so_in_time(self):
+        async def switch(head, reader, writer):
+            writer.write(b'HTTP/1.1 101 X\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n')
+            self.assertEqual(await reader.read(), b'')      # of a request that is not whole
+        with self.constant(HEAD_TIMEOUT=5.0):
+            app, visitor = await self.through(switch)
+            visitor.ask(method='POST', fields='Connection: Upgrade\nUpgrade: x\nContent-Length: 9')
+            await eventually(lambda: app.requests)
+            await self.time_passes(6.0)
+            self.assertEqual((await visitor.answer())[0], 408)
+
     async def test_an_app_that_changes_to_h2c_all_the_same_is_refused(self):
         async def switch(head, reader, writer):
             self.assertNotIn(b' h2c', head)
