@@ -1682,10 +1682,8 @@ class Session:
         connection.receiver, connection.on_room = self._receive, self.outbox.flush
         connection.on_lost = connection.on_eof = self.drop
         self.runtime.swept.discard(connection)      # nobody waits on it
-        rest = connection.read_nowait(sys.maxsize)
-        while rest:
-            self._receive(memoryview(rest))
-            rest = connection.read_nowait(sys.maxsize)
+        while connection.unread:
+            self._receive(memoryview(connection.read_nowait(sys.maxsize)))
         self.ping()
 
     def drop(self, why: str = 'the session ended') -> None:
@@ -1792,7 +1790,6 @@ class Session:
         lost = SessionLost(str(error))
         for stream in [*self.streams.values(), *self.outbox.turns]:
             stream.over(lost)
-        self.outbox.turns.clear()
         self.on_change()
 
 
