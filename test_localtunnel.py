@@ -142,10 +142,11 @@ import zlib
 import localtunnel as lt
 
 SCRIPT = os.path.abspath(lt.__file__)
-PATIENCE = 10.0     # seconds: what has not happened by then never will; nothing is timed by this
+PATIENCE = 20.0     # seconds: what has not happened by then never will; nothing is timed by this
 KEY = bytes(range(32))
 POSIX = os.name == 'posix'
 RST = struct.pack('ii', 1, 0)       # SO_LINGER: the end is a reset
+os.environ['SSL_CERT_FILE'] = os.devnull    # to read all authorities takes tens of milliseconds
 F, END, U32, U64 = lt.encode_frame, lt.END, lt.U32.pack, lt.U64.pack
 
 
@@ -2535,6 +2536,7 @@ class RouteTest(WorldTest):
         await self.client(await self.app(ok(b'app')))
         self.assertEqual((await visitor.answer())[2], b'app')
         self.assertEqual((await self.visit('127.0.0.1', '/ours'))[2], b'ours')
+        await self.server.stop()
         await self.new_server('127.0.0.1', only=True)
         self.assertEqual((await self.visit('127.0.0.1', '/x'))[0], 404)
 
@@ -5097,8 +5099,7 @@ class ResumeTest(SessionTest):
         async with self.background(self.new_stream().write(b'x')) as writing:
             await eventually(lambda: here.outbox.turns)
             here.end(lt.Disconnected('the client did not come back'))
-            await asyncio.wait({writing}, timeout=1)
-            self.assertTrue(writing.done(), 'it waits for ever')
+            await asyncio.wait({writing})
             self.assertIsInstance(writing.exception(), lt.LocaltunnelError)
         here.outbox.turns.clear()
 
@@ -9264,6 +9265,7 @@ T4AZAiBMXOW9KvWAOrlHFyJcPbm0mWD61+HozGsQJ7Eb3GYB8w==
 class Doctored(FolderTest, WorldTest):
     """Runs `doctor` in this loop; the first thing that it says is wrong must be the fault."""
     CONSTANTS = {**WorldTest.CONSTANTS, 'LINGER': 0.05, 'REACHED_WITHIN': 1.0, 'SAMPLE': 65536}
+    SECONDS = 3 * PATIENCE          # a whole machine is looked at, several times
 
     async def doctor(self, *words):
         """What `doctor WORDS --json` says."""
@@ -9420,7 +9422,7 @@ class DoctorTest(Doctored):
         async def silent(head, reader, writer):
             return await reader.read()
         app = await self.app(silent)
-        with self.constant(REACHED_WITHIN=0.05):
+        with self.constant(REACHED_WITHIN=0.2):
             await self.finds('http', 'does not answer', '--server',
                              f'127.0.0.1:{app.address[1]}')
 
@@ -9553,7 +9555,10 @@ class DoctorOfServersTest(Doctored):
     async def ready(self):
         self.records = {(name, lt.TYPE_A): [bytes([127, 0, 0, 1])]
                         for name in (self.DOMAIN, '*.' + self.DOMAIN)}
+        self.closed = self.free_port()
+        once = functools.lru_cache(maxsize=None)(lt.who_listens)    # Linux makes a long list
         for patch in (unittest.mock.patch.object(lt, 'outward_addresses', lambda: ['127.0.0.1']),
+                      unittest.mock.patch.object(lt, 'who_listens', once),
                       unittest.mock.patch.dict(os.environ, STATE_DIRECTORY=self.folder)):
             patch.start()
             self.addCleanup(patch.stop)
@@ -9569,7 +9574,7 @@ class DoctorOfServersTest(Doctored):
         dns.records, dns.may_be_silent = self.records, True
         resolver = f'127.0.0.1:{await dns.listen(self, 0)}'
         await self.finds(check, text, '--domain', self.DOMAIN, '--port', self.port, '--tls-port',
-                         getattr(self, 'tls_port', None) or self.free_port(),
+                         getattr(self, 'tls_port', None) or self.closed,
                          '--resolver', resolver, *words)
 
     async def with_acme(self):
@@ -9619,7 +9624,7 @@ class DoctorOfServersTest(Doctored):
         await self.look('ports', f'{who}.* has port {self.port} .*; end it, or give')
         await self.world(domain=self.DOMAIN)
         self.tls_port = (await self.app()).address[1]
-        with self.constant(REACHED_WITHIN=0.1), unittest.mock.patch.object(
+        with self.constant(REACHED_WITHIN=0.2), unittest.mock.patch.object(
                 lt, 'who_listens', lambda _, port: f'program of {port} (process 1)'):
             await self.look('ports', f'program of {self.tls_port} .* has port .*--tls-port')
 
@@ -9638,7 +9643,7 @@ class DoctorOfServersTest(Doctored):
         await self.look('ports', 'no server answers .*; start it: .*--domain t.example.com')
         await self.world(domain=self.DOMAIN)
         self.tls_port = (await self.app()).address[1]
-        with self.constant(REACHED_WITHIN=0.1), unittest.mock.patch.object(
+        with self.constant(REACHED_WITHIN=0.2), unittest.mock.patch.object(
                 lt, 'who_listens', lambda *_: f'this (process {os.getpid()})'):
             await self.look('', '')
         self.assertIn('and no certificate yet', str(self.said))
@@ -14615,7 +14620,7 @@ class SystemdTest(CommandTest):
         copy = fcntl_dup(self.sock.fileno())
         self.addCleanup(os.close, copy)
         return self.start('server', *args, pass_fds=[copy],
-                          script=('-c', AS_SYSTEMD, str(copy), str(other_process), SCRIPT))
+                          script=('-c', AS_SYSTEMD, str(copy), str(other_process), *quick_script()))
 
     def test_who_came_before_it_started_is_answered_and_systemd_is_told_when_it_is_ready(self):
         with socket.create_connection(('127.0.0.1', self.port)) as early:
@@ -14654,7 +14659,7 @@ class SystemdTest(CommandTest):
         copy = fcntl_dup(self.sock.fileno())
         self.addCleanup(os.close, copy)
         relay = self.start('server', '--port', self.free_port(), pass_fds=[copy],
-                           script=('-c', AS_SYSTEMD, str(copy), '0', SCRIPT))
+                           script=('-c', AS_SYSTEMD, str(copy), '0', *quick_script()))
         relay.says(f'listens on port {self.port}, which is none')
 
     @unittest.skipUnless(sys.platform == 'linux', 'only Linux has abstract names')
@@ -15135,7 +15140,7 @@ class BalancerTest(RecipeTest):
             missing(self, 'openssl')
         self.ca, key = self.certify('t.localhost')
         self.pem = self.write('pem', (open_and_read(self.ca) + open_and_read(key)).decode())
-        self.tls = lt.client_tls(self.ca)       # once: it reads all authorities
+        self.tls = lt.client_tls(self.ca)
         key = self.write('cluster.key', self.command('server', '--make-cluster-key')[1])
         os.chmod(key, 0o600)
         self.options = ['--domain', 't.localhost', '--bind', '127.0.0.1', '--token', 't',
@@ -16687,12 +16692,12 @@ class FrameTest(HostileTest):
     async def test_one_that_reads_and_acknowledges_nothing_is_ended(self):
         await self.world()
         await self.good()
+        peer = await self.victim()
+        peer.send(F(lt.PONG, 0, U64(0)))        # to the PING with which it began
+        asked = await self.ask(fields='Content-Length: 9')
+        await peer.until(lt.OPEN)
+        self.meanwhile(self.server.tunnels.get('evil').members[0].session.must_answer(60.0))
         with self.constant(ACKNOWLEDGED=0.2):
-            peer = await self.victim()
-            peer.send(F(lt.PONG, 0, U64(0)))        # to the PING with which it began
-            asked = await self.ask(fields='Content-Length: 9')
-            await peer.until(lt.OPEN)
-            self.meanwhile(self.server.tunnels.get('evil').members[0].session.must_answer(60.0))
             for _ in range(1000):
                 peer.send(F(lt.PONG, 0, U64(0)))        # it is there
                 frame = await asyncio.wait_for(peer.frame(), PATIENCE)
@@ -17979,7 +17984,7 @@ class AwayTest(Network):
             one = self.meanwhile(self.get())
             await eventually(lambda: outbox.turns)
             session.end(lt.Disconnected('the test ends it'))
-        await asyncio.wait_for(one, 5)
+        await one
 
     async def test_attempts_that_fail_slowly_are_spaced_out_too(self):
         seen, ended = [], []
