@@ -3631,7 +3631,7 @@ class App:
             try:
                 if not reused:
                     stream.check()      # it may be gone by now
-                await exchange.send(upstream, lines, False, taps)
+                await exchange.send(upstream, lines, end=False, taps=taps)
                 response = await read_final(upstream, stream, self._timeout)
                 await self._respond(exchange, response, taps)
                 whole = True
@@ -3668,7 +3668,8 @@ class App:
         if length == UNTIL_CLOSE and self.target.scheme == 'https':
             self.observer.hint('length unknown: the app ends this response by closing, and TLS '
                                'hides whether it broke')
-        return exchange.respond(response, length, block, True, self.response_taps, request_taps)
+        return exchange.respond(response, length, block, end=True, watch=self.response_taps,
+                                near_taps=request_taps)
 
 
 # ------------------------------------------------------------------------------------------------
