@@ -8406,43 +8406,47 @@ class HostHeader(Annex):
 # The way to the server where only a proxy leads out.
 # ------------------------------------------------------------------------------------------------
 
-def find_proxy(address: ServerAddress) -> str:
-    """Return the proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, or ''."""
+def find_proxy(address: ServerAddress) -> urllib.parse.SplitResult | None:
+    """Return the proxy that HTTPS_PROXY, ALL_PROXY and NO_PROXY name for ADDRESS, if any.
+
+    Raises UsageError.
+    """
     if is_loopback(address.site) or not any(name.lower().endswith('_proxy') for name in os.environ):
-        return ''
+        return None
     import urllib.request
     proxies = urllib.request.getproxies_environment()
-    if urllib.request.proxy_bypass_environment(address.site, proxies):  # type: ignore[attr-defined]
-        return ''
-    return proxies.get(address.scheme) or proxies.get('all', '')
-
-
-def connect_through(proxy: str, host: str, port: int) -> socket.socket:
-    """Return a socket to HOST:PORT through PROXY.  Blocks.  Raises LocaltunnelError."""
-    import http.client
+    proxy = proxies.get(address.scheme) or proxies.get('all', '')
+    if not proxy or urllib.request.proxy_bypass_environment(    # type: ignore[attr-defined]
+            address.site, proxies):
+        return None
     try:
         parts = urllib.parse.urlsplit(proxy if '://' in proxy else 'http://' + proxy)
-        proxy_port = parts.port or 80
-        if parts.scheme != 'http' or not parts.hostname:
-            raise ValueError
+        if parts.scheme == 'http' and parts.hostname and (parts.port or 80):
+            return parts
     except ValueError:
-        raise LocaltunnelError("can't use the proxy of HTTPS_PROXY or ALL_PROXY; "
-                               'it must be http://HOST:PORT') from None
+        pass
+    raise UsageError("can't use the proxy of HTTPS_PROXY or ALL_PROXY; it must be http://HOST:PORT")
+
+
+def connect_through(proxy: urllib.parse.SplitResult, host: str, port: int) -> socket.socket:
+    """Return a socket to HOST:PORT through PROXY.  Blocks.  Raises LocaltunnelError."""
+    import http.client
     where = f'{bracketed(host)}:{port}'
     headers = {'Host': where}
-    if parts.username:
-        user = urllib.parse.unquote(f'{parts.username}:{parts.password or ""}')
+    if proxy.username:
+        user = urllib.parse.unquote(f'{proxy.username}:{proxy.password or ""}')
         headers['Proxy-Authorization'] = 'Basic ' + base64.b64encode(
             user.encode(errors='surrogateescape')).decode()
-    no_way = f'the proxy {parts.hostname} did not connect to {where}: '
-    connection = http.client.HTTPConnection(parts.hostname, proxy_port, timeout=CONNECT_TIMEOUT)
+    no_way = f'the proxy {proxy.hostname} did not connect to {where}: '
+    connection = http.client.HTTPConnection(proxy.hostname or '', proxy.port or 80,
+                                            timeout=CONNECT_TIMEOUT)
     with contextlib.closing(connection), contextlib.ExitStack() as failed:
         try:
             connection.request('CONNECT', where, headers=headers)
             sock: socket.socket = failed.enter_context(connection.sock.dup())
             answer = connection.getresponse()       # which may close its own socket
         except (OSError, http.client.HTTPException) as e:
-            raise LocaltunnelError(no_way + printable(str(e))) from e
+            raise LocaltunnelError(no_way + printable(plainly(e))) from e
         if answer.status // 100 != 2:
             schemes = ', '.join(value.split(' ')[0] for value in
                                 answer.headers.get_all('Proxy-Authenticate', []))
@@ -8459,11 +8463,9 @@ class OutgoingProxy(Annex):
 
     def at_client(self, args: Args, app: App, address: ServerAddress) -> None:
         proxy = find_proxy(address)
-
-        def route(host: str, port: int) -> Awaitable[socket.socket]:
-            return app.runtime.loop.run_in_executor(None, connect_through, proxy, host, port)
         if proxy:
-            address.route = route
+            through = functools.partial(connect_through, proxy)
+            address.route = functools.partial(app.runtime.loop.run_in_executor, None, through)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -16463,7 +16465,9 @@ def did_you_mean(words: Sequence[str], parser: Parser) -> str:
     def ended(words: Sequence[str]) -> int:
         return words.index('--') if '--' in words else len(words)
     meant, command = words[:ended(words)], words[ended(words):]
-    for annex in ANNEXES:
+    if len(words) == 1 and words[0] not in parser.commands['client']._option_string_actions:
+        meant = [spelled(words[0], parser._option_string_actions, notes.append)]
+    for annex in () if notes else ANNEXES:
         meant = annex.meant(meant, notes.append)
     meant, command = meant[:ended(meant)], [*meant[ended(meant):], *command]
     first, *rest = meant or ['']
@@ -16474,8 +16478,9 @@ def did_you_mean(words: Sequence[str], parser: Parser) -> str:
                 for word in rest]
     meant = [first, *rest, *command]
     try:
-        parser.parse_args(meant)
-    except (UsageError, SystemExit):
+        if not {'-h', '--help', '--version'}.intersection([first, *rest]):      # they print
+            parser.parse_args(meant)
+    except UsageError:
         return ''
     program = 'py localtunnel.py ' if os.name == 'nt' else 'python3 localtunnel.py '
     return printable(f'{", ".join(notes)}; did you mean: {program}{shlex.join(meant)}'

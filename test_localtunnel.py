@@ -11141,6 +11141,7 @@ class ElsewhereTest(FolderTest):
         (f'client --join {CODE}', f'client 8000 --join {CODE}'),
         ('login', 'client 8000 --join'), ('config add-authtoken 2a', 'client 8000 --join'),
         ('client http://localhost:8888/lab?token=a', 'client http://localhost:8888'),
+        ('--hlep', '--help'), ('version', '--version'), ('client 8000 --hlp', 'client 8000 --help'),
         ('unblock bob', 'block bob --remove'), ('invite revoke ana', 'invite --revoke ana'),
         ('invite list', 'invite --list'))
 
@@ -13891,10 +13892,10 @@ class ExitCodeTest(CommandTest):
             with self.subTest(words), self.assertRaisesRegex(lt.UsageError, said):
                 make(*words)
 
-    def test_a_proxy_that_is_none_is_1(self):
+    def test_a_proxy_that_is_none_is_2_at_once(self):
         for proxy in 'http://[bad', 'http://a:99999', 'socks5://a', 'http://':
             with unittest.mock.patch.dict(os.environ, ALL_PROXY=proxy):
-                self.ended_here(1, 'client', 1, '--server', 'https://a.example', '--once',
+                self.ended_here(2, 'client', 1, '--server', 'https://a.example',
                                 word='http://HOST:PORT')
 
     def test_a_name_that_is_refused_is_3(self):
