@@ -798,7 +798,7 @@ class ByteStream:
             await self._readable
 
     def allow(self, seconds: float) -> None:
-        """Let a wait last SECONDS from now on, one that is under way, too."""
+        """Let waits last SECONDS from now on, one that is under way as well."""
         self.timeout = seconds
         self._readable.wake()
 
@@ -1694,7 +1694,7 @@ class Session:
             self.end(Disconnected(why))
 
     def _let_go(self) -> Connection | None:
-        """The connection, if there was one: it is not this session's any more."""
+        """Return the connection, if there is one; it is no longer this session's."""
         connection, self.connection = self.connection, None
         if connection is not None:
             connection.receiver = connection.on_lost = connection.on_eof = connection.on_room = None
@@ -2052,7 +2052,7 @@ class Response(Head):
         self._length: int | None = None         # of a body, once it was asked for
 
     def body_length(self, method: bytes) -> int:
-        """The length in answer to METHOD, which may be UNTIL_CLOSE, too.  Raises BadHttp."""
+        """The length of the body in answer to METHOD, perhaps UNTIL_CLOSE.  Raises BadHttp."""
         if self._length is None:
             self._length = self._body_length(UNTIL_CLOSE)
         return 0 if self.bodiless or method == b'HEAD' or self.status == 304 else self._length
@@ -2515,7 +2515,7 @@ class Count:
         self.taken = taken
 
     def add(self, data: bytes) -> None:
-        """DATA passed."""
+        """Note that DATA passed."""
         self.taken += len(data)
 
 
@@ -2669,7 +2669,7 @@ class Visitor:
         connection.on_lost, connection.on_eof = self._gone, self._half_closed
 
     def came_by(self, chain: Sequence[str]) -> None:
-        """Say onward that the visitor came by way of the addresses of CHAIN."""
+        """Have apps told that the visitor came by way of the addresses in CHAIN."""
         self.x_forwarded = (f'X-Forwarded-For: {", ".join(chain)}\r\n'
                             f'X-Forwarded-Proto: {self.scheme}\r\n').encode()
 
@@ -2819,12 +2819,12 @@ class Tunnel:
 
 
 def audit(log: Observer, event: str, facts: Facts, url: str = '', reason: str = '') -> None:
-    """Write the line that says what became of a client, or of its wish: FACTS are whose it is."""
+    """Log what became of a client, or of its wish; FACTS say whose it is."""
     log.note(f'tunnel {event.replace("_", " ")}', event=event, url=url, **facts, reason=reason)
 
 
 def no_tunnel(why: str) -> HopFailed:
-    """The answer where nobody is known; in words, WHY."""
+    """The answer for a name that nobody has; WHY says so in words."""
     return HopFailed(404, why, cure='start the client, and compare the URL that it prints with '
                      'this one')
 
@@ -3275,13 +3275,13 @@ class Server:
         await self.doors.open(sock, self.serve)
 
     async def leave(self) -> None:
-        """Serve on, while those who send visitors here learn that it ends."""
+        """Keep serving while those who send visitors here learn that it is about to end."""
         self.tunnels.state = LEAVING
         for tell in self.doors.before_close:
             await tell()
 
     async def refuse_clients(self, state: int = ENDING) -> None:
-        """Be in STATE, which refuses clients, and wait for one who is about to come in."""
+        """Go over to STATE, which refuses clients, and wait for one that is on its way in."""
         self.tunnels.state = state
         async with self.admission.turn:
             pass
@@ -3360,7 +3360,7 @@ class Server:
                 connection.close()
 
     def _answer(self, visitor: Visitor, exchange: Exchange) -> Awaitable[None]:
-        """Return what will answer the request, to be awaited.  Both raise HopFailed."""
+        """Return what answers the request, to be awaited; that, too, raises HopFailed."""
         request = exchange.request
         name = '' if request.target in self.pages.everywhere else self._route(visitor, request)
         if name in self.tunnels.detours:
@@ -3655,7 +3655,7 @@ class App:
 
     def _respond(self, exchange: Exchange, response: Response,
                  request_taps: Iterable[Tap]) -> Awaitable[None]:
-        """Pass RESPONSE on; to be awaited.  Decides what becomes of the connection."""
+        """Pass RESPONSE on, and decide what becomes of the connection.  Await the result."""
         request, block = exchange.request, response.onward(NOT_OF_APPS)
         for rewrite in self.rewrites:
             block = rewrite.of_response(request, block)
