@@ -14440,7 +14440,7 @@ class Inspect(Annex):
                                         {'set_headers': args.set_header})
                     again = remote.one(answer['id'])
                     print_line(shown_line(again))
-                    failed = failed or again['error'] != ''
+                    failed = failed or again['error'] != '' or not again['status']
             except LocaltunnelError as e:
                 self.warn(f'{number}: {e}')
                 failed = True
