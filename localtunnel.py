@@ -17751,8 +17751,13 @@ class Beside:
         if self._process and self._process.returncode is not None:
             leave_at_once(self._code())     # the second one, while open requests finish
         if self._process and not (number == signal.SIGINT and terminal_tells_children()):
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(number)
+            self._tell(self._process, number)
+
+    @staticmethod
+    def _tell(process: asyncio.subprocess.Process, number: int) -> None:
+        """Send a signal.  PROCESS's own way may take its exit code from asyncio, which says 255."""
+        with contextlib.suppress(OSError):          # it has just ended
+            os.kill(process.pid, number)
 
     def _code(self) -> int:
         code = (self._process.returncode if self._process else 0) or 0
@@ -17791,12 +17796,11 @@ class Beside:
     async def end(self) -> None:
         """End it, if it still runs: the tunnel has failed for good."""
         if self._process and self._process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):       # it has just ended
-                self._process.terminate()
-                try:
-                    await asyncio.wait_for(self._process.wait(), DRAIN)
-                except asyncio.TimeoutError:
-                    self._process.kill()
+            self._tell(self._process, signal.SIGTERM)
+            try:
+                await asyncio.wait_for(self._process.wait(), DRAIN)
+            except asyncio.TimeoutError:
+                self._tell(self._process, signal.SIGKILL)
             await self._process.wait()
 
 

@@ -14000,6 +14000,16 @@ class BesideTest(FolderTest, LoopTest):
                 beside._pass_on(number)
             self.assertEqual(await running, 128 + number)
 
+    @unittest.skipUnless(hasattr(os, 'waitid'), 'nothing tells when it has ended')
+    async def test_a_signal_that_comes_just_as_it_ends_does_not_change_its_exit_code(self):
+        beside, running = self.beside('sleep', '60')
+        await eventually(lambda: beside._process)
+        os.kill(beside._process.pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):        # a thread of asyncio knows it already
+            os.waitid(os.P_PID, beside._process.pid, os.WEXITED | os.WNOWAIT)
+        beside._pass_on(signal.SIGTERM)
+        self.assertEqual(await running, 137)
+
     async def test_it_never_starts_if_a_signal_comes_before_the_welcome(self):
         beside, running = self.beside('sleep', '60', welcome=False)
         beside._pass_on(signal.SIGTERM)
@@ -14008,7 +14018,7 @@ class BesideTest(FolderTest, LoopTest):
 
     async def test_it_ends_with_a_tunnel_that_has_failed_for_good(self):
         with self.constant(DRAIN=0.01):
-            for words in (['sleep', '60'], ['sh', '-c', 'trap "" TERM; sleep 60']):
+            for words in (['sleep', '60'], ['sh', '-c', 'trap "" TERM; exec sleep 60']):
                 beside, running = self.beside(*words)
                 await eventually(lambda beside=beside: beside._process)
                 await self.forget(running)
