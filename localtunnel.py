@@ -17819,6 +17819,9 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
                      target: Target, known: KnownServer | None) -> int | None:
     """Keep the tunnel up until STOP is set, or the command beside it ends: with its exit code."""
     beside = Beside(runtime, args.after, args.preexec)
+    if not args.after and hasattr(signal, 'SIGHUP') and (   # nohup ignores it
+            signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
+        runtime.loop.add_signal_handler(signal.SIGHUP, stop.set)    # the window was closed
     key, carrier = load_key(), find_carrier(args)
     if known is None and not carrier:
         say_not_public(args, args.target)

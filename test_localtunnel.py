@@ -12299,6 +12299,21 @@ class TerminalTest(CommandTest):
         self.assertIn('\r\x1b[Jended after', '\n'.join(client.lines['out']))
         self.assertEqual(termios.tcgetattr(keys)[3] & echoes, echoes)
 
+    @unittest.skipUnless(hasattr(signal, 'SIGHUP'), 'needs SIGHUP')
+    def test_a_window_that_is_closed_ends_the_tunnel_with_a_goodbye_but_not_under_nohup(self):
+        address = self.server()
+        client = self.start('client', 'echo', '--server', address)
+        client.url()
+        client.process.send_signal(signal.SIGHUP)
+        self.assertEqual(client.ends(), 0)
+        self.relay.says('tunnel closed .*the client is stopping')
+        client = self.start('client', 'echo', '--server', address,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        url = client.url()
+        client.process.send_signal(signal.SIGHUP)
+        self.assertEqual(fetch(url)[0], 200)
+        self.assertEqual(client.interrupt(), 0)
+
     def test_quiet_shows_the_url_alone(self):
         app = self.app()
         client = self.start('client', app.port, '--server', self.server(), '--quiet')
