@@ -2687,7 +2687,9 @@ class Visitor:
     def begin(self, stream: Stream) -> None:
         """Begin an exchange on STREAM."""
         self.stream, stream.visitor = stream, self
-        if self.connection.eof:
+        if self.connection.error is not None:       # it had more to ask, or waited for a client
+            self._gone()
+        elif self.connection.eof:
             self._half_closed()
 
     def _gone(self) -> None:
@@ -3629,8 +3631,8 @@ class App:
             upstream = reused or await self.connect()
             stream.on_lost, whole, response = upstream.abort, False, None
             try:
-                if not reused:
-                    stream.check()      # it may be gone by now
+                if stream.error is not None:
+                    stream.check()      # whom it is for may have gone by now
                 await exchange.send(upstream, lines, end=False, taps=taps)
                 response = await read_final(upstream, stream, self._timeout)
                 await self._respond(exchange, response, taps)

@@ -2656,6 +2656,15 @@ class VisitorTest(WorldTest):
         self.assertIs(one[2], other[2])
         self.assertEqual(one[1], b"STAMPED_SERVER = 'http://a'")
 
+    async def test_who_has_gone_has_no_more_requests(self):
+        app, visitor = await self.through()
+        self.server.log = lt.Observer()     # it goes just as the first one is answered
+        self.server.log.exchange = lambda exchange, _: exchange.near.transport.abort()
+        visitor.ask('/1')
+        visitor.ask('/2')
+        await eventually(lambda: app.requests and not self.server.visitors)
+        self.assertEqual(len(app.requests), 1)
+
     async def test_pipelined_requests_let_others_come_in_between(self):
         await self.world()
         visitor = await self.visitor('localhost')
@@ -3824,6 +3833,18 @@ class UpstreamTest(WorldTest):
         for _ in range(2):
             self.assertEqual((await visitor.get())[2], b'hello')
         self.assertEqual((await visitor.get())[0], 200)
+
+    async def test_none_is_given_the_request_of_one_who_went_as_it_came(self):
+        with unittest.mock.patch.object(lt, 'IDLE_TASKS', 0):       # so it is read a turn later
+            app, visitor = await self.through()
+            await visitor.get()
+            session, client = self.server.tunnels.members()[0].session, self.clients[0].app
+            stream, session.outbox.awaited = session.open_stream(), True    # both in one write
+            await stream.write(b'GET /gone HTTP/1.1\r\nHost: a\r\n\r\n', end=True)
+            stream.close()
+            session.outbox.flush(True)
+            await eventually(lambda: client.exchanges == 2 and not client.under_way)
+        self.assertEqual(len(app.requests), 1)
 
     async def test_an_app_that_serves_one_connection_at_a_time_is_never_stalled(self):
         one = asyncio.Lock()
