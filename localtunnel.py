@@ -5282,7 +5282,8 @@ def split_url(text: str, schemes: Sequence[str]) -> tuple[str, str, int, str]:
         parts = urllib.parse.urlsplit(text)
         host, port = parts.hostname, parts.port
     except ValueError as e:
-        raise UsageError(private if '@' in text else f'{text} is not a URL: {e}') from e
+        raise UsageError(private if '@' in text else f'{usual}, with an IPv6 address in brackets, '
+                         f'and a port up to 65535, not {text}') from e
     if '@' in parts.netloc:
         raise UsageError(private)
     if (parts.scheme not in schemes or not host or port == 0 or parts.fragment
@@ -17825,12 +17826,12 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
             signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
         runtime.loop.add_signal_handler(signal.SIGHUP, stop.set)    # the window was closed
     key, carrier = load_key(), find_carrier(args)
-    if known is None and not carrier:
-        say_not_public(args, args.target)
     observe = functools.partial(terminal_of, args, target)
     with contextlib.ExitStack() as last:
         async with wired(runtime, args, target, known, key, observe) as (
                 app, client, terminal), contextlib.AsyncExitStack() as stack:
+            if known is None and not carrier:       # and nothing that was typed is wrong
+                say_not_public(args, args.target)
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel
                 await annex.beside(args, app, terminal.watched)

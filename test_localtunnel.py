@@ -13880,6 +13880,8 @@ class ExitCodeTest(CommandTest):
         self.ended_here(2, 'client', '99999', word='not a port')
         self.ended_here(2, 'client', '1', '--server', 'http://a/b', word='--server')
         self.ended_here(2, 'client', '--once', word='say what is to get a URL')
+        self.ended_here(2, 'client', '1', '--server', '::1', word='in brackets, and a port')
+        self.ended_here(2, 'client', '1', '--local', '--auth', 'ana', word='^localtunnel.py: --au')
         self.ended_here(2, 'client', '1', '--xyzzy', word='means: --xyzzy; see .*client --help')
         self.ended_here(2, 'client', '1', '--server', word='--server: its value is missing')
         self.ended_here(2, 'client', '1', '--', word='a command to run beside the tunnel')
