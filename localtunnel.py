@@ -17826,12 +17826,12 @@ async def run_client(runtime: Runtime, stop: asyncio.Event, args: Args,
             signal.getsignal(signal.SIGHUP) == signal.SIG_DFL):
         runtime.loop.add_signal_handler(signal.SIGHUP, stop.set)    # the window was closed
     key, carrier = load_key(), find_carrier(args)
+    if known is None and not carrier:       # first, whatever is wrong besides
+        say_not_public(args, args.target)
     observe = functools.partial(terminal_of, args, target)
     with contextlib.ExitStack() as last:
         async with wired(runtime, args, target, known, key, observe) as (
                 app, client, terminal), contextlib.AsyncExitStack() as stack:
-            if known is None and not carrier:       # and nothing that was typed is wrong
-                say_not_public(args, args.target)
             last.callback(lambda: terminal.ended(app.exchanges, *client.carried))
             for annex in () if args.release else ANNEXES:       # a release opens no tunnel
                 await annex.beside(args, app, terminal.watched)

@@ -13446,10 +13446,14 @@ class FreshMachineTest(CommandTest):
 
     def test_it_does_so_too_where_a_server_is_known_and_not_wanted(self):
         os.environ['LOCALTUNNEL_SERVER'] = 't.example.com'
-        client = self.start('client', self.app().port, '--local', '--name', 'demo')
-        self.assertEqual(fetch(client.url()), (200, b'app /'))
-        client.says('NOT PUBLIC: --local, so')
+        os.mkdir(self.path('site'))
+        for name, data in ('index.html', b'home'), ('a.key', b''):
+            with open(self.path('site', name), 'wb') as f:
+                f.write(data)
+        client = self.start('client', self.path('site'), '--local', '--name', 'demo')
+        self.assertEqual(fetch(client.url()), (200, b'home'))
         client.says('--name demo needs a server, too')
+        self.assertTrue(client.lines['err'][0].startswith('NOT PUBLIC: --local, so'))
 
     def test_any_host_that_means_this_machine_reaches_its_only_tunnel(self):
         client = self.start('client', self.app().port)
@@ -13882,7 +13886,6 @@ class ExitCodeTest(CommandTest):
         self.ended_here(2, 'client', '1', '--server', 'http://a/b', word='--server')
         self.ended_here(2, 'client', '--once', word='say what is to get a URL')
         self.ended_here(2, 'client', '1', '--server', '::1', word='in brackets, and a port')
-        self.ended_here(2, 'client', '1', '--local', '--auth', 'ana', word='^localtunnel.py: --au')
         self.ended_here(2, 'client', '1', '--xyzzy', word='means: --xyzzy; see .*client --help')
         self.ended_here(2, 'client', '1', '--server', word='--server: its value is missing')
         self.ended_here(2, 'client', '1', '--', word='a command to run beside the tunnel')
