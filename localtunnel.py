@@ -2170,7 +2170,8 @@ class ChunkedBody(Body):
     Chunks that are here are taken together: where one ends means nothing, but costs much.
     """
     __slots__ = ('trailers', '_state')
-    LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD}      # bytes of a line
+    # Bytes of a line; that of a trailer may wait behind a quarter of the stream's window.
+    LIMITS = {'size': MAX_CHUNK_LINE, 'data end': 2, 'trailer': MAX_HEAD // 2}
 
     def __init__(self, stream: ByteStream) -> None:
         super().__init__(stream, NEVER)
@@ -2197,6 +2198,8 @@ class ChunkedBody(Body):
             if line is None:
                 if self.stream.unread >= limit:
                     raise BadHttp(400, f'no end of line within {limit} bytes')
+                if self._state == 'trailer':
+                    self.stream.widen(MAX_HEAD)
                 break
             self._state = self._after(line)
             self.finished = self._state == 'end'

@@ -3495,6 +3495,15 @@ class ExchangeTest(WorldTest):
             visitor.ask()
             await visitor.reader.readuntil(b'\r\n0\r\nA: b\r\n\r\n')
 
+    async def test_a_long_trailer_passes_through_the_smallest_window(self):
+        trailer = b'A: %b0\r\n' % (b'x' * (lt.MAX_HEAD // 2 - 6))
+        with self.constant(INITIAL_CREDIT=lt.LEAST_CREDIT):
+            app, visitor = await self.through(FRAMED['chunked'].replace(b'A: b\r\n', trailer))
+            visitor.ask(fields='Transfer-Encoding: chunked', method='POST',
+                        body=b'3\r\nabc\r\n0\r\n' + trailer + b'\r\n')
+            await visitor.reader.readuntil(b'\r\n0\r\n' + trailer + b'\r\n')
+        self.assertIn(trailer, app.requests[0])
+
     async def test_answers_without_a_body_have_none_and_the_connection_goes_on(self):
         for head, method, status in (
                 (b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n', 'HEAD', 200),
