@@ -13782,7 +13782,7 @@ class Inspector:
             if not re.fullmatch('[0-9]{1,15}', self._words.get(name, '0')):
                 raise BadHttp(400, f'{name} takes a number, not {self._words[name]!r}')
         after, most = (int(self._words.get(name, other))
-                       for name, other in (('after', 0), ('limit', KEPT_EXCHANGES)))
+                       for name, other in (('after', 0), ('limit', sys.maxsize)))
         for kept in self._book.all():
             if len(found) < most and kept.number > after and chosen.fits(
                     kept.summary(), kept.details):
