@@ -7004,7 +7004,7 @@ class MadeUpTest(AcmeTest):
             ('/account', (400, {'type': 5, 'detail': '\x1b[2J\n\u202e' * 9999, 'subproblems': 5})),
             ('/account', (400, {'detail': '\x1b[2J\n\u202e' * 9999})),
             ('/account', (200, b'[' * 99999))]
-        with self.constant(ACME_PATIENCE=0.5, BACKOFF=[0.0], MOST_FAILED=99):
+        with self.constant(ACME_PATIENCE=0.2, BACKOFF=[0.0], MOST_FAILED=99):
             for failures, (path, answer) in enumerate(strange, 1):
                 with self.subTest(path, answer=str(answer)[:99]):
                     self.authority.says = {path: answer}
@@ -14892,7 +14892,8 @@ class DeployTest(CommandTest):
         self.addCleanup(self.take_away)
         source = re.sub(rb"'(?=/(run|[a-z/.]+/localtunnel))", b"'" + self.system.encode(),
                         open_and_read(SCRIPT))
-        self.script = self.write('ours.py', source.decode())
+        self.script = self.write('ours.py', source.decode().replace(
+            'READY_LOOK = 60.0, 0.3', 'READY_LOOK = 60.0, 0.02'))
         self.host = 'ana@example.com'
         self.ports = [self.free_port() for _ in 'ab']
         self.ssh()
