@@ -13904,7 +13904,7 @@ class ExitCodeTest(CommandTest):
         self.ended_here(2, 'client', '1', '--', word='a command to run beside the tunnel')
         self.ended_here(2, 'server', '--port', 'x', word='--port')
         self.ended_here(2, 'invite', word='it takes one of USER, --list, --revoke')
-        self.ended_here(2, 'server', '--port', 0, '--cert', 'x', word='add --key FILE')
+        self.ended(2, 'server', '--port', 0, '--cert', 'x', word='add --key FILE')
 
     def test_what_cannot_be_meant_is_2(self):
         to = ['--server', 'localhost:1', '--once']
