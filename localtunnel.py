@@ -3457,6 +3457,9 @@ class Server:
                 if exchange.status:
                     raise Disconnected(str(e)) from e
                 raise self.pages.no_answer(name, e) from e
+            except asyncio.CancelledError:      # the server ends: what it cuts may not look whole
+                exchange.near.reset(CANCELLED, 'the server has shut down')
+                raise
             finally:
                 visitor.stream = None
                 if exchange.sending:
@@ -7824,6 +7827,9 @@ class TcpPorts(Kind):
         except (LocaltunnelError, OSError) as e:
             record.status, record.why = getattr(e, 'status', record.status), str(e)
             connection.reset(CANCELLED, record.why)
+        except asyncio.CancelledError:      # the server ends
+            connection.reset(CANCELLED, 'the server has shut down')
+            raise
         finally:
             server.visitors.leave(visitor)
             connection.close()

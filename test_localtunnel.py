@@ -3504,6 +3504,17 @@ class ExchangeTest(WorldTest):
             await visitor.reader.readuntil(b'\r\n0\r\n' + trailer + b'\r\n')
         self.assertIn(trailer, app.requests[0])
 
+    async def test_what_is_cut_as_the_server_ends_does_not_look_whole(self):
+        async def endless(head, reader, writer):
+            writer.write(b'HTTP/1.1 200 x\r\n\r\na part')
+            await reader.read()
+        app, visitor = await self.through(endless)
+        visitor.ask(version='1.0')      # to whom the end of the connection is that of the body
+        await visitor.reader.readuntil(b'a part')
+        await self.runtime.close()
+        with self.assertRaises(ConnectionResetError):
+            await visitor.reader.read()
+
     async def test_answers_without_a_body_have_none_and_the_connection_goes_on(self):
         for head, method, status in (
                 (b'HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n', 'HEAD', 200),
@@ -5719,6 +5730,17 @@ class RawTcpTest(WorldTest):
                     visitor.reset()
                     self.assertIsInstance(await seen, ConnectionResetError)
                 await self.end_of_the_world()
+
+    async def test_what_is_cut_as_the_server_ends_does_not_look_whole(self):
+        async def app(reader, writer):
+            writer.write(b'a part')
+            await reader.read()
+            writer.close()
+        visitor = await self.raw_through(app)
+        await visitor.reader.readexactly(6)
+        await self.runtime.close()
+        with self.assertRaises(ConnectionResetError):
+            await visitor.reader.read()
 
     async def test_with_nobody_there_the_visitor_is_cut_off_and_the_user_told(self):
         visitor = await self.raw_visitor(self.free_port())
