@@ -17812,7 +17812,8 @@ class Beside:
             try:
                 await asyncio.wait_for(self._process.wait(), DRAIN)
             except asyncio.TimeoutError:
-                self._tell(self._process, signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):       # it has just ended
+                    self._process.kill()        # Windows has no SIGKILL
             await self._process.wait()
 
 
