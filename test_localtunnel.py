@@ -3863,7 +3863,7 @@ class UpstreamTest(WorldTest):
             app, visitor = await self.through()
             await visitor.get()
             session, client = self.server.tunnels.members()[0].session, self.clients[0].app
-            stream, session.outbox.awaited = session.open_stream(), True    # both in one write
+            stream, session.outbox.flush_due = session.open_stream(), True  # both in one write
             await stream.write(b'GET /gone HTTP/1.1\r\nHost: a\r\n\r\n', end=True)
             stream.close()
             session.outbox.flush(True)
